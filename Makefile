@@ -1,0 +1,40 @@
+# Every target sets up what it needs; a second run does not install again.
+SHELL := bash
+VENV := .venv
+PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH
+
+.PHONY: help setup demo lint format test bench image lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Make .venv from the lock files
+	@tools/setup.sh
+
+demo: setup ## The whole pipeline on this machine; KEEP=1 leaves the services running
+	@convoy demo
+
+lint: setup ## Style, format and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: setup ## Rewrite the code in the project's style
+	ruff check --fix .
+	ruff format .
+
+test: setup ## Every test that needs no cluster
+	pytest
+
+bench: setup ## Measure; prints tables
+	python benchmarks/pack.py
+
+image: ## Build the container image with docker or buildah (BASE, IMAGE)
+	tools/image.sh
+
+lock: setup ## Resolve the dependencies again
+	tools/lock.sh
+
+clean: ## Remove the environment and what runs left
+	rm -rf $(VENV) runs *.egg-info .mypy_cache .ruff_cache .pytest_cache

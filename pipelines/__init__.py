@@ -1,0 +1,1 @@
+"""Everything around the training pods: packing, local services, evaluation, registration and the ``convoy`` command."""

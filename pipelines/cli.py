@@ -1,0 +1,251 @@
+"""The ``convoy`` command. Each function is a thin line to the module that does the work, which is imported when it is needed."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from trainer.errors import EXIT_USER, UserError, report
+
+app = typer.Typer(
+    name="convoy",
+    help="Trains the landmark convolutional networks at scale: pack images, train, evaluate, register, promote.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+local_app = typer.Typer(help="An S3 server and an MLflow server on this machine's loopback.", no_args_is_help=True)
+app.add_typer(local_app, name="local")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+LocalDir = Annotated[Path, typer.Option("--dir", help="Where data, logs and credentials are kept.", envvar="CONVOY_LOCAL_DIR")]
+_LOCAL_DIR = Path("runs/local")
+
+
+def main() -> None:
+    """The console command: errors as one line each and the exit codes of the contract."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command-line library
+            print(f"convoy: {error.format_message()}; see convoy --help", file=sys.stderr)
+            sys.exit(EXIT_USER)
+        sys.exit(report(error, "convoy"))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+@app.command()
+def pack(
+    source: Annotated[str, typer.Argument(help="Folder of class folders, of ImageNet's tars, or of idx files.")],
+    destination: Annotated[str, typer.Argument(help="Folder or URL; train/ and val/ are made below it.")],
+    seed: Annotated[int, typer.Option(help="Of the samples' order over the shards.", min=0)] = 0,
+    shards: Annotated[int | None, typer.Option(help="Shards of each split; by --shard-mb when not given.", min=1)] = None,
+    shard_mb: Annotated[int, typer.Option(help="Size of a shard to aim at, MiB.", min=1)] = 128,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are no images, and say which.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the data set that is there.")] = False,
+    class_names: Annotated[
+        str | None, typer.Option(help="File of lines ID NAME; synset_words.txt of SOURCE when not given.")
+    ] = None,
+) -> None:
+    """Pack images into WebDataset shards with an index. A second run goes on where the first one stopped."""
+    from pipelines.pack import PackOptions, summary
+    from pipelines.pack import pack as run
+
+    options = PackOptions(seed, shards, shard_mb * 2**20, workers, skip_bad, overwrite, class_names)
+    for line in summary(run(source, destination, options)):
+        print(line)
+
+
+@app.command()
+def verify(
+    url: str, workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1, as_json: Json = False
+) -> None:
+    """Read a data set back whole: counts, sizes, SHA-256, and that every image decodes."""
+    from pipelines.verify import verify as run
+
+    verdicts = run(url, workers)
+    faults = [fault for verdict in verdicts for fault in verdict.faults]
+    if as_json:
+        _print_json({"ok": not faults, "splits": [vars(verdict) for verdict in verdicts]})
+    elif not faults:
+        for v in verdicts:
+            print(f"{v.url}: {v.samples:,} images in {v.shards} shards, {v.bytes / 2**20:,.1f} MiB: all good, {v.digest[:19]}")
+    if faults:
+        raise UserError(*faults)
+
+
+@app.command()
+def order(
+    url: str,
+    epoch: Annotated[int, typer.Option(min=0)],
+    world_size: Annotated[int, typer.Option(min=1)],
+    rank: Annotated[int, typer.Option(min=0)],
+    batch_size: Annotated[int, typer.Option(help="The global batch, samples.", min=1)],
+    start_step: Annotated[int, typer.Option(min=0)] = 0,
+    limit: Annotated[int | None, typer.Option(help="Steps to print.", min=1)] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    window: Annotated[int, typer.Option(help="data.shuffle_window, samples.", min=1)] = 16384,
+    as_json: Json = False,
+) -> None:
+    """Print the keys that a rank will see, step by step."""
+    from trainer.data.index import open_index
+    from trainer.data.order import epoch_order, rank_slots
+
+    if rank >= world_size:
+        raise UserError(f"--rank: {rank} is not below --world-size {world_size}")
+    if batch_size % world_size:
+        raise UserError(f"--batch-size: {batch_size} does not divide by --world-size {world_size}")
+    index, _ = open_index(url)
+    plan = epoch_order(index.sizes, seed, epoch, batch_size, window)
+    slots = rank_slots(batch_size, world_size, rank, 1)[0]
+    for step in range(start_step, plan.steps if limit is None else min(plan.steps, start_step + limit)):
+        seen = slots[plan.weights[step, slots] > 0]
+        keys = [index.key(int(sample)) for sample in plan.samples[step, seen]]
+        print(json.dumps({"step": step, "keys": keys}) if as_json else f"step {step}: {' '.join(keys)}")
+
+
+@app.command(context_settings={"ignore_unknown_options": False})
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")] = None,
+    procs: Annotated[int, typer.Option(help="Ranks on this machine.", min=1)] = 1,
+) -> None:
+    """Train on this machine."""
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "trainer.launch", "--procs", str(procs), "--", recipe, *(overrides or [])]
+    os.execv(sys.executable, command)
+
+
+@app.command()
+def evaluate(model_uri: str, data_url: str, as_json: Json = False) -> None:
+    """Measure top-1 and top-5 of a registered model on every sample of a split."""
+    from pipelines.evaluate import evaluate as run
+
+    result = run(model_uri, data_url)
+    if as_json:
+        _print_json(vars(result))
+    else:
+        print(f"{result.model} on {result.samples:,} images of {result.data}: top1 {result.top1:.4f}, top5 {result.top5:.4f}")
+
+
+@app.command()
+def predict(model_uri: str, images: list[str], as_json: Json = False) -> None:
+    """Name the five likeliest classes of image files."""
+    from pipelines.evaluate import predict_files
+
+    answers = predict_files(model_uri, images)
+    if as_json:
+        _print_json(answers)
+        return
+    for answer in answers:
+        likely = ", ".join(f"{guess['class']} {guess['probability']:.1%}" for guess in answer["top5"])
+        print(f"{answer['file']}: {likely}")
+
+
+@app.command()
+def promote(name: str, version: str, alias: Annotated[str, typer.Option(help="What the version becomes.")] = "champion") -> None:
+    """Give a registered version an alias."""
+    from pipelines.register import promote as run
+
+    run(name, version, alias)
+    print(f"{name} version {version} is now {alias}")
+
+
+@app.command()
+def register(
+    folder: Annotated[str, typer.Argument(help="Output folder of a finished run.")],
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+) -> None:
+    """Register the model of a finished run, where the server was away at its end."""
+    from pipelines.register import register_output
+
+    registered = register_output(folder, name)
+    print(f"registered {registered.name} version {registered.version} as {registered.alias}: {registered.why}")
+
+
+@app.command()
+def sync(spool: Annotated[str, typer.Argument(help="The tracking.jsonl that a run left.")]) -> None:
+    """Send MLflow what a run could not tell it."""
+    from pipelines.register import sync as run
+
+    run_id, sent = run(spool)
+    print(f"sent {sent:,} entries to MLflow run {run_id}")
+
+
+@app.command()
+def demo(folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("runs/demo")) -> None:
+    """The whole pipeline on this machine, from images to a registered model. KEEP=1 leaves the services running."""
+    from pipelines.demo import demo as run
+
+    run(folder, keep=os.environ.get("KEEP") == "1")
+
+
+@local_app.command("up")
+def local_up(folder: LocalDir = _LOCAL_DIR) -> None:
+    """Start both servers; those that run already are left alone."""
+    from pipelines import local
+
+    services = local.up(folder)
+    print(f"S3      {services.s3_url}  (bucket {local.BUCKET})\nMLflow  {services.mlflow_url}")
+    print(f'use them: eval "$(convoy local env --dir {folder})"')
+
+
+@local_app.command("env")
+def local_env(folder: LocalDir = _LOCAL_DIR) -> None:
+    """Print the variables that make every command use these servers."""
+    from pipelines import local
+
+    services = local.load(folder.absolute())
+    if services is None:
+        raise UserError(f"{folder}: no services run there; start them: convoy local up --dir {folder}")
+    for name, value in services.environment().items():
+        print(f"export {name}={value}")
+
+
+@local_app.command("status")
+def local_status(folder: LocalDir = _LOCAL_DIR, as_json: Json = False) -> None:
+    """Tell what runs. Exit code 2 where nothing does."""
+    from pipelines import local
+
+    services = local.load(folder.absolute())
+    alive = services.alive() if services else {}
+    urls = {"s3": services.s3_url, "mlflow": services.mlflow_url} if services else {}
+    if as_json:
+        _print_json(
+            {name: {"running": alive[name], "url": urls[name], "pid": services.processes[name].pid} for name in alive}
+            if services
+            else {}
+        )
+    else:
+        table = Table("service", "state", "URL", "pid", box=None)
+        for name, running in alive.items():
+            assert services is not None
+            table.add_row(name, "running" if running else "stopped", urls[name], str(services.processes[name].pid))
+        Console().print(table)
+    if not alive or not all(alive.values()):
+        raise UserError(f"{folder}: not all services run; start them: convoy local up --dir {folder}")
+
+
+@local_app.command("down")
+def local_down(folder: LocalDir = _LOCAL_DIR) -> None:
+    """Stop both servers; their data stays."""
+    from pipelines import local
+
+    stopped = local.down(folder)
+    print(f"stopped {' and '.join(stopped)}" if stopped else "nothing was running")
+
+
+if __name__ == "__main__":
+    main()

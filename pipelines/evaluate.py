@@ -1,0 +1,118 @@
+"""``convoy evaluate`` and ``convoy predict``: a registered model at work."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.progress import WorkProgress
+from trainer.data.decode import DecodeError
+from trainer.data.index import open_index
+from trainer.data.reader import read_samples
+from trainer.data.shard import encoded_image, label_of
+from trainer.errors import ServiceLost, UserError
+
+Predict = Callable[[list[bytes]], np.ndarray]
+"""Encoded images to probabilities [N, classes]."""
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Exact counts over a whole split. ``top1``, ``top5``: fractions of ``samples``."""
+
+    model: str
+    data: str
+    samples: int
+    top1: float
+    top5: float
+
+
+def load_predict(model_uri: str) -> tuple[Predict, list[str]]:
+    """A model of MLflow's (``models:/NAME@champion``, ``runs:/ID/model``) or a run's output folder; and its class names.
+
+    Raises UserError where it cannot be loaded.
+    """
+    folder = Path(model_uri)
+    if (folder / "model.safetensors").is_file():
+        from trainer.export import Predictor
+
+        predictor = Predictor(folder / "model.safetensors", folder / "model.json")
+        return predictor.predict, predictor.facts.classes
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    import mlflow
+    import pandas as pd
+    from mlflow.exceptions import MlflowException
+
+    try:
+        model = mlflow.pyfunc.load_model(model_uri)
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise UserError(f"{model_uri}: cannot be loaded from {mlflow.get_tracking_uri()}: {reason}") from None
+
+    def predict(images: list[bytes]) -> np.ndarray:
+        probabilities: np.ndarray = model.predict(pd.DataFrame({"image": images}))
+        return probabilities
+
+    return predict, _classes(model)
+
+
+def _classes(model: Any) -> list[str]:
+    facts = getattr(getattr(model.unwrap_python_model(), "predictor", None), "facts", None)
+    if facts is None:
+        raise UserError("this model was not registered by Convoy: it has no class names")
+    return list(facts.classes)
+
+
+def evaluate(model_uri: str, data_url: str) -> Evaluation:
+    """Measure a model on every sample of a split."""
+    index, store = open_index(data_url)
+    predict, classes = load_predict(model_uri)
+    if classes[: len(index.classes)] != index.classes:
+        raise UserError(f"{data_url}: its classes are not those of {model_uri}")
+    hits1 = hits5 = 0
+    with WorkProgress("evaluating", index.samples, "images") as progress:
+        for numbers in np.array_split(np.arange(index.samples), -(-index.samples // _BATCH)):
+            samples = read_samples(numbers, index, store).values()
+            labels = np.array([label_of(sample, len(index.classes)) for sample in samples])
+            try:
+                top = ranked(predict([bytes(encoded_image(sample)) for sample in samples]))
+            except DecodeError as error:
+                raise UserError(f"{data_url}: {error}") from None
+            hits1 += int((top[:, 0] == labels).sum())
+            hits5 += int((top == labels[:, None]).any(1).sum())
+            progress.add(len(numbers))
+    return Evaluation(model_uri, data_url, index.samples, hits1 / index.samples, hits5 / index.samples)
+
+
+def ranked(probabilities: np.ndarray) -> np.ndarray:
+    """The five likeliest classes of each row, likeliest first; a tie goes to the lower class."""
+    return np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
+
+
+def predict_files(model_uri: str, files: Iterable[str]) -> list[dict[str, Any]]:
+    """The five likeliest classes of each image file. Raises UserError that names a file that is no image."""
+    contents = []
+    for file in files:
+        try:
+            contents.append((file, Path(file).read_bytes()))
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}") from None
+    predict, classes = load_predict(model_uri)
+    answers = []
+    for file, content in contents:
+        try:
+            probabilities = predict([content])[0]
+        except (DecodeError, ServiceLost) as error:
+            raise UserError(f"{file}: not an image: {error}") from None
+        likeliest = ranked(probabilities[None])[0]
+        answers.append({"file": file, "top5": [{"class": classes[i], "probability": float(probabilities[i])} for i in likeliest]})
+    return answers

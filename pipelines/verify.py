@@ -1,0 +1,93 @@
+"""``convoy verify``: read every byte of a data set back and compare it with the index."""
+
+import hashlib
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+from pipelines.progress import WorkProgress
+from trainer.data.decode import DecodeError, decode_rgb
+from trainer.data.index import INDEX_NAME, Shard, open_index
+from trainer.data.shard import encoded_image, label_of, read_sample
+from trainer.data.storage import open_store
+from trainer.errors import ServiceLost, UserError
+
+_RANGE = 32 * 2**20  # bytes read at once
+_NAMED = 10  # faults of one shard that are named one by one
+
+
+@dataclass
+class Verdict:
+    """What was read of one split, and what is wrong with it."""
+
+    url: str
+    samples: int = 0
+    shards: int = 0
+    bytes: int = 0
+    digest: str = ""
+    faults: list[str] = field(default_factory=list)
+
+
+def verify(url: str, workers: int = os.cpu_count() or 1) -> list[Verdict]:
+    """Check the split at ``url``, or both splits below it. Raises UserError where there is no index at all."""
+    store = open_store(url)
+    base = url.rstrip("/")
+    if store.read_small(INDEX_NAME) is not None:
+        return [_verify_split(base, workers)]
+    splits = [name for name in ("train", "val") if store.read_small(f"{name}/{INDEX_NAME}") is not None]
+    return [_verify_split(f"{base}/{name}", workers) for name in splits] or [_verify_split(base, workers)]
+
+
+def _verify_split(url: str, workers: int) -> Verdict:
+    index, _ = open_index(url)
+    verdict = Verdict(url, shards=len(index.shards), digest=index.digest)
+    check = partial(_verify_shard, url, len(index.classes))
+    with (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+        WorkProgress(f"verifying {index.split}", index.samples, "images") as progress,
+    ):
+        for shard, faults in zip(index.shards, pool.map(check, index.shards), strict=True):
+            verdict.faults += [f"{url}/{shard.name}: {fault}" for fault in faults]
+            verdict.samples += shard.samples
+            verdict.bytes += shard.bytes
+            progress.add(shard.samples)
+    return verdict
+
+
+def _verify_shard(url: str, num_classes: int, shard: Shard) -> list[str]:
+    """What is wrong with one shard. Runs in a worker."""
+    store = open_store(url)
+    size = store.size(shard.name)
+    if size is None:
+        return ["is in the index but missing"]
+    if size != shard.bytes:
+        return [f"has {size:,} bytes, the index says {shard.bytes:,}"]
+    faults: list[str] = []
+    sha256 = hashlib.sha256()
+    sample = 0
+    while sample < shard.samples:
+        first, start = sample, shard.offsets[sample]
+        while sample < shard.samples and shard.offsets[sample] - start < _RANGE:
+            sample += 1
+        try:
+            (content,) = store.read_ranges(shard.name, [start], [shard.offsets[sample]])
+        except ServiceLost as error:
+            return [*faults, str(error)]
+        sha256.update(content)
+        for i in range(first, sample):
+            part = content[shard.offsets[i] - start : shard.offsets[i + 1] - start]
+            try:
+                parts = read_sample(part, shard.keys[i], f"sample {shard.keys[i]} at byte {shard.offsets[i]:,}")
+                label_of(parts, num_classes)
+                decode_rgb(encoded_image(parts))
+            except UserError as error:
+                faults.append(str(error))
+            except DecodeError as error:
+                faults.append(f"sample {shard.keys[i]} at byte {shard.offsets[i]:,}: cannot be decoded: {error}")
+    (end,) = store.read_ranges(shard.name, [shard.offsets[-1]], [shard.bytes])
+    sha256.update(end)
+    if sha256.hexdigest() != shard.sha256:
+        faults.insert(0, f"its SHA-256 is {sha256.hexdigest()[:16]}..., the index says {shard.sha256[:16]}...")
+    return faults if len(faults) <= _NAMED else [*faults[:_NAMED], f"... and {len(faults) - _NAMED} faults more"]

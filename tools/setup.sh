@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Makes .venv from the lock files; does nothing when it already matches them. Needs Python >= 3.11 and nothing else.
+#   tools/setup.sh [--no-dev]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+UV_VERSION=0.13.9
+CACHE="${CONVOY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/convoy}"
+LOCKS=(requirements.lock)
+[ "${1:-}" = "--no-dev" ] || LOCKS+=(requirements-dev.lock)
+VENV="${CONVOY_VENV:-.venv}"
+STAMP="$VENV/.convoy-$(cat "${LOCKS[@]}" pyproject.toml tools/setup.sh | sha256sum | cut -c1-16)"
+[ -e "$STAMP" ] && exit 0
+
+say() { echo "setup: $*" >&2; }
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            "$candidate" -c 'import sys; print(sys.executable)'
+            return
+        fi
+    done
+    return 1
+}
+
+if ! PYTHON=$(find_python); then
+    [ "$(id -u)" = 0 ] || { say "Python >= 3.11 is needed and was not found on PATH"; exit 2; }
+    say "installing Python with apt-get"
+    apt-get update -qq && apt-get install -y -qq python3 >&2
+    PYTHON=$(find_python) || { say "this Debian's python3 is older than 3.11"; exit 2; }
+fi
+
+UV=$(command -v uv || true)
+if [ -z "$UV" ] || [ "$("$UV" --version | cut -d' ' -f2)" != "$UV_VERSION" ]; then
+    UV="$CACHE/uv-$UV_VERSION/bin/uv"
+    if [ ! -x "$UV" ]; then
+        say "installing uv $UV_VERSION into $CACHE"
+        if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+            [ "$(id -u)" = 0 ] || { say "pip is needed once, to install uv: install python3-pip, or put uv on PATH"; exit 2; }
+            apt-get update -qq && apt-get install -y -qq python3-pip >&2
+        fi
+        rm -rf "$CACHE/uv-$UV_VERSION.part"
+        "$PYTHON" -m pip install --quiet --root-user-action ignore --target "$CACHE/uv-$UV_VERSION.part" "uv==$UV_VERSION" >&2
+        mv -T "$CACHE/uv-$UV_VERSION.part" "$CACHE/uv-$UV_VERSION"
+    fi
+fi
+
+say "installing the locked environment into $VENV"
+REQUIRES=(); for lock in "${LOCKS[@]}"; do REQUIRES+=(-r "$lock"); done
+NO_DEEPSPEED=$(mktemp); trap 'rm -f "$NO_DEEPSPEED"' EXIT
+"$PYTHON" - >"$NO_DEEPSPEED" <<'PY'
+# deepspeed's build imports torch, so everything else goes in first
+import re
+print(re.sub(r"(?m)^deepspeed==(.*\\\n)*.*\n", "", open("requirements.lock").read()), end="")
+PY
+export UV_LINK_MODE="${UV_LINK_MODE:-hardlink}" UV_NO_PROGRESS=1 VIRTUAL_ENV="$PWD/$VENV" DS_BUILD_OPS=0
+case "$VENV" in /*) VIRTUAL_ENV="$VENV" ;; esac
+rm -f "$VENV"/.convoy-*
+[ -x "$VENV/bin/python" ] || "$UV" venv --quiet --python "$PYTHON" "$VENV"
+"$UV" pip install --quiet --require-hashes -r "$NO_DEEPSPEED" "${REQUIRES[@]:2}"
+"$UV" pip install --quiet --require-hashes --no-deps --no-build-isolation-package deepspeed "${REQUIRES[@]}"
+"$UV" pip install --quiet --no-deps --no-build-isolation -e .
+touch "$STAMP"
+say "done"

@@ -1,0 +1,1 @@
+"""The program inside every training pod: ``python -m trainer RECIPE key=value ...``."""

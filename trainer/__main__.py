@@ -1,0 +1,204 @@
+"""``python -m trainer RECIPE key=value ...``: one rank of a run. The only file that wires the parts together."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trainer.config import find_recipe
+from trainer.data.loader import eval_loader, train_loader
+from trainer.data.reader import read_image
+from trainer.engine.parallel import Ranks, ranks_from_environment
+from trainer.errors import ServiceLost, UserError, report
+from trainer.resolve import Resolved, resolve, tracking_uri
+from trainer.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
+
+
+def main(arguments: list[str]) -> int:
+    """Run one rank; returns its exit code."""
+    ranks = ranks_from_environment()
+    try:
+        if not arguments or arguments[0].startswith("-"):
+            raise UserError("usage: python -m trainer RECIPE [key=value ...]")
+        run = resolve(arguments[0], arguments[1:], ranks.world_size, check_storage=ranks.is_first)
+        train(run, arguments[0], ranks)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return report(error, "convoy", quiet=not ranks.is_first)
+    return 0
+
+
+def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
+    """Build, fit, save, register. All ranks take part."""
+    import torch
+
+    from trainer.console import TrainingProgress
+    from trainer.engine import parallel
+    from trainer.engine.loop import Job, Result, fit
+    from trainer.engine.optimizer import build_optimizer
+    from trainer.engine.schedule import learning_rate_schedule, scaled_learning_rate
+    from trainer.export import ModelFacts, save_model
+
+    config = run.config
+    facts = ModelFacts.of(config, run.train.classes, run.num_classes)
+    torch.manual_seed(config.train.seed)
+    model = facts.build()
+    device = parallel.join(ranks)
+    peak = scaled_learning_rate(config.optimizer, run.batch.global_size)
+    learning_rate = learning_rate_schedule(config.schedule, peak, run.steps_per_epoch, run.total_steps)
+    engine = parallel.wrap(model, build_optimizer(model, config.optimizer, peak), run.batch, config.train.channels_last)
+    val, val_store = run.val, run.val_store
+    world, rank = ranks.world_size, ranks.rank
+    job = Job(
+        batch=run.batch,
+        steps_per_epoch=run.steps_per_epoch,
+        stop_step=run.stop_step,
+        log_every_steps=config.train.log_every_steps,
+        learning_rate=learning_rate,
+        train_batches=lambda e: train_loader(config, run.train, run.train_store, e, world, rank, run.batch.accumulation_steps),
+        eval_batches=(lambda: eval_loader(config, val, val_store, world, rank)) if val and val_store else None,
+        mean=config.data.mean,
+        std=config.data.std,
+        device=device,
+    )
+    tracker, system = start_tracking(run, recipe, ranks)
+    progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
+    progress.note(_headline(run, tracker))
+    status = "FAILED"
+    result: Result | None = None
+    try:
+        result = fit(job, engine, tracker, progress)
+        if ranks.is_first:
+            save_model(config.output_dir, engine.module, facts)
+            status = "FINISHED"
+    finally:
+        progress.close()
+        if system is not None:
+            system.close()
+        delivered = tracker.close(status)
+        parallel.leave()
+    if ranks.is_first:
+        finish(run, result, tracker, delivered)
+
+
+def start_tracking(run: Resolved, recipe: str, ranks: Ranks) -> tuple[Tracker, SystemMetrics | None]:
+    """MLflow on the first rank where a server is named, silence elsewhere."""
+    config, uri = run.config, tracking_uri(run.config)
+    if not ranks.is_first or uri is None:
+        return NullTracker(), None
+    folder = config.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    sets = [("training", config.data.train, run.train)] + ([("eval", str(config.data.val), run.val)] if run.val else [])
+    commit = _git_commit()
+    tags: dict[str, str | None] = {"convoy.version": importlib.metadata.version("convoy"), "convoy.ranks": str(ranks.world_size)}
+    tags |= {f"convoy.{context}_digest": index.digest for context, _, index in sets}
+    tags |= {"mlflow.source.git.commit": commit, "mlflow.source.name": f"python -m trainer {recipe}", "mlflow.source.type": "JOB"}
+    derived = {
+        "batch.accumulation_steps": run.batch.accumulation_steps,
+        "batch.ranks": ranks.world_size,
+        "train.total_steps": run.total_steps,
+    }
+    tracker = MlflowTracker(
+        uri,
+        folder / "tracking.jsonl",
+        {
+            "experiment": config.tracking.experiment,
+            "name": config.name,
+            "tags": {key: value for key, value in tags.items() if value},
+            "params": config.flat() | derived,
+            "datasets": [
+                {
+                    "name": url.split("://")[-1][-200:],
+                    "digest": index.digest.removeprefix("sha256:")[:32],
+                    "url": url,
+                    "context": context,
+                    "profile": json.dumps({"samples": index.samples, "bytes": index.bytes, "shards": len(index.shards)}),
+                }
+                for context, url, index in sets
+            ],
+        },
+    )
+    for name, text in _documents(run, recipe).items():
+        (folder / name).write_text(text, encoding="utf-8")
+        tracker.log_artifact(folder / name)
+    return tracker, SystemMetrics(tracker)
+
+
+def _documents(run: Resolved, recipe: str) -> dict[str, str]:
+    """The recipe as given, the configuration that came of it, and the environment."""
+    packages = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
+    machine = [f"python {platform.python_version()}", platform.platform(), f"{os.cpu_count()} CPUs", ""]
+    return {
+        "recipe.yaml": find_recipe(recipe).read_text(encoding="utf-8"),
+        "config.json": run.config.model_dump_json(indent=1) + "\n",
+        "environment.txt": "\n".join(machine + packages) + "\n",
+    }
+
+
+def _git_commit() -> str | None:
+    """Of the code that runs: an image carries it in its environment, a checkout knows it."""
+    if commit := os.environ.get("CONVOY_GIT_COMMIT"):
+        return commit
+    asked = (
+        subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if _has_git()
+        else None
+    )
+    return asked.stdout.strip() if asked and asked.returncode == 0 else None
+
+
+def _has_git() -> bool:
+    import shutil
+
+    return shutil.which("git") is not None
+
+
+def _headline(run: Resolved, tracker: Tracker) -> str:
+    batch = run.batch
+    where = f", MLflow run {tracker.run_id}" if tracker.run_id else ""
+    return (
+        f"{run.config.name}: {run.config.model.name} on {run.train.samples:,} images, {run.stop_step:,} steps of {batch.global_size} "
+        f"= {batch.ranks} ranks x {batch.accumulation_steps} accumulation steps x {batch.micro_size}{where}"
+    )
+
+
+def finish(run: Resolved, result: Any, tracker: Tracker, delivered: bool) -> None:
+    """Register where asked, and leave ``result.json``."""
+    config = run.config
+    facts = asdict(result) | {"ranks": run.batch.ranks, "mlflow_run_id": tracker.run_id, "name": config.name}
+    facts |= {"train_digest": run.train.digest, "val_digest": run.val.digest if run.val else None}
+    lost = None
+    if config.tracking.register_as:
+        try:
+            facts |= _register(run, result, tracker, delivered)
+        except ServiceLost as error:
+            lost = error
+    path = config.output_dir / "result.json"
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if lost:
+        raise ServiceLost(f"{lost}; the weights are in {config.output_dir}")
+
+
+def _register(run: Resolved, result: Any, tracker: Tracker, delivered: bool) -> dict[str, str]:
+    from trainer.registration import register
+
+    config, uri = run.config, tracking_uri(run.config)
+    if uri is None or tracker.run_id is None or not delivered:
+        raise ServiceLost(f"MLflow at {uri} was not there, so {config.tracking.register_as} has no new version")
+    index, store = (run.val, run.val_store) if run.val and run.val_store else (run.train, run.train_store)
+    example = read_image(0, index, store)
+    registered = register(
+        uri, tracker.run_id, str(config.tracking.register_as), config.output_dir, example, result.top1, result.top5, index.digest
+    )
+    print(f"registered {registered.name} version {registered.version} as {registered.alias}: {registered.why}", flush=True)
+    return {"model": registered.name, "version": registered.version, "alias": registered.alias}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,280 @@
+"""RunConfig: everything that a recipe may say, typed, with its unit; unknown keys are refused and every fault is told at once."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trainer.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Triple = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """Which network."""
+
+    name: str
+    """A name that `convoy models` lists."""
+    num_classes: Count | None = None
+    """Classes of the head; the data set's own number when not given."""
+    width: Count | None = None
+    """Channels of the first stage; the network's own when not given."""
+
+
+class DataConfig(_Section):
+    """What is read, and how."""
+
+    train: str
+    """URL of the split that is trained on."""
+    val: str | None = None
+    """URL of the split that top1 and top5 are measured on."""
+    image_size: Count = 224
+    """Side of the square that the network sees, pixels."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Threads a rank that decode and augment; 0: in the training thread."""
+    prefetch_batches: Count = 4
+    """Micro-batches a rank that are made ahead of the training step."""
+    shuffle_window: Count = 16384
+    """Samples, over all ranks, within which the order is shuffled."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the sample order and of the augmentation."""
+    tail: Literal["pad", "drop"] = "pad"
+    """An epoch's last samples that fill no global batch: a smaller batch, padded with samples of weight zero, or dropped."""
+    mean: Triple = [0.485, 0.456, 0.406]
+    """Of each channel, subtracted after scaling to 0..1."""
+    std: Triple = [0.229, 0.224, 0.225]
+    """Of each channel, divided by after scaling to 0..1."""
+
+
+class BatchConfig(_Section):
+    """Sizes of batches, samples."""
+
+    global_size: Count = 256
+    """Samples in an optimizer step, over all ranks and accumulation steps."""
+    micro_size: Count | None = None
+    """Samples in one forward and backward of one rank; global_size / ranks when not given."""
+    eval_size: Count = 256
+    """Samples in one forward of one rank during evaluation."""
+
+
+class OptimizerConfig(_Section):
+    """The update rule and its learning rate."""
+
+    name: Literal["sgd"] = "sgd"
+    base_lr: Annotated[float, Field(gt=0)] = 0.1
+    """Learning rate at a global batch of base_batch; scaled linearly with the global batch (Goyal et al. 2017, 2.1)."""
+    base_batch: Count = 256
+    """Samples for which base_lr is meant."""
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegative = 1e-4
+
+
+class ScheduleConfig(_Section):
+    """The learning rate over time."""
+
+    name: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: NonNegative = 0.0
+    """Epochs over which the learning rate climbs linearly to its peak (Goyal et al. 2017, 2.2)."""
+    milestones: list[NonNegative] = [30.0, 60.0, 80.0]
+    """Epochs at which `step` multiplies the learning rate by gamma."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Factor of `step`."""
+
+
+class AugmentConfig(_Section):
+    """From stored images to the network's square."""
+
+    crop: Literal["resized", "padded", "none"] = "resized"
+    """resized: random area and aspect; padded: random shift in a zero border; none: as in evaluation."""
+    padding: Annotated[int, Field(ge=0)] = 4
+    """Border of `padded`, pixels."""
+    min_area: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """Least part of the image's area that `resized` keeps."""
+    flip: bool = True
+    """Mirror left and right with probability 1/2."""
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Part of the resized short side that the centre crop of evaluation keeps (224 of 256)."""
+
+
+class TrackingConfig(_Section):
+    """MLflow."""
+
+    uri: str | None = None
+    """MLflow server; MLFLOW_TRACKING_URI when not given; no tracking where neither is."""
+    experiment: str = "convoy"
+    register_as: str | None = None
+    """Name in the MLflow model registry under which the trained model gets a new version."""
+
+
+class TrainConfig(_Section):
+    """Length and manner of the run."""
+
+    epochs: Count | None = None
+    """Passes over the training split."""
+    max_steps: Count | None = None
+    """Optimizer steps after which to stop; the schedule spans `epochs` where that is given too."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the initial weights."""
+    log_every_steps: Count = 20
+    """Optimizer steps between two reads of the losses from the device (all of them are logged)."""
+    channels_last: bool = True
+    """Memory layout of activations."""
+    output_dir: str = "runs/{name}"
+    """Folder for the weights, the result and whatever MLflow could not be told."""
+
+
+class RunConfig(_Section):
+    """A whole recipe."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
+    """Of the run: letters, digits, dots, dashes."""
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    augment: AugmentConfig = AugmentConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> "RunConfig":
+        if self.train.epochs is None and self.train.max_steps is None:
+            raise ValueError("train.epochs or train.max_steps must be given")
+        return self
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.train.output_dir.replace("{name}", self.name))
+
+    def flat(self) -> dict[str, Any]:
+        """Every key as ``section.key``."""
+        return dict(_flatten(self.model_dump()))
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read ``recipe`` (a file, or the name of a shipped one), apply ``key=value`` overrides, check all of it.
+
+    Raises UserError with a line for each fault.
+    """
+    path = find_recipe(recipe)
+    values = _read_yaml(path)
+    faults = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            faults.append(f"{override!r} is not of the form key=value")
+            continue
+        try:
+            _assign(values, key.split("."), yaml.load(text, _Loader))
+        except (yaml.YAMLError, TypeError) as error:
+            faults.append(f"{key}: {text!r} cannot be used: {str(error).splitlines()[0]}")
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(*faults, *(f"{path.name}: {line}" for line in _explain(error))) from None
+    if faults:
+        raise UserError(*faults)
+    return config
+
+
+def find_recipe(recipe: str) -> Path:
+    """The recipe's file; raises UserError with the nearest shipped names."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = {p.stem: p for p in sorted(RECIPES.glob("*.yaml"))}
+    if recipe in shipped:
+        return shipped[recipe]
+    nearest = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.4) or list(shipped)
+    raise UserError(f"recipe {recipe!r} is neither a file nor a shipped recipe; nearest: {', '.join(nearest)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose floats need no dot: 1e-4 is a number, as in YAML 1.2. A key that stands twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, but holds {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise TypeError(f"{key} holds a value, not keys")
+    values[keys[-1]] = value
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every key of a recipe as ``section.key``."""
+    keys = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            yield f"{key}: unknown key; {_nearest(key)}"
+        elif fault["type"] == "missing":
+            yield f"{key}: must be given"
+        elif not key:
+            yield fault["msg"].removeprefix("Value error, ")
+        else:
+            message = fault["msg"][0].lower() + fault["msg"][1:]
+            yield f"{key}: {fault['input']!r} is wrong: {message}"
+
+
+def _nearest(key: str) -> str:
+    known = known_keys() + list(RunConfig.model_fields)
+    by_leaf = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = by_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"did you mean {nearest[0]}?"

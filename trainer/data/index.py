@@ -1,0 +1,127 @@
+"""What a split holds: its shards, where each sample begins in them, and the class names. One ``index.json`` a split."""
+
+import builtins
+import hashlib
+import json
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainer.data.storage import Store, open_store
+from trainer.errors import UserError
+
+INDEX_NAME = "index.json"
+
+
+class Shard(BaseModel):
+    """One tar. Sample ``i`` stands in the bytes ``offsets[i]`` to ``offsets[i + 1]``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    samples: int
+    sha256: str
+    bytes: int
+    offsets: list[int]
+    """``samples + 1`` byte offsets, ascending; the last is where the tar's end mark begins."""
+    keys: list[str]
+    """WebDataset's ``__key__`` of each sample, in the tar's order."""
+
+
+class Index(BaseModel):
+    """All shards of a split. ``digest`` names the content: equal digests, equal bytes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal["convoy-index/1"] = "convoy-index/1"
+    split: str
+    samples: int
+    bytes: int
+    classes: list[str]
+    """Readable name of each label."""
+    class_ids: list[str]
+    """What the source calls each label: a folder's name, a WordNet id, a number."""
+    plan: str
+    """SHA-256 of what was to be packed and how; a second ``convoy pack`` compares it."""
+    digest: str
+    shards: list[Shard]
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Samples of each shard, int64 [shards]."""
+        return np.array([shard.samples for shard in self.shards], dtype=np.int64)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The first sample number of each shard, and the count behind the last: int64 [shards + 1]."""
+        return np.concatenate([[0], np.cumsum(self.sizes)])
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard number, place in that shard) of a sample number."""
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return shard, sample - int(self.starts[shard])
+
+    def key(self, sample: int) -> str:
+        shard, place = self.locate(sample)
+        return self.shards[shard].keys[place]
+
+    def to_json(self) -> "builtins.bytes":
+        """One shard a line, so that a person can look at it."""
+        head = self.model_dump(exclude={"shards"})
+        lines = [json.dumps(shard.model_dump(), separators=(",", ":")) for shard in self.shards]
+        text = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
+        return (text + ',\n "shards": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n").encode()
+
+
+def digest_of(classes: list[str], class_ids: list[str], shards: list[Shard]) -> str:
+    """SHA-256 over the classes and each shard's name, counts and own SHA-256."""
+    facts = [classes, class_ids, [[s.name, s.samples, s.bytes, s.sha256] for s in shards]]
+    return "sha256:" + hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
+
+
+def parse_index(raw: bytes, where: str) -> Index:
+    """Check and build an index from its JSON; raises UserError that names ``where``."""
+    try:
+        index = Index.model_validate_json(raw)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(str(part) for part in fault["loc"])
+        raise UserError(f"{where} is not an index that Convoy wrote: {place}: {fault['msg']}") from None
+    for shard in index.shards:
+        if not len(shard.keys) == len(shard.offsets) - 1 == shard.samples:
+            raise UserError(
+                f"{where}: {shard.name} tells {shard.samples} samples, but {len(shard.keys)} keys and {len(shard.offsets)} offsets"
+            )
+    if index.samples != sum(s.samples for s in index.shards) or index.bytes != sum(s.bytes for s in index.shards):
+        raise UserError(f"{where}: its totals are not the sums over its shards")
+    if index.digest != digest_of(index.classes, index.class_ids, index.shards):
+        raise UserError(f"{where}: its content does not fit its digest {index.digest}; it was changed or cut")
+    return index
+
+
+def open_index(url: str) -> tuple[Index, Store]:
+    """The index of the split at ``url`` and the store that its shards are in; raises UserError where there is none."""
+    store = open_store(url)
+    raw = store.read_small(INDEX_NAME)
+    if raw is None:
+        splits = [f"{store.url}/{name}" for name in ("train", "val") if store.read_small(f"{name}/{INDEX_NAME}") is not None]
+        hint = f"; it is above splits: name {' or '.join(splits)}" if splits else ""
+        raise UserError(f"{url}: no {INDEX_NAME} is there, so no data set that `convoy pack` finished{hint}")
+    return parse_index(raw, f"{url.rstrip('/')}/{INDEX_NAME}"), store
+
+
+def check_shards(index: Index, store: Store) -> None:
+    """Compare presence and size of every shard with the index, by one listing; raises UserError with a line each (ten at most)."""
+    there = store.sizes()
+    faults = []
+    for shard in index.shards:
+        if shard.name not in there:
+            faults.append(f"{store.url}/{shard.name}: is in the index but missing")
+        elif there[shard.name] != shard.bytes:
+            faults.append(f"{store.url}/{shard.name}: has {there[shard.name]:,} bytes, the index says {shard.bytes:,}")
+    if len(faults) > 10:
+        faults = [*faults[:10], f"... and {len(faults) - 10} shards more"]
+    if faults:
+        raise UserError(*faults)

@@ -1,0 +1,45 @@
+"""The only batch arithmetic: global batch = micro-batch x accumulation steps x data-parallel ranks."""
+
+from dataclasses import dataclass
+
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Sizes in samples; ``accumulation_steps`` micro-batches of each rank make an optimizer step."""
+
+    global_size: int
+    micro_size: int
+    ranks: int
+    accumulation_steps: int
+
+
+def plan_batches(global_size: int, micro_size: int | None, ranks: int, samples: int) -> BatchPlan:
+    """Derive the accumulation steps; raises UserError with the nearest sizes that divide.
+
+    ``samples``: of the training split, of which every rank must get some.
+    """
+    if ranks > samples:
+        raise UserError(f"{ranks} ranks are more than the {samples} samples of data.train; use at most {samples}")
+    if global_size % ranks:
+        raise UserError(
+            f"batch.global_size: {global_size} does not divide by {ranks} ranks; nearest that do: {_nearest(global_size, ranks)}"
+        )
+    share = global_size // ranks
+    micro = share if micro_size is None else micro_size
+    if share % micro:
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        below, above = max(d for d in divisors if d < micro or d == 1), min(d for d in divisors if d > micro or d == share)
+        raise UserError(
+            f"batch.micro_size: {micro} does not divide the {share} samples of a rank ({global_size} / {ranks} ranks); "
+            f"nearest that do: {' or '.join(map(str, sorted({below, above})))}; or batch.global_size {_nearest(global_size, micro * ranks)}"
+        )
+    if global_size > samples:
+        raise UserError(f"batch.global_size: {global_size} is more than the {samples} samples of data.train")
+    return BatchPlan(global_size, micro, ranks, share // micro)
+
+
+def _nearest(value: int, multiple_of: int) -> str:
+    below = value // multiple_of * multiple_of
+    return " or ".join(str(size) for size in (below, below + multiple_of) if size)

@@ -1,0 +1,23 @@
+"""What is minimized, and what is measured."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, global_weight: float, micro_batches: int) -> Tensor:
+    """Cross-entropy whose mean over all ``micro_batches`` of a global batch is the mean over its samples.
+
+    logits [N, classes], labels int64 [N], weights [N] (0: padding); ``global_weight``: the sum of the weights over the
+    global batch. The engine averages gradients over micro-batches and ranks, whatever each of them held; this scale makes
+    that the average by samples, in an epoch's short last batch too.
+    """
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    return (losses * weights).sum() * (micro_batches / global_weight)
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """int64 [3]: samples whose label is the first, or among the first five, and samples in all. A tie goes to the lower class."""
+    ranked = torch.argsort(logits.float(), dim=1, descending=True, stable=True)[:, :5]
+    hits = ranked == labels[:, None]
+    return torch.stack([hits[:, 0].sum(), hits.any(1).sum(), hits.new_full((), len(labels), dtype=torch.int64)])

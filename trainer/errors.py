@@ -1,0 +1,34 @@
+"""The two kinds of failure that are not bugs, and the exit codes that a launcher or an operator acts on."""
+
+import sys
+import traceback
+
+EXIT_BUG = 1
+EXIT_USER = 2
+EXIT_RETRY = 144  # >= 128: the training-operator's ``ExitCode`` policy recreates the pod
+
+
+class UserError(ValueError):
+    """The user's mistake: shown as its message alone, exit code 2, never retried.
+
+    Several faults found at once stand one a line.
+    """
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+class ServiceLost(RuntimeError):
+    """A peer, the object store or the network was lost after bounded retries: exit code 144, a retry may succeed."""
+
+
+def report(error: BaseException, program: str, quiet: bool = False) -> int:
+    """Print ``error`` to stderr as its kind asks (``quiet`` ranks print bugs only); returns the exit code."""
+    if isinstance(error, UserError | ServiceLost):
+        if not quiet:
+            for line in str(error).splitlines():
+                print(f"{program}: {line}", file=sys.stderr, flush=True)
+        return EXIT_USER if isinstance(error, UserError) else EXIT_RETRY
+    traceback.print_exception(error)
+    return EXIT_BUG

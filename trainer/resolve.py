@@ -1,0 +1,62 @@
+"""From a recipe to what a run needs, with every mistake of the user found before the first rank starts. No torch here."""
+
+import os
+from dataclasses import dataclass
+
+from trainer.config import RunConfig, load_config
+from trainer.data.index import Index, check_shards, open_index
+from trainer.data.order import steps_per_epoch
+from trainer.data.storage import Store
+from trainer.engine.batch import BatchPlan, plan_batches
+from trainer.engine.schedule import learning_rate_schedule, scaled_learning_rate
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run whose every number is known. ``stop_step``: optimizer steps it makes; ``total_steps``: what the schedule spans."""
+
+    config: RunConfig
+    train: Index
+    train_store: Store
+    val: Index | None
+    val_store: Store | None
+    batch: BatchPlan
+    steps_per_epoch: int
+    total_steps: int
+    stop_step: int
+    num_classes: int
+
+
+def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: bool) -> Resolved:
+    """Read the recipe and the indexes, derive the rest. Raises UserError.
+
+    ``check_storage`` compares the presence and size of every shard too: one listing, so one rank of a job does it.
+    """
+    config = load_config(recipe, overrides)
+    train, train_store = open_index(config.data.train)
+    val, val_store = open_index(config.data.val) if config.data.val else (None, None)
+    num_classes = config.model.num_classes or len(train.classes)
+    for url, index in ((config.data.train, train), (config.data.val, val)):
+        if index is not None and len(index.classes) > num_classes:
+            raise UserError(f"model.num_classes: {num_classes} is less than the {len(index.classes)} classes of {url}")
+    if val is not None and val.class_ids != train.class_ids[: len(val.class_ids)]:
+        raise UserError(f"data.val: the classes of {config.data.val} are not those of {config.data.train}")
+    batch = plan_batches(config.batch.global_size, config.batch.micro_size, world_size, train.samples)
+    per_epoch = steps_per_epoch(train.samples, batch.global_size, config.data.tail)
+    epochs, max_steps = config.train.epochs, config.train.max_steps
+    total = epochs * per_epoch if epochs is not None else max_steps
+    assert total is not None, "the configuration refuses a run without a length"
+    stop = total if max_steps is None else min(total, max_steps)
+    learning_rate_schedule(config.schedule, scaled_learning_rate(config.optimizer, batch.global_size), per_epoch, total)
+    if config.tracking.register_as and not tracking_uri(config):
+        raise UserError("tracking.register_as: needs a server: tracking.uri or MLFLOW_TRACKING_URI")
+    if check_storage:
+        check_shards(train, train_store)
+        if val is not None and val_store is not None:
+            check_shards(val, val_store)
+    return Resolved(config, train, train_store, val, val_store, batch, per_epoch, total, stop, num_classes)
+
+
+def tracking_uri(config: RunConfig) -> str | None:
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
