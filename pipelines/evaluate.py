@@ -1,7 +1,5 @@
 """``convoy evaluate`` and ``convoy predict``: a registered model at work."""
 
-import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from trainer.data.index import open_index
 from trainer.data.reader import read_samples
 from trainer.data.shard import encoded_image, label_of
 from trainer.errors import ServiceLost, UserError
+from trainer.tracking import configure_mlflow
 
 Predict = Callable[[list[bytes]], np.ndarray]
 """Encoded images to probabilities [N, classes]."""
@@ -44,10 +43,7 @@ def load_predict(model_uri: str) -> tuple[Predict, list[str]]:
 
         predictor = Predictor(folder / "model.safetensors", folder / "model.json")
         return predictor.predict, predictor.facts.classes
-    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    configure_mlflow()
     import mlflow
     import pandas as pd
     from mlflow.exceptions import MlflowException

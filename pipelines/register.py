@@ -8,7 +8,7 @@ from trainer.data.index import open_index
 from trainer.data.reader import read_image
 from trainer.errors import UserError
 from trainer.registration import Registered, register
-from trainer.tracking import Delivery
+from trainer.tracking import Delivery, configure_mlflow
 
 
 def server() -> str:
@@ -36,10 +36,10 @@ def register_output(folder: str, name: str) -> Registered:
 
 def promote(name: str, version: str, alias: str) -> None:
     """Give a version an alias. Raises UserError where the model or the version is not there."""
+    configure_mlflow()
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     client = MlflowClient(tracking_uri=server())
     try:
         client.get_model_version(name, version)

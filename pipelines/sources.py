@@ -268,7 +268,7 @@ def _imagenet_splits(root: Path) -> list[Split]:
 
 
 def _members(path: Path, offset: int = 0, size: int | None = None) -> list[tuple[str, int, int]]:
-    """(name, offset of the data in the file, bytes) of a tar, or of a tar that is a member of one; offsets count from ``offset``."""
+    """(name, offset of its data, bytes) of each member of a tar, or of a tar inside one; offsets count from ``offset``."""
     with path.open("rb") as file:
         window: BinaryIO = file if size is None else _Window(file, offset, size)  # type: ignore[assignment]
         try:

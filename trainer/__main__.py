@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,8 +15,8 @@ from typing import Any
 from trainer.config import find_recipe
 from trainer.data.loader import eval_loader, train_loader
 from trainer.data.reader import read_image
-from trainer.engine.parallel import Ranks, ranks_from_environment
-from trainer.errors import ServiceLost, UserError, report
+from trainer.engine.parallel import Ranks, is_lost_peer, ranks_from_environment
+from trainer.errors import Diverged, ServiceLost, Terminated, UserError, report
 from trainer.resolve import Resolved, resolve, tracking_uri
 from trainer.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
 
@@ -22,16 +24,29 @@ from trainer.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
 def main(arguments: list[str]) -> int:
     """Run one rank; returns its exit code."""
     ranks = ranks_from_environment()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         if not arguments or arguments[0].startswith("-"):
             raise UserError("usage: python -m trainer RECIPE [key=value ...]")
         run = resolve(arguments[0], arguments[1:], ranks.world_size, check_storage=ranks.is_first)
+    except (Exception, Terminated) as error:
+        return report(error, "convoy", quiet=not ranks.is_first)  # every rank finds the same
+    try:
         train(run, arguments[0], ranks)
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
-        return report(error, "convoy", quiet=not ranks.is_first)
+    except (Exception, Terminated) as error:
+        if is_lost_peer(error):
+            error = ServiceLost(f"another rank is gone ({str(error).splitlines()[0][-120:]})")
+        program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
+        return report(error, program, quiet=isinstance(error, Diverged) and not ranks.is_first)
     return 0
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """SIGTERM ends the run as an error does, MLflow told; a second one does not disturb that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
 
 
 def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
@@ -77,6 +92,9 @@ def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
         if ranks.is_first:
             save_model(config.output_dir, engine.module, facts)
             status = "FINISHED"
+    except Terminated:
+        status = "KILLED"
+        raise
     finally:
         progress.close()
         if system is not None:
@@ -145,26 +163,19 @@ def _git_commit() -> str | None:
     """Of the code that runs: an image carries it in its environment, a checkout knows it."""
     if commit := os.environ.get("CONVOY_GIT_COMMIT"):
         return commit
-    asked = (
-        subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        if _has_git()
-        else None
-    )
-    return asked.stdout.strip() if asked and asked.returncode == 0 else None
-
-
-def _has_git() -> bool:
-    import shutil
-
-    return shutil.which("git") is not None
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None
 
 
 def _headline(run: Resolved, tracker: Tracker) -> str:
     batch = run.batch
     where = f", MLflow run {tracker.run_id}" if tracker.run_id else ""
     return (
-        f"{run.config.name}: {run.config.model.name} on {run.train.samples:,} images, {run.stop_step:,} steps of {batch.global_size} "
-        f"= {batch.ranks} ranks x {batch.accumulation_steps} accumulation steps x {batch.micro_size}{where}"
+        f"{run.config.name}: {run.config.model.name} on {run.train.samples:,} images, {run.stop_step:,} steps of "
+        f"{batch.global_size} = {batch.ranks} ranks x {batch.accumulation_steps} accumulation steps x {batch.micro_size}{where}"
     )
 
 

@@ -1,10 +1,11 @@
-"""The two kinds of failure that are not bugs, and the exit codes that a launcher or an operator acts on."""
+"""The kinds of failure that are not bugs, and the exit codes that a launcher or an operator acts on."""
 
 import sys
 import traceback
 
 EXIT_BUG = 1
 EXIT_USER = 2
+EXIT_PREEMPTED = 143
 EXIT_RETRY = 144  # >= 128: the training-operator's ``ExitCode`` policy recreates the pod
 
 
@@ -19,12 +20,22 @@ class UserError(ValueError):
         self.faults = faults
 
 
+class Diverged(UserError):
+    """A loss that is no number, which every rank finds at the same step."""
+
+
 class ServiceLost(RuntimeError):
     """A peer, the object store or the network was lost after bounded retries: exit code 144, a retry may succeed."""
 
 
+class Terminated(BaseException):
+    """SIGTERM came: end in order, exit code 143."""
+
+
 def report(error: BaseException, program: str, quiet: bool = False) -> int:
     """Print ``error`` to stderr as its kind asks (``quiet`` ranks print bugs only); returns the exit code."""
+    if isinstance(error, Terminated):
+        return EXIT_PREEMPTED
     if isinstance(error, UserError | ServiceLost):
         if not quiet:
             for line in str(error).splitlines():

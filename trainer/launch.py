@@ -6,10 +6,8 @@ import os
 import sys
 import uuid
 
-from trainer.errors import EXIT_BUG, EXIT_RETRY, EXIT_USER, report
+from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, report
 from trainer.resolve import resolve
-
-EXIT_PREEMPTED = 143
 
 
 def main() -> int:
@@ -32,7 +30,7 @@ def main() -> int:
 def start_ranks(procs: int, command: list[str]) -> int:
     """Run ``python *command`` once a rank, under torch's elastic agent; one that ends badly ends the others.
 
-    Returns 0, or of the failed ranks' exit codes the most telling: the user's mistake, a bug, a preemption, else "retry".
+    Returns 0, or of the failed ranks' exit codes the most telling: the user's mistake, a bug, a preemption of all, else "retry".
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // procs)))
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -55,10 +53,10 @@ def start_ranks(procs: int, command: list[str]) -> int:
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        for code in (EXIT_USER, EXIT_BUG, EXIT_PREEMPTED):
+        for code in (EXIT_USER, EXIT_BUG):
             if code in codes:
                 return code
-        return EXIT_RETRY
+        return EXIT_PREEMPTED if codes == {EXIT_PREEMPTED} else EXIT_RETRY  # one that was killed is a lost peer
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0

@@ -1,12 +1,14 @@
 """A trained model into MLflow's registry, and who is champion there."""
 
 import importlib.metadata
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import ServiceLost
 from trainer.export import FACTS_NAME, WEIGHTS_NAME
+from trainer.tracking import configure_mlflow
 
 _NEEDED = ("torch", "numpy", "pillow", "safetensors", "pydantic", "pyyaml", "pandas")
 
@@ -28,6 +30,7 @@ def register(
 
     ``example``: one encoded image. ``val_digest``: the data that ``top1`` was measured on. Raises ServiceLost.
     """
+    configure_mlflow()
     import mlflow
     import numpy as np
     import pandas as pd
@@ -76,8 +79,6 @@ def _new_logged_model(uri: str, run_id: str) -> str:
 
 
 def _num_classes(export: Path) -> int:
-    import json
-
     return int(json.loads((export / FACTS_NAME).read_text(encoding="utf-8"))["num_classes"])
 
 

@@ -17,6 +17,19 @@ _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
 _START_WAIT, _CLOSE_WAIT = 20.0, 30.0  # seconds that a run's start and end wait for the server
 
 
+def configure_mlflow(retries: int = 2) -> None:
+    """Short tries, no pickle, no chatter on the terminal. Before MLflow is imported; what the environment says stays."""
+    for name, value in (
+        ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(retries)),
+        ("MLFLOW_HTTP_REQUEST_TIMEOUT", "15"),
+        ("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+        ("MLFLOW_LOGGING_LEVEL", "ERROR"),
+    ):
+        os.environ.setdefault(name, value)
+
+
 class Tracker(Protocol):
     """Where metrics go."""
 
@@ -49,10 +62,7 @@ class Delivery:
     """Sends a spool's events to MLflow in their order. What was sent is noted beside the spool, so that it can go on later."""
 
     def __init__(self, spool: Path, uri: str) -> None:
-        # short tries: this code does the waiting
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        configure_mlflow(retries=1)  # this code does the waiting
         from mlflow.tracking import MlflowClient
 
         self.spool = spool

@@ -21,7 +21,7 @@ def eval_transform(image: Image.Image, size: int, crop: float) -> Image.Image:
 
 
 def random_resized_crop(image: Image.Image, size: int, min_area: float, uniforms: np.ndarray) -> Image.Image:
-    """Inception's crop (Szegedy et al. 2014, section 6): area in [min_area, 1], aspect in [3/4, 4/3], ten tries, else the centre."""
+    """Inception's crop (Szegedy et al. 2014, section 6): area in [min_area, 1], aspect in [3/4, 4/3], ten tries, else centre."""
     width, height = image.size
     for u_area, u_ratio in uniforms[3:23].reshape(10, 2):
         area = width * height * (min_area + (1 - min_area) * u_area)

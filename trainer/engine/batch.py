@@ -31,9 +31,10 @@ def plan_batches(global_size: int, micro_size: int | None, ranks: int, samples: 
     if share % micro:
         divisors = [d for d in range(1, share + 1) if share % d == 0]
         below, above = max(d for d in divisors if d < micro or d == 1), min(d for d in divisors if d > micro or d == share)
+        sizes = " or ".join(map(str, sorted({below, above})))
         raise UserError(
             f"batch.micro_size: {micro} does not divide the {share} samples of a rank ({global_size} / {ranks} ranks); "
-            f"nearest that do: {' or '.join(map(str, sorted({below, above})))}; or batch.global_size {_nearest(global_size, micro * ranks)}"
+            f"nearest that do: {sizes}; or batch.global_size {_nearest(global_size, micro * ranks)}"
         )
     if global_size > samples:
         raise UserError(f"batch.global_size: {global_size} is more than the {samples} samples of data.train")

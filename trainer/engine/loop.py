@@ -14,7 +14,7 @@ from trainer.data.loader import Batch
 from trainer.engine.batch import BatchPlan
 from trainer.engine.objective import count_correct, weighted_loss
 from trainer.engine.parallel import average_batch_norm, summed
-from trainer.errors import UserError
+from trainer.errors import Diverged
 from trainer.models.layers import normalize
 from trainer.tracking import Tracker
 
@@ -136,8 +136,9 @@ def _log(job: Job, tracker: Tracker, progress: TrainingProgress, meter: _Meter, 
         tracker.log_metrics({"loss": loss, "learning_rate": job.learning_rate(number - 1), **rates}, number)
     for number, loss in enumerate(losses, start=first):
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of step {number} is {loss}: training diverged; lower optimizer.base_lr or lengthen schedule.warmup_epochs"
+            raise Diverged(
+                f"the loss of step {number} is {loss}: training diverged; "
+                "lower optimizer.base_lr or lengthen schedule.warmup_epochs"
             )
     progress.update(
         step,

@@ -55,6 +55,11 @@ def join(ranks: Ranks) -> torch.device:
     return device
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

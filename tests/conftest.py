@@ -1,0 +1,117 @@
+"""What several tests share: the real command, real services, and small sets of real images."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+from pipelines import local
+
+Run = Callable[..., subprocess.CompletedProcess]
+
+_FROM_OUTSIDE = ("AWS_", "MLFLOW_", "CONVOY_")
+
+
+def run_convoy(*arguments: object, env: dict[str, str] | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
+    """The ``convoy`` command as a user runs it; ``env``: variables beside those of a plain shell."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(_FROM_OUTSIDE)}
+    environment = plain | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"} | (env or {})
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def convoy() -> Run:
+    return run_convoy
+
+
+@pytest.fixture
+def convoy_ok() -> Run:
+    """The same, of which success is expected; gives stdout."""
+
+    def run(*arguments: object, **options: object) -> str:
+        done = run_convoy(*arguments, **options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def convoy_refuses() -> Run:
+    """The same, of which exit code 2 and lines without a traceback are expected; gives stderr."""
+
+    def run(*arguments: object, **options: object) -> str:
+        done = run_convoy(*arguments, **options)
+        assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert done.stderr.strip(), "nothing was said"
+        return done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Services]:
+    """A real S3 server and a real MLflow server."""
+    folder = tmp_path_factory.mktemp("services")
+    try:
+        yield local.up(folder)
+    finally:
+        local.down(folder)
+
+
+@pytest.fixture(scope="session")
+def service_env(services: local.Services) -> dict[str, str]:
+    return services.environment()
+
+
+@pytest.fixture(scope="session")
+def bucket(services: local.Services) -> str:
+    return f"s3://{local.BUCKET}"
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 handwritten digits for training and 151 for validation, as PNG class folders."""
+    root = tmp_path_factory.mktemp("digits")
+    digits = load_digits()
+    for number in range(751):
+        split = "train" if number < 600 else "val"
+        path = root / split / str(digits.target[number]) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[number] * (255 / 16)).astype(np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, packed to 5 and 5 shards on disk."""
+    packed = tmp_path_factory.mktemp("packed")
+    done = run_convoy("pack", digits_folder, packed, "--shards", 5)
+    assert done.returncode == 0, done.stderr
+    return packed
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Image.Image]:
+    """The two photographs that scikit-learn carries, 640 x 427."""
+    return [Image.fromarray(array) for array in load_sample_images().images]
+
+
+@pytest.fixture(scope="session")
+def jpeg_folder(photographs: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 crops of the photographs as JPEGs in two class folders."""
+    root = tmp_path_factory.mktemp("jpegs")
+    for number in range(40):
+        image = photographs[number % 2]
+        path = root / ("china", "flower")[number % 2] / f"{number:03d}.JPEG"
+        path.parent.mkdir(exist_ok=True)
+        image.crop((number * 4, number, number * 4 + 160 + number, number + 120)).save(path, quality=92)
+    return root

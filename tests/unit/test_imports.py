@@ -1,0 +1,65 @@
+"""Imports go one way: the layout's order, and never from the program in the pods to what stands around them."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Each module may import those above it.
+LAYERS = [
+    ["trainer.errors", "trainer.console"],
+    ["trainer.config"],
+    ["trainer.data"],
+    ["trainer.models"],
+    ["trainer.engine.batch", "trainer.engine.schedule", "trainer.engine.optimizer", "trainer.engine.objective"],
+    ["trainer.engine.deepspeed_config"],
+    ["trainer.engine.parallel"],
+    ["trainer.tracking"],
+    ["trainer.engine.loop"],
+    ["trainer.resolve", "trainer.export", "trainer.serving"],
+    ["trainer.registration", "trainer.launch"],
+    ["trainer.__main__"],
+    ["pipelines"],
+]
+
+
+def _level(module: str) -> int:
+    matches = [(len(name), i) for i, layer in enumerate(LAYERS) for name in layer if module == name or module.startswith(f"{name}.")]
+    assert matches, f"{module} stands in no layer: add it to LAYERS"
+    return max(matches)[1]
+
+
+def _modules() -> list[tuple[str, Path]]:
+    files = [p for package in ("trainer", "pipelines") for p in sorted((ROOT / package).rglob("*.py"))]
+    return [(".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), p) for p in files]
+
+
+def _imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("trainer", "pipelines")}
+
+
+@pytest.mark.parametrize(("module", "path"), _modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_go_one_way(module: str, path: Path) -> None:
+    if module == "trainer":
+        assert not _imported(path)
+        return
+    known = {name for name, _ in _modules()}
+    for imported in _imported(path) & known - {"trainer", "trainer.engine"}:
+        assert _level(imported) <= _level(module), f"{module} imports {imported}, which comes after it"
+
+
+@pytest.mark.parametrize("heavy", ["torch", "mlflow", "deepspeed", "pandas"])
+def test_the_command_line_starts_without_heavy_packages(heavy: str) -> None:
+    code = f"import sys, pipelines.cli, trainer.resolve; sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
