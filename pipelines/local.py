@@ -22,7 +22,7 @@ from trainer.errors import UserError
 
 BUCKET = "convoy"
 _STATE = "services.json"
-_START_SECONDS, _STOP_SECONDS = 90.0, 20.0
+_START_SECONDS, _STOP_SECONDS = 120.0, 40.0  # the S3 server drains its own streams for 15 s before it ends
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,9 @@ def up(folder: Path) -> Services:
     services = Services(folder, s3_url, mlflow_url, access_key, secret_key, processes)
     try:
         processes["s3"] = _start_s3(folder, s3_port, weed_ports)
+        processes["mlflow"] = _start_mlflow(services, mlflow_port)  # it needs the store only for artifacts
         services.save()
         _wait(services, "s3", lambda: _make_bucket(services))
-        processes["mlflow"] = _start_mlflow(services, mlflow_port)
-        services.save()
         _wait(services, "mlflow", lambda: urllib.request.urlopen(f"{mlflow_url}/health", timeout=2).status == 200)
     except BaseException:
         services.save()
@@ -189,6 +188,7 @@ def _start_s3(folder: Path, port: int, others: list[int]) -> Process:
         "-master.volumeSizeLimitMB=1024",
         "-master.telemetry=false",
         "-volume.max=100",
+        "-volume.preStopSeconds=0",
         "-s3",
         f"-s3.port={port}",
         f"-s3.config={folder / 's3.json'}",
@@ -201,6 +201,7 @@ def _start_mlflow(services: Services, port: int) -> Process:
     folder = services.folder
     environment = os.environ | services.environment() | {"MLFLOW_S3_ENDPOINT_URL": services.s3_url}
     environment |= {"AWS_DEFAULT_REGION": "us-east-1", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # what its evaluation jobs need is slow to start
     environment.pop("MLFLOW_TRACKING_URI")
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),

@@ -28,7 +28,9 @@ LAYERS = [
 
 
 def _level(module: str) -> int:
-    matches = [(len(name), i) for i, layer in enumerate(LAYERS) for name in layer if module == name or module.startswith(f"{name}.")]
+    matches = [
+        (len(name), i) for i, layer in enumerate(LAYERS) for name in layer if module == name or module.startswith(f"{name}.")
+    ]
     assert matches, f"{module} stands in no layer: add it to LAYERS"
     return max(matches)[1]
 
