@@ -20,7 +20,7 @@ from pipelines.progress import WorkProgress
 from pipelines.sources import Item, Split, find_splits, read_item, recognized
 from trainer.data.index import INDEX_NAME, Index, Shard, digest_of, parse_index
 from trainer.data.shard import BLOCK, end_mark, write_sample
-from trainer.data.storage import Store, open_store
+from trainer.data.storage import Store, is_remote, open_store
 from trainer.errors import UserError
 
 _WORK = ".pack"  # records of an unfinished pack, below the split
@@ -54,6 +54,8 @@ class _Plan:
 def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str, Index]]:
     """Pack every split of ``source`` below ``destination``; returns (URL, index) of each. Raises UserError."""
     splits = find_splits(source, options.class_names)
+    if is_remote(destination):  # one that cannot be reached is told before millions of images are looked at
+        open_store(destination).read_small(INDEX_NAME)
     pool = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"))
     try:
         plans = [_plan(_checked(split, pool, options), options) for split in splits]

@@ -1,16 +1,29 @@
 #!/usr/bin/env bash
 # Makes .venv from the lock files; does nothing when it already matches them. Needs Python >= 3.11 and nothing else.
-#   tools/setup.sh [--no-dev]
+#   tools/setup.sh [--no-dev] [--no-project]    --no-project: the dependencies alone, for an image's layer
+#   tools/setup.sh --print-uv                   the path of the pinned uv, installed where it is not there
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 UV_VERSION=0.13.9
 CACHE="${CONVOY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/convoy}"
-LOCKS=(requirements.lock)
-[ "${1:-}" = "--no-dev" ] || LOCKS+=(requirements-dev.lock)
+LOCKS=(requirements.lock requirements-dev.lock)
+PROJECT=1 PRINT_UV=0
+for argument; do
+    case "$argument" in
+        --no-dev) LOCKS=(requirements.lock) ;;
+        --no-project) PROJECT=0 ;;
+        --print-uv) PRINT_UV=1 ;;
+        *) echo "setup: unknown argument $argument" >&2; exit 2 ;;
+    esac
+done
 VENV="${CONVOY_VENV:-.venv}"
-STAMP="$VENV/.convoy-$(cat "${LOCKS[@]}" pyproject.toml tools/setup.sh | sha256sum | cut -c1-16)"
-[ -e "$STAMP" ] && exit 0
+case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
+STAMP=""
+if [ "$PRINT_UV" = 0 ]; then
+    STAMP="$VENV/.convoy-$(cat "${LOCKS[@]}" pyproject.toml tools/setup.sh | sha256sum | cut -c1-16)"
+    [ -e "$STAMP" ] && exit 0
+fi
 
 say() { echo "setup: $*" >&2; }
 
@@ -28,7 +41,7 @@ find_python() {
 if ! PYTHON=$(find_python); then
     [ "$(id -u)" = 0 ] || { say "Python >= 3.11 is needed and was not found on PATH"; exit 2; }
     say "installing Python with apt-get"
-    apt-get update -qq && apt-get install -y -qq python3 >&2
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends python3 >&2
     PYTHON=$(find_python) || { say "this Debian's python3 is older than 3.11"; exit 2; }
 fi
 
@@ -39,12 +52,17 @@ if [ -z "$UV" ] || [ "$("$UV" --version | cut -d' ' -f2)" != "$UV_VERSION" ]; th
         say "installing uv $UV_VERSION into $CACHE"
         if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
             [ "$(id -u)" = 0 ] || { say "pip is needed once, to install uv: install python3-pip, or put uv on PATH"; exit 2; }
-            apt-get update -qq && apt-get install -y -qq python3-pip >&2
+            apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-pip >&2
         fi
         rm -rf "$CACHE/uv-$UV_VERSION.part"
         "$PYTHON" -m pip install --quiet --root-user-action ignore --target "$CACHE/uv-$UV_VERSION.part" "uv==$UV_VERSION" >&2
         mv -T "$CACHE/uv-$UV_VERSION.part" "$CACHE/uv-$UV_VERSION"
     fi
+fi
+
+if [ "$PRINT_UV" = 1 ]; then
+    echo "$UV"
+    exit
 fi
 
 say "installing the locked environment into $VENV"
@@ -55,12 +73,11 @@ NO_DEEPSPEED=$(mktemp); trap 'rm -f "$NO_DEEPSPEED"' EXIT
 import re
 print(re.sub(r"(?m)^deepspeed==(.*\\\n)*.*\n", "", open("requirements.lock").read()), end="")
 PY
-export UV_LINK_MODE="${UV_LINK_MODE:-hardlink}" UV_NO_PROGRESS=1 VIRTUAL_ENV="$PWD/$VENV" DS_BUILD_OPS=0
-case "$VENV" in /*) VIRTUAL_ENV="$VENV" ;; esac
+export UV_LINK_MODE="${UV_LINK_MODE:-hardlink}" UV_NO_PROGRESS=1 VIRTUAL_ENV="$VENV" DS_BUILD_OPS=0
 rm -f "$VENV"/.convoy-*
 [ -x "$VENV/bin/python" ] || "$UV" venv --quiet --python "$PYTHON" "$VENV"
 "$UV" pip install --quiet --require-hashes -r "$NO_DEEPSPEED" "${REQUIRES[@]:2}"
 "$UV" pip install --quiet --require-hashes --no-deps --no-build-isolation-package deepspeed "${REQUIRES[@]}"
-"$UV" pip install --quiet --no-deps --no-build-isolation -e .
+[ "$PROJECT" = 0 ] || "$UV" pip install --quiet --no-deps --no-build-isolation -e .
 touch "$STAMP"
 say "done"

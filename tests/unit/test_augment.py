@@ -44,12 +44,10 @@ def test_random_resized_crop_follows_torchvisions_distribution(photographs: list
     torch.manual_seed(0)
     for _ in range(3000):
         crop = np.asarray(random_resized_crop(chart, 64, 0.08, random.random(UNIFORMS)), float)
-        ours.append(
-            [crop[:, -1, 0].mean() - crop[:, 0, 0].mean(), crop[-1, :, 1].mean() - crop[0, :, 1].mean(), crop[..., 0].mean()]
-        )
-        _, _, h, w = (params := theirs_transform.make_params([chart])).values()
+        spans = crop[:, -1, 0].mean() - crop[:, 0, 0].mean(), crop[-1, :, 1].mean() - crop[0, :, 1].mean()
+        ours.append([*spans, crop[..., 0].mean()])
+        params = theirs_transform.make_params([chart])
         theirs.append([params["width"] * 63 / 64, params["height"] * 63 / 64, params["left"] + params["width"] / 2])
-        del h, w
     for column in range(3):
         a, b = np.array(ours)[:, column], np.array(theirs)[:, column]
         for q in (0.1, 0.25, 0.5, 0.75, 0.9):
@@ -66,9 +64,8 @@ def test_random_resized_crop_resizes_as_torchvision(photographs: list[Image.Imag
         w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
         if w <= 640 and h <= 427:
             break
-    want = TF.resized_crop(
-        image, int(uniforms[2] * (427 - h + 1)), int(uniforms[1] * (640 - w + 1)), h, w, [96, 96], antialias=True
-    )
+    top, left = int(uniforms[2] * (427 - h + 1)), int(uniforms[1] * (640 - w + 1))
+    want = TF.resized_crop(image, top, left, h, w, [96, 96], antialias=True)
     assert np.abs(to_array(got).astype(int) - np.asarray(want).astype(int)).max() <= 1
 
 

@@ -32,9 +32,8 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(tmp_path: Path) -> 
 
 
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
-    faults = _faults(
-        tmp_path, GOOD, "batch.global_size=many", "schedule.name=linear", "data.wrokers=1", "nonsense", "train.epochs=0"
-    )
+    wrong = ["batch.global_size=many", "schedule.name=linear", "data.wrokers=1", "nonsense", "train.epochs=0"]
+    faults = _faults(tmp_path, GOOD, *wrong)
     assert len(faults) == 5
     text = "\n".join(faults)
     for part in (
@@ -48,9 +47,8 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_what_must_be_given(tmp_path: Path) -> None:
-    assert set(_faults(tmp_path, "name: x\n")) == {
-        f"recipe.yaml: {section}: must be given" for section in ("model", "data", "train")
-    }
+    needed = ("model", "data", "train")
+    assert set(_faults(tmp_path, "name: x\n")) == {f"recipe.yaml: {section}: must be given" for section in needed}
     assert _faults(tmp_path, GOOD.replace("epochs: 1", "seed: 1")) == (
         "recipe.yaml: train.epochs or train.max_steps must be given",
     )

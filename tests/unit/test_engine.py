@@ -85,7 +85,7 @@ def test_the_mean_over_micro_batches_is_the_mean_over_samples(micro_batches: int
     ]
     mean = torch.stack(parts).mean()
     (got,) = torch.autograd.grad(mean, logits)
-    assert float(mean) == pytest.approx(float(expected), rel=1e-5)
+    assert mean.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(got, want, atol=1e-7)
 
 

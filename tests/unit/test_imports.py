@@ -28,9 +28,8 @@ LAYERS = [
 
 
 def _level(module: str) -> int:
-    matches = [
-        (len(name), i) for i, layer in enumerate(LAYERS) for name in layer if module == name or module.startswith(f"{name}.")
-    ]
+    names = [(name, i) for i, layer in enumerate(LAYERS) for name in layer]
+    matches = [(len(name), i) for name, i in names if module == name or module.startswith(f"{name}.")]
     assert matches, f"{module} stands in no layer: add it to LAYERS"
     return max(matches)[1]
 

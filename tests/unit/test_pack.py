@@ -132,12 +132,8 @@ def imagenet(tmp_path: Path, jpeg_folder: Path) -> Path:
     val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": files[30 + i].read_bytes() for i in range(6)}
     _tar(root / "ILSVRC2012_img_val.tar", dict(reversed(val.items())))
     # devkit numbers: 1 = fox, 2 = tench, 3 = goldfish, and an inner node as 4
-    rows = [
-        (1, "n02119789", "kit fox", 0),
-        (2, "n01440764", "tench", 0),
-        (3, "n01443537", "goldfish", 0),
-        (4, "n00000001", "animal", 3),
-    ]
+    rows = [(1, "n02119789", "kit fox", 0), (2, "n01440764", "tench", 0), (3, "n01443537", "goldfish", 0)]
+    rows.append((4, "n00000001", "animal", 3))
     kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
     meta = io.BytesIO()
     scipy.io.savemat(meta, {"synsets": np.array([tuple(row) for row in rows], dtype=kind)})
@@ -160,12 +156,10 @@ def test_imagenets_own_tars(convoy_ok: Run, imagenet: Path, tmp_path: Path) -> N
     assert [labels[f"ILSVRC2012_val_{i:08d}"] for i in range(1, 7)] == [0, 1, 2, 2, 0, 1]
     with tarfile.open(imagenet / "ILSVRC2012_img_train.tar") as outer:
         for label, identity in enumerate(index.class_ids):
-            inner = tarfile.open(fileobj=outer.extractfile(f"{identity}.tar"))  # type: ignore[arg-type]
-            want = {m.name.removesuffix(".JPEG"): inner.extractfile(m).read() for m in inner}  # type: ignore[union-attr]
-            got = {
-                s["__key__"].split("/")[-1]: s["jpg"] for s in _with_webdataset(tmp_path / "out/train") if int(s["cls"]) == label
-            }
-            assert got == want
+            with tarfile.open(fileobj=outer.extractfile(f"{identity}.tar")) as inner:
+                want = {m.name.removesuffix(".JPEG"): inner.extractfile(m).read() for m in inner}
+            samples = [s for s in _with_webdataset(tmp_path / "out/train") if int(s["cls"]) == label]
+            assert {s["__key__"].split("/")[-1]: s["jpg"] for s in samples} == want
 
 
 def test_a_ground_truth_in_unknown_order_is_refused(convoy_refuses: Run, imagenet: Path, tmp_path: Path) -> None:

@@ -128,9 +128,14 @@ def endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
+def is_remote(url: str) -> bool:
+    """Whether a URL names an object store, not a folder."""
+    return "://" in url and not url.startswith("file://")
+
+
 def open_store(url: str, create: bool = False) -> Store:
     """The store at ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path. ``create`` makes a missing folder."""
-    if "://" not in url or url.startswith("file://"):
+    if not is_remote(url):
         path = Path(url.removeprefix("file://")).absolute()
         if path.exists() and not path.is_dir():
             raise UserError(f"{url}: is a file, but a folder is needed")

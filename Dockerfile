@@ -1,0 +1,42 @@
+# One image for the trainer, the pipelines and the MLflow server. Build it with `make image`.
+# syntax is plain: docker and buildah both take it.
+ARG BASE=debian:12.12-slim
+
+FROM ${BASE} AS base
+RUN command -v python3 >/dev/null \
+    || (apt-get update -qq && apt-get install -y -qq --no-install-recommends python3 ca-certificates && rm -rf /var/lib/apt/lists/*)
+
+# The dependencies: a layer of their own that changes only with the lock file.
+FROM base AS dependencies
+WORKDIR /build
+ENV CONVOY_CACHE=/build/.cache CONVOY_VENV=/opt/convoy/venv UV_LINK_MODE=copy UV_NO_CACHE=1
+COPY tools/setup.sh tools/setup.sh
+COPY pyproject.toml requirements.lock ./
+RUN tools/setup.sh --no-dev --no-project
+
+# The project itself, as a wheel unpacked beside them.
+FROM dependencies AS project
+COPY README.md LICENSE ./
+COPY trainer trainer
+COPY pipelines pipelines
+RUN "$(tools/setup.sh --print-uv)" pip install --quiet --python /opt/convoy/venv/bin/python --no-deps --no-build-isolation \
+        --target /opt/convoy/app . \
+    && /opt/convoy/venv/bin/python -m compileall -q /opt/convoy/app
+
+FROM base
+ARG GIT_COMMIT=unknown
+LABEL org.opencontainers.image.title="convoy" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="${GIT_COMMIT}"
+RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin convoy
+COPY --from=dependencies /opt/convoy/venv /opt/convoy/venv
+COPY --from=project /opt/convoy/app /opt/convoy/app
+# With a read-only root file system, /tmp is an emptyDir: all that is written by default goes there.
+ENV PATH=/opt/convoy/app/bin:/opt/convoy/venv/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONPATH=/opt/convoy/app \
+    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib TRITON_CACHE_DIR=/tmp/triton TORCH_EXTENSIONS_DIR=/tmp/torch_extensions \
+    CONVOY_GIT_COMMIT=${GIT_COMMIT}
+WORKDIR /tmp
+USER 10001:10001
+CMD ["convoy", "--help"]

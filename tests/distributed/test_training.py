@@ -1,0 +1,337 @@
+"""Training with real ranks, a real object store and a real MLflow server, against plain torch."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Run
+from mlflow.tracking import MlflowClient
+from PIL import Image
+from safetensors.torch import load_file
+
+from pipelines import local
+from trainer.config import load_config
+from trainer.data.index import open_index
+from trainer.data.order import epoch_order
+from trainer.models import build_model
+
+RECIPE = "digits-resnet8"
+MEAN, STD = 0.3, 0.38  # the recipe's
+
+
+@pytest.fixture
+def client(services: local.Services) -> MlflowClient:
+    return MlflowClient(tracking_uri=services.mlflow_url)
+
+
+@pytest.fixture(scope="session")
+def remote_digits(digits_folder: Path, bucket: str, service_env: dict[str, str]) -> str:
+    """The digits in the object store."""
+    from conftest import run_convoy
+
+    url = f"{bucket}/digits"
+    done = run_convoy("pack", digits_folder, url, "--shards", 5, env=service_env)
+    assert done.returncode == 0, done.stderr
+    return url
+
+
+def _history(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
+    return {m.step: m.value for m in client.get_metric_history(run_id, key)}
+
+
+def _split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Pixels, labels and keys straight from the source's files, in the order of their keys."""
+    files = sorted((folder / split).rglob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in files])
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - MEAN) / STD
+    return images.float(), torch.tensor([int(f.parent.name) for f in files]), [f"{f.parent.name}/{f.stem}" for f in files]
+
+
+def _plain_top(weights: Path, folder: Path) -> tuple[float, float]:
+    """top1 and top5 on the validation files with plain torch."""
+    model = build_model("resnet8", 10).eval()
+    model.load_state_dict(load_file(weights))
+    images, labels, _ = _split(folder, "val")
+    with torch.no_grad():
+        top = model(images).topk(5).indices
+    hits = torch.stack([top[:, 0] == labels, (top == labels[:, None]).any(1)])
+    top1, top5 = hits.double().mean(1).tolist()
+    return top1, top5
+
+
+def test_from_shards_to_a_registered_model(
+    convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, remote_digits: str, digits_folder: Path, tmp_path: Path
+) -> None:
+    settings = [
+        f"data.train={remote_digits}/train",
+        f"data.val={remote_digits}/val",
+        "train.epochs=3",
+        "tracking.register_as=digits",
+    ]
+    settings += ["batch.eval_size=32", f"train.output_dir={tmp_path}/out"]
+    shown = convoy_ok("train", RECIPE, "--procs", 2, *settings, env=service_env)
+    assert "registered digits version 1 as champion" in shown
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert (result["steps"], result["ranks"], result["val_samples"]) == (30, 2, 151)
+
+    # what MLflow knows
+    run = client.get_run(result["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    flat = load_config(RECIPE, settings).flat()
+    assert {key: run.data.params[key] for key in flat} == {key: str(value) for key, value in flat.items()}
+    losses, rates = (_history(client, run.info.run_id, key) for key in ("loss", "learning_rate"))
+    assert list(losses) == list(rates) == list(range(1, 31))
+    peak = 0.2 * 64 / 256
+    assert [rates[s] for s in range(1, 11)] == pytest.approx([peak * s / 10 for s in range(1, 11)])
+    assert [rates[s] for s in range(11, 31)] == pytest.approx([peak / 2 * (1 + np.cos(np.pi * s / 20)) for s in range(20)])
+    for key in ("top1", "top5"):
+        assert list(_history(client, run.info.run_id, key)) == [10, 20, 30]
+    logged = set(run.data.metrics)
+    assert {"images_per_second", "data_wait_fraction", "epoch", "system/cpu_utilization_percentage"} <= logged
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    assert run.data.tags["mlflow.source.git.commit"] == head.stdout.strip()
+    digests = {i.tags[0].value: i.dataset.digest for i in run.inputs.dataset_inputs}
+    assert open_digest(remote_digits, "train", service_env).startswith(digests["training"])
+    assert open_digest(remote_digits, "val", service_env).startswith(digests["eval"])
+    artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert {"recipe.yaml", "config.json", "environment.txt"} <= artifacts
+
+    # the figures are right, and the registry's model gives them again in a process that knows nothing of us
+    top1, top5 = _plain_top(tmp_path / "out/model.safetensors", digits_folder)
+    assert (result["top1"], result["top5"]) == pytest.approx((top1, top5), abs=1e-9)
+    version = client.get_model_version_by_alias("digits", "champion")
+    assert (version.version, version.run_id) == ("1", run.info.run_id)
+    downloaded = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
+    assert not [p for p in downloaded.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth", ".bin")]
+    assert _fresh_process_top1(digits_folder, service_env, tmp_path) == pytest.approx(top1, abs=1e-9)
+
+
+def open_digest(url: str, split: str, env: dict[str, str]) -> str:
+    """The digest that ``convoy verify`` computes, without its prefix."""
+    from conftest import run_convoy
+
+    return json.loads(run_convoy("verify", f"{url}/{split}", "--json", env=env).stdout)["splits"][0]["digest"].split(":")[1]
+
+
+def _fresh_process_top1(folder: Path, env: dict[str, str], cwd: Path) -> float:
+    code = """
+import sys, pathlib, mlflow, pandas as pd
+model = mlflow.pyfunc.load_model("models:/digits@champion")
+assert model.metadata.signature is not None and model.metadata.saved_input_example_info is not None
+files = sorted(pathlib.Path(sys.argv[1]).rglob("*.png"))
+probabilities = model.predict(pd.DataFrame({"image": [f.read_bytes() for f in files]}))
+assert probabilities.shape == (len(files), 10) and abs(probabilities.sum(1) - 1).max() < 1e-5
+print(sum(int(p.argmax() == int(f.parent.name)) for p, f in zip(probabilities, files)) / len(files))
+"""
+    only_mlflow = {"MLFLOW_TRACKING_URI": env["MLFLOW_TRACKING_URI"], "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "val")],
+        env=only_mlflow | {"PATH": "/usr/bin:/bin"}, cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 70), (2, 35), (2, 7)])
+def test_ranks_and_accumulation_follow_a_plain_loop(
+    convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, digits: Path, digits_folder: Path, tmp_path: Path, ranks: int,
+    micro: int,
+) -> None:  # fmt: skip
+    """Losses of every step and the final weights; 600 samples do not divide by 70, so an epoch's last batch is short."""
+    settings = [
+        f"data.train={digits}/train",
+        "data.val=null",
+        "batch.global_size=70",
+        f"batch.micro_size={micro}",
+        "train.epochs=2",
+    ]
+    settings += ["augment.crop=none", "data.shuffle_window=150", f"train.output_dir={tmp_path}/out", "schedule.warmup_epochs=1"]
+    convoy_ok("train", RECIPE, "--procs", ranks, *settings, env=service_env)
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    losses, model = _plain_loop(digits, digits_folder, 70 // micro, epochs=2, global_size=70, window=150)
+    got = _history(client, result["mlflow_run_id"], "loss")
+    assert list(got.values()) == pytest.approx(losses, rel=2e-4)
+    trained = load_file(tmp_path / "out/model.safetensors")
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and ("running" not in name or ranks == 1):
+            assert torch.allclose(trained[name], value, rtol=1e-3, atol=1e-4), name
+
+
+def _plain_loop(
+    digits: Path, folder: Path, micro_batches: int, epochs: int, global_size: int, window: int
+) -> tuple[list[float], torch.nn.Module]:
+    """One process, torch's own optimizer, mean loss over the global batch's real samples, micro-batches one after another."""
+    index, _ = open_index(str(digits / "train"))
+    images, labels, keys = _split(folder, "train")
+    row = {key: i for i, key in enumerate(keys)}
+    torch.manual_seed(0)
+    model = build_model("resnet8", 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    steps, losses = -(-600 // global_size), []
+    peak, total = 0.2 * global_size / 256, epochs * -(-600 // global_size)
+    for epoch in range(epochs):
+        order = epoch_order(index.sizes, 0, epoch, global_size, window)
+        for step in range(steps):
+            number = epoch * steps + step
+            after = number - steps
+            rate = peak * (number + 1) / steps if after < 0 else peak / 2 * (1 + np.cos(np.pi * after / (total - steps)))
+            optimizer.param_groups[0]["lr"] = float(rate)
+            optimizer.zero_grad()
+            samples = torch.tensor([row[index.key(int(s))] for s in order.samples[step]])
+            weights = torch.from_numpy(order.weights[step])
+            loss = torch.zeros(())
+            for part in range(micro_batches):
+                chosen = slice(part, None, micro_batches)
+                each = F.cross_entropy(model(images[samples[chosen]]), labels[samples[chosen]], reduction="none")
+                loss = loss + (each * weights[chosen]).sum() / weights.sum()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses, model
+
+
+def test_one_shard_for_two_ranks_and_a_fixed_number_of_steps(convoy_ok: Run, digits_folder: Path, tmp_path: Path) -> None:
+    convoy_ok("pack", digits_folder / "val", tmp_path / "data", "--shards", 1)
+    settings = [f"data.train={tmp_path}/data/train", f"data.val={tmp_path}/data/train", "batch.global_size=32"]
+    settings += ["train.epochs=null", "train.max_steps=7", f"train.output_dir={tmp_path}/out", "batch.eval_size=7"]
+    convoy_ok("train", RECIPE, "--procs", 2, *settings)
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert (result["steps"], result["val_samples"]) == (7, 151)
+    top1, top5 = _plain_top(tmp_path / "out/model.safetensors", digits_folder)
+    assert (result["top1"], result["top5"]) == pytest.approx((top1, top5), abs=1e-9)
+
+
+def test_without_a_tracking_server_training_goes_on_and_nothing_is_lost(
+    convoy: Run, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, digits: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    settings = [f"data.train={digits}/train", f"data.val={digits}/val", "train.epochs=2", f"train.output_dir={out}"]
+    done = convoy("train", RECIPE, *settings, env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cannot be reached") == 1, "told once"
+    assert "Traceback" not in done.stderr
+    assert (out / "tracking.jsonl").exists()
+    shown = convoy_ok("sync", out / "tracking.jsonl", env=service_env)
+    run_id = json.loads((out / "result.json").read_text())["mlflow_run_id"]
+    assert run_id in shown
+    assert list(_history(client, run_id, "loss")) == list(range(1, 21))
+    assert list(_history(client, run_id, "top1")) == [10, 20]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert not (out / "tracking.jsonl").exists()
+    # and the model is registered later
+    assert "registered late version 1 as champion" in convoy_ok("register", out, "late", env=service_env)
+
+
+def test_a_run_that_is_to_be_registered_says_that_it_was_not(convoy: Run, digits: Path, tmp_path: Path) -> None:
+    settings = [f"data.train={digits}/train", "data.val=null", "train.max_steps=2", f"train.output_dir={tmp_path}/out"]
+    done = convoy("train", RECIPE, *settings, "tracking.register_as=x", env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
+    assert done.returncode == 144
+    assert "so x has no new version" in done.stderr
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_a_version_becomes_champion_when_it_is_not_worse(
+    convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, digits: Path, tmp_path: Path
+) -> None:
+    from trainer.registration import register
+
+    out = tmp_path / "out"
+    settings = [f"data.train={digits}/train", f"data.val={digits}/val", "train.max_steps=2", f"train.output_dir={out}"]
+    convoy_ok("train", RECIPE, *settings, env=service_env)
+    run_id = json.loads((out / "result.json").read_text())["mlflow_run_id"]
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+
+    def added(top1: float, data: str) -> tuple[str, dict[str, str]]:
+        got = register(service_env["MLFLOW_TRACKING_URI"], run_id, "ladder", out, picture.getvalue(), top1, top1, data)
+        return got.alias, dict(client.get_registered_model("ladder").aliases)
+
+    assert added(0.5, "a") == ("champion", {"champion": "1"})
+    assert added(0.4, "a") == ("challenger", {"champion": "1", "challenger": "2"})
+    assert added(0.5, "a") == ("champion", {"champion": "3"})
+    assert added(0.9, "other data") == ("challenger", {"champion": "3", "challenger": "4"})
+    convoy_ok("promote", "ladder", "4", env=service_env)
+    assert client.get_model_version_by_alias("ladder", "champion").version == "4"
+
+
+# --- what goes wrong while it runs ------------------------------------------------------------------------------------
+
+
+def _start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pipelines.cli", "train", RECIPE, "--procs", "2", *arguments]
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _until_step(process: subprocess.Popen) -> list[psutil.Process]:
+    """Wait for the first step; returns the ranks, in their order."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()]
+    assert len(ranks) == 2
+    return sorted(ranks, key=lambda p: p.environ()["RANK"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_other_and_asks_for_a_retry(digits: Path, tmp_path: Path, rank: int) -> None:
+    settings = [f"data.train={digits}/train", "data.val=null", "train.epochs=10000", f"train.output_dir={tmp_path}/out"]
+    with _start([*settings, "train.log_every_steps=1"], {}) as process:
+        ranks = _until_step(process)
+        ranks[rank].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 144, told
+        assert time.monotonic() - killed < 30
+    assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_sigterm_ends_a_run_in_order(digits: Path, tmp_path: Path, client: MlflowClient, service_env: dict[str, str]) -> None:
+    settings = [f"data.train={digits}/train", "data.val=null", "train.epochs=10000", f"train.output_dir={tmp_path}/out"]
+    with _start([*settings, "train.log_every_steps=1", "tracking.experiment=sigterm"], service_env) as process:
+        _until_step(process)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 143, told
+    experiment = client.get_experiment_by_name("sigterm")
+    assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["KILLED"]
+
+
+def test_a_sample_that_cannot_be_decoded_is_named(convoy_refuses: Run, convoy_ok: Run, jpeg_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for path in sorted(jpeg_folder.rglob("*.JPEG")):
+        target = source / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes()
+        target.write_bytes(content[: len(content) // 2] if path.stem == "017" else content)
+    convoy_ok("pack", source, tmp_path / "data", "--shards", 2)
+    assert "flower/017" in convoy_refuses("verify", tmp_path / "data")
+    settings = [
+        f"data.train={tmp_path}/data/train",
+        "data.val=null",
+        "data.image_size=16",
+        "batch.global_size=8",
+        "batch.micro_size=4",
+    ]
+    told = convoy_refuses("train", RECIPE, "--procs", 2, *settings, f"train.output_dir={tmp_path}/out")
+    named = [line for line in told.splitlines() if "flower/017" in line]
+    assert len(named) == 1
+    assert "cannot be decoded" in named[0]
+    assert ".tar: sample" in named[0]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(convoy_refuses: Run, digits: Path, tmp_path: Path) -> None:
+    settings = [f"data.train={digits}/train", "data.val=null", "optimizer.base_lr=1e30", f"train.output_dir={tmp_path}/out"]
+    told = convoy_refuses("train", RECIPE, "--procs", 2, *settings)
+    assert told.count("training diverged") == 1
+    assert not (tmp_path / "out/model.safetensors").exists()
