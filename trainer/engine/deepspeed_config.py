@@ -11,6 +11,7 @@ def deepspeed_config(batch: BatchPlan) -> dict[str, Any]:
         "train_batch_size": batch.global_size,
         "train_micro_batch_size_per_gpu": batch.micro_size,
         "gradient_accumulation_steps": batch.accumulation_steps,
+        "gradient_clipping": 0.0,  # its default clips every gradient to norm 1, which is another algorithm
         "zero_optimization": {"stage": 0},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,

@@ -33,10 +33,11 @@ def ranks_from_environment() -> Ranks:
 
 def join(ranks: Ranks) -> torch.device:
     """Join the process group, NCCL with GPUs and gloo without; returns this rank's device. All ranks take part."""
+    alone = "RANK" not in os.environ  # no torchrun started this process
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ.update(defaults | os.environ)  # DeepSpeed insists on them
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     from deepspeed.utils import logger
@@ -47,11 +48,10 @@ def join(ranks: Ranks) -> torch.device:
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if ranks.world_size == 1 and "RANK" not in os.environ:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-        )
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if alone:  # no port is needed
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     return device
 
 
