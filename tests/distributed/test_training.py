@@ -143,9 +143,15 @@ print(sum(int(p.argmax() == int(f.parent.name)) for p, f in zip(probabilities, f
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 70), (2, 35), (2, 7)])
 def test_ranks_and_accumulation_follow_a_plain_loop(
-    convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, digits: Path, digits_folder: Path, tmp_path: Path, ranks: int,
+    convoy_ok: Run,
+    service_env: dict[str, str],
+    client: MlflowClient,
+    digits: Path,
+    digits_folder: Path,
+    tmp_path: Path,
+    ranks: int,
     micro: int,
-) -> None:  # fmt: skip
+) -> None:
     """Losses of every step and the final weights; 600 samples do not divide by 70, so an epoch's last batch is short."""
     settings = [
         f"data.train={digits}/train",
@@ -155,15 +161,20 @@ def test_ranks_and_accumulation_follow_a_plain_loop(
         "train.epochs=2",
     ]
     settings += ["augment.crop=none", "data.shuffle_window=150", f"train.output_dir={tmp_path}/out", "schedule.warmup_epochs=1"]
+    settings += [
+        "optimizer.base_lr=0.005",
+        "train.channels_last=false",
+    ]  # tame (at 0.05 rounding grows tenfold in two steps), and the plain loop's kernels
     convoy_ok("train", RECIPE, "--procs", ranks, *settings, env=service_env)
     result = json.loads((tmp_path / "out/result.json").read_text())
+    torch.set_num_threads(1)  # as each rank: more threads add in another order
     losses, model = _plain_loop(digits, digits_folder, 70 // micro, epochs=2, global_size=70, window=150)
     got = _history(client, result["mlflow_run_id"], "loss")
-    assert list(got.values()) == pytest.approx(losses, rel=2e-4)
+    assert list(got.values()) == pytest.approx(losses, rel=1e-5)
     trained = load_file(tmp_path / "out/model.safetensors")
     for name, value in model.state_dict().items():
         if value.is_floating_point() and ("running" not in name or ranks == 1):
-            assert torch.allclose(trained[name], value, rtol=1e-3, atol=1e-4), name
+            assert torch.allclose(trained[name], value, rtol=1e-4, atol=1e-6), name
 
 
 def _plain_loop(
@@ -177,7 +188,7 @@ def _plain_loop(
     model = build_model("resnet8", 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps, losses = -(-600 // global_size), []
-    peak, total = 0.2 * global_size / 256, epochs * -(-600 // global_size)
+    peak, total = 0.005 * global_size / 256, epochs * -(-600 // global_size)
     for epoch in range(epochs):
         order = epoch_order(index.sizes, 0, epoch, global_size, window)
         for step in range(steps):

@@ -137,15 +137,15 @@ def open_store(url: str, create: bool = False) -> Store:
     """The store at ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path. ``create`` makes a missing folder."""
     if not is_remote(url):
         path = Path(url.removeprefix("file://")).absolute()
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{url}: is a file, but a folder is needed")
-        if not path.is_dir():
-            if not create:
+        try:
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{url}: is a file, but a folder is needed")
+            if create:
+                path.mkdir(parents=True, exist_ok=True)
+            elif not path.is_dir():
                 raise UserError(f"{url}: there is no such folder")
-            try:
-                path.mkdir(parents=True)
-            except OSError as error:
-                raise UserError(f"{url}: cannot be made: {error.strerror}") from None
+        except OSError as error:
+            raise UserError(f"{url}: cannot be {'made' if create else 'read'}: {error.strerror}") from None
         return Store(url, LocalStore(str(path)))
     if not url.startswith(_SCHEMES):
         raise UserError(f"{url}: a URL begins with {', '.join(_SCHEMES)} or is a plain path")
