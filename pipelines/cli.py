@@ -185,11 +185,14 @@ def sync(spool: Annotated[str, typer.Argument(help="The tracking.jsonl that a ru
 
 
 @app.command()
-def demo(folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("runs/demo")) -> None:
+def demo(
+    folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("runs/demo"),
+    digits: Annotated[bool, typer.Option("--digits", help="Train on scikit-learn's digits even where Fashion-MNIST is.")] = False,
+) -> None:
     """The whole pipeline on this machine, from images to a registered model. KEEP=1 leaves the services running."""
     from pipelines.demo import demo as run
 
-    run(folder, keep=os.environ.get("KEEP") == "1")
+    run(folder, keep=os.environ.get("KEEP") == "1", digits=digits)
 
 
 @local_app.command("up")

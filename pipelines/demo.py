@@ -34,14 +34,17 @@ class _Data:
     class_names: str | None = None
 
 
-def demo(folder: Path, keep: bool) -> dict[str, Any]:
-    """Run everything; leaves ``summary.json`` and two pictures in ``folder`` and returns the summary."""
+def demo(folder: Path, keep: bool, digits: bool = False) -> dict[str, Any]:
+    """Run everything, on ``digits`` or on the best data that can be had.
+
+    Leaves ``summary.json`` and two pictures in ``folder`` and returns the summary.
+    """
     started = time.monotonic()
     folder = folder.absolute()
     local.down(folder / "services")  # of a demo that was kept
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    data = _find_data(folder)
+    data = _digits(folder, "as asked") if digits else _find_data(folder)
     _say(f"data: {data.title}")
     services = local.up(folder / "services")
     try:
@@ -123,7 +126,7 @@ def _find_data(folder: Path) -> _Data:
     """Fashion-MNIST, installed or fetched with apt; else scikit-learn's digits, which every installation carries."""
     fashion = _INSTALLED if _INSTALLED.is_dir() else _fetch_fashion()
     if fashion is None:
-        return _digits(folder)
+        return _digits(folder, "Fashion-MNIST could not be had")
     names = folder / "classes.txt"
     names.write_text("".join(f"{i} {name.replace('-', ' ')}\n" for i, name in enumerate(_FASHION.split())))
     return _Data("Fashion-MNIST", fashion, "fashion-mnist", "fashion-resnet8", 12, str(names))
@@ -157,7 +160,7 @@ def _fetch_fashion() -> Path | None:
     return None
 
 
-def _digits(folder: Path) -> _Data:
+def _digits(folder: Path, why: str) -> _Data:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, as class folders; every fifth image is for validation."""
     import numpy as np
     from PIL import Image
@@ -168,8 +171,7 @@ def _digits(folder: Path) -> _Data:
         path = folder / "digits" / ("val" if number % 5 == 0 else "train") / str(label) / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).save(path)
-    title = "scikit-learn's digits (Fashion-MNIST could not be had)"
-    return _Data(title, folder / "digits", "digits", "digits-resnet8", 12)
+    return _Data(f"scikit-learn's digits ({why})", folder / "digits", "digits", "digits-resnet8", 12)
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,31 @@
+"""What the documents name is there: commands, targets, files."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from pipelines.cli import app
+from trainer.config import known_keys
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_what_is_there(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    group = typer.main.get_command(app)
+    for words in re.findall(r"(?:`|^|\()convoy ([a-z]+(?: (?:up|down|env|status))?)", text, re.MULTILINE):
+        command = group
+        for word in words.split():
+            command = command.commands.get(word)  # type: ignore[attr-defined]
+            assert command is not None, f"convoy {words}"
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"(?:`|^|1 )make ([a-z-]+)", text, re.MULTILINE):
+        assert target in targets, f"make {target}"
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (path.parent / link).exists(), link
+    for key in re.findall(r"\b((?:model|data|batch|optimizer|schedule|augment|tracking|train)\.[a-z_]+)=", text):
+        assert key in known_keys(), key
