@@ -1,6 +1,6 @@
 """How fast `convoy pack` writes an image folder, against plain ``webdataset.ShardWriter``, in one run, interleaved.
 
-    python benchmarks/pack.py [--images 12000] [--rounds 5] [--json FILE]
+    python benchmarks/pack.py [--images 24000] [--rounds 5] [--json FILE]
 
 Both read the same JPEGs from local disk and write shards to it without re-encoding. The peer is what its documentation shows: one
 process, the files' bytes and their label. Convoy does more (it looks into every image, hashes, writes an index), and is timed as a
@@ -74,7 +74,7 @@ def convoy(source: Path, target: Path, workers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=12_000)
+    parser.add_argument("--images", type=int, default=24_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> None:
     for name, row in rows.items():
         ratios = ", ".join(f"{r:.2f}" for r in row["ratio_to_shardwriter"])
         table.add_row(name, f"{row['images_per_second']:,}", f"{row['images_per_second_per_core']:,}", ratios)
-    Console().print(table)
+    Console(width=120).print(table)
     print(f"target: at least {_TARGET:,} images/s a core, and a ratio of at least 1")
     if options.json:
         options.json.write_text(

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from trainer.errors import UserError
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm", "GIF": "gif"}
-_HEADER_BYTES = 65536
+_HEADER_BYTES = 8192
 _SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 _IDX = {"train": "train", "val": "t10k"}
 
@@ -106,7 +107,7 @@ def recognized(item: Item) -> Item | str:
         return error.strerror or "not an image"
     if form not in EXTENSIONS:
         return f"a {form} image, which is not supported; use JPEG or PNG"
-    return replace(item, extension=EXTENSIONS[form])
+    return Item(item.key, item.label, item.path, item.offset, item.size, EXTENSIONS[form], item.changed)  # replace() is slow
 
 
 # --- folders of class folders -----------------------------------------------------------------------------------------
@@ -132,25 +133,28 @@ def _folder_split(name: str, root: Path) -> Split:
     folders = sorted((p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
     if not folders:
         raise UserError(f"{root}: holds no class folders; what can be packed: a folder a class, ImageNet's tars, idx files")
-    files = {folder.name: sorted(_files(folder)) for folder in folders}
+    files = {folder.name: list(_files(folder)) for folder in folders}
     if empty := [name for name, found in files.items() if not found]:
         raise UserError(*(f"{root / name}: this class folder is empty" for name in empty))
     keys = _Keys()
     items = []
     for label, folder in enumerate(folders):
-        for path in files[folder.name]:
-            status = path.stat()
-            key = keys.new(f"{folder.name}/{path.stem}")
-            items.append(Item(key, label, str(path), 0, status.st_size, changed=status.st_mtime_ns))
+        for path, status in files[folder.name]:
+            key = keys.new(f"{folder.name}/{os.path.splitext(os.path.basename(path))[0]}")
+            items.append(Item(key, label, path, 0, status.st_size, changed=status.st_mtime_ns))
     ids = [folder.name for folder in folders]
     return Split(name, ids, list(ids), items)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones and what desktop systems leave behind."""
-    for path in folder.rglob("*"):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.name != "Thumbs.db":
-            yield path
+def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """All files below a folder but hidden ones and what desktop systems leave behind, by name."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or entry.name == "Thumbs.db":
+            continue
+        if entry.is_dir():
+            yield from _files(Path(entry.path))
+        elif entry.is_file():
+            yield entry.path, entry.stat()
 
 
 class _Keys:

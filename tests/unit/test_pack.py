@@ -21,6 +21,7 @@ from conftest import Run
 from PIL import Image
 
 from trainer.data.index import Index, open_index
+from trainer.data.shard import header
 
 
 def _with_webdataset(split: Path | str) -> list[dict]:
@@ -310,3 +311,10 @@ def test_an_index_that_was_changed_by_hand_is_no_index(convoy_refuses: Run, digi
     assert "totals are not the sums" in convoy_refuses("verify", copy)
     index.write_text(index.read_text()[:1000])
     assert "is not an index that Convoy wrote" in convoy_refuses("verify", copy)
+
+
+def test_a_header_is_what_tarfile_writes() -> None:
+    for name, size in (("a/b.jpg", 0), ("x" * 100, 8**11 - 1), ("class/7.cls", 12345)):
+        member = tarfile.TarInfo(name)
+        member.size = size
+        assert header(name, size) == member.tobuf(tarfile.USTAR_FORMAT)
