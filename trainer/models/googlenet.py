@@ -213,6 +213,4 @@ def _initialize_normal(model: nn.Module) -> None:
 
 
 register(Variant("googlenet", 2014, "googlenet", googlenet, {"imagenet": 15, "small": 4}, {"paper": False}))
-register(
-    Variant("googlenet2014", 2014, "googlenet", googlenet, {"imagenet": 31, "small": 8}, {"paper": True, "batch_norm": False})
-)
+register(Variant("googlenet2014", 2014, "googlenet", googlenet, {"imagenet": 31, "small": 8}, {"paper": True, "batch_norm": False}))

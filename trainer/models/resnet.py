@@ -43,8 +43,8 @@ class Block(nn.Module):
         out = self.residual(x)
         if self.shortcut is not None:
             out += self.shortcut(x)
-        out = self.act(out)
-        return out
+        activated: Tensor = self.act(out)
+        return activated
 
 
 class BasicBlock(Block):
@@ -53,9 +53,7 @@ class BasicBlock(Block):
     weight_layers = 2
     expansion = 1
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int, stride_in: StrideIn, batch_norm: bool, **block: Any
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, stride_in: StrideIn, batch_norm: bool, **block: Any) -> None:
         super().__init__(**block)
         self.conv1, self.bn1 = conv_norm(in_channels, channels, 3, stride, batch_norm)
         self.conv2, self.bn2 = conv_norm(channels, channels, 3, 1, batch_norm)
@@ -79,9 +77,7 @@ class Bottleneck(Block):
     weight_layers = 3
     expansion = 4
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int, stride_in: StrideIn, batch_norm: bool, **block: Any
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, stride_in: StrideIn, batch_norm: bool, **block: Any) -> None:
         super().__init__(**block)
         first, second = (stride, 1) if stride_in == "1x1" else (1, stride)
         self.conv1, self.bn1 = conv_norm(in_channels, channels, 1, first, batch_norm)

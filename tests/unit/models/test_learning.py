@@ -7,7 +7,7 @@ from torch import Tensor
 from trainer.engine.objective import weighted_loss
 from trainer.models import build_model
 
-STEPS = 150
+STEPS = 200
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,9 @@ def test_learns_64_images_by_heart(name: str, options: dict[str, object], real_i
     torch.manual_seed(0)
     if name.startswith(("alexnet", "vgg", "googlenet")):
         options = {"stem": "small", "dropout": 0.0, **options}
-    model = build_model(name, 10, image_size=28, **options).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model = build_model(name, 10, image_size=16, **options).to(memory_format=torch.channels_last)
+    # N(0, 0.01) is meant for hundreds of channels: where there are few, the signal starts small
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3 if name == "alexnet2012" else 1e-3)
     for step in range(STEPS):
         loss = weighted_loss(model.train()(images), labels, torch.ones(64), 64, 1)
         optimizer.zero_grad()
