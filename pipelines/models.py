@@ -6,7 +6,7 @@ from rich.table import Table
 
 from trainer.models.catalogue import Entry
 
-_COLUMNS = ("model", "year", "layers", "params M", "pixels", "MACs G", "act. MiB", "top-5 err", "tv top-1/5")
+_COLUMNS = ("model", "year", "layers", "params M", "pixels", "MACs G", "act. MiB", "top-5", "tv top-1/5")
 
 
 def rows(entries: Iterable[Entry]) -> list[tuple[str, ...]]:
@@ -33,6 +33,7 @@ def table(entries: Iterable[Entry]) -> Table:
     made = Table(*_COLUMNS, box=None, padding=(0, 1, 0, 0), caption=_caption(entries), caption_justify="left")
     for cells in rows(entries):
         made.add_row(*cells)
+    made.columns[0].no_wrap = True
     for column in made.columns[1:]:
         column.justify = "right"
     return made
@@ -52,8 +53,9 @@ def _caption(entries: list[Entry]) -> str:
             sources.setdefault(entry.top5_source, []).append(entry.name)
     lines = [f"top-5 error of {', '.join(names)}: {source}" for source, names in sources.items()]
     lines += [
-        "layers: with weights, on the longest path. params: +, those of the auxiliary heads. MACs: multiply-adds of an image's evaluation.",
-        "act.: what autograd keeps of an image in training, fp32. top-5 err: ImageNet, published by the paper, percent.",
+        "layers: with weights, on the longest path. params: after the +, those of the auxiliary heads.",
+        "MACs: multiply-adds of an image's evaluation. act.: what autograd keeps of an image in training, fp32.",
+        "top-5: error on ImageNet that the paper published, percent.",
         "tv: accuracy on ImageNet of torchvision's first weights of that name (IMAGENET1K_V1), percent, published by torchvision.",
     ]
     return "\n".join(lines)

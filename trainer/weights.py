@@ -142,19 +142,21 @@ def read_state(url: str) -> State:
 
 
 def _parse(content: bytes, url: str) -> Any:
-    if content[:4] == b"PK\x03\x04" or content[:1] == b"\x80":  # torch's zip file, and the bare pickle before it
+    if content[8:9] == b"{":  # after the length of a safetensors header, whose first byte can be a pickle's
         try:
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            found = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-            reason = " ".join(found[0].split())[:200] if found else "it is no file of tensors alone"
-            raise UserError(f"{url}: refused, a pickle that could run code: {reason}") from None
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise UserError(f"{url}: is damaged: {' '.join(str(error).split())[:200]}") from None
+            return load_safetensors(content)
+        except SafetensorError as error:
+            raise UserError(f"{url}: is damaged: {error}") from None
+    if content[:4] != b"PK\x03\x04" and content[:1] != b"\x80":  # torch's zip file, and the bare pickle before it
+        raise UserError(f"{url}: is neither a .safetensors nor a .pth file")
     try:
-        return load_safetensors(content)
-    except SafetensorError as error:
-        raise UserError(f"{url}: is neither a .safetensors nor a .pth file: {error}") from None
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+        reason = " ".join(found[0].split())[:200] if found else "it is no file of tensors alone"
+        raise UserError(f"{url}: refused, a pickle that could run code: {reason}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{url}: is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
 def _strip(state: Any, url: str) -> State:
