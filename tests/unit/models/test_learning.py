@@ -7,7 +7,7 @@ from torch import Tensor
 from trainer.engine.objective import weighted_loss
 from trainer.models import build_model
 
-STEPS = 200
+STEPS = 400
 
 
 @pytest.mark.parametrize(

