@@ -4,7 +4,7 @@
 
 All of a name run in one process by turns, a step each, so that other work on the machine slows all of them alike. A round's
 ratio is the peer's time over ours in that round (above 1: ours is faster); the median over rounds is told with its quartiles.
-Peak memory is what the process's resident memory gained, in a process of its own a model.
+Peak memory is the resident memory of a process of its own a model, and its ratio ours over theirs.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def timed(name: str, rounds: int, batch: int) -> dict[str, Any]:
 
 
 def peak_memory(library: str, name: str, batch: int) -> int:
-    """Bytes by which three steps raise the peak resident memory of a fresh process above what its imports took."""
+    """Bytes of resident memory at the peak of three steps, in a fresh process; the same libraries are loaded in all."""
     command = [sys.executable, __file__, "--measure", library, name, "--batch", str(batch)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -112,11 +112,9 @@ def _measure(library: str, name: str, batch: int) -> None:
 
     step = trainer_of(library, name, batch)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here: building is not training
-    before = _status("VmRSS")
     for _ in range(3):
         step()
-    weights = before  # resident already: they count, the libraries' code does so equally
-    print(max(_status("VmHWM"), weights))
+    print(_status("VmHWM"))
 
 
 def main() -> None:
@@ -133,8 +131,9 @@ def main() -> None:
         _measure(*arguments.measure, arguments.batch)
         return
     results = {}
-    print(f"batch {arguments.batch} of {SIDE} px, {arguments.threads} threads, {arguments.rounds} rounds, torch {torch.__version__}")
-    print(f"{'model':10} {'against':12} {'ours, ms':>9} {'theirs, ms':>10} {'speed ratio':>12} {'quartiles':>14} {'memory ratio':>13}")
+    sizes = f"batch {arguments.batch} of {SIDE} px, {arguments.threads} threads, {arguments.rounds} rounds"
+    print(f"{sizes}, torch {torch.__version__}")
+    print(f"{'model':10} {'against':12} {'ours, ms':>9} {'theirs, ms':>10} {'speed ratio':>12} {'quartiles':>14} {'memory':>8}")
     for name in arguments.models:
         result = results[name] = timed(name, arguments.rounds, arguments.batch)
         result["peak_bytes"] = {library: peak_memory(library, name, arguments.batch) for library in libraries(name)}
@@ -143,7 +142,7 @@ def main() -> None:
             low, high = figures["quartiles"]
             print(
                 f"{name:10} {peer:12} {result['seconds']['ours'] * 1e3:9.0f} {result['seconds'][peer] * 1e3:10.0f} "
-                f"{figures['speed_ratio']:12.3f} {low:7.3f}-{high:.3f} {figures['memory_ratio']:12.3f}",
+                f"{figures['speed_ratio']:12.3f} {low:7.3f}-{high:.3f} {figures['memory_ratio']:9.3f}",
                 flush=True,
             )
     if arguments.json:

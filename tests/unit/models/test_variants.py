@@ -69,9 +69,9 @@ def test_smallest_input(name: str, stem: str) -> None:
             assert isinstance(model(torch.empty(2, 3, smallest, smallest)), Tensor | tuple)
             with pytest.raises(RuntimeError):
                 model(torch.empty(2, 3, smallest - 1, smallest - 1))
-    with pytest.raises(UserError, match=rf"data\.image_size: {smallest - 1} is too small for {name}.* {smallest} "):
-        with torch.device("meta"):
-            build_model(name, 10, image_size=smallest - 1, width=WIDTH, stem=stem)
+    message = rf"data\.image_size: {smallest - 1} is too small for {name}.* {smallest} "
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        build_model(name, 10, image_size=smallest - 1, width=WIDTH, stem=stem)
 
 
 @pytest.mark.parametrize("name", NAMES)
