@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 local_app = typer.Typer(help="An S3 server and an MLflow server on this machine's loopback.", no_args_is_help=True)
 app.add_typer(local_app, name="local")
+weights_app = typer.Typer(help="Weights from and for torchvision, timm and ONNX.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 LocalDir = Annotated[Path, typer.Option("--dir", help="Where data, logs and credentials are kept.", envvar="CONVOY_LOCAL_DIR")]
@@ -114,6 +116,55 @@ def order(
         seen = slots[plan.weights[step, slots] > 0]
         keys = [index.key(int(sample)) for sample in plan.samples[step, seen]]
         print(json.dumps({"step": step, "keys": keys}) if as_json else f"step {step}: {' '.join(keys)}")
+
+
+@app.command()
+def models(
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels; 224 when not given, and 32 for the networks made for CIFAR-10.", min=1)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the networks: what they are, what they cost, how well they did."""
+    from pipelines.models import table
+    from trainer.models import variants
+    from trainer.models.catalogue import describe
+
+    entries = [describe(variant.name, image_size) for variant in variants()]
+    if as_json:
+        _print_json([vars(entry) for entry in entries])
+    else:
+        Console().print(table(entries))
+
+
+@weights_app.command("import")
+def weights_import(
+    file: Annotated[str, typer.Argument(help="Path or URL: .safetensors, or .pth of tensors alone.")],
+    model: Annotated[str, typer.Option(help="A name that `convoy models` lists.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for the model; runs/MODEL when not given.")] = None,
+    image_size: Annotated[int, typer.Option(help="That the model is used at, pixels.", min=1)] = 224,
+    data: Annotated[str | None, typer.Option(help="URL of a split whose class names the model gets.")] = None,
+    half_range: Annotated[
+        bool | None, typer.Option(help="Whether pixels go from -1 to 1; else ImageNet's mean and deviation.", show_default=False)
+    ] = None,
+) -> None:
+    """Make a model of torchvision's or timm's weights, for `evaluate`, `predict` and model.init."""
+    from pipelines.weights import import_weights
+
+    for line in import_weights(file, model, output or Path("runs") / model, image_size, data, half_range):
+        print(line)
+
+
+@weights_app.command("export")
+def weights_export(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Output folder of a run, or a model of MLflow's.")],
+    file: Annotated[Path, typer.Argument(help="What to write.")],
+    form: Annotated[str, typer.Option("--format", help="torchvision, timm (.pth or .safetensors) or onnx.")],
+) -> None:
+    """Write a trained model for others."""
+    from pipelines.weights import export_weights
+
+    print(export_weights(model, file, form))
 
 
 @app.command(context_settings={"ignore_unknown_options": False})

@@ -59,11 +59,13 @@ def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
     from trainer.engine.optimizer import build_optimizer
     from trainer.engine.schedule import learning_rate_schedule, scaled_learning_rate
     from trainer.export import ModelFacts, save_model
+    from trainer.weights import load_weights
 
     config = run.config
     facts = ModelFacts.of(config, run.train.classes, run.num_classes)
     torch.manual_seed(config.train.seed)
     model = facts.build()
+    notes = load_weights(model, config.model.name, config.model.init).notes if config.model.init else []
     device = parallel.join(ranks)
     peak = scaled_learning_rate(config.optimizer, run.batch.global_size)
     learning_rate = learning_rate_schedule(config.schedule, peak, run.steps_per_epoch, run.total_steps)
@@ -84,7 +86,8 @@ def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
     )
     tracker, system = start_tracking(run, recipe, ranks)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
-    progress.note(_headline(run, tracker))
+    for note in (_headline(run, tracker), *notes):
+        progress.note(note)
     status = "FAILED"
     result: Result | None = None
     try:

@@ -31,7 +31,20 @@ class ModelConfig(_Section):
     num_classes: Count | None = None
     """Classes of the head; the data set's own number when not given."""
     width: Count | None = None
-    """Channels of the first stage; the network's own when not given."""
+    """Channels of the first stage; the network's own when not given, as with every option below."""
+    stem: Literal["imagenet", "small"] | None = None
+    """How the image is taken in: large strides for photographs, none for small images."""
+    activation: Literal["relu", "tanh"] | None = None
+    """The non-linearity."""
+    batch_norm: bool | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Probability that an input of a fully connected layer is dropped."""
+    stride_in: Literal["1x1", "3x3"] | None = None
+    """The convolution that strides in a bottleneck block: 1x1 as in the paper, 3x3 as in "v1.5"."""
+    zero_init_gamma: bool | None = None
+    """Every residual block starts as its shortcut (Goyal et al. 2017, 5.1)."""
+    init: str | None = None
+    """URL of a weights file to start from, in our, torchvision's or timm's names; or an output folder of a run."""
 
 
 class DataConfig(_Section):

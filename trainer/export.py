@@ -37,7 +37,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, config: RunConfig, classes: list[str], num_classes: int) -> "ModelFacts":
-        options = config.model.model_dump(exclude={"name", "num_classes"}, exclude_none=True)
+        options = config.model.model_dump(exclude={"name", "num_classes", "init"}, exclude_none=True)
         data = config.data
         return cls(
             config.model.name,
@@ -51,7 +51,7 @@ class ModelFacts:
             config.train.channels_last,
         )
 
-    def build(self) -> nn.Module:
+    def build(self) -> nn.Sequential:
         return build_model(self.name, self.num_classes, self.image_size, **self.options)
 
 

@@ -4,15 +4,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+AUXILIARY_WEIGHT = 0.3
+"""Of each auxiliary head's loss (Szegedy et al. 2014, section 5)."""
 
-def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, global_weight: float, micro_batches: int) -> Tensor:
+
+def weighted_loss(
+    logits: Tensor | tuple[Tensor, ...], labels: Tensor, weights: Tensor, global_weight: float, micro_batches: int
+) -> Tensor:
     """Cross-entropy whose mean over all ``micro_batches`` of a global batch is the mean over its samples.
 
-    logits [N, classes], labels int64 [N], weights [N] (0: padding); ``global_weight``: the sum of the weights over the
-    global batch. The engine averages gradients over micro-batches and ranks, whatever each of them held; this scale makes
-    that the average by samples, in an epoch's short last batch too.
+    logits [N, classes], those of auxiliary heads after the main ones in a tuple; labels int64 [N], weights [N] (0: padding);
+    ``global_weight``: the sum of the weights over the global batch. The engine averages gradients over micro-batches and
+    ranks, whatever each of them held; this scale makes that the average by samples, in an epoch's short last batch too.
     """
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    main, *auxiliary = logits if isinstance(logits, tuple) else (logits,)
+    losses = F.cross_entropy(main.float(), labels, reduction="none")
+    for head in auxiliary:
+        losses = losses + AUXILIARY_WEIGHT * F.cross_entropy(head.float(), labels, reduction="none")
     return (losses * weights).sum() * (micro_batches / global_weight)
 
 

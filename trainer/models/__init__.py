@@ -1,6 +1,6 @@
 """The networks: a table of variants and one builder a family."""
 
-from trainer.models import resnet as resnet  # registers its variants
+from trainer.models import alexnet, googlenet, resnet, vgg
 from trainer.models.registry import build_model, find_variant, variants
 
-__all__ = ["build_model", "find_variant", "variants"]
+__all__ = ["alexnet", "build_model", "find_variant", "googlenet", "resnet", "variants", "vgg"]

@@ -1,8 +1,26 @@
 """Layers that every family shares."""
 
+from collections.abc import Callable, Iterable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trainer.errors import UserError
+
+Activation = Literal["relu", "tanh"]
+Stem = Literal["imagenet", "small"]
+Value = Tensor | tuple[Tensor, ...]
+"""What passes from layer to layer: the image, and in training the logits of auxiliary heads that it has passed."""
+
+
+def stack(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
+    """An ordered list of named layers."""
+    model = nn.Sequential()
+    for name, layer in layers:
+        model.add_module(name, layer)
+    return model
 
 
 def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
@@ -11,6 +29,28 @@ def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
     shift = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1) * 255
     scale = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1) * 255
     return images.sub_(shift).div_(scale)
+
+
+def nonlinearity(name: Activation) -> nn.Module:
+    """The non-linearity; ReLU overwrites its input, which no layer before it needs for its gradient."""
+    return nn.ReLU(inplace=True) if name == "relu" else nn.Tanh()
+
+
+def scaled(channels: int, width: int | None, base: int, divisor: int = 1) -> int:
+    """``channels`` of a network whose first stage has ``base``, when that stage gets ``width`` of them."""
+    if width is None:
+        return channels
+    if width % divisor:
+        raise UserError(f"model.width: {width} does not divide by {divisor}, the number of towers")
+    return max(1, round(channels * width / base / divisor)) * divisor
+
+
+def conv_norm(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, batch_norm: bool = True, eps: float = 1e-5
+) -> tuple[nn.Conv2d, nn.Module]:
+    """A convolution, padded to keep the size at stride 1, and its batch norm; without that a bias takes its place."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=not batch_norm)
+    return conv, BatchNorm2d(out_channels, eps) if batch_norm else nn.Identity()
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -31,6 +71,26 @@ class BatchNorm2d(nn.BatchNorm2d):
         ).to(x.dtype)
 
 
+class LocalResponseNorm(nn.Module):
+    """``b = a / (k + alpha * sum of a^2 over the size nearest channels)^beta`` (Krizhevsky et al. 2012, 3.3).
+
+    [N, C, H, W] to the same. torch's own divides alpha by ``size``, which the paper does not. The squares are fp32 in
+    every precision: those of half-precision activations above 255 would overflow.
+    """
+
+    def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> None:
+        super().__init__()
+        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        squares = F.pad(x.float().square(), (0, 0, 0, 0, self.size // 2, (self.size - 1) // 2))
+        total = squares[:, :channels]
+        for shift in range(1, self.size):
+            total = total + squares[:, shift : shift + channels]
+        return (x * (self.k + self.alpha * total).pow(-self.beta)).to(x.dtype)
+
+
 class ShortcutA(nn.Module):
     """Identity by striding, new channels zero: no parameters (He et al. 2015, 3.3, option A)."""
 
@@ -41,3 +101,11 @@ class ShortcutA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+
+
+def on_image(layer: Callable[[Tensor], Tensor], value: Value) -> Value:
+    """Apply ``layer`` to the image and let auxiliary logits, where the value holds them, travel along."""
+    if isinstance(value, tuple):
+        image, *auxiliary = value
+        return (layer(image), *auxiliary)
+    return layer(value)

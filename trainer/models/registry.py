@@ -1,7 +1,8 @@
 """Every network by name."""
 
 import difflib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,23 @@ class Variant:
 
     name: str
     year: int
+    """Of the paper that brought the network, or of the year's competition that it won."""
+    family: str
     builder: Callable[..., nn.Sequential]
-    arguments: dict[str, Any] = field(default_factory=dict)
-    smallest_input: int = 1
-    """Least side of the input that leaves a pixel at the end, pixels."""
+    """Takes ``num_classes`` and ``arguments``; its keyword-only parameters are the options that a recipe may set."""
+    smallest_input: Mapping[str, int]
+    """By stem: the least side of the input with which every layer still has a pixel to work on, pixels."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> list[str]:
+        parameters = inspect.signature(self.builder).parameters.values()
+        return sorted(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+    @property
+    def default_stem(self) -> str:
+        stem = self.arguments.get("stem") or inspect.signature(self.builder).parameters["stem"].default
+        return str(stem)
 
 
 _VARIANTS: dict[str, Variant] = {}
@@ -38,7 +52,7 @@ def variants() -> list[Variant]:
 def find_variant(name: str) -> Variant:
     """Raises UserError with the nearest names."""
     if name not in _VARIANTS:
-        nearest = difflib.get_close_matches(name, _VARIANTS, n=3, cutoff=0.3) or list(_VARIANTS)
+        nearest = difflib.get_close_matches(name.lower(), _VARIANTS, n=3, cutoff=0.3) or list(_VARIANTS)
         raise UserError(f"model.name: there is no model {name!r}; nearest: {', '.join(nearest)}")
     return _VARIANTS[name]
 
@@ -46,12 +60,26 @@ def find_variant(name: str) -> Variant:
 def build_model(name: str, num_classes: int, image_size: int | None = None, **options: Any) -> nn.Sequential:
     """Build a network; options that are None keep the network's own value.
 
-    Raises UserError for an unknown name and for an ``image_size`` (pixels) that is too small for the network.
+    The result is an ordered list of layers that may be cut between any two. It maps images [N, 3, H, W] to logits
+    [N, num_classes]; GoogLeNet in training to a tuple of those and of its auxiliary heads' logits.
+
+    Raises UserError for an unknown name, for options that the family does not have, and for an ``image_size`` (pixels)
+    that is too small for the network.
     """
     variant = find_variant(name)
-    if image_size is not None and image_size < variant.smallest_input:
-        raise UserError(
-            f"data.image_size: {image_size} is too small for {name}, which needs at least {variant.smallest_input} pixels"
-        )
     given = {key: value for key, value in options.items() if value is not None}
-    return variant.builder(**variant.arguments, num_classes=num_classes, **given)
+    faults = [
+        f"model.{key}: {name} has no such option; those of the {variant.family} family: {', '.join(variant.options)}"
+        for key in given
+        if key not in variant.options
+    ]
+    if faults:
+        raise UserError(*faults)
+    model = variant.builder(num_classes, **{**variant.arguments, **given})
+    stem = given.get("stem", variant.default_stem)
+    smallest = variant.smallest_input[stem]
+    if image_size is not None and image_size < smallest:
+        small = variant.smallest_input["small"]
+        hint = f", or {small} with model.stem=small" if small < smallest else ""
+        raise UserError(f"data.image_size: {image_size} is too small for {name}, which needs at least {smallest} pixels{hint}")
+    return model

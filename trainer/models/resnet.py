@@ -1,61 +1,192 @@
-"""CIFAR-style residual networks (He et al. 2015, section 4.2): 6n+2 layers of 3x3 convolutions on small images."""
+"""Residual networks, and the plain ones that they were compared with (He et al. 2015, "Deep Residual Learning", 3.3 and 4)."""
 
-import torch
+from typing import Any, Literal
+
 from torch import Tensor, nn
 
-from trainer.models.layers import BatchNorm2d, ShortcutA
+from trainer.errors import UserError
+from trainer.models.layers import Activation, BatchNorm2d, ShortcutA, Stem, conv_norm, nonlinearity, stack
 from trainer.models.registry import Variant, register
 
+StrideIn = Literal["1x1", "3x3"]
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions F and the shortcut: ``y = relu(F(x) + x)``. [N, in, H, W] to [N, out, H/stride, W/stride]."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+class Projection(nn.Sequential):
+    """1x1 convolution and batch norm: the shortcut where the shape changes (3.3, option B)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, batch_norm: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.bn1 = BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.bn2 = BatchNorm2d(out_channels)
-        same = stride == 1 and in_channels == out_channels
-        self.shortcut = nn.Identity() if same else ShortcutA(out_channels - in_channels, stride)
+        self.conv, self.bn = conv_norm(in_channels, out_channels, 1, stride, batch_norm)
+
+
+class Block(nn.Module):
+    """Some convolutions F and the shortcut, ``y = relu(F(x) + x)``; without shortcut the plain ``y = relu(F(x))``.
+
+    [N, in, H, W] to [N, out, H / stride, W / stride].
+    """
+
+    weight_layers: int
+
+    def __init__(self, shortcut: nn.Module | None, activation: Activation) -> None:
+        super().__init__()
+        self.act = nonlinearity(activation)
+        self.shortcut = shortcut
+
+    def residual(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def last_norm(self) -> nn.Module:
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        out = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = self.residual(x)
+        if self.shortcut is not None:
+            out += self.shortcut(x)
+        activated: Tensor = self.act(out)
+        return activated
 
 
-def cifar_resnet(depth: int, num_classes: int, width: int = 16) -> nn.Sequential:
-    """An ordered list of layers: [N, 3, H, W] images to [N, num_classes] logits."""
-    blocks = (depth - 2) // 6
-    layers: list[tuple[str, nn.Module]] = [
-        ("conv", nn.Conv2d(3, width, 3, 1, 1, bias=False)),
-        ("bn", BatchNorm2d(width)),
-        ("relu", nn.ReLU()),
-    ]
-    channels = width
-    for stage in range(3):
-        for block in range(blocks):
-            out = width * 2**stage
-            stride = 2 if stage > 0 and block == 0 else 1
-            layers.append((f"stage{stage + 1}_{block}", BasicBlock(channels, out, stride)))
-            channels = out
-    layers += [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("head", nn.Linear(channels, num_classes))]
-    model = nn.Sequential()
-    for name, layer in layers:
-        model.add_module(name, layer)
-    _initialize(model)
+class BasicBlock(Block):
+    """Two 3x3 convolutions."""
+
+    weight_layers = 2
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, stride_in: StrideIn, batch_norm: bool, **block: Any) -> None:
+        super().__init__(**block)
+        self.conv1, self.bn1 = conv_norm(in_channels, channels, 3, stride, batch_norm)
+        self.conv2, self.bn2 = conv_norm(channels, channels, 3, 1, batch_norm)
+
+    def residual(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn1(self.conv1(x)))
+        out: Tensor = self.bn2(self.conv2(x))
+        return out
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn2
+
+
+class Bottleneck(Block):
+    """1x1 to a quarter of the channels, 3x3, 1x1 back.
+
+    The paper's stride is in the first 1x1; "v1.5" (Gross, Wilber 2016, and torchvision) has it in the 3x3, which skips no input.
+    """
+
+    weight_layers = 3
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, stride_in: StrideIn, batch_norm: bool, **block: Any) -> None:
+        super().__init__(**block)
+        first, second = (stride, 1) if stride_in == "1x1" else (1, stride)
+        self.conv1, self.bn1 = conv_norm(in_channels, channels, 1, first, batch_norm)
+        self.conv2, self.bn2 = conv_norm(channels, channels, 3, second, batch_norm)
+        self.conv3, self.bn3 = conv_norm(channels, channels * self.expansion, 1, 1, batch_norm)
+
+    def residual(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn1(self.conv1(x)))
+        x = self.act(self.bn2(self.conv2(x)))
+        out: Tensor = self.bn3(self.conv3(x))
+        return out
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.bn3
+
+
+def resnet(
+    num_classes: int,
+    block: type[BasicBlock] | type[Bottleneck],
+    blocks: tuple[int, ...],
+    first_channels: int,
+    residual: bool,
+    *,
+    stem: Stem = "imagenet",
+    activation: Activation = "relu",
+    batch_norm: bool = True,
+    width: int | None = None,
+    stride_in: StrideIn | None = None,
+    zero_init_gamma: bool = False,
+) -> nn.Sequential:
+    """[N, 3, H, W] to [N, num_classes].
+
+    ``blocks`` of each stage. ``stem``: imagenet is 7x7 with stride 2 and pooling, small is 3x3 alone (4.2).
+    ``width``: channels of the first stage; each further one doubles them. ``stride_in``: the bottleneck's convolution that
+    strides, 3x3 when not given. ``zero_init_gamma``: each block starts as its shortcut (Goyal et al. 2017, 5.1).
+
+    Raises UserError for an option that the network has no place for.
+    """
+    if stride_in is not None and block is BasicBlock:
+        raise UserError("model.stride_in: only networks of bottleneck blocks have it: depths 50, 101 and 152")
+    if zero_init_gamma and not (residual and batch_norm):
+        raise UserError("model.zero_init_gamma: needs shortcuts and batch norm, else every block would give zeros")
+    channels = first_channels if width is None else width
+    kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+    conv, norm = conv_norm(3, channels, kernel, stride, batch_norm)
+    layers: list[tuple[str, nn.Module]] = [("conv", conv), ("bn", norm), ("act", nonlinearity(activation))]
+    if stem == "imagenet":
+        layers.append(("maxpool", nn.MaxPool2d(3, 2, 1)))
+    projection = len(blocks) == 4  # on ImageNet; option A on CIFAR (4.2)
+    x, kind = channels, stride_in or "3x3"
+    for stage, count in enumerate(blocks):
+        inner = channels * 2**stage
+        out = inner * block.expansion
+        for number in range(count):
+            stride = 2 if stage > 0 and number == 0 else 1
+            shortcut = _shortcut(x, out, stride, projection, batch_norm) if residual else None
+            made = block(x, inner, stride, kind, batch_norm, shortcut=shortcut, activation=activation)
+            layers.append((f"stage{stage + 1}_{number}", made))
+            x = out
+    layers += [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("head", nn.Linear(x, num_classes))]
+    model = stack(layers)
+    _initialize(model, zero_init_gamma)
     return model
 
 
-def _initialize(model: nn.Module) -> None:
+def _shortcut(in_channels: int, out_channels: int, stride: int, projection: bool, batch_norm: bool) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    if projection:
+        return Projection(in_channels, out_channels, stride, batch_norm)
+    return ShortcutA(out_channels - in_channels, stride)
+
+
+def _initialize(model: nn.Module, zero_init_gamma: bool) -> None:
     """Normal with variance 2 / fan-out for convolutions (He et al. 2015, "Delving deep into rectifiers"), zero biases."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
             nn.init.zeros_(module.bias)
+        elif isinstance(module, Block) and zero_init_gamma:
+            assert isinstance(module.last_norm, BatchNorm2d)
+            nn.init.zeros_(module.last_norm.weight)
 
 
-for _depth in (8, 14, 20, 32, 44, 56, 110):
-    register(Variant(f"resnet{_depth}", 2015, cifar_resnet, {"depth": _depth}, smallest_input=4))
+_CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+_IMAGENET_BLOCKS = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+def _register() -> None:
+    """Every depth, residual and plain. Padding lets all sizes through; below the smallest, some stride finds one pixel alone."""
+    for family, residual in (("resnet", True), ("plain", False)):
+        for depth in _CIFAR_DEPTHS:
+            arguments = {"block": BasicBlock, "blocks": ((depth - 2) // 6,) * 3, "first_channels": 16}
+            arguments |= {"residual": residual, "stem": "small"}
+            register(Variant(f"{family}{depth}", 2015, family, resnet, {"imagenet": 9, "small": 3}, arguments))
+        for depth, (block, blocks) in _IMAGENET_BLOCKS.items():
+            arguments = {"block": block, "blocks": blocks, "first_channels": 64, "residual": residual}
+            register(Variant(f"{family}{depth}", 2015, family, resnet, {"imagenet": 17, "small": 5}, arguments))
+
+
+_register()

@@ -1,0 +1,140 @@
+"""``convoy weights``: pretrained weights into our form, and trained models out of it."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from trainer.data.index import open_index
+from trainer.errors import UserError
+from trainer.export import FACTS_NAME, WEIGHTS_NAME, ModelFacts, save_model
+from trainer.models import build_model
+from trainer.models.naming import Scheme, export_state
+from trainer.models.registry import find_variant
+from trainer.weights import classes_in, load_weights, read_state
+
+_IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+_SUFFIXES = {"torchvision": (".pth", ".pt", ".safetensors"), "timm": (".safetensors", ".pth", ".pt"), "onnx": (".onnx",)}
+
+
+def import_weights(file: str, name: str, output: Path, image_size: int, data_url: str | None, half_range: bool | None) -> list[str]:
+    """Write the weights of ``file`` as a model folder that evaluate, export and ``model.init`` take; returns lines on it.
+
+    ``data_url``: a split whose class names the model gets; else ImageNet's for 1,000 classes, and numbers for any other
+    count. ``half_range``: the weights expect pixels from -1 to 1 instead of ImageNet's mean and deviation; when not given,
+    those of torchvision's GoogLeNet do, since its published weights were trained so (its ``transform_input``).
+    """
+    if (output / WEIGHTS_NAME).exists():
+        raise UserError(f"{output}: holds a model already; choose another --output or delete it")
+    find_variant(name)
+    state = read_state(file)
+    num_classes = classes_in(state, name) or 1000
+    classes = open_index(data_url)[0].classes if data_url else _class_names(num_classes)
+    if len(classes) > num_classes:
+        raise UserError(f"{data_url}: has {len(classes):,} classes, more than the {num_classes:,} of {file}")
+    model = build_model(name, num_classes, image_size)
+    loaded = load_weights(model, name, file, state)
+    notes = [*loaded.notes]
+    if half_range is None:
+        half_range = name == "googlenet" and loaded.scheme == "torchvision"
+    mean, std = ([0.5] * 3, [0.5] * 3) if half_range else _IMAGENET
+    if half_range:
+        notes.append("pixels are scaled to -1..1 (mean and std 0.5), as torchvision's published GoogLeNet weights expect")
+    facts = ModelFacts(name, {}, classes, num_classes, image_size, 0.875, mean, std, channels_last=True)
+    save_model(output, model, facts)
+    return [f"{name} from {loaded.scheme}'s names: {sum(p.numel() for p in model.parameters()):,} parameters in {output}", *notes]
+
+
+def _class_names(num_classes: int) -> list[str]:
+    if num_classes != 1000:
+        return [str(number) for number in range(num_classes)]
+    import torchvision
+
+    return list(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+def export_weights(source: str, file: Path, form: str) -> str:
+    """Write a model of ours, a run's output folder or a model of MLflow's, for others; returns a line on it.
+
+    torchvision, timm: a state dict with their names, .pth or .safetensors. onnx: a graph from normalized images
+    [N, 3, S, S] to logits [N, num_classes], for any N; its metadata hold mean, std and class names.
+    """
+    if form not in _SUFFIXES:
+        raise UserError(f"--format: {form!r} is none of {', '.join(_SUFFIXES)}")
+    if file.suffix not in _SUFFIXES[form]:
+        raise UserError(f"{file}: the file of --format {form} ends with {' or '.join(_SUFFIXES[form])}")
+    folder = model_folder(source)
+    facts = ModelFacts(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
+    model = facts.build()
+    load_weights(model, facts.name, str(folder))
+    state = {} if form == "onnx" else export_state(cast(Scheme, form), facts.name, model)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.stem}.part{file.suffix}")
+    try:
+        if form == "onnx":
+            _write_onnx(model.eval(), facts, part)
+        else:
+            save = save_file if file.suffix == ".safetensors" else torch.save
+            save({name: value.contiguous() for name, value in state.items()}, part)
+        part.replace(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return f"{facts.name} as {form}: {file}, {file.stat().st_size / 2**20:,.1f} MiB"
+
+
+def _write_onnx(model: nn.Module, facts: ModelFacts, path: Path) -> None:
+    try:
+        import onnxscript  # noqa: F401  # which torch's exporter needs
+    except ImportError:
+        raise UserError("--format onnx needs the packages onnx and onnxscript: pip install 'convoy[onnx]'") from None
+    images = torch.zeros(2, 3, facts.image_size, facts.image_size)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (images,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    meta = {"mean": facts.mean, "std": facts.std, "classes": facts.classes, "eval_crop": facts.eval_crop}
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in meta.items()})
+    program.save(path, external_data=False)
+
+
+def model_folder(source: str) -> Path:
+    """The folder with our two files: a run's output, or what MLflow holds of a model (``models:/NAME@champion``, ...)."""
+    folder = Path(source)
+    if (folder / WEIGHTS_NAME).is_file() and (folder / FACTS_NAME).is_file():
+        return folder
+    if ":/" not in source:
+        raise UserError(f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model of MLflow's")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=source))
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise UserError(f"{source}: cannot be loaded from {mlflow.get_tracking_uri()}: {reason}") from None
+    found = next(downloaded.rglob(WEIGHTS_NAME), None)
+    if found is None or not (found.parent / FACTS_NAME).is_file():
+        raise UserError(f"{source}: was not registered by Convoy: it has no {WEIGHTS_NAME} beside a {FACTS_NAME}")
+    return found.parent

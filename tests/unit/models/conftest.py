@@ -1,0 +1,38 @@
+import gc
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.demo import _find_data
+from pipelines.sources import find_splits, read_item
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Layers this small gain nothing from a second thread, and wait for it where the machine has other work."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _free_memory() -> Iterator[None]:
+    """VGG's copies are half a gigabyte each."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def real_images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Tensor]:
+    """64 images [64, 3, 16, 16] of Fashion-MNIST (of scikit-learn's digits where it cannot be had), normalized; labels."""
+    folder: Path = tmp_path_factory.mktemp("data")
+    items = find_splits(str(_find_data(folder).source))[0].items
+    chosen = [items[i] for i in np.random.default_rng(0).choice(len(items), 64, replace=False)]
+    pixels = [np.asarray(Image.open(io.BytesIO(read_item(item))).convert("RGB").resize((16, 16))) for item in chosen]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    images = (images - images.mean()) / images.std()
+    return images.contiguous(memory_format=torch.channels_last), torch.tensor([item.label for item in chosen])

@@ -1,0 +1,167 @@
+"""What must hold for every network of the registry."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.engine.objective import weighted_loss
+from trainer.errors import UserError
+from trainer.models import build_model, find_variant, variants
+from trainer.models.layers import BatchNorm2d
+
+NAMES = [v.name for v in variants()]
+ONE_A_FAMILY = ["alexnet2012", "vgg11_bn", "googlenet2014", "resnet50", "resnet8", "plain18"]
+WIDTH = 8
+
+
+def narrow(name: str, **options: object) -> nn.Sequential:
+    torch.manual_seed(0)
+    return build_model(name, 10, width=WIDTH, **options)
+
+
+def images_for(name: str, count: int = 2, stem: str | None = None) -> Tensor:
+    variant = find_variant(name)
+    side = variant.smallest_input[stem or variant.default_stem]
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model: nn.Module, images: Tensor) -> Tensor:
+    labels = torch.arange(len(images)) % 10
+    return weighted_loss(model(images), labels, torch.ones(len(images)), len(images), 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
+    model = narrow(name).train()
+    loss_of(model, images_for(name, 4)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluates_one_image_of_any_size(name: str) -> None:
+    model = narrow(name).eval()
+    smallest = images_for(name).shape[-1]
+    for height, width in ((smallest, smallest), (smallest + 6, smallest + 13), (75, 66)):
+        logits = model(torch.randn(1, 3, height, width))
+        assert logits.shape == (1, 10)
+        assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_last_computes_the_same(name: str) -> None:
+    model = narrow(name).eval()
+    images = images_for(name)
+    expected = model(images)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(images.contiguous(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_smallest_input(name: str, stem: str) -> None:
+    variant = find_variant(name)
+    smallest = variant.smallest_input[stem]
+    with torch.device("meta"):
+        model = build_model(name, 10, image_size=smallest, width=WIDTH, stem=stem).train()
+        if variant.family in ("alexnet", "vgg", "googlenet"):  # in the others padding lets every size through
+            assert isinstance(model(torch.empty(2, 3, smallest, smallest)), Tensor | tuple)
+            with pytest.raises(RuntimeError):
+                model(torch.empty(2, 3, smallest - 1, smallest - 1))
+    message = rf"data\.image_size: {smallest - 1} is too small for {name}.* {smallest} "
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        build_model(name, 10, image_size=smallest - 1, width=WIDTH, stem=stem)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_can_be_cut_between_any_two_layers(name: str) -> None:
+    """As a pipeline engine does: what crosses a cut is a tensor or a tuple of tensors."""
+    model = narrow(name, **({"dropout": 0.0} if "dropout" in find_variant(name).options else {}))
+    images = images_for(name, 4)
+    for training in (True, False):
+        model.train(training)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        whole = model(images)
+        value: object = images
+        for layer in model:
+            value = layer(value)
+            parts = value if isinstance(value, tuple) else (value,)
+            assert all(isinstance(part, Tensor) for part in parts)
+        heads = 3 if training and name.startswith("googlenet") else 1
+        assert len(parts) == heads
+        for part, expected in zip(parts, whole if isinstance(whole, tuple) else (whole,), strict=True):
+            torch.testing.assert_close(part, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_norm_is_ours_everywhere(name: str) -> None:
+    with torch.device("meta"):
+        model = build_model(name, 10)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(type(m) is BatchNorm2d for m in norms)
+    assert bool(norms) == (name.startswith(("resnet", "plain")) or name.endswith("_bn") or name == "googlenet")
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_half_precision_weights_train(name: str) -> None:
+    """As a 16-bit engine leaves a model: halved weights, buffers in fp32."""
+    model = narrow(name).train()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    loss = loss_of(model, images_for(name, 4).bfloat16())
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(b.dtype in (torch.float32, torch.int64) for b in model.buffers())
+
+
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+def test_exports(name: str) -> None:
+    model = narrow(name).eval()
+    images = images_for(name)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    three = torch.cat([images, images[:1]])
+    torch.testing.assert_close(exported.module()(three), model(three))
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg11_bn", "googlenet", "resnet8", "plain8"])
+def test_compiles_as_one_graph(name: str) -> None:
+    model = narrow(name).train()
+    images = images_for(name, 4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # no time for kernels: the capture is what can fail
+    torch.manual_seed(3)
+    loss = loss_of(compiled, images)
+    loss.backward()
+    own = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch.manual_seed(3)
+    expected = loss_of(model, images)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(own[key], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_unknown_name_tells_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no model 'resnet51'; nearest: .*resnet50"):
+        build_model("resnet51", 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet8", {"dropout": 0.5}, r"model\.dropout: resnet8 has no such option; those of the resnet family: .*zero_init_gamma"),
+        ("alexnet", {"batch_norm": True}, r"model\.batch_norm: alexnet has no such option; .*alexnet family: activation, dropout"),
+        ("resnet18", {"stride_in": "1x1"}, r"model\.stride_in: only networks of bottleneck"),
+        ("plain18", {"zero_init_gamma": True}, r"model\.zero_init_gamma: needs shortcuts"),
+        ("resnet18", {"zero_init_gamma": True, "batch_norm": False}, r"model\.zero_init_gamma: needs"),
+        ("alexnet2012", {"width": 9}, r"model\.width: 9 does not divide by 2"),
+    ],
+)
+def test_option_without_a_place_is_refused(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_model(name, 10, **options)

@@ -1,0 +1,82 @@
+"""AlexNet: five convolutions and three fully connected layers.
+
+``alexnet2012`` is the network of Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural
+Networks" (2012), whose two GPUs are the two groups of its convolutions. ``alexnet`` is the single tower of Krizhevsky,
+"One weird trick for parallelizing convolutional neural networks" (2014), without response normalization: torchvision's.
+"""
+
+from torch import nn
+
+from trainer.models.layers import Activation, LocalResponseNorm, Stem, nonlinearity, scaled, stack
+from trainer.models.registry import Variant, register
+
+_FULL = 4096
+"""Outputs of a hidden fully connected layer."""
+
+
+def alexnet(
+    num_classes: int,
+    channels: tuple[int, int, int, int, int],
+    towers: int,
+    *,
+    stem: Stem = "imagenet",
+    activation: Activation = "relu",
+    dropout: float = 0.5,
+    width: int | None = None,
+) -> nn.Sequential:
+    """[N, 3, H, W] to [N, num_classes].
+
+    ``towers`` of 2: grouped convolutions where the paper's two GPUs do not talk (2, 4 and 5), and response normalization.
+    ``stem`` small: a first convolution of 3x3 without stride, and one average pixel before the fully connected layers.
+    ``width``: channels of the first convolution; all others, and the fully connected layers, follow in proportion.
+    """
+    c1, c2, c3, c4, c5 = (scaled(c, width, channels[0], towers) for c in channels)
+    full = scaled(_FULL, width, channels[0])
+    first = nn.Conv2d(3, c1, 11, 4, 2) if stem == "imagenet" else nn.Conv2d(3, c1, 3, 1, 1)
+    convolutions = [
+        first,
+        nn.Conv2d(c1, c2, 5, 1, 2, groups=towers),
+        nn.Conv2d(c2, c3, 3, 1, 1),
+        nn.Conv2d(c3, c4, 3, 1, 1, groups=towers),
+        nn.Conv2d(c4, c5, 3, 1, 1, groups=towers),
+    ]
+    layers: list[tuple[str, nn.Module]] = []
+    for number, convolution in enumerate(convolutions, start=1):
+        layers += [(f"conv{number}", convolution), (f"act{number}", nonlinearity(activation))]
+        if number <= 2 and towers > 1:
+            layers.append((f"norm{number}", LocalResponseNorm()))
+        if number in (1, 2, 5):
+            layers.append((f"pool{number}", nn.MaxPool2d(3, 2)))  # windows overlap: 3.4 of the paper
+    pooled = 6 if stem == "imagenet" else 1
+    layers += [
+        ("avgpool", nn.AdaptiveAvgPool2d(pooled)),  # the identity at 224 pixels
+        ("flatten", nn.Flatten()),
+        ("drop6", nn.Dropout(dropout)),
+        ("fc6", nn.Linear(c5 * pooled**2, full)),
+        ("act6", nonlinearity(activation)),
+        ("drop7", nn.Dropout(dropout)),
+        ("fc7", nn.Linear(full, full)),
+        ("act7", nonlinearity(activation)),
+        ("head", nn.Linear(full, num_classes)),
+    ]
+    model = stack(layers)
+    if towers > 1:
+        _initialize_2012(model)
+    return model
+
+
+def _initialize_2012(model: nn.Sequential) -> None:
+    """Weights N(0, 0.01), biases 1 in convolutions 2, 4, 5 and the hidden fully connected layers, else 0 (2012, section 5).
+
+    The 2014 paper names none: the single tower keeps the framework's own, uniform within 1 / sqrt(fan-in).
+    """
+    for name, layer in model.named_children():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            assert layer.bias is not None
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.constant_(layer.bias, 1.0 if name in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0)
+
+
+_SMALLEST = {"imagenet": 63, "small": 15}
+register(Variant("alexnet", 2012, "alexnet", alexnet, _SMALLEST, {"channels": (64, 192, 384, 256, 256), "towers": 1}))
+register(Variant("alexnet2012", 2012, "alexnet", alexnet, _SMALLEST, {"channels": (96, 256, 384, 384, 256), "towers": 2}))

@@ -1,0 +1,123 @@
+"""The names that other libraries give to the same weights, and a state dict in any of them.
+
+A state dict maps names to tensors. *Schemes* of names: ``convoy`` (the layers' own), ``torchvision`` and ``timm``.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Literal, cast
+
+from torch import Tensor, nn
+
+from trainer.errors import UserError
+from trainer.models.registry import Variant, find_variant, variants
+
+Scheme = Literal["convoy", "torchvision", "timm"]
+State = dict[str, Tensor]
+
+_SUBSTITUTIONS = {  # in this order: a new name may look like an old one further up
+    "resnet": [
+        (r"^conv\.", "conv1."),
+        (r"^bn\.", "bn1."),
+        (r"^stage(\d)_(\d+)\.", r"layer\1.\2."),
+        (r"\.shortcut\.conv\.", ".downsample.0."),
+        (r"\.shortcut\.bn\.", ".downsample.1."),
+        (r"^head\.", "fc."),
+    ],
+    "googlenet": [
+        (r"\.reduce3\.", ".branch2.0."),
+        (r"\.branch3\.", ".branch2.1."),
+        (r"\.reduce5\.", ".branch3.0."),
+        (r"\.branch5\.", ".branch3.1."),
+        (r"\.project\.", ".branch4.1."),
+        (r"^head\.fc\.", "fc."),
+    ],
+}
+_TIMM_VGG = {"classifier.0.": "pre_logits.fc1.", "classifier.3.": "pre_logits.fc2.", "classifier.6.": "head.fc."}
+_TORCHVISION = re.compile(r"alexnet|googlenet|resnet(18|34|50|101|152)|vgg(11|13|16|19)(_bn)?")
+_TIMM = re.compile(r"resnet(18|34|50|101|152)|vgg(11|13|16|19)(_bn)?")
+
+
+def schemes_of(name: str) -> list[Scheme]:
+    """Whose names the weights of this model can have."""
+    schemes: list[Scheme] = ["convoy"]
+    if _TORCHVISION.fullmatch(name):
+        schemes.append("torchvision")
+    if _TIMM.fullmatch(name):
+        schemes.append("timm")
+    return schemes
+
+
+def names_in(scheme: Scheme, variant: Variant, model: nn.Sequential) -> dict[str, str]:
+    """From each name in the model's own state dict to that in ``scheme``.
+
+    Raises UserError where that library does not have the network.
+    """
+    own = list(model.state_dict())
+    if scheme == "convoy":
+        return {name: name for name in own}
+    if scheme not in schemes_of(variant.name):
+        known = ", ".join(v.name for v in variants() if scheme in schemes_of(v.name))
+        raise UserError(f"{scheme} has no {variant.name}; Convoy's models that it has: {known}")
+    if variant.family in _SUBSTITUTIONS:
+        return {name: _substituted(name, variant.family) for name in own}
+    prefixes = _numbered(model)
+    names = {name: prefixes[name.partition(".")[0]] + name.partition(".")[2] for name in own}
+    if scheme == "timm":
+        for name, theirs in names.items():
+            for ours, timms in _TIMM_VGG.items():
+                names[name] = theirs.replace(ours, timms) if theirs.startswith(ours) else names[name]
+    return names
+
+
+def _substituted(name: str, family: str) -> str:
+    for pattern, replacement in _SUBSTITUTIONS[family]:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _numbered(model: nn.Sequential) -> dict[str, str]:
+    """torchvision's AlexNet and VGG number their layers before and after the average pooling: ``features.0.``, ..."""
+    prefixes, part, number = {}, "features", 0
+    for name, _ in model.named_children():
+        if name in ("avgpool", "flatten"):
+            part, number = "classifier", 0
+            continue
+        prefixes[name] = f"{part}.{number}."
+        number += 1
+    return prefixes
+
+
+def head_names(model: nn.Sequential) -> list[str]:
+    """Names of the weights whose shape follows ``num_classes``, auxiliary heads' too."""
+    last = ("head.weight", "head.bias", "head.fc.weight", "head.fc.bias")
+    return [name for name in model.state_dict() if name in last or re.match(r"aux\d\.fc2\.", name)]
+
+
+def auxiliary_names(model: nn.Sequential) -> list[str]:
+    """Names of the weights that only training uses."""
+    return [name for name in model.state_dict() if re.match(r"aux\d\.", name)]
+
+
+def detect(state: Mapping[str, Tensor], variant: Variant, model: nn.Sequential) -> Scheme:
+    """The scheme in which most names of ``state`` are the model's."""
+    return max(schemes_of(variant.name), key=lambda scheme: len(set(names_in(scheme, variant, model).values()) & set(state)))
+
+
+def export_state(scheme: Scheme, name: str, model: nn.Sequential) -> State:
+    """The model's weights under another library's names and in its shapes."""
+    names = names_in(scheme, find_variant(name), model)
+    state = {names[own]: value.detach() for own, value in model.state_dict().items()}
+    if scheme == "timm" and name.startswith("vgg"):  # its fully connected layers are convolutions over the whole image
+        side = cast(nn.AdaptiveAvgPool2d, model.get_submodule("avgpool")).output_size
+        assert isinstance(side, int)
+        for key, kernel in (("pre_logits.fc1.weight", side), ("pre_logits.fc2.weight", 1)):
+            state[key] = state[key].unflatten(1, (-1, kernel, kernel))
+    return state
+
+
+def own_state(state: Mapping[str, Tensor], scheme: Scheme, variant: Variant, model: nn.Sequential) -> State:
+    """A state dict in the model's own names; those that the model does not have stay as they are."""
+    own = {theirs: name for name, theirs in names_in(scheme, variant, model).items()}
+    convolved = ("pre_logits.fc1.weight", "pre_logits.fc2.weight") if scheme == "timm" else ()
+    return {own.get(key, key): value.flatten(1) if key in convolved else value for key, value in state.items()}

@@ -1,0 +1,79 @@
+"""VGG: stacked 3x3 convolutions and 2x2 pooling (Simonyan, Zisserman 2015, "Very Deep Convolutional Networks", table 1)."""
+
+from torch import nn
+
+from trainer.models.layers import Activation, BatchNorm2d, Stem, nonlinearity, scaled, stack
+from trainer.models.registry import Variant, register
+
+_FULL = 4096
+"""Outputs of a hidden fully connected layer."""
+_CHANNELS = (64, 128, 256, 512, 512)
+_CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+"""Of each stage, by depth: the paper's columns A, B, D, E."""
+
+
+def vgg(
+    num_classes: int,
+    depth: int,
+    *,
+    stem: Stem = "imagenet",
+    activation: Activation = "relu",
+    batch_norm: bool = False,
+    dropout: float = 0.5,
+    width: int | None = None,
+) -> nn.Sequential:
+    """[N, 3, H, W] to [N, num_classes].
+
+    ``stem`` small: the first pooling is left out, and one average pixel goes to the fully connected layers.
+    ``width``: channels of the first stage; all others, and the fully connected layers, follow in proportion.
+    """
+    layers: list[tuple[str, nn.Module]] = []
+    channels = 3
+    for stage, (base, count) in enumerate(zip(_CHANNELS, _CONVOLUTIONS[depth], strict=True), start=1):
+        out = scaled(base, width, _CHANNELS[0])
+        for number in range(1, count + 1):
+            layers.append((f"conv{stage}_{number}", nn.Conv2d(channels, out, 3, 1, 1)))
+            if batch_norm:
+                layers.append((f"bn{stage}_{number}", BatchNorm2d(out)))
+            layers.append((f"act{stage}_{number}", nonlinearity(activation)))
+            channels = out
+        if stage > 1 or stem == "imagenet":
+            layers.append((f"pool{stage}", nn.MaxPool2d(2, 2)))
+    full, pooled = scaled(_FULL, width, _CHANNELS[0]), 7 if stem == "imagenet" else 1
+    layers += [
+        ("avgpool", nn.AdaptiveAvgPool2d(pooled)),  # the identity at 224 pixels
+        ("flatten", nn.Flatten()),
+        ("fc6", nn.Linear(channels * pooled**2, full)),
+        ("act6", nonlinearity(activation)),
+        ("drop6", nn.Dropout(dropout)),
+        ("fc7", nn.Linear(full, full)),
+        ("act7", nonlinearity(activation)),
+        ("drop7", nn.Dropout(dropout)),
+        ("head", nn.Linear(full, num_classes)),
+    ]
+    model = stack(layers)
+    _initialize(model)
+    return model
+
+
+def _initialize(model: nn.Sequential) -> None:
+    """Glorot, Bengio (2010) with zero biases, by which the paper (3.1) trains every depth without a shallower net before it."""
+    for layer in model.children():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            assert layer.bias is not None
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+for _batch_norm in (False, True):
+    for _depth in _CONVOLUTIONS:
+        register(
+            Variant(
+                f"vgg{_depth}{'_bn' if _batch_norm else ''}",
+                2014,
+                "vgg",
+                vgg,
+                {"imagenet": 32, "small": 16},
+                {"depth": _depth, "batch_norm": _batch_norm},
+            )
+        )
