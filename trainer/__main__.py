@@ -55,9 +55,10 @@ def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
 
     from trainer.console import TrainingProgress
     from trainer.engine import parallel
+    from trainer.engine.deepspeed_config import deepspeed_config
     from trainer.engine.loop import Job, Result, fit
     from trainer.engine.optimizer import build_optimizer
-    from trainer.engine.schedule import learning_rate_schedule, scaled_learning_rate
+    from trainer.engine.schedule import learning_rate_schedule
     from trainer.export import ModelFacts, save_model
 
     config = run.config
@@ -65,9 +66,12 @@ def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
     torch.manual_seed(config.train.seed)
     model = facts.build()
     device = parallel.join(ranks)
-    peak = scaled_learning_rate(config.optimizer, run.batch.global_size)
-    learning_rate = learning_rate_schedule(config.schedule, peak, run.steps_per_epoch, run.total_steps)
-    engine = parallel.wrap(model, build_optimizer(model, config.optimizer, peak), run.batch, config.train.channels_last)
+    learning_rate = learning_rate_schedule(
+        config.schedule, config.optimizer, run.batch.global_size, run.steps_per_epoch, run.total_steps
+    )
+    optimizer = build_optimizer(model, config.optimizer, learning_rate(0))
+    settings = deepspeed_config(run.batch, config.optimizer)
+    engine = parallel.wrap(model, optimizer, settings, config.train.channels_last)
     val, val_store = run.val, run.val_store
     world, rank = ranks.world_size, ranks.rank
     job = Job(

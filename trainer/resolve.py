@@ -8,7 +8,7 @@ from trainer.data.index import Index, check_shards, open_index
 from trainer.data.order import steps_per_epoch
 from trainer.data.storage import Store
 from trainer.engine.batch import BatchPlan, plan_batches
-from trainer.engine.schedule import learning_rate_schedule, scaled_learning_rate
+from trainer.engine.schedule import learning_rate_schedule
 from trainer.errors import UserError
 
 
@@ -48,7 +48,7 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
     total = epochs * per_epoch if epochs is not None else max_steps
     assert total is not None, "the configuration refuses a run without a length"
     stop = total if max_steps is None else min(total, max_steps)
-    learning_rate_schedule(config.schedule, scaled_learning_rate(config.optimizer, batch.global_size), per_epoch, total)
+    learning_rate_schedule(config.schedule, config.optimizer, batch.global_size, per_epoch, total)
     if config.tracking.register_as and not tracking_uri(config):
         raise UserError("tracking.register_as: needs a server: tracking.uri or MLFLOW_TRACKING_URI")
     if check_storage:

@@ -9,9 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.engine.batch import BatchPlan
-from trainer.engine.deepspeed_config import deepspeed_config
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -65,11 +62,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, batch: BatchPlan, channels_last: bool) -> Any:
+def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], channels_last: bool) -> Any:
     """DeepSpeed's engine around ``model``. Weights become channels-last after it, since it cannot broadcast such ones."""
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(batch))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if channels_last:
         engine.module.to(memory_format=torch.channels_last)
     return engine
