@@ -1,5 +1,6 @@
 """``python -m trainer RECIPE key=value ...``: one rank of a run. The only file that wires the parts together."""
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -55,9 +56,8 @@ def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
 
     from trainer.console import TrainingProgress
     from trainer.engine import parallel
-    from trainer.engine.deepspeed_config import deepspeed_config
+    from trainer.engine.data_parallel import DataParallel
     from trainer.engine.loop import Job, Result, fit
-    from trainer.engine.optimizer import build_optimizer
     from trainer.engine.schedule import learning_rate_schedule
     from trainer.export import ModelFacts, save_model
 
@@ -65,13 +65,14 @@ def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
     facts = ModelFacts.of(config, run.train.classes, run.num_classes)
     torch.manual_seed(config.train.seed)
     model = facts.build()
-    device = parallel.join(ranks)
+    device = parallel.join(ranks, fp16=config.precision == "fp16")
     learning_rate = learning_rate_schedule(
         config.schedule, config.optimizer, run.batch.global_size, run.steps_per_epoch, run.total_steps
     )
-    optimizer = build_optimizer(model, config.optimizer, learning_rate(0))
-    settings = deepspeed_config(run.batch, config.optimizer)
-    engine = parallel.wrap(model, optimizer, settings, config.train.channels_last)
+    whole = copy.deepcopy(model).to(device)
+    if config.train.channels_last:
+        whole = whole.to(memory_format=torch.channels_last)
+    engine = DataParallel(model, config, run.batch, device)
     val, val_store = run.val, run.val_store
     world, rank = ranks.world_size, ranks.rank
     job = Job(
@@ -85,6 +86,8 @@ def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
         mean=config.data.mean,
         std=config.data.std,
         device=device,
+        model=whole,
+        max_skipped_steps=config.train.max_skipped_steps,
     )
     tracker, system = start_tracking(run, recipe, ranks)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
@@ -94,7 +97,7 @@ def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
     try:
         result = fit(job, engine, tracker, progress)
         if ranks.is_first:
-            save_model(config.output_dir, engine.module, facts)
+            save_model(config.output_dir, whole, facts)
             status = "FINISHED"
     except Terminated:
         status = "KILLED"

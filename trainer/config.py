@@ -123,6 +123,13 @@ class AugmentConfig(_Section):
     """Part of the resized short side that the centre crop of evaluation keeps (224 of 256)."""
 
 
+class ParallelConfig(_Section):
+    """How a model and its optimizer are spread over the ranks."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """Partitioned over the ranks: 1 the optimizer's state, 2 the gradients too, 3 the weights too (Rajbhandari et al. 2020)."""
+
+
 class TrackingConfig(_Section):
     """MLflow."""
 
@@ -144,6 +151,8 @@ class TrainConfig(_Section):
     """Of the initial weights."""
     log_every_steps: Count = 20
     """Optimizer steps between two reads of the losses from the device (all of them are logged)."""
+    max_skipped_steps: Annotated[int, Field(ge=1, le=16)] = 16
+    """Steps in a row whose fp16 gradients overflow, after which the run stops."""
     channels_last: bool = True
     """Memory layout of activations."""
     output_dir: str = "runs/{name}"
@@ -161,6 +170,9 @@ class RunConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     augment: AugmentConfig = AugmentConfig()
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of weights and activations in training; master weights and batch norm are fp32 in each."""
+    parallel: ParallelConfig = ParallelConfig()
     tracking: TrackingConfig = TrackingConfig()
     train: TrainConfig
 
