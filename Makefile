@@ -29,6 +29,7 @@ test: setup ## Every test that needs no cluster
 
 bench: setup ## Measure; prints tables
 	python benchmarks/pack.py
+	python benchmarks/models.py
 
 image: ## Build the container image with docker or buildah (BASE, IMAGE)
 	tools/image.sh

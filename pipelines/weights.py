@@ -93,10 +93,6 @@ def export_weights(source: str, file: Path, form: str) -> str:
 
 
 def _write_onnx(model: nn.Module, facts: ModelFacts, path: Path) -> None:
-    try:
-        import onnxscript  # noqa: F401  # which torch's exporter needs
-    except ImportError:
-        raise UserError("--format onnx needs the packages onnx and onnxscript: pip install 'convoy[onnx]'") from None
     images = torch.zeros(2, 3, facts.image_size, facts.image_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

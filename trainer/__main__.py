@@ -1,5 +1,6 @@
 """``python -m trainer RECIPE key=value ...``: one rank of a run. The only file that wires the parts together."""
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -8,17 +9,28 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from trainer.config import find_recipe
+from trainer.console import TrainingProgress
 from trainer.data.loader import eval_loader, train_loader
 from trainer.data.reader import read_image
+from trainer.engine import parallel
+from trainer.engine.data_parallel import DataParallel
+from trainer.engine.loop import Job, Result, fit
 from trainer.engine.parallel import Ranks, is_lost_peer, ranks_from_environment
+from trainer.engine.schedule import learning_rate_schedule
 from trainer.errors import Diverged, ServiceLost, Terminated, UserError, report
+from trainer.export import ModelFacts, save_model
+from trainer.registration import register
 from trainer.resolve import Resolved, resolve, tracking_uri
 from trainer.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
+from trainer.weights import load_weights
 
 
 def main(arguments: list[str]) -> int:
@@ -29,10 +41,11 @@ def main(arguments: list[str]) -> int:
         if not arguments or arguments[0].startswith("-"):
             raise UserError("usage: python -m trainer RECIPE [key=value ...]")
         run = resolve(arguments[0], arguments[1:], ranks.world_size, check_storage=ranks.is_first)
+        network = build_network(run)
     except (Exception, Terminated) as error:
         return report(error, "convoy", quiet=not ranks.is_first)  # every rank finds the same
     try:
-        train(run, arguments[0], ranks)
+        train(run, network, arguments[0], ranks)
     except KeyboardInterrupt:
         return 130
     except (Exception, Terminated) as error:
@@ -49,27 +62,33 @@ def _terminate(number: int, frame: Any) -> None:
     raise Terminated
 
 
-def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
-    """Build, fit, save, register. All ranks take part."""
-    import torch
+@dataclass(frozen=True)
+class Network:
+    """A network with its first weights. ``notes``: what was found in the file that it starts from, a line each."""
 
-    from trainer.console import TrainingProgress
-    from trainer.engine import parallel
-    from trainer.engine.loop import Job, Result, fit
-    from trainer.engine.optimizer import build_optimizer
-    from trainer.engine.schedule import learning_rate_schedule, scaled_learning_rate
-    from trainer.export import ModelFacts, save_model
-    from trainer.weights import load_weights
+    model: nn.Sequential
+    facts: ModelFacts
+    notes: list[str]
 
+
+def build_network(run: Resolved) -> Network:
+    """The same on every rank: initial weights by ``train.seed``, or those of ``model.init``. Raises UserError."""
     config = run.config
     facts = ModelFacts.of(config, run.train.classes, run.num_classes)
     torch.manual_seed(config.train.seed)
     model = facts.build()
     notes = load_weights(model, config.model.name, config.model.init).notes if config.model.init else []
-    device = parallel.join(ranks)
-    peak = scaled_learning_rate(config.optimizer, run.batch.global_size)
-    learning_rate = learning_rate_schedule(config.schedule, peak, run.steps_per_epoch, run.total_steps)
-    engine = parallel.wrap(model, build_optimizer(model, config.optimizer, peak), run.batch, config.train.channels_last)
+    return Network(model, facts, notes)
+
+
+def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
+    """Wire, fit, save, register. All ranks take part."""
+    config = run.config
+    device = parallel.join(ranks, fp16=config.precision == "fp16")
+    whole = copy.deepcopy(network.model).to(device)
+    if config.train.channels_last:
+        whole = whole.to(memory_format=torch.channels_last)
+    engine = DataParallel(network.model, config, run.batch, device)
     val, val_store = run.val, run.val_store
     world, rank = ranks.world_size, ranks.rank
     job = Job(
@@ -77,23 +96,26 @@ def train(run: Resolved, recipe: str, ranks: Ranks) -> None:
         steps_per_epoch=run.steps_per_epoch,
         stop_step=run.stop_step,
         log_every_steps=config.train.log_every_steps,
-        learning_rate=learning_rate,
+        max_skipped_steps=config.train.max_skipped_steps,
+        learning_rate=learning_rate_schedule(
+            config.schedule, config.optimizer, run.batch.global_size, run.steps_per_epoch, run.total_steps
+        ),
         train_batches=lambda e: train_loader(config, run.train, run.train_store, e, world, rank, run.batch.accumulation_steps),
         eval_batches=(lambda: eval_loader(config, val, val_store, world, rank)) if val and val_store else None,
         mean=config.data.mean,
         std=config.data.std,
         device=device,
+        model=whole,
     )
     tracker, system = start_tracking(run, recipe, ranks)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
-    for note in (_headline(run, tracker), *notes):
+    for note in (_headline(run, tracker), *network.notes):
         progress.note(note)
     status = "FAILED"
-    result: Result | None = None
     try:
         result = fit(job, engine, tracker, progress)
         if ranks.is_first:
-            save_model(config.output_dir, engine.module, facts)
+            save_model(config.output_dir, whole, network.facts)
             status = "FINISHED"
     except Terminated:
         status = "KILLED"
@@ -182,7 +204,7 @@ def _headline(run: Resolved, tracker: Tracker) -> str:
     )
 
 
-def finish(run: Resolved, result: Any, tracker: Tracker, delivered: bool) -> None:
+def finish(run: Resolved, result: Result, tracker: Tracker, delivered: bool) -> None:
     """Register where asked, and leave ``result.json``."""
     config = run.config
     facts = asdict(result) | {"ranks": run.batch.ranks, "mlflow_run_id": tracker.run_id, "name": config.name}
@@ -199,9 +221,7 @@ def finish(run: Resolved, result: Any, tracker: Tracker, delivered: bool) -> Non
         raise ServiceLost(f"{lost}; the weights are in {config.output_dir}")
 
 
-def _register(run: Resolved, result: Any, tracker: Tracker, delivered: bool) -> dict[str, str]:
-    from trainer.registration import register
-
+def _register(run: Resolved, result: Result, tracker: Tracker, delivered: bool) -> dict[str, str]:
     config, uri = run.config, tracking_uri(run.config)
     if uri is None or tracker.run_id is None or not delivered:
         raise ServiceLost(f"MLflow at {uri} was not there, so {config.tracking.register_as} has no new version")

@@ -86,26 +86,39 @@ class BatchConfig(_Section):
 class OptimizerConfig(_Section):
     """The update rule and its learning rate."""
 
-    name: Literal["sgd"] = "sgd"
+    name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
     base_lr: Annotated[float, Field(gt=0)] = 0.1
     """Learning rate at a global batch of base_batch; scaled linearly with the global batch (Goyal et al. 2017, 2.1)."""
     base_batch: Count = 256
     """Samples for which base_lr is meant."""
     momentum: Fraction = 0.9
+    """Of sgd and lars."""
     nesterov: bool = False
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """Decay of the first and second moment of adamw and lamb."""
     weight_decay: NonNegative = 1e-4
+    decay_norm_and_bias: bool = True
+    """Whether weight decay also pulls on biases and on the gains of norms; by the kind of layer, not by name."""
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient over all weights; a longer one is scaled to it."""
 
 
 class ScheduleConfig(_Section):
     """The learning rate over time."""
 
-    name: Literal["cosine", "step", "constant"] = "cosine"
+    name: Literal["cosine", "step", "polynomial", "constant"] = "cosine"
     warmup_epochs: NonNegative = 0.0
-    """Epochs over which the learning rate climbs linearly to its peak (Goyal et al. 2017, 2.2)."""
+    """Epochs of warmup (Goyal et al. 2017, 2.2)."""
+    warmup: Literal["gradual", "constant"] = "gradual"
+    """gradual: climbs linearly to the peak; constant: stays at warmup_lr, then jumps to the peak."""
+    warmup_lr: NonNegative | None = None
+    """Where gradual warmup begins (0 when not given), or what constant warmup holds (base_lr when not given)."""
     milestones: list[NonNegative] = [30.0, 60.0, 80.0]
     """Epochs at which `step` multiplies the learning rate by gamma."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Factor of `step`."""
+    power: Annotated[float, Field(gt=0)] = 2.0
+    """Exponent of `polynomial`."""
 
 
 class AugmentConfig(_Section):
@@ -121,6 +134,13 @@ class AugmentConfig(_Section):
     """Mirror left and right with probability 1/2."""
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Part of the resized short side that the centre crop of evaluation keeps (224 of 256)."""
+
+
+class ParallelConfig(_Section):
+    """How a model and its optimizer are spread over the ranks."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """Partitioned over the ranks: 1 the optimizer's state, 2 the gradients too, 3 the weights too (Rajbhandari et al. 2020)."""
 
 
 class TrackingConfig(_Section):
@@ -144,6 +164,8 @@ class TrainConfig(_Section):
     """Of the initial weights."""
     log_every_steps: Count = 20
     """Optimizer steps between two reads of the losses from the device (all of them are logged)."""
+    max_skipped_steps: Annotated[int, Field(ge=1, le=16)] = 16
+    """Steps in a row whose fp16 gradients overflow, after which the run stops."""
     channels_last: bool = True
     """Memory layout of activations."""
     output_dir: str = "runs/{name}"
@@ -161,6 +183,9 @@ class RunConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     augment: AugmentConfig = AugmentConfig()
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of weights and activations in training; master weights and batch norm are fp32 in each."""
+    parallel: ParallelConfig = ParallelConfig()
     tracking: TrackingConfig = TrackingConfig()
     train: TrainConfig
 

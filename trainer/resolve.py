@@ -8,7 +8,8 @@ from trainer.data.index import Index, check_shards, open_index
 from trainer.data.order import steps_per_epoch
 from trainer.data.storage import Store
 from trainer.engine.batch import BatchPlan, plan_batches
-from trainer.engine.schedule import learning_rate_schedule, scaled_learning_rate
+from trainer.engine.deepspeed_config import check_engine
+from trainer.engine.schedule import learning_rate_schedule
 from trainer.errors import UserError
 
 
@@ -34,6 +35,7 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
     ``check_storage`` compares the presence and size of every shard too: one listing, so one rank of a job does it.
     """
     config = load_config(recipe, overrides)
+    check_engine(config)
     train, train_store = open_index(config.data.train)
     val, val_store = open_index(config.data.val) if config.data.val else (None, None)
     num_classes = config.model.num_classes or len(train.classes)
@@ -48,7 +50,7 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
     total = epochs * per_epoch if epochs is not None else max_steps
     assert total is not None, "the configuration refuses a run without a length"
     stop = total if max_steps is None else min(total, max_steps)
-    learning_rate_schedule(config.schedule, scaled_learning_rate(config.optimizer, batch.global_size), per_epoch, total)
+    learning_rate_schedule(config.schedule, config.optimizer, batch.global_size, per_epoch, total)
     if config.tracking.register_as and not tracking_uri(config):
         raise UserError("tracking.register_as: needs a server: tracking.uri or MLFLOW_TRACKING_URI")
     if check_storage:

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from trainer.config import OptimizerConfig, ScheduleConfig
 from trainer.engine.batch import plan_batches
 from trainer.engine.objective import count_correct, weighted_loss
+from trainer.engine.optimizer import build_optimizer, weight_groups
 from trainer.engine.schedule import learning_rate_schedule, scaled_learning_rate
 from trainer.errors import UserError
+from trainer.models import build_model
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 16))
@@ -43,30 +45,114 @@ def test_the_linear_scaling_rule() -> None:
     assert scaled_learning_rate(OptimizerConfig(base_lr=0.1, base_batch=256), 8192) == pytest.approx(3.2)
 
 
-def test_warmup_then_cosine_equals_torchs_schedulers() -> None:
-    rate = learning_rate_schedule(ScheduleConfig(name="cosine", warmup_epochs=2), 1.6, steps_per_epoch=10, total_steps=90)
-    assert [rate(s) for s in range(20)] == pytest.approx([1.6 * (s + 1) / 20 for s in range(20)])
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.6)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=70)
-    for step in range(20, 90):
-        assert rate(step) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+def _rates(schedule: ScheduleConfig, peak: float = 1.6, steps_per_epoch: int = 10, steps: int = 90) -> list[float]:
+    """Of each step, for a global batch that is sixteen times the base batch."""
+    optimizer = OptimizerConfig(base_lr=peak / 16, base_batch=16)
+    rate = learning_rate_schedule(schedule, optimizer, 256, steps_per_epoch, steps)
+    return [rate(step) for step in range(steps)]
+
+
+def _with_torch(peak: float, steps: int, scheduler: str, **options: object) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    schedule = getattr(torch.optim.lr_scheduler, scheduler)(optimizer, **options)
+    rates = []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
         optimizer.step()
-        scheduler.step()
+        schedule.step()
+    return rates
+
+
+def test_gradual_warmup_then_cosine_equals_torchs_scheduler() -> None:
+    rates = _rates(ScheduleConfig(name="cosine", warmup_epochs=2))
+    assert rates[:20] == pytest.approx([1.6 * (s + 1) / 20 for s in range(20)])
+    assert rates[20:] == pytest.approx(_with_torch(1.6, 70, "CosineAnnealingLR", T_max=70), abs=1e-9)
+
+
+def test_warmup_of_goyal_et_al() -> None:
+    """2.2: gradual from the unscaled to the scaled rate; constant at the unscaled one."""
+    gradual = _rates(ScheduleConfig(name="constant", warmup_epochs=5, warmup_lr=0.1))
+    assert gradual[:50] == pytest.approx([0.1 + 1.5 * (s + 1) / 50 for s in range(50)])
+    assert gradual[50:] == [1.6] * 40
+    constant = _rates(ScheduleConfig(name="constant", warmup_epochs=5, warmup="constant"))
+    assert constant == pytest.approx([0.1] * 50 + [1.6] * 40)
 
 
 def test_step_decay_equals_torchs_scheduler() -> None:
-    rate = learning_rate_schedule(ScheduleConfig(name="step", milestones=[3.0, 6.0, 8.0]), 0.1, 10, 90)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[30, 60, 80], gamma=0.1)
-    for step in range(90):
-        assert rate(step) == pytest.approx(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
+    rates = _rates(ScheduleConfig(name="step", milestones=[3.0, 6.0, 8.0]))
+    assert rates == pytest.approx(_with_torch(1.6, 90, "MultiStepLR", milestones=[30, 60, 80], gamma=0.1))
 
 
-def test_a_warmup_as_long_as_the_run_is_refused() -> None:
+def test_polynomial_decay_equals_torchs_scheduler() -> None:
+    rates = _rates(ScheduleConfig(name="polynomial", power=3.0, warmup_epochs=1))
+    assert rates[10:] == pytest.approx(_with_torch(1.6, 80, "PolynomialLR", total_iters=80, power=3.0), abs=1e-9)
+
+
+def test_warmups_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UserError, match="50 steps, but the run has 40; use less than 4"):
-        learning_rate_schedule(ScheduleConfig(warmup_epochs=5), 0.1, 10, 40)
+        _rates(ScheduleConfig(warmup_epochs=5), steps=40)
+    with pytest.raises(UserError, match=r"schedule\.warmup_lr: 2\.0 is above the peak of 1\.6"):
+        _rates(ScheduleConfig(warmup_epochs=5, warmup_lr=2.0))
+
+
+def test_weight_decay_spares_norms_and_biases_by_the_kind_of_layer() -> None:
+    model = build_model("resnet18", 10, width=8)
+    config = OptimizerConfig(decay_norm_and_bias=False, weight_decay=0.1)
+    decayed, free = (group["params"] for group in weight_groups(model, config))
+    kinds = {id(p): type(m) for m in model.modules() for p in m.parameters(recurse=False)}
+    assert {kinds[id(p)] for p in decayed} == {torch.nn.Conv2d, torch.nn.Linear}
+    assert {kinds[id(p)].__name__ for p in free} == {"BatchNorm2d", "Linear"}
+    assert len(decayed) + len(free) == len(list(model.parameters()))
+    assert len(weight_groups(model, OptimizerConfig())) == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_an_update_by_each_rule(name: str) -> None:
+    """Against the formula of its paper, written out, over three steps of a changing learning rate."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3, bias=False, dtype=torch.float64)
+    config = OptimizerConfig(name=name, weight_decay=0.01, momentum=0.9)
+    optimizer = build_optimizer(layer, config, 0.1)
+    weight, first, second = layer.weight.detach().clone(), torch.zeros(3, 4), torch.zeros(3, 4)
+    for step, rate in enumerate((0.1, 0.3, 0.05), start=1):
+        gradient = torch.randn(3, 4, dtype=torch.float64)
+        layer.weight.grad = gradient.clone()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        decayed = gradient + 0.01 * weight
+        if name == "sgd":
+            first = 0.9 * first + decayed
+            weight = weight - rate * first
+        elif name == "lars":  # You et al. 2017, algorithm 1, with the trust ratio on the gradient
+            trust = 0.001 * weight.norm() / (gradient.norm() + 0.01 * weight.norm() + 1e-8)
+            first = 0.9 * first + trust * decayed
+            weight = weight - rate * first
+        else:
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            epsilon = 1e-8 if name == "adamw" else 1e-6
+            update = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + epsilon)
+            if name == "adamw":  # Loshchilov and Hutter 2019, algorithm 2
+                weight = weight - rate * (update + 0.01 * weight)
+            else:  # You et al. 2020, algorithm 2
+                update = update + 0.01 * weight
+                weight = weight - rate * weight.norm() / update.norm() * update
+        assert torch.allclose(layer.weight, weight, rtol=1e-6), step
+
+
+def test_sgd_needs_no_momentum_correction() -> None:
+    """Goyal et al. 2017, 3, remark 2: a velocity that holds the rate must be scaled when that changes; torch's does not."""
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    layer = torch.nn.Module()
+    layer.weight = weight
+    optimizer = build_optimizer(layer, OptimizerConfig(momentum=0.9, weight_decay=0.0), 1.0)
+    expected, velocity, before = 0.0, 0.0, 1.0
+    for rate in (1.0, 1.0, 0.1, 0.4):
+        weight.grad = torch.ones(1, dtype=torch.float64)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        velocity = 0.9 * rate / before * velocity + rate  # equation 10, with the correction
+        expected, before = expected - velocity, rate
+        assert weight.item() == pytest.approx(expected)
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 1000))

@@ -2,17 +2,39 @@
 
 from typing import Any
 
+from trainer.config import RunConfig
 from trainer.engine.batch import BatchPlan
+from trainer.errors import UserError
 
 
-def deepspeed_config(batch: BatchPlan) -> dict[str, Any]:
-    """The engine's own dictionary: data parallelism without partitioning (ZeRO 0), fp32."""
-    return {
+def check_engine(config: RunConfig) -> None:
+    """Refuse what cannot work, and what trains without an error and does not learn. Raises UserError with every fault."""
+    stage, optimizer = config.parallel.zero_stage, config.optimizer.name
+    faults = []
+    if config.precision == "fp16" and stage == 0:
+        faults.append("parallel.zero_stage: 0 does not learn with precision fp16 (DeepSpeed's unfused fp16 optimizer); use 1")
+    if optimizer in ("lars", "lamb") and (stage > 0 or config.precision != "fp32"):
+        faults.append(
+            f"optimizer.name: {optimizer} needs the norm of each layer's weights, which ZeRO and 16-bit precision keep in one flat "
+            "piece; use precision fp32 with parallel.zero_stage 0, or another optimizer"
+        )
+    if faults:
+        raise UserError(*faults)
+
+
+def deepspeed_config(config: RunConfig, batch: BatchPlan) -> dict[str, Any]:
+    """The engine's own dictionary."""
+    settings: dict[str, Any] = {
         "train_batch_size": batch.global_size,
         "train_micro_batch_size_per_gpu": batch.micro_size,
         "gradient_accumulation_steps": batch.accumulation_steps,
-        "gradient_clipping": 0.0,  # its default clips every gradient to norm 1, which is another algorithm
-        "zero_optimization": {"stage": 0},
+        "gradient_clipping": config.optimizer.clip_grad_norm or 0.0,  # left out, it clips every gradient to norm 1
+        "zero_optimization": {"stage": config.parallel.zero_stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
     }
+    if config.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+    if config.precision == "fp16":  # 0: a dynamic scale (Micikevicius et al. 2018, 3.2)
+        settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
+    return settings

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from torch import Tensor
 from trainer.console import TrainingProgress
 from trainer.data.loader import Batch
 from trainer.engine.batch import BatchPlan
-from trainer.engine.objective import count_correct, weighted_loss
-from trainer.engine.parallel import average_batch_norm, summed
+from trainer.engine.data_parallel import DataParallel, Step, to_device
+from trainer.engine.objective import count_correct
+from trainer.engine.parallel import gathered, summed
 from trainer.errors import Diverged
 from trainer.models.layers import normalize
 from trainer.tracking import Tracker
@@ -33,6 +33,9 @@ class Job:
     mean: list[float]
     std: list[float]
     device: torch.device
+    model: torch.nn.Module
+    """The whole network in fp32, for evaluation and export, whatever form it is trained in."""
+    max_skipped_steps: int
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Result:
     """Figures of a finished run. ``top1`` and ``top5`` are fractions of the validation split, None without one."""
 
     steps: int = 0
+    skipped_steps: int = 0
     loss: float = math.nan
     top1: float | None = None
     top5: float | None = None
@@ -59,7 +63,26 @@ class _Meter:
     total_images: int = 0
     total_waited: float = 0.0
     total_seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
     losses: list[Tensor] = field(default_factory=list)
+    keys: list[list[str]] = field(default_factory=list)
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each comes is time waited."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+    def took(self, step: Step) -> None:
+        """Count a step."""
+        self.images += step.images
+        self.skipped += step.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
+        self.losses.append(step.loss)
+        self.keys.append(step.keys)
 
     def read(self) -> dict[str, float]:
         values = {
@@ -73,73 +96,70 @@ class _Meter:
         return values
 
 
-def fit(job: Job, engine: Any, tracker: Tracker, progress: TrainingProgress) -> Result:
+def fit(job: Job, engine: DataParallel, tracker: Tracker, progress: TrainingProgress) -> Result:
     """Train to ``stop_step``, evaluating after each epoch and at the end. All ranks take part."""
     result, meter = Result(), _Meter()
     step, epoch = 0, 0
     while step < job.stop_step:
         batches = job.train_batches(epoch)
-        engine.train()
         stop = min(job.stop_step, (epoch + 1) * job.steps_per_epoch)
         while step < stop:
             started = time.perf_counter()
-            images = _step(job, engine, batches, step, meter)
+            outcome = engine.step(meter.timed(batches), job.learning_rate(step))
             meter.seconds += time.perf_counter() - started
-            meter.images += images
+            meter.took(outcome)
             step += 1
+            _check_overflow(job, engine, meter, step)
             if step % job.log_every_steps == 0 or step == stop:
-                result.loss = _log(job, tracker, progress, meter, step)
+                result.loss = _log(job, engine, tracker, progress, meter, step)
         batches.close()  # type: ignore[attr-defined]  # a generator; one that was not exhausted holds threads
         epoch += 1
+        job.model.load_state_dict(engine.state())
         if job.eval_batches is not None:
-            result.top1, result.top5, result.val_samples = evaluate(engine.module, job, job.eval_batches())
+            result.top1, result.top5, result.val_samples = evaluate(job.model, job, job.eval_batches())
             tracker.log_metrics({"top1": result.top1, "top5": result.top5, "epoch": epoch}, step)
             progress.note(f"epoch {epoch}: top1 {result.top1:.4f}, top5 {result.top5:.4f} of {result.val_samples:,} images")
-    average_batch_norm(engine.module)
     result.steps = step
+    result.skipped_steps = meter.skipped
     result.train_seconds = meter.total_seconds
     result.images_per_second = meter.total_images / max(meter.total_seconds, 1e-9)
     result.data_wait_fraction = meter.total_waited / max(meter.total_seconds, 1e-9)
     return result
 
 
-def _step(job: Job, engine: Any, batches: Iterator[Batch], step: int, meter: _Meter) -> int:
-    """One optimizer step; returns the images of all ranks in it."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = job.learning_rate(step)
-    micro_batches = job.batch.ranks * job.batch.accumulation_steps
-    total = torch.zeros((), device=job.device)
-    for _ in range(job.batch.accumulation_steps):
-        asked = time.perf_counter()
-        batch = next(batches)
-        meter.waited += time.perf_counter() - asked
-        logits = engine(normalized(batch, job))
-        loss = weighted_loss(
-            logits, _to(batch.labels, job.device), _to(batch.weights, job.device), batch.global_weight, micro_batches
+def _check_overflow(job: Job, engine: DataParallel, meter: _Meter, step: int) -> None:
+    if meter.skipped_in_a_row >= job.max_skipped_steps:
+        keys = gathered(meter.keys[-1])
+        raise Diverged(
+            f"step {step}: the gradients overflowed fp16 {meter.skipped_in_a_row} times in a row, at last at a loss scale of "
+            f"{engine.loss_scale()}; lower optimizer.base_lr or use precision bf16; its samples: {_some(keys)}"
         )
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach() / job.batch.accumulation_steps
-    meter.losses.append(total)
-    return int(batch.global_weight)
 
 
-def _log(job: Job, tracker: Tracker, progress: TrainingProgress, meter: _Meter, step: int) -> float:
+def _some(keys: list[str], most: int = 16) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _log(job: Job, engine: DataParallel, tracker: Tracker, progress: TrainingProgress, meter: _Meter, step: int) -> float:
     """Read the losses of the last steps from the device (a synchronization), average them over ranks and log each."""
     losses = (summed(torch.stack(meter.losses)) / job.batch.ranks).tolist()
-    meter.losses.clear()
     first = step - len(losses) + 1
     values = meter.read()
+    norm, scale = engine.grad_norm(), engine.loss_scale()
+    values |= {"grad_norm": norm} if norm is not None else {}
+    values |= {"loss_scale": scale, "skipped_steps": meter.skipped} if scale is not None else {}
     for number, loss in enumerate(losses, start=first):
-        rates = values if number == step else {}
         # step 1 is the first update, so that a curve's last step is the number of updates made
+        rates = values if number == step else {}
         tracker.log_metrics({"loss": loss, "learning_rate": job.learning_rate(number - 1), **rates}, number)
-    for number, loss in enumerate(losses, start=first):
-        if not math.isfinite(loss):
+    for number, loss, keys in zip(range(first, step + 1), losses, meter.keys, strict=True):
+        if not math.isfinite(loss) and (scale is None or not meter.skipped_in_a_row):
             raise Diverged(
-                f"the loss of step {number} is {loss}: training diverged; "
-                "lower optimizer.base_lr or lengthen schedule.warmup_epochs"
+                f"the loss of step {number} is {loss}: training diverged; lower optimizer.base_lr or lengthen "
+                f"schedule.warmup_epochs; its samples: {_some(gathered(keys))}"
             )
+    meter.losses.clear()
+    meter.keys.clear()
     progress.update(
         step,
         f"epoch {step / job.steps_per_epoch:.2f} loss {losses[-1]:.4f} lr {job.learning_rate(step - 1):.4g} "
@@ -151,20 +171,10 @@ def _log(job: Job, tracker: Tracker, progress: TrainingProgress, meter: _Meter, 
 @torch.inference_mode()
 def evaluate(model: torch.nn.Module, job: Job, batches: Iterator[Batch]) -> tuple[float, float, int]:
     """top1, top5 (fractions) and the number of samples, counted exactly over all ranks, all of which take part."""
-    average_batch_norm(model)
     model.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=job.device)
     for batch in batches:
-        counts += count_correct(model(normalized(batch, job)), _to(batch.labels, job.device))
-    model.train()
+        images = normalize(to_device(batch.pixels, job.device), job.mean, job.std)
+        counts += count_correct(model(images), to_device(batch.labels, job.device))
     top1, top5, samples = summed(counts).tolist()
     return top1 / samples, top5 / samples, samples
-
-
-def normalized(batch: Batch, job: Job) -> Tensor:
-    """float32 [N, 3, size, size], made on the device."""
-    return normalize(_to(batch.pixels, job.device), job.mean, job.std)
-
-
-def _to(array: Any, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -1,17 +1,45 @@
-"""The update rules, from torch."""
+"""The update rules, from torch and timm, and which weights they decay."""
+
+from typing import Any
 
 import torch
+from timm.optim.lamb import Lamb
+from timm.optim.lars import Lars
 from torch import nn
 
 from trainer.config import OptimizerConfig
 
+Group = dict[str, Any]
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
+    """The model's parameters as one group, or, with ``decay_norm_and_bias`` off, as those that decay and those that do not.
+
+    Norms are told by the kind of layer: a name such as ``downsample.1`` does not say that it is one.
+    """
+    parameters = dict(model.named_parameters())
+    if config.decay_norm_and_bias or not config.weight_decay:
+        return [{"params": list(parameters.values()), "weight_decay": config.weight_decay}]
+    norms = {name for name, module in model.named_modules() if isinstance(module, _NORMS)}
+    free = {name for name in parameters if name.rpartition(".")[0] in norms or name.rpartition(".")[2] == "bias"}
+    return [
+        {"params": [p for name, p in parameters.items() if name not in free], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in parameters.items() if name in free], "weight_decay": 0.0},
+    ]
+
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
-    """SGD with momentum; weight decay on every parameter, as in He et al. 2015."""
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-    )
+    """sgd: torch's, whose velocity does not hold the learning rate, so that a change of it needs no momentum correction
+    (Goyal et al. 2017, 3, remark 2); adamw: torch's (Loshchilov and Hutter 2019); lars and lamb: timm's (You et al. 2017, 2020),
+    without trust ratio on weights that do not decay."""
+    groups = weight_groups(model, config)
+    betas = (config.betas[0], config.betas[1])
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+    if config.name == "lamb":
+        return Lamb(groups, lr=learning_rate, betas=betas, max_grad_norm=None)
+    if config.name == "lars":
+        return Lars(groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov)
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov)

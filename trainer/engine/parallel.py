@@ -3,14 +3,10 @@
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-from trainer.engine.batch import BatchPlan
-from trainer.engine.deepspeed_config import deepspeed_config
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,14 +27,19 @@ def ranks_from_environment() -> Ranks:
     return Ranks(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
 
 
-def join(ranks: Ranks) -> torch.device:
-    """Join the process group, NCCL with GPUs and gloo without; returns this rank's device. All ranks take part."""
+def join(ranks: Ranks, fp16: bool = False) -> torch.device:
+    """Join the process group, NCCL with GPUs and gloo without; returns this rank's device. All ranks take part.
+
+    ``fp16``: half precision is wanted, which DeepSpeed must be told that a CPU can do too.
+    """
     alone = "RANK" not in os.environ  # no torchrun started this process
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.update(defaults | os.environ)  # DeepSpeed insists on them
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if fp16 and not torch.cuda.is_available():
+        _allow_half_on_cpu()
     import deepspeed
     from deepspeed.utils import logger
 
@@ -55,6 +56,22 @@ def join(ranks: Ranks) -> torch.device:
     return device
 
 
+def _allow_half_on_cpu() -> None:
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class HalfAccelerator(CPU_Accelerator):  # type: ignore[misc]
+        """Slow, but it lets every fp16 path be tried without a GPU."""
+
+        def is_fp16_supported(self) -> bool:
+            return True
+
+        def supported_dtypes(self) -> list[torch.dtype]:
+            return [torch.float32, torch.float16, torch.bfloat16]
+
+    set_accelerator(HalfAccelerator())
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
@@ -65,16 +82,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, batch: BatchPlan, channels_last: bool) -> Any:
-    """DeepSpeed's engine around ``model``. Weights become channels-last after it, since it cannot broadcast such ones."""
-    import deepspeed
-
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(batch))
-    if channels_last:
-        engine.module.to(memory_format=torch.channels_last)
-    return engine
-
-
 def summed(values: Tensor) -> Tensor:
     """The sum over ranks. All ranks take part."""
     values = values.clone()
@@ -82,14 +89,8 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
-def average_batch_norm(model: nn.Module) -> None:
-    """Running statistics become their mean over ranks, each of which saw other samples. All ranks take part."""
-    world_size = dist.get_world_size()
-    if world_size == 1:
-        return
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            for buffer in (module.running_mean, module.running_var):
-                assert isinstance(buffer, Tensor)
-                dist.all_reduce(buffer)
-                buffer.div_(world_size)
+def gathered(values: list[str]) -> list[str]:
+    """The lists of all ranks as one. All ranks take part."""
+    parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
