@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Run
+from helpers import Run
 from PIL import Image
 
 from pipelines import demo

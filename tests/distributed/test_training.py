@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run
+from helpers import Run
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
@@ -36,7 +37,7 @@ def client(services: local.Services) -> MlflowClient:
 @pytest.fixture(scope="session")
 def remote_digits(digits_folder: Path, bucket: str, service_env: dict[str, str]) -> str:
     """The digits in the object store."""
-    from conftest import run_convoy
+    from helpers import run_convoy
 
     url = f"{bucket}/digits"
     done = run_convoy("pack", digits_folder, url, "--shards", 5, env=service_env)
@@ -113,11 +114,15 @@ def test_from_shards_to_a_registered_model(
     downloaded = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
     assert not [p for p in downloaded.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth", ".bin")]
     assert _fresh_process_top1(digits_folder, service_env, tmp_path) == pytest.approx(top1, abs=1e-9)
+    convoy_ok("weights", "export", "models:/digits@champion", tmp_path / "digits.onnx", "--format", "onnx", env=service_env)
+    images, labels, _ = _split(digits_folder, "val")
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "digits.onnx").run(None, {"images": images.numpy()})
+    assert float((logits.argmax(1) == labels.numpy()).mean()) == pytest.approx(top1, abs=1e-9)
 
 
 def open_digest(url: str, split: str, env: dict[str, str]) -> str:
     """The digest that ``convoy verify`` computes, without its prefix."""
-    from conftest import run_convoy
+    from helpers import run_convoy
 
     return json.loads(run_convoy("verify", f"{url}/{split}", "--json", env=env).stdout)["splits"][0]["digest"].split(":")[1]
 

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from helpers import Run
 
 RECIPE = "digits-resnet8"
 

@@ -10,7 +10,7 @@ import pytest
 from botocore import UNSIGNED
 from botocore.client import Config
 from botocore.exceptions import ClientError
-from conftest import Run
+from helpers import Run
 
 from pipelines import local
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import scipy.io
 import webdataset as wds
-from conftest import Run
+from helpers import Run
 from PIL import Image
 
 from trainer.data.index import Index, open_index
@@ -208,7 +208,7 @@ def _names(store: object, obstore: object, ending: str, at_least: int = 0) -> li
 
 
 def _stderr_of_second_run(url: str, source: Path, env: dict[str, str]) -> str:
-    from conftest import run_convoy
+    from helpers import run_convoy
 
     done = run_convoy("pack", source, url, "--shards", 240, env=env)
     assert done.returncode == 0, done.stderr

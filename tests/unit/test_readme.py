@@ -7,7 +7,10 @@ import pytest
 import typer
 
 from pipelines.cli import app
+from pipelines.models import markdown
 from trainer.config import known_keys
+from trainer.models import variants
+from trainer.models.catalogue import describe
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,3 +32,14 @@ def test_documents_name_what_is_there(path: Path) -> None:
         assert (path.parent / link).exists(), link
     for key in re.findall(r"\b((?:model|data|batch|optimizer|schedule|augment|tracking|train)\.[a-z_]+)=", text):
         assert key in known_keys(), key
+
+
+@pytest.mark.parametrize(("path", "least"), [("README.md", 7), ("docs/models.md", 37)])
+def test_tables_of_networks_are_what_the_command_computes(path: str, least: int) -> None:
+    made = {
+        line.split(" | ")[0]: line for line in markdown(describe(v.name) for v in variants()).splitlines() if line.startswith("| ")
+    }
+    rows = [line for line in (ROOT / path).read_text(encoding="utf-8").splitlines() if line.split(" | ")[0] in made]
+    assert len(rows) > least
+    for row in rows:
+        assert row == made[row.split(" | ")[0]]
