@@ -22,7 +22,12 @@ from trainer.errors import UserError
 
 BUCKET = "convoy"
 _STATE = "services.json"
+_ATTEMPTS = 3
 _START_SECONDS, _STOP_SECONDS = 120.0, 40.0  # the S3 server drains its own streams for 15 s before it ends
+
+
+class _Died(RuntimeError):
+    """A service ended while it started."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,16 @@ def up(folder: Path) -> Services:
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+    for attempt in range(_ATTEMPTS):
+        try:
+            return _start(folder)
+        except _Died as error:  # another process may have taken one of its ports meanwhile
+            if attempt == _ATTEMPTS - 1:
+                raise UserError(str(error)) from None
+    raise AssertionError("unreachable")
+
+
+def _start(folder: Path) -> Services:
     access_key, secret_key = _credentials(folder)
     s3_port, mlflow_port, *weed_ports = _free_ports(2 + 7)
     s3_url, mlflow_url = f"http://127.0.0.1:{s3_port}", f"http://127.0.0.1:{mlflow_port}"
@@ -168,7 +183,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Free ports, all different; another process may still take one before it is used, which the start then reports."""
+    """Free ports, all different; another process may still take one before it is used."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:
@@ -191,6 +206,8 @@ def _start_s3(folder: Path, port: int, others: list[int]) -> Process:
         "-volume.preStopSeconds=0",
         "-s3",
         f"-s3.port={port}",
+        "-s3.port.iceberg=0",  # and no other catalogues on fixed ports
+        "-s3.port.lance=0",
         f"-s3.config={folder / 's3.json'}",
         *(f"-{name}={number}" for name, number in zip(names, others, strict=True)),
     ]
@@ -240,7 +257,7 @@ def _make_bucket(services: Services) -> bool:
 
 
 def _wait(services: Services, name: str, ready: Callable[[], bool]) -> None:
-    """Until ``ready`` does not raise; raises UserError with the log's end when the process ends or time is up."""
+    """Until ``ready`` does not raise; raises _Died or UserError, with the log's end, when the process ends or time is up."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     log = services.folder / f"{name}.log"
@@ -252,7 +269,10 @@ def _wait(services: Services, name: str, ready: Callable[[], bool]) -> None:
         except (urllib.error.URLError, OSError, BotoCoreError, ClientError):
             pass
         if services.processes[name].handle() is None:
-            break
+            raise _Died(f"{name} ended at its start; the end of {log}: {_tail(log)}")
         time.sleep(0.1)
-    tail = " | ".join(log.read_text(errors="replace").splitlines()[-3:])
-    raise UserError(f"{name} did not start within {_START_SECONDS:.0f} s; the end of {log}: {tail}")
+    raise UserError(f"{name} did not start within {_START_SECONDS:.0f} s; the end of {log}: {_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    return " | ".join(log.read_text(errors="replace").splitlines()[-3:])

@@ -30,7 +30,7 @@ def _one_line(told: str) -> str:
         ("batch.global_size=63", "batch.micro_size: 16 does not divide the 63 samples of a rank"),
         ("batch.global_size=1200", "batch.global_size: 1200 is more than the 600 samples"),
         ("model.name=resnet9", "model.name: there is no model 'resnet9'; nearest: resnet"),
-        ("data.image_size=2", "data.image_size: 2 is too small for resnet8, which needs at least 4 pixels"),
+        ("data.image_size=2", "data.image_size: 2 is too small for resnet8, which needs at least 3 pixels"),
         ("model.num_classes=3", "model.num_classes: 3 is less than the 10 classes"),
         ("schedule.warmup_epochs=99", "schedule.warmup_epochs: 99.0 epochs are 990 steps, but the run has 100; use less than 10"),
         ("tracking.register_as=name", "tracking.register_as: needs a server"),
