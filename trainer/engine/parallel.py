@@ -89,6 +89,11 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def averaged(values: Tensor) -> Tensor:
+    """The mean over ranks. All ranks take part."""
+    return summed(values) / dist.get_world_size()
+
+
 def gathered(values: list[str]) -> list[str]:
     """The lists of all ranks as one. All ranks take part."""
     parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
