@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         return 130
     except (Exception, Terminated) as error:
         if is_lost_peer(error):
-            error = ServiceLost(f"another rank is gone ({str(error).splitlines()[0][-120:]})")
+            error = ServiceLost(f"another rank is gone ({str(error).splitlines()[0][:120]})")
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
         return report(error, program, quiet=isinstance(error, Diverged) and not ranks.is_first)
     return 0
@@ -92,6 +92,7 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
     """Wire, fit, save, register. All ranks take part."""
     config = run.config
     device = parallel.join(ranks, fp16=config.precision == "fp16")
+    torch.manual_seed(config.train.seed + 1 + ranks.rank)  # of dropout: other masks on other ranks
     whole = copy.deepcopy(network.model).to(device)
     if config.train.channels_last:
         whole = whole.to(memory_format=torch.channels_last)

@@ -8,8 +8,9 @@ the time (Huang et al. 2019, 2.3).
 import contextlib
 import copy
 import io
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.objective import weighted_loss
 from trainer.engine.optimizer import build_optimizer
 from trainer.errors import UserError
-from trainer.models.layers import stack
+from trainer.models.layers import Value
 
 
 def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
@@ -60,13 +61,40 @@ def split(costs: dict[str, int], stages: int, given: Sequence[str] | None = None
         if cuts != sorted(set(cuts)) or len(cuts) != stages + 1:
             raise UserError(f"parallel.split: must name {stages - 1} layers in their order, for {stages} stages")
     else:
-        from deepspeed.runtime.utils import partition_balanced
+        cuts = _balanced(list(costs.values()), stages)
+    return [names[start:stop] for start, stop in pairwise(cuts)]
 
-        cuts = partition_balanced(weights=list(costs.values()), num_parts=stages)
-    parts = [names[start:stop] for start, stop in pairwise(cuts)]
-    if not all(parts):
-        raise UserError(f"parallel.pipeline_stages: {stages} stages leave one without a layer; use fewer, or give parallel.split")
-    return parts
+
+def _balanced(costs: Sequence[int], parts: int) -> list[int]:
+    """Where to cut a row of ``costs`` into ``parts``, none empty, so that the largest sum is least; with both ends."""
+    sums = [0, *accumulate(costs)]
+    best = {(1, stop): (sums[stop], [0, stop]) for stop in range(1, len(costs) + 1)}
+    for count in range(2, parts + 1):
+        for stop in range(count, len(costs) + 1):
+            best[count, stop] = min(
+                (max(best[count - 1, cut][0], sums[stop] - sums[cut]), [*best[count - 1, cut][1], stop])
+                for cut in range(count - 1, stop)
+            )
+    return best[parts, len(costs)][1]
+
+
+class Stage(nn.Sequential):
+    """Neighbouring layers of a model. What goes from rank to rank must be contiguous; channels-last is for the inside."""
+
+    channels_last = False
+
+    def forward(self, value: Value) -> Value:
+        inside = torch.channels_last if self.channels_last else torch.contiguous_format
+        value = _laid_out(value, inside)
+        for layer in self:
+            value = layer(value)
+        return _laid_out(value, torch.contiguous_format)
+
+
+def _laid_out(value: Value, layout: torch.memory_format) -> Value:
+    if isinstance(value, tuple):
+        return tuple(part.contiguous(memory_format=layout) if part.dim() == 4 else part.contiguous() for part in value)
+    return value.contiguous(memory_format=layout) if value.dim() == 4 else value.contiguous()
 
 
 class PipelineParallel(Engine):
@@ -82,15 +110,15 @@ class PipelineParallel(Engine):
         self._shapes = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
         self._stage_of = {name: stage for stage, names in enumerate(parts) for name in names}
         layers = dict(model.named_children())
-        stages = [stack((name, layers[name]) for name in names) for names in parts]
+        stages = [Stage(OrderedDict((name, layers[name]) for name in names)) for names in parts]
         for stage in stages:
+            stage.channels_last = config.train.channels_last
             if isinstance(stage[0], nn.ReLU):
                 stage[0].inplace = False  # what came from another rank must not be overwritten
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
             pipe = PipelineModule(stages, num_stages=len(parts), loss_fn=self._loss, partition_method="uniform")
         optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
         self._engine, *_ = deepspeed.initialize(model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch))
-        self._reads = self._engine.is_first_stage() or self._engine.is_last_stage()
 
     @staticmethod
     def _loss(outputs: Any, targets: tuple[Tensor, Tensor]) -> Tensor:
