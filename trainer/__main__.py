@@ -21,9 +21,11 @@ from trainer.console import TrainingProgress
 from trainer.data.loader import eval_loader, train_loader
 from trainer.data.reader import read_image
 from trainer.engine import parallel
+from trainer.engine.base import Engine
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.loop import Job, Result, fit
 from trainer.engine.parallel import Ranks, is_lost_peer, ranks_from_environment
+from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
 from trainer.engine.schedule import learning_rate_schedule
 from trainer.errors import Diverged, ServiceLost, Terminated, UserError, report
 from trainer.export import ModelFacts, save_model
@@ -50,7 +52,7 @@ def main(arguments: list[str]) -> int:
         return 130
     except (Exception, Terminated) as error:
         if is_lost_peer(error):
-            error = ServiceLost(f"another rank is gone ({str(error).splitlines()[0][-120:]})")
+            error = ServiceLost(f"another rank is gone ({str(error).splitlines()[0][:120]})")
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
         return report(error, program, quiet=isinstance(error, Diverged) and not ranks.is_first)
     return 0
@@ -64,11 +66,13 @@ def _terminate(number: int, frame: Any) -> None:
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its first weights. ``notes``: what was found in the file that it starts from, a line each."""
+    """A network with its first weights. ``notes``: what is to be said of it, a line each. ``parts``: the names of each stage's
+    layers."""
 
     model: nn.Sequential
     facts: ModelFacts
     notes: list[str]
+    parts: list[list[str]]
 
 
 def build_network(run: Resolved) -> Network:
@@ -78,19 +82,28 @@ def build_network(run: Resolved) -> Network:
     torch.manual_seed(config.train.seed)
     model = facts.build()
     notes = load_weights(model, config.model.name, config.model.init).notes if config.model.init else []
-    return Network(model, facts, notes)
+    stages = config.parallel.pipeline_stages
+    parts = split(layer_costs(model, config.data.image_size), stages, config.parallel.split) if stages > 1 else []
+    notes += [f"stage {number}: {names[0]} to {names[-1]}" for number, names in enumerate(parts)]
+    return Network(model, facts, notes, parts)
 
 
 def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
     """Wire, fit, save, register. All ranks take part."""
     config = run.config
     device = parallel.join(ranks, fp16=config.precision == "fp16")
+    torch.manual_seed(config.train.seed + 1 + ranks.rank)  # of dropout: other masks on other ranks
     whole = copy.deepcopy(network.model).to(device)
     if config.train.channels_last:
         whole = whole.to(memory_format=torch.channels_last)
-    engine = DataParallel(network.model, config, run.batch, device)
+    engine: Engine
+    if config.parallel.pipeline_stages > 1:
+        engine = PipelineParallel(network.model, config, run.batch, device, network.parts)
+    else:
+        engine = DataParallel(network.model, config, run.batch, device)
     val, val_store = run.val, run.val_store
     world, rank = ranks.world_size, ranks.rank
+    copies, steps = run.batch.ranks, run.batch.accumulation_steps
     job = Job(
         batch=run.batch,
         steps_per_epoch=run.steps_per_epoch,
@@ -100,7 +113,7 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
         learning_rate=learning_rate_schedule(
             config.schedule, config.optimizer, run.batch.global_size, run.steps_per_epoch, run.total_steps
         ),
-        train_batches=lambda e: train_loader(config, run.train, run.train_store, e, world, rank, run.batch.accumulation_steps),
+        train_batches=lambda e: train_loader(config, run.train, run.train_store, e, copies, rank % copies, steps),
         eval_batches=(lambda: eval_loader(config, val, val_store, world, rank)) if val and val_store else None,
         mean=config.data.mean,
         std=config.data.std,
@@ -198,16 +211,18 @@ def _git_commit() -> str | None:
 def _headline(run: Resolved, tracker: Tracker) -> str:
     batch = run.batch
     where = f", MLflow run {tracker.run_id}" if tracker.run_id else ""
+    stages = run.config.parallel.pipeline_stages
+    ranks = f"{batch.ranks} ranks" if stages == 1 else f"{batch.ranks} copies of {stages} stages"
     return (
         f"{run.config.name}: {run.config.model.name} on {run.train.samples:,} images, {run.stop_step:,} steps of "
-        f"{batch.global_size} = {batch.ranks} ranks x {batch.accumulation_steps} accumulation steps x {batch.micro_size}{where}"
+        f"{batch.global_size} = {ranks} x {batch.accumulation_steps} accumulation steps x {batch.micro_size}{where}"
     )
 
 
 def finish(run: Resolved, result: Result, tracker: Tracker, delivered: bool) -> None:
     """Register where asked, and leave ``result.json``."""
     config = run.config
-    facts = asdict(result) | {"ranks": run.batch.ranks, "mlflow_run_id": tracker.run_id, "name": config.name}
+    facts = asdict(result) | {"ranks": run.world_size, "mlflow_run_id": tracker.run_id, "name": config.name}
     facts |= {"train_digest": run.train.digest, "val_digest": run.val.digest if run.val else None}
     lost = None
     if config.tracking.register_as:

@@ -139,6 +139,10 @@ class AugmentConfig(_Section):
 class ParallelConfig(_Section):
     """How a model and its optimizer are spread over the ranks."""
 
+    pipeline_stages: Count = 1
+    """Ranks over which the layers of one copy of the model are spread."""
+    split: list[str] | None = None
+    """Names of the layers at which a new stage begins; by multiply-adds when not given."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """Partitioned over the ranks: 1 the optimizer's state, 2 the gradients too, 3 the weights too (Rajbhandari et al. 2020)."""
 

@@ -22,6 +22,7 @@ class Resolved:
     train_store: Store
     val: Index | None
     val_store: Store | None
+    world_size: int
     batch: BatchPlan
     steps_per_epoch: int
     total_steps: int
@@ -44,7 +45,10 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
             raise UserError(f"model.num_classes: {num_classes} is less than the {len(index.classes)} classes of {url}")
     if val is not None and val.class_ids != train.class_ids[: len(val.class_ids)]:
         raise UserError(f"data.val: the classes of {config.data.val} are not those of {config.data.train}")
-    batch = plan_batches(config.batch.global_size, config.batch.micro_size, world_size, train.samples)
+    stages = config.parallel.pipeline_stages
+    if world_size % stages:
+        raise UserError(f"parallel.pipeline_stages: {world_size} ranks do not divide by {stages}; use a multiple of {stages} ranks")
+    batch = plan_batches(config.batch.global_size, config.batch.micro_size, world_size // stages, train.samples)
     per_epoch = steps_per_epoch(train.samples, batch.global_size, config.data.tail)
     epochs, max_steps = config.train.epochs, config.train.max_steps
     total = epochs * per_epoch if epochs is not None else max_steps
@@ -57,7 +61,7 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
         check_shards(train, train_store)
         if val is not None and val_store is not None:
             check_shards(val, val_store)
-    return Resolved(config, train, train_store, val, val_store, batch, per_epoch, total, stop, num_classes)
+    return Resolved(config, train, train_store, val, val_store, world_size, batch, per_epoch, total, stop, num_classes)
 
 
 def tracking_uri(config: RunConfig) -> str | None:

@@ -13,6 +13,10 @@ def check_engine(config: RunConfig) -> None:
     faults = []
     if config.precision == "fp16" and stage == 0:
         faults.append("parallel.zero_stage: 0 does not learn with precision fp16 (DeepSpeed's unfused fp16 optimizer); use 1")
+    if config.parallel.pipeline_stages > 1 and stage > 1:
+        faults.append(f"parallel.zero_stage: {stage} does not go with pipeline stages, which need whole gradients; use 0 or 1")
+    if config.parallel.split is not None and config.parallel.pipeline_stages == 1:
+        faults.append("parallel.split: needs parallel.pipeline_stages above 1")
     if optimizer in ("lars", "lamb") and (stage > 0 or config.precision != "fp32"):
         faults.append(
             f"optimizer.name: {optimizer} needs the norm of each layer's weights, which ZeRO and 16-bit precision keep in one flat "

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from trainer.console import TrainingProgress
 from trainer.data.loader import Batch
+from trainer.engine.base import Engine, Step, to_device
 from trainer.engine.batch import BatchPlan
-from trainer.engine.data_parallel import DataParallel, Step, to_device
 from trainer.engine.objective import count_correct
-from trainer.engine.parallel import gathered, summed
+from trainer.engine.parallel import averaged, gathered, summed
 from trainer.errors import Diverged
 from trainer.models.layers import normalize
 from trainer.tracking import Tracker
@@ -96,7 +96,7 @@ class _Meter:
         return values
 
 
-def fit(job: Job, engine: DataParallel, tracker: Tracker, progress: TrainingProgress) -> Result:
+def fit(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress) -> Result:
     """Train to ``stop_step``, evaluating after each epoch and at the end. All ranks take part."""
     result, meter = Result(), _Meter()
     step, epoch = 0, 0
@@ -127,7 +127,7 @@ def fit(job: Job, engine: DataParallel, tracker: Tracker, progress: TrainingProg
     return result
 
 
-def _check_overflow(job: Job, engine: DataParallel, meter: _Meter, step: int) -> None:
+def _check_overflow(job: Job, engine: Engine, meter: _Meter, step: int) -> None:
     if meter.skipped_in_a_row >= job.max_skipped_steps:
         keys = gathered(meter.keys[-1])
         raise Diverged(
@@ -140,9 +140,9 @@ def _some(keys: list[str], most: int = 16) -> str:
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
-def _log(job: Job, engine: DataParallel, tracker: Tracker, progress: TrainingProgress, meter: _Meter, step: int) -> float:
+def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, meter: _Meter, step: int) -> float:
     """Read the losses of the last steps from the device (a synchronization), average them over ranks and log each."""
-    losses = (summed(torch.stack(meter.losses)) / job.batch.ranks).tolist()
+    losses = averaged(torch.stack(meter.losses)).tolist()
     first = step - len(losses) + 1
     values = meter.read()
     norm, scale = engine.grad_norm(), engine.loss_scale()

@@ -43,7 +43,7 @@ def join(ranks: Ranks, fp16: bool = False) -> torch.device:
     import deepspeed
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)  # it warns of every optimizer that it did not write
     # its shared-memory reduction is compiled at start: no compiler in a pod, and gloo does without
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -87,6 +87,11 @@ def summed(values: Tensor) -> Tensor:
     values = values.clone()
     dist.all_reduce(values)
     return values
+
+
+def averaged(values: Tensor) -> Tensor:
+    """The mean over ranks. All ranks take part."""
+    return summed(values) / dist.get_world_size()
 
 
 def gathered(values: list[str]) -> list[str]:

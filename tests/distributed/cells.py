@@ -1,0 +1,160 @@
+"""One set of processes, many ways to train the same network: ``torchrun cells.py FILE``.
+
+FILE holds a list of cells; each is trained for some steps by the project's engine and, by rank 0, by a plain loop: one process,
+fp32, torch's optimizer, the same global batches in the same micro-batches. Rank 0 writes what came of it to FILE.out.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+
+from trainer.config import RunConfig
+from trainer.data.loader import Batch
+from trainer.data.order import rank_slots
+from trainer.engine import parallel
+from trainer.engine.base import Engine
+from trainer.engine.batch import BatchPlan, plan_batches
+from trainer.engine.data_parallel import DataParallel
+from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
+from trainer.models import build_model
+
+GLOBAL, STEPS, RATE, SIZE = 16, 20, 0.0003, 16
+NETWORKS = {
+    "no batch norm": ("resnet8", {"width": 8, "batch_norm": False}),
+    "batch norm": ("resnet8", {"width": 8}),
+    "auxiliary heads": ("googlenet2014", {"width": 8, "stem": "small"}),
+}
+
+
+def images_and_labels() -> tuple[np.ndarray, np.ndarray]:
+    """Real digits, uint8 [steps, batch, 16, 16, 3], and their labels; the last batch holds only 11 samples, the rest padding."""
+    digits = load_digits()
+    pixels = (digits.images[: GLOBAL * STEPS] * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
+    pixels = np.stack([pixels] * 3, axis=-1).reshape(STEPS, GLOBAL, SIZE, SIZE, 3)
+    return pixels, digits.target[: GLOBAL * STEPS].reshape(STEPS, GLOBAL).astype(np.int64)
+
+
+def weights_of(step: int) -> np.ndarray:
+    return (np.arange(GLOBAL) < (11 if step == STEPS - 1 else GLOBAL)).astype(np.float32)
+
+
+def config_of(cell: dict) -> RunConfig:
+    name, options = NETWORKS[cell["network"]]
+    return RunConfig.model_validate(
+        {
+            "model": {"name": name, **options},
+            "data": {"train": "none", "image_size": SIZE},
+            "batch": {"global_size": GLOBAL, "micro_size": cell["micro"]},
+            "optimizer": {"base_lr": RATE, "base_batch": GLOBAL, "nesterov": True, "weight_decay": 5e-4},
+            "precision": cell["precision"],
+            "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"]},
+            "train": {"max_steps": STEPS, "channels_last": False},
+        }
+    )
+
+
+def network_of(config: RunConfig) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    options = config.model.model_dump(exclude={"name", "num_classes", "init"}, exclude_none=True)
+    model = build_model(config.model.name, 10, SIZE, **options)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # each rank draws its own masks
+            module.p = 0.0
+    return model
+
+
+def with_engine(config: RunConfig, batch: BatchPlan, device: torch.device, rank: int) -> tuple[list[float], dict]:
+    pixels, labels = images_and_labels()
+    model = network_of(config)
+    stages = config.parallel.pipeline_stages
+    engine: Engine
+    if stages > 1:
+        engine = PipelineParallel(model, config, batch, device, split(layer_costs(model, SIZE), stages))
+    else:
+        engine = DataParallel(model, config, batch, device)
+    slots = rank_slots(GLOBAL, batch.ranks, rank % batch.ranks, batch.accumulation_steps)
+    losses = []
+    for step in range(STEPS):
+        weights = weights_of(step)
+
+        def batches(step: int = step, weights: np.ndarray = weights) -> Iterator[Batch]:
+            for chosen in slots:
+                keys = [str(i) for i in chosen]
+                yield Batch(pixels[step, chosen], labels[step, chosen], weights[chosen], float(weights.sum()), keys)
+
+        outcome = engine.step(batches(), RATE)
+        losses.append(parallel.averaged(outcome.loss.float()).item())
+    return losses, engine.state()
+
+
+def with_plain_torch(config: RunConfig, micro_batches: int) -> tuple[list[float], dict]:
+    pixels, labels = images_and_labels()
+    model = network_of(config).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    mean, std = torch.tensor(config.data.mean).view(3, 1, 1), torch.tensor(config.data.std).view(3, 1, 1)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        weights = torch.from_numpy(weights_of(step))
+        total = 0.0
+        for part in range(micro_batches):
+            images = (torch.from_numpy(pixels[step, part::micro_batches]).permute(0, 3, 1, 2) / 255 - mean) / std
+            outputs = model(images)
+            main, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+            target = torch.from_numpy(labels[step, part::micro_batches])
+            each = F.cross_entropy(main, target, reduction="none")
+            for head in auxiliary:
+                each = each + 0.3 * F.cross_entropy(head, target, reduction="none")
+            loss = (each * weights[part::micro_batches]).sum() / weights.sum()
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        losses.append(total)
+    return losses, model.state_dict()
+
+
+def difference(got: dict, want: dict) -> float:
+    """Of the trained parameters, as a part of the distance that training moved them."""
+    moved = apart = 0.0
+    for name, value in want.items():
+        if value.is_floating_point() and "running" not in name:
+            apart += float((got[name].float() - value).square().sum())
+            moved += float(value.square().sum())
+    return (apart / moved) ** 0.5
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(1)
+    cells = sorted(json.loads(path.read_text()), key=lambda cell: cell["stages"])  # a pipeline leaves its grid in DeepSpeed
+    ranks = parallel.ranks_from_environment()
+    device = parallel.join(ranks, fp16=True)
+    references: dict[tuple, tuple] = {}
+    results = []
+    for cell in cells:
+        config = config_of(cell)
+        batch = plan_batches(GLOBAL, cell["micro"], ranks.world_size // cell["stages"], 10_000)
+        losses, state = with_engine(config, batch, device, ranks.rank)
+        if ranks.is_first:
+            micro_batches = GLOBAL // cell["micro"]
+            key = (cell["network"], micro_batches)
+            if key not in references:
+                references[key] = copy.deepcopy(with_plain_torch(config, micro_batches))
+            want, weights = references[key]
+            apart = [abs(a - b) / b for a, b in zip(losses, want, strict=True)]
+            results.append(
+                cell | {"first5": max(apart[:5]), "all20": max(apart), "weights": difference(state, weights), "losses": losses}
+            )
+    if ranks.is_first:
+        path.with_suffix(".out").write_text(json.dumps(results))
+    parallel.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

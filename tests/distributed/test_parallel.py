@@ -1,0 +1,151 @@
+"""Every way to spread a training over ranks follows one plain loop in fp32: the same algorithm at every scale.
+
+``make test`` trains a set of cells in which each pair of values occurs; ``make matrix`` trains them all.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config import RunConfig
+from trainer.engine.deepspeed_config import check_engine
+from trainer.engine.pipeline_parallel import layer_costs, split
+from trainer.errors import UserError
+from trainer.models import build_model
+from trainer.models.catalogue import forward_costs
+
+HERE = Path(__file__).parent
+NETWORKS = ("no batch norm", "batch norm", "auxiliary heads")
+GLOBAL = 16
+KEYS = ("ranks", "stages", "accumulation", "zero", "precision", "network")
+
+Cell = dict[str, int | str]
+
+
+def allowed_cells() -> list[Cell]:
+    """Ranks x stages x accumulation x ZeRO x precision x network, without what is refused."""
+    everything = itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16"), NETWORKS)
+    cells = [dict(zip(KEYS, values, strict=True)) for values in everything]
+    return [c for c in cells if c["stages"] <= c["ranks"] and not _refusal(c)]
+
+
+def _config(cell: Cell) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"name": "resnet8"},
+            "data": {"train": "none"},
+            "train": {"max_steps": 1},
+            "precision": cell["precision"],
+            "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"]},
+        }
+    )
+
+
+def _refusal(cell: Cell) -> str | None:
+    try:
+        check_engine(_config(cell))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def covering(cells: list[Cell]) -> list[Cell]:
+    """Cells in which every pair of values occurs that occurs at all, chosen greedily."""
+    pairs = {id(c): {((a, c[a]), (b, c[b])) for a, b in itertools.combinations(KEYS, 2)} for c in cells}
+    wanted = set().union(*pairs.values())
+    chosen = []
+    while wanted:
+        best = max(cells, key=lambda c: len(pairs[id(c)] & wanted))
+        wanted -= pairs[id(best)]
+        chosen.append(best)
+    return chosen
+
+
+def run_cells(cells: list[Cell], ranks: int, folder: Path) -> list[dict]:
+    """Train them in one set of processes."""
+    file = folder / f"cells{ranks}.json"
+    micro = {id(c): GLOBAL // (ranks // int(c["stages"]) * int(c["accumulation"])) for c in cells}
+    file.write_text(json.dumps([c | {"micro": micro[id(c)]} for c in cells]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(HERE / "cells.py"), str(file)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(file.with_suffix(".out").read_text())
+
+
+def deviation(result: dict) -> str | None:
+    """What is too far from the plain loop, if anything is."""
+    first, last, weights = (1e-5, 1e-4, 1e-4) if result["precision"] == "fp32" else (2e-2, 2e-2, 2e-2)
+    if result["first5"] <= first and result["all20"] <= last and result["weights"] <= weights:
+        return None
+    return f"{ {k: v for k, v in result.items() if k != 'losses'} }"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_topology_follows_the_plain_loop(ranks: int, tmp_path: Path) -> None:
+    cells = allowed_cells() if os.environ.get("CONVOY_MATRIX") else covering(allowed_cells())
+    results = run_cells([c for c in cells if c["ranks"] == ranks], ranks, tmp_path)
+    assert results
+    assert not [d for d in map(deviation, results) if d]
+    for result in results:
+        assert result["losses"][-2] < result["losses"][0], "and it learns"
+
+
+def test_what_does_not_learn_or_cannot_work_is_refused() -> None:
+    def refused(**values: object) -> str:
+        return _refusal({"stages": 1, "zero": 0, "precision": "fp32"} | values) or ""
+
+    assert "does not learn with precision fp16" in refused(precision="fp16")
+    assert "does not go with pipeline stages" in refused(stages=2, zero=2)
+    assert "does not go with pipeline stages" in refused(stages=2, zero=3, precision="fp16")
+    assert not refused(stages=2, zero=1, precision="fp16")
+
+
+# --- how layers are split ---------------------------------------------------------------------------------------------
+
+
+def _all_splits(costs: list[int], stages: int) -> Iterator[list[int]]:
+    for cuts in itertools.combinations(range(1, len(costs)), stages - 1):
+        yield [sum(costs[a:b]) for a, b in itertools.pairwise([0, *cuts, len(costs)])]
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.data())
+def test_no_split_has_a_cheaper_costliest_stage(costs: list[int], data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, len(costs)))
+    parts = split({str(i): cost for i, cost in enumerate(costs)}, stages)
+    assert [int(name) for part in parts for name in part] == list(range(len(costs)))
+    assert all(parts)
+    assert max(sum(costs[int(name)] for name in part) for part in parts) == min(map(max, _all_splits(costs, stages)))
+
+
+@pytest.mark.parametrize("name", ["alexnet2012", "vgg11", "googlenet2014", "resnet18"])
+def test_costs_hold_the_networks_multiply_adds(name: str) -> None:
+    with torch.device("meta"):
+        model = build_model(name, 1000)
+    multiply_adds, _ = forward_costs(model, 224)
+    costs = layer_costs(model, 224)
+    assert list(costs) == [child for child, _ in model.named_children()]
+    assert 1 <= sum(costs.values()) / multiply_adds < 1.03
+
+
+def test_splits_that_are_none_are_refused() -> None:
+    costs = {"a": 1, "b": 2, "c": 3}
+    assert split(costs, 2, ["b"]) == [["a"], ["b", "c"]]
+    for stages, given_split, told in (
+        (4, None, "4 is more than the 3 layers"),
+        (2, ["a"], "'a' is no layer that a stage can begin with; those: b, c"),
+        (3, ["c", "b"], "must name 2 layers in their order"),
+        (3, ["b"], "must name 2 layers"),
+    ):
+        with pytest.raises(UserError, match=told):
+            split(costs, stages, given_split)

@@ -1,0 +1,153 @@
+"""Training with the layers of a model spread over ranks: pipeline (model) parallelism, and data parallelism beside it.
+
+Rank ``r`` of ``stages x D`` is stage ``r // D`` of the copy ``r mod D``. Micro-batches follow one another through the stages, so
+that ``accumulation_steps`` of them keep ``stages`` stages busy but for a bubble of ``(stages - 1) / (steps + stages - 1)`` of
+the time (Huang et al. 2019, 2.3).
+"""
+
+import contextlib
+import copy
+import io
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.config import RunConfig
+from trainer.data.loader import Batch
+from trainer.engine.base import Engine, Step, master_state, to_device
+from trainer.engine.batch import BatchPlan
+from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.objective import weighted_loss
+from trainer.engine.optimizer import build_optimizer
+from trainer.errors import UserError
+from trainer.models.layers import Value
+
+
+def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
+    """Work of each layer's forward pass on one image: multiply-adds, and one for each number that it puts out."""
+    costs = dict.fromkeys((name for name, _ in model.named_children()), 0)
+
+    def count(name: str, layer: nn.Module, output: Tensor) -> None:
+        costs[name] += output[0].numel() * (1 + (layer.weight[0].numel() if isinstance(layer, nn.Conv2d | nn.Linear) else 0))
+
+    meta = copy.deepcopy(model).to("meta").eval()
+    for name, layer in meta.named_modules():
+        if not list(layer.children()):
+            owner = name.partition(".")[0]
+            layer.register_forward_hook(lambda layer, _, output, owner=owner: count(owner, layer, output))
+    meta(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return costs
+
+
+def split(costs: dict[str, int], stages: int, given: Sequence[str] | None = None) -> list[list[str]]:
+    """The layers' names, stage by stage: cut where the costliest stage costs least, or before the layers ``given``.
+
+    Raises UserError for more stages than layers, and for a given split that is none.
+    """
+    names = list(costs)
+    if stages > len(names):
+        raise UserError(f"parallel.pipeline_stages: {stages} is more than the {len(names)} layers of the model")
+    if given is not None:
+        unknown = [name for name in given if name not in names[1:]]
+        if unknown:
+            able = ", ".join(names[1:])
+            raise UserError(f"parallel.split: {unknown[0]!r} is no layer that a stage can begin with; those: {able}")
+        cuts = [0, *(names.index(name) for name in given), len(names)]
+        if cuts != sorted(set(cuts)) or len(cuts) != stages + 1:
+            raise UserError(f"parallel.split: must name {stages - 1} layers in their order, for {stages} stages")
+    else:
+        cuts = _balanced(list(costs.values()), stages)
+    return [names[start:stop] for start, stop in pairwise(cuts)]
+
+
+def _balanced(costs: Sequence[int], parts: int) -> list[int]:
+    """Where to cut a row of ``costs`` into ``parts``, none empty, so that the largest sum is least; with both ends."""
+    sums = [0, *accumulate(costs)]
+    best = {(1, stop): (sums[stop], [0, stop]) for stop in range(1, len(costs) + 1)}
+    for count in range(2, parts + 1):
+        for stop in range(count, len(costs) + 1):
+            best[count, stop] = min(
+                (max(best[count - 1, cut][0], sums[stop] - sums[cut]), [*best[count - 1, cut][1], stop])
+                for cut in range(count - 1, stop)
+            )
+    return best[parts, len(costs)][1]
+
+
+class Stage(nn.Sequential):
+    """Neighbouring layers of a model. What goes from rank to rank must be contiguous; channels-last is for the inside."""
+
+    channels_last = False
+
+    def forward(self, value: Value) -> Value:
+        inside = torch.channels_last if self.channels_last else torch.contiguous_format
+        value = _laid_out(value, inside)
+        for layer in self:
+            value = layer(value)
+        return _laid_out(value, torch.contiguous_format)
+
+
+def _laid_out(value: Value, layout: torch.memory_format) -> Value:
+    if isinstance(value, tuple):
+        return tuple(part.contiguous(memory_format=layout) if part.dim() == 4 else part.contiguous() for part in value)
+    return value.contiguous(memory_format=layout) if value.dim() == 4 else value.contiguous()
+
+
+class PipelineParallel(Engine):
+    """Each rank holds one stage of the model. ``parts``: the names of the layers of each stage."""
+
+    def __init__(
+        self, model: nn.Sequential, config: RunConfig, batch: BatchPlan, device: torch.device, parts: list[list[str]]
+    ) -> None:
+        import deepspeed
+        from deepspeed.pipe import PipelineModule
+
+        super().__init__(config, batch, device)
+        self._shapes = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+        self._stage_of = {name: stage for stage, names in enumerate(parts) for name in names}
+        layers = dict(model.named_children())
+        stages = [Stage(OrderedDict((name, layers[name]) for name in names)) for names in parts]
+        for stage in stages:
+            stage.channels_last = config.train.channels_last
+            if isinstance(stage[0], nn.ReLU):
+                stage[0].inplace = False  # what came from another rank must not be overwritten
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
+            pipe = PipelineModule(stages, num_stages=len(parts), loss_fn=self._loss, partition_method="uniform")
+        optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
+        self._engine, *_ = deepspeed.initialize(model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch))
+
+    @staticmethod
+    def _loss(outputs: Any, targets: tuple[Tensor, Tensor]) -> Tensor:
+        labels, weights = targets  # scaled, see below
+        return weighted_loss(outputs, labels, weights, 1.0, 1)
+
+    def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
+        self._prepare(learning_rate)
+        micro_batches = self._batch.ranks * self._batch.accumulation_steps
+        taken: list[Batch] = []
+
+        def loaded() -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+            for batch in batches:
+                taken.append(batch)
+                weights = to_device(batch.weights, self._device) * (micro_batches / batch.global_weight)
+                yield self._images(batch), (to_device(batch.labels, self._device), weights)
+
+        loss = self._engine.train_batch(loaded()).detach().clone().reshape(())
+        keys = [key for batch in taken for key in batch.keys] if self._engine.is_first_stage() else []
+        return Step(loss, int(taken[0].global_weight) if taken else 0, keys, self._skipped())
+
+    def state(self) -> dict[str, Tensor]:
+        grid = self._engine.grid
+        own = master_state(self._engine.module, grid.get_data_parallel_group(), self._batch.ranks)
+        own = {name.partition(".")[2]: value for name, value in own.items()}  # without the stage's number
+        whole: dict[str, Tensor] = {}
+        for name, (shape, dtype) in self._shapes.items():
+            value = own[name].contiguous() if name in own else torch.empty(shape, dtype=dtype, device=self._device)
+            source = grid.stage_to_global(stage_id=self._stage_of[name.partition(".")[0]])
+            dist.broadcast(value, source, group=grid.get_pipe_parallel_group())
+            whole[name] = value
+        return whole
