@@ -4,7 +4,7 @@ VENV := .venv
 PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PATH
 
-.PHONY: help setup demo lint format test bench image lock clean
+.PHONY: help setup demo lint format test matrix bench image lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +25,10 @@ format: setup ## Rewrite the code in the project's style
 	ruff format .
 
 test: setup ## Every test that needs no cluster
-	pytest
+	pytest -n logical --dist loadfile
+
+matrix: setup ## Every way to spread a training, against a plain loop: 432 cells, half an hour
+	CONVOY_MATRIX=1 pytest --timeout 3600 tests/distributed/test_parallel.py -k plain_loop
 
 bench: setup ## Measure; prints tables
 	python benchmarks/pack.py

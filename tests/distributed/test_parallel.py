@@ -90,7 +90,6 @@ def deviation(result: dict) -> str | None:
     return f"{ {k: v for k, v in result.items() if k != 'losses'} }"
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_topology_follows_the_plain_loop(ranks: int, tmp_path: Path) -> None:
     cells = allowed_cells() if os.environ.get("CONVOY_MATRIX") else covering(allowed_cells())

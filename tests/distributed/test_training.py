@@ -18,6 +18,7 @@ from helpers import Run
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 
 from pipelines import local
 from trainer.config import load_config
@@ -351,3 +352,14 @@ def test_a_loss_that_is_no_number_ends_the_run(convoy_refuses: Run, digits: Path
     told = convoy_refuses("train", RECIPE, "--procs", 2, *settings)
     assert told.count("training diverged") == 1
     assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_fp16_that_overflows_again_and_again_ends_the_run(convoy_refuses: Run, digits: Path, tmp_path: Path) -> None:
+    settings = [f"data.train={digits}/train", "data.val=null", "precision=fp16", "parallel.zero_stage=1", "optimizer.base_lr=1e6"]
+    settings += ["train.max_skipped_steps=3", "schedule.warmup_epochs=0", "model.width=4", f"train.output_dir={tmp_path}/out"]
+    told = convoy_refuses("train", RECIPE, "--procs", 2, *settings)
+    assert told.count("the gradients overflowed fp16 3 times in a row") == 1
+    keys = told.split("its samples: ")[1].split(" and ")[0].split(", ")
+    sources = {f"{label}/{number:04d}" for number, label in enumerate(load_digits().target[:600])}
+    assert len(keys) == 16
+    assert set(keys) <= sources

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from trainer.console import TrainingProgress
 from trainer.data.loader import Batch
@@ -65,8 +64,8 @@ class _Meter:
     total_seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    losses: list[Tensor] = field(default_factory=list)
-    keys: list[list[str]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    """Those whose losses were not read from the device yet."""
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time until each comes is time waited."""
@@ -81,8 +80,7 @@ class _Meter:
         self.images += step.images
         self.skipped += step.skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
-        self.losses.append(step.loss)
-        self.keys.append(step.keys)
+        self.steps.append(step)
 
     def read(self) -> dict[str, float]:
         values = {
@@ -129,7 +127,7 @@ def fit(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress) 
 
 def _check_overflow(job: Job, engine: Engine, meter: _Meter, step: int) -> None:
     if meter.skipped_in_a_row >= job.max_skipped_steps:
-        keys = gathered(meter.keys[-1])
+        keys = gathered(meter.steps[-1].keys)
         raise Diverged(
             f"step {step}: the gradients overflowed fp16 {meter.skipped_in_a_row} times in a row, at last at a loss scale of "
             f"{engine.loss_scale()}; lower optimizer.base_lr or use precision bf16; its samples: {_some(keys)}"
@@ -142,7 +140,7 @@ def _some(keys: list[str], most: int = 16) -> str:
 
 def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, meter: _Meter, step: int) -> float:
     """Read the losses of the last steps from the device (a synchronization), average them over ranks and log each."""
-    losses = averaged(torch.stack(meter.losses)).tolist()
+    losses = averaged(torch.stack([taken.loss for taken in meter.steps])).tolist()
     first = step - len(losses) + 1
     values = meter.read()
     norm, scale = engine.grad_norm(), engine.loss_scale()
@@ -152,14 +150,13 @@ def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress,
         # step 1 is the first update, so that a curve's last step is the number of updates made
         rates = values if number == step else {}
         tracker.log_metrics({"loss": loss, "learning_rate": job.learning_rate(number - 1), **rates}, number)
-    for number, loss, keys in zip(range(first, step + 1), losses, meter.keys, strict=True):
-        if not math.isfinite(loss) and (scale is None or not meter.skipped_in_a_row):
+    for number, loss, taken in zip(range(first, step + 1), losses, meter.steps, strict=True):
+        if not math.isfinite(loss) and not taken.skipped:  # an overflow that fp16 recovers from is no divergence
             raise Diverged(
                 f"the loss of step {number} is {loss}: training diverged; lower optimizer.base_lr or lengthen "
-                f"schedule.warmup_epochs; its samples: {_some(gathered(keys))}"
+                f"schedule.warmup_epochs; its samples: {_some(gathered(taken.keys))}"
             )
-    meter.losses.clear()
-    meter.keys.clear()
+    meter.steps.clear()
     progress.update(
         step,
         f"epoch {step / job.steps_per_epoch:.2f} loss {losses[-1]:.4f} lr {job.learning_rate(step - 1):.4g} "
