@@ -25,7 +25,7 @@ format: setup ## Rewrite the code in the project's style
 	ruff format .
 
 test: setup ## Every test that needs no cluster
-	pytest -n logical --dist loadfile
+	pytest -n logical --dist loadfile --durations 15
 
 matrix: setup ## Every way to spread a training, against a plain loop: 432 cells, half an hour
 	CONVOY_MATRIX=1 pytest --timeout 3600 tests/distributed/test_parallel.py -k plain_loop

@@ -6,7 +6,6 @@ second run goes on where the first one stopped.
 
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import IO
 
 import numpy as np
 
+from pipelines.pool import worker_pool
 from pipelines.progress import WorkProgress
 from pipelines.sources import Item, Split, find_splits, read_item, recognized
 from trainer.data.index import INDEX_NAME, Index, Shard, digest_of, parse_index
@@ -56,7 +56,7 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
     splits = find_splits(source, options.class_names)
     if is_remote(destination):  # one that cannot be reached is told before millions of images are looked at
         open_store(destination).read_small(INDEX_NAME)
-    pool = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"))
+    pool = worker_pool(options.workers)
     try:
         plans = [_plan(_checked(split, pool, options), options) for split in splits]
         stores = [open_store(f"{destination.rstrip('/')}/{plan.split.name}", create=True) for plan in plans]

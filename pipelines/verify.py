@@ -1,12 +1,11 @@
 """``convoy verify``: read every byte of a data set back and compare it with the index."""
 
 import hashlib
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
+from pipelines.pool import worker_pool
 from pipelines.progress import WorkProgress
 from trainer.data.decode import DecodeError, decode_rgb
 from trainer.data.index import INDEX_NAME, Shard, open_index
@@ -45,7 +44,7 @@ def _verify_split(url: str, workers: int) -> Verdict:
     verdict = Verdict(url, shards=len(index.shards), digest=index.digest)
     check = partial(_verify_shard, url, len(index.classes))
     with (
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+        worker_pool(workers) as pool,
         WorkProgress(f"verifying {index.split}", index.samples, "images") as progress,
     ):
         for shard, faults in zip(index.shards, pool.map(check, index.shards), strict=True):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import scipy.io
 import webdataset as wds
@@ -190,7 +191,10 @@ def test_to_object_storage_the_index_comes_last_and_a_second_run_resumes(
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and killed.poll() is None and not _names(store, obstore, ".tar", 5):
             time.sleep(0.02)
+        family = psutil.Process(killed.pid).children(recursive=True)
         killed.send_signal(signal.SIGKILL)
+    assert family
+    assert not psutil.wait_procs(family, 20)[1], "its workers end too"
     there = _names(store, obstore, ".tar")
     assert 5 <= len(there) < 240
     assert not _names(store, obstore, "index.json"), "what is half-written is no data set"
