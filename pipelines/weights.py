@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import cast
@@ -19,6 +18,7 @@ from trainer.export import FACTS_NAME, WEIGHTS_NAME, ModelFacts, save_model
 from trainer.models import build_model
 from trainer.models.naming import Scheme, export_state
 from trainer.models.registry import find_variant
+from trainer.tracking import configure_mlflow
 from trainer.weights import classes_in, load_weights, read_state
 
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -119,9 +119,7 @@ def model_folder(source: str) -> Path:
         return folder
     if ":/" not in source:
         raise UserError(f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model of MLflow's")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    configure_mlflow()
     import mlflow
     from mlflow.exceptions import MlflowException
 

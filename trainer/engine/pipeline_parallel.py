@@ -134,7 +134,9 @@ class PipelineParallel(Engine):
             for batch in batches:
                 taken.append(batch)
                 weights = to_device(batch.weights, self._device) * (micro_batches / batch.global_weight)
-                yield self._images(batch), (to_device(batch.labels, self._device), weights)
+                labels = to_device(batch.labels, self._device)
+                # the last stage takes the targets alone
+                yield self._images(batch) if self._engine.is_first_stage() else labels, (labels, weights)
 
         loss = self._engine.train_batch(loaded()).detach().clone().reshape(())
         keys = [key for batch in taken for key in batch.keys] if self._engine.is_first_stage() else []
