@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.checkpoint import Checkpoint, begin
 from trainer.config import find_recipe
 from trainer.console import TrainingProgress
 from trainer.data.loader import eval_loader, train_loader
@@ -24,9 +26,10 @@ from trainer.engine import parallel
 from trainer.engine.base import Engine
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.loop import Job, Result, fit
-from trainer.engine.parallel import Ranks, is_lost_peer, ranks_from_environment
+from trainer.engine.parallel import Ranks, StopRequest, is_lost_peer, ranks_from_environment
 from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
 from trainer.engine.schedule import learning_rate_schedule
+from trainer.engine.state import TrainingState
 from trainer.errors import Diverged, ServiceLost, Terminated, UserError, report
 from trainer.export import ModelFacts, save_model
 from trainer.registration import register
@@ -38,7 +41,7 @@ from trainer.weights import load_weights
 def main(arguments: list[str]) -> int:
     """Run one rank; returns its exit code."""
     ranks = ranks_from_environment()
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _TERMINATION)
     try:
         if not arguments or arguments[0].startswith("-"):
             raise UserError("usage: python -m trainer RECIPE [key=value ...]")
@@ -58,10 +61,22 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _terminate(number: int, frame: Any) -> None:
-    """SIGTERM ends the run as an error does, MLflow told; a second one does not disturb that."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
+class _Termination:
+    """SIGTERM ends the run as an error does, MLflow told; while ``request`` is set, in order: after a checkpoint.
+
+    A second one does not disturb that.
+    """
+
+    request: StopRequest | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.request is None:
+            raise Terminated
+        self.request.told = True
+
+
+_TERMINATION = _Termination()
 
 
 @dataclass(frozen=True)
@@ -89,44 +104,35 @@ def build_network(run: Resolved) -> Network:
 
 
 def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
-    """Wire, fit, save, register. All ranks take part."""
+    """Wire, go on from the newest checkpoint, fit, save, register. All ranks take part."""
     config = run.config
     device = parallel.join(ranks, fp16=config.precision == "fp16")
-    torch.manual_seed(config.train.seed + 1 + ranks.rank)  # of dropout: other masks on other ranks
+    kept, course = config.checkpoint, run.course
+    url = kept.url or str(config.output_dir / "checkpoints")
+    checkpoints, found, notes = begin(url, kept.keep, kept.resume == "auto", course, device)
+    if found is not None:
+        network.model.load_state_dict(found.state.model)
     whole = copy.deepcopy(network.model).to(device)
     if config.train.channels_last:
         whole = whole.to(memory_format=torch.channels_last)
-    engine: Engine
-    if config.parallel.pipeline_stages > 1:
-        engine = PipelineParallel(network.model, config, run.batch, device, network.parts)
-    else:
-        engine = DataParallel(network.model, config, run.batch, device)
-    val, val_store = run.val, run.val_store
-    world, rank = ranks.world_size, ranks.rank
-    copies, steps = run.batch.ranks, run.batch.accumulation_steps
-    job = Job(
-        batch=run.batch,
-        steps_per_epoch=run.steps_per_epoch,
-        stop_step=run.stop_step,
-        log_every_steps=config.train.log_every_steps,
-        max_skipped_steps=config.train.max_skipped_steps,
-        learning_rate=learning_rate_schedule(
-            config.schedule, config.optimizer, run.batch.global_size, run.steps_per_epoch, run.total_steps
-        ),
-        train_batches=lambda e: train_loader(config, run.train, run.train_store, e, copies, rank % copies, steps),
-        eval_batches=(lambda: eval_loader(config, val, val_store, world, rank)) if val and val_store else None,
-        mean=config.data.mean,
-        std=config.data.std,
-        device=device,
-        model=whole,
-    )
-    tracker, system = start_tracking(run, recipe, ranks)
+    engine = build_engine(run, network, device)
+    if found is not None:
+        engine.restore(found.state)
+    tracker, system = start_tracking(run, recipe, ranks, found)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
-    for note in (_headline(run, tracker), *network.notes):
+    for note in (_headline(run, tracker), *network.notes, *notes):
         progress.note(note)
+    stop = _TERMINATION.request = StopRequest()
+
+    def save(state: TrainingState, figures: dict[str, Any]) -> None:
+        if checkpoints is not None:
+            checkpoints.save(Checkpoint(state, course, figures, tracker.run_id))
+
+    job = make_job(run, ranks, device, whole, save, stop)
     status = "FAILED"
     try:
-        result = fit(job, engine, tracker, progress)
+        result = fit(job, engine, tracker, progress, Result(**found.result) if found else Result())
+        _TERMINATION.request = None
         if ranks.is_first:
             save_model(config.output_dir, whole, network.facts)
             status = "FINISHED"
@@ -135,6 +141,8 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
         raise
     finally:
         progress.close()
+        if checkpoints is not None:
+            checkpoints.wait()
         if system is not None:
             system.close()
         delivered = tracker.close(status)
@@ -143,8 +151,50 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
         finish(run, result, tracker, delivered)
 
 
-def start_tracking(run: Resolved, recipe: str, ranks: Ranks) -> tuple[Tracker, SystemMetrics | None]:
-    """MLflow on the first rank where a server is named, silence elsewhere."""
+def build_engine(run: Resolved, network: Network, device: torch.device) -> Engine:
+    """The network spread over the ranks as the recipe says. All ranks take part."""
+    if run.config.parallel.pipeline_stages > 1:
+        return PipelineParallel(network.model, run.config, run.batch, device, network.parts)
+    return DataParallel(network.model, run.config, run.batch, device)
+
+
+def make_job(
+    run: Resolved,
+    ranks: Ranks,
+    device: torch.device,
+    whole: nn.Module,
+    save: Callable[[TrainingState, dict[str, Any]], None],
+    stop: StopRequest,
+) -> Job:
+    """What the loop is to do on this rank."""
+    config, val, val_store = run.config, run.val, run.val_store
+    world, rank = ranks.world_size, ranks.rank
+    copies, steps = run.batch.ranks, run.batch.accumulation_steps
+    return Job(
+        batch=run.batch,
+        steps_per_epoch=run.steps_per_epoch,
+        stop_step=run.stop_step,
+        log_every_steps=config.train.log_every_steps,
+        max_skipped_steps=config.train.max_skipped_steps,
+        learning_rate=learning_rate_schedule(
+            config.schedule, config.optimizer, run.batch.global_size, run.steps_per_epoch, run.total_steps
+        ),
+        train_batches=lambda epoch, start: train_loader(
+            config, run.train, run.train_store, epoch, copies, rank % copies, steps, start
+        ),
+        eval_batches=(lambda: eval_loader(config, val, val_store, world, rank)) if val and val_store else None,
+        mean=config.data.mean,
+        std=config.data.std,
+        device=device,
+        model=whole,
+        save_every_steps=config.checkpoint.every_steps,
+        save=save,
+        stop=stop,
+    )
+
+
+def start_tracking(run: Resolved, recipe: str, ranks: Ranks, found: Checkpoint | None) -> tuple[Tracker, SystemMetrics | None]:
+    """MLflow on the first rank where a server is named, silence elsewhere. ``found``: what the run goes on from."""
     config, uri = run.config, tracking_uri(run.config)
     if not ranks.is_first or uri is None:
         return NullTracker(), None
@@ -164,6 +214,7 @@ def start_tracking(run: Resolved, recipe: str, ranks: Ranks) -> tuple[Tracker, S
         uri,
         folder / "tracking.jsonl",
         {
+            "run_id": found.run_id if found else None,
             "experiment": config.tracking.experiment,
             "name": config.name,
             "tags": {key: value for key, value in tags.items() if value},
@@ -179,6 +230,7 @@ def start_tracking(run: Resolved, recipe: str, ranks: Ranks) -> tuple[Tracker, S
                 for context, url, index in sets
             ],
         },
+        goes_on=found is not None,
     )
     for name, text in _documents(run, recipe).items():
         (folder / name).write_text(text, encoding="utf-8")

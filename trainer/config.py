@@ -147,6 +147,19 @@ class ParallelConfig(_Section):
     """Partitioned over the ranks: 1 the optimizer's state, 2 the gradients too, 3 the weights too (Rajbhandari et al. 2020)."""
 
 
+class CheckpointConfig(_Section):
+    """What a run needs to go on after a stop: written while it trains, after each epoch and when it is told to stop."""
+
+    url: str | None = None
+    """Folder or object store; `checkpoints` in train.output_dir when not given."""
+    every_steps: Count | None = None
+    """Optimizer steps between two, beside those at each epoch's end."""
+    keep: Count = 3
+    """How many of the newest stay; the one of the best top1 stays too."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest good one; never: begin anew, and remove those that stand at the URL."""
+
+
 class TrackingConfig(_Section):
     """MLflow."""
 
@@ -172,6 +185,10 @@ class TrainConfig(_Section):
     """Steps in a row whose fp16 gradients overflow, after which the run stops."""
     channels_last: bool = True
     """Memory layout of activations."""
+    activation_checkpointing: bool = False
+    """Keep the activations of a few layers only and compute the others again in the backward pass (Chen et al. 2016)."""
+    compile: bool = False
+    """Compile each layer with torch.compile; needs a C++ compiler, or a GPU."""
     output_dir: str = "runs/{name}"
     """Folder for the weights, the result and whatever MLflow could not be told."""
 
@@ -189,7 +206,10 @@ class RunConfig(_Section):
     augment: AugmentConfig = AugmentConfig()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of weights and activations in training; master weights and batch norm are fp32 in each."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay a step of a moving average of the weights, which is then what is evaluated and exported; none when not given."""
     parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     train: TrainConfig
 

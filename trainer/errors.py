@@ -12,8 +12,10 @@ EXIT_RETRY = 144  # >= 128: the training-operator's ``ExitCode`` policy recreate
 class UserError(ValueError):
     """The user's mistake: shown as its message alone, exit code 2, never retried.
 
-    Several faults found at once stand one a line.
+    Several faults found at once stand one a line. ``told``: another rank says it.
     """
+
+    told = False
 
     def __init__(self, *faults: str) -> None:
         super().__init__("\n".join(faults))
@@ -27,6 +29,8 @@ class Diverged(UserError):
 class ServiceLost(RuntimeError):
     """A peer, the object store or the network was lost after bounded retries: exit code 144, a retry may succeed."""
 
+    told = False
+
 
 class Terminated(BaseException):
     """SIGTERM came: end in order, exit code 143."""
@@ -37,7 +41,7 @@ def report(error: BaseException, program: str, quiet: bool = False) -> int:
     if isinstance(error, Terminated):
         return EXIT_PREEMPTED
     if isinstance(error, UserError | ServiceLost):
-        if not quiet:
+        if not quiet and not error.told:
             for line in str(error).splitlines():
                 print(f"{program}: {line}", file=sys.stderr, flush=True)
         return EXIT_USER if isinstance(error, UserError) else EXIT_RETRY

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.config import RunConfig, load_config
 from trainer.data.index import Index, check_shards, open_index
@@ -11,6 +12,12 @@ from trainer.engine.batch import BatchPlan, plan_batches
 from trainer.engine.deepspeed_config import check_engine
 from trainer.engine.schedule import learning_rate_schedule
 from trainer.errors import UserError
+
+_SHAPING = (
+    *(f"data.{key}" for key in ("image_size", "shuffle_window", "seed", "tail", "mean", "std")),
+    "batch.global_size",
+    *(f"train.{key}" for key in ("seed", "label_smoothing", "sync_batch_norm")),
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,18 @@ class Resolved:
     total_steps: int
     stop_step: int
     num_classes: int
+
+    @property
+    def course(self) -> dict[str, Any]:
+        """The keys that shape the training, by name: what a checkpoint and the run that goes on from it must share. How the
+        work is spread, in which precision it is computed and where things are kept is not among them."""
+        shaping = ("model.", "optimizer.", "schedule.", "augment.", "ema", *_SHAPING)
+        keys = {key: value for key, value in self.config.flat().items() if key.startswith(shaping) and key != "model.init"}
+        return keys | {
+            "model.num_classes": self.num_classes,
+            "data.train": self.train.digest,
+            "train.total_steps": self.total_steps,
+        }
 
 
 def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: bool) -> Resolved:

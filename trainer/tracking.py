@@ -74,6 +74,8 @@ class Delivery:
         note = json.loads(self._note.read_text()) if self._note.exists() else {}
         self.run_id: str | None = note.get("run_id")
         self.offset: int = note.get("offset", 0)
+        self._logged: dict[str, int] = note.get("logged", {})
+        """By metric, the last step that a run had when it was taken up again."""
         self.rejected = 0
 
     def pending(self) -> tuple[list[Event], int]:
@@ -108,7 +110,7 @@ class Delivery:
 
     def _save(self) -> None:
         part = self._note.with_suffix(".part")
-        part.write_text(json.dumps({"run_id": self.run_id, "offset": self.offset}))
+        part.write_text(json.dumps({"run_id": self.run_id, "offset": self.offset, "logged": self._logged}))
         part.replace(self._note)
 
     def _try(self, send: Any) -> None:
@@ -126,9 +128,14 @@ class Delivery:
     def _send_metrics(self, events: list[Event]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(name, value, event["time_ms"], event["step"]) for event in events for name, value in event["values"].items()
-        ]
+        metrics = []
+        for event in events:
+            for name, value in event["values"].items():
+                step, last = event["step"], self._logged.get(name, -1)
+                if name.startswith("system/"):  # counted anew by each process
+                    step += last + 1
+                if step > last:  # else a step made again after a resume
+                    metrics.append(Metric(name, value, event["time_ms"], step))
         for first in range(0, len(metrics), 1000):  # the server's limit
             self._try(lambda first=first: self.client.log_batch(self._run(), metrics=metrics[first : first + 1000]))  # type: ignore[misc]
 
@@ -141,7 +148,8 @@ class Delivery:
 
         kind = event["kind"]
         if kind == "run":
-            self._start_run(event)
+            if not self._start_run(event):
+                return
             params = [Param(key, str(value)) for key, value in event["params"].items()]
             for first in range(0, len(params), 100):
                 self.client.log_batch(self._run(), params=params[first : first + 100])
@@ -169,14 +177,36 @@ class Delivery:
         elif kind == "finish":
             self.client.set_terminated(self._run(), event["status"])
 
-    def _start_run(self, event: Event) -> None:
-        if self.run_id is not None:
-            return
+    def _start_run(self, event: Event) -> bool:
+        """Make the run, or take up the one that goes on. Whether it is new."""
+        if self._take_up(self.run_id or event.get("run_id"), event["tags"]):
+            return False
         experiment = self.client.get_experiment_by_name(event["experiment"])
         experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(event["experiment"])
         run = self.client.create_run(experiment_id, start_time=event["time_ms"], tags=event["tags"], run_name=event["name"])
         self.run_id = run.info.run_id
         self._save()
+        return True
+
+    def _take_up(self, run_id: str | None, tags: Mapping[str, str]) -> bool:
+        """False where the server has no such run."""
+        from mlflow.exceptions import RestException
+
+        if run_id is None:
+            return False
+        try:
+            run = self.client.get_run(run_id)
+        except RestException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        self.client.update_run(run_id, status="RUNNING")
+        for key, value in tags.items():
+            self.client.set_tag(run_id, key, value)
+        self.run_id = run_id
+        self._logged = {metric.key: metric.step for metric in run.data._metric_objs}
+        self._save()
+        return True
 
     def finish(self) -> None:
         """Remove a spool that was sent whole."""
@@ -185,13 +215,19 @@ class Delivery:
 
 
 class MlflowTracker:
-    """A run on an MLflow server. ``first``: the run's name, tags, parameters and data sets."""
+    """A run on an MLflow server. ``first``: the run's name, tags, parameters and data sets, and where it goes on, its id.
 
-    def __init__(self, uri: str, spool: Path, first: Event) -> None:
+    ``goes_on``: a spool that stands there is of this run's earlier process, and is sent first.
+    """
+
+    def __init__(self, uri: str, spool: Path, first: Event, goes_on: bool = False) -> None:
         spool.parent.mkdir(parents=True, exist_ok=True)
-        for old in (spool, spool.with_suffix(".sent.json")):
-            if old.exists():  # of an earlier run of this name whose server was away
-                old.rename(old.with_name(f"{int(time.time())}-{old.name}"))
+        if goes_on:
+            _cut_torn_line(spool)
+        else:
+            for old in (spool, spool.with_suffix(".sent.json")):
+                if old.exists():  # of an earlier run of this name whose server was away
+                    old.rename(old.with_name(f"{int(time.time())}-{old.name}"))
         self._delivery = Delivery(spool, uri)
         self._file = spool.open("a", encoding="utf-8")
         self._lock = threading.Lock()
@@ -304,6 +340,14 @@ class SystemMetrics:
             step += 1
             if self._stop.wait(self._interval):
                 return
+
+
+def _cut_torn_line(spool: Path) -> None:
+    """A killed process may have left half a line."""
+    if spool.exists():
+        content = spool.read_bytes()
+        with spool.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def _now_ms() -> int:

@@ -2,9 +2,11 @@
 
 FILE holds a list of cells; each is trained for some steps by the project's engine and, by rank 0, by a plain loop: one process,
 fp32, torch's optimizer, the same global batches in the same micro-batches. Rank 0 writes what came of it to FILE.out.
+
+A cell may ``save`` a checkpoint below a folder after half of the steps, or go on from one that it ``load``s.
 """
 
-import copy
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
+from trainer.checkpoint import Checkpoint, begin
 from trainer.config import RunConfig
 from trainer.data.loader import Batch
 from trainer.data.order import rank_slots
@@ -23,9 +26,11 @@ from trainer.engine.base import Engine
 from trainer.engine.batch import BatchPlan, plan_batches
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
+from trainer.engine.stage import dropout_seed
 from trainer.models import build_model
 
 GLOBAL, STEPS, RATE, SIZE = 16, 20, 0.0003, 16
+DECAY = 0.9
 NETWORKS = {
     "no batch norm": ("resnet8", {"width": 8, "batch_norm": False}),
     "batch norm": ("resnet8", {"width": 8}),
@@ -52,10 +57,17 @@ def config_of(cell: dict) -> RunConfig:
             "model": {"name": name, **options},
             "data": {"train": "none", "image_size": SIZE},
             "batch": {"global_size": GLOBAL, "micro_size": cell["micro"]},
-            "optimizer": {"base_lr": RATE, "base_batch": GLOBAL, "nesterov": True, "weight_decay": 5e-4},
+            "optimizer": {
+                "name": cell.get("optimizer", "sgd"),
+                "base_lr": RATE,
+                "base_batch": GLOBAL,
+                "nesterov": True,
+                "weight_decay": 5e-4,
+            },
             "precision": cell["precision"],
+            "ema": DECAY if cell.get("ema") else None,
             "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"]},
-            "train": {"max_steps": STEPS, "channels_last": False},
+            "train": {"max_steps": STEPS, "channels_last": False, "activation_checkpointing": cell.get("recompute", False)},
         }
     )
 
@@ -63,25 +75,32 @@ def config_of(cell: dict) -> RunConfig:
 def network_of(config: RunConfig) -> torch.nn.Sequential:
     torch.manual_seed(0)
     options = config.model.model_dump(exclude={"name", "num_classes", "init"}, exclude_none=True)
-    model = build_model(config.model.name, 10, SIZE, **options)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):  # each rank draws its own masks
-            module.p = 0.0
-    return model
+    return build_model(config.model.name, 10, SIZE, **options)
 
 
-def with_engine(config: RunConfig, batch: BatchPlan, device: torch.device, rank: int) -> tuple[list[float], dict]:
+def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.device, rank: int) -> dict:
+    """Losses by step, the final state, and that of the moving averages."""
     pixels, labels = images_and_labels()
     model = network_of(config)
+    folder = cell.get("save") or cell.get("load")
+    found = None
+    if folder:
+        checkpoints, found, _ = begin(folder, 1, "load" in cell, {}, device)
+        assert ("load" in cell) == (found is not None)
+    if found:
+        torch.nn.init.zeros_(next(model.parameters()))
+        model.load_state_dict(found.state.model)
     stages = config.parallel.pipeline_stages
     engine: Engine
     if stages > 1:
         engine = PipelineParallel(model, config, batch, device, split(layer_costs(model, SIZE), stages))
     else:
         engine = DataParallel(model, config, batch, device)
+    if found:
+        engine.restore(found.state)
     slots = rank_slots(GLOBAL, batch.ranks, rank % batch.ranks, batch.accumulation_steps)
-    losses = []
-    for step in range(STEPS):
+    losses = {}
+    for step in range(found.state.step if found else 0, STEPS):
         weights = weights_of(step)
 
         def batches(step: int = step, weights: np.ndarray = weights) -> Iterator[Batch]:
@@ -90,21 +109,39 @@ def with_engine(config: RunConfig, batch: BatchPlan, device: torch.device, rank:
                 yield Batch(pixels[step, chosen], labels[step, chosen], weights[chosen], float(weights.sum()), keys)
 
         outcome = engine.step(batches(), RATE)
-        losses.append(parallel.averaged(outcome.loss.float()).item())
-    return losses, engine.state()
+        losses[step] = parallel.averaged(outcome.loss.float()).item()
+        if cell.get("save") and step + 1 == STEPS // 2:
+            state = engine.snapshot()
+            if checkpoints:
+                checkpoints.save(Checkpoint(state, {}, {}, None))
+                checkpoints.wait()
+    return {"losses": losses, "state": engine.state(), "averages": engine.averaged_state()}
 
 
-def with_plain_torch(config: RunConfig, micro_batches: int) -> tuple[list[float], dict]:
+def with_plain_torch(cell: dict, config: RunConfig, micro_batches: int) -> dict:
     pixels, labels = images_and_labels()
     model = network_of(config).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    if cell.get("optimizer") == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=5e-4)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY), use_buffers=True
+    )
+    average.update_parameters(model)  # the first one copies
+    position = [0, 0]
+    for number, layer in enumerate(module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+        layer.register_forward_pre_hook(
+            lambda layer, inputs, number=number: torch.manual_seed(dropout_seed(0, *position, number)) and None
+        )
     mean, std = torch.tensor(config.data.mean).view(3, 1, 1), torch.tensor(config.data.std).view(3, 1, 1)
-    losses = []
+    losses = {}
     for step in range(STEPS):
         optimizer.zero_grad()
         weights = torch.from_numpy(weights_of(step))
         total = 0.0
         for part in range(micro_batches):
+            position[:] = step, part
             images = (torch.from_numpy(pixels[step, part::micro_batches]).permute(0, 3, 1, 2) / 255 - mean) / std
             outputs = model(images)
             main, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -116,8 +153,9 @@ def with_plain_torch(config: RunConfig, micro_batches: int) -> tuple[list[float]
             loss.backward()
             total += loss.item()
         optimizer.step()
-        losses.append(total)
-    return losses, model.state_dict()
+        average.update_parameters(model)
+        losses[step] = total
+    return {"losses": losses, "state": model.state_dict(), "averages": average.module.state_dict()}
 
 
 def difference(got: dict, want: dict) -> float:
@@ -130,27 +168,39 @@ def difference(got: dict, want: dict) -> float:
     return (apart / moved) ** 0.5
 
 
+def digest(state: dict) -> str:
+    """Of every bit of the parameters."""
+    content = b"".join(value.cpu().contiguous().numpy().tobytes() for name, value in sorted(state.items()))
+    return hashlib.sha256(content).hexdigest()
+
+
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     cells = sorted(json.loads(path.read_text()), key=lambda cell: cell["stages"])  # a pipeline leaves its grid in DeepSpeed
     ranks = parallel.ranks_from_environment()
     device = parallel.join(ranks, fp16=True)
-    references: dict[tuple, tuple] = {}
+    references: dict[tuple, dict] = {}
     results = []
     for cell in cells:
         config = config_of(cell)
         batch = plan_batches(GLOBAL, cell["micro"], ranks.world_size // cell["stages"], 10_000)
-        losses, state = with_engine(config, batch, device, ranks.rank)
+        got = with_engine(cell, config, batch, device, ranks.rank)
         if ranks.is_first:
             micro_batches = GLOBAL // cell["micro"]
-            key = (cell["network"], micro_batches)
+            key = (cell["network"], micro_batches, cell.get("optimizer"))
             if key not in references:
-                references[key] = copy.deepcopy(with_plain_torch(config, micro_batches))
-            want, weights = references[key]
-            apart = [abs(a - b) / b for a, b in zip(losses, want, strict=True)]
-            results.append(
-                cell | {"first5": max(apart[:5]), "all20": max(apart), "weights": difference(state, weights), "losses": losses}
-            )
+                references[key] = with_plain_torch(cell, config, micro_batches)
+            want = references[key]
+            apart = {step: abs(loss - want["losses"][step]) / want["losses"][step] for step, loss in got["losses"].items()}
+            figures = {
+                "first5": max((value for step, value in apart.items() if step < 5), default=0.0),
+                "all20": max(apart.values()),
+                "weights": difference(got["state"], want["state"]),
+                "averages": difference(got["averages"], want["averages"]) if got["averages"] else 0.0,
+                "digest": digest(got["state"]),
+                "losses": list(got["losses"].values()),
+            }
+            results.append(cell | figures)
     if ranks.is_first:
         path.with_suffix(".out").write_text(json.dumps(results))
     parallel.leave()

@@ -58,18 +58,26 @@ Window = list[MicroBatch]
 
 
 def train_loader(
-    config: RunConfig, index: Index, store: Store, epoch: int, world_size: int, rank: int, accumulation_steps: int
+    config: RunConfig,
+    index: Index,
+    store: Store,
+    epoch: int,
+    world_size: int,
+    rank: int,
+    accumulation_steps: int,
+    start_step: int = 0,
 ) -> Iterator[Batch]:
-    """One epoch's micro-batches of one rank: ``steps x accumulation_steps`` of them."""
+    """One epoch's micro-batches of one rank from its step ``start_step`` on, ``accumulation_steps`` a step. What comes before
+    is not read."""
     data, augment = config.data, config.augment
 
     def windows() -> Iterator[Window]:
         global_size = config.batch.global_size
         order = epoch_order(index.sizes, data.seed, epoch, global_size, data.shuffle_window, data.tail)
         slots = rank_slots(global_size, world_size, rank, accumulation_steps)
-        for first in range(0, order.steps, order.block):
+        for first in range(start_step // order.block * order.block, order.steps, order.block):
             window = []
-            for step in range(first, min(first + order.block, order.steps)):
+            for step in range(max(first, start_step), min(first + order.block, order.steps)):
                 uniforms = augment_uniforms(data.seed, epoch, step, global_size, UNIFORMS)
                 whole = float(order.weights[step].sum())
                 window += [MicroBatch(order.samples[step, s], order.weights[step, s], whole, uniforms[s]) for s in slots]

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import RunConfig
 from trainer.data.loader import Batch
 from trainer.engine.batch import BatchPlan
+from trainer.engine.stage import Draws
+from trainer.engine.state import EMA, MasterState, TrainingState
 from trainer.models.layers import normalize
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,23 +35,114 @@ class Step:
 
 
 class Engine(ABC):
-    """A model and its optimizer in one of DeepSpeed's engines. All ranks take part in every call."""
+    """A model and its optimizer in one of DeepSpeed's engines. All ranks take part in every call.
+
+    A model that was trained before must hold its weights when the engine is made of it; ``restore`` then gives the rest.
+    """
 
     _engine: Any
+    _masters: MasterState
+    _draws: Draws
 
-    def __init__(self, config: RunConfig, batch: BatchPlan, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig, batch: BatchPlan, device: torch.device) -> None:
+        self._shapes = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+        self._trained = [name for name, _ in model.named_parameters()]
         self._batch, self._device = batch, device
         self._mean, self._std = config.data.mean, config.data.std
         self._type = _TYPES[config.precision]
+        self._optimizer_name, self._decay = config.optimizer.name, config.ema
+        self._averages: dict[str, Tensor] = {}
+        self._done = 0
+
+    def _adopt(self, engine: Any, weights: dict[str, Tensor]) -> None:
+        """Take over an engine; ``weights``: the fp32 parameters that it was given, before it rounded them."""
+        self._engine = engine
+        self._masters = MasterState(engine, self._optimizer_name)
+        if self._type != torch.float32:
+            self._masters.set_weights(weights)
+        if self._decay is not None:
+            self._masters.begin_average()
+            self._averages = {name: buffer.clone() for name, buffer in self._statistics()}
 
     @abstractmethod
     def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
         """One optimizer step of the next ``accumulation_steps`` micro-batches."""
 
     @abstractmethod
+    def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        """The tensors ``names`` of the whole model, of which ``own`` are this rank's part."""
+
+    @abstractmethod
+    def _data_group(self) -> Any:
+        """The ranks that hold the same part of the model."""
+
     def state(self) -> dict[str, Tensor]:
         """The whole model on this rank: fp32 master weights, and batch norm's running statistics as their mean over the
-        data-parallel ranks, each of which saw other samples."""
+        data-parallel ranks, each of which saw other samples; from here on each has that mean."""
+        module, own = self._engine.module, self._masters.weights()
+        for _, buffer in self._statistics():
+            buffer.copy_(self._mean_over_ranks(buffer))
+        own |= {name: buffer.clone() for name, buffer in module.named_buffers()}
+        return self._whole({self._public(name): value for name, value in own.items()}, list(self._shapes))
+
+    def averaged_state(self) -> dict[str, Tensor] | None:
+        """The same of the moving averages; None where the run keeps none."""
+        if self._decay is None:
+            return None
+        state = self.state()
+        slots = self._slots()
+        return {name: slots.get(f"{EMA}/{name}", value) for name, value in state.items()}
+
+    def snapshot(self) -> TrainingState:
+        """All that is needed to go on from here, on any number of ranks."""
+        return TrainingState(self.state(), self._slots(), self._done, self._masters.updates(), self._masters.scaler())
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on from ``state``, whose ``model`` this engine was made of."""
+        self._masters.set_weights({name: state.model[self._public(name)] for name, _ in self._engine.module.named_parameters()})
+        if self._decay is not None:
+            self._masters.begin_average()
+        own = {self._public(name): name for name in self._engine.module.state_dict()}
+        slots = [(slot.partition("/"), value) for slot, value in state.slots.items()]
+        self._masters.set_slots({f"{slot}/{own[name]}": v for (slot, _, name), v in slots if name in own}, state.updates)
+        for (slot, _, name), value in slots:
+            if slot == EMA and own.get(name) in self._averages:
+                self._averages[own[name]].copy_(value)
+        self._masters.set_scaler(state.scaler)
+        self._done = state.step
+
+    def _slots(self) -> dict[str, Tensor]:
+        """By ``slot/name``, of the whole model."""
+        whole: dict[str, Tensor] = {}
+        floating = [name for name, (_, dtype) in self._shapes.items() if dtype.is_floating_point]
+        for slot in self._masters.names:
+            own = self._masters.slot(slot)
+            if slot == EMA:
+                own |= {name: self._mean_over_ranks(value) for name, value in self._averages.items()}
+            public = {self._public(name): value for name, value in own.items()}
+            gathered = self._whole(public, floating if slot == EMA else self._trained)
+            whole |= {f"{slot}/{name}": value for name, value in gathered.items()}
+        return whole
+
+    def _statistics(self) -> list[tuple[str, Tensor]]:
+        return [(name, buffer) for name, buffer in self._engine.module.named_buffers() if buffer.is_floating_point()]
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total, group=self._data_group())
+        return total / self._batch.ranks
+
+    def _public(self, name: str) -> str:
+        """The whole model's name of what the engine's module calls ``name``."""
+        return name
+
+    def _finish(self, skipped: bool) -> None:
+        """After each step: the moving averages follow, and the step is counted."""
+        self._done += 1
+        if self._decay is not None and not skipped:
+            self._masters.average(self._decay)
+            for name, buffer in self._statistics():
+                self._averages[name].lerp_(buffer, 1 - self._decay)
 
     def grad_norm(self) -> float | None:
         """Euclidean norm of the last step's gradient before clipping, where DeepSpeed computed it anyway."""
@@ -60,6 +154,7 @@ class Engine(ABC):
         return float(self._engine.optimizer.cur_scale) if self._type == torch.float16 else None
 
     def _prepare(self, learning_rate: float) -> None:
+        self._draws.begin(self._done)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
 
@@ -71,21 +166,9 @@ class Engine(ABC):
         return normalize(to_device(batch.pixels, self._device), self._mean, self._std).to(self._type)
 
 
-def master_state(module: nn.Module, group: Any, ranks: int) -> dict[str, Tensor]:
-    """A module's state dict in fp32, buffers averaged over the ``ranks`` data-parallel ranks of ``group``, who take part."""
-    import torch.distributed as dist
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    state: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        master = safe_get_full_fp32_param(parameter)
-        state[name] = (parameter if master is None else master).detach()
-    for name, buffer in module.named_buffers():
-        state[name] = buffer.clone()
-        if buffer.is_floating_point():
-            dist.all_reduce(state[name], group=group)
-            state[name] /= ranks
-    return {name: state[name] for name in module.state_dict()}
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def to_device(array: Any, device: torch.device) -> Tensor:

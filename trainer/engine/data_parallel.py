@@ -1,28 +1,36 @@
 """Training with the whole model on every rank: data parallelism, its state partitioned over the ranks by ZeRO where asked."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import RunConfig
 from trainer.data.loader import Batch
-from trainer.engine.base import Engine, Step, master_state, to_device
+from trainer.engine.base import Engine, Step, parameters_of, to_device
 from trainer.engine.batch import BatchPlan
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.objective import weighted_loss
 from trainer.engine.optimizer import build_optimizer
+from trainer.engine.stage import Draws, Stage
 
 
 class DataParallel(Engine):
     """Every rank computes other samples with the same weights; gradients are averaged over ranks."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, batch: BatchPlan, device: torch.device) -> None:
+    def __init__(self, model: nn.Sequential, config: RunConfig, batch: BatchPlan, device: torch.device) -> None:
         import deepspeed
 
-        super().__init__(config, batch, device)
-        optimizer = build_optimizer(model, config.optimizer, config.optimizer.base_lr)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, batch))
+        super().__init__(model, config, batch, device)
+        self._draws = Draws(model, config.train.seed, dist.get_rank(), batch.ranks)
+        stage = Stage(OrderedDict(model.named_children()), config.train, self._draws)
+        optimizer = build_optimizer(stage, config.optimizer, config.optimizer.base_lr)
+        weights = parameters_of(stage)
+        engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=deepspeed_config(config, batch))
+        self._adopt(engine, weights)
         if config.train.channels_last and config.parallel.zero_stage == 0:
             # only now, since it cannot broadcast such weights; ZeRO's flat buffers do not keep the layout
             self._engine.module.to(memory_format=torch.channels_last)
@@ -41,7 +49,12 @@ class DataParallel(Engine):
             self._engine.step()
             total += loss.detach() / self._batch.accumulation_steps
             keys += batch.keys
-        return Step(total, int(batch.global_weight), keys, self._skipped())
+        skipped = self._skipped()
+        self._finish(skipped)
+        return Step(total, int(batch.global_weight), keys, skipped)
 
-    def state(self) -> dict[str, Tensor]:
-        return master_state(self._engine.module, None, self._batch.ranks)
+    def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        return {name: own[name] for name in names}
+
+    def _data_group(self) -> Any:
+        return None

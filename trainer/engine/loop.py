@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,22 +13,23 @@ from trainer.data.loader import Batch
 from trainer.engine.base import Engine, Step, to_device
 from trainer.engine.batch import BatchPlan
 from trainer.engine.objective import count_correct
-from trainer.engine.parallel import averaged, gathered, summed
-from trainer.errors import Diverged
+from trainer.engine.parallel import StopRequest, averaged, gathered, summed
+from trainer.engine.state import TrainingState
+from trainer.errors import Diverged, Terminated
 from trainer.models.layers import normalize
 from trainer.tracking import Tracker
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run does. ``train_batches(epoch)`` yields ``steps_per_epoch x accumulation_steps`` micro-batches."""
+    """What a run does. ``train_batches(epoch, step)`` yields the micro-batches of an epoch from its ``step`` on."""
 
     batch: BatchPlan
     steps_per_epoch: int
     stop_step: int
     log_every_steps: int
     learning_rate: Callable[[int], float]
-    train_batches: Callable[[int], Iterator[Batch]]
+    train_batches: Callable[[int, int], Iterator[Batch]]
     eval_batches: Callable[[], Iterator[Batch]] | None
     mean: list[float]
     std: list[float]
@@ -35,11 +37,17 @@ class Job:
     model: torch.nn.Module
     """The whole network in fp32, for evaluation and export, whatever form it is trained in."""
     max_skipped_steps: int
+    save_every_steps: int | None
+    """Beside the end of each epoch."""
+    save: Callable[[TrainingState, dict[str, Any]], None]
+    """Keeps a checkpoint with the figures so far; returns while that is still being written."""
+    stop: StopRequest
 
 
 @dataclass
 class Result:
-    """Figures of a finished run. ``top1`` and ``top5`` are fractions of the validation split, None without one."""
+    """Figures of a run. ``top1`` and ``top5`` are fractions of the validation split, None without one, as measured after
+    ``evaluated_step``; seconds and images without evaluation."""
 
     steps: int = 0
     skipped_steps: int = 0
@@ -50,6 +58,9 @@ class Result:
     data_wait_fraction: float = 0.0
     train_seconds: float = 0.0
     val_samples: int = 0
+    evaluated_step: int = 0
+    images: int = 0
+    waited_seconds: float = 0.0
 
 
 @dataclass
@@ -59,10 +70,6 @@ class _Meter:
     images: int = 0
     waited: float = 0.0
     seconds: float = 0.0
-    total_images: int = 0
-    total_waited: float = 0.0
-    total_seconds: float = 0.0
-    skipped: int = 0
     skipped_in_a_row: int = 0
     steps: list[Step] = field(default_factory=list)
     """Those whose losses were not read from the device yet."""
@@ -78,51 +85,97 @@ class _Meter:
     def took(self, step: Step) -> None:
         """Count a step."""
         self.images += step.images
-        self.skipped += step.skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
         self.steps.append(step)
 
-    def read(self) -> dict[str, float]:
-        values = {
-            "images_per_second": self.images / max(self.seconds, 1e-9),
-            "data_wait_fraction": self.waited / max(self.seconds, 1e-9),
-        }
-        self.total_images += self.images
-        self.total_waited += self.waited
-        self.total_seconds += self.seconds
+    def read(self, result: Result) -> dict[str, float]:
+        """The rates since the last reading, which ``result`` adds up."""
+        result.images += self.images
+        result.waited_seconds += self.waited
+        result.train_seconds += self.seconds
+        result.images_per_second = result.images / max(result.train_seconds, 1e-9)
+        result.data_wait_fraction = result.waited_seconds / max(result.train_seconds, 1e-9)
+        seconds = max(self.seconds, 1e-9)
+        values = {"images_per_second": self.images / seconds, "data_wait_fraction": self.waited / seconds}
         self.images, self.waited, self.seconds = 0, 0.0, 0.0
         return values
 
 
-def fit(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress) -> Result:
-    """Train to ``stop_step``, evaluating after each epoch and at the end. All ranks take part."""
-    result, meter = Result(), _Meter()
-    step, epoch = 0, 0
-    while step < job.stop_step:
-        batches = job.train_batches(epoch)
-        stop = min(job.stop_step, (epoch + 1) * job.steps_per_epoch)
-        while step < stop:
-            started = time.perf_counter()
-            outcome = engine.step(meter.timed(batches), job.learning_rate(step))
-            meter.seconds += time.perf_counter() - started
-            meter.took(outcome)
-            step += 1
-            _check_overflow(job, engine, meter, step)
-            if step % job.log_every_steps == 0 or step == stop:
-                result.loss = _log(job, engine, tracker, progress, meter, step)
-        batches.close()  # type: ignore[attr-defined]  # a generator; one that was not exhausted holds threads
-        epoch += 1
-        job.model.load_state_dict(engine.state())
-        if job.eval_batches is not None:
-            result.top1, result.top5, result.val_samples = evaluate(job.model, job, job.eval_batches())
-            tracker.log_metrics({"top1": result.top1, "top5": result.top5, "epoch": epoch}, step)
-            progress.note(f"epoch {epoch}: top1 {result.top1:.4f}, top5 {result.top5:.4f} of {result.val_samples:,} images")
-    result.steps = step
-    result.skipped_steps = meter.skipped
-    result.train_seconds = meter.total_seconds
-    result.images_per_second = meter.total_images / max(meter.total_seconds, 1e-9)
-    result.data_wait_fraction = meter.total_waited / max(meter.total_seconds, 1e-9)
+def fit(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, result: Result) -> Result:
+    """Train to ``stop_step`` from where ``result`` ends, evaluating after each epoch and at the end. All ranks take part.
+
+    Raises Terminated, after a checkpoint, where any rank was told to stop.
+    """
+    meter = _Meter()
+    if result.steps and _ends_epoch(job, result.steps) and result.evaluated_step != result.steps:
+        _end_epoch(job, engine, tracker, progress, result)  # the stop came between the epoch's end and its evaluation
+    elif result.steps == job.stop_step:
+        _load_whole(job, engine)
+    while result.steps < job.stop_step:
+        epoch, first = divmod(result.steps, job.steps_per_epoch)
+        batches = job.train_batches(epoch, first)
+        try:
+            _train_epoch(job, engine, tracker, progress, meter, result, batches)
+        finally:
+            batches.close()  # type: ignore[attr-defined]  # a generator; one that was not exhausted holds threads
+        _end_epoch(job, engine, tracker, progress, result)
     return result
+
+
+def _ends_epoch(job: Job, step: int) -> bool:
+    return step % job.steps_per_epoch == 0 or step == job.stop_step
+
+
+def _train_epoch(
+    job: Job,
+    engine: Engine,
+    tracker: Tracker,
+    progress: TrainingProgress,
+    meter: _Meter,
+    result: Result,
+    batches: Iterator[Batch],
+) -> None:
+    while True:
+        started = time.perf_counter()
+        job.stop.ask()
+        outcome = engine.step(meter.timed(batches), job.learning_rate(result.steps))
+        told = job.stop.agreed()
+        meter.seconds += time.perf_counter() - started
+        meter.took(outcome)
+        result.steps += 1
+        result.skipped_steps += outcome.skipped
+        _check_overflow(job, engine, meter, result.steps)
+        ended = _ends_epoch(job, result.steps)
+        saves = told or (job.save_every_steps is not None and result.steps % job.save_every_steps == 0 and not ended)
+        if saves or ended or result.steps % job.log_every_steps == 0:
+            _log(job, engine, tracker, progress, meter, result)
+        if saves:
+            _save(job, engine, result)
+        if told:
+            progress.note(f"told to stop: checkpoint of step {result.steps:,}")
+            raise Terminated
+        if ended:
+            return
+
+
+def _save(job: Job, engine: Engine, result: Result) -> None:
+    job.save(engine.snapshot(), asdict(result))
+
+
+def _load_whole(job: Job, engine: Engine) -> None:
+    job.model.load_state_dict(engine.averaged_state() or engine.state())
+
+
+def _end_epoch(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, result: Result) -> None:
+    """Evaluate and keep a checkpoint."""
+    _load_whole(job, engine)
+    epoch = -(-result.steps // job.steps_per_epoch)
+    if job.eval_batches is not None:
+        result.top1, result.top5, result.val_samples = evaluate(job.model, job, job.eval_batches())
+        tracker.log_metrics({"top1": result.top1, "top5": result.top5, "epoch": epoch}, result.steps)
+        progress.note(f"epoch {epoch}: top1 {result.top1:.4f}, top5 {result.top5:.4f} of {result.val_samples:,} images")
+    result.evaluated_step = result.steps
+    _save(job, engine, result)
 
 
 def _check_overflow(job: Job, engine: Engine, meter: _Meter, step: int) -> None:
@@ -138,14 +191,15 @@ def _some(keys: list[str], most: int = 16) -> str:
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
-def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, meter: _Meter, step: int) -> float:
+def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, meter: _Meter, result: Result) -> None:
     """Read the losses of the last steps from the device (a synchronization), average them over ranks and log each."""
     losses = averaged(torch.stack([taken.loss for taken in meter.steps])).tolist()
+    step = result.steps
     first = step - len(losses) + 1
-    values = meter.read()
+    values = meter.read(result)
     norm, scale = engine.grad_norm(), engine.loss_scale()
     values |= {"grad_norm": norm} if norm is not None else {}
-    values |= {"loss_scale": scale, "skipped_steps": meter.skipped} if scale is not None else {}
+    values |= {"loss_scale": scale, "skipped_steps": result.skipped_steps} if scale is not None else {}
     for number, loss in enumerate(losses, start=first):
         # step 1 is the first update, so that a curve's last step is the number of updates made
         rates = values if number == step else {}
@@ -157,12 +211,12 @@ def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress,
                 f"schedule.warmup_epochs; its samples: {_some(gathered(taken.keys))}"
             )
     meter.steps.clear()
+    result.loss = float(losses[-1])
     progress.update(
         step,
-        f"epoch {step / job.steps_per_epoch:.2f} loss {losses[-1]:.4f} lr {job.learning_rate(step - 1):.4g} "
+        f"epoch {step / job.steps_per_epoch:.2f} loss {result.loss:.4f} lr {job.learning_rate(step - 1):.4g} "
         f"{values['images_per_second']:,.0f} images/s, waiting for data {values['data_wait_fraction']:.1%}",
     )
-    return float(losses[-1])
 
 
 @torch.inference_mode()

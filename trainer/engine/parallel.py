@@ -2,11 +2,17 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from trainer.errors import ServiceLost, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,59 @@ def is_lost_peer(error: BaseException) -> bool:
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class StopRequest:
+    """SIGTERM, heard by all ranks at the end of the same step, whichever of them was told.
+
+    The question goes round beside the step's own work, through the CPU, so that it costs a GPU no synchronization.
+    """
+
+    def __init__(self) -> None:
+        self.told = False
+        """This rank was."""
+        self._group: Any = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._answer = torch.zeros(1)
+        self._round: dist.Work | None = None
+
+    def ask(self) -> None:
+        """Before a step."""
+        self._answer.fill_(self.told)
+        self._round = dist.all_reduce(self._answer, group=self._group, async_op=True) if self._group else None
+
+    def agreed(self) -> bool:
+        """After it: whether any rank had been told when the step began. All ranks take part."""
+        if self._round is not None:
+            self._round.wait()
+        return bool(self._answer.item())
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What ``work`` gives on the first rank, or its UserError or ServiceLost, on every rank; told by the first alone."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except (UserError, ServiceLost) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        outcome[1].told = dist.get_rank() > 0
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def tensors_from_first(tensors: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
+    """Those of the first rank, on every rank. All ranks take part."""
+    first = dist.get_rank() == 0
+    described = from_first(lambda: {name: (value.shape, value.dtype) for name, value in (tensors or {}).items()})
+    received = {}
+    for name, (shape, dtype) in described.items():
+        value = tensors[name].to(device) if first and tensors else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(value, src=0)
+        received[name] = value
+    return received
 
 
 def summed(values: Tensor) -> Tensor:

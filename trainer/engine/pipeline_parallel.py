@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from trainer.config import RunConfig
 from trainer.data.loader import Batch
-from trainer.engine.base import Engine, Step, master_state, to_device
+from trainer.engine.base import Engine, Step, parameters_of, to_device
 from trainer.engine.batch import BatchPlan
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.objective import weighted_loss
 from trainer.engine.optimizer import build_optimizer
+from trainer.engine.stage import Draws, Stage
 from trainer.errors import UserError
-from trainer.models.layers import Value
 
 
 def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
@@ -78,47 +78,31 @@ def _balanced(costs: Sequence[int], parts: int) -> list[int]:
     return best[parts, len(costs)][1]
 
 
-class Stage(nn.Sequential):
-    """Neighbouring layers of a model. What goes from rank to rank must be contiguous; channels-last is for the inside."""
-
-    channels_last = False
-
-    def forward(self, value: Value) -> Value:
-        inside = torch.channels_last if self.channels_last else torch.contiguous_format
-        value = _laid_out(value, inside)
-        for layer in self:
-            value = layer(value)
-        return _laid_out(value, torch.contiguous_format)
-
-
-def _laid_out(value: Value, layout: torch.memory_format) -> Value:
-    if isinstance(value, tuple):
-        return tuple(part.contiguous(memory_format=layout) if part.dim() == 4 else part.contiguous() for part in value)
-    return value.contiguous(memory_format=layout) if value.dim() == 4 else value.contiguous()
-
-
 class PipelineParallel(Engine):
     """Each rank holds one stage of the model. ``parts``: the names of the layers of each stage."""
 
     def __init__(
-        self, model: nn.Sequential, config: RunConfig, batch: BatchPlan, device: torch.device, parts: list[list[str]]
+        self,
+        model: nn.Sequential,
+        config: RunConfig,
+        batch: BatchPlan,
+        device: torch.device,
+        parts: list[list[str]],
     ) -> None:
         import deepspeed
         from deepspeed.pipe import PipelineModule
 
-        super().__init__(config, batch, device)
-        self._shapes = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+        super().__init__(model, config, batch, device)
         self._stage_of = {name: stage for stage, names in enumerate(parts) for name in names}
+        self._draws = Draws(model, config.train.seed, dist.get_rank() % batch.ranks, batch.ranks)
         layers = dict(model.named_children())
-        stages = [Stage(OrderedDict((name, layers[name]) for name in names)) for names in parts]
-        for stage in stages:
-            stage.channels_last = config.train.channels_last
-            if isinstance(stage[0], nn.ReLU):
-                stage[0].inplace = False  # what came from another rank must not be overwritten
+        stages = [Stage(OrderedDict((name, layers[name]) for name in names), config.train, self._draws) for names in parts]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
             pipe = PipelineModule(stages, num_stages=len(parts), loss_fn=self._loss, partition_method="uniform")
         optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
-        self._engine, *_ = deepspeed.initialize(model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch))
+        weights = parameters_of(pipe)
+        engine, *_ = deepspeed.initialize(model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch))
+        self._adopt(engine, weights)
 
     @staticmethod
     def _loss(outputs: Any, targets: tuple[Tensor, Tensor]) -> Tensor:
@@ -140,16 +124,23 @@ class PipelineParallel(Engine):
 
         loss = self._engine.train_batch(loaded()).detach().clone().reshape(())
         keys = [key for batch in taken for key in batch.keys] if self._engine.is_first_stage() else []
-        return Step(loss, int(taken[0].global_weight) if taken else 0, keys, self._skipped())
+        skipped = self._skipped()
+        self._finish(skipped)
+        return Step(loss, int(taken[0].global_weight) if taken else 0, keys, skipped)
 
-    def state(self) -> dict[str, Tensor]:
+    def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         grid = self._engine.grid
-        own = master_state(self._engine.module, grid.get_data_parallel_group(), self._batch.ranks)
-        own = {name.partition(".")[2]: value for name, value in own.items()}  # without the stage's number
         whole: dict[str, Tensor] = {}
-        for name, (shape, dtype) in self._shapes.items():
+        for name in names:
+            shape, dtype = self._shapes[name]
             value = own[name].contiguous() if name in own else torch.empty(shape, dtype=dtype, device=self._device)
             source = grid.stage_to_global(stage_id=self._stage_of[name.partition(".")[0]])
             dist.broadcast(value, source, group=grid.get_pipe_parallel_group())
             whole[name] = value
         return whole
+
+    def _data_group(self) -> Any:
+        return self._engine.grid.get_data_parallel_group()
+
+    def _public(self, name: str) -> str:
+        return name.partition(".")[2]  # without the stage's number

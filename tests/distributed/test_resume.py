@@ -1,0 +1,69 @@
+"""A checkpoint of one topology goes on on any other, follows the same plain loop, and on its own is bit-equal to no stop at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+from test_parallel import GLOBAL, Cell, deviation, run_cells
+
+MICRO = 4  # four micro-batches a step, on one, two or four copies of the model
+
+
+def _topology(ranks: int, stages: int, zero: int, precision: str = "fp32", **options: object) -> Cell:
+    cell: Cell = {"ranks": ranks, "stages": stages, "zero": zero, "precision": precision, "network": "batch norm", "ema": True}
+    cell |= {"accumulation": GLOBAL // MICRO // (ranks // stages)}
+    return cell | options
+
+
+TOPOLOGIES = [
+    _topology(1, 1, 0),
+    _topology(2, 1, 1),
+    _topology(2, 1, 3),
+    _topology(2, 2, 0),
+    _topology(4, 2, 1),
+]
+MORE = [_topology(1, 1, 2), _topology(2, 1, 0), _topology(2, 1, 2), _topology(4, 1, 3), _topology(4, 4, 0), _topology(4, 4, 1)]
+SIXTEEN_BIT = [
+    _topology(1, 1, 1, "fp16"),
+    _topology(2, 1, 3, "fp16"),
+    _topology(2, 2, 1, "fp16"),
+    _topology(1, 1, 0, "bf16"),
+    _topology(2, 1, 1, "bf16"),
+]
+OTHER_RULES = [
+    _topology(1, 1, 0, optimizer="adamw"),
+    _topology(2, 1, 2, optimizer="adamw"),
+    _topology(2, 1, 3, optimizer="adamw"),
+    _topology(1, 1, 0, network="auxiliary heads"),
+    _topology(2, 2, 1, network="auxiliary heads"),
+]
+
+
+def _kin(one: Cell, other: Cell) -> bool:
+    """Whether the second may go on from the first's checkpoint: the same training, spread in another way."""
+    return all(one.get(key) == other.get(key) for key in ("optimizer", "network", "precision"))
+
+
+@pytest.mark.timeout(1800)
+def test_any_topology_goes_on_from_any_other(tmp_path: Path) -> None:
+    topologies = [*TOPOLOGIES, *SIXTEEN_BIT, *OTHER_RULES, *(MORE if os.environ.get("CONVOY_MATRIX") else [])]
+    folders = [str(tmp_path / f"saved{number}") for number in range(len(topologies))]
+    whole = {}
+    for ranks in (1, 2, 4):
+        cells = [t | {"save": f} for t, f in zip(topologies, folders, strict=True) if t["ranks"] == ranks]
+        whole |= {result["save"]: result for result in run_cells(cells, ranks, tmp_path)}
+    assert not [d for d in map(deviation, whole.values()) if d]
+    for ranks in (1, 2, 4):
+        cells = [
+            t | {"load": f}
+            for t in topologies
+            for saved, f in zip(topologies, folders, strict=True)
+            if t["ranks"] == ranks and _kin(saved, t)
+        ]
+        for result in run_cells(cells, ranks, tmp_path):
+            assert not deviation(result)
+            assert len(result["losses"]) == 10
+            same = whole[result["load"]]
+            if all(result[key] == same[key] for key in ("ranks", "stages", "zero")):
+                assert result["losses"] == same["losses"][10:], "bit for bit"
+                assert result["digest"] == same["digest"], "bit for bit"

@@ -1,0 +1,113 @@
+"""A row of layers as an engine runs them: the whole model, or one pipeline stage of it."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import pairwise
+from math import isqrt
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.config import TrainConfig
+from trainer.models.layers import Value
+
+_DROPOUT = 3  # a random stream of its own, beside those of the data's order
+
+
+class Draws:
+    """Makes every dropout mask a function of (seed, step, micro-batch, layer): the same on any number of ranks and stages
+    and after a resume, with no generator's state to keep. ``first`` and ``stride``: a rank's micro-batches in the global batch.
+    """
+
+    def __init__(self, model: nn.Module, seed: int, first: int, stride: int) -> None:
+        self._seed, self._first, self._stride = seed, first, stride
+        self.position = (0, 0)
+        self._step = self._count = 0
+        for number, layer in enumerate(module for module in model.modules() if isinstance(module, nn.Dropout)):
+            layer.register_forward_pre_hook(partial(self._before, number))
+
+    def begin(self, step: int) -> None:
+        """The next forward pass is the first of this rank in optimizer step ``step``, from 0."""
+        self._step, self._count = step, 0
+
+    def advance(self) -> tuple[int, int]:
+        """The step and micro-batch of the forward pass that begins."""
+        self.position = (self._step, self._first + self._count * self._stride)
+        self._count += 1
+        return self.position
+
+    def _before(self, number: int, layer: nn.Dropout, inputs: Any) -> None:
+        if layer.training and layer.p > 0:
+            torch.manual_seed(dropout_seed(self._seed, *self.position, number))
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int, layer: int) -> int:
+    """Of torch's generator before the ``layer``-th dropout of the model."""
+    return int(np.random.SeedSequence([seed, _DROPOUT, step, micro_batch, layer]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Stage(nn.Sequential):
+    """Neighbouring layers of a model. What enters and leaves is contiguous, as a transport needs; inside, activations have the
+    layout of ``train.channels_last``."""
+
+    def __init__(self, layers: "OrderedDict[str, nn.Module]", config: TrainConfig, draws: Draws) -> None:
+        super().__init__(layers)
+        self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self._draws = draws
+        length = max(1, isqrt(len(layers))) if config.activation_checkpointing else len(layers)
+        self._cuts = [*range(0, len(layers), length), len(layers)]
+        for cut in self._cuts[:-1]:
+            first = self[cut]
+            if isinstance(first, nn.ReLU):
+                first.inplace = False  # its input belongs to another rank, or is kept to compute from again
+        if config.compile:
+            for layer in self:
+                if not any(isinstance(module, nn.Dropout) for module in layer.modules()):  # whose hook is not to be traced
+                    layer.compile()
+
+    def forward(self, value: Value) -> Value:
+        value = _laid_out(value, self._layout)
+        position = self._draws.advance() if self.training else (0, 0)
+        segments = [list(self)[start:stop] for start, stop in pairwise(self._cuts)]
+        again = segments[:-1] if self.training else []  # the last one's backward pass comes at once
+        for layers in again:
+            value = checkpoint(self._run, layers, position, value, use_reentrant=False, context_fn=partial(_recomputing, layers))
+        for layers in segments[len(again) :]:
+            value = self._run(layers, position, value)
+        return _laid_out(value, torch.contiguous_format)
+
+    def _run(self, layers: Sequence[nn.Module], position: tuple[int, int], value: Value) -> Value:
+        self._draws.position = position
+        for layer in layers:
+            value = layer(value)
+        return value
+
+
+def _recomputing(layers: Sequence[nn.Module]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the forward pass and for its repetition, in which batch norm must not count the same batch again."""
+    return nullcontext(), _statistics_kept(layers)
+
+
+@contextmanager
+def _statistics_kept(layers: Sequence[nn.Module]) -> Iterator[None]:
+    norms = [module for layer in layers for module in layer.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
+
+
+def _laid_out(value: Value, layout: torch.memory_format) -> Value:
+    def one(part: Tensor) -> Tensor:
+        return part.contiguous(memory_format=layout) if part.dim() == 4 else part.contiguous()
+
+    return tuple(map(one, value)) if isinstance(value, tuple) else one(value)
