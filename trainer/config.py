@@ -170,6 +170,8 @@ class TrainConfig(_Section):
     """Optimizer steps between two reads of the losses from the device (all of them are logged)."""
     max_skipped_steps: Annotated[int, Field(ge=1, le=16)] = 16
     """Steps in a row whose fp16 gradients overflow, after which the run stops."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of each training target that is spread evenly over all classes (Szegedy et al. 2016, 7)."""
     channels_last: bool = True
     """Memory layout of activations."""
     output_dir: str = "runs/{name}"

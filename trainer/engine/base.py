@@ -40,6 +40,7 @@ class Engine(ABC):
         self._batch, self._device = batch, device
         self._mean, self._std = config.data.mean, config.data.std
         self._type = _TYPES[config.precision]
+        self._smoothing = config.train.label_smoothing
 
     @abstractmethod
     def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:

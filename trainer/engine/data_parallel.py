@@ -36,7 +36,8 @@ class DataParallel(Engine):
         for _ in range(self._batch.accumulation_steps):
             batch = next(batches)
             labels, weights = to_device(batch.labels, self._device), to_device(batch.weights, self._device)
-            loss = weighted_loss(self._engine(self._images(batch)), labels, weights, batch.global_weight, micro_batches)
+            outputs = self._engine(self._images(batch))
+            loss = weighted_loss(outputs, labels, weights, batch.global_weight, micro_batches, self._smoothing)
             self._engine.backward(loss)
             self._engine.step()
             total += loss.detach() / self._batch.accumulation_steps

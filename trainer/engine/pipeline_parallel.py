@@ -120,10 +120,9 @@ class PipelineParallel(Engine):
         optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
         self._engine, *_ = deepspeed.initialize(model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch))
 
-    @staticmethod
-    def _loss(outputs: Any, targets: tuple[Tensor, Tensor]) -> Tensor:
+    def _loss(self, outputs: Any, targets: tuple[Tensor, Tensor]) -> Tensor:
         labels, weights = targets  # scaled, see below
-        return weighted_loss(outputs, labels, weights, 1.0, 1)
+        return weighted_loss(outputs, labels, weights, 1.0, 1, self._smoothing)
 
     def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
         self._prepare(learning_rate)
