@@ -2,6 +2,7 @@
 
 FILE holds a list of cells; each is trained for some steps by the project's engine and, by rank 0, by a plain loop: one process,
 fp32, torch's optimizer, the same global batches in the same micro-batches. Rank 0 writes what came of it to FILE.out.
+A cell's "options" are recipe keys.
 """
 
 import copy
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from timm.data.mixup import mixup_target
 
 from trainer.config import RunConfig
+from trainer.data.augment import Mix, draw_mix
 from trainer.data.loader import Batch
-from trainer.data.order import rank_slots
+from trainer.data.order import mix_generator, rank_slots
 from trainer.engine import parallel
 from trainer.engine.base import Engine
 from trainer.engine.batch import BatchPlan, plan_batches
@@ -47,17 +50,23 @@ def weights_of(step: int) -> np.ndarray:
 
 def config_of(cell: dict) -> RunConfig:
     name, options = NETWORKS[cell["network"]]
-    return RunConfig.model_validate(
-        {
-            "model": {"name": name, **options},
-            "data": {"train": "none", "image_size": SIZE},
-            "batch": {"global_size": GLOBAL, "micro_size": cell["micro"]},
-            "optimizer": {"base_lr": RATE, "base_batch": GLOBAL, "nesterov": True, "weight_decay": 5e-4},
-            "precision": cell["precision"],
-            "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"]},
-            "train": {"max_steps": STEPS, "channels_last": False},
-        }
-    )
+    values: dict = {
+        "model": {"name": name, **options},
+        "data": {"train": "none", "image_size": SIZE},
+        "batch": {"global_size": GLOBAL, "micro_size": cell["micro"]},
+        "optimizer": {"base_lr": RATE, "base_batch": GLOBAL, "nesterov": True, "weight_decay": 5e-4},
+        "precision": cell["precision"],
+        "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"]},
+        "train": {"max_steps": STEPS, "channels_last": False},
+    }
+    for key, value in cell.get("options", {}).items():
+        section, _, name = key.partition(".")
+        values.setdefault(section, {})[name] = value
+    return RunConfig.model_validate(values)
+
+
+def mix_of(config: RunConfig, step: int, micro_batch: int) -> Mix | None:
+    return draw_mix(mix_generator(0, 0, step, micro_batch), config.augment.mixup, config.augment.cutmix, SIZE)
 
 
 def network_of(config: RunConfig) -> torch.nn.Sequential:
@@ -79,19 +88,38 @@ def with_engine(config: RunConfig, batch: BatchPlan, device: torch.device, rank:
         engine = PipelineParallel(model, config, batch, device, split(layer_costs(model, SIZE), stages))
     else:
         engine = DataParallel(model, config, batch, device)
-    slots = rank_slots(GLOBAL, batch.ranks, rank % batch.ranks, batch.accumulation_steps)
+    copy_of_model = rank % batch.ranks
+    slots = rank_slots(GLOBAL, batch.ranks, copy_of_model, batch.accumulation_steps)
     losses = []
     for step in range(STEPS):
         weights = weights_of(step)
 
         def batches(step: int = step, weights: np.ndarray = weights) -> Iterator[Batch]:
-            for chosen in slots:
+            for number, chosen in enumerate(slots):
                 keys = [str(i) for i in chosen]
-                yield Batch(pixels[step, chosen], labels[step, chosen], weights[chosen], float(weights.sum()), keys)
+                mix = mix_of(config, step, number * batch.ranks + copy_of_model)
+                yield Batch(pixels[step, chosen], labels[step, chosen], weights[chosen], float(weights.sum()), keys, mix)
 
         outcome = engine.step(batches(), RATE)
         losses.append(parallel.averaged(outcome.loss.float()).item())
     return losses, engine.state()
+
+
+def mixed_by_timms_formulas(images: torch.Tensor, mix: Mix | None) -> tuple[torch.Tensor, float]:
+    """timm's Mixup._mix_batch, given its lambda and box."""
+    if mix is None:
+        return images, 1.0
+    if mix.box is None:
+        return images * mix.lam + images.flip(0) * (1.0 - mix.lam), mix.lam
+    yl, yh, xl, xh = mix.box
+    pasted = images.clone()
+    pasted[:, :, yl:yh, xl:xh] = images.flip(0)[:, :, yl:yh, xl:xh]
+    return pasted, 1.0 - (yh - yl) * (xh - xl) / (SIZE * SIZE)
+
+
+def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """timm's SoftTargetCrossEntropy, a sample."""
+    return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1)
 
 
 def with_plain_torch(config: RunConfig, micro_batches: int) -> tuple[list[float], dict]:
@@ -106,12 +134,14 @@ def with_plain_torch(config: RunConfig, micro_batches: int) -> tuple[list[float]
         total = 0.0
         for part in range(micro_batches):
             images = (torch.from_numpy(pixels[step, part::micro_batches]).permute(0, 3, 1, 2) / 255 - mean) / std
+            images, lam = mixed_by_timms_formulas(images, mix_of(config, step, part))
             outputs = model(images)
             main, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
             target = torch.from_numpy(labels[step, part::micro_batches])
-            each = F.cross_entropy(main, target, reduction="none")
+            target = mixup_target(target, 10, lam, config.train.label_smoothing)
+            each = soft_cross_entropy(main, target)
             for head in auxiliary:
-                each = each + 0.3 * F.cross_entropy(head, target, reduction="none")
+                each = each + 0.3 * soft_cross_entropy(head, target)
             loss = (each * weights[part::micro_batches]).sum() / weights.sum()
             loss.backward()
             total += loss.item()
@@ -143,7 +173,7 @@ def main(path: Path) -> None:
         losses, state = with_engine(config, batch, device, ranks.rank)
         if ranks.is_first:
             micro_batches = GLOBAL // cell["micro"]
-            key = (cell["network"], micro_batches)
+            key = (cell["network"], micro_batches, *sorted(cell.get("options", {}).items()))
             if key not in references:
                 references[key] = copy.deepcopy(with_plain_torch(config, micro_batches))
             want, weights = references[key]

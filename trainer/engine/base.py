@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import RunConfig
+from trainer.data.augment import Mix
 from trainer.data.loader import Batch
 from trainer.engine.batch import BatchPlan
 from trainer.models.layers import normalize
@@ -69,7 +70,7 @@ class Engine(ABC):
 
     def _images(self, batch: Batch) -> Tensor:
         """[N, 3, size, size] in the training type, made on the device."""
-        return normalize(to_device(batch.pixels, self._device), self._mean, self._std).to(self._type)
+        return mixed(normalize(to_device(batch.pixels, self._device), self._mean, self._std), batch.mix).to(self._type)
 
 
 def master_state(module: nn.Module, group: Any, ranks: int) -> dict[str, Tensor]:
@@ -87,6 +88,19 @@ def master_state(module: nn.Module, group: Any, ranks: int) -> dict[str, Tensor]
             dist.all_reduce(state[name], group=group)
             state[name] /= ranks
     return {name: state[name] for name in module.state_dict()}
+
+
+def mixed(images: Tensor, mix: Mix | None) -> Tensor:
+    """[N, C, H, W], each mixed with the one at its place in the reversed batch. Overwrites them."""
+    if mix is None:
+        return images
+    if mix.box is None:
+        others = images.flip(0)
+        return images.mul_(mix.lam).add_(others, alpha=1 - mix.lam)
+    top, bottom, left, right = mix.box
+    part = images[:, :, top:bottom, left:right]
+    part.copy_(part.flip(0))
+    return images
 
 
 def to_device(array: Any, device: torch.device) -> Tensor:

@@ -37,7 +37,7 @@ class DataParallel(Engine):
             batch = next(batches)
             labels, weights = to_device(batch.labels, self._device), to_device(batch.weights, self._device)
             outputs = self._engine(self._images(batch))
-            loss = weighted_loss(outputs, labels, weights, batch.global_weight, micro_batches, self._smoothing)
+            loss = weighted_loss(outputs, labels, weights, batch.global_weight, micro_batches, self._smoothing, batch.lam)
             self._engine.backward(loss)
             self._engine.step()
             total += loss.detach() / self._batch.accumulation_steps
