@@ -178,6 +178,8 @@ class TrainConfig(_Section):
     """Steps in a row whose fp16 gradients overflow, after which the run stops."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Part of each training target that is spread evenly over all classes (Szegedy et al. 2016, 7)."""
+    sync_batch_norm: bool = False
+    """Batch norm's statistics are those of the micro-batches of all data-parallel ranks at an accumulation step, not of one."""
     channels_last: bool = True
     """Memory layout of activations."""
     output_dir: str = "runs/{name}"

@@ -122,7 +122,8 @@ def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1)
 
 
-def with_plain_torch(config: RunConfig, micro_batches: int) -> tuple[list[float], dict]:
+def with_plain_torch(config: RunConfig, micro_batches: int, together: int) -> tuple[list[float], dict]:
+    """``together``: neighbouring micro-batches that pass through the network as one, and share their batch-norm statistics."""
     pixels, labels = images_and_labels()
     model = network_of(config).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -132,17 +133,21 @@ def with_plain_torch(config: RunConfig, micro_batches: int) -> tuple[list[float]
         optimizer.zero_grad()
         weights = torch.from_numpy(weights_of(step))
         total = 0.0
-        for part in range(micro_batches):
-            images = (torch.from_numpy(pixels[step, part::micro_batches]).permute(0, 3, 1, 2) / 255 - mean) / std
-            images, lam = mixed_by_timms_formulas(images, mix_of(config, step, part))
+        for first in range(0, micro_batches, together):
+            parts = []
+            for part in range(first, first + together):
+                images = (torch.from_numpy(pixels[step, part::micro_batches]).permute(0, 3, 1, 2) / 255 - mean) / std
+                images, lam = mixed_by_timms_formulas(images, mix_of(config, step, part))
+                target = torch.from_numpy(labels[step, part::micro_batches])
+                target = mixup_target(target, 10, lam, config.train.label_smoothing)
+                parts.append((images, target, weights[part::micro_batches]))
+            images, target, weight = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
             outputs = model(images)
             main, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-            target = torch.from_numpy(labels[step, part::micro_batches])
-            target = mixup_target(target, 10, lam, config.train.label_smoothing)
             each = soft_cross_entropy(main, target)
             for head in auxiliary:
                 each = each + 0.3 * soft_cross_entropy(head, target)
-            loss = (each * weights[part::micro_batches]).sum() / weights.sum()
+            loss = (each * weight).sum() / weights.sum()
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -150,14 +155,14 @@ def with_plain_torch(config: RunConfig, micro_batches: int) -> tuple[list[float]
     return losses, model.state_dict()
 
 
-def difference(got: dict, want: dict) -> float:
-    """Of the trained parameters, as a part of the distance that training moved them."""
+def difference(got: dict, want: dict, running: bool = False) -> float:
+    """Of the trained parameters, as a part of their length; ``running``: of batch norm's running statistics instead."""
     moved = apart = 0.0
     for name, value in want.items():
-        if value.is_floating_point() and "running" not in name:
+        if value.is_floating_point() and ("running" in name) == running:
             apart += float((got[name].float() - value).square().sum())
             moved += float(value.square().sum())
-    return (apart / moved) ** 0.5
+    return (apart / moved) ** 0.5 if moved else 0.0
 
 
 def main(path: Path) -> None:
@@ -173,14 +178,15 @@ def main(path: Path) -> None:
         losses, state = with_engine(config, batch, device, ranks.rank)
         if ranks.is_first:
             micro_batches = GLOBAL // cell["micro"]
-            key = (cell["network"], micro_batches, *sorted(cell.get("options", {}).items()))
+            together = batch.ranks if config.train.sync_batch_norm else 1
+            key = (cell["network"], micro_batches, together, *sorted(cell.get("options", {}).items()))
             if key not in references:
-                references[key] = copy.deepcopy(with_plain_torch(config, micro_batches))
+                references[key] = copy.deepcopy(with_plain_torch(config, micro_batches, together))
             want, weights = references[key]
             apart = [abs(a - b) / b for a, b in zip(losses, want, strict=True)]
-            results.append(
-                cell | {"first5": max(apart[:5]), "all20": max(apart), "weights": difference(state, weights), "losses": losses}
-            )
+            figures = {"first5": max(apart[:5]), "all20": max(apart), "weights": difference(state, weights)}
+            figures["running"] = difference(state, weights, running=True)
+            results.append(cell | figures | {"losses": losses})
     if ranks.is_first:
         path.with_suffix(".out").write_text(json.dumps(results))
     parallel.leave()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import RunConfig
@@ -12,6 +13,7 @@ from trainer.engine.batch import BatchPlan
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.objective import weighted_loss
 from trainer.engine.optimizer import build_optimizer
+from trainer.models.layers import synchronize_batch_norm
 
 
 class DataParallel(Engine):
@@ -26,6 +28,8 @@ class DataParallel(Engine):
         if config.train.channels_last and config.parallel.zero_stage == 0:
             # only now, since it cannot broadcast such weights; ZeRO's flat buffers do not keep the layout
             self._engine.module.to(memory_format=torch.channels_last)
+        if config.train.sync_batch_norm:
+            synchronize_batch_norm(self._engine.module, dist.group.WORLD)
 
     def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
         self._prepare(learning_rate)

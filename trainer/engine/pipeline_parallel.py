@@ -25,7 +25,7 @@ from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.objective import weighted_loss
 from trainer.engine.optimizer import build_optimizer
 from trainer.errors import UserError
-from trainer.models.layers import Value
+from trainer.models.layers import Value, synchronize_batch_norm
 
 
 def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
@@ -119,6 +119,8 @@ class PipelineParallel(Engine):
             pipe = PipelineModule(stages, num_stages=len(parts), loss_fn=self._loss, partition_method="uniform")
         optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
         self._engine, *_ = deepspeed.initialize(model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch))
+        if config.train.sync_batch_norm:
+            synchronize_batch_norm(pipe, self._engine.grid.get_data_parallel_group())
 
     def _loss(self, outputs: Any, targets: tuple[Tensor, ...]) -> Tensor:
         labels, weights, *lam = targets  # scaled, see below
