@@ -16,6 +16,7 @@ RECIPES = Path(__file__).parent / "recipes"
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Alpha = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Triple = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
@@ -134,6 +135,11 @@ class AugmentConfig(_Section):
     """Mirror left and right with probability 1/2."""
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Part of the resized short side that the centre crop of evaluation keeps (224 of 256)."""
+    mixup: Alpha = 0.0
+    """alpha of the Beta distribution by which two images and their targets are blended (Zhang et al. 2018); 0: off."""
+    cutmix: Alpha = 0.0
+    """alpha of the Beta distribution of the area that another image's pixels take (Yun et al. 2019); 0: off. With mixup on
+    too, each micro-batch gets one of them by a coin's toss."""
 
 
 class ParallelConfig(_Section):
@@ -183,6 +189,10 @@ class TrainConfig(_Section):
     """Optimizer steps between two reads of the losses from the device (all of them are logged)."""
     max_skipped_steps: Annotated[int, Field(ge=1, le=16)] = 16
     """Steps in a row whose fp16 gradients overflow, after which the run stops."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of each training target that is spread evenly over all classes (Szegedy et al. 2016, 7)."""
+    sync_batch_norm: bool = False
+    """Batch norm's statistics are those of the micro-batches of all data-parallel ranks at an accumulation step, not of one."""
     channels_last: bool = True
     """Memory layout of activations."""
     activation_checkpointing: bool = False

@@ -68,6 +68,9 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
     if world_size % stages:
         raise UserError(f"parallel.pipeline_stages: {world_size} ranks do not divide by {stages}; use a multiple of {stages} ranks")
     batch = plan_batches(config.batch.global_size, config.batch.micro_size, world_size // stages, train.samples)
+    if (config.augment.mixup or config.augment.cutmix) and batch.micro_size < 2:
+        key = "mixup" if config.augment.mixup else "cutmix"
+        raise UserError(f"augment.{key}: mixes the samples of a micro-batch, but that holds 1; use batch.micro_size 2 or more")
     per_epoch = steps_per_epoch(train.samples, batch.global_size, config.data.tail)
     epochs, max_steps = config.train.epochs, config.train.max_steps
     total = epochs * per_epoch if epochs is not None else max_steps

@@ -3,7 +3,8 @@
 FILE holds a list of cells; each is trained for some steps by the project's engine and, by rank 0, by a plain loop: one process,
 fp32, torch's optimizer, the same global batches in the same micro-batches. Rank 0 writes what came of it to FILE.out.
 
-A cell may ``save`` a checkpoint below a folder after half of the steps, or go on from one that it ``load``s.
+A cell's "options" are recipe keys. It may ``save`` a checkpoint below a folder after half of the steps, or go on from one that it
+``load``s.
 """
 
 import hashlib
@@ -16,11 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from timm.data.mixup import mixup_target
 
 from trainer.checkpoint import Checkpoint, begin
 from trainer.config import RunConfig
+from trainer.data.augment import Mix, draw_mix
 from trainer.data.loader import Batch
-from trainer.data.order import rank_slots
+from trainer.data.order import mix_generator, rank_slots
 from trainer.engine import parallel
 from trainer.engine.base import Engine
 from trainer.engine.batch import BatchPlan, plan_batches
@@ -30,7 +33,6 @@ from trainer.engine.stage import dropout_seed
 from trainer.models import build_model
 
 GLOBAL, STEPS, RATE, SIZE = 16, 20, 0.0003, 16
-DECAY = 0.9
 NETWORKS = {
     "no batch norm": ("resnet8", {"width": 8, "batch_norm": False}),
     "batch norm": ("resnet8", {"width": 8}),
@@ -52,24 +54,23 @@ def weights_of(step: int) -> np.ndarray:
 
 def config_of(cell: dict) -> RunConfig:
     name, options = NETWORKS[cell["network"]]
-    return RunConfig.model_validate(
-        {
-            "model": {"name": name, **options},
-            "data": {"train": "none", "image_size": SIZE},
-            "batch": {"global_size": GLOBAL, "micro_size": cell["micro"]},
-            "optimizer": {
-                "name": cell.get("optimizer", "sgd"),
-                "base_lr": RATE,
-                "base_batch": GLOBAL,
-                "nesterov": True,
-                "weight_decay": 5e-4,
-            },
-            "precision": cell["precision"],
-            "ema": DECAY if cell.get("ema") else None,
-            "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"]},
-            "train": {"max_steps": STEPS, "channels_last": False, "activation_checkpointing": cell.get("recompute", False)},
-        }
-    )
+    values: dict = {
+        "model": {"name": name, **options},
+        "data": {"train": "none", "image_size": SIZE},
+        "batch": {"global_size": GLOBAL, "micro_size": cell["micro"]},
+        "optimizer": {"base_lr": RATE, "base_batch": GLOBAL, "nesterov": True, "weight_decay": 5e-4},
+        "precision": cell["precision"],
+        "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"]},
+        "train": {"max_steps": STEPS, "channels_last": False},
+    }
+    for key, value in cell.get("options", {}).items():
+        *section, name = key.split(".")
+        (values.setdefault(section[0], {}) if section else values)[name] = value
+    return RunConfig.model_validate(values)
+
+
+def mix_of(config: RunConfig, step: int, micro_batch: int) -> Mix | None:
+    return draw_mix(mix_generator(0, 0, step, micro_batch), config.augment.mixup, config.augment.cutmix, SIZE)
 
 
 def network_of(config: RunConfig) -> torch.nn.Sequential:
@@ -98,15 +99,17 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
         engine = DataParallel(model, config, batch, device)
     if found:
         engine.restore(found.state)
-    slots = rank_slots(GLOBAL, batch.ranks, rank % batch.ranks, batch.accumulation_steps)
+    copy_of_model = rank % batch.ranks
+    slots = rank_slots(GLOBAL, batch.ranks, copy_of_model, batch.accumulation_steps)
     losses = {}
     for step in range(found.state.step if found else 0, STEPS):
         weights = weights_of(step)
 
         def batches(step: int = step, weights: np.ndarray = weights) -> Iterator[Batch]:
-            for chosen in slots:
+            for number, chosen in enumerate(slots):
                 keys = [str(i) for i in chosen]
-                yield Batch(pixels[step, chosen], labels[step, chosen], weights[chosen], float(weights.sum()), keys)
+                mix = mix_of(config, step, number * batch.ranks + copy_of_model)
+                yield Batch(pixels[step, chosen], labels[step, chosen], weights[chosen], float(weights.sum()), keys, mix)
 
         outcome = engine.step(batches(), RATE)
         losses[step] = parallel.averaged(outcome.loss.float()).item()
@@ -118,15 +121,33 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
     return {"losses": losses, "state": engine.state(), "averages": engine.averaged_state()}
 
 
-def with_plain_torch(cell: dict, config: RunConfig, micro_batches: int) -> dict:
+def mixed_by_timms_formulas(images: torch.Tensor, mix: Mix | None) -> tuple[torch.Tensor, float]:
+    """timm's Mixup._mix_batch, given its lambda and box."""
+    if mix is None:
+        return images, 1.0
+    if mix.box is None:
+        return images * mix.lam + images.flip(0) * (1.0 - mix.lam), mix.lam
+    yl, yh, xl, xh = mix.box
+    pasted = images.clone()
+    pasted[:, :, yl:yh, xl:xh] = images.flip(0)[:, :, yl:yh, xl:xh]
+    return pasted, 1.0 - (yh - yl) * (xh - xl) / (SIZE * SIZE)
+
+
+def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """timm's SoftTargetCrossEntropy, a sample."""
+    return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1)
+
+
+def with_plain_torch(config: RunConfig, micro_batches: int, together: int) -> dict:
+    """``together``: neighbouring micro-batches that pass through the network as one, and share their batch-norm statistics."""
     pixels, labels = images_and_labels()
     model = network_of(config).train()
-    if cell.get("optimizer") == "adamw":
+    if config.optimizer.name == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=5e-4)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
     average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY), use_buffers=True
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema or 0.0), use_buffers=True
     )
     average.update_parameters(model)  # the first one copies
     position = [0, 0]
@@ -140,16 +161,22 @@ def with_plain_torch(cell: dict, config: RunConfig, micro_batches: int) -> dict:
         optimizer.zero_grad()
         weights = torch.from_numpy(weights_of(step))
         total = 0.0
-        for part in range(micro_batches):
-            position[:] = step, part
-            images = (torch.from_numpy(pixels[step, part::micro_batches]).permute(0, 3, 1, 2) / 255 - mean) / std
+        for first in range(0, micro_batches, together):
+            position[:] = step, first
+            parts = []
+            for part in range(first, first + together):
+                images = (torch.from_numpy(pixels[step, part::micro_batches]).permute(0, 3, 1, 2) / 255 - mean) / std
+                images, lam = mixed_by_timms_formulas(images, mix_of(config, step, part))
+                target = torch.from_numpy(labels[step, part::micro_batches])
+                target = mixup_target(target, 10, lam, config.train.label_smoothing)
+                parts.append((images, target, weights[part::micro_batches]))
+            images, target, weight = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
             outputs = model(images)
             main, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-            target = torch.from_numpy(labels[step, part::micro_batches])
-            each = F.cross_entropy(main, target, reduction="none")
+            each = soft_cross_entropy(main, target)
             for head in auxiliary:
-                each = each + 0.3 * F.cross_entropy(head, target, reduction="none")
-            loss = (each * weights[part::micro_batches]).sum() / weights.sum()
+                each = each + 0.3 * soft_cross_entropy(head, target)
+            loss = (each * weight).sum() / weights.sum()
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -158,14 +185,14 @@ def with_plain_torch(cell: dict, config: RunConfig, micro_batches: int) -> dict:
     return {"losses": losses, "state": model.state_dict(), "averages": average.module.state_dict()}
 
 
-def difference(got: dict, want: dict) -> float:
-    """Of the trained parameters, as a part of the distance that training moved them."""
+def difference(got: dict, want: dict, running: bool = False) -> float:
+    """Of the trained parameters, as a part of their length; ``running``: of batch norm's running statistics instead."""
     moved = apart = 0.0
     for name, value in want.items():
-        if value.is_floating_point() and "running" not in name:
+        if value.is_floating_point() and ("running" in name) == running:
             apart += float((got[name].float() - value).square().sum())
             moved += float(value.square().sum())
-    return (apart / moved) ** 0.5
+    return (apart / moved) ** 0.5 if moved else 0.0
 
 
 def digest(state: dict) -> str:
@@ -187,15 +214,17 @@ def main(path: Path) -> None:
         got = with_engine(cell, config, batch, device, ranks.rank)
         if ranks.is_first:
             micro_batches = GLOBAL // cell["micro"]
-            key = (cell["network"], micro_batches, cell.get("optimizer"))
+            together = batch.ranks if config.train.sync_batch_norm else 1
+            key = (cell["network"], micro_batches, together, *sorted(cell.get("options", {}).items()))
             if key not in references:
-                references[key] = with_plain_torch(cell, config, micro_batches)
+                references[key] = with_plain_torch(config, micro_batches, together)
             want = references[key]
             apart = {step: abs(loss - want["losses"][step]) / want["losses"][step] for step, loss in got["losses"].items()}
             figures = {
                 "first5": max((value for step, value in apart.items() if step < 5), default=0.0),
                 "all20": max(apart.values()),
                 "weights": difference(got["state"], want["state"]),
+                "running": difference(got["state"], want["state"], running=True),
                 "averages": difference(got["averages"], want["averages"]) if got["averages"] else 0.0,
                 "digest": digest(got["state"]),
                 "losses": list(got["losses"].values()),

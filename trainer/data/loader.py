@@ -16,10 +16,10 @@ import numpy as np
 import webdataset as wds
 
 from trainer.config import RunConfig
-from trainer.data.augment import UNIFORMS, eval_transform, train_transform
+from trainer.data.augment import UNIFORMS, Mix, draw_mix, eval_transform, train_transform
 from trainer.data.decode import DecodeError, decode_rgb, to_array
 from trainer.data.index import Index
-from trainer.data.order import augment_uniforms, epoch_order, eval_portion, rank_slots
+from trainer.data.order import augment_uniforms, epoch_order, eval_portion, mix_generator, rank_slots
 from trainer.data.reader import read_samples
 from trainer.data.shard import Sample, encoded_image, label_of
 from trainer.data.storage import Store
@@ -37,6 +37,7 @@ class MicroBatch:
     weights: np.ndarray  # float32 [micro]; 0: padding
     global_weight: float  # samples with weight 1 in the whole global batch
     uniforms: np.ndarray | None  # float64 [micro, UNIFORMS]; None in evaluation
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Batch:
     weights: np.ndarray  # float32 [micro]
     global_weight: float
     keys: list[str]
+    mix: Mix | None = None  # of pixels and labels, left to the engine
+
+    @property
+    def lam(self) -> float | None:
+        """The part of each target that is the sample's own label, where samples are mixed."""
+        return self.mix.lam if self.mix else None
 
 
 View = Callable[[memoryview, np.ndarray | None], np.ndarray]
@@ -71,6 +78,9 @@ def train_loader(
     is not read."""
     data, augment = config.data, config.augment
 
+    def mix(step: int, micro_batch: int) -> Mix | None:
+        return draw_mix(mix_generator(data.seed, epoch, step, micro_batch), augment.mixup, augment.cutmix, data.image_size)
+
     def windows() -> Iterator[Window]:
         global_size = config.batch.global_size
         order = epoch_order(index.sizes, data.seed, epoch, global_size, data.shuffle_window, data.tail)
@@ -80,7 +90,10 @@ def train_loader(
             for step in range(max(first, start_step), min(first + order.block, order.steps)):
                 uniforms = augment_uniforms(data.seed, epoch, step, global_size, UNIFORMS)
                 whole = float(order.weights[step].sum())
-                window += [MicroBatch(order.samples[step, s], order.weights[step, s], whole, uniforms[s]) for s in slots]
+                window += [
+                    MicroBatch(order.samples[step, s], order.weights[step, s], whole, uniforms[s], mix(step, a * world_size + rank))
+                    for a, s in enumerate(slots)
+                ]
             yield window
 
     def view(encoded: memoryview, uniforms: np.ndarray | None) -> np.ndarray:
@@ -182,4 +195,4 @@ def make_batch(fetched: tuple[MicroBatch, list[Sample]], index: Index, view: Vie
             raise UserError(f"{sample['__where__']}: cannot be decoded: {error}") from None
         labels.append(label_of(sample, len(index.classes)))
     keys = [sample["__key__"] for sample in samples]
-    return Batch(np.stack(pixels), np.array(labels, np.int64), part.weights, part.global_weight, keys)
+    return Batch(np.stack(pixels), np.array(labels, np.int64), part.weights, part.global_weight, keys, part.mix)

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.errors import UserError
 
-_ORDER, _AUGMENT = 1, 2  # one random stream each
+_ORDER, _AUGMENT, _MIX = 1, 2, 3  # one random stream each
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ def rank_slots(global_size: int, world_size: int, rank: int, accumulation_steps:
 def augment_uniforms(seed: int, epoch: int, step: int, global_size: int, count: int) -> np.ndarray:
     """Random numbers in [0, 1) for every slot of one global batch: float64 [global_size, count]."""
     return _generator(seed, epoch, _AUGMENT, step).random((global_size, count))
+
+
+def mix_generator(seed: int, epoch: int, step: int, micro_batch: int) -> np.random.Generator:
+    """What draws how a micro-batch is mixed; ``micro_batch``: its number in the global batch, as ``rank_slots`` counts."""
+    return _generator(seed, epoch, _MIX, step, micro_batch)
 
 
 def eval_portion(samples: int, world_size: int, rank: int) -> range:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import RunConfig
+from trainer.data.augment import Mix
 from trainer.data.loader import Batch
 from trainer.engine.batch import BatchPlan
 from trainer.engine.stage import Draws
@@ -51,6 +52,7 @@ class Engine(ABC):
         self._mean, self._std = config.data.mean, config.data.std
         self._type = _TYPES[config.precision]
         self._optimizer_name, self._decay = config.optimizer.name, config.ema
+        self._smoothing = config.train.label_smoothing
         self._averages: dict[str, Tensor] = {}
         self._done = 0
 
@@ -163,12 +165,25 @@ class Engine(ABC):
 
     def _images(self, batch: Batch) -> Tensor:
         """[N, 3, size, size] in the training type, made on the device."""
-        return normalize(to_device(batch.pixels, self._device), self._mean, self._std).to(self._type)
+        return mixed(normalize(to_device(batch.pixels, self._device), self._mean, self._std), batch.mix).to(self._type)
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of a model's parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def mixed(images: Tensor, mix: Mix | None) -> Tensor:
+    """[N, C, H, W], each mixed with the one at its place in the reversed batch. Overwrites them."""
+    if mix is None:
+        return images
+    if mix.box is None:
+        others = images.flip(0)
+        return images.mul_(mix.lam).add_(others, alpha=1 - mix.lam)
+    top, bottom, left, right = mix.box
+    part = images[:, :, top:bottom, left:right]
+    part.copy_(part.flip(0))
+    return images
 
 
 def to_device(array: Any, device: torch.device) -> Tensor:

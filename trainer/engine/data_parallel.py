@@ -16,6 +16,7 @@ from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.objective import weighted_loss
 from trainer.engine.optimizer import build_optimizer
 from trainer.engine.stage import Draws, Stage
+from trainer.models.layers import synchronize_batch_norm
 
 
 class DataParallel(Engine):
@@ -30,10 +31,12 @@ class DataParallel(Engine):
         optimizer = build_optimizer(stage, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(stage)
         engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=deepspeed_config(config, batch))
-        self._adopt(engine, weights)
         if config.train.channels_last and config.parallel.zero_stage == 0:
             # only now, since it cannot broadcast such weights; ZeRO's flat buffers do not keep the layout
-            self._engine.module.to(memory_format=torch.channels_last)
+            engine.module.to(memory_format=torch.channels_last)
+        if config.train.sync_batch_norm:
+            synchronize_batch_norm(engine.module, dist.group.WORLD)
+        self._adopt(engine, weights)
 
     def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
         self._prepare(learning_rate)
@@ -44,7 +47,8 @@ class DataParallel(Engine):
         for _ in range(self._batch.accumulation_steps):
             batch = next(batches)
             labels, weights = to_device(batch.labels, self._device), to_device(batch.weights, self._device)
-            loss = weighted_loss(self._engine(self._images(batch)), labels, weights, batch.global_weight, micro_batches)
+            outputs = self._engine(self._images(batch))
+            loss = weighted_loss(outputs, labels, weights, batch.global_weight, micro_batches, self._smoothing, batch.lam)
             self._engine.backward(loss)
             self._engine.step()
             total += loss.detach() / self._batch.accumulation_steps

@@ -26,6 +26,7 @@ from trainer.engine.objective import weighted_loss
 from trainer.engine.optimizer import build_optimizer
 from trainer.engine.stage import Draws, Stage
 from trainer.errors import UserError
+from trainer.models.layers import synchronize_batch_norm
 
 
 def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
@@ -102,25 +103,27 @@ class PipelineParallel(Engine):
         optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(pipe)
         engine, *_ = deepspeed.initialize(model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch))
+        if config.train.sync_batch_norm:
+            synchronize_batch_norm(pipe, engine.grid.get_data_parallel_group())
         self._adopt(engine, weights)
 
-    @staticmethod
-    def _loss(outputs: Any, targets: tuple[Tensor, Tensor]) -> Tensor:
-        labels, weights = targets  # scaled, see below
-        return weighted_loss(outputs, labels, weights, 1.0, 1)
+    def _loss(self, outputs: Any, targets: tuple[Tensor, ...]) -> Tensor:
+        labels, weights, *lam = targets  # scaled, see below
+        return weighted_loss(outputs, labels, weights, 1.0, 1, self._smoothing, *lam)
 
     def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
         self._prepare(learning_rate)
         micro_batches = self._batch.ranks * self._batch.accumulation_steps
         taken: list[Batch] = []
 
-        def loaded() -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        def loaded() -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
             for batch in batches:
                 taken.append(batch)
                 weights = to_device(batch.weights, self._device) * (micro_batches / batch.global_weight)
                 labels = to_device(batch.labels, self._device)
+                lam = () if batch.lam is None else (torch.full((), batch.lam, device=self._device),)
                 # the last stage takes the targets alone
-                yield self._images(batch) if self._engine.is_first_stage() else labels, (labels, weights)
+                yield self._images(batch) if self._engine.is_first_stage() else labels, (labels, weights, *lam)
 
         loss = self._engine.train_batch(loaded()).detach().clone().reshape(())
         keys = [key for batch in taken for key in batch.keys] if self._engine.is_first_stage() else []
