@@ -10,6 +10,7 @@ from trainer.data.loader import Batch
 from trainer.engine.base import Engine, Step, master_state, to_device
 from trainer.engine.batch import BatchPlan
 from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.gradients import Gradients, PartitionedGradients, arrange_partitioned_weights, whole_gradients
 from trainer.engine.objective import weighted_loss
 from trainer.engine.optimizer import build_optimizer
 
@@ -24,24 +25,57 @@ class DataParallel(Engine):
         optimizer = build_optimizer(model, config.optimizer, config.optimizer.base_lr)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, batch))
         if config.train.channels_last and config.parallel.zero_stage == 0:
-            # only now, since it cannot broadcast such weights; ZeRO's flat buffers do not keep the layout
+            # only now, since it cannot broadcast such weights
             self._engine.module.to(memory_format=torch.channels_last)
+        self._gradients = self._own_gradients(config)
+        self._clips = config.optimizer.clip_grad_norm is not None
+        self._keeps_gradients = config.parallel.zero_stage == 0 and config.precision == "fp32"
+        if self._keeps_gradients:  # until the next step, for their norm
+            self._engine.zero_grad = lambda: None
+
+    def _own_gradients(self, config: RunConfig) -> Gradients | None:
+        """Take the averaging of gradients from DeepSpeed where we do it faster; None where it is DeepSpeed's, or nobody's."""
+        stage, ranks = config.parallel.zero_stage, self._batch.ranks
+        if stage > 1:
+            return None
+        self._engine.enable_backward_allreduce = False
+        if stage == 0:
+            return whole_gradients(self._engine.module, ranks)
+        arrange_partitioned_weights(self._engine.optimizer, config.train.channels_last)
+        return PartitionedGradients(self._engine.module, self._engine.optimizer, ranks)
 
     def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
         self._prepare(learning_rate)
         self._engine.train()
+        if self._keeps_gradients:
+            for parameter in self._engine.module.parameters():
+                parameter.grad = None
         micro_batches = self._batch.ranks * self._batch.accumulation_steps
         total = torch.zeros((), device=self._device)
         keys: list[str] = []
-        for _ in range(self._batch.accumulation_steps):
+        for number in range(1, self._batch.accumulation_steps + 1):
+            last = number == self._batch.accumulation_steps
             batch = next(batches)
             labels, weights = to_device(batch.labels, self._device), to_device(batch.weights, self._device)
             loss = weighted_loss(self._engine(self._images(batch)), labels, weights, batch.global_weight, micro_batches)
+            if self._gradients is not None:
+                self._gradients.expect(last)
             self._engine.backward(loss)
+            if self._gradients is not None and last:
+                self._gradients.finish()
             self._engine.step()
             total += loss.detach() / self._batch.accumulation_steps
             keys += batch.keys
         return Step(total, int(batch.global_weight), keys, self._skipped())
+
+    def grad_norm(self) -> float | None:
+        """Computed only here, where DeepSpeed did not need it; None where DeepSpeed clips at ZeRO 0 and does not tell."""
+        gradients: list[Tensor] | None = None
+        if self._keeps_gradients and not self._clips:
+            gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        elif self._gradients is not None and self._engine.get_global_grad_norm() is None:
+            gradients = self._gradients.buffers
+        return super().grad_norm() if gradients is None else float(nn.utils.get_total_norm(gradients))
 
     def state(self) -> dict[str, Tensor]:
         return master_state(self._engine.module, None, self._batch.ranks)
