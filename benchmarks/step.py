@@ -101,7 +101,7 @@ def loop_step(row: dict[str, Any]) -> Step:
         loss = nn.functional.cross_entropy(outputs.float(), labels)
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -155,6 +155,10 @@ def arrange_partitioned_weights(optimizer: Any, channels_last: bool) -> None:
                 place.copy_(values)
                 parameter.data = place
     optimizer._update_model_bit16_weights = lambda group: None  # it would view them all again, each step, in its own layout
+    if dist.get_backend() == "gloo":
+        from deepspeed.runtime.zero import stage_1_and_2
+
+        stage_1_and_2.all_gather_dp_groups = _share_out
     if optimizer.dtype == torch.float32:
         for master, parts in zip(
             optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True
@@ -167,6 +171,20 @@ def arrange_partitioned_weights(optimizer: Any, channels_last: bool) -> None:
         for parameter in places:
             parameter.get_full_hp_param = MethodType(_get_whole, parameter)  # type: ignore[attr-defined]
             parameter.set_full_hp_param = MethodType(_set_whole, parameter)  # type: ignore[attr-defined]
+
+
+def _share_out(
+    groups_flat: Sequence[Tensor], partitioned_param_groups: Sequence[Sequence[Tensor]], dp_process_group: Sequence[Any], **_: Any
+) -> None:
+    """What each rank updated goes to all: gloo's broadcasts in place take a third of the time of its all-gather."""
+    handles: list[Any] = [
+        dist.broadcast(part, group=group, group_src=owner, async_op=True)
+        for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)
+        for owner, part in enumerate(parts)
+        if len(parts) > 1
+    ]
+    for handle in handles:
+        handle.wait()
 
 
 def _get_whole(parameter: nn.Parameter, optim_state_key: str | None = None) -> Tensor:
