@@ -33,7 +33,7 @@ def deepspeed_config(config: RunConfig, batch: BatchPlan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": batch.micro_size,
         "gradient_accumulation_steps": batch.accumulation_steps,
         "gradient_clipping": config.optimizer.clip_grad_norm or 0.0,  # left out, it clips every gradient to norm 1
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_optimization": _zero_settings(config),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
     }
@@ -41,4 +41,14 @@ def deepspeed_config(config: RunConfig, batch: BatchPlan) -> dict[str, Any]:
         settings["bf16"] = {"enabled": True}
     if config.precision == "fp16":  # 0: a dynamic scale (Micikevicius et al. 2018, 3.2)
         settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
+    return settings
+
+
+def _zero_settings(config: RunConfig) -> dict[str, Any]:
+    """At stage 1 gradients are averaged in buffers of our own (``gradients.py``) but for pipelines, so DeepSpeed needs none."""
+    settings: dict[str, Any] = {"stage": config.parallel.zero_stage}
+    if config.parallel.zero_stage == 1 and config.parallel.pipeline_stages == 1:
+        settings |= {"contiguous_gradients": False, "overlap_comm": False}
+        # read where it is logged (``DataParallel.grad_norm``); fp16's must be unscaled, which DeepSpeed does
+        settings["compute_grad_norm"] = config.optimizer.clip_grad_norm is not None or config.precision == "fp16"
     return settings

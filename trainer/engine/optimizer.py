@@ -33,13 +33,27 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
 def build_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
     """sgd: torch's, whose velocity does not hold the learning rate, so that a change of it needs no momentum correction
     (Goyal et al. 2017, 3, remark 2); adamw: torch's (Loshchilov and Hutter 2019); lars and lamb: timm's (You et al. 2017, 2020),
-    without trust ratio on weights that do not decay."""
+    without trust ratio on weights that do not decay. torch's are fused: one pass over memory, not four."""
     groups = weight_groups(model, config)
     betas = (config.betas[0], config.betas[1])
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+        return _laying_out(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
     if config.name == "lamb":
         return Lamb(groups, lr=learning_rate, betas=betas, max_grad_norm=None)
     if config.name == "lars":
         return Lars(groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov)
-    return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov)
+    return _laying_out(torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True))
+
+
+def _laying_out(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A fused update walks through weights and state as they lie in memory, and is silently wrong where state that was restored
+    lies otherwise than its channels-last weights: before each step such state is laid out as they are."""
+
+    def lay_out(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if value is not None and value.shape == parameter.shape and value.stride() != parameter.stride():
+                    state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+    optimizer.register_step_pre_hook(lay_out)
+    return optimizer

@@ -1,0 +1,233 @@
+"""The pipeline's bubble against its formula, and memory by stages.
+
+    python benchmarks/pipeline.py --json FILE [--micro-batches 1 2 4 8] [--rounds 5]
+
+Two stages of equal cost (the same convolutions), a rank of one thread each, M micro-batches a step. Measured bubble: 1 - ideal /
+measured time of a step, where ideal is M times what one micro-batch costs in one stage, forward and backward without
+communication, measured on both ranks at once between the steps; the larger of the ranks' medians. Formula: (S - 1) / (M + S - 1)
+(Huang et al. 2019, 2.3). A round's bubble comes from that round's times; told are its median and quartiles.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ranks import peak_of, run_ranks
+from torch import nn
+
+from trainer.config import RunConfig
+from trainer.data.loader import Batch
+from trainer.engine import parallel
+from trainer.engine.base import Engine
+from trainer.engine.batch import BatchPlan
+from trainer.engine.data_parallel import DataParallel
+from trainer.engine.pipeline_parallel import PipelineParallel, Stage
+
+CHANNELS, SIDE, CLASSES, LAYERS = 128, 16, 10, 12
+"""``LAYERS``: equal convolutions a stage."""
+
+
+def network(stages: int) -> tuple[nn.Sequential, list[list[str]]]:
+    """Convolutions of equal cost, with next to nothing at both ends; and the names of each stage's layers."""
+    torch.manual_seed(0)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(3, CHANNELS, 1))
+    for number in range(2 * LAYERS):
+        conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
+        layers[f"block{number}"] = nn.Sequential(conv, nn.ReLU(inplace=True))
+    layers["head"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, CLASSES))
+    names = list(layers)
+    half = 1 + LAYERS
+    return nn.Sequential(layers), [names] if stages == 1 else [names[:half], names[half:]]
+
+
+def config_of(stages: int, micro_size: int) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"name": "resnet18"},  # not used: ``network`` is
+            "data": {"train": "none", "image_size": SIDE},
+            "batch": {"micro_size": micro_size},
+            "parallel": {"pipeline_stages": stages},
+            "train": {"max_steps": 1},
+        }
+    )
+
+
+def engine_step(stages: int, micro_batches: int, micro_size: int, device: torch.device) -> Callable[[], Any]:
+    """A function that takes a step."""
+    model, parts = network(stages)
+    batch = BatchPlan(micro_size * micro_batches, micro_size, 1, micro_batches)
+    config = config_of(stages, micro_size)
+    engine: Engine = (
+        DataParallel(model, config, batch, device) if stages == 1 else PipelineParallel(model, config, batch, device, parts)
+    )
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (micro_size, SIDE, SIDE, 3), dtype=np.uint8)
+    labels = random.integers(0, CLASSES, micro_size)
+
+    def batches() -> Iterator[Batch]:
+        for _ in range(micro_batches):
+            yield Batch(pixels, labels, np.ones(micro_size, np.float32), float(batch.global_size), [])
+
+    return lambda: engine.step(batches(), 0.01)
+
+
+def stage_alone(micro_size: int) -> Callable[[], None]:
+    """Forward and backward of one micro-batch in this rank's stage, with nothing sent and nothing received."""
+    model, parts = network(2)
+    rank = dist.get_rank()
+    stage = Stage(OrderedDict((name, layer) for name, layer in model.named_children() if name in parts[rank]))
+    stage.channels_last = True
+    images = torch.randn(micro_size, 3 if rank == 0 else CHANNELS, SIDE, SIDE)
+    gradient = torch.randn(micro_size, CHANNELS, SIDE, SIDE)
+    labels = torch.zeros(micro_size, dtype=torch.long)
+
+    def run() -> None:
+        if rank == 0:
+            stage(images).backward(gradient)
+        else:
+            nn.functional.cross_entropy(stage(images.detach().requires_grad_()), labels).backward()
+
+    return run
+
+
+# --- in the ranks -----------------------------------------------------------------------------------------------------
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    dist.barrier()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def timed(micro_batches: int, micro_size: int, rounds: int, device: torch.device) -> dict[str, list[list[float]]]:
+    """Seconds by round and rank, of a step and of a stage alone (before and after each step, their mean)."""
+    step, alone = engine_step(2, micro_batches, micro_size, device), stage_alone(micro_size)
+    for work in (step, alone, step):
+        work()
+    mine = torch.zeros(2, rounds, dtype=torch.float64)
+    for number in range(rounds):
+        before = seconds_of(alone)
+        mine[0, number] = seconds_of(step)
+        mine[1, number] = (before + seconds_of(alone)) / 2
+    both = [torch.zeros_like(mine) for _ in range(2)]
+    dist.all_gather(both, mine)
+    return {name: [rank[i].tolist() for rank in both] for i, name in enumerate(("step", "alone"))}
+
+
+def plain_step(micro_size: int) -> Callable[[], None]:
+    """The whole network in plain torch, for what its activations need."""
+    model = network(1)[0].to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    images = torch.randn(micro_size, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), torch.zeros(micro_size, dtype=torch.long)).backward()
+        optimizer.step()
+
+    return step
+
+
+def rank_main(task: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    ranks = parallel.ranks_from_environment()
+    device = parallel.join(ranks)
+    size = task["micro_size"]
+    result: Any
+    if "memory_of" in task:
+        stages = task["memory_of"]
+        peak = peak_of(lambda: plain_step(size) if stages == 0 else engine_step(stages, task["micro_batches"], size, device))
+        result = [None] * dist.get_world_size()
+        dist.all_gather_object(result, peak)
+    else:
+        result = timed(task["micro_batches"], size, task["rounds"], device)
+    if ranks.is_first:
+        Path(task["file"]).write_text(json.dumps(result))
+    dist.barrier()
+    parallel.leave()
+
+
+# --- around them ------------------------------------------------------------------------------------------------------
+
+
+def bubble_table(micro_batches: list[int], micro_size: int, rounds: int) -> list[dict[str, Any]]:
+    print(
+        f"{'M':>3} {'stage, ms':>14} {'ideal, ms':>9} {'step, ms':>9} {'bubble':>7} {'quartiles':>13} {'formula':>8} {'off by':>7}"
+    )
+    results = []
+    for count in micro_batches:
+        seconds = run_ranks(__file__, 2, micro_batches=count, micro_size=micro_size, rounds=rounds)
+        alone = [statistics.median(values) for values in seconds["alone"]]
+        slowest = alone.index(max(alone))
+        steps = [max(pair) for pair in zip(*seconds["step"], strict=True)]
+        bubbles = [1 - count * own / step for own, step in zip(seconds["alone"][slowest], steps, strict=True)]
+        low, middle, high = statistics.quantiles(bubbles, n=4)
+        formula = 1 / (count + 1)
+        results.append(
+            {"micro_batches": count, "stage_seconds": alone, "step_seconds": statistics.median(steps), "bubble": middle}
+            | {"quartiles": [low, high], "formula": formula, "relative_error": middle / formula - 1}
+        )
+        print(
+            f"{count:3} {alone[0] * 1e3:6.0f} {alone[1] * 1e3:7.0f} {count * max(alone) * 1e3:9.0f} "
+            f"{statistics.median(steps) * 1e3:9.0f} {middle:7.3f} {low:6.3f}-{high:.3f} {formula:8.3f} "
+            f"{middle / formula - 1:+7.1%}",
+            flush=True,
+        )
+    return results
+
+
+def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
+    """Weights, gradients and momentum of a rank's own layers, and activations: of as many micro-batches at once as there are stages
+    from this one to the last (one forward, one backward: Narayanan et al. 2019, 3.2)."""
+    model, parts = network(2)
+    layers = dict(model.named_children())
+
+    def state(names: list[str]) -> int:
+        return 3 * 4 * sum(p.numel() for name in names for p in layers[name].parameters())
+
+    plain = run_ranks(__file__, 1, memory_of=0, micro_batches=1, micro_size=micro_size)[0]
+    activations = plain - state(list(layers))
+    predicted = {1: [state(list(layers)) + activations]}
+    predicted[2] = [state(parts[rank]) + activations // 2 * min(2 - rank, micro_batches) for rank in range(2)]
+    mib = 2**20
+    print(f"\npeak memory a rank, {micro_batches} micro-batches of {micro_size}; MiB; activations of one {activations / mib:.0f}")
+    print(f"{'stages':>6} {'rank':>4} {'predicted':>9} {'measured':>9} {'ratio':>6}")
+    results = []
+    for stages in (1, 2):
+        measured = run_ranks(__file__, stages, memory_of=stages, micro_batches=micro_batches, micro_size=micro_size)
+        for rank, (found, said) in enumerate(zip(measured, predicted[stages], strict=True)):
+            results.append({"stages": stages, "rank": rank, "predicted_bytes": said, "measured_bytes": found})
+            print(f"{stages:6} {rank:4} {said / mib:9.0f} {found / mib:9.0f} {found / said:6.2f}", flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--micro-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank:
+        rank_main(arguments.rank)
+        return
+    print(f"2 stages, micro-batches of {arguments.micro_size}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    results = {"bubble": bubble_table(arguments.micro_batches, arguments.micro_size, arguments.rounds)}
+    results["memory"] = memory_table(4, 8 * arguments.micro_size)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

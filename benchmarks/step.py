@@ -1,0 +1,230 @@
+"""A training step through our engine against a hand-written loop of plain torch DistributedDataParallel.
+
+    python benchmarks/step.py --json FILE [--rows 112 64 bf16 compile memory] [--processes 1 2] [--rounds 9]
+
+Same network (resnet18), images in memory as uint8, channels-last, SGD with momentum, gloo, one thread a rank. All live in the same
+processes and take a step each by turns, in another order each round, so that other work on the machine slows all of them
+alike. A round's ratio is the loop's time over the engine's in that round (above 1: the engine is faster), of the slowest rank;
+its median over rounds is told with its quartiles. Memory is resident memory of processes of their own, see ``memory_table``.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ranks import peak_of, run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.config import RunConfig
+from trainer.data.loader import Batch
+from trainer.engine import parallel
+from trainer.engine.base import Engine
+from trainer.engine.batch import plan_batches
+from trainer.engine.data_parallel import DataParallel
+from trainer.models import build_model
+
+NETWORK, CLASSES, RATE = "resnet18", 1000, 0.01
+ROWS: dict[str, dict[str, Any]] = {
+    "112": {"side": 112, "images": 32, "wished": {0: 0.97, 1: 0.92}},
+    "64": {"side": 64, "images": 16, "wished": {0: 0.90, 1: 0.80}},
+    "bf16": {"side": 64, "images": 16, "precision": "bf16", "wished": {}},
+    "compile": {"side": 64, "images": 16, "compile": True, "wished": {}},
+}
+"""Images a rank. ``wished``: the ratio wanted by ZeRO stage. The loop's bf16 is torch's autocast."""
+
+Step = Callable[[], float]
+
+
+def config_of(row: dict[str, Any], stage: int, ranks: int) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"name": NETWORK},
+            "data": {"train": "none", "image_size": row["side"]},
+            "batch": {"global_size": row["images"] * ranks},
+            "optimizer": {"weight_decay": 1e-4, "momentum": 0.9},
+            "precision": row.get("precision", "fp32"),
+            "parallel": {"zero_stage": stage},
+            "train": {"max_steps": 1},
+        }
+    )
+
+
+def data_of(row: dict[str, Any], rank: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(rank)
+    pixels = random.integers(0, 256, (row["images"], row["side"], row["side"], 3), dtype=np.uint8)
+    return pixels, random.integers(0, CLASSES, row["images"])
+
+
+def engine_step(row: dict[str, Any], stage: int, device: torch.device) -> Step:
+    """A function that takes a step of ours and returns its loss."""
+    rank, ranks, images = dist.get_rank(), dist.get_world_size(), row["images"]
+    config = config_of(row, stage, ranks)
+    pixels, labels = data_of(row, rank)
+    torch.manual_seed(0)
+    model = build_model(NETWORK, CLASSES)
+    if row.get("compile"):
+        model.compile()
+    engine: Engine = DataParallel(model, config, plan_batches(images * ranks, images, ranks, 10**6), device)
+
+    def batches() -> Iterator[Batch]:
+        yield Batch(pixels, labels, np.ones(images, np.float32), float(images * ranks), [])
+
+    return lambda: engine.step(batches(), RATE).loss.item()
+
+
+def loop_step(row: dict[str, Any]) -> Step:
+    """The same written by hand."""
+    pixels, labels = (torch.from_numpy(array) for array in data_of(row, dist.get_rank()))
+    torch.manual_seed(0)
+    model = DistributedDataParallel(build_model(NETWORK, CLASSES).to(memory_format=torch.channels_last))
+    if row.get("compile"):
+        model.compile()
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    bf16 = row.get("precision") == "bf16"
+
+    def step() -> float:
+        model.train()
+        optimizer.zero_grad()
+        images = (pixels.permute(0, 3, 1, 2).float() - mean) / std
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = model(images)
+        loss = nn.functional.cross_entropy(outputs.float(), labels)
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+# --- in the ranks -----------------------------------------------------------------------------------------------------
+
+
+def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, of the slowest rank, after two that warm up."""
+    names = list(steps)
+    seconds = torch.zeros(rounds, len(names), dtype=torch.float64)
+    for _ in range(2):
+        losses = [steps[name]() for name in names]
+    for number in range(rounds):
+        turns = range(len(names)) if number % 2 == 0 else reversed(range(len(names)))
+        for turn in turns:
+            dist.barrier()
+            started = time.perf_counter()
+            steps[names[turn]]()
+            seconds[number, turn] = time.perf_counter() - started
+    assert max(losses) - min(losses) < 0.2, f"they do not train the same: {losses}"
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return {name: seconds[:, turn].tolist() for turn, name in enumerate(names)}
+
+
+def rank_main(task: dict[str, Any]) -> None:
+    """One rank of a row, or of a measurement of memory."""
+    torch.set_num_threads(1)
+    ranks = parallel.ranks_from_environment()
+    device = parallel.join(ranks)
+    row = ROWS[task["row"]]
+    if "memory_of" in task:
+        result: Any = peak_of(lambda: loop_step(row) if task["memory_of"] is None else engine_step(row, task["memory_of"], device))
+    else:
+        result = timed({"loop": loop_step(row)} | {f"{n}": engine_step(row, n, device) for n in (0, 1)}, task["rounds"])
+    if ranks.is_first:
+        Path(task["file"]).write_text(json.dumps(result))
+    dist.barrier()
+    parallel.leave()
+
+
+# --- around them ------------------------------------------------------------------------------------------------------
+
+
+def speed_table(names: list[str], processes: list[int], rounds: int) -> list[dict[str, Any]]:
+    print(f"{'row':8} {'processes':>9} {'ZeRO':>4} {'ours, ms':>9} {'loop, ms':>9} {'ratio':>7} {'quartiles':>14} {'wished':>7}")
+    results = []
+    for name in names:
+        for count in processes if name != "compile" else [min(processes)]:
+            many = rounds if ROWS[name]["side"] > 64 else 3 * rounds
+            seconds = run_ranks(__file__, count, row=name, rounds=many)
+            for stage in (0, 1):
+                ratios = [loop / ours for loop, ours in zip(seconds["loop"], seconds[str(stage)], strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4)
+                ours, loop = statistics.median(seconds[str(stage)]), statistics.median(seconds["loop"])
+                wished = ROWS[name]["wished"].get(stage)
+                results.append(
+                    {"row": name, "processes": count, "zero_stage": stage, "ours_seconds": ours, "loop_seconds": loop}
+                    | {"ratio": middle, "quartiles": [low, high], "wished": wished}
+                )
+                print(
+                    f"{name:8} {count:9} {stage:4} {ours * 1e3:9.0f} {loop * 1e3:9.0f} {middle:7.3f} {low:7.3f}-{high:.3f} "
+                    f"{wished or '':>6}",
+                    flush=True,
+                )
+    return results
+
+
+def predicted_state(stage: int, ranks: int, parameters: int) -> int:
+    """Bytes of weights, gradients, momentum and master weights on a rank in fp32 (Rajbhandari et al. 2020, 3).
+
+    At stage 1 gradients are whole until the step, and the weights are their own masters; from stage 2 on, masters are copies.
+    """
+    pieces = 1 / ranks
+    weights, gradients, momentum, master = {
+        0: (1, 1, 1, 0),
+        1: (1, 1, pieces, 0),
+        2: (1, pieces, pieces, pieces),
+        3: (pieces, pieces, pieces, pieces),
+    }[stage]
+    return int(4 * parameters * (weights + gradients + momentum + master))
+
+
+def memory_table(processes: int = 2) -> list[dict[str, Any]]:
+    """Peak memory a rank by ZeRO stage. Activations are what the loop needs beside its weights, gradients and momentum."""
+    parameters = sum(p.numel() for p in build_model(NETWORK, CLASSES).parameters())
+    row = "64"
+    loop = run_ranks(__file__, processes, row=row, memory_of=None)
+    buckets = 4 * parameters  # DDP's own copy of the gradients
+    activations = loop - predicted_state(0, processes, parameters) - buckets
+    megabytes = 2**20
+    print(f"\npeak memory a rank, {processes} ranks, {NETWORK}, fp32, row {row}; MiB; activations {activations / megabytes:.0f}")
+    print(f"{'':8} {'predicted':>9} {'measured':>9} {'ratio':>6}")
+    print(f"{'loop':8} {'':9} {loop / megabytes:9.0f}")
+    results = []
+    for stage in range(4):
+        predicted = predicted_state(stage, processes, parameters) + activations
+        measured = run_ranks(__file__, processes, row=row, memory_of=stage)
+        results.append({"zero_stage": stage, "predicted_bytes": predicted, "measured_bytes": measured})
+        ratio = measured / predicted
+        print(f"ZeRO {stage:3} {predicted / megabytes:9.0f} {measured / megabytes:9.0f} {ratio:6.2f}", flush=True)
+    return [{"loop_bytes": loop, "activation_bytes": activations, "ranks": processes}, *results]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--rows", nargs="+", default=[*ROWS, "memory"], choices=[*ROWS, "memory"])
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=9, help="three times as many for the small images")
+    parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank:
+        rank_main(arguments.rank)
+        return
+    print(f"{NETWORK}, 1 thread a rank, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    names = [name for name in arguments.rows if name != "memory"]
+    results: dict[str, Any] = {"speed": speed_table(names, arguments.processes, arguments.rounds)}
+    if "memory" in arguments.rows:
+        results["memory"] = memory_table()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Channels-last weights under ZeRO 0 and 1: ``torchrun layouts.py FILE``. Rank 0 writes to FILE what differs from a plain loop."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+from trainer.config import RunConfig
+from trainer.data.loader import Batch
+from trainer.engine import parallel
+from trainer.engine.batch import BatchPlan
+from trainer.engine.data_parallel import DataParallel
+from trainer.models import build_model
+from trainer.models.layers import normalize
+
+STEPS, MICRO, RANKS, ACCUMULATION, SIZE, RATE = 4, 4, 2, 2, 16, 0.001
+GLOBAL = MICRO * RANKS * ACCUMULATION
+
+
+def model() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return build_model("resnet8", 10, SIZE, width=8)
+
+
+def data() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    shape = (STEPS, RANKS * ACCUMULATION, MICRO)
+    return random.integers(0, 256, (*shape, SIZE, SIZE, 3), dtype=np.uint8), random.integers(0, 10, shape)
+
+
+def plain(config: RunConfig) -> tuple[dict, float]:
+    """Weights after all steps, and the norm of the last gradient."""
+    net, (pixels, labels) = model().to(memory_format=torch.channels_last).train(), data()
+    optimizer = torch.optim.SGD(net.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part in range(RANKS * ACCUMULATION):
+            images = normalize(torch.from_numpy(pixels[step, part]), config.data.mean, config.data.std)
+            (F.cross_entropy(net(images), torch.from_numpy(labels[step, part])) / (RANKS * ACCUMULATION)).backward()
+        optimizer.step()
+    return net.state_dict(), float(torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]))
+
+
+def not_kept(module: torch.nn.Module) -> list[str]:
+    """Parameters that do not come back as they were set, themselves or their momentum."""
+    wrong = []
+    for name, parameter in module.named_parameters():
+        value = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        safe_set_full_fp32_param(parameter, value)
+        safe_set_full_optimizer_state(parameter, value + 1, "momentum_buffer")
+        weights, momentum = safe_get_full_fp32_param(parameter), safe_get_full_optimizer_state(parameter, "momentum_buffer")
+        if not (torch.equal(weights, value) and torch.equal(momentum, value + 1)):
+            wrong.append(name)
+    return wrong
+
+
+def with_engine(stage: int, device: torch.device, rank: int) -> dict:
+    config = RunConfig.model_validate(
+        {
+            "model": {"name": "resnet8", "width": 8},
+            "data": {"train": "none", "image_size": SIZE},
+            "parallel": {"zero_stage": stage},
+            "optimizer": {"decay_norm_and_bias": True},
+            "train": {"max_steps": 1},
+        }
+    )
+    engine = DataParallel(model(), config, BatchPlan(GLOBAL, MICRO, RANKS, ACCUMULATION), device)
+    pixels, labels = data()
+    for step in range(STEPS):
+        parts = range(rank * ACCUMULATION, (rank + 1) * ACCUMULATION)
+        engine.step((Batch(pixels[step, i], labels[step, i], np.ones(MICRO, np.float32), float(GLOBAL), []) for i in parts), RATE)
+    module = engine._engine.module
+    convolutions = [p for p in module.parameters() if p.dim() == 4]
+    got, norm = engine.state(), engine.grad_norm()
+    want, want_norm = plain(config)
+    return {
+        "stage": stage,
+        "apart": max(float((got[k] - v).abs().max()) for k, v in want.items() if v.is_floating_point() and "running" not in k),
+        "norm": norm,
+        "want_norm": want_norm,
+        "channels_last": all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions),
+        "not_kept": not_kept(module) if stage else [],
+    }
+
+
+def main(file: Path) -> None:
+    torch.set_num_threads(1)
+    ranks = parallel.ranks_from_environment()
+    device = parallel.join(ranks)
+    results = [with_engine(stage, device, ranks.rank) for stage in (0, 1)]
+    if ranks.is_first:
+        file.write_text(json.dumps(results))
+    parallel.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,202 @@
+"""Averaging gradients over data-parallel ranks, in place of DeepSpeed's own way at ZeRO 0 and 1.
+
+DeepSpeed copies all gradients into a flat tensor after the backward pass, reduces it, and copies them back, with one rank too;
+at ZeRO 1 it copies each of them four times. Here a gradient is copied once, while it is still in the cache, to its place in a flat
+buffer that stays, and a part of the buffer is reduced as soon as it is full, while the backward pass computes the gradients
+before it (Li et al. 2020, "PyTorch Distributed", 3.2). The optimizer then takes pieces of the buffer as its gradients.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_BYTES = 25 * 2**20
+FIRST_BUCKET_BYTES = 2**20
+"""The first to be full is small, so that communication begins early."""
+
+Places = dict[nn.Parameter, int]
+"""Where in a flat buffer the gradient of each parameter begins, from front to back."""
+
+
+@dataclass
+class _Bucket:
+    """Neighbouring gradients that are reduced together. ``missing``: those that the backward pass did not bring yet."""
+
+    part: Tensor
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    missing: int = 0
+
+
+class Gradients:
+    """The gradients of one model on one rank. All ranks take part in each backward pass and in ``finish``."""
+
+    def __init__(self, module: nn.Module, buffers: Sequence[Tensor], places: Sequence[Places], ranks: int) -> None:
+        self.buffers, self._ranks = list(buffers), ranks
+        self._views: dict[nn.Parameter, Tensor] = {}
+        self._filled: set[nn.Parameter] = set()
+        self._handles: list[Any] = []
+        self._last = True
+        self._buckets: list[_Bucket] = []
+        for buffer, offsets in zip(buffers, places, strict=True):
+            for parameter, offset in offsets.items():
+                self._views[parameter] = buffer.as_strided(parameter.shape, parameter.stride(), offset)
+                parameter.register_post_accumulate_grad_hook(self._came)  # type: ignore[no-untyped-call]
+            self._buckets += _cut(buffer, offsets)
+        number = {parameter: i for i, parameter in enumerate(module.parameters())}
+        self._buckets.sort(key=lambda bucket: -min(number[p] for p in bucket.parameters))  # as backward passes fill them
+        self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
+        self._waiting: list[_Bucket] = []
+
+    def expect(self, last: bool) -> None:
+        """Before a backward pass. ``last``: of those whose gradients make one step, and so the one that reduces."""
+        self._last = last
+        self._waiting = list(self._buckets)
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.parameters)
+
+    def _came(self, parameter: Tensor) -> None:
+        """Take a gradient that the backward pass has just computed."""
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        view = self._views[parameter]
+        if parameter in self._filled:
+            view.add_(parameter.grad, alpha=1 / self._ranks)
+        elif self._ranks == 1:
+            view.copy_(parameter.grad)
+        else:
+            torch.mul(parameter.grad, 1 / self._ranks, out=view)
+        self._filled.add(parameter)
+        parameter.grad = None
+        if self._last:
+            self._bucket_of[parameter].missing -= 1
+            while self._waiting and not self._waiting[0].missing:  # in one order on all ranks
+                self._reduce(self._waiting.pop(0))
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        if self._ranks > 1:
+            self._handles.append(dist.all_reduce(bucket.part, async_op=True))
+
+    def finish(self) -> None:
+        """After the last backward pass: every parameter's ``grad`` is the mean over ranks; zero where there was none."""
+        for parameter, view in self._views.items():
+            if parameter not in self._filled:
+                view.zero_()
+            parameter.grad = view
+        for bucket in self._waiting:
+            self._reduce(bucket)
+        for handle in self._handles:
+            handle.wait()
+        self._waiting, self._handles = [], []
+        self._filled.clear()
+
+
+def _cut(buffer: Tensor, offsets: Places) -> list[_Bucket]:
+    """Buckets of a buffer from its end, since a backward pass begins with the last layers."""
+    buckets: list[_Bucket] = []
+    stop, limit, parameters = buffer.numel(), FIRST_BUCKET_BYTES, []
+    for parameter, offset in reversed(offsets.items()):
+        parameters.append(parameter)
+        if (stop - offset) * buffer.element_size() >= limit:
+            buckets.append(_Bucket(buffer[offset:stop], parameters))
+            stop, limit, parameters = offset, BUCKET_BYTES, []
+    if parameters:
+        buckets.append(_Bucket(buffer[:stop], parameters))
+    return buckets
+
+
+def whole_gradients(module: nn.Module, ranks: int) -> Gradients | None:
+    """For an optimizer that updates the module's own parameters (ZeRO 0); None where there is nothing to reduce."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if ranks == 1:
+        return None
+    places: Places = {}
+    size = 0
+    for parameter in parameters:
+        places[parameter] = size
+        size += parameter.numel()
+    return Gradients(module, [parameters[0].new_zeros(size)], [places], ranks)
+
+
+class PartitionedGradients(Gradients):
+    """For DeepSpeed's ZeRO 1, whose optimizer updates one flat piece of the weights a rank."""
+
+    def __init__(self, module: nn.Module, optimizer: Any, ranks: int) -> None:
+        self._optimizer = optimizer
+        places = _places(optimizer)
+        super().__init__(module, [torch.zeros_like(flat) for flat in optimizer.bit16_groups_flat], places, ranks)
+        self._rank = dist.get_rank()
+
+    def finish(self) -> None:
+        from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+
+        super().finish()
+        for number, (buffer, size) in enumerate(zip(self.buffers, self._optimizer.partition_size, strict=True)):
+            part = buffer.narrow(0, self._rank * size, size)
+            self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([part], part)
+
+
+def _places(optimizer: Any) -> list[Places]:
+    groups = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True)
+    return [dict(zip(parameters, offsets, strict=True)) for parameters, offsets in groups]
+
+
+def arrange_partitioned_weights(optimizer: Any, channels_last: bool) -> None:
+    """Let ZeRO 1 hold the weights as convolutions want them, and in fp32 once: its partition of them is its master copy."""
+    for flat, places in zip(optimizer.bit16_groups_flat, _places(optimizer), strict=True):
+        for parameter, offset in places.items():
+            if channels_last and parameter.dim() == 4:
+                strides = torch.empty_like(parameter, device="meta", memory_format=torch.channels_last).stride()
+                values, place = parameter.detach().clone(), flat.as_strided(parameter.shape, strides, offset)
+                place.copy_(values)
+                parameter.data = place
+    optimizer._update_model_bit16_weights = lambda group: None  # it would view them all again, each step, in its own layout
+    if dist.get_backend() == "gloo":
+        from deepspeed.runtime.zero import stage_1_and_2
+
+        stage_1_and_2.all_gather_dp_groups = _share_out
+    if optimizer.dtype == torch.float32:
+        for master, parts in zip(
+            optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True
+        ):
+            master.data = parts[dist.get_rank()]
+        optimizer._link_all_hp_params()
+    else:
+        optimizer.refresh_fp32_params()
+    for places in _places(optimizer):
+        for parameter in places:
+            parameter.get_full_hp_param = MethodType(_get_whole, parameter)  # type: ignore[attr-defined]
+            parameter.set_full_hp_param = MethodType(_set_whole, parameter)  # type: ignore[attr-defined]
+
+
+def _share_out(
+    groups_flat: Sequence[Tensor], partitioned_param_groups: Sequence[Sequence[Tensor]], dp_process_group: Sequence[Any], **_: Any
+) -> None:
+    """What each rank updated goes to all: gloo's broadcasts in place take a third of the time of its all-gather."""
+    handles: list[Any] = [
+        dist.broadcast(part, group=group, group_src=owner, async_op=True)
+        for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)
+        for owner, part in enumerate(parts)
+        if len(parts) > 1
+    ]
+    for handle in handles:
+        handle.wait()
+
+
+def _get_whole(parameter: nn.Parameter, optim_state_key: str | None = None) -> Tensor:
+    """The fp32 parameter, or what the optimizer keeps for it, from all ranks; as DeepSpeed's, but for any memory layout."""
+    from deepspeed.utils import get_full_hp_param
+
+    values: Tensor = get_full_hp_param(parameter, optim_state_key)
+    return values.reshape(-1).as_strided(parameter.shape, parameter.stride())
+
+
+def _set_whole(parameter: nn.Parameter, value: Tensor, optim_state_key: str | None = None) -> None:
+    from deepspeed.utils import set_full_hp_param
+
+    laid_out = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    set_full_hp_param(parameter, laid_out.as_strided((laid_out.numel(),), (1,)), optim_state_key)
