@@ -1,6 +1,6 @@
 """The pipeline's bubble against its formula, and memory by stages.
 
-    python benchmarks/pipeline.py --json FILE [--micro-batches 1 2 4 8] [--rounds 5]
+    python benchmarks/pipeline.py --json FILE [--micro-batches 1 2 4 8] [--rounds 7]
 
 Two stages of equal cost (the same convolutions), a rank of one thread each, M micro-batches a step. Measured bubble: 1 - ideal /
 measured time of a step, where ideal is M times what one micro-batch costs in one stage, forward and backward without
