@@ -33,6 +33,9 @@ matrix: setup ## Every way to spread a training, against a plain loop: 432 cells
 bench: setup ## Measure; prints tables
 	python benchmarks/pack.py
 	python benchmarks/models.py
+	python benchmarks/step.py
+	python benchmarks/pipeline.py
+	python benchmarks/checkpoint.py
 
 image: ## Build the container image with docker or buildah (BASE, IMAGE)
 	tools/image.sh

@@ -30,7 +30,8 @@ from trainer.engine import parallel
 from trainer.engine.base import Engine
 from trainer.engine.batch import BatchPlan
 from trainer.engine.data_parallel import DataParallel
-from trainer.engine.pipeline_parallel import PipelineParallel, Stage
+from trainer.engine.pipeline_parallel import PipelineParallel
+from trainer.engine.stage import Draws, Stage
 
 CHANNELS, SIDE, CLASSES, LAYERS = 128, 16, 10, 12
 """``LAYERS``: equal convolutions a stage."""
@@ -84,8 +85,8 @@ def stage_alone(micro_size: int) -> Callable[[], None]:
     """Forward and backward of one micro-batch in this rank's stage, with nothing sent and nothing received."""
     model, parts = network(2)
     rank = dist.get_rank()
-    stage = Stage(OrderedDict((name, layer) for name, layer in model.named_children() if name in parts[rank]))
-    stage.channels_last = True
+    layers = OrderedDict((name, layer) for name, layer in model.named_children() if name in parts[rank])
+    stage = Stage(layers, config_of(2, micro_size).train, Draws(model, 0, 0, 1))
     images = torch.randn(micro_size, 3 if rank == 0 else CHANNELS, SIDE, SIDE)
     gradient = torch.randn(micro_size, CHANNELS, SIDE, SIDE)
     labels = torch.zeros(micro_size, dtype=torch.long)

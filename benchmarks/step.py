@@ -39,7 +39,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "bf16": {"side": 64, "images": 16, "precision": "bf16", "wished": {}},
     "compile": {"side": 64, "images": 16, "compile": True, "wished": {}},
 }
-"""Images a rank. ``wished``: the ratio wanted by ZeRO stage. The loop's bf16 is torch's autocast."""
+"""Images a rank. ``wished``: the ratio wanted by ZeRO stage. The loop's bf16 is torch's autocast; it compiles the whole network,
+the engine each layer."""
 
 Step = Callable[[], float]
 
@@ -53,7 +54,7 @@ def config_of(row: dict[str, Any], stage: int, ranks: int) -> RunConfig:
             "optimizer": {"weight_decay": 1e-4, "momentum": 0.9},
             "precision": row.get("precision", "fp32"),
             "parallel": {"zero_stage": stage},
-            "train": {"max_steps": 1},
+            "train": {"max_steps": 1, "compile": row.get("compile", False)},
         }
     )
 
@@ -64,21 +65,19 @@ def data_of(row: dict[str, Any], rank: int) -> tuple[np.ndarray, np.ndarray]:
     return pixels, random.integers(0, CLASSES, row["images"])
 
 
-def engine_step(row: dict[str, Any], stage: int, device: torch.device) -> Step:
-    """A function that takes a step of ours and returns its loss."""
+def engine_of(row: dict[str, Any], stage: int, device: torch.device) -> tuple[Engine, Step]:
+    """Our engine, and a function that takes a step and returns its loss."""
     rank, ranks, images = dist.get_rank(), dist.get_world_size(), row["images"]
     config = config_of(row, stage, ranks)
     pixels, labels = data_of(row, rank)
     torch.manual_seed(0)
     model = build_model(NETWORK, CLASSES)
-    if row.get("compile"):
-        model.compile()
     engine: Engine = DataParallel(model, config, plan_batches(images * ranks, images, ranks, 10**6), device)
 
     def batches() -> Iterator[Batch]:
         yield Batch(pixels, labels, np.ones(images, np.float32), float(images * ranks), [])
 
-    return lambda: engine.step(batches(), RATE).loss.item()
+    return engine, lambda: engine.step(batches(), RATE).loss.item()
 
 
 def loop_step(row: dict[str, Any]) -> Step:
@@ -134,9 +133,9 @@ def rank_main(task: dict[str, Any]) -> None:
     device = parallel.join(ranks)
     row = ROWS[task["row"]]
     if "memory_of" in task:
-        result: Any = peak_of(lambda: loop_step(row) if task["memory_of"] is None else engine_step(row, task["memory_of"], device))
+        result: Any = peak_of(lambda: loop_step(row) if task["memory_of"] is None else engine_of(row, task["memory_of"], device)[1])
     else:
-        result = timed({"loop": loop_step(row)} | {f"{n}": engine_step(row, n, device) for n in (0, 1)}, task["rounds"])
+        result = timed({"loop": loop_step(row)} | {f"{n}": engine_of(row, n, device)[1] for n in (0, 1)}, task["rounds"])
     if ranks.is_first:
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()
