@@ -69,9 +69,7 @@ def main() -> None:
     if arguments.rank:
         rank_main(arguments.rank)
         return
-    print(
-        f"resnet18 at 112 px, 32 images a rank, 1 thread a rank, a checkpoint in {arguments.every} steps, load {os.getloadavg()[0]:.1f}"
-    )
+    print(f"resnet18 at 112 px, 32 images a rank, a checkpoint in {arguments.every} steps, load {os.getloadavg()[0]:.1f}")
     print(f"{'processes':>9} {'ZeRO':>4} {'step, ms':>9} {'pause, ms':>9} {'pause a step':>12} {'slower by':>9} {'MB':>5}")
     results = []
     for count in arguments.processes:
