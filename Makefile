@@ -27,8 +27,9 @@ format: setup ## Rewrite the code in the project's style
 test: setup ## Every test that needs no cluster
 	pytest -n logical --dist loadfile --durations 15
 
-matrix: setup ## Every way to spread a training, against a plain loop: 432 cells, half an hour
-	CONVOY_MATRIX=1 pytest --timeout 3600 tests/distributed/test_parallel.py -k plain_loop
+matrix: setup ## Every way to spread a training, against a plain loop; writes docs/matrix.md
+	CONVOY_MATRIX=$(CURDIR)/runs/matrix pytest --timeout 3600 tests/distributed/test_parallel.py tests/distributed/test_resume.py
+	python tools/matrix.py runs/matrix docs/matrix.md
 
 bench: setup ## Measure; prints tables
 	python benchmarks/pack.py

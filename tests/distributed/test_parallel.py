@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,16 @@ def deviation(result: dict) -> str | None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_topology_follows_the_plain_loop(ranks: int, tmp_path: Path) -> None:
-    cells = allowed_cells() if os.environ.get("CONVOY_MATRIX") else covering(allowed_cells())
-    cells = cells + optional_cells()
+    report = os.environ.get("CONVOY_MATRIX")
+    cells = (allowed_cells() if report else covering(allowed_cells())) + optional_cells()
+    started = time.monotonic()
     results = run_cells([c for c in cells if c["ranks"] == ranks], ranks, tmp_path)
     assert results
+    if report:
+        judged = [result | {"deviation": deviation(result)} for result in results]
+        content = json.dumps({"results": judged, "seconds": time.monotonic() - started})
+        Path(report).mkdir(parents=True, exist_ok=True)
+        (Path(report) / f"ranks{ranks}.json").write_text(content)
     assert not [d for d in map(deviation, results) if d]
     for result in results:
         if "options" not in result:
