@@ -13,10 +13,10 @@ ACCUMULATIONS, STAGES, PRECISIONS = (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16", "f
 
 HEAD = """# Every way to spread a training, against one plain loop
 
-Written by `make matrix` on {date}: {count} trainings of 20 steps, {seconds:,.0f} s on 2 cores; {passed} passed. A cell is the largest
-relative difference of a step's loss from a plain fp32 torch loop in one process, over 20 steps and three networks: without batch
-norm, with it, and GoogLeNet with auxiliary heads and dropout. Allowed are 1e-5 in the first five steps and 1e-4 in all in fp32, 2e-2
-in 16 bit; final weights likewise. What is refused is refused by `check_engine`, in a line that says why.
+Written by `make matrix` on {date}: {count} trainings of 20 steps, {seconds:,.0f} s on 2 cores; {passed} passed. A cell is the
+largest relative difference of a step's loss from a plain fp32 torch loop in one process, over 20 steps and three networks: without
+batch norm, with it, and GoogLeNet with auxiliary heads and dropout. Allowed are 1e-5 in the first five steps and 1e-4 in all in
+fp32, 2e-2 in 16 bit; final weights likewise. What is refused is refused by `check_engine`, in a line that says why.
 
 """
 
