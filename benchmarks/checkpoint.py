@@ -1,8 +1,8 @@
 """What a checkpoint costs a training step.
 
-    python benchmarks/checkpoint.py --json FILE [--processes 1 2] [--every 50] [--rounds 3]
+    python benchmarks/checkpoint.py --json FILE [--processes 1 2] [--every 20] [--rounds 4]
 
-resnet18 at 112 px, 32 images a rank, ZeRO 0 and 1, momentum kept too. Steps run one after another; after every so many the state is
+resnet18 at 64 px, 16 images a rank, ZeRO 0 and 1, momentum kept too. Steps run one after another; after every so many the state is
 gathered and handed to the writer, whose thread serializes, hashes and writes it to a folder while steps go on. Two figures: the
 pause itself over a step, and the mean step of an interval with a checkpoint over that of an interval without, minus one, which
 holds what the writer takes from the same cores too. Intervals alternate. Wished: at most 0.05 of a step over the interval.
@@ -31,7 +31,7 @@ def rank_main(task: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     ranks = parallel.ranks_from_environment()
     device = parallel.join(ranks)
-    engine, step = engine_of(ROWS["112"], task["zero_stage"], device)
+    engine, step = engine_of(ROWS["64"], task["zero_stage"], device)
     for _ in range(3):
         step()
     pauses, plain, written = [], [], []
@@ -62,14 +62,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--every", type=int, default=50, help="steps between two checkpoints")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
         rank_main(arguments.rank)
         return
-    print(f"resnet18 at 112 px, 32 images a rank, a checkpoint in {arguments.every} steps, load {os.getloadavg()[0]:.1f}")
+    print(f"resnet18 at 64 px, 16 images a rank, a checkpoint in {arguments.every} steps, load {os.getloadavg()[0]:.1f}")
     print(f"{'processes':>9} {'ZeRO':>4} {'step, ms':>9} {'pause, ms':>9} {'pause a step':>12} {'slower by':>9} {'MB':>5}")
     results = []
     for count in arguments.processes:

@@ -1,10 +1,10 @@
 """The pipeline's bubble against its formula, and memory by stages.
 
-    python benchmarks/pipeline.py --json FILE [--micro-batches 1 2 4 8] [--rounds 7]
+    python benchmarks/pipeline.py --json FILE [--micro-batches 1 2 4 8] [--rounds 21]
 
 Two stages of equal cost (the same convolutions), a rank of one thread each, M micro-batches a step. Measured bubble: 1 - ideal /
-measured time of a step, where ideal is M times what one micro-batch costs in one stage, forward and backward without
-communication, measured on both ranks at once between the steps; the larger of the ranks' medians. Formula: (S - 1) / (M + S - 1)
+measured time of a step, where ideal is what M micro-batches cost in one stage, forward and backward without communication,
+measured on both ranks at once between the steps; of the rank where it is more. Formula: (S - 1) / (M + S - 1)
 (Huang et al. 2019, 2.3). A round's bubble comes from that round's times; told are its median and quartiles.
 """
 
@@ -111,8 +111,13 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def timed(micro_batches: int, micro_size: int, rounds: int, device: torch.device) -> dict[str, list[list[float]]]:
-    """Seconds by round and rank, of a step and of a stage alone (before and after each step, their mean)."""
-    step, alone = engine_step(2, micro_batches, micro_size, device), stage_alone(micro_size)
+    """Seconds by round and rank, of a step and of its micro-batches in the stage alone (before and after each step, their mean)."""
+    step, one = engine_step(2, micro_batches, micro_size, device), stage_alone(micro_size)
+
+    def alone() -> None:
+        for _ in range(micro_batches):
+            one()
+
     for work in (step, alone, step):
         work()
     mine = torch.zeros(2, rounds, dtype=torch.float64)
@@ -171,15 +176,15 @@ def bubble_table(micro_batches: list[int], micro_size: int, rounds: int) -> list
         alone = [statistics.median(values) for values in seconds["alone"]]
         slowest = alone.index(max(alone))
         steps = [max(pair) for pair in zip(*seconds["step"], strict=True)]
-        bubbles = [1 - count * own / step for own, step in zip(seconds["alone"][slowest], steps, strict=True)]
+        bubbles = [1 - ideal / step for ideal, step in zip(seconds["alone"][slowest], steps, strict=True)]
         low, middle, high = statistics.quantiles(bubbles, n=4)
         formula = 1 / (count + 1)
         results.append(
-            {"micro_batches": count, "stage_seconds": alone, "step_seconds": statistics.median(steps), "bubble": middle}
+            {"micro_batches": count, "ideal_seconds": alone, "step_seconds": statistics.median(steps), "bubble": middle}
             | {"quartiles": [low, high], "formula": formula, "relative_error": middle / formula - 1}
         )
         print(
-            f"{count:3} {alone[0] * 1e3:6.0f} {alone[1] * 1e3:7.0f} {count * max(alone) * 1e3:9.0f} "
+            f"{count:3} {alone[0] / count * 1e3:6.0f} {alone[1] / count * 1e3:7.0f} {max(alone) * 1e3:9.0f} "
             f"{statistics.median(steps) * 1e3:9.0f} {middle:7.3f} {low:6.3f}-{high:.3f} {formula:8.3f} "
             f"{middle / formula - 1:+7.1%}",
             flush=True,
@@ -216,8 +221,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--micro-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--micro-size", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
@@ -225,7 +230,7 @@ def main() -> None:
         return
     print(f"2 stages, micro-batches of {arguments.micro_size}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     results = {"bubble": bubble_table(arguments.micro_batches, arguments.micro_size, arguments.rounds)}
-    results["memory"] = memory_table(4, 8 * arguments.micro_size)
+    results["memory"] = memory_table(4, 64)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
