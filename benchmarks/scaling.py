@@ -86,9 +86,8 @@ class Row:
         """Seen after each step."""
         return self.config.batch.global_size * np.arange(1, self.losses.shape[1] + 1)
 
-    def epoch_loss(self, epoch: int) -> float:
-        """Mean over an epoch, -1 for the last one, and over the seeds."""
-        return float(np.array_split(self.losses, self.config.train.epochs or 1, axis=1)[epoch].mean())
+    def epoch_steps(self) -> int:
+        return self.losses.shape[1] // (self.config.train.epochs or 1)
 
     def figures(self) -> dict[str, Any]:
         return {
@@ -98,8 +97,8 @@ class Row:
             "top1_percent": [round(value, 2) for value in self.top1],
             "top1_mean": round(statistics.mean(self.top1), 3),
             "top1_deviation": round(statistics.stdev(self.top1), 3) if len(self.top1) > 1 else None,
-            "loss_first_epoch": round(self.epoch_loss(0), 4),
-            "loss_last_epoch": round(self.epoch_loss(-1), 4),
+            "loss_first_epoch": round(float(self.losses[:, : self.epoch_steps()].mean()), 4),
+            "loss_last_epoch": round(float(self.losses[:, -self.epoch_steps() :].mean()), 4),
         }
 
 
@@ -253,12 +252,10 @@ def plot(rows: Mapping[str, Row], title: str, file: Path) -> None:
     figure, grid = plt.subplots(2, 2, figsize=(13, 8.5), constrained_layout=True, width_ratios=(1.35, 1))
     for (rate, recipes), (whole, first) in zip(GROUPS.items(), grid, strict=True):
         for recipe, colour in zip(recipes, _COLOURS, strict=True):
-            _draw(whole, rows[recipe], 8192, colour, recipe)
-            _draw(first, rows[recipe], 2048, colour, recipe)
-        epoch = max(row.samples()[-1] / (row.config.train.epochs or 1) for row in rows.values()) / 1e3
-        whole.set_title(f"Rate {rate}: the whole run, mean of 8,192 samples")
-        first.set_title("Its first epoch, mean of 2,048 samples")
-        first.set_xlim(0, epoch)
+            _draw(whole, rows[recipe], 8192, rows[recipe].losses.shape[1], colour, recipe)
+            _draw(first, rows[recipe], 2048, rows[recipe].epoch_steps(), colour, recipe)
+        whole.set_title(f"Rate {rate}: the whole run, mean of the last 8,192 samples")
+        first.set_title("Its first epoch, mean of the last 2,048 samples")
         whole.legend(frameon=False)
         for axes in (whole, first):
             axes.set(xlabel="samples seen (thousands)", ylabel="training loss, cross-entropy (nats)", yscale="log")
@@ -272,12 +269,11 @@ def plot(rows: Mapping[str, Row], title: str, file: Path) -> None:
     plt.close(figure)
 
 
-def _draw(axes: Any, row: Row, window: int, colour: str, recipe: str) -> None:
-    """Mean over the seeds, and a band from the least to the greatest."""
-    smooth = trailing_mean(row.losses, max(1, window // row.config.batch.global_size))
-    seen = row.samples() / 1e3
-    label = f"{recipe}: top-1 {statistics.mean(row.top1):.2f}%"
-    axes.plot(seen, smooth.mean(axis=0), color=colour, linewidth=1.4, label=label)
+def _draw(axes: Any, row: Row, window: int, steps: int, colour: str, recipe: str) -> None:
+    """The first ``steps``: mean over the seeds, and a band from the least to the greatest."""
+    smooth = trailing_mean(row.losses[:, :steps], max(1, window // row.config.batch.global_size))
+    seen = row.samples()[:steps] / 1e3
+    axes.plot(seen, smooth.mean(axis=0), color=colour, linewidth=1.4, label=f"{recipe}: top-1 {statistics.mean(row.top1):.2f}%")
     axes.fill_between(seen, smooth.min(axis=0), smooth.max(axis=0), color=colour, alpha=0.2, linewidth=0)
 
 
@@ -303,7 +299,8 @@ def main() -> None:
     verdicts = judge(rows)
     seeds = len(runs) // len(RECIPES)
     epochs = "8,192 samples" if options.quick else f"{rows['warmup-64'].config.train.epochs} epochs"
-    title = f"ResNet-8, Fashion-MNIST, {epochs}, {seeds} seed{'s' if seeds > 1 else ''}, {date.today()}"
+    made = date.fromtimestamp(max((run.folder / "result.json").stat().st_mtime for run in runs))
+    title = f"ResNet-8, Fashion-MNIST, {epochs}, {seeds} seed{'s' if seeds > 1 else ''}, {made}"
     print_tables(title, rows, verdicts)
     picture = options.plot or (folder if options.quick else Path(__file__).parents[1] / "docs" / "images") / "scaling.png"
     plot(rows, title, picture)
