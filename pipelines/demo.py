@@ -124,12 +124,17 @@ def _convoy(environment: dict[str, str], *arguments: str, capture: bool = False)
 
 def _find_data(folder: Path) -> _Data:
     """Fashion-MNIST, installed or fetched with apt; else scikit-learn's digits, which every installation carries."""
-    fashion = _INSTALLED if _INSTALLED.is_dir() else _fetch_fashion()
+    fashion = find_fashion()
     if fashion is None:
         return _digits(folder, "Fashion-MNIST could not be had")
     names = folder / "classes.txt"
     names.write_text("".join(f"{i} {name.replace('-', ' ')}\n" for i, name in enumerate(_FASHION.split())))
     return _Data("Fashion-MNIST", fashion, "fashion-mnist", "fashion-resnet8", 12, str(names))
+
+
+def find_fashion() -> Path | None:
+    """The folder of Fashion-MNIST's idx files, installed or fetched with apt; None where it cannot be had."""
+    return _INSTALLED if _INSTALLED.is_dir() else _fetch_fashion()
 
 
 def _fetch_fashion() -> Path | None:
