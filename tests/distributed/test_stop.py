@@ -156,6 +156,17 @@ def test_a_killed_run_goes_on_from_the_object_store_on_other_ranks(
             assert torch.allclose(ours[name], value, rtol=0.05, atol=0.02), name
 
 
+def test_ranks_do_not_outlive_a_killed_launcher(digits: Path, tmp_path: Path) -> None:
+    settings = [*_settings(digits, tmp_path / "out"), "train.epochs=10000", "data.val=null", "checkpoint.keep=1"]
+    with _started(2, settings, {}) as process:
+        ranks = _ranks(process)
+        process.kill()
+        gone, alive = psutil.wait_procs(ranks, timeout=30)
+        assert len(gone) == 2, alive
+        process.communicate(timeout=60)
+    assert list((tmp_path / "out/checkpoints").glob("*/checkpoint.json")), "they ended in order"
+
+
 def test_a_checkpoint_of_another_recipe_is_refused_and_never_begins_anew(
     digits: Path, convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
 ) -> None:

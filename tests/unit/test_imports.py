@@ -24,6 +24,7 @@ LAYERS = [
     ["trainer.engine.loop"],
     ["trainer.resolve", "trainer.export", "trainer.serving"],
     ["trainer.registration", "trainer.launch", "trainer.weights"],
+    ["trainer.records"],
     ["trainer.__main__"],
     ["pipelines"],
 ]
