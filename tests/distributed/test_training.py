@@ -55,7 +55,7 @@ def _split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor, list[s
     files = sorted((folder / split).rglob("*.png"))
     pixels = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in files])
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - MEAN) / STD
-    return images.float(), torch.tensor([int(f.parent.name) for f in files]), [f"{f.parent.name}/{f.stem}" for f in files]
+    return images.float().contiguous(), torch.tensor([int(f.parent.name) for f in files]), [f"{f.parent.name}/{f.stem}" for f in files]
 
 
 def _plain_top(weights: Path, folder: Path) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,7 +225,10 @@ class Bare(Engine):
     def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
         raise NotImplementedError
 
-    def state(self) -> dict[str, Tensor]:
+    def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _data_group(self) -> Any:
         raise NotImplementedError
 
 
@@ -233,7 +237,7 @@ def test_an_engine_mixes_in_fp32_before_the_cast(digits: Path, box: tuple[int, i
     config = _config(digits).model_copy(update={"precision": "bf16"})
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
     batch = Batch(pixels, np.zeros(6, np.int64), np.ones(6, np.float32), 6.0, [], Mix(0.3, box))
-    got = Bare(config, BatchPlan(6, 6, 1, 1), torch.device("cpu"))._images(batch)
+    got = Bare(torch.nn.Flatten(), config, BatchPlan(6, 6, 1, 1), torch.device("cpu"))._images(batch)
     normal = v2.functional.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, config.data.mean, config.data.std)
     want = normal.clone()
     if box is None:
