@@ -3,8 +3,6 @@
 from typing import Any
 
 import torch
-from timm.optim.lamb import Lamb
-from timm.optim.lars import Lars
 from torch import nn
 
 from trainer.config import OptimizerConfig
@@ -39,8 +37,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: fl
     if config.name == "adamw":
         return _laying_out(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
     if config.name == "lamb":
+        from timm.optim.lamb import Lamb  # here: timm imports torchvision, two seconds of every rank's start
+
         return Lamb(groups, lr=learning_rate, betas=betas, max_grad_norm=None)
     if config.name == "lars":
+        from timm.optim.lars import Lars
+
         return Lars(groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov)
     return _laying_out(torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True))
 
