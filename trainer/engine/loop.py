@@ -109,7 +109,8 @@ def fit(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, 
     meter = _Meter()
     if result.steps and _ends_epoch(job, result.steps) and result.evaluated_step != result.steps:
         _end_epoch(job, engine, tracker, progress, result)  # the stop came between the epoch's end and its evaluation
-    elif result.steps == job.stop_step:
+    elif result.steps >= job.stop_step:
+        progress.note("nothing is left to train; checkpoint.resume=never begins anew")
         _load_whole(job, engine)
     while result.steps < job.stop_step:
         epoch, first = divmod(result.steps, job.steps_per_epoch)
