@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ KEYS = ("ranks", "stages", "accumulation", "zero", "precision", "network")
 
 MIXED = {"train.label_smoothing": 0.1, "augment.mixup": 0.2, "augment.cutmix": 1.0}
 SYNCHRONIZED = {"train.sync_batch_norm": True}
+COMPILED = {"train.compile": True}
 RECOMPUTED = {"train.activation_checkpointing": True}
 
 Cell = dict[str, Any]
@@ -87,6 +89,7 @@ def optional_cells() -> list[Cell]:
         (2, 1, 2, 0, "fp32", "batch norm", SYNCHRONIZED),
         (2, 1, 4, 2, "bf16", "batch norm", SYNCHRONIZED),
         (1, 1, 2, 0, "fp32", "auxiliary heads", RECOMPUTED),
+        *([(1, 1, 2, 0, "fp32", "batch norm", COMPILED)] if shutil.which("g++") else []),
         (2, 1, 2, 3, "fp16", "batch norm", RECOMPUTED),
         (2, 2, 2, 0, "fp32", "auxiliary heads", RECOMPUTED),
         (4, 2, 2, 1, "fp32", "batch norm", SYNCHRONIZED | MIXED | RECOMPUTED),

@@ -66,6 +66,7 @@ class Stage(nn.Sequential):
             if isinstance(first, nn.ReLU):
                 first.inplace = False  # its input belongs to another rank, or is kept to compute from again
         if config.compile:
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of block in a deep network
             for layer in self:
                 if not any(isinstance(module, nn.Dropout) for module in layer.modules()):  # whose hook is not to be traced
                     layer.compile()
