@@ -91,19 +91,14 @@ class Engine(ABC):
         """The same of the moving averages; None where the run keeps none."""
         if self._decay is None:
             return None
-        state = self.state()
-        slots = self._slots()
-        return {name: slots.get(f"{EMA}/{name}", value) for name, value in state.items()}
+        return self.state() | self._slot(EMA)
 
     def snapshot(self) -> TrainingState:
         """All that is needed to go on from here, on any number of ranks."""
         return TrainingState(self.state(), self._slots(), self._done, self._masters.updates(), self._masters.scaler())
 
     def restore(self, state: TrainingState) -> None:
-        """Go on from ``state``, whose ``model`` this engine was made of."""
-        self._masters.set_weights({name: state.model[self._public(name)] for name, _ in self._engine.module.named_parameters()})
-        if self._decay is not None:
-            self._masters.begin_average()
+        """Go on from ``state``, whose ``model`` this engine was made of, so that the masters are its weights already."""
         own = {self._public(name): name for name in self._engine.module.state_dict()}
         slots = [(slot.partition("/"), value) for slot, value in state.slots.items()]
         self._masters.set_slots({f"{slot}/{own[name]}": v for (slot, _, name), v in slots if name in own}, state.updates)
@@ -115,16 +110,15 @@ class Engine(ABC):
 
     def _slots(self) -> dict[str, Tensor]:
         """By ``slot/name``, of the whole model."""
-        whole: dict[str, Tensor] = {}
-        floating = [name for name, (_, dtype) in self._shapes.items() if dtype.is_floating_point]
-        for slot in self._masters.names:
-            own = self._masters.slot(slot)
-            if slot == EMA:
-                own |= {name: self._mean_over_ranks(value) for name, value in self._averages.items()}
-            public = {self._public(name): value for name, value in own.items()}
-            gathered = self._whole(public, floating if slot == EMA else self._trained)
-            whole |= {f"{slot}/{name}": value for name, value in gathered.items()}
-        return whole
+        return {f"{slot}/{name}": value for slot in self._masters.names for name, value in self._slot(slot).items()}
+
+    def _slot(self, slot: str) -> dict[str, Tensor]:
+        """One slot of the whole model, by name."""
+        own, names = self._masters.slot(slot), self._trained
+        if slot == EMA:
+            own |= {name: self._mean_over_ranks(value) for name, value in self._averages.items()}
+            names = [name for name, (_, dtype) in self._shapes.items() if dtype.is_floating_point]
+        return self._whole({self._public(name): value for name, value in own.items()}, names)
 
     def _statistics(self) -> list[tuple[str, Tensor]]:
         return [(name, buffer) for name, buffer in self._engine.module.named_buffers() if buffer.is_floating_point()]

@@ -4,7 +4,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import pairwise
 from math import isqrt
 from typing import Any
 
@@ -60,9 +59,9 @@ class Stage(nn.Sequential):
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self._draws = draws
         length = max(1, isqrt(len(layers))) if config.activation_checkpointing else len(layers)
-        self._cuts = [*range(0, len(layers), length), len(layers)]
-        for cut in self._cuts[:-1]:
-            first = self[cut]
+        row = list(layers.values())
+        self._segments = [row[start : start + length] for start in range(0, len(row), length)]
+        for first, *_ in self._segments:
             if isinstance(first, nn.ReLU):
                 first.inplace = False  # its input belongs to another rank, or is kept to compute from again
         if config.compile:
@@ -74,11 +73,10 @@ class Stage(nn.Sequential):
     def forward(self, value: Value) -> Value:
         value = _laid_out(value, self._layout)
         position = self._draws.advance() if self.training else (0, 0)
-        segments = [list(self)[start:stop] for start, stop in pairwise(self._cuts)]
-        again = segments[:-1] if self.training else []  # the last one's backward pass comes at once
+        again = self._segments[:-1] if self.training else []  # the last one's backward pass comes at once
         for layers in again:
             value = checkpoint(self._run, layers, position, value, use_reentrant=False, context_fn=partial(_recomputing, layers))
-        for layers in segments[len(again) :]:
+        for layers in self._segments[len(again) :]:
             value = self._run(layers, position, value)
         return _laid_out(value, torch.contiguous_format)
 
