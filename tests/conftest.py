@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from pipelines import local
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 
 @pytest.fixture
@@ -51,6 +55,13 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Service
         yield local.up(folder)
     finally:
         local.down(folder)
+
+
+@pytest.fixture
+def client(services: local.Services) -> "MlflowClient":
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=services.mlflow_url)
 
 
 @pytest.fixture(scope="session")

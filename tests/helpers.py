@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
 
 Run = Callable[..., subprocess.CompletedProcess]
 
@@ -16,3 +19,27 @@ def run_convoy(*arguments: object, env: dict[str, str] | None = None, timeout: f
     environment = plain | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"} | (env or {})
     command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@contextmanager
+def started(recipe: str, settings: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """A training of two ranks that made its first step."""
+    command = [sys.executable, "-m", "pipelines.cli", "train", recipe, "--procs", "2", *settings]
+    plain = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"} | environment
+    with subprocess.Popen(command, env=plain, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The two ranks of a training, in their order."""
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()]
+    assert len(ranks) == 2
+    return sorted(ranks, key=lambda p: p.environ()["RANK"])

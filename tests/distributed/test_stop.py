@@ -1,32 +1,20 @@
 """Runs that are stopped and go on: by the real command, with real signals, against one that nothing disturbed."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from helpers import Run
+from helpers import Run, ranks_of, run_convoy, started
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from pipelines import local
-
 RECIPE = "digits-resnet8"
 STEPS = 60
 Losses = dict[int, float]
-
-
-@pytest.fixture
-def client(services: local.Services) -> MlflowClient:
-    return MlflowClient(tracking_uri=services.mlflow_url)
 
 
 def _settings(digits: Path, out: Path) -> list[str]:
@@ -46,27 +34,6 @@ def _settings(digits: Path, out: Path) -> list[str]:
     return [f"{key}={value}" for key, value in given.items()]
 
 
-@contextmanager
-def _started(procs: int, settings: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """A training that made its first step."""
-    command = [sys.executable, "-m", "pipelines.cli", "train", RECIPE, "--procs", str(procs), *settings]
-    plain = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"} | environment
-    with subprocess.Popen(command, env=plain, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith("step"):
-                break
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
-
-
-def _ranks(process: subprocess.Popen) -> list[psutil.Process]:
-    return [p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()]
-
-
 def _only_run(client: MlflowClient, experiment: str, name: str) -> MlflowRun:
     found = client.get_experiment_by_name(experiment)
     (run,) = client.search_runs([found.experiment_id], f"attributes.run_name = '{name}'")
@@ -83,8 +50,6 @@ def _losses(client: MlflowClient, run: MlflowRun) -> Losses:
 
 @pytest.fixture(scope="session")
 def undisturbed(digits: Path, service_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from helpers import run_convoy
-
     out = tmp_path_factory.mktemp("undisturbed") / "whole"
     done = run_convoy("train", RECIPE, "--procs", 2, *_settings(digits, out), env=service_env)
     assert done.returncode == 0, done.stderr
@@ -105,7 +70,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_as_if_it_had_not_come(
 ) -> None:
     out = tmp_path / "stopped"
     settings = _settings(digits, out)
-    with _started(2, settings, service_env) as process:
+    with started(RECIPE, settings, service_env) as process:
         process.send_signal(signal.SIGTERM)
         said, told = process.communicate(timeout=60)
         assert process.returncode == 143, told
@@ -136,12 +101,12 @@ def test_a_killed_run_goes_on_from_the_object_store_on_other_ranks(
     out = tmp_path / "killed"
     url = f"{bucket}/{tmp_path.name}"
     settings = [*_settings(digits, out), f"checkpoint.url={url}", "checkpoint.every_steps=3", "checkpoint.keep=2"]
-    with _started(2, settings, service_env) as process:
+    with started(RECIPE, settings, service_env) as process:
         assert process.stdout
         for line in process.stdout:  # an epoch's end: there is a checkpoint
             if line.startswith("epoch 2"):
                 break
-        for rank in [*_ranks(process), psutil.Process(process.pid)]:
+        for rank in [*ranks_of(process), psutil.Process(process.pid)]:
             rank.kill()
         process.communicate(timeout=60)
     said = convoy_ok("train", RECIPE, "--procs", 3, *settings, env=service_env)
@@ -158,8 +123,8 @@ def test_a_killed_run_goes_on_from_the_object_store_on_other_ranks(
 
 def test_ranks_do_not_outlive_a_killed_launcher(digits: Path, tmp_path: Path) -> None:
     settings = [*_settings(digits, tmp_path / "out"), "train.epochs=10000", "data.val=null", "checkpoint.keep=1"]
-    with _started(2, settings, {}) as process:
-        ranks = _ranks(process)
+    with started(RECIPE, settings, {}) as process:
+        ranks = ranks_of(process)
         process.kill()
         gone, alive = psutil.wait_procs(ranks, timeout=30)
         assert len(gone) == 2, alive

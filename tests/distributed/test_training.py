@@ -14,13 +14,12 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Run
+from helpers import Run, ranks_of, started
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from pipelines import local
 from trainer.config import load_config
 from trainer.data.index import open_index
 from trainer.data.order import epoch_order
@@ -28,11 +27,6 @@ from trainer.models import build_model
 
 RECIPE = "digits-resnet8"
 MEAN, STD = 0.3, 0.38  # the recipe's
-
-
-@pytest.fixture
-def client(services: local.Services) -> MlflowClient:
-    return MlflowClient(tracking_uri=services.mlflow_url)
 
 
 @pytest.fixture(scope="session")
@@ -287,28 +281,11 @@ def test_a_version_becomes_champion_when_it_is_not_worse(
 # --- what goes wrong while it runs ------------------------------------------------------------------------------------
 
 
-def _start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pipelines.cli", "train", RECIPE, "--procs", "2", *arguments]
-    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _until_step(process: subprocess.Popen) -> list[psutil.Process]:
-    """Wait for the first step; returns the ranks, in their order."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()]
-    assert len(ranks) == 2
-    return sorted(ranks, key=lambda p: p.environ()["RANK"])
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_other_and_asks_for_a_retry(digits: Path, tmp_path: Path, rank: int) -> None:
     settings = [f"data.train={digits}/train", "data.val=null", "train.epochs=10000", f"train.output_dir={tmp_path}/out"]
-    with _start([*settings, "train.log_every_steps=1"], {}) as process:
-        ranks = _until_step(process)
+    with started(RECIPE, [*settings, "train.log_every_steps=1"], {}) as process:
+        ranks = ranks_of(process)
         ranks[rank].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         _, told = process.communicate(timeout=60)
@@ -319,8 +296,7 @@ def test_a_killed_rank_ends_the_other_and_asks_for_a_retry(digits: Path, tmp_pat
 
 def test_sigterm_ends_a_run_in_order(digits: Path, tmp_path: Path, client: MlflowClient, service_env: dict[str, str]) -> None:
     settings = [f"data.train={digits}/train", "data.val=null", "train.epochs=10000", f"train.output_dir={tmp_path}/out"]
-    with _start([*settings, "train.log_every_steps=1", "tracking.experiment=sigterm"], service_env) as process:
-        _until_step(process)
+    with started(RECIPE, [*settings, "train.log_every_steps=1", "tracking.experiment=sigterm"], service_env) as process:
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=60)
         assert process.returncode == 143, told
