@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import RunConfig
-from trainer.data.loader import Batch
+from trainer.data.stages import Batch
 from trainer.engine import parallel
 from trainer.engine.base import Engine
 from trainer.engine.batch import plan_batches

@@ -89,6 +89,22 @@ def verify(
 
 
 @app.command()
+def index(
+    url: str,
+    split: Annotated[str | None, typer.Option(help="Name of the split; the URL's last part when not given.")] = None,
+    class_names: Annotated[str | None, typer.Option(help="File with the name of each label, a line each from 0 on.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that says something else.")] = False,
+) -> None:
+    """Index WebDataset shards that are there already, in place: .tar files of images and labels (.cls)."""
+    from pipelines.adopt import index_shards
+    from pipelines.pack import summary
+
+    for line in summary([(url, index_shards(url, split, class_names, workers, overwrite))]):
+        print(line)
+
+
+@app.command()
 def order(
     url: str,
     epoch: Annotated[int, typer.Option(min=0)],

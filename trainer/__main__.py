@@ -24,9 +24,9 @@ from trainer.engine.parallel import Ranks, StopRequest, is_lost_peer, ranks_from
 from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
 from trainer.engine.schedule import learning_rate_schedule
 from trainer.engine.state import TrainingState
-from trainer.errors import Diverged, ServiceLost, Terminated, UserError, report
+from trainer.errors import FoundByAll, ServiceLost, Terminated, UserError, report
 from trainer.export import ModelFacts, save_model
-from trainer.records import finish, start_tracking
+from trainer.records import KeyLog, finish, start_tracking
 from trainer.resolve import Resolved, resolve
 from trainer.tracking import Tracker
 from trainer.weights import load_weights
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         if is_lost_peer(error):
             error = ServiceLost(f"another rank is gone ({str(error).splitlines()[0][:120]})")
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
-        return report(error, program, quiet=isinstance(error, Diverged) and not ranks.is_first)
+        return report(error, program, quiet=isinstance(error, FoundByAll) and not ranks.is_first)
     return 0
 
 
@@ -173,6 +173,8 @@ def make_job(
     config, val, val_store = run.config, run.val, run.val_store
     world, rank = ranks.world_size, ranks.rank
     copies, steps = run.batch.ranks, run.batch.accumulation_steps
+    skips = config.data.bad_samples == "skip"
+    labels_only = rank >= copies and not skips  # a pipeline's last stage; it must know which samples are bad
     return Job(
         batch=run.batch,
         steps_per_epoch=run.steps_per_epoch,
@@ -183,7 +185,7 @@ def make_job(
             config.schedule, config.optimizer, run.batch.global_size, run.steps_per_epoch, run.total_steps
         ),
         train_batches=lambda epoch, start: train_loader(
-            config, run.train, run.train_store, epoch, copies, rank % copies, steps, start
+            config, run.train, run.train_store, epoch, copies, rank % copies, steps, start, labels_only
         ),
         eval_batches=(lambda: eval_loader(config, val, val_store, world, rank)) if val and val_store else None,
         mean=config.data.mean,
@@ -193,6 +195,8 @@ def make_job(
         save_every_steps=config.checkpoint.every_steps,
         save=save,
         stop=stop,
+        max_bad_samples=config.data.max_bad_samples if skips else None,
+        took=KeyLog(config.output_dir / "samples", run, rank).write if config.data.log_keys else None,
     )
 
 

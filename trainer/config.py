@@ -57,10 +57,34 @@ class DataConfig(_Section):
     """URL of the split that top1 and top5 are measured on."""
     image_size: Count = 224
     """Side of the square that the network sees, pixels."""
+    initial_size: Count | None = None
+    """Side in the first epochs, pixels, where training begins with smaller images (Howard et al. 2018); needs grow_until."""
+    grow_from: NonNegative = 0.0
+    """Epochs after which the side begins to grow from initial_size."""
+    grow_until: NonNegative | None = None
+    """Epochs after which it is image_size."""
+    size_step: Count = 32
+    """It is a multiple of this on the way, pixels."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Threads a rank that decode and augment; 0: in the training thread."""
     prefetch_batches: Count = 4
     """Micro-batches a rank that are made ahead of the training step."""
+    prefetch_mb: Count = 512
+    """Encoded bytes that a rank holds or reads ahead, MiB; more only where one step needs more."""
+    requests: Count = 8
+    """Ranges that a rank reads at a time."""
+    check: Literal["size", "sha256"] = "size"
+    """What of every shard is compared with the index before training: its size, or its bytes too, which reads them all."""
+    cache_dir: str | None = None
+    """Folder on a node's own disk where bytes that were read are kept for the next epoch; its ranks share it."""
+    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    """Most that stands in it, GiB; what was not used for longest goes first."""
+    bad_samples: Literal["stop", "skip"] = "stop"
+    """What a sample that cannot be decoded does: stop the run, or count for nothing in its batch and be told."""
+    max_bad_samples: Count = 10
+    """With `skip`, how many may be met, over all ranks and epochs, before the run stops all the same."""
+    log_keys: bool = False
+    """Write the keys of the samples that each rank took to `samples` in train.output_dir, a line a step."""
     shuffle_window: Count = 16384
     """Samples, over all ranks, within which the order is shuffled."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -71,6 +95,23 @@ class DataConfig(_Section):
     """Of each channel, subtracted after scaling to 0..1."""
     std: Triple = [0.229, 0.224, 0.225]
     """Of each channel, divided by after scaling to 0..1."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> "DataConfig":
+        if self.initial_size is not None:
+            if self.initial_size > self.image_size:
+                raise ValueError(f"initial_size {self.initial_size} is more than image_size {self.image_size}")
+            if self.grow_until is None or self.grow_until <= self.grow_from:
+                raise ValueError(f"initial_size needs grow_until, in epochs, above grow_from {self.grow_from:g}")
+        return self
+
+    def size_in(self, epoch: int) -> int:
+        """Side of the training images of an epoch, pixels: from initial_size to image_size, linearly, in steps of size_step."""
+        if self.initial_size is None or self.grow_until is None or epoch >= self.grow_until:
+            return self.image_size
+        grown = max(0.0, (epoch - self.grow_from) / (self.grow_until - self.grow_from))
+        side = self.initial_size + grown * (self.image_size - self.initial_size)
+        return max(self.initial_size, min(self.image_size, round(side / self.size_step) * self.size_step))
 
 
 class BatchConfig(_Section):
@@ -133,6 +174,14 @@ class AugmentConfig(_Section):
     """Least part of the image's area that `resized` keeps."""
     flip: bool = True
     """Mirror left and right with probability 1/2."""
+    auto: Literal["none", "rand", "trivial"] = "none"
+    """Random changes of colour and shape: RandAugment (Cubuk et al. 2019), TrivialAugment (Mueller and Hutter 2021)."""
+    rand_layers: Annotated[int, Field(ge=1, le=4)] = 2
+    """Changes that `rand` makes to an image."""
+    rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Their strength, of 30."""
+    erase: Fraction = 0.0
+    """Probability that a rectangle of an image is painted over with data.mean (random erasing, Zhong et al. 2017)."""
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Part of the resized short side that the centre crop of evaluation keeps (224 of 256)."""
     mixup: Alpha = 0.0

@@ -22,8 +22,12 @@ class UserError(ValueError):
         self.faults = faults
 
 
-class Diverged(UserError):
-    """A loss that is no number, which every rank finds at the same step."""
+class FoundByAll(UserError):
+    """What every rank finds at the same step, so that one tells it."""
+
+
+class Diverged(FoundByAll):
+    """A loss that is no number."""
 
 
 class ServiceLost(RuntimeError):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from trainer.checkpoint import Checkpoint
 from trainer.config import find_recipe
@@ -115,3 +116,21 @@ def _register(run: Resolved, result: Result, tracker: Tracker, delivered: bool) 
     )
     print(f"registered {registered.name} version {registered.version} as {registered.alias}: {registered.why}", flush=True)
     return {"model": registered.name, "version": registered.version, "alias": registered.alias}
+
+
+class KeyLog:
+    """The keys of the samples that a rank took, a line a step as ``convoy order --json`` prints it, and the epoch."""
+
+    def __init__(self, folder: Path, run: Resolved, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._world_size, self._steps_per_epoch = run.world_size, run.steps_per_epoch
+        self._file: TextIO | None = None
+
+    def write(self, step: int, keys: list[str]) -> None:
+        """``step``: of the run, from 0. The file is named by the first one, the rank and the number of ranks."""
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / f"from-{step}-rank-{self._rank}-of-{self._world_size}.jsonl").open("w", encoding="utf-8")
+        epoch, place = divmod(step, self._steps_per_epoch)
+        self._file.write(json.dumps({"epoch": epoch, "step": place, "keys": keys}) + "\n")
+        self._file.flush()

@@ -14,7 +14,8 @@ from trainer.engine.schedule import learning_rate_schedule
 from trainer.errors import UserError
 
 _SHAPING = (
-    *(f"data.{key}" for key in ("image_size", "shuffle_window", "seed", "tail", "mean", "std")),
+    *(f"data.{key}" for key in ("image_size", "initial_size", "grow_from", "grow_until", "size_step")),
+    *(f"data.{key}" for key in ("shuffle_window", "seed", "tail", "mean", "std")),
     "batch.global_size",
     *(f"train.{key}" for key in ("seed", "label_smoothing", "sync_batch_norm")),
 )

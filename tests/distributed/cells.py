@@ -22,8 +22,8 @@ from timm.data.mixup import mixup_target
 from trainer.checkpoint import Checkpoint, begin
 from trainer.config import RunConfig
 from trainer.data.augment import Mix, draw_mix
-from trainer.data.loader import Batch
 from trainer.data.order import mix_generator, rank_slots
+from trainer.data.stages import Batch
 from trainer.engine import parallel
 from trainer.engine.base import Engine
 from trainer.engine.batch import BatchPlan, plan_batches

@@ -15,7 +15,7 @@ from deepspeed.utils import (
 )
 
 from trainer.config import RunConfig
-from trainer.data.loader import Batch
+from trainer.data.stages import Batch
 from trainer.engine import parallel
 from trainer.engine.batch import BatchPlan
 from trainer.engine.data_parallel import DataParallel

@@ -9,8 +9,11 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from trainer.data.augment import UNIFORMS, eval_transform, padded_crop, random_resized_crop, train_transform
+from trainer.config import RunConfig
+from trainer.data.augment import UNIFORMS, erase, eval_transform, padded_crop
 from trainer.data.decode import DecodeError, decode_rgb, to_array
+from trainer.data.loader import train_view
+from trainer.data.randaugment import CHANGES, change, rand_augment, trivial_augment
 from trainer.models.layers import normalize
 
 
@@ -18,6 +21,16 @@ def _encoded(image: Image.Image, form: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def _view(encoded: bytes, uniforms: np.ndarray, size: int, **augment: object) -> np.ndarray:
+    """What a recipe with these keys makes of an image."""
+    config = RunConfig.model_validate(
+        {"model": {"name": "resnet8"}, "data": {"train": "none"}, "train": {"max_steps": 1}, "augment": augment}
+    )
+    out = np.empty((size, size, 3), np.uint8)
+    train_view(config)(memoryview(encoded), uniforms, out)
+    return out
 
 
 @pytest.mark.parametrize("box", [(0, 0, 640, 427), (0, 0, 200, 427), (10, 10, 310, 310), (0, 0, 233, 57), (0, 0, 224, 224)])
@@ -40,10 +53,11 @@ def test_random_resized_crop_follows_torchvisions_distribution(photographs: list
     ours, theirs = [], []
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     chart = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+    encoded = _encoded(chart, "PNG", compress_level=0)
     random, theirs_transform = np.random.default_rng(0), v2.RandomResizedCrop(64, antialias=True)
     torch.manual_seed(0)
     for _ in range(3000):
-        crop = np.asarray(random_resized_crop(chart, 64, 0.08, random.random(UNIFORMS)), float)
+        crop = _view(encoded, random.random(UNIFORMS), 64, flip=False).astype(float)
         spans = crop[:, -1, 0].mean() - crop[:, 0, 0].mean(), crop[-1, :, 1].mean() - crop[0, :, 1].mean()
         ours.append([*spans, crop[..., 0].mean()])
         params = theirs_transform.make_params([chart])
@@ -58,7 +72,7 @@ def test_random_resized_crop_resizes_as_torchvision(photographs: list[Image.Imag
     uniforms = np.random.default_rng(1).random(UNIFORMS)
     uniforms[3:5] = 1.0, 0.5  # the whole area does not fit with aspect 1; later tries decide
     image = photographs[1]
-    got = random_resized_crop(image, 96, 0.08, uniforms)
+    got = _view(_encoded(image, "PNG", compress_level=0), uniforms, 96, flip=False)
     for u_area, u_ratio in uniforms[3:23].reshape(10, 2):
         area, ratio = 640 * 427 * (0.08 + 0.92 * u_area), (3 / 4) * (16 / 9) ** u_ratio
         w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
@@ -66,7 +80,7 @@ def test_random_resized_crop_resizes_as_torchvision(photographs: list[Image.Imag
             break
     top, left = int(uniforms[2] * (427 - h + 1)), int(uniforms[1] * (640 - w + 1))
     want = TF.resized_crop(image, top, left, h, w, [96, 96], antialias=True)
-    assert np.abs(to_array(got).astype(int) - np.asarray(want).astype(int)).max() <= 1
+    assert np.abs(got.astype(int) - np.asarray(want).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (1, 1), (3000, 20)])
@@ -74,7 +88,7 @@ def test_any_shape_gives_a_square(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, (1, 2, 3))
     uniforms = np.random.default_rng(0).random(UNIFORMS)
     for crop in ("resized", "padded", "none"):
-        assert train_transform(image, 32, crop, 4, 0.08, True, 0.875, uniforms).size == (32, 32)
+        assert (_view(_encoded(image, "PNG"), uniforms, 32, crop=crop) == (1, 2, 3)).all() or crop == "padded"
     assert eval_transform(image, 32, 0.875).size == (32, 32)
 
 
@@ -93,14 +107,105 @@ def test_padded_crop_is_a_window_of_the_padded_image(photographs: list[Image.Ima
 
 def test_flip_is_for_half_of_them(photographs: list[Image.Image]) -> None:
     image = photographs[0].crop((0, 0, 28, 28))
-    random = np.random.default_rng(0)
+    random, encoded = np.random.default_rng(0), _encoded(image, "PNG")
     flipped = sum(
-        np.array_equal(
-            to_array(train_transform(image, 28, "none", 0, 1.0, True, 1.0, random.random(UNIFORMS))), np.asarray(image)[:, ::-1]
-        )
+        np.array_equal(_view(encoded, random.random(UNIFORMS), 28, crop="none", eval_crop=1.0), np.asarray(image)[:, ::-1])
         for _ in range(1000)
     )
     assert 430 < flipped < 570
+
+
+# --- RandAugment, TrivialAugment, random erasing ----------------------------------------------------------------------
+
+
+def _torchvisions(name: str, image: Image.Image, strength: float) -> Image.Image:
+    """torchvision's own function for what the papers call ``name``."""
+    shear = float(np.degrees(np.arctan(strength)))
+    return {
+        "identity": lambda: image,
+        "shear_x": lambda: TF.affine(image, 0.0, [0, 0], 1.0, [shear, 0.0], center=[0, 0]),
+        "shear_y": lambda: TF.affine(image, 0.0, [0, 0], 1.0, [0.0, shear], center=[0, 0]),
+        "translate_x": lambda: TF.affine(image, 0.0, [-int(strength), 0], 1.0, [0.0, 0.0]),
+        "translate_y": lambda: TF.affine(image, 0.0, [0, -int(strength)], 1.0, [0.0, 0.0]),
+        "rotate": lambda: TF.rotate(image, strength),
+        "brightness": lambda: TF.adjust_brightness(image, 1 + strength),
+        "color": lambda: TF.adjust_saturation(image, 1 + strength),
+        "contrast": lambda: TF.adjust_contrast(image, 1 + strength),
+        "sharpness": lambda: TF.adjust_sharpness(image, 1 + strength),
+        "posterize": lambda: TF.posterize(image, 8 - int(abs(strength))),
+        "solarize": lambda: TF.solarize(image, round(255 * (1 - abs(strength)))),
+        "autocontrast": lambda: TF.autocontrast(image),
+        "equalize": lambda: TF.equalize(image),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_change_is_torchvisions(photographs: list[Image.Image], name: str) -> None:
+    image = photographs[1].crop((100, 50, 324, 274))
+    strengths = {"rotate": (-30.0, 17.0), "posterize": (2.0, -4.0)}.get(name, (-0.3, 0.27))
+    strengths = (-12.0, 40.0) if name.startswith("translate") else strengths
+    for strength in strengths:
+        apart = np.abs(to_array(change(image, name, strength)).astype(int) - to_array(_torchvisions(name, image, strength)))
+        assert (apart > 0).mean() < 0.01, "but for pixels on the border between two"
+        assert name == "identity" or (to_array(change(image, name, strength)) != to_array(image)).any()
+
+
+@pytest.mark.parametrize("policy", ["rand", "trivial"])
+def test_changes_are_drawn_as_torchvisions(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The strengths that each change gets, against the table that torchvision's transform draws from."""
+    drawn: dict[str, set[float]] = {name: set() for name in CHANGES}
+    monkeypatch.setattr("trainer.data.randaugment.change", lambda image, name, value: (drawn[name].add(round(value, 3)), image)[1])
+    image, random = Image.new("RGB", (224, 224)), np.random.default_rng(0)
+    for _ in range(20_000):
+        if policy == "rand":
+            rand_augment(image, 1, 9, random.random(UNIFORMS))
+        else:
+            trivial_augment(image, random.random(UNIFORMS))
+    theirs = (v2.RandAugment() if policy == "rand" else v2.TrivialAugmentWide())._AUGMENTATION_SPACE
+    named = {key.lower().replace("shear", "shear_").replace("translate", "translate_"): value for key, value in theirs.items()}
+    named["auto_contrast"] = named.pop("autocontrast", None) or named.get("auto_contrast")
+    for name in CHANGES:
+        magnitudes, signed = named["auto_contrast" if name == "autocontrast" else name]
+        table = magnitudes(31, 224, 224)
+        if table is None:
+            continue
+        values = table.tolist() if policy == "trivial" else [table[9].item()]
+        if name == "posterize":
+            ours = {8 - round(abs(value)) for value in drawn[name]}
+            assert ours == set(values)
+        elif name == "solarize":
+            assert sorted({round(1 - abs(value), 3) for value in drawn[name]}) == pytest.approx(sorted(set(values)), abs=2e-3)
+        else:
+            both = {round(sign * value, 3) for value in values for sign in (1, -1)} if signed else {round(v, 3) for v in values}
+            assert sorted(drawn[name]) == pytest.approx(sorted({v + 0.0 for v in both}), abs=2e-3)
+
+
+def test_erasing_follows_torchvisions_distribution() -> None:
+    ours, theirs = [], []
+    random, eraser = np.random.default_rng(0), v2.RandomErasing(p=0.7, value=1)
+    torch.manual_seed(0)
+    for _ in range(3000):
+        pixels = np.zeros((64, 64, 3), np.uint8)
+        erase(pixels, 0.7, np.array([1, 1, 1], np.uint8), random.random(UNIFORMS))
+        for found, mask in ((ours, pixels[..., 0]), (theirs, eraser(torch.zeros(3, 64, 64))[0].numpy())):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            found.append([len(rows), len(columns), rows.mean() if len(rows) else -1, columns.mean() if len(rows) else -1])
+    for column in range(4):
+        for q in (0.1, 0.25, 0.4, 0.5, 0.75, 0.9):
+            a, b = (np.quantile(np.array(found)[:, column], q) for found in (ours, theirs))
+            assert a == pytest.approx(b, abs=3), (column, q)
+
+
+def test_a_recipes_augmentation_is_a_function_of_its_numbers(photographs: list[Image.Image]) -> None:
+    encoded, random = _encoded(photographs[0], "JPEG"), np.random.default_rng(3)
+    for _ in range(5):
+        uniforms = random.random(UNIFORMS)
+        plain, *rest = (
+            _view(encoded, uniforms, 64, **keys) for keys in ({}, {"auto": "rand"}, {"auto": "trivial"}, {"erase": 1.0})
+        )
+        again = _view(encoded, uniforms, 64, auto="rand")
+        assert np.array_equal(rest[0], again)
+        assert not np.array_equal(rest[2], plain)
 
 
 def test_normalize_is_torchvisions(photographs: list[Image.Image]) -> None:

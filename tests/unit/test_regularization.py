@@ -21,8 +21,9 @@ from torchvision.transforms import v2
 from trainer.config import RunConfig, load_config
 from trainer.data.augment import Mix, draw_mix
 from trainer.data.index import open_index
-from trainer.data.loader import Batch, train_loader
+from trainer.data.loader import train_loader
 from trainer.data.order import mix_generator
+from trainer.data.stages import Batch
 from trainer.engine.base import Engine, Step, mixed
 from trainer.engine.batch import BatchPlan
 from trainer.engine.objective import weighted_loss

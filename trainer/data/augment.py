@@ -6,8 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-UNIFORMS = 24
-"""Random numbers that one training sample uses: flip, two for the place, then two for each of ten tries at a crop."""
+from trainer.data.randaugment import FIRST, LAYERS
+
+_ERASE = FIRST + 3 * LAYERS
+UNIFORMS = _ERASE + 23
+"""Random numbers that one training sample uses: flip, two for the place, two for each of ten tries at a crop; one is left over;
+then three for each change of colour and shape; whether to erase, two for the place, and two for each of ten tries."""
 
 
 def eval_transform(image: Image.Image, size: int, crop: float) -> Image.Image:
@@ -21,20 +25,19 @@ def eval_transform(image: Image.Image, size: int, crop: float) -> Image.Image:
     return image.crop((left, top, left + size, top + size)) if image.size != (size, size) else image
 
 
-def random_resized_crop(image: Image.Image, size: int, min_area: float, uniforms: np.ndarray) -> Image.Image:
-    """Inception's crop (Szegedy et al. 2014, section 6): area in [min_area, 1], aspect in [3/4, 4/3], ten tries, else centre."""
-    width, height = image.size
-    for u_area, u_ratio in uniforms[3:23].reshape(10, 2):
+def crop_box(width: int, height: int, min_area: float, uniforms: np.ndarray) -> tuple[int, int, int, int]:
+    """Inception's crop (Szegedy et al. 2014, section 6): area in [min_area, 1], aspect in [3/4, 4/3], ten tries, else centre.
+
+    Returns left, top, width, height.
+    """
+    for u_area, u_ratio in uniforms[3:23].reshape(10, 2).tolist():
         area = width * height * (min_area + (1 - min_area) * u_area)
         ratio = math.exp(math.log(3 / 4) + u_ratio * math.log(16 / 9))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(uniforms[1] * (width - w + 1)), int(uniforms[2] * (height - h + 1))
-            break
-    else:
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-        left, top = (width - w) // 2, (height - h) // 2
-    return image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BILINEAR)
+            return int(uniforms[1] * (width - w + 1)), int(uniforms[2] * (height - h + 1)), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
 def padded_crop(image: Image.Image, size: int, padding: int, uniforms: np.ndarray) -> Image.Image:
@@ -43,17 +46,21 @@ def padded_crop(image: Image.Image, size: int, padding: int, uniforms: np.ndarra
     return image.crop((left, top, left + size, top + size))
 
 
-def train_transform(
-    image: Image.Image, size: int, crop: str, padding: int, min_area: float, flip: bool, eval_crop: float, uniforms: np.ndarray
-) -> Image.Image:
-    """The training view of one image; ``uniforms``: UNIFORMS numbers in [0, 1)."""
-    if crop == "resized":
-        image = random_resized_crop(image, size, min_area, uniforms)
-    else:
-        image = eval_transform(image, size, eval_crop)
-        if crop == "padded":
-            image = padded_crop(image, size, padding, uniforms)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and uniforms[0] < 0.5 else image
+def erase(pixels: np.ndarray, probability: float, colour: np.ndarray, uniforms: np.ndarray) -> None:
+    """Paint a rectangle of uint8 [side, side, 3] over with uint8 [3] (Zhong et al. 2017, 3.2): 2% to 33% of the area, aspect
+    0.3 to 3.3, ten tries."""
+    draws = uniforms[_ERASE:].tolist()
+    if draws[0] >= probability:
+        return
+    side = len(pixels)
+    for u_area, u_ratio in zip(draws[3::2], draws[4::2], strict=True):
+        area = side * side * (0.02 + 0.31 * u_area)
+        ratio = math.exp(math.log(0.3) + u_ratio * math.log(11))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w < side and 0 < h < side:
+            top, left = int(draws[1] * (side - h + 1)), int(draws[2] * (side - w + 1))
+            pixels[top : top + h, left : left + w] = colour
+            return
 
 
 @dataclass(frozen=True)

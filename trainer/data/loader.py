@@ -1,67 +1,25 @@
-"""Batches for one rank, as a visible list of stages that webdataset's pipeline composes.
+"""Batches for one rank, as a visible list of stages that webdataset's pipeline composes (``stages``)."""
 
-The streams between the stages: ``Window`` (which samples), ``dict(__key__=..., jpg=..., cls=..., slot facts)`` lists a
-micro-batch, ``Batch`` (pixels). Every stage is a generator over a plain iterator.
-"""
-
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import webdataset as wds
+from PIL import Image
 
 from trainer.config import RunConfig
-from trainer.data.augment import UNIFORMS, Mix, draw_mix, eval_transform, train_transform
-from trainer.data.decode import DecodeError, decode_rgb, to_array
+from trainer.data.augment import UNIFORMS, Mix, crop_box, draw_mix, erase, eval_transform, padded_crop
+from trainer.data.decode import decode_crop, decode_rgb
 from trainer.data.index import Index
-from trainer.data.order import augment_uniforms, epoch_order, eval_portion, mix_generator, rank_slots
-from trainer.data.reader import read_samples
-from trainer.data.shard import Sample, encoded_image, label_of
+from trainer.data.order import EpochOrder, augment_uniforms, epoch_order, eval_portion, mix_generator, rank_slots
+from trainer.data.randaugment import rand_augment, trivial_augment
+from trainer.data.stages import Batch, Decoder, MicroBatch, View, Window, decoded, fetched, threads
 from trainer.data.storage import Store
-from trainer.errors import UserError
 
-A = TypeVar("A")
-B = TypeVar("B")
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Sample numbers of one micro-batch, what stands at each, and what augments it."""
-
-    samples: np.ndarray  # int64 [micro]
-    weights: np.ndarray  # float32 [micro]; 0: padding
-    global_weight: float  # samples with weight 1 in the whole global batch
-    uniforms: np.ndarray | None  # float64 [micro, UNIFORMS]; None in evaluation
-    mix: Mix | None = None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a forward pass gets."""
-
-    pixels: np.ndarray  # uint8 [micro, size, size, 3]
-    labels: np.ndarray  # int64 [micro]
-    weights: np.ndarray  # float32 [micro]
-    global_weight: float
-    keys: list[str]
-    mix: Mix | None = None  # of pixels and labels, left to the engine
-
-    @property
-    def lam(self) -> float | None:
-        """The part of each target that is the sample's own label, where samples are mixed."""
-        return self.mix.lam if self.mix else None
-
-
-View = Callable[[memoryview, np.ndarray | None], np.ndarray]
-"""Encoded image and its random numbers to uint8 [size, size, 3]."""
-
-Window = list[MicroBatch]
-"""Micro-batches whose bytes are fetched together."""
+_LONG = 8 * 2**20  # bytes of a lane's stretch from which on a longer one is no faster to read
+_SLOW = 64 * 2**20  # bytes that are worth waiting for before the first step of an epoch
 
 
 def train_loader(
@@ -73,126 +31,123 @@ def train_loader(
     rank: int,
     accumulation_steps: int,
     start_step: int = 0,
+    labels_only: bool = False,
 ) -> Iterator[Batch]:
     """One epoch's micro-batches of one rank from its step ``start_step`` on, ``accumulation_steps`` a step. What comes before
-    is not read."""
-    data, augment = config.data, config.augment
+    is not read. ``labels_only``: pixels are not decoded (a pipeline's last stage)."""
+    data, augment, global_size = config.data, config.augment, config.batch.global_size
+    side = data.size_in(epoch)
 
     def mix(step: int, micro_batch: int) -> Mix | None:
-        return draw_mix(mix_generator(data.seed, epoch, step, micro_batch), augment.mixup, augment.cutmix, data.image_size)
+        return draw_mix(mix_generator(data.seed, epoch, step, micro_batch), augment.mixup, augment.cutmix, side)
 
     def windows() -> Iterator[Window]:
-        global_size = config.batch.global_size
         order = epoch_order(index.sizes, data.seed, epoch, global_size, data.shuffle_window, data.tail)
         slots = rank_slots(global_size, world_size, rank, accumulation_steps)
-        for first in range(start_step // order.block * order.block, order.steps, order.block):
+        lane = index.bytes / index.samples  # bytes a step
+        for first, end in step_windows(order, start_step, lane, slots.size, data.prefetch_mb * 2**20):
             window = []
-            for step in range(max(first, start_step), min(first + order.block, order.steps)):
+            for step in range(first, end):
                 uniforms = augment_uniforms(data.seed, epoch, step, global_size, UNIFORMS)
                 whole = float(order.weights[step].sum())
                 window += [
-                    MicroBatch(order.samples[step, s], order.weights[step, s], whole, uniforms[s], mix(step, a * world_size + rank))
+                    MicroBatch(
+                        order.samples[step, s], order.weights[step, s], whole, side, uniforms[s], mix(step, a * world_size + rank)
+                    )
                     for a, s in enumerate(slots)
                 ]
             yield window
 
-    def view(encoded: memoryview, uniforms: np.ndarray | None) -> np.ndarray:
-        assert uniforms is not None
-        image = decode_rgb(encoded)
-        return to_array(
-            train_transform(
-                image, data.image_size, augment.crop, augment.padding, augment.min_area, augment.flip, augment.eval_crop, uniforms
-            )
-        )
+    return _run(config, windows, index, store, None if labels_only else train_view(config))
 
-    return _run(windows, index, store, view, data.workers, data.prefetch_batches)
+
+def step_windows(order: EpochOrder, start: int, lane: float, lanes: int, budget: int) -> Iterator[tuple[int, int]]:
+    """Steps (first, end) whose bytes are fetched together, from ``start`` on.
+
+    ``lane``: bytes that a lane reads a step; ``lanes``: how many the rank serves; ``budget``: bytes that it may hold. A window
+    is one block of the order, in which each lane reads one stretch, or several where those are short. Only where two blocks
+    are more than ``budget`` it is a part of one, and samples are read singly. A long first block begins with its first step.
+    """
+    size = order.block * lane * lanes
+    if 2 * size > budget:
+        steps = max(1, int(budget / 4 / (lane * lanes)))
+    else:
+        steps = order.block * max(1, int(min(_LONG / (order.block * lane), budget / 4 / size)))
+    first = start
+    while first < order.steps:
+        end = min(order.steps, (first // steps + 1) * steps)
+        if first == start and (end - first) * lane * lanes > _SLOW:
+            end = first + 1
+        if 2 * size > budget:
+            end = min(end, (first // order.block + 1) * order.block)
+        yield first, end
+        first = end
+
+
+def train_view(config: RunConfig) -> View:
+    """The augmentation that a recipe asks for."""
+    augment = config.augment
+    grey = _grey(config)
+
+    def view(encoded: memoryview, uniforms: np.ndarray | None, out: np.ndarray) -> None:
+        assert uniforms is not None
+        flip = augment.flip and uniforms[0] < 0.5
+        if augment.crop == "resized":
+            decode_crop(encoded, lambda width, height: crop_box(width, height, augment.min_area, uniforms), out, flip)
+        else:
+            image = eval_transform(decode_rgb(encoded), len(out), augment.eval_crop)
+            if augment.crop == "padded":
+                image = padded_crop(image, len(out), augment.padding, uniforms)
+            out[:] = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
+        if augment.auto == "rand":
+            out[:] = rand_augment(Image.fromarray(out), augment.rand_layers, augment.rand_magnitude, uniforms)
+        elif augment.auto == "trivial":
+            out[:] = trivial_augment(Image.fromarray(out), uniforms)
+        if augment.erase:
+            erase(out, augment.erase, grey, uniforms)
+
+    return view
+
+
+def _grey(config: RunConfig) -> np.ndarray:
+    return np.round(np.array(config.data.mean) * 255).astype(np.uint8)
 
 
 def eval_loader(config: RunConfig, index: Index, store: Store, world_size: int, rank: int) -> Iterator[Batch]:
-    """A rank's stretch of the validation split, each sample once; the last batch may be smaller."""
+    """A rank's stretch of the validation split, each sample once; the last batch may be smaller. Bad ones are left out."""
     data, size = config.data, config.batch.eval_size
 
     def windows() -> Iterator[Window]:
         samples = np.array(eval_portion(index.samples, world_size, rank))
         batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-        per_window = max(1, data.shuffle_window // (size * world_size))
+        per_window = max(1, int(min(4 * _LONG, data.prefetch_mb * 2**18) / (index.bytes / index.samples * size)))
         for first in range(0, len(batches), per_window):
-            yield [MicroBatch(b, np.ones(len(b), np.float32), float(len(b)), None) for b in batches[first : first + per_window]]
+            yield [
+                MicroBatch(b, np.ones(len(b), np.float32), float(len(b)), data.image_size, None)
+                for b in batches[first : first + per_window]
+            ]
 
-    def view(encoded: memoryview, uniforms: np.ndarray | None) -> np.ndarray:
-        return to_array(eval_transform(decode_rgb(encoded), data.image_size, config.augment.eval_crop))
+    def view(encoded: memoryview, uniforms: np.ndarray | None, out: np.ndarray) -> None:
+        out[:] = np.asarray(eval_transform(decode_rgb(encoded), data.image_size, config.augment.eval_crop))
 
-    return _run(windows, index, store, view, data.workers, data.prefetch_batches)
+    for batch in _run(config, windows, index, store, view):
+        good = batch.weights > 0
+        if not good.all():
+            batch = replace(batch, pixels=batch.pixels[good], labels=batch.labels[good], weights=batch.weights[good])
+        yield batch
 
 
 def _run(
-    windows: Callable[[], Iterator[Window]],
-    index: Index,
-    store: Store,
-    view: View,
-    workers: int,
-    prefetch: int,
+    config: RunConfig, windows: Callable[[], Iterator[Window]], index: Index, store: Store, view: View | None
 ) -> Iterator[Batch]:
+    data = config.data
+    decoder = Decoder(view, len(index.classes), data.bad_samples == "skip", _grey(config))
     with ExitStack() as stack:
-        fetchers = stack.enter_context(_threads(1, "fetch"))
-        decoders = stack.enter_context(_threads(workers, "decode")) if workers else None
+        fetchers = stack.enter_context(threads(data.requests, "fetch"))
+        decoders = stack.enter_context(threads(data.workers, "decode")) if data.workers else None
         stages = [
             windows,  # Window
-            ahead(partial(fetch, index=index, store=store), fetchers, 1),  # list[tuple[MicroBatch, list[Sample]]]
-            unbatched,  # tuple[MicroBatch, list[Sample]]
-            ahead(partial(make_batch, index=index, view=view), decoders, workers + prefetch),  # Batch
+            partial(fetched, index=index, store=store, pool=fetchers, budget=data.prefetch_mb * 2**20),  # MicroBatch, list[Sample]
+            partial(decoded, decoder=decoder, pool=decoders, ahead=data.prefetch_batches),  # Batch
         ]
         yield from wds.DataPipeline(*stages)
-
-
-@contextmanager
-def _threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(count, name)
-    try:
-        yield pool
-    finally:  # an abandoned epoch does not finish what is queued
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def ahead(work: Callable[[A], B], pool: ThreadPoolExecutor | None, depth: int) -> Callable[[Iterable[A]], Iterator[B]]:
-    """A stage that applies ``work`` in ``pool``, ``depth`` items ahead of the consumer, in order; without a pool, at once."""
-
-    def stage(items: Iterable[A]) -> Iterator[B]:
-        if pool is None:
-            yield from map(work, items)
-            return
-        queue: deque[Future[B]] = deque()
-        for item in items:
-            queue.append(pool.submit(work, item))
-            if len(queue) > depth:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
-
-    return stage
-
-
-def unbatched(items: Iterable[list[A]]) -> Iterator[A]:
-    """A stage that takes lists apart."""
-    for item in items:
-        yield from item
-
-
-def fetch(window: Window, index: Index, store: Store) -> list[tuple[MicroBatch, list[Sample]]]:
-    """Read every sample of a window; a lane's block is one request, or two at a shard's end."""
-    samples = read_samples(np.concatenate([part.samples for part in window]), index, store)
-    return [(part, [samples[int(s)] for s in part.samples]) for part in window]
-
-
-def make_batch(fetched: tuple[MicroBatch, list[Sample]], index: Index, view: View) -> Batch:
-    """Decode and augment a micro-batch. Raises UserError that names shard, key and byte of a sample that is no image."""
-    part, samples = fetched
-    pixels, labels = [], []
-    for i, sample in enumerate(samples):
-        try:
-            pixels.append(view(encoded_image(sample), None if part.uniforms is None else part.uniforms[i]))
-        except DecodeError as error:
-            raise UserError(f"{sample['__where__']}: cannot be decoded: {error}") from None
-        labels.append(label_of(sample, len(index.classes)))
-    keys = [sample["__key__"] for sample in samples]
-    return Batch(np.stack(pixels), np.array(labels, np.int64), part.weights, part.global_weight, keys, part.mix)

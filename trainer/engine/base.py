@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config import RunConfig
 from trainer.data.augment import Mix
-from trainer.data.loader import Batch
+from trainer.data.stages import Batch
 from trainer.engine.batch import BatchPlan
 from trainer.engine.stage import Draws
 from trainer.engine.state import EMA, MasterState, TrainingState

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from trainer.console import TrainingProgress
-from trainer.data.loader import Batch
+from trainer.data.stages import Batch
 from trainer.engine.base import Engine, Step, to_device
 from trainer.engine.batch import BatchPlan
 from trainer.engine.objective import count_correct
 from trainer.engine.parallel import StopRequest, averaged, gathered, summed
 from trainer.engine.state import TrainingState
-from trainer.errors import Diverged, Terminated
+from trainer.errors import Diverged, FoundByAll, Terminated
 from trainer.models.layers import normalize
 from trainer.tracking import Tracker
 
@@ -42,6 +42,10 @@ class Job:
     save: Callable[[TrainingState, dict[str, Any]], None]
     """Keeps a checkpoint with the figures so far; returns while that is still being written."""
     stop: StopRequest
+    max_bad_samples: int | None = None
+    """How many samples that cannot be decoded a rank passes over; None: the first stops the run, where it is met."""
+    took: Callable[[int, list[str]], None] | None = None
+    """Is told after each step which samples' keys this rank took for it."""
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Result:
     evaluated_step: int = 0
     images: int = 0
     waited_seconds: float = 0.0
+    bad_samples: int = 0
 
 
 @dataclass
@@ -73,6 +78,8 @@ class _Meter:
     skipped_in_a_row: int = 0
     steps: list[Step] = field(default_factory=list)
     """Those whose losses were not read from the device yet."""
+    bad: list[str] = field(default_factory=list)
+    """Samples of these steps that could not be decoded, a line each."""
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time until each comes is time waited."""
@@ -80,6 +87,7 @@ class _Meter:
             asked = time.perf_counter()
             batch = next(batches)
             self.waited += time.perf_counter() - asked
+            self.bad += batch.bad
             yield batch
 
     def took(self, step: Step) -> None:
@@ -145,6 +153,8 @@ def _train_epoch(
         meter.took(outcome)
         result.steps += 1
         result.skipped_steps += outcome.skipped
+        if job.took is not None and outcome.keys:
+            job.took(result.steps - 1, outcome.keys)
         _check_overflow(job, engine, meter, result.steps)
         ended = _ends_epoch(job, result.steps)
         saves = told or (job.save_every_steps is not None and result.steps % job.save_every_steps == 0 and not ended)
@@ -172,11 +182,21 @@ def _end_epoch(job: Job, engine: Engine, tracker: Tracker, progress: TrainingPro
     _load_whole(job, engine)
     epoch = -(-result.steps // job.steps_per_epoch)
     if job.eval_batches is not None:
-        result.top1, result.top5, result.val_samples = evaluate(job.model, job, job.eval_batches())
+        bad: list[str] = []
+        result.top1, result.top5, result.val_samples = evaluate(job.model, job, _noting(job.eval_batches(), bad))
+        if job.max_bad_samples is not None:
+            for line in gathered(bad):
+                progress.note(f"not evaluated: {line}")
         tracker.log_metrics({"top1": result.top1, "top5": result.top5, "epoch": epoch}, result.steps)
         progress.note(f"epoch {epoch}: top1 {result.top1:.4f}, top5 {result.top5:.4f} of {result.val_samples:,} images")
     result.evaluated_step = result.steps
     _save(job, engine, result)
+
+
+def _noting(batches: Iterator[Batch], bad: list[str]) -> Iterator[Batch]:
+    for batch in batches:
+        bad += batch.bad
+        yield batch
 
 
 def _check_overflow(job: Job, engine: Engine, meter: _Meter, step: int) -> None:
@@ -201,6 +221,7 @@ def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress,
     norm, scale = engine.grad_norm(), engine.loss_scale()
     values |= {"grad_norm": norm} if norm is not None else {}
     values |= {"loss_scale": scale, "skipped_steps": result.skipped_steps} if scale is not None else {}
+    values |= _passed_over(job, meter, progress, result)
     for number, loss in enumerate(losses, start=first):
         # step 1 is the first update, so that a curve's last step is the number of updates made
         rates = values if number == step else {}
@@ -220,6 +241,22 @@ def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress,
     )
 
 
+def _passed_over(job: Job, meter: _Meter, progress: TrainingProgress, result: Result) -> dict[str, float]:
+    """Tell the samples that could not be decoded since the last time, on any rank. Raises FoundByAll where they are too many."""
+    if job.max_bad_samples is None:
+        return {}
+    for line in dict.fromkeys(gathered(meter.bad)):
+        progress.note(f"a bad sample counts for nothing: {line}")
+        result.bad_samples += 1
+    meter.bad.clear()
+    if result.bad_samples > job.max_bad_samples:
+        raise FoundByAll(
+            f"data.max_bad_samples: {result.bad_samples} samples could not be decoded up to step {result.steps:,}, more than "
+            f"{job.max_bad_samples}; `convoy verify` names them all"
+        )
+    return {"bad_samples": result.bad_samples}
+
+
 @torch.inference_mode()
 def evaluate(model: torch.nn.Module, job: Job, batches: Iterator[Batch]) -> tuple[float, float, int]:
     """top1, top5 (fractions) and the number of samples, counted exactly over all ranks, all of which take part."""
@@ -229,4 +266,4 @@ def evaluate(model: torch.nn.Module, job: Job, batches: Iterator[Batch]) -> tupl
         images = normalize(to_device(batch.pixels, job.device), job.mean, job.std)
         counts += count_correct(model(images), to_device(batch.labels, job.device))
     top1, top5, samples = summed(counts).tolist()
-    return top1 / samples, top5 / samples, samples
+    return top1 / max(samples, 1), top5 / max(samples, 1), samples

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import RunConfig
-from trainer.data.loader import Batch
+from trainer.data.stages import Batch
 from trainer.engine.base import Engine, Step, parameters_of, to_device
 from trainer.engine.batch import BatchPlan
 from trainer.engine.deepspeed_config import deepspeed_config
@@ -99,7 +99,13 @@ class PipelineParallel(Engine):
         layers = dict(model.named_children())
         stages = [Stage(OrderedDict((name, layers[name]) for name in names), config.train, self._draws) for names in parts]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
-            pipe = PipelineModule(stages, num_stages=len(parts), loss_fn=self._loss, partition_method="uniform")
+            pipe = PipelineModule(
+                stages,
+                num_stages=len(parts),
+                loss_fn=self._loss,
+                partition_method="uniform",
+                dynamic_shape=config.data.initial_size is not None,
+            )
         optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(pipe)
         engine, *_ = deepspeed.initialize(model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch))

@@ -1,0 +1,92 @@
+"""RandAugment (Cubuk et al. 2019) and TrivialAugment's wide space (Mueller and Hutter 2021), as torchvision has them.
+
+What is drawn comes in as numbers, three an image's change: which one, its sign, its strength.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+CHANGES = (
+    "identity",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "rotate",
+    "brightness",
+    "color",
+    "contrast",
+    "sharpness",
+    "posterize",
+    "solarize",
+    "autocontrast",
+    "equalize",
+)
+BINS = 31
+"""Strengths of a change: 0, weakest, to 30."""
+FIRST = 24
+"""Place of the numbers among a sample's uniforms."""
+LAYERS = 4
+"""Most changes that an image can get."""
+
+_ENHANCERS = {
+    "brightness": ImageEnhance.Brightness,
+    "color": ImageEnhance.Color,
+    "contrast": ImageEnhance.Contrast,
+    "sharpness": ImageEnhance.Sharpness,
+}
+
+
+def rand_augment(image: Image.Image, layers: int, magnitude: int, uniforms: np.ndarray) -> Image.Image:
+    """``layers`` changes of one strength, one after another."""
+    for layer in range(layers):
+        which, sign = uniforms[FIRST + 3 * layer : FIRST + 3 * layer + 2]
+        name = CHANGES[int(which * len(CHANGES))]
+        image = change(image, name, _strength(name, magnitude, image.width, wide=False) * (1 if sign < 0.5 else -1))
+    return image
+
+
+def trivial_augment(image: Image.Image, uniforms: np.ndarray) -> Image.Image:
+    """One change of a strength drawn evenly."""
+    which, sign, strength = uniforms[FIRST : FIRST + 3]
+    name = CHANGES[int(which * len(CHANGES))]
+    return change(image, name, _strength(name, int(strength * BINS), image.width, wide=True) * (1 if sign < 0.5 else -1))
+
+
+def _strength(name: str, magnitude: int, width: int, wide: bool) -> float:
+    """What ``magnitude`` of 30 is in a change's own unit."""
+    part = magnitude / (BINS - 1)
+    if name.startswith("shear"):
+        return part * (0.99 if wide else 0.3)
+    if name.startswith("translate"):
+        return part * (32.0 if wide else 150.0 / 331.0 * width)
+    if name == "rotate":
+        return part * (135.0 if wide else 30.0)
+    return part * (0.99 if wide else 0.9) if name in _ENHANCERS else part * (6 if wide else 4) if name == "posterize" else part
+
+
+def change(image: Image.Image, name: str, strength: float) -> Image.Image:
+    """Apply one change. ``strength``: shear as a slope, translation in pixels, rotation in degrees, colour as what is added to
+    a factor of 1, posterize in bits taken away, solarize as what is taken from a threshold of 1; what has no direction takes
+    its size."""
+    if name in _ENHANCERS:
+        return _ENHANCERS[name](image).enhance(1.0 + strength)
+    if name == "rotate":
+        return image.rotate(strength, Image.Resampling.NEAREST)
+    if name.startswith(("shear", "translate")):
+        matrix = {
+            "shear_x": (1, strength, 0, 0, 1, 0),
+            "shear_y": (1, 0, 0, strength, 1, 0),
+            "translate_x": (1, 0, math.trunc(strength), 0, 1, 0),
+            "translate_y": (1, 0, 0, 0, 1, math.trunc(strength)),
+        }[name]
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+    if name == "posterize":
+        return ImageOps.posterize(image, 8 - round(abs(strength)))
+    if name == "solarize":
+        return ImageOps.solarize(image, round(255 * (1 - abs(strength))))
+    if name == "autocontrast":
+        return ImageOps.autocontrast(image)
+    return ImageOps.equalize(image) if name == "equalize" else image
