@@ -25,7 +25,7 @@ format: setup ## Rewrite the code in the project's style
 	ruff format .
 
 test: setup ## Every test that needs no cluster
-	pytest -n logical --dist loadfile --durations 15
+	pytest -n logical --dist loadgroup --durations 15
 
 matrix: setup ## Every way to spread a training, against a plain loop; writes docs/matrix.md
 	CONVOY_MATRIX=$(CURDIR)/runs/matrix pytest --timeout 3600 tests/distributed/test_parallel.py tests/distributed/test_resume.py

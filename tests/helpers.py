@@ -22,9 +22,9 @@ def run_convoy(*arguments: object, env: dict[str, str] | None = None, timeout: f
 
 
 @contextmanager
-def started(recipe: str, settings: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """A training of two ranks that made its first step."""
-    command = [sys.executable, "-m", "pipelines.cli", "train", recipe, "--procs", "2", *settings]
+def started(recipe: str, settings: list[str], environment: dict[str, str], procs: int = 2) -> Iterator[subprocess.Popen]:
+    """A training that made its first step."""
+    command = [sys.executable, "-m", "pipelines.cli", "train", recipe, "--procs", str(procs), *settings]
     plain = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"} | environment
     with subprocess.Popen(command, env=plain, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -38,8 +38,8 @@ def started(recipe: str, settings: list[str], environment: dict[str, str]) -> It
                 process.kill()
 
 
-def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The two ranks of a training, in their order."""
+def ranks_of(process: subprocess.Popen, procs: int = 2) -> list[psutil.Process]:
+    """The ranks of a training, in their order."""
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()]
-    assert len(ranks) == 2
+    assert len(ranks) == procs
     return sorted(ranks, key=lambda p: p.environ()["RANK"])

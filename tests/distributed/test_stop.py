@@ -1,7 +1,10 @@
 """Runs that are stopped and go on: by the real command, with real signals, against one that nothing disturbed."""
 
 import json
+import random
+import re
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -11,6 +14,8 @@ from helpers import Run, ranks_of, run_convoy, started
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
+
+from trainer.data.storage import open_store
 
 RECIPE = "digits-resnet8"
 STEPS = 60
@@ -65,6 +70,7 @@ def _assert_same_bits(out: Path, other: Path) -> None:
     assert [name for name in statistics if not torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-7)] == []
 
 
+@pytest.mark.xdist_group("undisturbed")
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_as_if_it_had_not_come(
     digits: Path, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -94,23 +100,64 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_as_if_it_had_not_come(
         assert results[0][key] == results[1][key], key
 
 
-def test_a_killed_run_goes_on_from_the_object_store_on_other_ranks(
+def _consumed(out: Path, ranks: int) -> dict[tuple[int, int], list[str]]:
+    """By epoch and step, the keys that the ranks of the last run there say they took."""
+    files = sorted((out / "samples").glob(f"from-*-of-{ranks}.jsonl"))
+    assert len(files) == ranks
+    taken: dict[tuple[int, int], list[str]] = {}
+    for file in files:
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            taken.setdefault((line["epoch"], line["step"]), []).extend(line["keys"])
+    return {step: sorted(keys) for step, keys in taken.items()}
+
+
+def _ordered(convoy_ok: Run, digits: Path) -> dict[tuple[int, int], list[str]]:
+    """The same for a whole run, as ``convoy order`` prints it."""
+    expected = {}
+    for epoch in range(STEPS // 10):
+        options = ["--epoch", epoch, "--world-size", 1, "--rank", 0, "--batch-size", 60, "--json"]
+        for line in map(json.loads, convoy_ok("order", digits / "train", *options).splitlines()):
+            expected[epoch, line["step"]] = sorted(line["keys"])
+    return expected
+
+
+@pytest.mark.xdist_group("undisturbed")
+def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ranks(
     digits: Path, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, bucket: str, undisturbed: Path,
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    out = tmp_path / "killed"
-    url = f"{bucket}/{tmp_path.name}"
-    settings = [*_settings(digits, out), f"checkpoint.url={url}", "checkpoint.every_steps=3", "checkpoint.keep=2"]
-    with started(RECIPE, settings, service_env) as process:
-        assert process.stdout
-        for line in process.stdout:  # an epoch's end: there is a checkpoint
-            if line.startswith("epoch 2"):
-                break
-        for rank in [*ranks_of(process), psutil.Process(process.pid)]:
+    """Four ranks are killed at a random step; three go on from a copy of their checkpoints in the object store, then two from
+    the folder."""
+    out, other, url = tmp_path / "killed", tmp_path / "other", f"{bucket}/{tmp_path.name}"
+    keys = ["batch.micro_size=5", "checkpoint.every_steps=3", "checkpoint.keep=2", "data.log_keys=true"]
+    last = random.Random(str(tmp_path)).randrange(STEPS // 3, STEPS - 10)
+    with started(RECIPE, [*_settings(digits, out), *keys], service_env, procs=4) as process:
+        (log,) = (out / "samples").glob("from-0-rank-0-of-4.jsonl")
+        while len(log.read_text().splitlines()) < last:
+            time.sleep(0.01)
+        for rank in [*ranks_of(process, 4), psutil.Process(process.pid)]:
             rank.kill()
         process.communicate(timeout=60)
-    said = convoy_ok("train", RECIPE, "--procs", 3, *settings, env=service_env)
-    assert f"goes on from {url}/step-" in said
+    expected = _ordered(convoy_ok, digits)
+    before = _consumed(out, 4)
+    assert len(before) > last
+    for step in sorted(before)[:-2]:  # which not all ranks may have come to write
+        assert before[step] == expected[step]
+    for name, value in service_env.items():
+        monkeypatch.setenv(name, value)
+    store = open_store(url)
+    for file in (out / "checkpoints").rglob("*.*"):
+        store.write(str(file.relative_to(out / "checkpoints")), file.read_bytes())
+
+    two = [*_settings(digits, other), *keys, f"checkpoint.url={out}/checkpoints", "tracking.uri=null"]
+    runs = [(out, 3, url, [*_settings(digits, out), *keys, f"checkpoint.url={url}"], service_env)]
+    runs += [(other, 2, f"{out}/checkpoints", two, {})]
+    for folder, ranks, place, settings, environment in runs:
+        said = convoy_ok("train", RECIPE, "--procs", ranks, *settings, env=environment)
+        first = int(re.findall(rf"goes on from {place}/step-(\d+)", said)[0])
+        assert 0 < first <= last + 1
+        assert _consumed(folder, ranks) == {step: keys for step, keys in expected.items() if step >= divmod(first, 10)}
     run = _only_run(client, tmp_path.name, "killed")
     whole = _losses(client, _only_run(client, undisturbed.parent.name, "whole"))
     assert _losses(client, run) == pytest.approx(whole, rel=2e-2)

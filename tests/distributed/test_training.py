@@ -145,7 +145,6 @@ print(sum(int(p.argmax() == int(f.parent.name)) for p, f in zip(probabilities, f
     return float(done.stdout.split()[-1])
 
 
-@pytest.mark.parametrize(("ranks", "micro"), [(1, 70), (2, 7)])
 def test_ranks_and_accumulation_follow_a_plain_loop(
     convoy_ok: Run,
     service_env: dict[str, str],
@@ -153,15 +152,13 @@ def test_ranks_and_accumulation_follow_a_plain_loop(
     digits: Path,
     digits_folder: Path,
     tmp_path: Path,
-    ranks: int,
-    micro: int,
 ) -> None:
     """Losses of every step and the final weights; 600 samples do not divide by 70, so an epoch's last batch is short."""
     settings = [
         f"data.train={digits}/train",
         "data.val=null",
         "batch.global_size=70",
-        f"batch.micro_size={micro}",
+        "batch.micro_size=7",
         "train.epochs=2",
     ]
     settings += ["augment.crop=none", "data.shuffle_window=150", f"train.output_dir={tmp_path}/out", "schedule.warmup_epochs=1"]
@@ -169,15 +166,15 @@ def test_ranks_and_accumulation_follow_a_plain_loop(
         "optimizer.base_lr=0.005",
         "train.channels_last=false",
     ]  # tame (at 0.05 rounding grows tenfold in two steps), and the plain loop's kernels
-    convoy_ok("train", RECIPE, "--procs", ranks, *settings, env=service_env)
+    convoy_ok("train", RECIPE, "--procs", 2, *settings, env=service_env)
     result = json.loads((tmp_path / "out/result.json").read_text())
     torch.set_num_threads(1)  # as each rank: more threads add in another order
-    losses, model = _plain_loop(digits, digits_folder, 70 // micro, epochs=2, global_size=70, window=150)
+    losses, model = _plain_loop(digits, digits_folder, 70 // 7, epochs=2, global_size=70, window=150)
     got = _history(client, result["mlflow_run_id"], "loss")
     assert list(got.values()) == pytest.approx(losses, rel=1e-5)
     trained = load_file(tmp_path / "out/model.safetensors")
     for name, value in model.state_dict().items():
-        if value.is_floating_point() and ("running" not in name or ranks == 1):
+        if value.is_floating_point() and "running" not in name:
             assert torch.allclose(trained[name], value, rtol=1e-4, atol=1e-6), name
 
 
@@ -292,16 +289,6 @@ def test_a_killed_rank_ends_the_other_and_asks_for_a_retry(digits: Path, tmp_pat
         assert process.returncode == 144, told
         assert time.monotonic() - killed < 30
     assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-
-def test_sigterm_ends_a_run_in_order(digits: Path, tmp_path: Path, client: MlflowClient, service_env: dict[str, str]) -> None:
-    settings = [f"data.train={digits}/train", "data.val=null", "train.epochs=10000", f"train.output_dir={tmp_path}/out"]
-    with started(RECIPE, [*settings, "train.log_every_steps=1", "tracking.experiment=sigterm"], service_env) as process:
-        process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=60)
-        assert process.returncode == 143, told
-    experiment = client.get_experiment_by_name("sigterm")
-    assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["KILLED"]
 
 
 def test_a_sample_that_cannot_be_decoded_is_named(convoy_refuses: Run, convoy_ok: Run, jpeg_folder: Path, tmp_path: Path) -> None:

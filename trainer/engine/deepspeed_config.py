@@ -12,7 +12,11 @@ def check_engine(config: RunConfig) -> None:
     stage, optimizer = config.parallel.zero_stage, config.optimizer.name
     faults = []
     if config.precision == "fp16" and stage == 0:
-        faults.append("parallel.zero_stage: 0 does not learn with precision fp16 (DeepSpeed's unfused fp16 optimizer); use 1")
+        # engine.backward scales the loss for ZeRO's optimizers alone; FP16_UnfusedOptimizer divides by the scale all the same
+        faults.append(
+            "parallel.zero_stage: 0 does not learn with precision fp16: DeepSpeed divides its gradients by a loss scale "
+            "that it did not apply; use 1"
+        )
     if config.parallel.pipeline_stages > 1 and stage > 1:
         faults.append(f"parallel.zero_stage: {stage} does not go with pipeline stages, which need whole gradients; use 0 or 1")
     if config.parallel.split is not None and config.parallel.pipeline_stages == 1:
