@@ -141,7 +141,7 @@ def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ran
         process.communicate(timeout=60)
     expected = _ordered(convoy_ok, digits)
     before = _consumed(out, 4)
-    assert len(before) > last
+    assert len(before) >= last
     for step in sorted(before)[:-2]:  # which not all ranks may have come to write
         assert before[step] == expected[step]
     for name, value in service_env.items():
@@ -156,7 +156,7 @@ def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ran
     for folder, ranks, place, settings, environment in runs:
         said = convoy_ok("train", RECIPE, "--procs", ranks, *settings, env=environment)
         first = int(re.findall(rf"goes on from {place}/step-(\d+)", said)[0])
-        assert 0 < first <= last + 1
+        assert 0 < first <= len(before)
         assert _consumed(folder, ranks) == {step: keys for step, keys in expected.items() if step >= divmod(first, 10)}
     run = _only_run(client, tmp_path.name, "killed")
     whole = _losses(client, _only_run(client, undisturbed.parent.name, "whole"))
