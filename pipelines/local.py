@@ -202,6 +202,7 @@ def _start_s3(folder: Path, port: int, others: list[int]) -> Process:
         "-ip.bind=127.0.0.1",
         "-master.volumeSizeLimitMB=1024",
         "-master.telemetry=false",
+        "-master.electionTimeout=1s",  # it is the only one, but one that is started again waits for others
         "-volume.max=100",
         "-volume.preStopSeconds=0",
         "-s3",

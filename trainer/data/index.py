@@ -3,6 +3,8 @@
 import builtins
 import hashlib
 import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Literal
 
@@ -13,6 +15,8 @@ from trainer.data.storage import Store, open_store
 from trainer.errors import UserError
 
 INDEX_NAME = "index.json"
+_PIECE = 8 * 2**20  # bytes of a shard that are held while its SHA-256 is computed
+_AT_ONCE = 4  # shards
 
 
 class Shard(BaseModel):
@@ -115,12 +119,41 @@ def open_index(url: str) -> tuple[Index, Store]:
 def check_shards(index: Index, store: Store) -> None:
     """Compare presence and size of every shard with the index, by one listing; raises UserError with a line each (ten at most)."""
     there = store.sizes()
-    faults = []
-    for shard in index.shards:
-        if shard.name not in there:
-            faults.append(f"{store.url}/{shard.name}: is in the index but missing")
-        elif there[shard.name] != shard.bytes:
-            faults.append(f"{store.url}/{shard.name}: has {there[shard.name]:,} bytes, the index says {shard.bytes:,}")
+    _refuse([fault for shard in index.shards if (fault := _size_fault(shard, store, there.get(shard.name)))])
+
+
+def check_digests(index: Index, store: Store, numbers: Iterable[int]) -> None:
+    """Read the shards of these numbers once, several at a time, and compare sizes and SHA-256 with the index.
+
+    Holds ``_AT_ONCE`` pieces of 8 MiB. Raises UserError with a line for each that differs (ten at most), ServiceLost.
+    """
+
+    def fault_of(number: int) -> str | None:
+        shard = index.shards[number]
+        if fault := _size_fault(shard, store, store.size(shard.name)):
+            return fault
+        sha256 = hashlib.sha256()
+        for start in range(0, shard.bytes, _PIECE):
+            (piece,) = store.read_ranges(shard.name, [start], [min(start + _PIECE, shard.bytes)])
+            sha256.update(piece)
+        if sha256.hexdigest() == shard.sha256:
+            return None
+        where = f"{store.url}/{shard.name}"
+        return f"{where}: its SHA-256 is {sha256.hexdigest()[:16]}..., the index says {shard.sha256[:16]}..."
+
+    with ThreadPoolExecutor(_AT_ONCE, "digests") as threads:
+        _refuse([fault for fault in threads.map(fault_of, numbers) if fault])
+
+
+def _size_fault(shard: Shard, store: Store, size: int | None) -> str | None:
+    if size is None:
+        return f"{store.url}/{shard.name}: is in the index but missing"
+    if size != shard.bytes:
+        return f"{store.url}/{shard.name}: has {size:,} bytes, the index says {shard.bytes:,}"
+    return None
+
+
+def _refuse(faults: list[str]) -> None:
     if len(faults) > 10:
         faults = [*faults[:10], f"... and {len(faults) - 10} shards more"]
     if faults:

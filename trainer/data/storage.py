@@ -1,89 +1,190 @@
-"""Object storage and folders as one thing: byte ranges in, whole objects out, retries with a bound, errors told in one line."""
+"""Object storage and folders as one thing: byte ranges in, whole objects out, faults outlasted with a bound, errors in one line."""
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Protocol, TypeVar
 
+import numpy as np
 import obstore
-from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import LocalStore, ObjectStore, from_url
+from obstore.exceptions import BaseError, NotFoundError
+from obstore.store import LocalStore, ObjectStore
 
-from trainer.errors import ServiceLost, UserError
+from trainer.data.connect import connector, endpoint, folder_of, is_remote
+from trainer.data.transfer import Counts, Endurance, Interrupted, Kind, Link, Patience, kind_of, read_piece, reason, status_of
+from trainer.errors import UserError
 
-_RETRIES = {
-    "max_retries": 8,
-    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=3), "base": 2},
-    "retry_timeout": timedelta(seconds=20),
-}
-_SCHEMES = ("s3://", "gs://", "az://", "file://")
+__all__ = ["Source", "Store", "endpoint", "is_remote", "open_store"]
+
+_PIECE = 8 * 2**20  # bytes of one request at most
+_REQUESTS = 8  # at once
+_PATIENCE = Patience()
+_NOT_FOUND = (NotFoundError, FileNotFoundError)
+
+A = TypeVar("A")
+
+
+class Source(Protocol):
+    """What byte ranges of shards are read from: a store, or a cache before one."""
+
+    @property
+    def url(self) -> str: ...
+
+    def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]: ...
 
 
 class Store:
-    """The objects below one URL."""
+    """The objects below one URL. Safe to use from several threads. ``counts`` grow with its use."""
 
-    def __init__(self, url: str, objects: ObjectStore) -> None:
+    def __init__(self, url: str, connect: Callable[[], tuple[ObjectStore, ObjectStore]], patience: Patience = _PATIENCE) -> None:
         self.url = url.rstrip("/")
-        self._objects = objects
+        self._link = Link(self.url, connect, patience)
+        self._seen: dict[str, tuple[str | None, int]] = {}
+        """ETag and size of each object that ranges were read from: they must stay."""
+        self._lock = threading.Lock()
+        self._threads: ThreadPoolExecutor | None = None
 
-    def read_small(self, name: str) -> bytes | None:
-        """A whole object, or None where there is none. Raises UserError where the store cannot be read at all."""
-        try:
-            return obstore.get(self._objects, name).bytes().to_bytes()
-        except (NotFoundError, FileNotFoundError):
-            return None
-        except (BaseError, OSError) as error:
-            raise UserError(f"{self.url}/{name}: {self._reason(error)}") from None
+    @property
+    def counts(self) -> Counts:
+        return self._link.counts
+
+    def close(self) -> None:
+        """End every wait for a store that is away; those who wait get ServiceLost."""
+        self._link.closed.set()
 
     def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:
-        """The bytes ``[start, end)`` of an object, each pair. Raises ServiceLost after the retries."""
-        try:
-            parts = obstore.get_ranges(self._objects, name, starts=starts, ends=ends)
-        except (BaseError, OSError) as error:
-            raise ServiceLost(f"{self.url}/{name}: {self._reason(error)}") from None
-        for part, start, end in zip(parts, starts, ends, strict=True):
-            if len(part) != end - start:
-                raise ServiceLost(f"{self.url}/{name}: bytes {start}-{end} were asked for, {len(part)} came")
-        return [memoryview(part) for part in parts]
+        """The bytes ``[start, end)`` of an object, each pair. Those that touch or overlap are fetched as one, and no others.
+
+        Raises ServiceLost after the bounds of ``Patience``; UserError where there is no such object, where it ends before, and
+        where it is another one than at the first read.
+        """
+        if isinstance(self._link.for_ranges, LocalStore):
+            return self._read_local(name, starts, ends)
+        spans = _merged(starts, ends)
+        buffers = [np.empty(end - start, np.uint8) for start, end in spans]
+        pieces = [
+            (start + at, buffer[at : at + _PIECE].data)
+            for (start, _), buffer in zip(spans, buffers, strict=True)
+            for at in range(0, len(buffer), _PIECE)
+        ]
+        self._read_pieces(name, pieces)
+        firsts = [start for start, _ in spans]
+        parts = []
+        for start, end in zip(starts, ends, strict=True):
+            number = int(np.searchsorted(firsts, start, side="right")) - 1
+            part = buffers[number][start - firsts[number] : end - firsts[number]] if end > start else np.empty(0, np.uint8)
+            parts.append(part.data.toreadonly())
+        return parts
+
+    def _read_pieces(self, name: str, pieces: list[tuple[int, memoryview]]) -> None:
+        def read(piece: tuple[int, memoryview]) -> None:
+            read_piece(self._link, name, *piece, lambda etag, size: self._check_same(name, etag, size))
+
+        if len(pieces) <= 1:
+            for piece in pieces:
+                read(piece)
+            return
+        with self._lock:
+            self._threads = self._threads or ThreadPoolExecutor(_REQUESTS, "storage")
+        futures = [self._threads.submit(read, piece) for piece in pieces]
+        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in waiting:
+            future.cancel()
+        for future in done:
+            future.result()
+
+    def _check_same(self, name: str, etag: str | None, size: int) -> None:
+        with self._lock:
+            before = self._seen.setdefault(name, (etag, size))
+        if before != (etag, size):
+            raise UserError(
+                f"{self.url}/{name}: was changed while it was read: {before[1]:,} bytes with ETag {before[0]} before, "
+                f"{size:,} bytes with ETag {etag} now"
+            )
+
+    def _read_local(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:
+        endurance = Endurance(self._link)
+        while True:
+            try:
+                size = obstore.head(self._link.for_ranges, name)["size"]
+                if max(ends, default=0) > size:
+                    raise UserError(f"{self.url}/{name}: has {size:,} bytes, but bytes up to {max(ends):,} are needed")
+                parts = obstore.get_ranges(self._link.for_ranges, name, starts=starts, ends=ends, coalesce=0)
+                if [len(part) for part in parts] != [end - start for start, end in zip(starts, ends, strict=True)]:
+                    raise Interrupted("the file was cut short while it was read")
+            except (BaseError, OSError) as error:
+                endurance.failed(error, f"{self.url}/{name}")
+            else:
+                self.counts.add(bytes=sum(map(len, parts)), requests=len(parts))
+                return [memoryview(part) for part in parts]
+
+    def _outlast(self, work: Callable[[ObjectStore], A], where: str, missing: Callable[[], A] | None = None) -> A:
+        """``work`` through the faults of the world. ``missing``: what a missing object gives, instead of an error.
+
+        An address that never answered is the user's to look at: UserError, after object_store's own retries (20 s).
+        """
+        endurance = Endurance(self._link)
+        while True:
+            try:
+                result = work(self._link.for_all_else)
+            except (BaseError, OSError) as error:
+                kind = kind_of(error)
+                if kind is Kind.MISSING and missing is not None:
+                    self._link.succeeded()
+                    return missing()
+                if kind is Kind.PASSING and status_of(error) is None and not self._link.met:
+                    raise UserError(f"{where}: {reason(error)}") from None
+                endurance.failed(error, where)
+            else:
+                self._link.succeeded()
+                return result
+
+    def read_small(self, name: str) -> bytes | None:
+        """A whole object, or None where there is none. Raises UserError where the store cannot be read at all, ServiceLost."""
+        return self._outlast(lambda objects: obstore.get(objects, name).bytes().to_bytes(), f"{self.url}/{name}", lambda: None)
 
     def size(self, name: str) -> int | None:
         """Bytes of an object, or None where there is none."""
-        try:
-            return obstore.head(self._objects, name)["size"]
-        except (NotFoundError, FileNotFoundError):
-            return None
-        except (BaseError, OSError) as error:
-            raise UserError(f"{self.url}/{name}: {self._reason(error)}") from None
+
+        def ask(objects: ObjectStore) -> int | None:
+            return obstore.head(objects, name)["size"]
+
+        return self._outlast(ask, f"{self.url}/{name}", lambda: None)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every object, by name."""
-        try:
-            return {meta["path"]: meta["size"] for batch in obstore.list(self._objects) for meta in batch}
-        except (NotFoundError, FileNotFoundError):
-            return {}
-        except (BaseError, OSError) as error:
-            raise UserError(f"{self.url}: {self._reason(error)}") from None
+
+        def ask(objects: ObjectStore) -> dict[str, int]:
+            return {meta["path"]: meta["size"] for batch in obstore.list(objects) for meta in batch}
+
+        return self._outlast(ask, self.url, dict)
 
     def write(self, name: str, content: bytes | IO[bytes]) -> None:
         """Write a whole object; it appears at once or not at all."""
-        try:
-            obstore.put(self._objects, name, content)
-        except (BaseError, OSError) as error:
-            raise UserError(f"{self.url}/{name} cannot be written: {self._reason(error)}") from None
+        first = 0 if isinstance(content, bytes) else content.tell()
+
+        def put(objects: ObjectStore) -> None:
+            if not isinstance(content, bytes):
+                content.seek(first)
+            obstore.put(objects, name, content)
+
+        self._outlast(put, f"{self.url}/{name} cannot be written")
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
         """A file to write a large object into; it appears whole when the block ends, and not at all when that fails."""
-        if not isinstance(self._objects, LocalStore):
+        folder = self._folder()
+        if folder is None:
             with tempfile.TemporaryFile() as file:
                 yield file
                 file.seek(0)
                 self.write(name, file)
             return
-        path = Path(str(self._objects.prefix)) / name
+        path = folder / name
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with part.open("wb") as file:
@@ -96,67 +197,42 @@ class Store:
 
     def remove_empty_folder(self, name: str) -> None:
         """Object stores have no folders; on a disk they stay behind."""
-        if isinstance(self._objects, LocalStore):
+        if folder := self._folder():
             with suppress(OSError):
-                (Path(str(self._objects.prefix)) / name).rmdir()
+                (folder / name).rmdir()
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete objects; one that is not there is no error."""
         for name in names:
-            try:
-                obstore.delete(self._objects, name)
-            except (NotFoundError, FileNotFoundError):
-                pass
-            except (BaseError, OSError) as error:
-                raise UserError(f"{self.url}/{name} cannot be deleted: {self._reason(error)}") from None
+            self._outlast(
+                lambda objects, name=name: obstore.delete(objects, name),  # type: ignore[misc]
+                f"{self.url}/{name} cannot be deleted",
+                lambda: None,
+            )
 
-    def _reason(self, error: BaseException) -> str:
-        text = str(error)
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or "403" in text:
-            return "permission denied; check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and the bucket's policy"
-        if "NoSuchBucket" in text:
-            return "there is no such bucket"
-        if isinstance(error, NotFoundError | FileNotFoundError):
-            return "not found"
-        if "onnect" in text or "error sending request" in text or "dns" in text:
-            return f"the object store at {endpoint() or 'its address'} cannot be reached (AWS_ENDPOINT_URL)"
-        return " ".join(text.split("\n\nDebug source")[0].split())[:300]
+    def _folder(self) -> Path | None:
+        objects = self._link.for_all_else
+        return Path(str(objects.prefix)) if isinstance(objects, LocalStore) else None
 
 
-def endpoint() -> str | None:
-    """The S3 endpoint that the environment names."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+def _merged(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]:
+    """The ranges in order, those that touch or overlap as one; empty ones left out."""
+    spans: list[tuple[int, int]] = []
+    for start, end in sorted(zip(starts, ends, strict=True)):
+        if end <= start:
+            continue
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        else:
+            spans.append((start, end))
+    return spans
 
 
-def is_remote(url: str) -> bool:
-    """Whether a URL names an object store, not a folder."""
-    return "://" in url and not url.startswith("file://")
+def open_store(url: str, create: bool = False, patience: Patience = _PATIENCE) -> Store:
+    """The store at ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path. ``create`` makes a missing folder.
 
-
-def open_store(url: str, create: bool = False) -> Store:
-    """The store at ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path. ``create`` makes a missing folder."""
-    if not is_remote(url):
-        path = Path(url.removeprefix("file://")).absolute()
-        try:
-            if path.exists() and not path.is_dir():
-                raise UserError(f"{url}: is a file, but a folder is needed")
-            if create:
-                path.mkdir(parents=True, exist_ok=True)
-            elif not path.is_dir():
-                raise UserError(f"{url}: there is no such folder")
-        except OSError as error:
-            raise UserError(f"{url}: cannot be {'made' if create else 'read'}: {error.strerror}") from None
-        return Store(url, LocalStore(str(path)))
-    if not url.startswith(_SCHEMES):
-        raise UserError(f"{url}: a URL begins with {', '.join(_SCHEMES)} or is a plain path")
-    options: dict[str, Any] = {"retry_config": _RETRIES, "client_options": {"timeout": "60s", "connect_timeout": "5s"}}
-    if url.startswith("s3://"):
-        options["config"] = {"region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"}
-        if address := endpoint():
-            options["config"]["endpoint"] = address
-            if address.startswith("http://"):
-                options["client_options"]["allow_http"] = True
-    try:
-        return Store(url, from_url(url, **options))
-    except (BaseError, ValueError) as error:
-        raise UserError(f"{url}: {str(error).splitlines()[0]}") from None
+    Raises UserError.
+    """
+    if create and not is_remote(url):
+        folder_of(url, create=True)
+    return Store(url, connector(url, patience.connect_seconds, patience.silent_seconds), patience)
