@@ -52,9 +52,10 @@ def decode_crop(encoded: bytes | memoryview, choose: Choose, out: np.ndarray, fl
     """Decode the box that ``choose`` wants, resized (bilinear, antialiased) and, with ``flip``, mirrored, into ``out``.
 
     ``out``: uint8 [size, size, 3], contiguous, as a place in a batch is; holds anything after an error. The result is
-    Pillow's ``crop(box).resize((size, size), BILINEAR)`` to a grey level; a crop that is at least twice as large as ``out``
-    is decoded at half the scale or less, where single pixels differ by more. Raises DecodeError as ``decode_rgb`` does, but
-    corruption below the box may not be seen; ValueError for a box that is not inside the image.
+    Pillow's ``crop(box).resize((size, size), BILINEAR)`` to two grey levels (mean 0.15); of a JPEG, a box four times as large
+    as ``out`` or more is decoded at a reduced scale that leaves it twice as large or more (mean 0.4, single pixels 10).
+    Raises DecodeError as ``decode_rgb`` does, but corruption below the box may not be seen; ValueError for a box that is
+    not inside the image.
     """
     if native is not None and (found := native.header(encoded)):
         width, height, plain = found
