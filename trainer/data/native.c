@@ -34,7 +34,7 @@
 
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
-typedef uint8_t Bytes __attribute__((vector_size(4)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 
 typedef struct {
     const uint8_t *data;
@@ -198,18 +198,25 @@ CLONED static void blend_rows(float *restrict out, uint16_t *restrict sums, cons
         out[i] = sums[i];
 }
 
+/* One pixel of the result, a byte a channel. */
+static inline __attribute__((always_inline)) int32_t sum_pixel(const Floats *pixels, const float *weights, const long taps) {
+    const Bytes lowest = {0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12}; /* of each of four integers */
+    Floats sum = {0.5f, 0.5f, 0.5f, 0.5f};
+    for (long k = 0; k < taps; k++)
+        sum += pixels[k] * weights[k];
+    return ((Ints)__builtin_shuffle((Bytes)__builtin_convertvector(sum, Ints), lowest))[0];
+}
+
 static inline __attribute__((always_inline)) void sum_pixels(uint8_t *restrict out, const Floats *restrict row,
                                                              const int32_t *restrict first, const float *restrict weights,
                                                              const long taps, long side) {
-    for (long i = 0; i < side; i++) {
-        const Floats *pixels = row + first[i];
-        const float *w = weights + i * taps;
-        Floats sum = {0.5f, 0.5f, 0.5f, 0.5f};
-        for (long k = 0; k < taps; k++)
-            sum += pixels[k] * w[k];
-        Bytes bytes = __builtin_convertvector(__builtin_convertvector(sum, Ints), Bytes);
-        memcpy(out + 3 * i, &bytes, i + 1 < side ? 4 : 3); /* the fourth byte is the next pixel's, which comes later */
+    int32_t pixel;
+    for (long i = 0; i < side - 1; i++, out += 3, weights += taps) {
+        pixel = sum_pixel(row + first[i], weights, taps);
+        memcpy(out, &pixel, 4); /* the fourth byte is the next pixel's, which comes later */
     }
+    pixel = sum_pixel(row + first[side - 1], weights, taps);
+    memcpy(out, &pixel, 3);
 }
 
 /* One row of the result: uint8 [side, 3] out of float [width] pixels. */
@@ -292,7 +299,7 @@ static void decode_rows(Decoder *decoder, const Job *job) {
     size_t side = (size_t)job->side, count = (size_t)(high_x - low_x) * CHANNELS, stride = (size_t)jpeg->output_width * CHANNELS;
     size_t kept = (size_t)down.taps; /* the last rows of the source, in turn */
     stride = (stride + 63) / 64 * 64;
-    size_t sizes[] = {kept * stride, kept * sizeof(void *), count * sizeof(float), count * 2,
+    size_t sizes[] = {kept * stride + CHANNELS, kept * sizeof(void *), count * sizeof(float), count * 2,
                       side * sizeof(int32_t), side * kept * sizeof(float), kept * 2,
                       side * sizeof(int32_t), side * (size_t)across.taps * sizeof(float)};
     size_t total = 64;
@@ -302,7 +309,7 @@ static void decode_rows(Decoder *decoder, const Job *job) {
     if (!decoder->scratch)
         say(decoder, "no memory");
     char *position = (char *)(((uintptr_t)decoder->scratch + 63) / 64 * 64);
-    uint8_t *ring = take(&position, sizes[0]);
+    uint8_t *ring = (uint8_t *)take(&position, sizes[0]) + CHANNELS; /* libjpeg-turbo writes aligned rows past the caches */
     const uint8_t **rows = take(&position, sizes[1]);
     float *blended = take(&position, sizes[2]);
     uint16_t *sums = take(&position, sizes[3]);
