@@ -14,9 +14,10 @@ COPY tools/setup.sh tools/setup.sh
 COPY pyproject.toml requirements.lock ./
 RUN tools/setup.sh --no-dev --no-project
 
-# The project itself, as a wheel unpacked beside them.
+# The project itself, as a wheel unpacked beside them. The native decoder is compiled here, with libjpeg-turbo inside it.
 FROM dependencies AS project
-COPY README.md LICENSE ./
+RUN tools/setup.sh --native-tools && rm -rf /var/lib/apt/lists/*
+COPY README.md LICENSE setup.py ./
 COPY trainer trainer
 COPY pipelines pipelines
 RUN "$(tools/setup.sh --print-uv)" pip install --quiet --python /opt/convoy/venv/bin/python --no-deps --no-build-isolation \

@@ -4,7 +4,7 @@ VENV := .venv
 PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PATH
 
-.PHONY: help setup demo lint format test matrix bench image lock clean
+.PHONY: help setup demo lint format test matrix bench peers wheel image lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,10 +33,17 @@ matrix: setup ## Every way to spread a training, against a plain loop; writes do
 
 bench: setup ## Measure; prints tables
 	python benchmarks/pack.py
+	python benchmarks/data.py
 	python benchmarks/models.py
 	python benchmarks/step.py
 	python benchmarks/pipeline.py
 	python benchmarks/checkpoint.py
+
+peers: setup ## Install the loaders that benchmarks/data.py compares with into .venv-peers
+	tools/setup.sh --peers
+
+wheel: setup ## Build dist/convoy-*.whl with the native decoder; it runs on this processor and CPython >= 3.11
+	"$$(tools/setup.sh --print-uv)" build --quiet --wheel --no-build-isolation --python $(VENV)/bin/python --out-dir dist .
 
 image: ## Build the container image with docker or buildah (BASE, IMAGE)
 	tools/image.sh
@@ -45,4 +52,4 @@ lock: setup ## Resolve the dependencies again
 	tools/lock.sh
 
 clean: ## Remove the environment and what runs left
-	rm -rf $(VENV) runs *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-peers runs build dist trainer/data/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache

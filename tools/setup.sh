@@ -2,26 +2,32 @@
 # Makes .venv from the lock files; does nothing when it already matches them. Needs Python >= 3.11 and nothing else.
 #   tools/setup.sh [--no-dev] [--no-project]    --no-project: the dependencies alone, for an image's layer
 #   tools/setup.sh --print-uv                   the path of the pinned uv, installed where it is not there
+#   tools/setup.sh --peers                      .venv-peers: what benchmarks/data.py compares with, beside the environment's packages
+#   tools/setup.sh --native-tools               what compiles the native decoder, where apt-get and root are at hand
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 UV_VERSION=0.13.9
 CACHE="${CONVOY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/convoy}"
 LOCKS=(requirements.lock requirements-dev.lock)
-PROJECT=1 PRINT_UV=0
+PROJECT=1 PRINT_UV=0 NATIVE_TOOLS=0 PEERS=0
 for argument; do
     case "$argument" in
         --no-dev) LOCKS=(requirements.lock) ;;
         --no-project) PROJECT=0 ;;
         --print-uv) PRINT_UV=1 ;;
+        --native-tools) NATIVE_TOOLS=1 ;;
+        --peers) PEERS=1 ;;
         *) echo "setup: unknown argument $argument" >&2; exit 2 ;;
     esac
 done
 VENV="${CONVOY_VENV:-.venv}"
 case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 STAMP=""
-if [ "$PRINT_UV" = 0 ]; then
-    STAMP="$VENV/.convoy-$(cat "${LOCKS[@]}" pyproject.toml tools/setup.sh | sha256sum | cut -c1-16)"
+if [ "$PRINT_UV$NATIVE_TOOLS$PEERS" = 000 ]; then
+    SOURCES=("${LOCKS[@]}" pyproject.toml tools/setup.sh)
+    [ "$PROJECT" = 0 ] || SOURCES+=(setup.py trainer/data/native.c)
+    STAMP="$VENV/.convoy-$(cat "${SOURCES[@]}" | sha256sum | cut -c1-16)"
     [ -e "$STAMP" ] && exit 0
 fi
 
@@ -45,6 +51,24 @@ if ! PYTHON=$(find_python); then
     PYTHON=$(find_python) || { say "this Debian's python3 is older than 3.11"; exit 2; }
 fi
 
+install_native_tools() {  # never fails: without them the project works, and decodes more slowly
+    local missing=()
+    command -v gcc >/dev/null || missing+=(gcc libc6-dev)
+    [ -e "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing+=(python3-dev)
+    echo '#include <stdio.h>
+#include <jpeglib.h>' | gcc -E - >/dev/null 2>&1 || missing+=(libjpeg-dev)
+    if [ ${#missing[@]} != 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "installing ${missing[*]} with apt-get, for the native decoder"
+        { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1 \
+            || say "they cannot be had"
+    fi
+}
+
+if [ "$NATIVE_TOOLS" = 1 ]; then
+    install_native_tools
+    exit
+fi
+
 UV=$(command -v uv || true)
 if [ -z "$UV" ] || [ "$("$UV" --version | cut -d' ' -f2)" != "$UV_VERSION" ]; then
     UV="$CACHE/uv-$UV_VERSION/bin/uv"
@@ -65,6 +89,16 @@ if [ "$PRINT_UV" = 1 ]; then
     exit
 fi
 
+export UV_LINK_MODE="${UV_LINK_MODE:-hardlink}" UV_NO_PROGRESS=1
+if [ "$PEERS" = 1 ]; then
+    say "installing the benchmarks' peers into .venv-peers"
+    "$UV" venv --quiet --clear --python "$VENV/bin/python" .venv-peers
+    VIRTUAL_ENV="$PWD/.venv-peers" "$UV" pip install --quiet --require-hashes --no-deps -r benchmarks/peers.lock
+    "$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+        >"$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/convoy.pth"
+    exit
+fi
+
 say "installing the locked environment into $VENV"
 REQUIRES=(); for lock in "${LOCKS[@]}"; do REQUIRES+=(-r "$lock"); done
 NO_DEEPSPEED=$(mktemp); trap 'rm -f "$NO_DEEPSPEED"' EXIT
@@ -73,11 +107,16 @@ NO_DEEPSPEED=$(mktemp); trap 'rm -f "$NO_DEEPSPEED"' EXIT
 import re
 print(re.sub(r"(?m)^deepspeed==(.*\\\n)*.*\n", "", open("requirements.lock").read()), end="")
 PY
-export UV_LINK_MODE="${UV_LINK_MODE:-hardlink}" UV_NO_PROGRESS=1 VIRTUAL_ENV="$VENV" DS_BUILD_OPS=0
+export VIRTUAL_ENV="$VENV" DS_BUILD_OPS=0
 rm -f "$VENV"/.convoy-*
 [ -x "$VENV/bin/python" ] || "$UV" venv --quiet --python "$PYTHON" "$VENV"
 "$UV" pip install --quiet --require-hashes -r "$NO_DEEPSPEED" "${REQUIRES[@]:2}"
 "$UV" pip install --quiet --require-hashes --no-deps --no-build-isolation-package deepspeed "${REQUIRES[@]}"
-[ "$PROJECT" = 0 ] || "$UV" pip install --quiet --no-deps --no-build-isolation -e .
+if [ "$PROJECT" = 1 ]; then
+    install_native_tools
+    rm -f trainer/data/native.*.so  # an older one must not stay where this one cannot be built
+    "$UV" pip install --quiet --no-deps --no-build-isolation -e .
+    say "JPEGs are decoded by: $("$VENV/bin/python" -c 'from trainer.data.decode import decoder_in_use; print(decoder_in_use())')"
+fi
 touch "$STAMP"
 say "done"
