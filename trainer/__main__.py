@@ -15,6 +15,9 @@ from torch import nn
 
 from trainer.checkpoint import Checkpoint, begin
 from trainer.console import TrainingProgress
+from trainer.data.cache import cached
+from trainer.data.decode import decoder_in_use
+from trainer.data.index import check_digests
 from trainer.data.loader import eval_loader, train_loader
 from trainer.engine import parallel
 from trainer.engine.base import Engine
@@ -46,6 +49,8 @@ def main(arguments: list[str]) -> int:
     except (Exception, Terminated) as error:
         return report(error, "convoy", quiet=not ranks.is_first)  # every rank finds the same
     try:
+        if run.config.data.check == "sha256":
+            check_bytes(run, ranks)
         train(run, network, arguments[0], ranks)
     except KeyboardInterrupt:
         return 130
@@ -80,6 +85,13 @@ def _follow(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def check_bytes(run: Resolved, ranks: Ranks) -> None:
+    """Compare this rank's share of all shards with the indexes. Raises UserError."""
+    for index, store in ((run.train, run.train_store), (run.val, run.val_store)):
+        if index is not None and store is not None:
+            check_digests(index, store, range(ranks.rank, len(index.shards), ranks.world_size))
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,8 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
         engine.restore(found.state)
     tracker, system = start_tracking(run, recipe, ranks, found)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
-    for note in (_headline(run, tracker), *network.notes, *notes):
+    decoder = f"JPEGs are decoded by {decoder_in_use()}"
+    for note in (_headline(run, tracker), *network.notes, decoder, *notes):
         progress.note(note)
     stop = _TERMINATION.request = StopRequest()
 
@@ -170,10 +183,12 @@ def make_job(
     stop: StopRequest,
 ) -> Job:
     """What the loop is to do on this rank."""
-    config, val, val_store = run.config, run.val, run.val_store
+    config, val, data = run.config, run.val, run.config.data
     world, rank = ranks.world_size, ranks.rank
+    train_source = cached(run.train_store, run.train, data.cache_dir, data.cache_gb)
+    val_source = cached(run.val_store, val, data.cache_dir, data.cache_gb) if val and run.val_store else None
     copies, steps = run.batch.ranks, run.batch.accumulation_steps
-    skips = config.data.bad_samples == "skip"
+    skips = data.bad_samples == "skip"
     labels_only = rank >= copies and not skips  # a pipeline's last stage; it must know which samples are bad
     return Job(
         batch=run.batch,
@@ -185,18 +200,18 @@ def make_job(
             config.schedule, config.optimizer, run.batch.global_size, run.steps_per_epoch, run.total_steps
         ),
         train_batches=lambda epoch, start: train_loader(
-            config, run.train, run.train_store, epoch, copies, rank % copies, steps, start, labels_only
+            config, run.train, train_source, epoch, copies, rank % copies, steps, start, labels_only
         ),
-        eval_batches=(lambda: eval_loader(config, val, val_store, world, rank)) if val and val_store else None,
-        mean=config.data.mean,
-        std=config.data.std,
+        eval_batches=(lambda: eval_loader(config, val, val_source, world, rank)) if val and val_source else None,
+        mean=data.mean,
+        std=data.std,
         device=device,
         model=whole,
         save_every_steps=config.checkpoint.every_steps,
         save=save,
         stop=stop,
-        max_bad_samples=config.data.max_bad_samples if skips else None,
-        took=KeyLog(config.output_dir / "samples", run, rank).write if config.data.log_keys else None,
+        max_bad_samples=data.max_bad_samples if skips else None,
+        took=KeyLog(config.output_dir / "samples", run, rank).write if data.log_keys else None,
     )
 
 

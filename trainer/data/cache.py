@@ -9,6 +9,7 @@ from urllib.parse import quote
 import numpy as np
 
 from trainer.data.blocks import Blocks, Damaged
+from trainer.data.index import Index
 from trainer.data.storage import Source
 from trainer.errors import UserError
 
@@ -16,6 +17,13 @@ BLOCK_BYTES = 4 * 2**20
 _FETCHED_AT_ONCE = 8  # blocks
 
 _LOG = logging.getLogger(__name__)
+
+
+def cached(store: Source, index: Index, folder: str | None, gigabytes: float) -> Source:
+    """``store``, behind a cache of at most so many GiB where there is a ``folder`` for one."""
+    if folder is None:
+        return store
+    return Cache(store, folder, int(gigabytes * 2**30), index.digest, {shard.name: shard.bytes for shard in index.shards})
 
 
 class Cache:

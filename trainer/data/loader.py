@@ -16,7 +16,7 @@ from trainer.data.index import Index
 from trainer.data.order import EpochOrder, augment_uniforms, epoch_order, eval_portion, mix_generator, rank_slots
 from trainer.data.randaugment import rand_augment, trivial_augment
 from trainer.data.stages import Batch, Decoder, MicroBatch, View, Window, decoded, fetched, threads
-from trainer.data.storage import Store
+from trainer.data.storage import Source
 
 _LONG = 8 * 2**20  # bytes of a lane's stretch from which on a longer one is no faster to read
 _SLOW = 64 * 2**20  # bytes that are worth waiting for before the first step of an epoch
@@ -25,7 +25,7 @@ _SLOW = 64 * 2**20  # bytes that are worth waiting for before the first step of 
 def train_loader(
     config: RunConfig,
     index: Index,
-    store: Store,
+    store: Source,
     epoch: int,
     world_size: int,
     rank: int,
@@ -113,7 +113,7 @@ def _grey(config: RunConfig) -> np.ndarray:
     return np.round(np.array(config.data.mean) * 255).astype(np.uint8)
 
 
-def eval_loader(config: RunConfig, index: Index, store: Store, world_size: int, rank: int) -> Iterator[Batch]:
+def eval_loader(config: RunConfig, index: Index, store: Source, world_size: int, rank: int) -> Iterator[Batch]:
     """A rank's stretch of the validation split, each sample once; the last batch may be smaller. Bad ones are left out."""
     data, size = config.data, config.batch.eval_size
 
@@ -138,7 +138,7 @@ def eval_loader(config: RunConfig, index: Index, store: Store, world_size: int, 
 
 
 def _run(
-    config: RunConfig, windows: Callable[[], Iterator[Window]], index: Index, store: Store, view: View | None
+    config: RunConfig, windows: Callable[[], Iterator[Window]], index: Index, store: Source, view: View | None
 ) -> Iterator[Batch]:
     data = config.data
     decoder = Decoder(view, len(index.classes), data.bad_samples == "skip", _grey(config))

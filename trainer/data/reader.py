@@ -7,7 +7,7 @@ import numpy as np
 
 from trainer.data.index import Index
 from trainer.data.shard import Sample, encoded_image, read_sample
-from trainer.data.storage import Store
+from trainer.data.storage import Source
 
 _REQUEST = 8 * 2**20  # bytes; most that is asked for at once, so that a long stretch comes in several requests side by side
 
@@ -38,7 +38,7 @@ def stretches(numbers: np.ndarray, index: Index) -> Iterator[Stretch]:
                 first = cut
 
 
-def read_stretch(stretch: Stretch, index: Index, store: Store) -> dict[int, Sample]:
+def read_stretch(stretch: Stretch, index: Index, store: Source) -> dict[int, Sample]:
     """Its samples, by number. Raises ServiceLost where the store is lost, UserError where the bytes are not what was indexed."""
     shard, first = index.shards[stretch.shard], int(index.starts[stretch.shard])
     start = shard.offsets[stretch.first]
@@ -51,11 +51,11 @@ def read_stretch(stretch: Stretch, index: Index, store: Store) -> dict[int, Samp
     return samples
 
 
-def read_samples(numbers: np.ndarray, index: Index, store: Store) -> dict[int, Sample]:
+def read_samples(numbers: np.ndarray, index: Index, store: Source) -> dict[int, Sample]:
     """The samples of these numbers, by number, one request after another. Raises as ``read_stretch``."""
     return {n: sample for stretch in stretches(numbers, index) for n, sample in read_stretch(stretch, index, store).items()}
 
 
-def read_image(number: int, index: Index, store: Store) -> bytes:
+def read_image(number: int, index: Index, store: Source) -> bytes:
     """The encoded image of one sample."""
     return bytes(encoded_image(read_samples(np.array([number]), index, store)[number]))

@@ -16,7 +16,7 @@ from trainer.data.decode import DecodeError
 from trainer.data.index import Index
 from trainer.data.reader import Stretch, read_stretch, stretches
 from trainer.data.shard import Sample, encoded_image, label_of
-from trainer.data.storage import Store
+from trainer.data.storage import Source
 from trainer.errors import UserError
 
 _TASK = 8  # samples that a thread decodes before it looks for other work
@@ -71,7 +71,7 @@ def threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def fetched(windows: Iterable[Window], index: Index, store: Store, pool: ThreadPoolExecutor, budget: int) -> Iterator[Fetched]:
+def fetched(windows: Iterable[Window], index: Index, store: Source, pool: ThreadPoolExecutor, budget: int) -> Iterator[Fetched]:
     """Micro-batches with their samples. The next windows are read meanwhile, while all that is held has ``budget`` bytes."""
     reading: deque[tuple[Window, list[Future[dict[int, Sample]]], int]] = deque()
     planned = ((window, *_parts(window, index)) for window in windows)
