@@ -29,16 +29,17 @@ def run_ranks(file: str, processes: int, **task: Any) -> Any:
 def peak_of(build: Callable[[], Callable[[], Any]]) -> int:
     """Bytes by which resident memory grows, from before ``build`` to the peak of three calls, after one, of what it made."""
     nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # the libraries' own memory
-    before = _status("VmRSS")
+    before = status("VmRSS")
     step = build()
     step()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here: building is not training
     for _ in range(3):
         step()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """Bytes that the kernel tells of this process: VmRSS, VmHWM (its peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

@@ -115,6 +115,7 @@ def order(
     limit: Annotated[int | None, typer.Option(help="Steps to print.", min=1)] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     window: Annotated[int, typer.Option(help="data.shuffle_window, samples.", min=1)] = 16384,
+    tail: Annotated[str, typer.Option(help="data.tail: pad or drop.")] = "pad",
     as_json: Json = False,
 ) -> None:
     """Print the keys that a rank will see, step by step."""
@@ -125,8 +126,10 @@ def order(
         raise UserError(f"--rank: {rank} is not below --world-size {world_size}")
     if batch_size % world_size:
         raise UserError(f"--batch-size: {batch_size} does not divide by --world-size {world_size}")
+    if tail not in ("pad", "drop"):
+        raise UserError(f"--tail: {tail!r} is neither pad nor drop")
     index, _ = open_index(url)
-    plan = epoch_order(index.sizes, seed, epoch, batch_size, window)
+    plan = epoch_order(index.sizes, seed, epoch, batch_size, window, tail)
     slots = rank_slots(batch_size, world_size, rank, 1)[0]
     for step in range(start_step, plan.steps if limit is None else min(plan.steps, start_step + limit)):
         seen = slots[plan.weights[step, slots] > 0]

@@ -41,7 +41,7 @@ NETWORKS = {
 }
 
 
-RATES = {"no batch norm": 0.0003, "batch norm": 0.0002, "auxiliary heads": 0.0003}
+RATES = {"no batch norm": 0.0003, "batch norm": 0.0001, "auxiliary heads": 0.0003}
 """Learning rates at which 20 steps do not make more of a rounding than they may: batch norm over one image does at more."""
 
 

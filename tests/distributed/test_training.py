@@ -314,6 +314,35 @@ def test_a_sample_that_cannot_be_decoded_is_named(convoy_refuses: Run, convoy_ok
     assert ".tar: sample" in named[0]
 
 
+def test_a_bad_sample_that_is_skipped_is_told_and_counted(
+    convoy: Run, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, digits_folder: Path, tmp_path: Path
+) -> None:
+    """With a cache, growing images and two pipeline stages, of which both must know the sample."""
+    convoy_ok("pack", digits_folder, tmp_path / "data", "--shards", 5)
+    settings = [f"data.train={tmp_path}/data/train", "data.val=null", "data.check=sha256", f"train.output_dir={tmp_path}/out"]
+    index, _ = open_index(f"{tmp_path}/data/train")
+    shard = index.shards[2]
+    with (tmp_path / "data/train" / shard.name).open("r+b") as file:
+        file.seek(shard.offsets[7] + 512)
+        file.write(b"spoiled!" * 8)
+    done = convoy("train", RECIPE, "--procs", 2, *settings)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert f"{shard.name}: its SHA-256 is" in done.stderr
+    settings += ["data.check=size", "data.bad_samples=skip", "data.max_bad_samples=3", f"data.cache_dir={tmp_path}/cache"]
+    settings += ["data.image_size=16", "data.initial_size=8", "data.grow_until=2", "data.size_step=4", "train.epochs=3"]
+    shown = convoy_ok("train", RECIPE, "--procs", 2, *settings, "parallel.pipeline_stages=2", env=service_env)
+    assert shown.count("a bad sample counts for nothing") == 3, "once an epoch"
+    assert f"sample {shard.keys[7]} at byte" in shown
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert (result["steps"], result["bad_samples"]) == (30, 3)
+    assert max(_history(client, result["mlflow_run_id"], "bad_samples").values()) == 3
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file()) > index.bytes * 0.9
+    settings = [*settings, "data.max_bad_samples=1", f"train.output_dir={tmp_path}/again"]
+    done = convoy("train", RECIPE, "--procs", 2, *settings)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "data.max_bad_samples: 2 samples could not be decoded" in done.stderr
+
+
 def test_a_loss_that_is_no_number_ends_the_run(convoy_refuses: Run, digits: Path, tmp_path: Path) -> None:
     settings = [f"data.train={digits}/train", "data.val=null", "optimizer.base_lr=1e30", f"train.output_dir={tmp_path}/out"]
     told = convoy_refuses("train", RECIPE, "--procs", 2, *settings)

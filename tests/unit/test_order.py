@@ -18,7 +18,7 @@ SHARDS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int, int, int]:
     """Shard sizes, world size, accumulation steps, micro-batch, window, seed: whatever a recipe may ask for."""
-    world, accumulation, micro = draw(st.sampled_from([1, 2, 3, 7, 8])), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    world, accumulation, micro = draw(st.sampled_from([1, 2, 3, 7, 8, 64, 512])), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     sizes = np.array(draw(SHARDS))
     short = world * accumulation * micro - int(sizes.sum())
     if short > 0:
@@ -88,10 +88,12 @@ def test_the_command_prints_what_each_rank_sees(convoy_ok: Run, digits: Path) ->
         for step, everything in enumerate(alone):
             assert sorted(k for rank in shared for k in rank[step]) == sorted(everything)
     assert keys(1, 0, "--start-step", 5, "--limit", 3) == alone[5:8]
+    assert keys(1, 0, "--start-step", 0, "--tail", "drop") == [step for step in alone if len(step) == 42]
 
 
 def test_what_the_command_refuses(convoy_refuses: Run, digits: Path) -> None:
     base = ("order", digits / "train", "--epoch", 0, "--world-size", 4)
     assert "--batch-size: 42 does not divide" in convoy_refuses(*base, "--rank", 0, "--batch-size", 42)
     assert "--rank: 4 is not below" in convoy_refuses(*base, "--rank", 4, "--batch-size", 40)
+    assert "--tail: 'keep' is neither pad nor drop" in convoy_refuses(*base, "--rank", 0, "--batch-size", 40, "--tail", "keep")
     assert "it is above splits" in convoy_refuses("order", digits, *base[2:], "--rank", 0, "--batch-size", 40)
