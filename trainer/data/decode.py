@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 try:
     from trainer.data import native
@@ -44,6 +44,8 @@ def decode_rgb(encoded: bytes | memoryview) -> Image.Image:
         return image.convert("RGB")  # decodes; grey and CMYK too
     except MemoryError:
         raise
+    except UnidentifiedImageError:  # its own text names an object in memory
+        raise DecodeError("no image of a known kind") from None
     except Exception as error:  # Pillow's readers raise what their parsing stumbles over: struct.error, IndexError, ...
         raise DecodeError(str(error) or type(error).__name__) from None
 
