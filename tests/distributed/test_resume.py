@@ -41,10 +41,14 @@ OTHER_RULES = [
 
 
 def _goes_on(saved: Cell, topologies: list[Cell]) -> list[Cell]:
-    """Those that go on from one's checkpoint: the same training, spread in any way; without the matrix, itself and the next."""
+    """Those that go on from one's checkpoint: the same training, spread in any way. Without the matrix it is the next one, and
+    itself where it is one of the fp32 ones or the last of its kin."""
     kin = [t for t in topologies if all(t[key] == saved[key] for key in ("options", "network", "precision"))]
+    if MATRIX:
+        return kin
     place = kin.index(saved)
-    return kin if MATRIX else [saved, kin[(place + 1) % len(kin)]]
+    itself = [saved] if saved in TOPOLOGIES or place == len(kin) - 1 else []
+    return [*itself, kin[(place + 1) % len(kin)]]
 
 
 @pytest.mark.timeout(3600)

@@ -12,9 +12,12 @@ import webdataset as wds
 from helpers import Run
 from PIL import Image
 
+from pipelines.adopt import index_shards
+from pipelines.verify import verify
 from trainer.data.index import open_index
 from trainer.data.reader import read_samples
 from trainer.data.shard import encoded_image, label_of
+from trainer.errors import UserError
 
 LONG = "folder.with.dots/" + "a_long_name_" * 12  # longer than a plain header takes
 
@@ -61,12 +64,12 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_sample_is_found_where_it_stands(convoy_ok: Run, writer: str, tmp_path: Path) -> None:
+def test_every_sample_is_found_where_it_stands(writer: str, tmp_path: Path) -> None:
     """Against what webdataset reads from the same files."""
     WRITERS[writer](tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")}
-    shown = convoy_ok("index", tmp_path, "--split", "train")
-    assert "20 images of 4 classes" in shown
+    made = index_shards(str(tmp_path), "train", None, 1, False)
+    assert (made.samples, made.classes, made.split) == (20, ["0", "1", "2", "3"], "train")
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")} == before, "in place"
     index, store = open_index(str(tmp_path))
     theirs = [
@@ -77,10 +80,8 @@ def test_every_sample_is_found_where_it_stands(convoy_ok: Run, writer: str, tmp_
         (sample,) = read_samples(np.array([number]), index, store).values()
         assert bytes(encoded_image(sample)) == theirs[number]["png"]
         assert label_of(sample, 4) == int(theirs[number]["cls"])
-    assert json.loads(convoy_ok("verify", tmp_path, "--json"))["ok"]
-    lines = convoy_ok("order", tmp_path, "--epoch", 0, "--world-size", 1, "--rank", 0, "--batch-size", 5, "--json").splitlines()
-    assert sorted(k for line in lines for k in json.loads(line)["keys"]) == sorted(s["__key__"] for s in theirs)
-    convoy_ok("index", tmp_path, "--split", "train")  # a second time changes nothing
+    (verdict,) = verify(str(tmp_path), 1)
+    assert (verdict.samples, verdict.faults) == (20, [])
 
 
 def test_our_own_shards_get_the_offsets_that_pack_wrote(convoy_ok: Run, digits: Path, tmp_path: Path) -> None:
@@ -89,7 +90,9 @@ def test_our_own_shards_get_the_offsets_that_pack_wrote(convoy_ok: Run, digits: 
         (tmp_path / shard.name).write_bytes((digits / "train" / shard.name).read_bytes())
     names = tmp_path / "names.txt"
     names.write_text("".join(f"{name}\n" for name in index.classes))
-    convoy_ok("index", tmp_path, "--class-names", names)
+    assert f"{index.samples} images of 10 classes" in convoy_ok("index", tmp_path, "--class-names", names)
+    lines = convoy_ok("order", tmp_path, "--epoch", 0, "--world-size", 1, "--rank", 0, "--batch-size", 50, "--json").splitlines()
+    assert sorted(k for line in lines for k in json.loads(line)["keys"]) == sorted(k for shard in index.shards for k in shard.keys)
     ours, _ = open_index(str(tmp_path))
     assert (ours.shards, ours.classes, ours.split) == (index.shards, index.classes, tmp_path.name)
 
@@ -100,10 +103,16 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def test_what_is_no_set_of_samples_is_refused(convoy_refuses: Run, tmp_path: Path) -> None:
-    assert "no .tar stands there" in convoy_refuses("index", tmp_path)
+def _refused(folder: Path, class_names: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        index_shards(str(folder), None, class_names, 1, False)
+    return str(caught.value)
+
+
+def test_what_is_no_set_of_samples_is_refused(tmp_path: Path) -> None:
+    assert "no .tar stands there" in _refused(tmp_path)
     (tmp_path / "a.tar.gz").write_bytes(b"")
-    assert "a.tar.gz: is compressed" in convoy_refuses("index", tmp_path)
+    assert "a.tar.gz: is compressed" in _refused(tmp_path)
     (tmp_path / "a.tar.gz").unlink()
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         _add(tar, "1.png", _png(1))
@@ -111,24 +120,25 @@ def test_what_is_no_set_of_samples_is_refused(convoy_refuses: Run, tmp_path: Pat
         _add(tar, "1.cls", b"0")
         _add(tar, "3.png", _png(3))
         _add(tar, "3.cls", b"dog")
-    told = convoy_refuses("index", tmp_path)
+    told = _refused(tmp_path)
     assert "a.tar: sample 1: an image and its label (.cls) are needed, but there is: png" in told
     assert "sample 1: its members do not stand together" in told
     assert "sample 3: its label b'dog' is no class number" in told
     (tmp_path / "a.tar").write_bytes(b"not a tar at all" * 100)
-    assert "a.tar: is no tar, or is cut" in convoy_refuses("index", tmp_path)
+    assert "a.tar: is no tar, or is cut" in _refused(tmp_path)
     _by_webdataset(tmp_path)
     (tmp_path / "a.tar").write_bytes((tmp_path / "set-0000.tar").read_bytes()[:2000])
-    assert "a.tar: is no tar, or is cut" in convoy_refuses("index", tmp_path)
+    assert "a.tar: is no tar, or is cut" in _refused(tmp_path)
     (tmp_path / "a.tar").unlink()
     (tmp_path / "names.txt").write_text("one\ntwo\n")
-    assert "has 2 lines, but there are labels up to 3" in convoy_refuses("index", tmp_path, "--class-names", tmp_path / "names.txt")
+    assert "has 2 lines, but there are labels up to 3" in _refused(tmp_path, str(tmp_path / "names.txt"))
     assert not (tmp_path / "index.json").exists(), "nothing half-written"
 
 
 def test_an_index_that_says_something_else_stays(convoy_ok: Run, convoy_refuses: Run, tmp_path: Path) -> None:
     _by_webdataset(tmp_path)
-    convoy_ok("index", tmp_path)
+    index_shards(str(tmp_path), None, None, 1, False)
+    index_shards(str(tmp_path), None, None, 1, False)  # a second time changes nothing
     (tmp_path / "set-0001.tar").unlink()
     assert "--overwrite replaces it" in convoy_refuses("index", tmp_path)
     assert "13 images" in convoy_ok("index", tmp_path, "--overwrite")
