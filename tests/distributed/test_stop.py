@@ -27,7 +27,7 @@ def _settings(digits: Path, out: Path) -> list[str]:
         "data.train": f"{digits}/train",
         "data.val": f"{digits}/val",
         "batch.global_size": 60,
-        "batch.micro_size": 10,
+        "batch.micro_size": 5,
         "model.width": 4,
         "ema": 0.9,
         "train.epochs": STEPS // 10,
@@ -130,7 +130,7 @@ def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ran
     """Four ranks are killed at a random step; three go on from a copy of their checkpoints in the object store, then two from
     the folder."""
     out, other, url = tmp_path / "killed", tmp_path / "other", f"{bucket}/{tmp_path.name}"
-    keys = ["batch.micro_size=5", "checkpoint.every_steps=3", "checkpoint.keep=2", "data.log_keys=true"]
+    keys = ["checkpoint.every_steps=3", "checkpoint.keep=2", "data.log_keys=true"]
     last = random.Random(str(tmp_path)).randrange(STEPS // 3, STEPS - 10)
     with started(RECIPE, [*_settings(digits, out), *keys], service_env, procs=4) as process:
         (log,) = (out / "samples").glob("from-0-rank-0-of-4.jsonl")
