@@ -165,7 +165,7 @@ def test_a_fault_is_outlasted(
     assert store.counts.retries == proxy.faults == 3
     assert store.counts.bytes == 2 * 7_999_990
     unread = fault.after if fault.kind == "reset" else 0  # a reset throws away what the kernel holds
-    assert proxy.bytes <= 2 * 8_000_000 + 3 * (256 * 1024 + MISSES + unread)
+    assert proxy.bytes <= 2 * 8_000_000 + 3 * (1024 * 1024 + MISSES + unread)  # a busy machine's sockets hold more than a chunk
     (line,) = [record.getMessage() for record in caplog.records if record.name == "trainer.data.transfer"]
     assert line.startswith("s3://convoy/x/object: byte "), "one line, though there were three retries"
     assert "; try 2 of 13 in " in line
@@ -379,7 +379,7 @@ def test_a_server_killed_and_started_again(
 ) -> None:
     """In the middle of a read: its answer is held back until it is gone."""
     caplog.set_level(logging.WARNING)
-    store = opened(proxy.port, Patience(tries=1000, first_wait=0.05, longest_wait=0.3, silent_seconds=2))
+    store = opened(proxy.port, Patience(tries=1000, first_wait=0.05, longest_wait=0.3, silent_seconds=20))
     proxy.reset(in_order(Fault("stalled", after=3_000_000)))
     with ThreadPoolExecutor(1) as thread:
         reading = thread.submit(check, store, content, [(0, SIZE)])
@@ -393,7 +393,7 @@ def test_a_server_killed_and_started_again(
 
 
 def _until(true: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 120
     while not true():
         assert time.monotonic() < give_up, "it did not come to that"
         time.sleep(0.01)
