@@ -21,17 +21,17 @@ from pack import make_images
 from ranks import status
 
 from trainer.config import RunConfig
-from trainer.data.index import INDEX_NAME, Index, Shard, digest_of, open_index
+from trainer.data.index import INDEX_NAME, Index, Shard, open_index
 from trainer.data.loader import train_loader
 from trainer.data.order import epoch_order, rank_slots
 
 
-def config_of(train: Path, batch: int) -> RunConfig:
+def config_of(train: Path) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"name": "resnet50"},
             "data": {"train": str(train), "workers": 2},
-            "batch": {"global_size": batch},
+            "batch": {"global_size": 64},
             "train": {"max_steps": 1},
         }
     )
@@ -46,7 +46,7 @@ def epochs(count: int, images: int) -> list[dict[str, float]]:
         subprocess.run(command, check=True, capture_output=True)
         train = Path(folder) / "shards" / "train"
         index, store = open_index(str(train))
-        config = config_of(train, 64)
+        config = config_of(train)
         for epoch in range(count):
             started = time.perf_counter()
             seen = sum(len(batch.keys) for batch in train_loader(config, index, store, epoch, 1, 0, 1))
@@ -74,17 +74,7 @@ def write_large_index(folder: Path, shards: int, samples: int) -> None:
             )
         )
     names = [f"class {i}" for i in range(1000)]
-    index = Index(
-        split="train",
-        samples=shards * samples,
-        bytes=sum(shard.bytes for shard in entries),
-        classes=names,
-        class_ids=names,
-        plan="",
-        digest=digest_of(names, names, entries),
-        shards=entries,
-    )
-    (folder / INDEX_NAME).write_bytes(index.to_json())
+    (folder / INDEX_NAME).write_bytes(Index.of("train", names, names, entries).to_json())
 
 
 def first_batch(folder: str) -> None:

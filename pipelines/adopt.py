@@ -11,11 +11,10 @@ from pipelines.pool import worker_pool
 from pipelines.progress import WorkProgress
 from trainer.data.index import INDEX_NAME, Index, Shard, digest_of, parse_index
 from trainer.data.shard import BLOCK, IMAGES, split_name
-from trainer.data.storage import Store, open_store
-from trainer.errors import UserError
+from trainer.data.storage import Store, open_store, read_whole
+from trainer.errors import UserError, shortened
 
-_PIECE = 8 * 2**20  # bytes read at once
-_NAMED = 10  # faults of one shard that are named one by one
+_PIECE = 2**20  # bytes that are read on to a shard's end
 
 
 @dataclass
@@ -51,17 +50,8 @@ def index_shards(url: str, split: str | None, class_names: str | None, workers: 
     classes = names or [str(label) for label in range(highest + 1)]
     class_ids = [str(label) for label in range(len(classes))]
     shards = [scan.shard for scan in scans]
-    digest = digest_of(classes, class_ids, shards)
-    index = Index(
-        split=split or url.rstrip("/").rpartition("/")[2],
-        samples=sum(shard.samples for shard in shards),
-        bytes=sum(shard.bytes for shard in shards),
-        classes=classes,
-        class_ids=class_ids,
-        plan=digest,
-        digest=digest,
-        shards=shards,
-    )
+    plan = digest_of(classes, class_ids, shards)  # nobody planned them: they are what they are
+    index = Index.of(split or url.rstrip("/").rpartition("/")[2], classes, class_ids, shards, plan)
     if raw is not None and not overwrite and parse_index(raw, f"{url}/{INDEX_NAME}") != index:
         raise UserError(f"{url}/{INDEX_NAME}: is there and says something else; --overwrite replaces it")
     store.write(INDEX_NAME, index.to_json())
@@ -89,18 +79,18 @@ class _Reading:
     """A shard as a file that is read once from its beginning to its end, hashed."""
 
     def __init__(self, store: Store, name: str, size: int) -> None:
-        self._store, self._name, self._size = store, name, size
-        self._position, self._piece = 0, memoryview(b"")
+        self._pieces = read_whole(store, name, size)
+        self._piece = memoryview(b"")
         self.sha256 = hashlib.sha256()
 
     def read(self, count: int) -> bytes:
         parts = []
-        while count > 0 and (self._piece or self._position < self._size):
+        while count > 0:
             if not self._piece:
-                end = min(self._size, self._position + _PIECE)
-                (self._piece,) = self._store.read_ranges(self._name, [self._position], [end])
+                self._piece = next(self._pieces, self._piece)
                 self.sha256.update(self._piece)
-                self._position = end
+                if not self._piece:
+                    break
             parts.append(bytes(self._piece[:count]))
             self._piece = self._piece[count:]
             count -= len(parts[-1])
@@ -143,7 +133,5 @@ def _scan(url: str, name: str, size: int) -> _Scan:
         if "cls" not in extensions or not extensions.intersection(IMAGES):
             faults.append(f"sample {key}: an image and its label (.cls) are needed, but there is: {', '.join(sorted(extensions))}")
     faults += [f"sample {key}: its members do not stand together" for key, count in Counter(keys).items() if count > 1]
-    if len(faults) > _NAMED:
-        faults = [*faults[:_NAMED], f"... and {len(faults) - _NAMED} faults more"]
     shard = Shard(name=name, samples=len(keys), sha256=reading.sha256.hexdigest(), bytes=size, offsets=[*offsets, end], keys=keys)
-    return _Scan(shard, labels, faults)
+    return _Scan(shard, labels, shortened(faults, "faults more"))

@@ -18,7 +18,7 @@ import numpy as np
 from pipelines.pool import worker_pool
 from pipelines.progress import WorkProgress
 from pipelines.sources import Item, Split, find_splits, read_item, recognized
-from trainer.data.index import INDEX_NAME, Index, Shard, digest_of, parse_index
+from trainer.data.index import INDEX_NAME, Index, Shard, parse_index
 from trainer.data.shard import BLOCK, end_mark, write_sample
 from trainer.data.storage import Store, is_remote, open_store
 from trainer.errors import UserError
@@ -157,17 +157,7 @@ def _write_split(plan: _Plan, store: Store, pool: ProcessPoolExecutor) -> Index:
             done[work[future]] = future.result()
             progress.add(done[work[future]].samples)
     shards = [done[number] for number in range(len(plan.shards))]
-    classes, class_ids = plan.split.classes, plan.split.class_ids
-    index = Index(
-        split=name,
-        samples=sum(s.samples for s in shards),
-        bytes=sum(s.bytes for s in shards),
-        classes=classes,
-        class_ids=class_ids,
-        plan=plan.digest,
-        digest=digest_of(classes, class_ids, shards),
-        shards=shards,
-    )
+    index = Index.of(name, plan.split.classes, plan.split.class_ids, shards, plan.digest)
     store.write(INDEX_NAME, index.to_json())
     store.delete([f"{_WORK}/{number:06d}.json" for number in range(len(shards))] + [f"{_WORK}/plan.json"])
     store.remove_empty_folder(_WORK)

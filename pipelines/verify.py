@@ -11,10 +11,9 @@ from trainer.data.decode import DecodeError, decode_rgb
 from trainer.data.index import INDEX_NAME, Shard, open_index
 from trainer.data.shard import encoded_image, label_of, read_sample
 from trainer.data.storage import open_store
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import ServiceLost, UserError, shortened
 
 _RANGE = 32 * 2**20  # bytes read at once
-_NAMED = 10  # faults of one shard that are named one by one
 
 
 @dataclass
@@ -58,11 +57,8 @@ def _verify_split(url: str, workers: int) -> Verdict:
 def _verify_shard(url: str, num_classes: int, shard: Shard) -> list[str]:
     """What is wrong with one shard. Runs in a worker."""
     store = open_store(url)
-    size = store.size(shard.name)
-    if size is None:
-        return ["is in the index but missing"]
-    if size != shard.bytes:
-        return [f"has {size:,} bytes, the index says {shard.bytes:,}"]
+    if fault := shard.size_fault(store.size(shard.name)):
+        return [fault]
     faults: list[str] = []
     sha256 = hashlib.sha256()
     sample = 0
@@ -87,6 +83,6 @@ def _verify_shard(url: str, num_classes: int, shard: Shard) -> list[str]:
                 faults.append(f"sample {shard.keys[i]} at byte {shard.offsets[i]:,}: cannot be decoded: {error}")
     (end,) = store.read_ranges(shard.name, [shard.offsets[-1]], [shard.bytes])
     sha256.update(end)
-    if sha256.hexdigest() != shard.sha256:
-        faults.insert(0, f"its SHA-256 is {sha256.hexdigest()[:16]}..., the index says {shard.sha256[:16]}...")
-    return faults if len(faults) <= _NAMED else [*faults[:_NAMED], f"... and {len(faults) - _NAMED} faults more"]
+    if fault := shard.digest_fault(sha256.hexdigest()):
+        faults.insert(0, fault)
+    return shortened(faults, "faults more")

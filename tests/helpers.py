@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -36,6 +37,14 @@ def started(recipe: str, settings: list[str], environment: dict[str, str], procs
         finally:
             if process.poll() is None:
                 process.kill()
+
+
+def until(true: Callable[[], bool], seconds: float = 120) -> None:
+    """Look again and again whether something has come about."""
+    give_up = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < give_up, "it did not come to that"
+        time.sleep(0.01)
 
 
 def ranks_of(process: subprocess.Popen, procs: int = 2) -> list[psutil.Process]:

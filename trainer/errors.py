@@ -40,6 +40,11 @@ class Terminated(BaseException):
     """SIGTERM came: end in order, exit code 143."""
 
 
+def shortened(lines: list[str], rest: str = "more") -> list[str]:
+    """The first ten lines, and how many there are besides, called ``rest``."""
+    return lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} {rest}"]
+
+
 def report(error: BaseException, program: str, quiet: bool = False) -> int:
     """Print ``error`` to stderr as its kind asks (``quiet`` ranks print bugs only); returns the exit code."""
     if isinstance(error, Terminated):

@@ -4,13 +4,12 @@ import json
 import random
 import re
 import signal
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from helpers import Run, ranks_of, run_convoy, started
+from helpers import Run, ranks_of, run_convoy, started, until
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
@@ -134,8 +133,7 @@ def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ran
     last = random.Random(str(tmp_path)).randrange(STEPS // 3, STEPS - 10)
     with started(RECIPE, [*_settings(digits, out), *keys], service_env, procs=4) as process:
         (log,) = (out / "samples").glob("from-0-rank-0-of-4.jsonl")
-        while len(log.read_text().splitlines()) < last:
-            time.sleep(0.01)
+        until(lambda: len(log.read_text().splitlines()) >= last)
         for rank in [*ranks_of(process, 4), psutil.Process(process.pid)]:
             rank.kill()
         process.communicate(timeout=60)

@@ -14,6 +14,7 @@ import numpy as np
 import obstore
 import pytest
 from faults import Fault, HttpProxy, S3Server, Toxiproxy, toxiproxy_program
+from helpers import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -258,7 +259,7 @@ def test_a_connection_that_gives_nothing(
     store = opened(toxiproxy.port)
     with toxiproxy.toxic(kind, **attributes), ThreadPoolExecutor(1) as thread:
         reading = thread.submit(check, store, content, [(0, SIZE)])
-        _until(lambda: store.counts.retries >= 3)
+        until(lambda: store.counts.retries >= 3)
         toxiproxy.cure()
         reading.result(30)
     with toxiproxy.toxic(kind, **attributes), pytest.raises(ServiceLost, match="given up after"):
@@ -271,7 +272,7 @@ def test_a_store_that_refuses_connections_for_a_while(opened: Open, toxiproxy: T
     try:
         with ThreadPoolExecutor(1) as thread:
             reading = thread.submit(check, store, content, [(0, SIZE)])
-            _until(lambda: store.counts.retries >= 4)
+            until(lambda: store.counts.retries >= 4)
             toxiproxy.switch(on=True)
             reading.result(30)
         toxiproxy.switch(on=False)
@@ -286,7 +287,7 @@ def test_a_closed_store_waits_no_more(opened: Open, proxy: HttpProxy, content: b
     proxy.reset(lambda: Fault("status"))
     with ThreadPoolExecutor(1) as thread:
         reading = thread.submit(store.read_ranges, "object", [0], [10])
-        _until(lambda: store.counts.retries == 1)
+        until(lambda: store.counts.retries == 1)
         store.close()
         with pytest.raises(ServiceLost, match="the store was closed"):
             reading.result(10)
@@ -347,7 +348,7 @@ def test_rotated_credentials_are_picked_up(
     with ThreadPoolExecutor(1) as thread:
         before = store.counts.retries
         reading = thread.submit(check, store, content, [(0, SIZE)])
-        _until(lambda: store.counts.retries > before + 2)
+        until(lambda: store.counts.retries > before + 2)
         _write_credentials(path, *server.credentials)
         reading.result(30)
     assert store.size("object") == SIZE
@@ -383,20 +384,13 @@ def test_a_server_killed_and_started_again(
     proxy.reset(in_order(Fault("stalled", after=3_000_000)))
     with ThreadPoolExecutor(1) as thread:
         reading = thread.submit(check, store, content, [(0, SIZE)])
-        _until(lambda: store.counts.bytes > 2_000_000)
+        until(lambda: store.counts.bytes > 2_000_000)
         server.kill()
-        _until(lambda: store.counts.retries >= 3)
+        until(lambda: store.counts.retries >= 3)
         server.start()
         reading.result(60)
     assert store.counts.bytes == SIZE
     assert caplog.records
-
-
-def _until(true: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < give_up, "it did not come to that"
-        time.sleep(0.01)
 
 
 def test_the_true_object_is_what_was_put(server: S3Server, content: bytes) -> None:

@@ -11,12 +11,11 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainer.data.storage import Store, open_store
-from trainer.errors import UserError
+from trainer.data.storage import Store, open_store, read_whole
+from trainer.errors import UserError, shortened
 
 INDEX_NAME = "index.json"
-_PIECE = 8 * 2**20  # bytes of a shard that are held while its SHA-256 is computed
-_AT_ONCE = 4  # shards
+_AT_ONCE = 4  # shards whose SHA-256 is computed
 
 
 class Shard(BaseModel):
@@ -32,6 +31,16 @@ class Shard(BaseModel):
     """``samples + 1`` byte offsets, ascending; the last is where the tar's end mark begins."""
     keys: list[str]
     """WebDataset's ``__key__`` of each sample, in the tar's order."""
+
+    def size_fault(self, size: int | None) -> str | None:
+        """What is wrong with a shard of ``size`` bytes (None: that is not there), if anything is."""
+        if size is None:
+            return "is in the index but missing"
+        return None if size == self.bytes else f"has {size:,} bytes, the index says {self.bytes:,}"
+
+    def digest_fault(self, sha256: str) -> str | None:
+        """The same of a shard with this SHA-256."""
+        return None if sha256 == self.sha256 else f"its SHA-256 is {sha256[:16]}..., the index says {self.sha256[:16]}..."
 
 
 class Index(BaseModel):
@@ -51,6 +60,20 @@ class Index(BaseModel):
     """SHA-256 of what was to be packed and how; a second ``convoy pack`` compares it."""
     digest: str
     shards: list[Shard]
+
+    @classmethod
+    def of(cls, split: str, classes: list[str], class_ids: list[str], shards: list[Shard], plan: str = "") -> "Index":
+        """What these shards hold, its totals and digest computed."""
+        return cls(
+            split=split,
+            samples=sum(shard.samples for shard in shards),
+            bytes=sum(shard.bytes for shard in shards),
+            classes=classes,
+            class_ids=class_ids,
+            plan=plan,
+            digest=digest_of(classes, class_ids, shards),
+            shards=shards,
+        )
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -119,42 +142,30 @@ def open_index(url: str) -> tuple[Index, Store]:
 def check_shards(index: Index, store: Store) -> None:
     """Compare presence and size of every shard with the index, by one listing; raises UserError with a line each (ten at most)."""
     there = store.sizes()
-    _refuse([fault for shard in index.shards if (fault := _size_fault(shard, store, there.get(shard.name)))])
+    _refuse(store, [(shard, fault) for shard in index.shards if (fault := shard.size_fault(there.get(shard.name)))])
 
 
 def check_digests(index: Index, store: Store, numbers: Iterable[int]) -> None:
     """Read the shards of these numbers once, several at a time, and compare sizes and SHA-256 with the index.
 
-    Holds ``_AT_ONCE`` pieces of 8 MiB. Raises UserError with a line for each that differs (ten at most), ServiceLost.
+    Holds ``_AT_ONCE`` pieces. Raises UserError with a line for each that differs (ten at most), ServiceLost.
     """
 
     def fault_of(number: int) -> str | None:
         shard = index.shards[number]
-        if fault := _size_fault(shard, store, store.size(shard.name)):
+        if fault := shard.size_fault(store.size(shard.name)):
             return fault
         sha256 = hashlib.sha256()
-        for start in range(0, shard.bytes, _PIECE):
-            (piece,) = store.read_ranges(shard.name, [start], [min(start + _PIECE, shard.bytes)])
+        for piece in read_whole(store, shard.name, shard.bytes):
             sha256.update(piece)
-        if sha256.hexdigest() == shard.sha256:
-            return None
-        where = f"{store.url}/{shard.name}"
-        return f"{where}: its SHA-256 is {sha256.hexdigest()[:16]}..., the index says {shard.sha256[:16]}..."
+        return shard.digest_fault(sha256.hexdigest())
 
+    chosen = list(numbers)
     with ThreadPoolExecutor(_AT_ONCE, "digests") as threads:
-        _refuse([fault for fault in threads.map(fault_of, numbers) if fault])
+        found = zip(chosen, threads.map(fault_of, chosen), strict=True)
+        _refuse(store, [(index.shards[number], fault) for number, fault in found if fault])
 
 
-def _size_fault(shard: Shard, store: Store, size: int | None) -> str | None:
-    if size is None:
-        return f"{store.url}/{shard.name}: is in the index but missing"
-    if size != shard.bytes:
-        return f"{store.url}/{shard.name}: has {size:,} bytes, the index says {shard.bytes:,}"
-    return None
-
-
-def _refuse(faults: list[str]) -> None:
-    if len(faults) > 10:
-        faults = [*faults[:10], f"... and {len(faults) - 10} shards more"]
+def _refuse(store: Store, faults: list[tuple[Shard, str]]) -> None:
     if faults:
-        raise UserError(*faults)
+        raise UserError(*shortened([f"{store.url}/{shard.name}: {fault}" for shard, fault in faults], "shards more"))

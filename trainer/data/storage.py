@@ -18,7 +18,7 @@ from trainer.data.connect import connector, endpoint, folder_of, is_remote
 from trainer.data.transfer import Counts, Endurance, Interrupted, Kind, Link, Patience, kind_of, read_piece, reason, status_of
 from trainer.errors import UserError
 
-__all__ = ["Source", "Store", "endpoint", "is_remote", "open_store"]
+__all__ = ["Source", "Store", "endpoint", "is_remote", "open_store", "read_whole"]
 
 _PIECE = 8 * 2**20  # bytes of one request at most
 _REQUESTS = 8  # at once
@@ -35,6 +35,12 @@ class Source(Protocol):
     def url(self) -> str: ...
 
     def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]: ...
+
+
+def read_whole(source: Source, name: str, size: int) -> Iterator[memoryview]:
+    """An object of ``size`` bytes from its beginning to its end, in pieces of at most 8 MiB. Raises as ``read_ranges``."""
+    for start in range(0, size, _PIECE):
+        yield from source.read_ranges(name, [start], [min(start + _PIECE, size)])
 
 
 class Store:

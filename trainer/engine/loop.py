@@ -43,7 +43,7 @@ class Job:
     """Keeps a checkpoint with the figures so far; returns while that is still being written."""
     stop: StopRequest
     max_bad_samples: int | None = None
-    """How many samples that cannot be decoded a rank passes over; None: the first stops the run, where it is met."""
+    """How many samples that cannot be decoded are passed over, on all ranks; None: the first stops the run, where it is met."""
     took: Callable[[int, list[str]], None] | None = None
     """Is told after each step which samples' keys this rank took for it."""
 
