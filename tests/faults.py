@@ -124,6 +124,10 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     owner: HttpProxy
 
+    def setup(self) -> None:
+        super().setup()  # what is counted as sent must not lie in a buffer of the kernel's that grows with the machine's load
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SENT_AT_ONCE)
+
     def log_message(self, *arguments: object) -> None:
         pass
 

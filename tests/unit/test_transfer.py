@@ -166,7 +166,7 @@ def test_a_fault_is_outlasted(
     assert store.counts.retries == proxy.faults == 3
     assert store.counts.bytes == 2 * 7_999_990
     unread = fault.after if fault.kind == "reset" else 0  # a reset throws away what the kernel holds
-    assert proxy.bytes <= 2 * 8_000_000 + 3 * (1024 * 1024 + MISSES + unread)  # a busy machine's sockets hold more than a chunk
+    assert proxy.bytes <= 2 * 8_000_000 + 3 * (256 * 1024 + MISSES + unread)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "trainer.data.transfer"]
     assert line.startswith("s3://convoy/x/object: byte "), "one line, though there were three retries"
     assert "; try 2 of 13 in " in line
