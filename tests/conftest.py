@@ -1,5 +1,6 @@
 """What several tests share: the real command, real services, and small sets of real images."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from helpers import Run, run_convoy
+from hypothesis import settings
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
@@ -14,6 +16,11 @@ from pipelines import local
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+
+
+# The same examples in every run, so that a change is judged by what it did; other ones with CONVOY_EXPLORE=1.
+settings.register_profile("convoy", derandomize="CONVOY_EXPLORE" not in os.environ)
+settings.load_profile("convoy")
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_a_crop_is_pillows(data: st.DataObject) -> None:
     difference = np.abs(cropped(content, box, size, flip) - reference(content, box, size, flip))
     if min(box[2:]) < 4 * size:  # decoded at full scale
         assert difference.max() <= 2
-        assert difference.mean() < 0.5 or size < 8
+        assert difference.mean() <= 1 or size < 8  # of photographs it is below 0.5, but a crop may be one pixel wide and all alike
     else:
         assert difference.mean() < 3 or size < 8
 
