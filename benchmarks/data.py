@@ -40,13 +40,13 @@ def python() -> str:
     return str(path) if path.exists() else sys.executable
 
 
-def in_own_process(*arguments: str) -> str:
-    """The last line that this file prints with these arguments. Raises RuntimeError with the end of what it said."""
+def in_own_process(*arguments: str, script: str = __file__) -> str:
+    """The last line that a benchmark prints with these arguments. Raises RuntimeError with the end of what it said."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
     with tempfile.TemporaryFile("w+") as errors:
         result = subprocess.run(
-            [python(), __file__, *arguments], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=_SECONDS
+            [python(), script, *arguments], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=_SECONDS
         )
         if result.returncode:
             errors.seek(0)
