@@ -19,7 +19,6 @@ from trainer.models.catalogue import forward_costs
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.xdist_group("topologies")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_topology_follows_the_plain_loop(ranks: int, trainings: Trainings) -> None:
     results = trainings.on(ranks)

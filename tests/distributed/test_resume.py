@@ -7,7 +7,6 @@ from topologies import Trainings, cells_that_load, deviation, run_cells
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.xdist_group("topologies")
 def test_any_topology_goes_on_from_any_other(trainings: Trainings, tmp_path: Path) -> None:
     whole = {result["save"]: result for ranks in (1, 2, 4) for result in trainings.on(ranks) if "save" in result}
     assert not [d for d in map(deviation, whole.values()) if d]
