@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipelines import cluster_cli
 from trainer.errors import EXIT_USER, UserError, report
 
 app = typer.Typer(
@@ -263,6 +264,9 @@ def demo(
     from pipelines.demo import demo as run
 
     run(folder, keep=os.environ.get("KEEP") == "1", digits=digits)
+
+
+cluster_cli.add_to(app)
 
 
 @local_app.command("up")
