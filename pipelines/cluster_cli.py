@@ -35,6 +35,7 @@ MlflowSecret = Annotated[str, typer.Option(help="Secret with MLFLOW_TRACKING_URI
 Account = Annotated[str, typer.Option(help="Service account of the pods; the namespace's default when empty.")]
 Priority = Annotated[str, typer.Option(help="Priority class of the pods.")]
 Spread = Annotated[str, typer.Option(help="Node label over whose values the pods are spread, such as kubernetes.io/hostname.")]
+Gang = Annotated[bool, typer.Option("--gang", help="All pods start, or none; needs k8s/components/gang.")]
 Suspend = Annotated[bool, typer.Option("--suspend", help="Make it suspended: convoy resume starts it.")]
 _IMAGE = "localhost/convoy:dev"
 _STORE_SECRET, _MLFLOW_SECRET = "convoy-object-store", "convoy-mlflow"  # names, no secrets
@@ -65,6 +66,7 @@ def render(
     service_account: Account = "",
     priority_class: Priority = "",
     spread: Spread = "",
+    gang: Gang = False,
     suspend: Suspend = False,
 ) -> None:
     """Print the PyTorchJob of a recipe, ready for kubectl apply -f -."""
@@ -94,6 +96,7 @@ def submit(
     service_account: Account = "",
     priority_class: Priority = "",
     spread: Spread = "",
+    gang: Gang = False,
     suspend: Suspend = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end; the exit code is the job's.")] = False,
     dry_run: Annotated[str, typer.Option(help="server: the API server checks it; client: only what render checks.")] = "none",

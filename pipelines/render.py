@@ -15,6 +15,7 @@ from trainer.resolve import split_ranks
 Document = dict[str, Any]
 
 CONTAINER = "pytorch"  # the operator looks for this name
+GANG_LABEL = "convoy/gang"
 _PORT = 23456  # of the rendezvous; the operator's own
 _USER = 10001  # of the image
 _RECIPE_FOLDER = "/etc/convoy"
@@ -44,6 +45,8 @@ class JobOptions:
     priority_class: str = ""
     spread: str = ""
     """Node label over whose values the pods are spread evenly, where that is possible."""
+    gang: bool = False
+    """All pods start, or none: by a PodGroup (Kubernetes 1.37; the component `gang` ties the pods to it)."""
     suspend: bool = False
     labels: dict[str, str] = field(default_factory=dict)
 
@@ -53,7 +56,7 @@ class JobOptions:
 
 
 def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Document]:
-    """The PyTorchJob, and before it the ConfigMap of a recipe that is not shipped. Nothing is read but the recipe.
+    """The PyTorchJob, and before it the ConfigMap of a recipe that is not shipped and the PodGroup of a gang. No data is read.
 
     Raises UserError with every fault that can be found without the data.
     """
@@ -74,6 +77,10 @@ def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Docum
         meta = _metadata(f"{name}-recipe", name, options)
         documents.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data})
     arguments = [path.stem if shipped else f"{_RECIPE_FOLDER}/{key}", *_kept(config, name), *overrides]
+    if options.gang:
+        spec = {"schedulingPolicy": {"gang": {"minCount": options.nodes}}}
+        meta = _metadata(name, name, options)
+        documents.append({"apiVersion": "scheduling.k8s.io/v1beta1", "kind": "PodGroup", "metadata": meta, "spec": spec})
     documents.append(_job(name, arguments, None if shipped else f"{name}-recipe", options))
     return documents
 
@@ -185,10 +192,11 @@ def _job(name: str, arguments: list[str], config_map: str | None, options: JobOp
 
     No rank is restarted inside a pod (maxRestarts 0): the launcher ends with 144, and the operator makes the pod anew.
     """
+    labels = _labels(name) | ({GANG_LABEL: "true"} if options.gang else {})
     worker = {
         "replicas": options.nodes,
         "restartPolicy": "ExitCode",
-        "template": {"metadata": {"labels": _labels(name)}, "spec": _pod(name, arguments, config_map, options)},
+        "template": {"metadata": {"labels": labels}, "spec": _pod(name, arguments, config_map, options)},
     }
     return {
         "apiVersion": "kubeflow.org/v1",
@@ -248,9 +256,11 @@ def _pod(name: str, arguments: list[str], config_map: str | None, options: JobOp
 
 def _container(arguments: list[str], volumes: list[Document], options: JobOptions) -> Document:
     sizes = _sizes(options)
-    resources = {"cpu": sizes["cpu"], "memory": sizes["memory"]}
+    requests = {"cpu": sizes["cpu"], "memory": sizes["memory"]}
+    limits = {"memory": sizes["memory"]}  # ranks without GPUs may use what is idle
     if options.gpus_per_node:
-        resources["nvidia.com/gpu"] = str(options.gpus_per_node)
+        requests["nvidia.com/gpu"] = str(options.gpus_per_node)
+        limits = dict(requests)
     mounts = {"tmp": {"mountPath": "/tmp"}, "shm": {"mountPath": "/dev/shm"}}
     mounts |= {"recipe": {"mountPath": _RECIPE_FOLDER, "readOnly": True}}  # type: ignore[dict-item]
     secrets = [secret for secret in (options.object_store_secret, options.mlflow_secret) if secret]
@@ -262,7 +272,7 @@ def _container(arguments: list[str], volumes: list[Document], options: JobOption
         "env": [{"name": "CONVOY_TERMINATION_LOG", "value": "/dev/termination-log"}],
         "envFrom": [{"secretRef": {"name": secret}} for secret in secrets],
         "ports": [{"name": "pytorchjob-port", "containerPort": _PORT}],
-        "resources": {"requests": resources, "limits": dict(resources)},
+        "resources": {"requests": requests, "limits": limits},
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,

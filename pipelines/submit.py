@@ -19,7 +19,9 @@ from pipelines.status import Status, judge
 from trainer.errors import NeverAnswered, ServiceLost, UserError
 
 _KIND = (constants.GROUP, constants.VERSION)
-_PLURAL = constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]["plural"]
+_PARAMETERS = constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]
+_PLURAL = _PARAMETERS["plural"]
+_GROUP = ("scheduling.k8s.io", "v1beta1")
 _WORDS = {"_request_timeout": (5, 60)}  # seconds to connect, and without a byte
 _OURS = "app.kubernetes.io/name=convoy"
 _JOB_LABEL = constants.JOB_NAME_LABEL
@@ -36,39 +38,46 @@ class Cluster:
         self.namespace: str = self._client.namespace
 
     def submit(self, documents: list[Document], dry_run: bool) -> str:
-        """Make the job, and its recipe before it; returns its name. ``dry_run``: the API server checks it and keeps nothing."""
-        *maps, job = documents
+        """Make the job, and before it what it needs; returns its name. ``dry_run``: the API server checks it and keeps nothing."""
+        *needed, job = documents
         name = str(job["metadata"]["name"])
         asked: dict[str, Any] = {"dry_run": "All"} if dry_run else {}
         with _told(f"job {name} in namespace {self.namespace}"):
+            for document in needed:
+                self._put(document, asked)
             if dry_run:
-                for document in maps:
-                    self._put_map(document, asked)
                 self._client.custom_api.create_namespaced_custom_object(*_KIND, self.namespace, _PLURAL, job, **asked, **_WORDS)
                 return name
-            for document in maps:
-                self._put_map(document, asked)
-            self._client.create_job(
-                self._client.api_client.deserialize(
-                    FakeResponse(job), constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]["model"]
-                ),
-                namespace=self.namespace,
-            )
+            model = self._client.api_client.deserialize(FakeResponse(job), _PARAMETERS["model"])
+            self._client.create_job(model, namespace=self.namespace)
             made = self._job(name)
             owner = {"apiVersion": made["apiVersion"], "kind": made["kind"], "name": name, "uid": made["metadata"]["uid"]}
-            for document in maps:  # so that it goes with the job
-                patch = {"metadata": {"ownerReferences": [owner]}}
-                self._client.core_api.patch_namespaced_config_map(document["metadata"]["name"], self.namespace, patch, **_WORDS)
+            for document in needed:  # so that it goes with the job
+                self._own(document, {"metadata": {"ownerReferences": [owner]}})
         return name
 
-    def _put_map(self, document: Document, asked: dict[str, Any]) -> None:
+    def _put(self, document: Document, asked: dict[str, Any]) -> None:
+        """A ConfigMap, which replaces the one that is there, or a PodGroup."""
         core, name = self._client.core_api, document["metadata"]["name"]
         try:
-            core.create_namespaced_config_map(self.namespace, document, **asked, **_WORDS)
+            if document["kind"] == "ConfigMap":
+                core.create_namespaced_config_map(self.namespace, document, **asked, **_WORDS)
+            else:
+                self._client.custom_api.create_namespaced_custom_object(*_GROUP, self.namespace, "podgroups", document, **asked)
         except ApiException as error:
+            if error.status == 404 and document["kind"] == "PodGroup":
+                raise UserError("--gang: this cluster knows no PodGroup; Kubernetes 1.37 does, with GenericWorkload on") from None
             if error.status != 409:
                 raise
-            core.replace_namespaced_config_map(name, self.namespace, document, **asked, **_WORDS)
+            if document["kind"] == "ConfigMap":
+                core.replace_namespaced_config_map(name, self.namespace, document, **asked, **_WORDS)
+
+    def _own(self, document: Document, patch: Document) -> None:
+        name = document["metadata"]["name"]
+        if document["kind"] == "ConfigMap":
+            self._client.core_api.patch_namespaced_config_map(name, self.namespace, patch, **_WORDS)
+        else:
+            self._client.custom_api.patch_namespaced_custom_object(*_GROUP, self.namespace, "podgroups", name, patch, **_WORDS)
 
     def status(self, name: str) -> Status:
         """Raises UserError where there is no such job."""
@@ -145,6 +154,8 @@ class Cluster:
             self._client.delete_job(name, namespace=self.namespace, delete_options=options)
             with suppress(ApiException):  # of one that kubectl applied; else it goes with the job
                 self._client.core_api.delete_namespaced_config_map(f"{name}-recipe", self.namespace, **_WORDS)
+            with suppress(ApiException):
+                self._client.custom_api.delete_namespaced_custom_object(*_GROUP, self.namespace, "podgroups", name, **_WORDS)
 
     def suspend(self, name: str, suspended: bool) -> None:
         """Take a job's pods away, which leave a checkpoint, or bring them back."""
