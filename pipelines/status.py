@@ -129,9 +129,7 @@ def _trouble(pod: Object) -> tuple[str, str] | None:
         waiting = container["state"].get("waiting") or {}
         reason, message = waiting.get("reason", ""), " ".join((waiting.get("message") or "").split())
         if reason in ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"):
-            what = (
-                f"the image {container['image']} cannot be pulled ({reason}); check its name and the nodes' access to its registry"
-            )
+            what = f"{container['image']} cannot be pulled ({reason}); check its name and the nodes' access to its registry"
             return "image", what
         if reason == "CreateContainerConfigError":
             return "secret", f"{message}; make it in this namespace: convoy secrets --help"
@@ -153,7 +151,5 @@ def _why_no_pods(status: Object, events: list[Object]) -> str:
     if refused:
         return f"its pods are refused: {' '.join((refused[-1].get('message') or '').split())}"
     if not status.get("conditions"):
-        return (
-            "the training-operator did not take it yet; is it running? kubectl get pods --all-namespaces | grep training-operator"
-        )
+        return "the training-operator did not take it yet; is it running? kubectl get pods -A | grep training-operator"
     return "its pods are being made"

@@ -42,7 +42,7 @@ class TrainingProgress:
         """The time that the rest will take at the pace since the first line, evaluation included."""
         now = time.monotonic()
         first, then = self._first = self._first or (step, now)
-        if step == first:
+        if step in (first, self._total):
             return ""
         return f", {timedelta(seconds=round((now - then) / (step - first) * (self._total - step)))} left"
 
