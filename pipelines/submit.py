@@ -219,12 +219,18 @@ def _told(what: str) -> Iterator[None]:
     except ApiException as error:
         raise _refusal(error, what) from None
     except HTTPError as error:
-        raise NeverAnswered(f"the API server does not answer: {' '.join(str(error).split())[:200]}") from None
+        raise _no_answer(error) from None
     except RuntimeError as error:  # the SDK wraps what it catches
         cause = error.__cause__ or error.__context__
         if isinstance(cause, ApiException):
             raise _refusal(cause, what) from None
+        if isinstance(cause, HTTPError):
+            raise _no_answer(cause) from None
         raise
+
+
+def _no_answer(error: HTTPError) -> NeverAnswered:
+    return NeverAnswered(f"the API server does not answer: {' '.join(str(error).split())[:200]}")
 
 
 def _refusal(error: ApiException, what: str) -> UserError | ServiceLost:
