@@ -18,6 +18,8 @@ from trainer.resolve import resolve
 
 _STOP_SECONDS = 100  # that ranks have for a checkpoint on SIGTERM; less than the pods' grace period
 
+_JOIN_SECONDS = 24 * 3600  # the others may wait for nodes for long
+
 
 def main() -> int:
     """Returns the exit code of the run."""
@@ -55,7 +57,13 @@ def _leave(number: int, frame: Any) -> NoReturn:
 
 def _meeting(pod: Pod) -> dict[str, Any]:
     print(f"rendezvous of {pod.nodes} pods at {pod.host}:{pod.port}", flush=True)
-    return {"nodes": pod.nodes, "rdzv_endpoint": f"{pod.host}:{pod.port}", "run_id": pod.job, "shutdown_timeout": _STOP_SECONDS}
+    return {
+        "nodes": pod.nodes,
+        "rdzv_endpoint": f"{pod.host}:{pod.port}",
+        "run_id": pod.job,
+        "rdzv_configs": {"join_timeout": _JOIN_SECONDS},
+        "shutdown_timeout": _STOP_SECONDS,
+    }
 
 
 def start_ranks(procs: int, command: list[str], nodes: int = 1, **meeting: Any) -> int:
