@@ -4,14 +4,11 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from gotools import go_program
-
-ROOT = Path(__file__).parents[2]
-Documents = list[dict[str, Any]]
+from restricted import ROOT, Documents
 
 
 @pytest.fixture(scope="session")

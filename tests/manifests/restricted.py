@@ -1,9 +1,12 @@
 """Pod Security ``restricted``, and what scanners of manifests ask beside it, told of any object that makes pods."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 Object = dict[str, Any]
+Documents = list[Object]
 
 _VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 

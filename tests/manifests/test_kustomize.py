@@ -10,8 +10,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT, Documents
-from restricted import faults, templates
+from restricted import ROOT, Documents, faults, templates
 
 pytestmark = pytest.mark.xdist_group("kustomize")  # one process builds the program
 

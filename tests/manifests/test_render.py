@@ -8,11 +8,10 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT
 from helpers import Run
 from kubeflow.training import ApiClient
 from kubeflow.training.utils.utils import FakeResponse
-from restricted import faults, templates
+from restricted import ROOT, faults, templates
 
 from pipelines import cli
 from pipelines.render import JobOptions, render, to_yaml
