@@ -58,7 +58,7 @@ def _log(folder: Path, number: int = 0) -> str:
 
 
 def _codes(pods: list[subprocess.Popen]) -> list[int]:
-    return [pod.wait(timeout=120) for pod in pods]
+    return [pod.wait(timeout=240) for pod in pods]
 
 
 def test_two_pods_train_and_a_lost_rank_ends_both_with_144_so_that_they_go_on(digits: Path, tmp_path: Path) -> None:
@@ -129,11 +129,11 @@ def test_a_rank_that_hangs_writes_its_stacks_and_ends_with_144(digits: Path, tmp
         (rank,) = ranks_of(pods[1], 1)
         rank.suspend()
         try:
-            assert pods[0].wait(timeout=60) == 144, _log(tmp_path)
+            assert pods[0].wait(timeout=240) == 144, _log(tmp_path)
         finally:
             if rank.is_running():
                 rank.resume()
-        assert pods[1].wait(timeout=60) == 144, _log(tmp_path, 1)
+        assert pods[1].wait(timeout=240) == 144, _log(tmp_path, 1)
     text = _log(tmp_path)
     assert "no step for 0.1 minutes (train.hang_minutes); its threads are above" in text
     assert "loop.py" in text
@@ -156,4 +156,4 @@ def test_a_pod_that_waits_for_the_first_one_ends_when_it_is_told_to(digits: Path
         psutil.Process(first.pid).kill()
         until(lambda: "waiting: rendezvous at localhost" in _log(tmp_path, 1))
         second.send_signal(signal.SIGTERM)
-        assert second.wait(timeout=30) == 143
+        assert second.wait(timeout=120) == 143
