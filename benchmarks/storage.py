@@ -106,9 +106,7 @@ def report(options: argparse.Namespace) -> None:
     work = f"{options.images:,} JPEGs, {options.workers} workers, {options.rounds} rounds"
     machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{work}; {machine}; {date.today()}")
-    print(
-        f"{'':20} {'images/s':>8} {'to disk':>8} {'quartiles':>13} {'loader, us':>11} {'server, us':>11}   (processor time an image)"
-    )
+    print(f"{'':20} {'images/s':>8} {'to disk':>8} {'quartiles':>13} {'loader, us':>11} {'server, us':>11}")
     for name, row in rows.items():
         quartiles = "{}-{}".format(*row["ratio_quartiles"] or "  ")
         print(
