@@ -47,7 +47,7 @@ def test_a_volume_claim_is_kept_from_pod_to_pod(namespace: Kubectl, image: str) 
         "metadata": {"name": "data"},
         "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "16Mi"}}},
     }
-    volume = {"volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}]}
+    volume = {"volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}], "securityContext": {"fsGroup": 10001}}
     mount = {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}
     namespace.create(claim, pod("writer", container(image, "sh", "-c", "echo kept > /data/file", **mount), **volume))
     namespace.wait_for_pod("writer", "Succeeded")
@@ -160,3 +160,22 @@ def test_a_gang_runs_whole_and_the_next_waits_whole(namespace: Kubectl, fake_nod
     assert namespace.phases(f"{GANG_LABEL}=second") == ["Pending"] * size
     namespace("delete", "pytorchjob", "first")
     until(lambda: namespace.phases(f"{GANG_LABEL}=second") == ["Running"] * size, 60)
+
+
+@pytest.mark.usefixtures("own_cluster")
+def test_postgresql_runs_with_a_read_only_root(namespace: Kubectl) -> None:
+    variables = {"POSTGRES_USER": "mlflow", "POSTGRES_PASSWORD": "secret", "POSTGRES_DB": "mlflow", "PGDATA": "/data/pgdata"}
+    folders = {"data": "/data", "socket": "/var/run/postgresql", "tmp": "/tmp"}
+    server = container(
+        "localhost/convoy-postgres:dev",
+        env=[{"name": name, "value": value} for name, value in variables.items()],
+        volumeMounts=[{"name": name, "mountPath": path} for name, path in folders.items()],
+        readinessProbe={"exec": {"command": ["pg_isready", "-h", "127.0.0.1", "-U", "mlflow"]}, "periodSeconds": 1},
+    )
+    del server["command"]
+    server["securityContext"] = {**server["securityContext"], "runAsUser": 999}
+    volumes = [{"name": name, "emptyDir": {}} for name in folders]
+    namespace.create(pod("postgres", server, volumes=volumes, securityContext={"fsGroup": 999}))
+    namespace("wait", "--for=condition=Ready", "--timeout=60s", "pod/postgres")
+    query = "PGPASSWORD=secret psql -h 127.0.0.1 -U mlflow -d mlflow -Atc 'select current_user'"
+    assert namespace("exec", "postgres", "--", "sh", "-c", query).strip() == "mlflow"

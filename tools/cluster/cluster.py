@@ -36,12 +36,6 @@ PACKAGES = {
     "buildah": "buildah",
     "debootstrap": "debootstrap",
 }
-STORAGE_CLASS = {
-    "apiVersion": "storage.k8s.io/v1",
-    "kind": "StorageClass",
-    "metadata": {"name": "standard", "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}},
-    "provisioner": "kubernetes.io/host-path",
-}
 
 
 def say(text: str) -> None:
@@ -136,14 +130,14 @@ def up(state: State, with_trainer: bool) -> None:
     start = time.monotonic()
     state.folder.mkdir(parents=True)
     state.folder.chmod(0o755)
-    Path("/tmp/hostpath_pv").mkdir(exist_ok=True)
+    state.record([])
     store = cache() / "cluster-store"
     store.mkdir(parents=True, exist_ok=True)
     try:
         write_kubeconfig(state, start_supervisor(state, tools / "bin", store))
         kubectl = Kubectl(state, tools / "bin")
         images.load(built, cache(), images.Node(state, store), say)
-        kubectl.apply(STORAGE_CLASS)
+        kubectl.apply(*configs.volumes(state))
         node = ("wait", "--for=condition=Ready", "--timeout=60s", f"node/{configs.NODE}")
         wait_for("the node", lambda: kubectl.succeeds("get", f"node/{configs.NODE}"), 60)
         kubectl(*node)
@@ -164,12 +158,9 @@ def clean(state: State) -> None:
             for group, _, _ in os.walk(folder, topdown=False):
                 wait_for(f"removing {group}", lambda group=group: remove_group(group), 10)  # type: ignore[misc]
     if state.folder.exists():
-        if not (state.folder / "processes.json").exists() and any(state.folder.iterdir()):
+        if not state.processes.exists() and any(state.folder.iterdir()):
             raise ClusterError(f"{state.folder} is not a cluster's folder")
         shutil.rmtree(state.folder)
-    volumes = Path("/tmp/hostpath_pv")
-    if volumes.is_dir() and not any(volumes.iterdir()):
-        volumes.rmdir()
 
 
 def remove_group(group: str) -> bool:

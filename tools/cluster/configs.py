@@ -18,6 +18,8 @@ SERVICE_CIDR = "10.96.0.0/16"
 FIRST_SERVICE = "10.96.0.1"
 API_PORT = 6443
 CLUSTER = "convoy"
+STORAGE_CLASS = "standard"
+NUM_VOLUMES = 60
 
 
 def pki(state: State) -> Path:
@@ -57,8 +59,6 @@ def kwokctl(state: State, programs: Path) -> str:
             kubelet_client_key=f"{admin}.key",
             kubelet_preferred_address_types="InternalIP",
         ),
-        # The controller manager's own provisioner, which is meant for tests, makes a folder for each volume claim.
-        patch("kube-controller-manager", enable_hostpath_provisioner="true"),
         # Without this kwok would play the real node as well.
         patch("kwok-controller", True, manage_all_nodes="false"),
         patch("kwok-controller", manage_nodes_with_annotation_selector="kwok.x-k8s.io/node=fake"),
@@ -167,6 +167,37 @@ def kube_proxy(state: State) -> str:
         },
         indent=2,
     )
+
+
+def volumes(state: State) -> list[dict[str, Any]]:
+    """The default StorageClass and its volumes, made in advance: each is given to one claim and not used again.
+
+    Local volumes, since the kubelet makes these over to a pod's fsGroup, as it does in a cloud; without one only root may write.
+    """
+    storage_class = {
+        "apiVersion": "storage.k8s.io/v1",
+        "kind": "StorageClass",
+        "metadata": {"name": STORAGE_CLASS, "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}},
+        "provisioner": "kubernetes.io/no-provisioner",
+        "volumeBindingMode": "WaitForFirstConsumer",
+    }
+    here = {"key": "kubernetes.io/hostname", "operator": "In", "values": [NODE]}
+    made = []
+    for number in range(NUM_VOLUMES):
+        folder = state.folder / f"volumes/{number:03}"
+        folder.mkdir(parents=True, exist_ok=True)
+        specification = {
+            "storageClassName": STORAGE_CLASS,
+            "capacity": {"storage": "100Gi"},
+            "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
+            "persistentVolumeReclaimPolicy": "Retain",
+            "local": {"path": str(folder)},
+            "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [here]}]}},
+        }
+        made.append(
+            {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"local-{number:03}"}, "spec": specification}
+        )
+    return [storage_class, *made]
 
 
 def corefile(state: State) -> str:

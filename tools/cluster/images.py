@@ -32,10 +32,8 @@ CMD ["/bin/sh"]
 FILES = Path(__file__).resolve().parent / "images"
 KEY_LABEL = "convoy.key"
 BASE = "localhost/convoy-base:dev"
-TRAINER_INPUTS = (
-    "Dockerfile", ".dockerignore", "requirements.lock", "pyproject.toml", "setup.py", "README.md", "LICENSE",
-    "tools/setup.sh", "trainer", "pipelines",
-)  # fmt: skip
+DEPENDENCY_INPUTS = ("requirements.lock", "pyproject.toml", "tools/setup.sh")
+TRAINER_INPUTS = (*DEPENDENCY_INPUTS, "Dockerfile", ".dockerignore", "setup.py", "README.md", "LICENSE", "trainer", "pipelines")
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,15 @@ class Builder:
         known = json.loads(self.record.read_text()) if self.record.exists() else {}
         self.record.write_text(json.dumps({**known, image.name: image.key}, indent=2))
 
+    def start_over_when_changed(self, dependencies: str) -> None:
+        """The layer of the dependencies is 5 GB: the one before is not kept beside a new one."""
+        layer = Image("dependencies", dependencies)
+        if not self.is_built(layer):
+            if self.record.exists():
+                self.run("buildah", "rmi", "--all", "--force")
+                self.record.unlink()
+            self.built(layer)
+
     def dockerfile(self, image: Image, text: str, context: Path, **arguments: str) -> None:
         options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
         self.run("buildah", "build", "--layers", "--format", "oci", *options, "-t", image.name, "-f", "-", context, stdin=text)
@@ -147,6 +154,8 @@ def build(checkout: Path, programs: Path, cache: Path, with_trainer: bool, say: 
         return f'FROM scratch\nCOPY {name} {path}\nUSER {user}:{user}\nENTRYPOINT ["{path}"]\n'
 
     base = Image(BASE, digest(*DEBOOTSTRAP, BASE_DOCKERFILE, *own_certificates()))
+    if with_trainer:
+        builder.start_over_when_changed(digest(base.key, *(checkout / name for name in DEPENDENCY_INPUTS)))
     plan: list[tuple[Image, Callable[[Image], None]]] = [
         (
             Image("localhost/pause:3.10", digest(programs / "pause")),

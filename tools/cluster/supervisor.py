@@ -41,7 +41,6 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
 def make_mounts(state: State) -> None:
     for folder in ("/run", "/var/lib", "/var/log"):  # where the kubelet, CNI plugins and shims write, whatever their options say
         run("mount", "-t", "tmpfs", "tmpfs", folder)
-    run("mount", "--bind", state.folder / "volumes", "/tmp/hostpath_pv")
     settings = state.folder / "kernel"
     for name, value in KERNEL_SETTINGS.items():
         target = Path("/proc/sys") / name
@@ -187,8 +186,7 @@ async def serve(listener: socket.socket) -> None:
 def main() -> None:
     state, programs, store = State(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
     listener = socket.socket(fileno=int(sys.argv[4]))
-    for folder in (state.logs, state.folder / "volumes"):
-        folder.mkdir(exist_ok=True)
+    state.logs.mkdir()
     lock = (store / "lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
