@@ -19,6 +19,7 @@ lint: setup ## Style, format and types
 	ruff check .
 	ruff format --check .
 	mypy
+	MYPYPATH=tools/cluster mypy tools/cluster
 
 format: setup ## Rewrite the code in the project's style
 	ruff check --fix .

@@ -34,6 +34,7 @@ PACKAGES = {
     "mount": "mount",
     "unshare": "util-linux",
     "buildah": "buildah",
+    "skopeo": "skopeo",
     "debootstrap": "debootstrap",
 }
 

@@ -138,6 +138,8 @@ def kubelet(state: State) -> str:
             "podLogsDir": str(state.folder / "pods"),
             "volumePluginDir": str(state.folder / "kubelet-plugins"),
             "serializeImagePulls": False,
+            # How soon a pod sees a new secret: the operator waits for its webhook's certificate.
+            "syncFrequency": "2s",
             # The images cannot be had again from a registry, so the kubelet must never make room by deleting them.
             "imageGCHighThresholdPercent": 100,
             "imageGCLowThresholdPercent": 99,

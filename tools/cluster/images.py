@@ -7,7 +7,6 @@ only the layers that hold the code.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -205,33 +204,21 @@ class Node:
         names = [line.removeprefix("sha256:") for line in self.output("content", "ls", "-q").split()]
         return {name: (self.files / name).stat().st_size for name in names}
 
-    def load(self, image: Image, folder: Path, known: dict[str, int]) -> None:
-        """Reads an image that buildah wrote as a folder of blobs, but for those that the store knows."""
-        manifest = (folder / "manifest.json").read_bytes()
-        descriptor = {
-            "mediaType": json.loads(manifest)["mediaType"],
-            "digest": f"sha256:{hashlib.sha256(manifest).hexdigest()}",
-            "size": len(manifest),
-            "annotations": {"io.containerd.image.name": image.name},
-        }
-        texts = {
-            "oci-layout": b'{"imageLayoutVersion": "1.0.0"}',
-            f"blobs/sha256/{hashlib.sha256(manifest).hexdigest()}": manifest,
-            "index.json": json.dumps({"schemaVersion": 2, "manifests": [descriptor]}).encode(),
-        }
-        new = [path for path in folder.iterdir() if path.name not in known and path.name not in ("manifest.json", "version")]
+    def load(self, image: Image, layout: Path, known: dict[str, int]) -> None:
+        """Reads an OCI layout, but for the blobs that the store knows."""
+        index = layout / "index.json"
+        manifests = json.loads(index.read_text())["manifests"]
+        annotated = [{**manifest, "annotations": {"io.containerd.image.name": image.name}} for manifest in manifests]
+        index.write_text(json.dumps({"schemaVersion": 2, "manifests": annotated}))
+        new = [path for path in (layout / "blobs/sha256").iterdir() if path.name not in known]
         process = subprocess.Popen(
             [*self.ctr, "images", "import", "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         assert process.stdin is not None
         assert process.stderr is not None
         with process.stdin, tarfile.open(fileobj=process.stdin, mode="w|", bufsize=1 << 20) as archive:
-            for path in new:
-                archive.add(path, arcname=f"blobs/sha256/{path.name}")
-            for name, content in texts.items():
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
+            for path in (layout / "oci-layout", *new, index):
+                archive.add(path, arcname=str(path.relative_to(layout)))
         error = process.stderr.read().decode()
         if process.wait():
             raise ClusterError(f"{image.name} cannot be imported: {error.strip()}")
@@ -241,22 +228,24 @@ class Node:
 def load(wanted: list[Image], cache: Path, node: Node, say: Callable[[str], None]) -> None:
     """Hands the node the images that it lacks.
 
-    The folder that buildah writes is given empty files of the right size for all that the node's store holds already: buildah then
-    leaves those out, and only what is new is written, read and unpacked.
+    The layout that skopeo writes is given empty files of the right size for all that the node's store holds already: skopeo then
+    leaves those out, and only what is new is written, read and unpacked. Layers stay uncompressed: compressing takes longest of all.
     """
     builder = Builder(cache / "cluster-images")
     for image in wanted:
         if node.has(image):
             continue
         start = time.monotonic()
-        folder = builder.folder / "export"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        layout = builder.folder / "layout"
+        shutil.rmtree(layout, ignore_errors=True)
+        (layout / "blobs/sha256").mkdir(parents=True)
+        (layout / "index.json").write_text('{"schemaVersion": 2, "manifests": []}')
         known = node.blobs()
         for name, size in known.items():
-            with (folder / name).open("wb") as file:
+            with (layout / "blobs/sha256" / name).open("wb") as file:
                 file.truncate(size)
-        builder.run("buildah", "push", image.name, f"dir:{folder}")
-        node.load(image, folder, known)
-        shutil.rmtree(folder)
+        source, destination = f"containers-storage:{image.name}", f"oci:{layout}:{image.name}"
+        builder.run("skopeo", "copy", "--insecure-policy", "--dest-oci-accept-uncompressed-layers", source, destination)
+        node.load(image, layout, known)
+        shutil.rmtree(layout)
         say(f"handed {image.name} to the node in {time.monotonic() - start:.1f} s")
