@@ -88,9 +88,9 @@ def namespace(cluster: Kubectl) -> Iterator[Kubectl]:
     cluster("delete", "namespace", name, "--timeout=120s", timeout=150)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake_nodes(own_cluster: Kubectl) -> Iterator[list[str]]:
-    """Four nodes of 8 GPUs that kwok plays."""
+    """Four nodes of 8 GPUs that kwok plays. For the whole session: a pod whose node went before it takes a minute to go itself."""
     names = [f"fake-{uuid.uuid4().hex[:8]}" for _ in range(4)]
     own_cluster.create(*[fake_node(name, 8) for name in names])
     own_cluster("wait", "--for=condition=Ready", "--timeout=60s", *[f"node/{name}" for name in names])

@@ -19,7 +19,7 @@ from typing import Any
 
 import configs
 import images
-from operator_pod import deploy_operator
+from operator_pod import apply_operator, wait_for_operator
 from state import CHECKOUT, ClusterError, State, cache, default_state, end, wait_for
 from supervisor import cgroup_folders
 
@@ -138,17 +138,17 @@ def up(state: State, with_trainer: bool) -> None:
         write_kubeconfig(state, start_supervisor(state, tools / "bin", store))
         kubectl = Kubectl(state, tools / "bin")
         images.load(built, cache(), images.Node(state, store), say)
+        apply_operator(state, tools, kubectl)
         kubectl.apply(*configs.volumes(state))
-        node = ("wait", "--for=condition=Ready", "--timeout=60s", f"node/{configs.NODE}")
         wait_for("the node", lambda: kubectl.succeeds("get", f"node/{configs.NODE}"), 60)
-        kubectl(*node)
+        kubectl("wait", "--for=condition=Ready", "--timeout=60s", f"node/{configs.NODE}")
         say(f"node Ready after {time.monotonic() - start:.1f} s")
-        deploy_operator(state, tools, kubectl)
+        wait_for_operator(kubectl)
+        say(f"training-operator ready after {time.monotonic() - start:.1f} s")
     except BaseException:
         say(f"did not come up; logs: {state.logs}")
         end(state.running())
         raise
-    say(f"up after {time.monotonic() - start:.1f} s")
     print_exports(state, tools)
 
 

@@ -219,6 +219,7 @@ class Node:
         with process.stdin, tarfile.open(fileobj=process.stdin, mode="w|", bufsize=1 << 20) as archive:
             for path in (layout / "oci-layout", *new, index):
                 archive.add(path, arcname=str(path.relative_to(layout)))
+                path.unlink()  # a layer of 6 GB need not be there three times
         error = process.stderr.read().decode()
         if process.wait():
             raise ClusterError(f"{image.name} cannot be imported: {error.strip()}")

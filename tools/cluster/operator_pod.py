@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +87,7 @@ PROBE = {
 }
 
 
-def deploy_operator(state: State, tools: Path, kubectl: Kubectl) -> None:
-    start = time.monotonic()
+def apply_operator(state: State, tools: Path, kubectl: Kubectl) -> None:
     folder = state.folder / "operator"
     folder.mkdir()
     upstream = os.path.relpath(tools / "training-operator/overlays/standalone", folder)
@@ -100,11 +97,13 @@ def deploy_operator(state: State, tools: Path, kubectl: Kubectl) -> None:
     if rendered.returncode:
         raise ClusterError(f"kustomize: {rendered.stderr.strip()}")
     kubectl("apply", "--server-side", "-f", "-", stdin=rendered.stdout)
+
+
+def wait_for_operator(kubectl: Kubectl) -> None:
     kubectl("-n", NAMESPACE, "rollout", "status", "--timeout=120s", "deployment/training-operator")
     # Ready is not enough: until the webhook has its certificate in place, each job is refused.
     probe = json.dumps({"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": {"name": "probe"}, "spec": PROBE})
     wait_for("the operator's webhook", lambda: accepts(kubectl, probe), 60, 0.2)
-    print(f"cluster: training-operator {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def accepts(kubectl: Kubectl, manifest: str) -> bool:

@@ -186,7 +186,9 @@ async def serve(listener: socket.socket) -> None:
 def main() -> None:
     state, programs, store = State(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
     listener = socket.socket(fileno=int(sys.argv[4]))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the kernel shields the first process from signals that it does not handle
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(1)
+    )  # the kernel shields the first process from signals that it does not handle
     state.logs.mkdir()
     lock = (store / "lock").open("w")
     try:
