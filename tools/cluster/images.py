@@ -230,7 +230,7 @@ def load(wanted: list[Image], cache: Path, node: Node, say: Callable[[str], None
     """Hands the node the images that it lacks.
 
     The layout that skopeo writes is given empty files of the right size for all that the node's store holds already: skopeo then
-    leaves those out, and only what is new is written, read and unpacked. Layers stay uncompressed: compressing takes longest of all.
+    leaves those out, and only what is new is written, read and unpacked. Layers stay uncompressed: compressing takes longest.
     """
     builder = Builder(cache / "cluster-images")
     for image in wanted:
