@@ -14,6 +14,9 @@ import pytest
 from kubectl import Kubectl, Refused, fake_node, until
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools/cluster"))
+from state import State, default_state  # noqa: E402
+
 CLUSTER = [sys.executable, str(ROOT / "tools/cluster/cluster.py")]
 WATCHED_SETTINGS = ("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "net/ipv4/ip_forward")
 
@@ -37,6 +40,7 @@ def cluster() -> Iterator[Kubectl]:
         assert program, "KUBECONFIG is set, but there is no kubectl"
         yield Kubectl(program)
         return
+    was_up = bool(State(default_state()).running())
     before = machine()
     exports = subprocess.run([*CLUSTER, "up"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     values = dict(line.removeprefix("export ").split("=", 1) for line in exports)
@@ -45,7 +49,7 @@ def cluster() -> Iterator[Kubectl]:
         yield Kubectl(str(Path(values["PATH"].partition(":")[0]) / "kubectl"))
     finally:
         del os.environ["KUBECONFIG"]
-        if os.environ.get("CONVOY_KEEP_CLUSTER") != "1":
+        if not was_up and os.environ.get("CONVOY_KEEP_CLUSTER") != "1":
             subprocess.run([*CLUSTER, "down"], check=True)
             assert machine() == before
 
