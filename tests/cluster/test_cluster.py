@@ -154,7 +154,7 @@ def test_a_gang_runs_whole_and_the_next_waits_whole(namespace: Kubectl, fake_nod
 
     def says_why() -> bool:
         pods = namespace.get("pods", "-l", f"{GANG_LABEL}=second")["items"]
-        return all(f"minCount ({size})" in json.dumps(item["status"].get("conditions", [])) for item in pods)
+        return any(f"minCount ({size}) cannot be satisfied" in json.dumps(item["status"]) for item in pods)
 
     until(says_why, 30, lambda: namespace("describe", "pods", "-l", f"{GANG_LABEL}=second"))
     assert namespace.phases(f"{GANG_LABEL}=second") == ["Pending"] * size
