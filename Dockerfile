@@ -25,13 +25,14 @@ RUN "$(tools/setup.sh --print-uv)" pip install --quiet --python /opt/convoy/venv
     && /opt/convoy/venv/bin/python -m compileall -q /opt/convoy/app
 
 FROM base
+RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin convoy
+COPY --from=dependencies /opt/convoy/venv /opt/convoy/venv
+COPY --from=project /opt/convoy/app /opt/convoy/app
+# The commit comes after the layers: before them, each commit would make all of them anew.
 ARG GIT_COMMIT=unknown
 LABEL org.opencontainers.image.title="convoy" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.revision="${GIT_COMMIT}"
-RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin convoy
-COPY --from=dependencies /opt/convoy/venv /opt/convoy/venv
-COPY --from=project /opt/convoy/app /opt/convoy/app
 # With a read-only root file system, /tmp is an emptyDir: all that is written by default goes there.
 ENV PATH=/opt/convoy/app/bin:/opt/convoy/venv/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONPATH=/opt/convoy/app \

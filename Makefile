@@ -4,10 +4,10 @@ VENV := .venv
 PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PATH
 
-.PHONY: help setup demo lint format test matrix bench peers wheel image lock clean
+.PHONY: help setup demo lint format test test-cluster cluster-up cluster-down matrix bench peers wheel image lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make .venv from the lock files
 	@tools/setup.sh
@@ -19,13 +19,23 @@ lint: setup ## Style, format and types
 	ruff check .
 	ruff format --check .
 	mypy
+	MYPYPATH=tools/cluster mypy tools/cluster
 
 format: setup ## Rewrite the code in the project's style
 	ruff check --fix .
 	ruff format .
 
 test: setup ## Every test that needs no cluster
-	pytest -n logical --dist loadgroup --durations 15
+	pytest -n logical --dist loadgroup --durations 15 --ignore tests/cluster
+
+test-cluster: setup ## Every test on a real Kubernetes: yours (KUBECONFIG), else one made here
+	pytest --durations 15 tests/cluster
+
+cluster-up: setup ## Make a Kubernetes on this machine (root, Debian, Go); see docs/cluster.md
+	@python tools/cluster/cluster.py up
+
+cluster-down: setup ## Take that Kubernetes down again
+	@python tools/cluster/cluster.py down
 
 matrix: setup ## Every way to spread a training, against a plain loop; writes docs/matrix.md
 	CONVOY_MATRIX=$(CURDIR)/runs/matrix pytest --timeout 3600 tests/distributed/test_parallel.py tests/distributed/test_resume.py

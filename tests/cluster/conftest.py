@@ -1,0 +1,102 @@
+"""One Kubernetes for all tests: the user's (KUBECONFIG), else one made here and taken down (not with CONVOY_KEEP_CLUSTER=1)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kubectl import Kubectl, Refused, fake_node, until
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools/cluster"))
+from state import State, default_state  # noqa: E402
+
+CLUSTER = [sys.executable, str(ROOT / "tools/cluster/cluster.py")]
+WATCHED_SETTINGS = ("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "net/ipv4/ip_forward")
+
+
+def machine() -> dict[str, list[str]]:
+    """What a cluster could leave behind on this machine."""
+    filters = [subprocess.run([program], capture_output=True, text=True).stdout for program in ("iptables-save", "ip6tables-save")]
+    return {
+        "interfaces": sorted(path.name for path in Path("/sys/class/net").iterdir()),
+        "mounts": sorted(line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()),
+        "filters": [line for text in filters for line in text.splitlines() if line.startswith(("-A", ":KUBE", ":CNI"))],
+        "cgroups": sorted(str(path) for path in Path("/sys/fs/cgroup").glob("*/convoy-*")),
+        "settings": [Path("/proc/sys", name).read_text() for name in WATCHED_SETTINGS],
+    }
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Kubectl]:
+    if os.environ.get("KUBECONFIG"):
+        program = shutil.which("kubectl")
+        assert program, "KUBECONFIG is set, but there is no kubectl"
+        yield Kubectl(program)
+        return
+    was_up = bool(State(default_state()).running())
+    before = machine()
+    exports = subprocess.run([*CLUSTER, "up"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    values = dict(line.removeprefix("export ").split("=", 1) for line in exports)
+    os.environ["KUBECONFIG"] = values["KUBECONFIG"]
+    try:
+        yield Kubectl(str(Path(values["PATH"].partition(":")[0]) / "kubectl"))
+    finally:
+        del os.environ["KUBECONFIG"]
+        if not was_up and os.environ.get("CONVOY_KEEP_CLUSTER") != "1":
+            subprocess.run([*CLUSTER, "down"], check=True)
+            assert machine() == before
+
+
+@pytest.fixture(scope="session")
+def own_cluster(cluster: Kubectl) -> Kubectl:
+    """A cluster made by tools/cluster: it alone has kwok, gangs and the small images."""
+    try:
+        cluster("get", "node", "convoy-node")
+    except Refused:
+        pytest.skip("needs a cluster made by tools/cluster")
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def image(cluster: Kubectl) -> str:
+    """An image with Python that the cluster's nodes can have."""
+    if os.environ.get("CONVOY_IMAGE"):
+        return os.environ["CONVOY_IMAGE"]
+    try:
+        cluster("get", "node", "convoy-node")
+    except Refused:
+        return "localhost/convoy:dev"
+    return "localhost/convoy-base:dev"
+
+
+@pytest.fixture
+def namespace(cluster: Kubectl) -> Iterator[Kubectl]:
+    """A namespace of the test's own that enforces Pod Security `restricted`."""
+    name = f"convoy-test-{uuid.uuid4().hex[:8]}"
+    labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
+    cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+    kubectl = cluster.within(name)
+
+    def has_account() -> bool:
+        return "serviceaccount/default" in kubectl("get", "serviceaccounts", "-o", "name")
+
+    until(has_account, 30)
+    yield kubectl
+    cluster("delete", "namespace", name, "--timeout=120s", timeout=150)
+
+
+@pytest.fixture(scope="session")
+def fake_nodes(own_cluster: Kubectl) -> Iterator[list[str]]:
+    """Four nodes of 8 GPUs that kwok plays. For the whole session: a pod whose node went before it takes a minute to go itself."""
+    names = [f"fake-{uuid.uuid4().hex[:8]}" for _ in range(4)]
+    own_cluster.create(*[fake_node(name, 8) for name in names])
+    own_cluster("wait", "--for=condition=Ready", "--timeout=60s", *[f"node/{name}" for name in names])
+    yield names
+    own_cluster("delete", "node", *names)

@@ -1,0 +1,116 @@
+"""kubectl by subprocess, and the small manifests that the tests apply."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+RESTRICTED = {
+    "runAsNonRoot": True,
+    "runAsUser": 10001,
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+class Refused(Exception):
+    """kubectl ended with an error; the text is what it said."""
+
+
+@dataclass(frozen=True)
+class Kubectl:
+    """Commands to one cluster, in one namespace."""
+
+    program: str
+    namespace: str = "default"
+
+    def within(self, namespace: str) -> Kubectl:
+        return replace(self, namespace=namespace)
+
+    def command(self, *arguments: str) -> list[str]:
+        return [self.program, "--namespace", self.namespace, *arguments]
+
+    def __call__(self, *arguments: str, stdin: str | None = None, timeout: float = 120) -> str:
+        done = subprocess.run(self.command(*arguments), input=stdin, capture_output=True, text=True, timeout=timeout)
+        if done.returncode:
+            raise Refused(done.stderr.strip())
+        return done.stdout
+
+    def get(self, *arguments: str) -> dict[str, Any]:
+        return json.loads(self("get", *arguments, "-o", "json"))
+
+    def create(self, *manifests: dict[str, Any]) -> None:
+        self("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}))
+
+    def phases(self, selector: str) -> list[str]:
+        return [pod["status"].get("phase", "") for pod in self.get("pods", "-l", selector)["items"]]
+
+    def wait_for_pod(self, name: str, phase: str, seconds: float = 60) -> None:
+        def reached() -> bool:
+            status = self.get("pod", name)["status"]
+            if phase != "Failed" and status.get("phase") == "Failed":
+                raise AssertionError(f"{name} failed: {self('logs', name)}")
+            return status.get("phase") == phase
+
+        until(reached, seconds, lambda: self("describe", "pod", name))
+
+
+def until(done: Callable[[], bool], seconds: float, explain: Callable[[], str] = lambda: "") -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s\n{explain()}"
+        time.sleep(0.2)
+
+
+def container(image: str, *command: str, **more: Any) -> dict[str, Any]:
+    return {"name": "main", "image": image, "command": list(command), "securityContext": RESTRICTED, **more}
+
+
+def pod(name: str, *containers: dict[str, Any], **spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": {"app": name}},
+        "spec": {"containers": list(containers), "restartPolicy": "Never", "terminationGracePeriodSeconds": 1, **spec},
+    }
+
+
+def pytorch_job(name: str, workers: int, *command: str, image: str, master: bool = False, **spec: Any) -> dict[str, Any]:
+    template = {"spec": {"containers": [{**container(image, *command), "name": "pytorch"}], **spec}}
+    replicas = {"Worker": {"replicas": workers, "restartPolicy": "OnFailure", "template": template}}
+    if master:
+        replicas["Master"] = {"replicas": 1, "restartPolicy": "OnFailure", "template": template}
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": {"name": name},
+        "spec": {"pytorchReplicaSpecs": replicas},
+    }
+
+
+def fake_node(name: str, gpus: int) -> dict[str, Any]:
+    """A node that kwok plays: it takes pods and says that they run. Only pods that ask for it come here."""
+    resources = {"cpu": "64", "memory": "512Gi", "pods": "110", "nvidia.com/gpu": str(gpus)}
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {
+            "name": name,
+            "annotations": {"kwok.x-k8s.io/node": "fake"},
+            "labels": {"type": "fake", "kubernetes.io/hostname": name},
+        },
+        "spec": {"taints": [{"key": "kwok.x-k8s.io/node", "value": "fake", "effect": "NoSchedule"}]},
+        "status": {"allocatable": resources, "capacity": resources},
+    }
+
+
+ON_FAKE_NODES = {
+    "nodeSelector": {"type": "fake"},
+    "tolerations": [{"key": "kwok.x-k8s.io/node", "operator": "Exists"}],
+}

@@ -1,0 +1,181 @@
+"""What the other tests on a cluster stand on: nodes, names, volumes, Pod Security, the operator, played nodes and gangs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from kubectl import ON_FAKE_NODES, Kubectl, Refused, container, pod, pytorch_job, until
+
+FETCH = "import urllib.request as u; print(u.urlopen('http://web.{namespace}.svc.cluster.local:8080/').status)"
+
+
+def test_every_node_is_ready(cluster: Kubectl) -> None:
+    for node in cluster.get("nodes")["items"]:
+        ready = [condition["status"] for condition in node["status"]["conditions"] if condition["type"] == "Ready"]
+        assert ready == ["True"], node["metadata"]["name"]
+
+
+def test_a_restricted_pod_finds_a_service_by_name(namespace: Kubectl, image: str) -> None:
+    probe = {"httpGet": {"path": "/", "port": 8080}, "periodSeconds": 1}
+    server = container(image, "python3", "-m", "http.server", "8080", "--directory", "/etc/ssl", readinessProbe=probe)
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "web"},
+        "spec": {"selector": {"app": "web"}, "ports": [{"port": 8080}]},
+    }
+    namespace.create(pod("web", server), service)
+    namespace("wait", "--for=condition=Ready", "--timeout=60s", "pod/web")
+    namespace.create(pod("client", container(image, "python3", "-c", FETCH.format(namespace=namespace.namespace))))
+    namespace.wait_for_pod("client", "Succeeded")
+    assert namespace("logs", "client").strip() == "200"
+    assert namespace("exec", "web", "--", "id", "-u").strip() == "10001"
+
+
+def test_a_pod_that_is_not_restricted_is_refused(namespace: Kubectl, image: str) -> None:
+    with pytest.raises(Refused, match='violates PodSecurity "restricted'):
+        namespace.create(pod("root", {"name": "main", "image": image}))
+
+
+def test_a_volume_claim_is_kept_from_pod_to_pod(namespace: Kubectl, image: str) -> None:
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "data"},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "16Mi"}}},
+    }
+    volume = {"volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}], "securityContext": {"fsGroup": 10001}}
+    mount = {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}
+    namespace.create(claim, pod("writer", container(image, "sh", "-c", "echo kept > /data/file", **mount), **volume))
+    namespace.wait_for_pod("writer", "Succeeded")
+    namespace.create(pod("reader", container(image, "cat", "/data/file", **mount), **volume))
+    namespace.wait_for_pod("reader", "Succeeded")
+    assert namespace("logs", "reader").strip() == "kept"
+
+
+def test_the_operator_refuses_a_job_that_cannot_run(namespace: Kubectl, image: str) -> None:
+    job = pytorch_job("bad", 1, "true", image=image)
+    job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["name"] = "other"
+    with pytest.raises(Refused, match="pytorch"):
+        namespace.create(job)
+
+
+@pytest.mark.parametrize("master", [False, True], ids=["workers", "master-and-workers"])
+def test_the_operator_runs_a_job_under_restricted(namespace: Kubectl, image: str, master: bool) -> None:
+    """With a master each worker gets an init container, which has to be restricted as well."""
+    say = "import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'])"
+    namespace.create(pytorch_job("job", 2, "python3", "-c", say, image=image, master=master))
+    namespace("wait", "--for=condition=Succeeded", "--timeout=90s", "pytorchjob/job", timeout=100)
+    until(lambda: set(namespace.phases("training.kubeflow.org/job-name=job")) == {"Succeeded"}, 30)
+    ranks = namespace("logs", "-l", "training.kubeflow.org/job-name=job").split("\n")
+    world = 3 if master else 2
+    assert sorted(line for line in ranks if line) == [f"{rank} {world}" for rank in range(world)]
+
+
+def test_played_nodes_run_pods(namespace: Kubectl, fake_nodes: list[str], image: str) -> None:
+    gpus = {"resources": {"limits": {"nvidia.com/gpu": "8"}}}
+    for number in range(len(fake_nodes)):
+        namespace.create(pod(f"pod-{number}", container(image, "true", **gpus), **ON_FAKE_NODES))
+    for number in range(len(fake_nodes)):
+        namespace.wait_for_pod(f"pod-{number}", "Running")
+    assert {item["spec"]["nodeName"] for item in namespace.get("pods")["items"]} == set(fake_nodes)
+
+
+GANG_LABEL = "training.kubeflow.org/job-name"
+
+
+@pytest.fixture
+def gangs(own_cluster: Kubectl, namespace: Kubectl) -> Iterator[None]:
+    """Puts each job's pods of this namespace into the pod group of the job's name: the job's own schema would drop the field."""
+    name = namespace.namespace
+    group = f"Object.spec.schedulingGroup{{podGroupName: object.metadata.labels['{GANG_LABEL}']}}"
+    policy = {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "MutatingAdmissionPolicy",
+        "metadata": {"name": name},
+        "spec": {
+            "matchConstraints": {
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}},
+                "objectSelector": {"matchExpressions": [{"key": GANG_LABEL, "operator": "Exists"}]},
+                "resourceRules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}],
+            },
+            "failurePolicy": "Fail",
+            "reinvocationPolicy": "Never",
+            "mutations": [
+                {
+                    "patchType": "ApplyConfiguration",
+                    "applyConfiguration": {"expression": f"Object{{spec: Object.spec{{schedulingGroup: {group}}}}}"},
+                }
+            ],
+        },
+    }
+    binding = {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "MutatingAdmissionPolicyBinding",
+        "metadata": {"name": name},
+        "spec": {"policyName": name},
+    }
+    own_cluster.create(policy, binding)
+    probe = pod("probe", container("localhost/pause:3.10"))
+    probe["metadata"]["labels"] = {GANG_LABEL: "probe"}
+
+    def in_force() -> bool:
+        answer = namespace("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=json.dumps(probe))
+        return json.loads(answer)["spec"].get("schedulingGroup") == {"podGroupName": "probe"}
+
+    until(in_force, 30)
+    yield
+    own_cluster("delete", "mutatingadmissionpolicybinding,mutatingadmissionpolicy", name)
+
+
+def pod_group(name: str, pods: int) -> dict[str, Any]:
+    return {
+        "apiVersion": "scheduling.k8s.io/v1beta1",
+        "kind": "PodGroup",
+        "metadata": {"name": name},
+        "spec": {"schedulingPolicy": {"gang": {"minCount": pods}}},
+    }
+
+
+@pytest.mark.usefixtures("gangs")
+def test_a_gang_runs_whole_and_the_next_waits_whole(namespace: Kubectl, fake_nodes: list[str], image: str) -> None:
+    size = len(fake_nodes)
+    for name in ("first", "second"):
+        job = pytorch_job(name, size, "true", image=image, **ON_FAKE_NODES)
+        container_spec = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+        container_spec["resources"] = {"limits": {"nvidia.com/gpu": "8"}}
+        namespace.create(pod_group(name, size), job)
+        until(lambda name=name: len(namespace.phases(f"{GANG_LABEL}={name}")) == size, 30)
+        if name == "first":
+            until(lambda: namespace.phases(f"{GANG_LABEL}=first") == ["Running"] * size, 30)
+
+    def says_why() -> bool:
+        pods = namespace.get("pods", "-l", f"{GANG_LABEL}=second")["items"]
+        return any(f"minCount ({size}) cannot be satisfied" in json.dumps(item["status"]) for item in pods)
+
+    until(says_why, 30, lambda: namespace("describe", "pods", "-l", f"{GANG_LABEL}=second"))
+    assert namespace.phases(f"{GANG_LABEL}=second") == ["Pending"] * size
+    namespace("delete", "pytorchjob", "first")
+    until(lambda: namespace.phases(f"{GANG_LABEL}=second") == ["Running"] * size, 60)
+
+
+@pytest.mark.usefixtures("own_cluster")
+def test_postgresql_runs_with_a_read_only_root(namespace: Kubectl) -> None:
+    variables = {"POSTGRES_USER": "mlflow", "POSTGRES_PASSWORD": "secret", "POSTGRES_DB": "mlflow", "PGDATA": "/data/pgdata"}
+    folders = {"data": "/data", "socket": "/var/run/postgresql", "tmp": "/tmp"}
+    server = container(
+        "localhost/convoy-postgres:dev",
+        env=[{"name": name, "value": value} for name, value in variables.items()],
+        volumeMounts=[{"name": name, "mountPath": path} for name, path in folders.items()],
+        readinessProbe={"exec": {"command": ["pg_isready", "-h", "127.0.0.1", "-U", "mlflow"]}, "periodSeconds": 1},
+    )
+    del server["command"]
+    server["securityContext"] = {**server["securityContext"], "runAsUser": 999}
+    volumes = [{"name": name, "emptyDir": {}} for name in folders]
+    namespace.create(pod("postgres", server, volumes=volumes, securityContext={"fsGroup": 999}))
+    namespace("wait", "--for=condition=Ready", "--timeout=60s", "pod/postgres")
+    query = "PGPASSWORD=secret psql -h 127.0.0.1 -U mlflow -d mlflow -Atc 'select current_user'"
+    assert namespace("exec", "postgres", "--", "sh", "-c", query).strip() == "mlflow"

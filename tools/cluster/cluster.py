@@ -1,0 +1,207 @@
+"""A real Kubernetes on this machine, for tests: one real node, a control plane, the training operator. Needs root, Debian and Go.
+
+cluster.py up [--state FOLDER] [--without-trainer]    prints `export KUBECONFIG=...`
+cluster.py down [--state FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import configs
+import images
+from operator_pod import apply_operator, wait_for_operator
+from state import CHECKOUT, ClusterError, State, cache, default_state, end, wait_for
+from supervisor import cgroup_folders
+
+HERE = Path(__file__).resolve().parent
+PACKAGES = {
+    "containerd": "containerd",
+    "runc": "runc",
+    "/usr/lib/cni/bridge": "containernetworking-plugins",
+    "iptables": "iptables",
+    "conntrack": "conntrack",
+    "ip": "iproute2",
+    "mount": "mount",
+    "unshare": "util-linux",
+    "buildah": "buildah",
+    "skopeo": "skopeo",
+    "debootstrap": "debootstrap",
+}
+
+
+def say(text: str) -> None:
+    print(f"cluster: {text}", file=sys.stderr, flush=True)
+
+
+def install_packages() -> None:
+    missing = sorted({package for program, package in PACKAGES.items() if not shutil.which(program)})
+    if not missing:
+        return
+    if os.geteuid() or not shutil.which("apt-get"):
+        raise ClusterError(f"needs these Debian packages: {' '.join(missing)}")
+    say(f"installing {' '.join(missing)}")
+    apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=300"]
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in ([*apt, "update"], [*apt, "install", "-y", "--no-install-recommends", *missing]):
+        subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
+
+
+def build_programs() -> Path:
+    return Path(subprocess.run([HERE / "build.sh"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
+
+
+def start_supervisor(state: State, programs: Path, store: Path) -> int:
+    """Starts the supervisor in its own namespaces and waits for its parts; gives the port of the API server on this machine."""
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener, (state.folder / "supervisor.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                "unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private", "--mount-proc", "--net",
+                sys.executable, str(HERE / "supervisor.py"), str(state.folder), str(programs), str(store), str(listener.fileno()),
+            ],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
+            pass_fds=[listener.fileno()], start_new_session=True,
+        )  # fmt: skip
+        state.record([process.pid])
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_for("the supervisor", lambda: process.poll() is not None or bool(children.read_text().split()), 10, 0.01)
+        if process.poll() is None:
+            state.record([process.pid, int(children.read_text().split()[0])])
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line == "started\n":
+                return int(listener.getsockname()[1])
+            name, seconds = line.split()
+            say(f"{name} {seconds} s")
+    raise ClusterError(f"the cluster did not start; see {state.folder}/supervisor.log and {state.logs}")
+
+
+class Kubectl:
+    """kubectl of the cluster's own version."""
+
+    def __init__(self, state: State, programs: Path) -> None:
+        self.command = [str(programs / "kubectl"), "--kubeconfig", str(state.kubeconfig)]
+
+    def __call__(self, *arguments: str, stdin: str | None = None) -> str:
+        done = subprocess.run([*self.command, *arguments], input=stdin, capture_output=True, text=True)
+        if done.returncode:
+            raise ClusterError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def succeeds(self, *arguments: str) -> bool:
+        return subprocess.run([*self.command, *arguments], capture_output=True).returncode == 0
+
+    def apply(self, *manifests: dict[str, Any]) -> None:
+        self("apply", "--server-side", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}))
+
+
+def write_kubeconfig(state: State, port: int) -> None:
+    text = state.inner_kubeconfig.read_text()
+    inner = f"https://127.0.0.1:{configs.API_PORT}"
+    if inner not in text:
+        raise ClusterError(f"{state.inner_kubeconfig} does not name {inner}")
+    state.kubeconfig.touch(mode=0o600)
+    state.kubeconfig.write_text(text.replace(inner, f"https://127.0.0.1:{port}"))
+
+
+def print_exports(state: State, tools: Path) -> None:
+    print(f"export PATH={tools}/bin:$PATH\nexport KUBECONFIG={state.kubeconfig}")
+
+
+def up(state: State, with_trainer: bool) -> None:
+    if state.running():
+        say("is up already")
+        print(f"export KUBECONFIG={state.kubeconfig}")
+        return
+    if os.geteuid():
+        raise ClusterError("needs root: it makes namespaces, mounts and cgroups")
+    clean(state)
+    install_packages()
+    tools = build_programs()
+    built = images.build(CHECKOUT, tools / "bin", cache(), with_trainer, say)
+    start = time.monotonic()
+    state.folder.mkdir(parents=True)
+    state.folder.chmod(0o755)
+    state.record([])
+    store = cache() / "cluster-store"
+    store.mkdir(parents=True, exist_ok=True)
+    try:
+        write_kubeconfig(state, start_supervisor(state, tools / "bin", store))
+        kubectl = Kubectl(state, tools / "bin")
+        images.load(built, cache(), images.Node(state, store), say)
+        apply_operator(state, tools, kubectl)
+        kubectl.apply(*configs.volumes(state))
+        wait_for("the node", lambda: kubectl.succeeds("get", f"node/{configs.NODE}"), 60)
+        kubectl("wait", "--for=condition=Ready", "--timeout=60s", f"node/{configs.NODE}")
+        say(f"node Ready after {time.monotonic() - start:.1f} s")
+        wait_for_operator(kubectl)
+        say(f"training-operator ready after {time.monotonic() - start:.1f} s")
+    except BaseException:
+        say(f"did not come up; logs: {state.logs}")
+        end(state.running())
+        raise
+    print_exports(state, tools)
+
+
+def clean(state: State) -> None:
+    """Remove what a cluster leaves when its processes are gone: its cgroups and its folder."""
+    for folder in cgroup_folders(state):
+        if folder.is_dir():
+            for group, _, _ in os.walk(folder, topdown=False):
+                wait_for(f"removing {group}", lambda group=group: remove_group(group), 10)  # type: ignore[misc]
+    if state.folder.exists():
+        if not state.processes.exists() and any(state.folder.iterdir()):
+            raise ClusterError(f"{state.folder} is not a cluster's folder")
+        shutil.rmtree(state.folder)
+
+
+def remove_group(group: str) -> bool:
+    try:
+        os.rmdir(group)
+    except FileNotFoundError:
+        return True
+    except OSError:  # its last process is on its way out
+        return False
+    return True
+
+
+def down(state: State) -> None:
+    running = state.running()
+    # The inner process first: it lets containerd close its database. The outer one ends with it.
+    end(running[1:])
+    end(running[:1])
+    clean(state)
+    say("is down")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="cluster.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("command", choices=["up", "down"])
+    parser.add_argument("--state", type=Path, default=default_state(), help="the cluster's folder (default %(default)s)")
+    parser.add_argument(
+        "--without-trainer", action="store_true", help="leave out the trainer's image, which takes minutes to build"
+    )
+    arguments = parser.parse_args()
+    state = State(arguments.state.resolve())
+    try:
+        if arguments.command == "up":
+            up(state, not arguments.without_trainer)
+        else:
+            down(state)
+    except ClusterError as error:
+        say(str(error))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

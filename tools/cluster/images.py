@@ -1,0 +1,252 @@
+"""The images of the test cluster: built by buildah, each again only when its inputs change, and handed to the node's image store.
+
+No registry is reached: the base is made by debootstrap. The store is kept for the next cluster, so that a change of the code moves
+only the layers that hold the code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from state import ClusterError, State
+
+DEBOOTSTRAP = ("debootstrap", "--variant=minbase", "--include=python3,ca-certificates", "bookworm")
+# The machine's own certificate authorities too: behind a proxy that looks into connections, no build can fetch without them.
+BASE_DOCKERFILE = """FROM scratch
+ADD root.tar /
+COPY certificates /usr/local/share/ca-certificates
+RUN update-ca-certificates
+ENV SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
+CMD ["/bin/sh"]
+"""
+FILES = Path(__file__).resolve().parent / "images"
+KEY_LABEL = "convoy.key"
+BASE = "localhost/convoy-base:dev"
+DEPENDENCY_INPUTS = ("requirements.lock", "pyproject.toml", "tools/setup.sh")
+TRAINER_INPUTS = (*DEPENDENCY_INPUTS, "Dockerfile", ".dockerignore", "setup.py", "README.md", "LICENSE", "trainer", "pipelines")
+
+
+@dataclass(frozen=True)
+class Image:
+    """A name and what it was made from."""
+
+    name: str
+    key: str
+
+
+def digest(*parts: str | Path) -> str:
+    """Of texts and of files' contents."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(hashlib.sha256(part.read_bytes() if isinstance(part, Path) else part.encode()).digest())
+    return total.hexdigest()[:16]
+
+
+def sources(checkout: Path) -> Iterable[str | Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "--", *TRAINER_INPUTS],
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    for name in sorted(set(listed)):
+        if (checkout / name).is_file():
+            yield name
+            yield checkout / name
+
+
+class Builder:
+    """buildah with its storage in the cache, and a record of which inputs each image was built from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.record = folder / "built.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        configuration = folder / "storage.conf"
+        configuration.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n')
+        # In a chroot: a container with a network of its own would change the machine's network.
+        self.environment = {
+            **os.environ,
+            "CONTAINERS_STORAGE_CONF": str(configuration),
+            "STORAGE_DRIVER": "overlay",
+            "BUILDAH_ISOLATION": "chroot",
+        }
+
+    def run(self, *command: str | Path, stdin: str | None = None, cwd: Path | None = None, **more: str) -> None:
+        log = self.folder / "build.log"
+        with log.open("ab") as output:
+            done = subprocess.run(
+                [str(part) for part in command], input=stdin and stdin.encode(), cwd=cwd, env={**self.environment, **more},
+                stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        if done.returncode:
+            raise ClusterError(f"{command[0]} failed; see {log}")
+
+    def is_built(self, image: Image) -> bool:
+        known = json.loads(self.record.read_text()) if self.record.exists() else {}
+        return known.get(image.name) == image.key
+
+    def built(self, image: Image) -> None:
+        known = json.loads(self.record.read_text()) if self.record.exists() else {}
+        self.record.write_text(json.dumps({**known, image.name: image.key}, indent=2))
+
+    def start_over_when_changed(self, dependencies: str) -> None:
+        """The layer of the dependencies is 5 GB: the one before is not kept beside a new one."""
+        layer = Image("dependencies", dependencies)
+        if not self.is_built(layer):
+            if self.record.exists():
+                self.run("buildah", "rmi", "--all", "--force")
+                self.record.unlink()
+            self.built(layer)
+
+    def dockerfile(self, image: Image, text: str, context: Path, **arguments: str) -> None:
+        options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
+        self.run("buildah", "build", "--layers", "--format", "oci", *options, "-t", image.name, "-f", "-", context, stdin=text)
+
+
+def apt_mirror() -> str:
+    """The mirror that this machine's apt uses."""
+    listed = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages"], check=True, capture_output=True, text=True
+    )
+    sites = [site for site in listed.stdout.split() if "security" not in site]
+    if not sites:
+        raise ClusterError("apt knows no mirror; run apt-get update")
+    return sites[0]
+
+
+def own_certificates() -> list[Path]:
+    return sorted(Path("/usr/local/share/ca-certificates").glob("*.crt"))
+
+
+def build_base(builder: Builder, image: Image) -> None:
+    root = builder.folder / "base"
+    shutil.rmtree(root, ignore_errors=True)
+    builder.run(*DEBOOTSTRAP, root / "root", apt_mirror())
+    for waste in ("var/cache/apt", "var/lib/apt/lists"):
+        shutil.rmtree(root / "root" / waste)
+    builder.run("tar", "-C", root / "root", "-cf", root / "root.tar", ".")
+    shutil.rmtree(root / "root")
+    (root / "certificates").mkdir()
+    for certificate in own_certificates():
+        shutil.copy(certificate, root / "certificates")
+    builder.dockerfile(image, BASE_DOCKERFILE, root)
+    shutil.rmtree(root)
+
+
+def build(checkout: Path, programs: Path, cache: Path, with_trainer: bool, say: Callable[[str], None]) -> list[Image]:
+    """Builds what is not built yet; gives all images of the cluster."""
+    builder = Builder(cache / "cluster-images")
+    postgres = (FILES / "postgres.Dockerfile").read_text()
+
+    def program(name: str, path: str, user: int) -> str:
+        return f'FROM scratch\nCOPY {name} {path}\nUSER {user}:{user}\nENTRYPOINT ["{path}"]\n'
+
+    base = Image(BASE, digest(*DEBOOTSTRAP, BASE_DOCKERFILE, *own_certificates()))
+    if with_trainer:
+        builder.start_over_when_changed(digest(base.key, *(checkout / name for name in DEPENDENCY_INPUTS)))
+    plan: list[tuple[Image, Callable[[Image], None]]] = [
+        (
+            Image("localhost/pause:3.10", digest(programs / "pause")),
+            lambda image: builder.dockerfile(image, program("pause", "/pause", 65535), programs),
+        ),
+        (
+            Image("localhost/convoy-training-operator:1.9.3", digest(programs / "training-operator")),
+            lambda image: builder.dockerfile(image, program("training-operator", "/manager", 65532), programs),
+        ),
+        (base, lambda image: build_base(builder, image)),
+        (
+            Image("localhost/convoy-postgres:dev", digest(base.key, postgres, FILES / "postgres.sh")),
+            lambda image: builder.dockerfile(image, postgres, FILES, BASE=BASE),
+        ),
+    ]
+    if with_trainer:
+        plan.append(
+            (
+                Image("localhost/convoy:dev", digest(base.key, *sources(checkout))),
+                lambda image: builder.run(checkout / "tools/image.sh", cwd=checkout, BASE=BASE, IMAGE=image.name),
+            )
+        )
+    for image, make in plan:
+        if not builder.is_built(image):
+            start = time.monotonic()
+            make(image)
+            builder.built(image)
+            say(f"built {image.name} in {time.monotonic() - start:.0f} s")
+    return [image for image, _ in plan]
+
+
+class Node:
+    """The image store of the cluster's node."""
+
+    def __init__(self, state: State, store: Path) -> None:
+        self.ctr = ["ctr", "-a", str(state.containerd), "-n", "k8s.io"]
+        self.files = store / "io.containerd.content.v1.content/blobs/sha256"
+
+    def output(self, *arguments: str) -> str:
+        return subprocess.run([*self.ctr, *arguments], check=True, capture_output=True, text=True).stdout
+
+    def has(self, image: Image) -> bool:
+        return f"{KEY_LABEL}={image.key}" in self.output("images", "ls", f"name=={image.name}")
+
+    def blobs(self) -> dict[str, int]:
+        """Hexadecimal SHA-256 and size in bytes of all that the store holds."""
+        names = [line.removeprefix("sha256:") for line in self.output("content", "ls", "-q").split()]
+        return {name: (self.files / name).stat().st_size for name in names}
+
+    def load(self, image: Image, layout: Path, known: dict[str, int]) -> None:
+        """Reads an OCI layout, but for the blobs that the store knows."""
+        index = layout / "index.json"
+        manifests = json.loads(index.read_text())["manifests"]
+        annotated = [{**manifest, "annotations": {"io.containerd.image.name": image.name}} for manifest in manifests]
+        index.write_text(json.dumps({"schemaVersion": 2, "manifests": annotated}))
+        new = [path for path in (layout / "blobs/sha256").iterdir() if path.name not in known]
+        process = subprocess.Popen(
+            [*self.ctr, "images", "import", "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        assert process.stdin is not None
+        assert process.stderr is not None
+        with process.stdin, tarfile.open(fileobj=process.stdin, mode="w|", bufsize=1 << 20) as archive:
+            for path in (layout / "oci-layout", *new, index):
+                archive.add(path, arcname=str(path.relative_to(layout)))
+                path.unlink()  # a layer of 6 GB need not be there three times
+        error = process.stderr.read().decode()
+        if process.wait():
+            raise ClusterError(f"{image.name} cannot be imported: {error.strip()}")
+        self.output("images", "label", image.name, f"{KEY_LABEL}={image.key}")
+
+
+def load(wanted: list[Image], cache: Path, node: Node, say: Callable[[str], None]) -> None:
+    """Hands the node the images that it lacks.
+
+    The layout that skopeo writes is given empty files of the right size for all that the node's store holds already: skopeo then
+    leaves those out, and only what is new is written, read and unpacked. Layers stay uncompressed: compressing takes longest.
+    """
+    builder = Builder(cache / "cluster-images")
+    for image in wanted:
+        if node.has(image):
+            continue
+        start = time.monotonic()
+        layout = builder.folder / "layout"
+        shutil.rmtree(layout, ignore_errors=True)
+        (layout / "blobs/sha256").mkdir(parents=True)
+        (layout / "index.json").write_text('{"schemaVersion": 2, "manifests": []}')
+        known = node.blobs()
+        for name, size in known.items():
+            with (layout / "blobs/sha256" / name).open("wb") as file:
+                file.truncate(size)
+        source, destination = f"containers-storage:{image.name}", f"oci:{layout}:{image.name}"
+        builder.run("skopeo", "copy", "--insecure-policy", "--dest-oci-accept-uncompressed-layers", source, destination)
+        node.load(image, layout, known)
+        shutil.rmtree(layout)
+        say(f"handed {image.name} to the node in {time.monotonic() - start:.1f} s")

@@ -1,0 +1,3 @@
+module convoy/tools/cluster/pause
+
+go 1.26

@@ -1,0 +1,217 @@
+"""The first process in the cluster's own process, mount and network namespaces: starts the cluster and passes on connections to it.
+
+When it ends, the kernel ends every process in these namespaces, containers too, and with them go their mounts, interfaces and
+packet filter rules: whatever becomes of a cluster, nothing of it stays in the machine's own namespaces.
+
+    supervisor.py STATE PROGRAMS STORE LISTENER    LISTENER: number of an open, listening socket of the machine's own network
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import configs
+from state import State, wait_for
+
+# The kubelet wants these values and would write them, for the whole machine; it is shown files that hold them already.
+KERNEL_SETTINGS = {
+    "vm/overcommit_memory": 1,
+    "vm/panic_on_oom": 0,
+    "kernel/panic": 10,
+    "kernel/panic_on_oops": 1,
+    "kernel/keys/root_maxkeys": 1000000,
+    "kernel/keys/root_maxbytes": 25000000,
+}
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
+    subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr, env={**os.environ, **(env or {})})
+
+
+def make_mounts(state: State) -> None:
+    for folder in ("/run", "/var/lib", "/var/log"):  # where the kubelet, CNI plugins and shims write, whatever their options say
+        run("mount", "-t", "tmpfs", "tmpfs", folder)
+    settings = state.folder / "kernel"
+    for name, value in KERNEL_SETTINGS.items():
+        target = Path("/proc/sys") / name
+        if target.is_file():
+            shown = settings / name
+            shown.parent.mkdir(parents=True, exist_ok=True)
+            shown.write_text(f"{value}\n")
+            run("mount", "--bind", shown, target)
+
+
+def make_network() -> None:
+    run("ip", "link", "set", "lo", "up")
+    run("ip", "link", "add", "cni0", "type", "bridge")
+    run("ip", "address", "add", f"{configs.NODE_IP}/16", "dev", "cni0")
+    run("ip", "link", "set", "cni0", "up")
+    # Connections to services are turned to a pod on their way out; without a route there is no way out.
+    run("ip", "route", "add", configs.SERVICE_CIDR, "dev", "cni0")
+    for name in ("ipv4/ip_forward", "bridge/bridge-nf-call-iptables"):
+        setting = Path("/proc/sys/net") / name
+        if setting.exists():
+            setting.write_text("1")
+
+
+def cgroup_folders(state: State) -> list[Path]:
+    """The cluster's cgroup in each hierarchy of this machine."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [Path(fields[1]) / state.cgroup for fields in mounts if fields[2] in ("cgroup", "cgroup2")]
+
+
+def make_cgroups(state: State) -> None:
+    for folder in cgroup_folders(state):
+        folder.mkdir(exist_ok=True)
+        for name in ("cpuset.cpus", "cpuset.mems"):  # empty in a new group of the first version, and nothing could run in it
+            if (folder / name).exists() and (folder.parent / name).exists():
+                (folder / name).write_text((folder.parent / name).read_text())
+
+
+class Parts:
+    """Starts the parts and says on standard output how long each took."""
+
+    def __init__(self, state: State, programs: Path) -> None:
+        self.state = state
+        self.programs = programs
+        self.daemons: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str, *command: str | Path) -> None:
+        with (self.state.logs / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.daemons.append(process)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        print(f"{name} {time.monotonic() - start:.1f}", flush=True)
+
+    def node(self, store: Path) -> None:
+        state, folder = self.state, self.state.folder
+        (folder / "containerd.toml").write_text(configs.containerd(state, store))
+        (folder / "cni").mkdir(exist_ok=True)
+        (folder / "cni/10-convoy.conflist").write_text(configs.cni())
+        self.start("containerd", "containerd", "--config", folder / "containerd.toml")
+
+        def answers() -> bool:
+            return subprocess.run(["ctr", "-a", state.containerd, "version"], capture_output=True).returncode == 0
+
+        wait_for("containerd", answers, 60)
+        forget_containers(state)
+
+    def control_plane(self) -> None:
+        folder = self.state.folder
+        (folder / "kwok.yaml").write_text(configs.kwokctl(self.state, self.programs))
+        run(
+            self.programs / "kwokctl", "create", "cluster", "--name", configs.CLUSTER, "--config", folder / "kwok.yaml",
+            "--kubeconfig", self.state.inner_kubeconfig, "--wait", "60s",
+            env={"KWOK_WORKDIR": str(folder / "kwok"), "HOME": str(folder)},
+        )  # fmt: skip
+
+    def agents(self) -> None:
+        state, folder = self.state, self.state.folder
+        (folder / "kubelet.json").write_text(configs.kubelet(state))
+        (folder / "kube-proxy.json").write_text(configs.kube_proxy(state))
+        (folder / "Corefile").write_text(configs.corefile(state))
+        (folder / "resolv.conf").touch()
+        self.start(
+            "kubelet", self.programs / "kubelet", "--config", folder / "kubelet.json", "--kubeconfig", state.inner_kubeconfig,
+            "--hostname-override", configs.NODE, "--node-ip", configs.NODE_IP, "--root-dir", folder / "kubelet",
+        )  # fmt: skip
+        self.start("kube-proxy", self.programs / "kube-proxy", "--config", folder / "kube-proxy.json")
+        self.start("coredns", self.programs / "coredns", "-conf", folder / "Corefile")
+
+
+def forget_containers(state: State) -> None:
+    """The store also remembers the containers of the cluster before, whose processes are gone."""
+    ctr = ["ctr", "-a", str(state.containerd), "-n", "k8s.io"]
+    old = subprocess.run([*ctr, "containers", "ls", "-q"], check=True, capture_output=True, text=True).stdout.split()
+    if old:
+        subprocess.run([*ctr, "containers", "rm", *old], check=True, stdout=sys.stderr)
+
+
+async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        api_reader, api_writer = await asyncio.open_connection("127.0.0.1", configs.API_PORT)
+    except OSError:
+        writer.close()
+        return
+    await asyncio.gather(pass_on(reader, api_writer), pass_on(api_reader, writer))
+
+
+def reap() -> None:
+    """The first process of a namespace inherits every orphan in it."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+async def serve(listener: socket.socket) -> None:
+    """Pass connections on until told to end. The socket belongs to the machine's network, what is opened here to the cluster's."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGCHLD, reap)
+    server = await asyncio.start_server(connect, sock=listener)
+    reap()
+    await stop.wait()
+    server.close()
+
+
+def main() -> None:
+    state, programs, store = State(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
+    listener = socket.socket(fileno=int(sys.argv[4]))
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(1)
+    )  # the kernel shields the first process from signals that it does not handle
+    state.logs.mkdir()
+    lock = (store / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit("cluster: another cluster uses the image store")
+    make_mounts(state)
+    make_network()
+    make_cgroups(state)
+    parts = Parts(state, programs)
+    with parts.timed("containerd"):
+        parts.node(store)
+    with parts.timed("control-plane"):
+        parts.control_plane()
+    with parts.timed("agents"):
+        parts.agents()
+    print("started", flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    asyncio.run(serve(listener))
+    parts.daemons[0].terminate()  # containerd writes its store's database to disk
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        parts.daemons[0].wait(5)
+
+
+if __name__ == "__main__":
+    main()
