@@ -276,7 +276,7 @@ def versions() -> str:
 
     names = ("torch", "torchvision", "webdataset", "pillow", "simplejpeg", "opencv-python-headless", "litdata")
     found = {}
-    for name in (*names, "mosaicml-streaming", "nvidia-dali-cuda130"):
+    for name in (*names, "mosaicml-streaming", "nvidia-dali-cuda130", "ffcv"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
