@@ -6,6 +6,7 @@ only the layers that hold the code.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,8 @@ import shutil
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,9 +146,26 @@ def build_base(builder: Builder, image: Image) -> None:
     shutil.rmtree(root)
 
 
+@contextmanager
+def alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """No two clusters' builds at a time: each deletes the other's layers when their dependencies differ."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another build in {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build(checkout: Path, programs: Path, cache: Path, with_trainer: bool, say: Callable[[str], None]) -> list[Image]:
     """Builds what is not built yet; gives all images of the cluster."""
-    builder = Builder(cache / "cluster-images")
+    with alone(cache / "cluster-images", say):
+        return build_missing(checkout, programs, Builder(cache / "cluster-images"), with_trainer, say)
+
+
+def build_missing(checkout: Path, programs: Path, builder: Builder, with_trainer: bool, say: Callable[[str], None]) -> list[Image]:
     postgres = (FILES / "postgres.Dockerfile").read_text()
 
     def program(name: str, path: str, user: int) -> str:
