@@ -44,6 +44,7 @@ matrix: setup ## Every way to spread a training, against a plain loop; writes do
 bench: setup ## Measure; prints tables
 	python benchmarks/pack.py
 	python benchmarks/data.py
+	python benchmarks/storage.py
 	python benchmarks/models.py
 	python benchmarks/step.py
 	python benchmarks/pipeline.py

@@ -1,4 +1,4 @@
-"""How fast training batches come out of JPEGs, ours against seven other loaders, and where our time goes.
+"""How fast training batches come out of JPEGs, ours against eight other loaders, and where our time goes.
 
     python benchmarks/data.py [--images 2000] [--rounds 5] [--workers 2] [--json FILE]
 
@@ -6,8 +6,7 @@ The same JPEGs (500x375, about 55 KB, of photographs) on local disk in each one'
 flip; batches of 64. Peers have as many worker processes as we have threads. Contestants run by turns, each time in a process of
 its own: one epoch to warm up, one that is timed from asking for its first batch to its last. A round's ratio is that of the rates
 in that round. Memory is the largest sum of the process's and its workers' proportional sets, in the first epoch. Peers that
-`make peers` has not installed are left out and named. FFCV is not among them: its last release, of 2023, is
-built against the development files of OpenCV.
+`make peers` has not installed are left out and named; FFCV, which is compiled, where the development files of OpenCV are there.
 """
 
 import argparse
@@ -40,13 +39,13 @@ def python() -> str:
     return str(path) if path.exists() else sys.executable
 
 
-def in_own_process(*arguments: str) -> str:
-    """The last line that this file prints with these arguments. Raises RuntimeError with the end of what it said."""
+def in_own_process(*arguments: str, script: str = __file__) -> str:
+    """The last line that a benchmark prints with these arguments. Raises RuntimeError with the end of what it said."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
     with tempfile.TemporaryFile("w+") as errors:
         result = subprocess.run(
-            [python(), __file__, *arguments], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=_SECONDS
+            [python(), script, *arguments], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=_SECONDS
         )
         if result.returncode:
             errors.seek(0)

@@ -202,6 +202,30 @@ def dali(folder: Path, workers: int) -> Epoch:
     return epoch
 
 
+def ffcv(folder: Path, workers: int) -> Epoch:
+    """Its own threads; the images are JPEGs that it encoded itself, at the same quality."""
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    decoder = RandomResizedCropRGBImageDecoder((SIDE, SIDE), scale=(MIN_AREA, 1.0))
+    loader = Loader(
+        str(folder / "images.beton"),
+        batch_size=BATCH,
+        num_workers=workers,
+        order=OrderOption.QUASI_RANDOM,
+        drop_last=False,
+        os_cache=True,
+        pipelines={"image": [decoder, RandomHorizontalFlip(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
+    )
+
+    def epoch() -> Iterator[int]:
+        for images, _ in loader:
+            yield len(images)
+
+    return epoch
+
+
 CONTESTANTS: dict[str, tuple[Callable[[Path, int], Epoch], str]] = {
     "ours": (ours, "trainer"),
     "ours, decode_crop alone": (ours_decode_alone, "trainer"),
@@ -212,6 +236,7 @@ CONTESTANTS: dict[str, tuple[Callable[[Path, int], Epoch], str]] = {
     "mosaicml-streaming": (mosaicml_streaming, "streaming"),
     "litdata": (litdata, "litdata"),
     "DALI on the processor": (dali, "nvidia.dali"),
+    "FFCV": (ffcv, "ffcv"),
 }
 """By name: what makes its epochs, and the package without which it is left out."""
 
@@ -236,6 +261,13 @@ def prepare(name: str, folder: Path) -> None:
         from litdata import optimize
 
         optimize(read_image, items, str(folder / "litdata"), chunk_bytes="64MB", num_workers=1, verbose=False)
+    elif name == "FFCV":
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.writer import DatasetWriter
+        from torchvision.datasets import ImageFolder
+
+        fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=92), "label": IntField()}
+        DatasetWriter(str(folder / "images.beton"), fields, num_workers=1).from_indexed_dataset(ImageFolder(folder / "images"))
 
 
 def versions() -> str:
@@ -244,7 +276,7 @@ def versions() -> str:
 
     names = ("torch", "torchvision", "webdataset", "pillow", "simplejpeg", "opencv-python-headless", "litdata")
     found = {}
-    for name in (*names, "mosaicml-streaming", "nvidia-dali-cuda130"):
+    for name in (*names, "mosaicml-streaming", "nvidia-dali-cuda130", "ffcv"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipelines import cluster_cli
 from trainer.errors import EXIT_USER, UserError, report
 
 app = typer.Typer(
@@ -60,12 +61,14 @@ def pack(
     class_names: Annotated[
         str | None, typer.Option(help="File of lines ID NAME; synset_words.txt of SOURCE when not given.")
     ] = None,
+    part: Annotated[int, typer.Option(help="Write this part of the shards only, of --parts; numbered from 0.", min=0)] = 0,
+    parts: Annotated[int, typer.Option(help="Runs that pack the same at a time; the last one writes the index.", min=1)] = 1,
 ) -> None:
     """Pack images into WebDataset shards with an index. A second run goes on where the first one stopped."""
     from pipelines.pack import PackOptions, summary
     from pipelines.pack import pack as run
 
-    options = PackOptions(seed, shards, shard_mb * 2**20, workers, skip_bad, overwrite, class_names)
+    options = PackOptions(seed, shards, shard_mb * 2**20, workers, skip_bad, overwrite, class_names, part, parts)
     for line in summary(run(source, destination, options)):
         print(line)
 
@@ -263,6 +266,9 @@ def demo(
     from pipelines.demo import demo as run
 
     run(folder, keep=os.environ.get("KEEP") == "1", digits=digits)
+
+
+cluster_cli.add_to(app)
 
 
 @local_app.command("up")

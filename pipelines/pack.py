@@ -30,7 +30,8 @@ _NAMED = 20  # faults that are named one by one
 
 @dataclass(frozen=True)
 class PackOptions:
-    """``shard_bytes``: the size to aim at; ``shards``: an exact count instead."""
+    """``shard_bytes``: the size to aim at; ``shards``: an exact count instead. ``part`` of ``parts``: the share of the shards that
+    this run writes, where several pack the same at a time; whichever comes last writes the index."""
 
     seed: int = 0
     shards: int | None = None
@@ -39,6 +40,8 @@ class PackOptions:
     skip_bad: bool = False
     overwrite: bool = False
     class_names: str | None = None
+    part: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,9 @@ class _Plan:
 
 
 def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str, Index]]:
-    """Pack every split of ``source`` below ``destination``; returns (URL, index) of each. Raises UserError."""
+    """Pack every split of ``source`` below ``destination``; returns (URL, index) of each that is whole. Raises UserError."""
+    if options.part >= options.parts:
+        raise UserError(f"--part: {options.part} is not below --parts {options.parts}")
     splits = find_splits(source, options.class_names)
     if is_remote(destination):  # one that cannot be reached is told before millions of images are looked at
         open_store(destination).read_small(INDEX_NAME)
@@ -63,7 +68,9 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
         finished = [_prepare(plan, store, options) for plan, store in zip(plans, stores, strict=True)]
         packed = []
         for plan, store, index in zip(plans, stores, finished, strict=True):
-            packed.append((store.url, index or _write_split(plan, store, pool)))
+            index = index or _write_split(plan, store, pool, options)
+            if index is not None:
+                packed.append((store.url, index))
         return packed
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -132,23 +139,20 @@ def _prepare(plan: _Plan, store: Store, options: PackOptions) -> Index | None:
     if tars and raw is None and ours is None and not options.overwrite:
         raise UserError(f"{store.url}: holds {tars[0]}, which Convoy did not pack; use another place, or --overwrite")
     if ours != plan.resume_digest or raw is not None:
+        if options.parts > 1 and there:
+            raise UserError(f"{store.url}: is not empty; several parts cannot clear it at a time: remove what is there")
         leftovers = [name for name in there if name.startswith(f"{_WORK}/") or name in tars]
         store.delete([INDEX_NAME, *leftovers])
         store.write(f"{_WORK}/plan.json", json.dumps({"resume_digest": plan.resume_digest}).encode())
     return None
 
 
-def _write_split(plan: _Plan, store: Store, pool: ProcessPoolExecutor) -> Index:
-    """Write what is missing of a split's shards, then the index, then forget the records."""
+def _write_split(plan: _Plan, store: Store, pool: ProcessPoolExecutor, options: PackOptions) -> Index | None:
+    """Write what is missing of a split's shards, or of one part of them; then the index, where none is missing any more, and
+    forget the records."""
     name = plan.split.name
-    there = store.sizes()
-    done: dict[int, Shard] = {}
-    for number in range(len(plan.shards)):
-        if f"{_WORK}/{number:06d}.json" in there:
-            shard = Shard.model_validate_json(store.read_small(f"{_WORK}/{number:06d}.json") or b"")
-            if there.get(shard.name) == shard.bytes:
-                done[number] = shard
-    missing = [number for number in range(len(plan.shards)) if number not in done]
+    done = _written(plan, store)
+    missing = [n for n in range(len(plan.shards)) if n not in done and n % options.parts == options.part]
     if done:
         print(f"convoy: {store.url}: going on, {len(done)} of {len(plan.shards)} shards are there", file=sys.stderr)
     with WorkProgress(f"packing {name}", sum(len(plan.shards[n]) for n in missing), "images") as progress:
@@ -156,12 +160,32 @@ def _write_split(plan: _Plan, store: Store, pool: ProcessPoolExecutor) -> Index:
         for future in as_completed(work):
             done[work[future]] = future.result()
             progress.add(done[work[future]].samples)
+    if options.parts > 1:
+        done = _written(plan, store)
+        raw = store.read_small(INDEX_NAME)
+        if raw is not None:  # another part was last, and may be removing the records
+            return parse_index(raw, f"{store.url}/{INDEX_NAME}")
+        if len(done) < len(plan.shards):
+            print(f"convoy: {store.url}: {len(done)} of {len(plan.shards)} shards are there", file=sys.stderr)
+            return None
     shards = [done[number] for number in range(len(plan.shards))]
     index = Index.of(name, plan.split.classes, plan.split.class_ids, shards, plan.digest)
     store.write(INDEX_NAME, index.to_json())
     store.delete([f"{_WORK}/{number:06d}.json" for number in range(len(shards))] + [f"{_WORK}/plan.json"])
     store.remove_empty_folder(_WORK)
     return index
+
+
+def _written(plan: _Plan, store: Store) -> dict[int, Shard]:
+    """The shards that are there whole, by number."""
+    there = store.sizes()
+    done: dict[int, Shard] = {}
+    for number in range(len(plan.shards)):
+        if f"{_WORK}/{number:06d}.json" in there and (record := store.read_small(f"{_WORK}/{number:06d}.json")):
+            shard = Shard.model_validate_json(record)
+            if there.get(shard.name) == shard.bytes:
+                done[number] = shard
+    return done
 
 
 def _write_shard(url: str, name: str, number: int, items: list[Item]) -> Shard:

@@ -54,6 +54,15 @@ def convoy_refuses() -> Run:
     return run
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share something that is slow to make run in one worker, which makes it once."""
+    for item in items:
+        for fixture in ("services", "trainings"):
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(fixture))
+
+
 @pytest.fixture(scope="session")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Services]:
     """A real S3 server and a real MLflow server."""

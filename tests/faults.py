@@ -2,8 +2,6 @@
 
 import http.client
 import json
-import os
-import shutil
 import signal
 import socket
 import struct
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from gotools import go_program
 
 from pipelines import local
 
@@ -256,20 +255,5 @@ class Toxiproxy:
 
 
 def toxiproxy_program() -> Path | str:
-    """The program, built once a version in the user's cache; a sentence where that cannot be done."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy" / f"toxiproxy-{TOXIPROXY_VERSION}"
-    program = cache / "server"
-    if program.exists():
-        return program
-    if shutil.which("go") is None:
-        return "Go is not installed, so toxiproxy cannot be built"
-    own = cache.with_name(f"{cache.name}.{os.getpid()}")  # another process may build it too: the first rename wins
-    environment = os.environ | {"GOBIN": str(own), "CGO_ENABLED": "0", "GOFLAGS": ""}
-    command = ["go", "install", f"{TOXIPROXY}@{TOXIPROXY_VERSION}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    if done.returncode:
-        return f"toxiproxy cannot be built: {' '.join(done.stderr.split())[-300:]}"
-    with suppress(OSError):
-        own.rename(cache)
-    shutil.rmtree(own, ignore_errors=True)
-    return program
+    """The program; a sentence where it cannot be built."""
+    return go_program(TOXIPROXY, TOXIPROXY_VERSION, "toxiproxy")

@@ -11,5 +11,6 @@ options=(--universal --python-version 3.11 --generate-hashes --no-annotate --qui
 ours=$(mktemp); trap 'rm -f "$ours"' EXIT
 sed -n 's/^\([a-z0-9._-]*==[^ ;]*\).*/\1/p' requirements.lock | grep -v '^huggingface-hub==' | sort -u >"$ours"
 mapfile -t hidden < <(sed 's/\(.*\)==.*/--no-emit-package=\1/' "$ours")
+hidden+=(--no-emit-package=opencv-python)  # FFCV's wish; the headless one serves it as well
 "$UV" pip compile benchmarks/peers.in --override "$ours" "${hidden[@]}" "${options[@]}" --custom-compile-command tools/lock.sh \
     -o benchmarks/peers.lock

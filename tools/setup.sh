@@ -64,6 +64,24 @@ install_native_tools() {  # never fails: without them the project works, and dec
     fi
 }
 
+without() {  # a package's lines taken out of a lock file
+    "$PYTHON" -c 'import re, sys; print(re.sub(rf"(?m)^{sys.argv[1]}==(.*\\\n)*.*\n", "", open(sys.argv[2]).read()), end="")' "$1" "$2"
+}
+
+install_ffcv() {  # never fails; its build asks for OpenCV by a name that Debian does not give it
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then
+        say "installing the development files of OpenCV with apt-get, for FFCV"
+        { apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ pkg-config libopencv-dev libturbojpeg0-dev; } \
+            >/dev/null 2>&1 || true
+    fi
+    local named; named=$(mktemp -d)
+    ln -s "$(pkg-config --variable=pcfiledir opencv4 2>/dev/null)/opencv4.pc" "$named/opencv.pc"
+    "$UV" pip install --quiet setuptools wheel
+    PKG_CONFIG_PATH="$named" "$UV" pip install --quiet --require-hashes --no-deps --no-build-isolation-package ffcv \
+        -r benchmarks/peers.lock || say "FFCV cannot be built: benchmarks/data.py leaves it out"
+    rm -rf "$named"
+}
+
 if [ "$NATIVE_TOOLS" = 1 ]; then
     install_native_tools
     exit
@@ -93,7 +111,11 @@ export UV_LINK_MODE="${UV_LINK_MODE:-hardlink}" UV_NO_PROGRESS=1
 if [ "$PEERS" = 1 ]; then
     say "installing the benchmarks' peers into .venv-peers"
     "$UV" venv --quiet --clear --python "$VENV/bin/python" .venv-peers
-    VIRTUAL_ENV="$PWD/.venv-peers" "$UV" pip install --quiet --require-hashes --no-deps -r benchmarks/peers.lock
+    export VIRTUAL_ENV="$PWD/.venv-peers"
+    locked=$(mktemp); trap 'rm -f "$locked"' EXIT
+    without ffcv benchmarks/peers.lock >"$locked"
+    "$UV" pip install --quiet --require-hashes --no-deps -r "$locked"
+    install_ffcv
     "$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
         >"$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/convoy.pth"
     exit
@@ -102,11 +124,7 @@ fi
 say "installing the locked environment into $VENV"
 REQUIRES=(); for lock in "${LOCKS[@]}"; do REQUIRES+=(-r "$lock"); done
 NO_DEEPSPEED=$(mktemp); trap 'rm -f "$NO_DEEPSPEED"' EXIT
-"$PYTHON" - >"$NO_DEEPSPEED" <<'PY'
-# deepspeed's build imports torch, so everything else goes in first
-import re
-print(re.sub(r"(?m)^deepspeed==(.*\\\n)*.*\n", "", open("requirements.lock").read()), end="")
-PY
+without deepspeed requirements.lock >"$NO_DEEPSPEED"  # its build imports torch, so everything else goes in first
 export VIRTUAL_ENV="$VENV" DS_BUILD_OPS=0
 rm -f "$VENV"/.convoy-*
 [ -x "$VENV/bin/python" ] || "$UV" venv --quiet --python "$PYTHON" "$VENV"

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,8 +31,9 @@ from trainer.engine.state import TrainingState
 from trainer.errors import FoundByAll, ServiceLost, Terminated, UserError, report
 from trainer.export import ModelFacts, save_model
 from trainer.records import KeyLog, finish, start_tracking
-from trainer.resolve import Resolved, resolve
+from trainer.resolve import Resolved, resolve, tracking_uri
 from trainer.tracking import Tracker
+from trainer.watchdog import Watchdog
 from trainer.weights import load_weights
 
 
@@ -144,7 +146,8 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
         if checkpoints is not None:
             checkpoints.save(Checkpoint(state, course, figures, tracker.run_id))
 
-    job = make_job(run, ranks, device, whole, save, stop)
+    watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
+    job = make_job(run, ranks, device, whole, save, stop, watchdog.alive)
     status = "FAILED"
     try:
         result = fit(job, engine, tracker, progress, Result(**found.result) if found else Result())
@@ -156,6 +159,7 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
         status = "KILLED"
         raise
     finally:
+        watchdog.close()
         progress.close()
         if checkpoints is not None:
             checkpoints.wait()
@@ -181,6 +185,7 @@ def make_job(
     whole: nn.Module,
     save: Callable[[TrainingState, dict[str, Any]], None],
     stop: StopRequest,
+    alive: Callable[[], None] = lambda: None,
 ) -> Job:
     """What the loop is to do on this rank."""
     config, val, data = run.config, run.val, run.config.data
@@ -210,6 +215,7 @@ def make_job(
         save_every_steps=config.checkpoint.every_steps,
         save=save,
         stop=stop,
+        alive=alive,
         max_bad_samples=data.max_bad_samples if skips else None,
         took=KeyLog(config.output_dir / "samples", run, rank).write if data.log_keys else None,
     )
@@ -217,13 +223,18 @@ def make_job(
 
 def _headline(run: Resolved, tracker: Tracker) -> str:
     batch = run.batch
-    where = f", MLflow run {tracker.run_id}" if tracker.run_id else ""
+    where = f", MLflow run {tracker.run_id} at {_public(tracking_uri(run.config))}" if tracker.run_id else ""
     stages = run.config.parallel.pipeline_stages
     ranks = f"{batch.ranks} ranks" if stages == 1 else f"{batch.ranks} copies of {stages} stages"
     return (
         f"{run.config.name}: {run.config.model.name} on {run.train.samples:,} images, {run.stop_step:,} steps of "
         f"{batch.global_size} = {ranks} x {batch.accumulation_steps} accumulation steps x {batch.micro_size}{where}"
     )
+
+
+def _public(uri: str | None) -> str:
+    """Without the name and the password that an address may hold."""
+    return re.sub(r"//[^/@]*@", "//", uri or "")
 
 
 if __name__ == "__main__":

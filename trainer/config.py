@@ -73,6 +73,8 @@ class DataConfig(_Section):
     """Encoded bytes that a rank holds or reads ahead, MiB; more only where one step needs more."""
     requests: Count = 8
     """Ranges that a rank reads at a time."""
+    wait_minutes: NonNegative = 0.0
+    """Minutes that the launcher waits for an index that is not there yet, because something else is packing the data."""
     check: Literal["size", "sha256"] = "size"
     """What of every shard is compared with the index before training: its size, or its bytes too, which reads them all."""
     cache_dir: str | None = None
@@ -211,6 +213,8 @@ class CheckpointConfig(_Section):
     """Optimizer steps between two, beside those at each epoch's end."""
     keep: Count = 3
     """How many of the newest stay; the one of the best top1 stays too."""
+    max_starts: Count = 10
+    """In pods, starts in a row without a new checkpoint between them, after which the job fails instead of trying again."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest good one; never: begin anew, and remove those that stand at the URL."""
 
@@ -248,6 +252,9 @@ class TrainConfig(_Section):
     """Keep the activations of a few layers only and compute the others again in the backward pass (Chen et al. 2016)."""
     compile: bool = False
     """Compile each layer with torch.compile; needs a C++ compiler, or a GPU."""
+    hang_minutes: Annotated[float, Field(gt=0)] | None = 15.0
+    """Minutes without a step or a batch of evaluation, after which a rank writes the stacks of all its threads and ends as one
+    that lost a peer does; null: never."""
     output_dir: str = "runs/{name}"
     """Folder for the weights, the result and whatever MLflow could not be told."""
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +17,7 @@ class TrainingProgress:
         self._quiet = quiet
         self._total = total_steps
         self._last_line = 0.0
+        self._first: tuple[int, float] | None = None
         self._bar: Progress | None = None
         if not quiet and sys.stdout.isatty():
             self._bar = Progress(
@@ -34,7 +36,15 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, description=text)
         elif not self._quiet and (step == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES):
             self._last_line = time.monotonic()
-            print(f"step {step}/{self._total} {text}", flush=True)
+            print(f"step {step}/{self._total} {text}{self._left(step)}", flush=True)
+
+    def _left(self, step: int) -> str:
+        """The time that the rest will take at the pace since the first line, evaluation included."""
+        now = time.monotonic()
+        first, then = self._first = self._first or (step, now)
+        if step in (first, self._total):
+            return ""
+        return f", {timedelta(seconds=round((now - then) / (step - first) * (self._total - step)))} left"
 
     def note(self, text: str) -> None:
         if self._bar is not None:

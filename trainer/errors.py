@@ -1,7 +1,10 @@
 """The kinds of failure that are not bugs, and the exit codes that a launcher or an operator acts on."""
 
+import os
 import sys
 import traceback
+from contextlib import suppress
+from pathlib import Path
 
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -20,6 +23,10 @@ class UserError(ValueError):
     def __init__(self, *faults: str) -> None:
         super().__init__("\n".join(faults))
         self.faults = faults
+
+
+class NeverAnswered(UserError):
+    """A service's address that was never reached: a mistake, or the service is not up yet."""
 
 
 class FoundByAll(UserError):
@@ -46,13 +53,28 @@ def shortened(lines: list[str], rest: str = "more") -> list[str]:
 
 
 def report(error: BaseException, program: str, quiet: bool = False) -> int:
-    """Print ``error`` to stderr as its kind asks (``quiet`` ranks print bugs only); returns the exit code."""
+    """Print ``error`` to stderr as its kind asks (``quiet`` ranks print bugs only); returns the exit code.
+
+    In a pod, `kubectl describe` shows what is no bug too; of a bug it shows the log's end.
+    """
     if isinstance(error, Terminated):
         return EXIT_PREEMPTED
     if isinstance(error, UserError | ServiceLost):
         if not quiet and not error.told:
             for line in str(error).splitlines():
                 print(f"{program}: {line}", file=sys.stderr, flush=True)
+            _leave_message(str(error), first=isinstance(error, UserError))
         return EXIT_USER if isinstance(error, UserError) else EXIT_RETRY
     traceback.print_exception(error)
     return EXIT_BUG
+
+
+def _leave_message(text: str, first: bool) -> None:
+    """In the file that the pod's manifest names, whose content becomes the termination message. What another process of the pod
+    left before stays, unless this comes ``first``: a lost peer is what follows from somebody's mistake."""
+    name = os.environ.get("CONVOY_TERMINATION_LOG")
+    if name:
+        with suppress(OSError):
+            path = Path(name)
+            if first or not path.exists() or not path.stat().st_size:
+                path.write_text(text[:4000] + "\n", encoding="utf-8")

@@ -1,13 +1,24 @@
-"""Start a run's ranks on this machine: ``python -m trainer.launch --procs N RECIPE key=value ...``."""
+"""Start a run's ranks: ``python -m trainer.launch [--procs N] RECIPE key=value ...``, on this machine or in each pod of a job.
+
+In a pod the training-operator's environment says how many ranks there are and where they meet.
+"""
 
 import argparse
 import logging
 import os
+import signal
 import sys
 import uuid
+from typing import Any, NoReturn
 
-from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, report
+from trainer.config import load_config
+from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ServiceLost, report
+from trainer.pod import Pod, count_start, pod_from_environment, wait_for_data, wait_for_host
 from trainer.resolve import resolve
+
+_STOP_SECONDS = 100  # that ranks have for a checkpoint on SIGTERM; less than the pods' grace period
+
+_JOIN_SECONDS = 24 * 3600  # the others may wait for nodes for long
 
 
 def main() -> int:
@@ -17,37 +28,68 @@ def main() -> int:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
+    procs, command = arguments.procs, ["-m", "trainer", arguments.recipe, *arguments.overrides]
     try:
-        resolve(arguments.recipe, arguments.overrides, arguments.procs, check_storage=arguments.procs > 1)
+        pod = pod_from_environment()
+        if pod is not None:  # process 1 of a container is deaf to signals that it does not ask for
+            signal.signal(signal.SIGTERM, _leave)
+        config = load_config(arguments.recipe, arguments.overrides)
+        if pod is not None or config.data.wait_minutes:
+            wait_for_data(config)
+        world_size = pod.world_size if pod else procs
+        # one listing of the store a job: where the first rank is
+        resolve(arguments.recipe, arguments.overrides, world_size, check_storage=pod.is_first if pod else procs > 1)
+        if pod is not None:
+            if pod.is_first and config.checkpoint.url:
+                count_start(config.checkpoint.url, config.checkpoint.max_starts)
+            wait_for_host(pod)
+            return start_ranks(pod.procs, command, **_meeting(pod))
     except Exception as error:
         return report(error, "convoy")
-    command = ["-m", "trainer", arguments.recipe, *arguments.overrides]
-    if arguments.procs == 1:
+    if procs == 1:
         os.execv(sys.executable, [sys.executable, *command])
-    return start_ranks(arguments.procs, command)
+    return start_ranks(procs, command)
 
 
-def start_ranks(procs: int, command: list[str]) -> int:
+def _leave(number: int, frame: Any) -> NoReturn:
+    sys.exit(EXIT_PREEMPTED)
+
+
+def _meeting(pod: Pod) -> dict[str, Any]:
+    print(f"rendezvous of {pod.nodes} pods at {pod.host}:{pod.port}", flush=True)
+    return {
+        "nodes": pod.nodes,
+        "rdzv_endpoint": f"{pod.host}:{pod.port}",
+        "run_id": pod.job,
+        "rdzv_configs": {"join_timeout": _JOIN_SECONDS},
+        "shutdown_timeout": _STOP_SECONDS,
+    }
+
+
+def start_ranks(procs: int, command: list[str], nodes: int = 1, **meeting: Any) -> int:
     """Run ``python *command`` once a rank, under torch's elastic agent; one that ends badly ends the others.
 
-    Returns 0, or of the failed ranks' exit codes the most telling: the user's mistake, a bug, a preemption of all, else "retry".
+    ``nodes``: how many agents meet; ``meeting``: where. Returns 0, or of the failed ranks' exit codes the most telling: the
+    user's mistake, a bug, a preemption of all, else "retry". Raises ServiceLost where the agents lose each other.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // procs)))
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # the ranks say what went wrong themselves
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    alone = {"rdzv_endpoint": "127.0.0.1:0", "run_id": uuid.uuid4().hex}
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes,
+        max_nodes=nodes,
         nproc_per_node=procs,
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        run_id=uuid.uuid4().hex,
         max_restarts=0,
         monitor_interval=0.2,
+        **(meeting or alone),
     )
     try:
         elastic_launch(config, sys.executable)(*command)
@@ -59,6 +101,8 @@ def start_ranks(procs: int, command: list[str]) -> int:
         return EXIT_PREEMPTED if codes == {EXIT_PREEMPTED} else EXIT_RETRY  # one that was killed is a lost peer
     except SignalException as error:
         return 128 + int(error.sigval)
+    except (RendezvousError, DistError, ConnectionError, TimeoutError) as error:
+        raise ServiceLost(f"the other pods are gone ({str(error).splitlines()[0][:200]})") from error
     return 0
 
 

@@ -65,13 +65,7 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
             raise UserError(f"model.num_classes: {num_classes} is less than the {len(index.classes)} classes of {url}")
     if val is not None and val.class_ids != train.class_ids[: len(val.class_ids)]:
         raise UserError(f"data.val: the classes of {config.data.val} are not those of {config.data.train}")
-    stages = config.parallel.pipeline_stages
-    if world_size % stages:
-        raise UserError(f"parallel.pipeline_stages: {world_size} ranks do not divide by {stages}; use a multiple of {stages} ranks")
-    batch = plan_batches(config.batch.global_size, config.batch.micro_size, world_size // stages, train.samples)
-    if (config.augment.mixup or config.augment.cutmix) and batch.micro_size < 2:
-        key = "mixup" if config.augment.mixup else "cutmix"
-        raise UserError(f"augment.{key}: mixes the samples of a micro-batch, but that holds 1; use batch.micro_size 2 or more")
+    batch = split_ranks(config, world_size, train.samples)
     per_epoch = steps_per_epoch(train.samples, batch.global_size, config.data.tail)
     epochs, max_steps = config.train.epochs, config.train.max_steps
     total = epochs * per_epoch if epochs is not None else max_steps
@@ -85,6 +79,18 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
         if val is not None and val_store is not None:
             check_shards(val, val_store)
     return Resolved(config, train, train_store, val, val_store, world_size, batch, per_epoch, total, stop, num_classes)
+
+
+def split_ranks(config: RunConfig, world_size: int, samples: int) -> BatchPlan:
+    """How ``world_size`` ranks share the batches; ``samples``: of the training split. Raises UserError with what would divide."""
+    stages = config.parallel.pipeline_stages
+    if world_size % stages:
+        raise UserError(f"parallel.pipeline_stages: {world_size} ranks do not divide by {stages}; use a multiple of {stages} ranks")
+    batch = plan_batches(config.batch.global_size, config.batch.micro_size, world_size // stages, samples)
+    if (config.augment.mixup or config.augment.cutmix) and batch.micro_size < 2:
+        key = "mixup" if config.augment.mixup else "cutmix"
+        raise UserError(f"augment.{key}: mixes the samples of a micro-batch, but that holds 1; use batch.micro_size 2 or more")
+    return batch
 
 
 def tracking_uri(config: RunConfig) -> str | None:

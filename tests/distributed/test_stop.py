@@ -69,7 +69,6 @@ def _assert_same_bits(out: Path, other: Path) -> None:
     assert [name for name in statistics if not torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-7)] == []
 
 
-@pytest.mark.xdist_group("undisturbed")
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_as_if_it_had_not_come(
     digits: Path, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -121,7 +120,6 @@ def _ordered(convoy_ok: Run, digits: Path) -> dict[tuple[int, int], list[str]]:
     return expected
 
 
-@pytest.mark.xdist_group("undisturbed")
 def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ranks(
     digits: Path, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, bucket: str, undisturbed: Path,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

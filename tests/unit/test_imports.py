@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 # Each module may import those above it.
 LAYERS = [
-    ["trainer.errors", "trainer.console"],
+    ["trainer.errors", "trainer.console", "trainer.watchdog"],
     ["trainer.config"],
     ["trainer.data"],
     ["trainer.models"],
@@ -22,7 +22,7 @@ LAYERS = [
     ["trainer.engine.data_parallel", "trainer.engine.pipeline_parallel"],
     ["trainer.tracking", "trainer.checkpoint"],
     ["trainer.engine.loop"],
-    ["trainer.resolve", "trainer.export", "trainer.serving"],
+    ["trainer.resolve", "trainer.export", "trainer.serving", "trainer.pod"],
     ["trainer.registration", "trainer.launch", "trainer.weights"],
     ["trainer.records"],
     ["trainer.__main__"],

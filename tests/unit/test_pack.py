@@ -76,6 +76,23 @@ def test_equal_input_and_seed_give_equal_bytes_on_any_number_of_workers(convoy_o
     assert _index(tmp_path / "a/train").digest != _index(tmp_path / "c/train").digest
 
 
+def test_parts_at_a_time_give_the_same_bytes_as_one_run(
+    convoy_ok: Run, convoy_refuses: Run, jpeg_folder: Path, tmp_path: Path
+) -> None:
+    """An Indexed Job's pods, of which any may come last, be killed, or run again."""
+    convoy_ok("pack", jpeg_folder, tmp_path / "one", "--shards", 7)
+    command = [sys.executable, "-m", "pipelines.cli", "pack", str(jpeg_folder), str(tmp_path / "parts"), "--shards", "7"]
+    pods = [subprocess.Popen([*command, "--parts", "3", "--part", str(part)], stderr=subprocess.DEVNULL) for part in (1, 2)]
+    assert [pod.wait(timeout=120) for pod in pods] == [0, 0]
+    assert not (tmp_path / "parts/train/index.json").exists()
+    for _ in range(2):
+        convoy_ok("pack", jpeg_folder, tmp_path / "parts", "--shards", 7, "--parts", 3, "--part", 0)
+    assert _snapshot(tmp_path / "parts") == _snapshot(tmp_path / "one")
+    overwrite = ["--shards", 7, "--parts", 3, "--overwrite"]
+    assert "is not empty" in convoy_refuses("pack", jpeg_folder, tmp_path / "parts", *overwrite)
+    assert "--part: 3 is not below" in convoy_refuses("pack", jpeg_folder, tmp_path / "x", "--parts", 3, "--part", 3)
+
+
 def test_samples_are_shuffled_over_shards(digits: Path) -> None:
     labels = [[int(s["cls"]) for s in _with_webdataset(digits / "train")]]
     # 600 digits in 5 shards: each shard holds every class, and not in runs as the folders do

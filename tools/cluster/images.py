@@ -177,6 +177,13 @@ def build(checkout: Path, programs: Path, cache: Path, with_trainer: bool, say: 
                 lambda image: builder.run(checkout / "tools/image.sh", cwd=checkout, BASE=BASE, IMAGE=image.name),
             )
         )
+        fashion = (checkout / "k8s/overlays/local/data.Dockerfile").read_text()
+        plan.append(
+            (
+                Image("localhost/convoy-fashion-mnist:dev", digest(base.key, fashion)),
+                lambda image: builder.dockerfile(image, fashion, FILES, BASE=BASE),
+            )
+        )
     for image, make in plan:
         if not builder.is_built(image):
             start = time.monotonic()

@@ -16,7 +16,7 @@ from obstore.store import LocalStore, ObjectStore
 
 from trainer.data.connect import connector, endpoint, folder_of, is_remote
 from trainer.data.transfer import Counts, Endurance, Interrupted, Kind, Link, Patience, kind_of, read_piece, reason, status_of
-from trainer.errors import UserError
+from trainer.errors import NeverAnswered, UserError
 
 __all__ = ["Source", "Store", "endpoint", "is_remote", "open_store", "read_whole"]
 
@@ -131,7 +131,7 @@ class Store:
     def _outlast(self, work: Callable[[ObjectStore], A], where: str, missing: Callable[[], A] | None = None) -> A:
         """``work`` through the faults of the world. ``missing``: what a missing object gives, instead of an error.
 
-        An address that never answered is the user's to look at: UserError, after object_store's own retries (20 s).
+        An address that never answered is the user's to look at: NeverAnswered, after object_store's own retries (20 s).
         """
         endurance = Endurance(self._link)
         while True:
@@ -143,7 +143,7 @@ class Store:
                     self._link.succeeded()
                     return missing()
                 if kind is Kind.PASSING and status_of(error) is None and not self._link.met:
-                    raise UserError(f"{where}: {reason(error)}") from None
+                    raise NeverAnswered(f"{where}: {reason(error)}") from None
                 endurance.failed(error, where)
             else:
                 self._link.succeeded()

@@ -42,6 +42,8 @@ class Job:
     save: Callable[[TrainingState, dict[str, Any]], None]
     """Keeps a checkpoint with the figures so far; returns while that is still being written."""
     stop: StopRequest
+    alive: Callable[[], None] = lambda: None
+    """Is called after each step and each batch of evaluation."""
     max_bad_samples: int | None = None
     """How many samples that cannot be decoded are passed over, on all ranks; None: the first stops the run, where it is met."""
     took: Callable[[int, list[str]], None] | None = None
@@ -149,6 +151,7 @@ def _train_epoch(
         job.stop.ask()
         outcome = engine.step(meter.timed(batches), job.learning_rate(result.steps))
         told = job.stop.agreed()
+        job.alive()
         meter.seconds += time.perf_counter() - started
         meter.took(outcome)
         result.steps += 1
@@ -265,5 +268,6 @@ def evaluate(model: torch.nn.Module, job: Job, batches: Iterator[Batch]) -> tupl
     for batch in batches:
         images = normalize(to_device(batch.pixels, job.device), job.mean, job.std)
         counts += count_correct(model(images), to_device(batch.labels, job.device))
+        job.alive()
     top1, top5, samples = summed(counts).tolist()
     return top1 / max(samples, 1), top5 / max(samples, 1), samples

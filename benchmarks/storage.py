@@ -1,0 +1,137 @@
+"""The same training batches from local disk, from an S3 server on loopback, and from it through the cache on disk.
+
+    python benchmarks/storage.py [--images 2000] [--rounds 5] [--workers 2] [--json FILE]
+
+The images of `benchmarks/data.py`, as shards in a folder and in a bucket of SeaweedFS on this machine; RandomResizedCrop to 224
+pixels and flip; batches of 64. Sources run by turns, each time in a process of its own: one epoch to warm up, one that is timed.
+A round's ratio is that of the rates in that round. The server runs on the same processors as the loader, which no bucket does: its
+processor time an image while a source was read stands beside, and the rate that the loader's own processor time allows.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+from data import in_own_process
+from data_peers import BATCH, SIDE
+from pack import make_images
+
+from pipelines import local
+from trainer.config import RunConfig
+from trainer.data.cache import cached
+from trainer.data.index import open_index
+from trainer.data.loader import train_loader
+
+ROOT = Path(__file__).parents[1]
+DISK, S3, CACHED = "local disk", "S3 on loopback", "S3, data.cache_dir"
+
+
+def measure(url: str, cache_dir: str | None, workers: int) -> None:
+    """Print images and processor seconds of a second of one epoch, after one that warms up."""
+    config = RunConfig.model_validate(
+        {
+            "model": {"name": "resnet50"},
+            "data": {"train": url, "image_size": SIDE, "workers": workers, "tail": "drop", "cache_dir": cache_dir},
+            "batch": {"global_size": BATCH},
+            "train": {"max_steps": 1},
+        }
+    )
+    index, store = open_index(url)
+    source = cached(store, index, cache_dir, config.data.cache_gb)
+    sum(len(batch.pixels) for batch in train_loader(config, index, source, 0, 1, 0, 1))
+    started, before = time.perf_counter(), time.process_time()
+    images = sum(len(batch.pixels) for batch in train_loader(config, index, source, 1, 1, 0, 1))
+    seconds, processor = time.perf_counter() - started, time.process_time() - before
+    print(json.dumps({"images_per_second": images / seconds, "processor_seconds": processor / images}))
+
+
+def server_seconds(services: local.Services) -> float:
+    """Processor seconds that the S3 server has taken so far."""
+    times = psutil.Process(services.processes["s3"].pid).cpu_times()
+    return times.user + times.system
+
+
+def compete(folder: Path, services: local.Services, rounds: int, workers: int) -> dict[str, list[dict[str, float]]]:
+    bucket = f"s3://{local.BUCKET}/shards/train"
+    sources = {DISK: (str(folder / "shards" / "train"), ""), S3: (bucket, ""), CACHED: (bucket, str(folder / "cache"))}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
+    for number in range(rounds):
+        for name in list(sources) if number % 2 == 0 else list(sources)[::-1]:
+            before = server_seconds(services)
+            figures = json.loads(in_own_process("--measure", *sources[name], "--workers", str(workers), script=__file__))
+            results[name].append(figures | {"server_seconds": server_seconds(services) - before})
+    return results
+
+
+def summary(results: dict[str, list[dict[str, float]]], images: int) -> dict[str, dict[str, Any]]:
+    rows = {}
+    for name, rounds in results.items():
+        rates = [row["images_per_second"] for row in rounds]
+        ratios = [rate / disk["images_per_second"] for rate, disk in zip(rates, results[DISK], strict=True)]
+        rows[name] = {
+            "images_per_second": round(statistics.median(rates)),
+            "ratio": round(statistics.median(ratios), 3),
+            "ratio_quartiles": [round(v, 3) for v in statistics.quantiles(ratios, n=4)[::2]] if len(ratios) > 1 else None,
+            "loader_microseconds": round(1e6 * statistics.median(row["processor_seconds"] for row in rounds)),
+            "server_microseconds": round(1e6 * statistics.median(row["server_seconds"] for row in rounds) / (2 * images)),
+        }
+    return rows
+
+
+def report(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "images").mkdir()
+        make_images(folder / "images", options.images)
+        services = local.up(folder / "services")
+        try:
+            os.environ.update(services.environment())
+            for destination in (str(folder / "shards"), f"s3://{local.BUCKET}/shards"):
+                command = [sys.executable, "-m", "pipelines.cli", "pack", str(folder / "images"), destination, "--shard-mb", "8"]
+                subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            results = compete(folder, services, options.rounds, options.workers)
+        finally:
+            local.down(folder / "services")
+    rows = summary(results, options.images)
+    work = f"{options.images:,} JPEGs, {options.workers} workers, {options.rounds} rounds"
+    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"{work}; {machine}; {date.today()}")
+    print(f"{'':20} {'images/s':>8} {'to disk':>8} {'quartiles':>13} {'loader, us':>11} {'server, us':>11}")
+    for name, row in rows.items():
+        quartiles = "{}-{}".format(*row["ratio_quartiles"] or "  ")
+        print(
+            f"{name:20} {row['images_per_second']:8,} {row['ratio']:8.2f} {quartiles:>13} "
+            f"{row['loader_microseconds']:11,} {row['server_microseconds']:11,}"
+        )
+    own = rows[DISK]["loader_microseconds"] / rows[S3]["loader_microseconds"]
+    print(f"by the loader's own processor time, S3 is {own:.2f} of local disk (target 0.95)")
+    if options.json:
+        options.json.write_text(json.dumps({"work": work, "machine": machine, "rows": rows, "rounds": results}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--images", type=int, default=2_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure[0], options.measure[1] or None, options.workers)
+    else:
+        report(options)
+
+
+if __name__ == "__main__":
+    main()

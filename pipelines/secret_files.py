@@ -1,0 +1,34 @@
+"""``convoy secrets``: credentials for the services of ``k8s/base/services``, in files that kustomize makes Secrets of."""
+
+import os
+import secrets
+from pathlib import Path
+
+from trainer.errors import UserError
+
+
+def write_secrets(file: Path, endpoint: str) -> list[Path]:
+    """Write random credentials, readable by their owner alone: the object store's into ``file``, the database's beside it.
+
+    Returns both. Raises UserError where one of them is there, since what runs with it would be locked out.
+    """
+    database = file.with_name(f"{file.stem}-postgres{file.suffix}")
+    contents = {
+        file: {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": secrets.token_hex(10).upper(),
+            "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30),
+        },
+        database: {"POSTGRES_USER": "mlflow", "POSTGRES_DB": "mlflow", "POSTGRES_PASSWORD": secrets.token_urlsafe(30)},
+    }
+    there = [str(path) for path in contents if path.exists()]
+    if there:
+        raise UserError(*(f"{path}: is there already; remove it first if nothing that runs needs it" for path in there))
+    for path, values in contents.items():
+        try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+                opened.writelines(f"{name}={value}\n" for name, value in values.items())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    return list(contents)

@@ -1,0 +1,38 @@
+"""Kubernetes' objects as files give them, and kustomize."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from gotools import go_program
+from restricted import ROOT, Documents
+
+
+@pytest.fixture(scope="session")
+def kustomize() -> Callable[[Path], Documents]:
+    """``kustomize build``, of the version in kubectl 1.34, built from its Go module."""
+    program = go_program("sigs.k8s.io/kustomize/kustomize/v5", "v5.7.1", "kustomize")
+    assert isinstance(program, Path), program
+
+    def build(folder: Path) -> Documents:
+        done = subprocess.run([program, "build", folder], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr, done.stderr  # deprecations
+        return list(yaml.safe_load_all(done.stdout))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def k8s(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of k8s/ with the files that `convoy secrets` makes, as a user has it."""
+    from pipelines.secret_files import write_secrets
+
+    folder = tmp_path_factory.mktemp("k8s") / "k8s"
+    shutil.copytree(ROOT / "k8s", folder, ignore=shutil.ignore_patterns("*.env"))
+    for overlay in ("local", "gpu-8"):
+        write_secrets(folder / "overlays" / overlay / "secrets.env", "http://convoy-object-store:8333")
+    return folder

@@ -1,0 +1,165 @@
+"""The manifests as kustomize renders them: valid by Kubernetes' own schemas, within ``restricted``, and without secrets in git."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from restricted import ROOT, Documents, faults, templates
+
+pytestmark = pytest.mark.xdist_group("kustomize")  # one process builds the program
+
+VERSIONS = ("1.34", "1.37")
+COMPONENTS = sorted(path.name for path in (ROOT / "k8s/components").iterdir())
+OVERLAYS = ("local", "gpu-8", "gpu-64", "gpu-512")
+FOLDERS = ("base", "base/services", "jobs", *(f"overlays/{name}" for name in OVERLAYS))
+# Kinds of others, which no schema of Kubernetes tells of. A PyTorchJob is checked by its SDK in test_render.py, and its pods here.
+OTHERS = ("kubeflow.org/", "kueue.x-k8s.io/", "scheduling.volcano.sh/", "monitoring.coreos.com/")
+
+
+def _check(documents: Documents) -> None:
+    names = [(d["apiVersion"], d["kind"], d["metadata"].get("namespace"), d["metadata"]["name"]) for d in documents]
+    assert len(names) == len(set(names))
+    for document in documents:
+        where = f"{document['kind']} {document['metadata']['name']}"
+        if not document["apiVersion"].startswith(OTHERS):
+            _validate(document, where)
+        for template in templates(document):
+            meta = {"name": "x", **template.get("metadata", {})}
+            _validate({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]}, where)
+            assert list(faults(template)) == [], where
+            mounted = {m["name"] for c in template["spec"]["containers"] for m in c.get("volumeMounts", [])}
+            claims = {c["metadata"]["name"] for c in document["spec"].get("volumeClaimTemplates", [])}
+            assert mounted <= {v["name"] for v in template["spec"].get("volumes", [])} | claims, where
+
+
+def _validate(document: dict[str, Any], where: str) -> None:
+    found = 0
+    for version in VERSIONS:
+        try:
+            kubernetes_validate.validate(document, version, strict=True)
+        except kubernetes_validate.SchemaNotFoundError:
+            continue
+        except kubernetes_validate.ValidationError as error:
+            pytest.fail(f"{where}: {error}")
+        found += 1
+    assert found, f"{where}: no Kubernetes of {VERSIONS} knows {document['apiVersion']}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_everything_renders_to_valid_objects(kustomize: Callable[[Path], Documents], k8s: Path, folder: str) -> None:
+    documents = kustomize(k8s / folder)
+    assert documents
+    _check(documents)
+
+
+@pytest.fixture(scope="module")
+def plain(kustomize: Callable[[Path], Documents], k8s: Path) -> tuple[str, Documents]:
+    """The overlay for one machine without components: its kustomization, and what comes of it."""
+    file = k8s / "overlays/gpu-8/kustomization.yaml"
+    whole = file.read_text()
+    text = whole.replace("  - ../../components/gpu\n", "").replace("components:\n", "")
+    file.write_text(text)
+    try:
+        return text, kustomize(file.parent)
+    finally:
+        file.write_text(whole)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_each_component_does_what_it_says(
+    kustomize: Callable[[Path], Documents], k8s: Path, plain: tuple[str, Documents], component: str, tmp_path: Path
+) -> None:
+    """Added to the overlay for one machine, it changes objects or brings some, and all stay valid."""
+    shutil.copytree(k8s, tmp_path / "k8s")
+    overlay = tmp_path / "k8s/overlays/gpu-8"
+    file = overlay / "kustomization.yaml"
+    text, before = plain
+    file.write_text(text.replace("images:\n", f"components:\n  - ../../components/{component}\nimages:\n"))
+    after = kustomize(overlay)
+    assert before != after
+    _check(after)
+
+
+def test_the_namespace_enforces_what_the_pods_meet(kustomize: Callable[[Path], Documents], k8s: Path) -> None:
+    (namespace,) = [d for d in kustomize(k8s / "base") if d["kind"] == "Namespace"]
+    labels = namespace["metadata"]["labels"]
+    assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("enforce", "warn", "audit")} == {"restricted"}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_an_overlay_refers_to_is_there(kustomize: Callable[[Path], Documents], k8s: Path, overlay: str) -> None:
+    """Accounts, priority classes, config maps; and the Secrets, where it brings its own services."""
+    documents = kustomize(k8s / "overlays" / overlay)
+    there = {(d["kind"], d["metadata"]["name"]) for d in documents}
+    for document in documents:
+        for template in templates(document):
+            pod = template["spec"]
+            assert ("ServiceAccount", pod["serviceAccountName"]) in there
+            if "priorityClassName" in pod:
+                assert ("PriorityClass", pod["priorityClassName"]) in there
+            for volume in pod.get("volumes", []):
+                if "configMap" in volume:
+                    assert ("ConfigMap", volume["configMap"]["name"]) in there
+            if overlay in ("local", "gpu-8"):
+                for container in [*pod["containers"], *pod.get("initContainers", [])]:
+                    for source in container.get("envFrom", []):
+                        assert ("Secret", source["secretRef"]["name"]) in there
+
+
+def test_each_network_rule_names_pods_that_are(kustomize: Callable[[Path], Documents], k8s: Path) -> None:
+    documents = kustomize(k8s / "overlays/local")
+    components = {t["metadata"]["labels"]["app.kubernetes.io/component"] for d in documents for t in templates(d)}
+    policies = [d for d in documents if d["kind"] == "NetworkPolicy"]
+    assert any(p["spec"]["podSelector"] == {} and set(p["spec"]["policyTypes"]) == {"Ingress", "Egress"} for p in policies)
+    named = set(re.findall(r"app.kubernetes.io/component': '([\w-]+)'", str(policies)))
+    assert named
+    assert named <= components
+
+
+def _files() -> Iterator[Path]:
+    done = subprocess.run(["git", "ls-files", "k8s"], cwd=ROOT, capture_output=True, text=True, check=True)
+    yield from (ROOT / name for name in done.stdout.splitlines())
+
+
+def test_each_file_says_how_it_is_used_and_holds_no_secret() -> None:
+    files = [path for path in _files() if path.suffix == ".yaml"]
+    assert len(files) > 30
+    for path in files:
+        text = path.read_text()
+        head = text.split("\napiVersion", 1)[0]
+        for word in ("# Apply: ", "# Check: ", "# Logs:  ", "# Clean: "):
+            assert word in head, f"{path}: no line {word!r}"
+        for document in yaml.safe_load_all(text):
+            assert document["kind"] != "Secret", path
+        assert not re.search(r"(PASSWORD|SECRET_ACCESS_KEY|TOKEN)['\"]?[:=] *['\"]?[A-Za-z0-9]{12,}", text), path
+        assert ":latest" not in text, path
+    assert not [path for path in _files() if path.suffix == ".env"]
+
+
+def test_the_operator_is_pinned_and_its_flags_are_raised(kustomize: Callable[[Path], Documents], tmp_path: Path) -> None:
+    """Against a stand-in for the remote base, which only a network has; tests/cluster runs the operator itself."""
+    own = ROOT / "k8s/third-party/training-operator"
+    text = (own / "kustomization.yaml").read_text()
+    assert re.findall(r"^  - https://\S+$", text, re.MULTILINE) == [
+        "  - https://github.com/kubeflow/training-operator//manifests/overlays/standalone?ref=v1.9.3"
+    ]
+    shutil.copytree(own, tmp_path / "own")
+    (tmp_path / "own/kustomization.yaml").write_text(re.sub(r"  - https://\S+", "  - base.yaml", text))
+    image = "ghcr.io/kubeflow/training-v1/training-operator:v1-d6eb98e"
+    container = {"name": "training-operator", "command": ["/manager"], "image": image}
+    labels = {"control-plane": "kubeflow-training-operator"}
+    template = {"metadata": {"labels": labels}, "spec": {"containers": [container], "serviceAccountName": "training-operator"}}
+    spec = {"selector": {"matchLabels": labels}, "template": template}
+    base = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "training-operator"}, "spec": spec}
+    (tmp_path / "own/base.yaml").write_text(yaml.safe_dump(base))
+    (deployment,) = kustomize(tmp_path / "own")
+    _validate(deployment, "training-operator")
+    (patched,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert patched["args"] == ["--controller-threads=16", "--kube-api-qps=500", "--kube-api-burst=1000"]
+    assert (patched["image"], patched["command"]) == (image, ["/manager"])

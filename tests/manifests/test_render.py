@@ -1,0 +1,177 @@
+"""``convoy render`` against Kubeflow's own model of a PyTorchJob, Kubernetes' schema of pods, and what users get wrong."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from helpers import Run
+from kubeflow.training import ApiClient
+from kubeflow.training.utils.utils import FakeResponse
+from restricted import ROOT, faults, templates
+
+from pipelines import cli
+from pipelines.render import JobOptions, render, to_yaml
+from trainer.config import RECIPES
+from trainer.errors import UserError
+
+GPU = JobOptions(nodes=2, gpus_per_node=8)
+DIGEST = "a/b@sha256:" + "0" * 64
+CPU = JobOptions(nodes=2, gpus_per_node=0)
+
+
+def _job(recipe: str = "resnet50", *overrides: str, options: JobOptions = GPU) -> dict[str, Any]:
+    return render(recipe, list(overrides), options)[-1]
+
+
+def _pod(job: dict[str, Any]) -> dict[str, Any]:
+    return job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        GPU,
+        CPU,
+        JobOptions(3, 0, procs_per_node=4, name="other", namespace="team", cpu="500m", memory="1.5Gi", image=DIGEST),
+        JobOptions(64, 8, service_account="a", priority_class="b", spread="kubernetes.io/hostname", suspend=True, gang=True),
+        JobOptions(1, 8, object_store_secret="", mlflow_secret="", shm="1Gi", scratch="1Ti"),
+    ],
+    ids=["gpu", "cpu", "own sizes", "whole cluster", "no secrets"],
+)  # fmt: skip
+def test_kubeflows_own_model_loses_nothing(options: JobOptions) -> None:
+    """What its classes do not know would be dropped on the way through them."""
+    text = to_yaml(render("resnet50", ["batch.global_size=1536"], options))
+    job = list(yaml.safe_load_all(text))[-1]
+    client = ApiClient()
+    model = client.deserialize(FakeResponse(job), "KubeflowOrgV1PyTorchJob")
+    assert client.sanitize_for_serialization(model) == job
+    (template,) = templates(job)
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **template["metadata"]}, "spec": template["spec"]}
+    kubernetes_validate.validate(pod, "1.34", strict=True)
+    assert list(faults(template)) == []
+
+
+def test_what_the_operator_needs() -> None:
+    """FACTS of training-operator 1.9.3: workers alone, an elastic policy without restarts, ExitCode, one container's name."""
+    job = _job("resnet50", "batch.global_size=8192", options=JobOptions(64, 8))
+    spec = job["spec"]
+    assert list(spec["pytorchReplicaSpecs"]) == ["Worker"]
+    worker = spec["pytorchReplicaSpecs"]["Worker"]
+    assert (worker["replicas"], worker["restartPolicy"], spec["nprocPerNode"]) == (64, "ExitCode", "8")
+    assert spec["elasticPolicy"] == {
+        "rdzvBackend": "c10d", "rdzvId": "resnet50", "minReplicas": 64, "maxReplicas": 64, "maxRestarts": 0,
+    }  # fmt: skip
+    (container,) = _pod(job)["containers"]
+    assert (container["name"], container["command"]) == ("pytorch", ["python", "-m", "trainer.launch"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == container["resources"]["requests"]["nvidia.com/gpu"] == "8"
+    assert _pod(job)["terminationGracePeriodSeconds"] > 100
+
+
+def test_without_gpus_none_is_asked_for_and_idle_processors_may_be_used() -> None:
+    (container,) = _pod(_job("fashion-resnet8", options=JobOptions(2, 0, procs_per_node=2)))["containers"]
+    assert container["resources"] == {"requests": {"cpu": "2", "memory": "8Gi"}, "limits": {"memory": "8Gi"}}
+
+
+def test_secrets_are_named_and_nothing_of_the_environment_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2hunter2@mlflow")
+    documents = render("resnet50", [], GPU)
+    assert "hunter2" not in to_yaml(documents)
+    (container,) = _pod(documents[-1])["containers"]
+    assert [source["secretRef"]["name"] for source in container["envFrom"]] == ["convoy-object-store", "convoy-mlflow"]
+
+
+def test_a_recipe_of_ones_own_travels_in_a_config_map(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("# é\n" + (RECIPES / "resnet50.yaml").read_text().replace("name: resnet50\n", "name: My_Net.v2\n", 1))
+    config_map, job = render(str(recipe), ["batch.global_size=512"], JobOptions(2, 8, namespace="team"))
+    assert config_map["metadata"]["name"] == "my-net-v2-recipe"
+    assert config_map["metadata"]["namespace"] == job["metadata"]["namespace"] == "team"
+    assert config_map["data"] == {"mine.yaml": recipe.read_text()}
+    (container,) = _pod(job)["containers"]
+    assert container["args"][:2] == ["--", "/etc/convoy/mine.yaml"]
+    assert {"name": "recipe", "mountPath": "/etc/convoy", "readOnly": True} in container["volumeMounts"]
+    assert {"name": "recipe", "configMap": {"name": "my-net-v2-recipe"}} in _pod(job)["volumes"]
+    assert yaml.safe_load(next(iter(yaml.safe_load_all(to_yaml([config_map, job]))))["data"]["mine.yaml"])["name"] == "My_Net.v2"
+
+
+def test_checkpoints_never_stay_in_a_pod(tmp_path: Path) -> None:
+    (container,) = _pod(_job(options=JobOptions(2, 8, name="r50")))["containers"]
+    assert container["args"] == ["--", "resnet50", "checkpoint.url=s3://convoy/checkpoints/r50"]
+    (container,) = _pod(_job("resnet50", "checkpoint.url=gs://mine/x"))["containers"]
+    assert container["args"] == ["--", "resnet50", "checkpoint.url=gs://mine/x"]
+    for overrides in (["checkpoint.url=runs/x"], [f"data.train={tmp_path}"]):
+        with pytest.raises(UserError, match=r"checkpoint\.url: "):
+            render("resnet50", overrides, GPU)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "told"),
+    [
+        (["batch.global_size=1000"], JobOptions(8, 8), "1000 does not divide by 64 ranks; nearest that do: 960 or 1024"),
+        (["parallel.pipeline_stages=3"], GPU, "parallel.pipeline_stages: 16 ranks do not divide by 3"),
+        (["model.name=resnet5"], GPU, "model.name: there is no model 'resnet5'; nearest: "),
+        (["data.image_size=16"], GPU, "data.image_size: 16 is too small"),
+        (["parallel.zero_stage=0"], GPU, "parallel.zero_stage: 0 does not learn with precision fp16"),
+        (["optimizer.momentun=1"], GPU, "optimizer.momentun: unknown key; did you mean optimizer.momentum?"),
+        ([], JobOptions(0, 8), "--nodes: 0 is not 1 or more"),
+        ([], JobOptions(1, -1), "--gpus-per-node: -1 is not 0"),
+        ([], JobOptions(1, 8, procs_per_node=4), "--procs-per-node: 4 ranks on 8 GPUs"),
+        ([], JobOptions(1, 0, procs_per_node=0), "--procs-per-node: 0 is not 1 or more"),
+        ([], JobOptions(1, 8, name="Resnet_50"), "--name: 'Resnet_50' names no job"),
+        ([], JobOptions(1, 8, name="50"), "--name: '50' names no job"),
+        ([], JobOptions(1, 8, name=""), "--name: '' names no job"),
+        ([], JobOptions(1, 8, name="r" * 51), "50 at most"),
+        ([], JobOptions(1, 8, namespace="a b"), "--namespace: 'a b' is no name"),
+        ([], JobOptions(1, 8, mlflow_secret="A"), "--mlflow-secret: 'A' is no name"),
+        ([], JobOptions(1, 8, image="convoy:latest"), "--image: 'convoy:latest' is no image with a fixed tag"),
+        ([], JobOptions(1, 8, memory="lots"), "--memory: 'lots' is no quantity"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_is_refused(overrides: list[str], options: JobOptions, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        render("resnet50", overrides, options)
+    assert told in str(error.value)
+
+
+def test_all_faults_of_the_options_are_told_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        render("resnet50", [], JobOptions(0, -1, name="A", image="x:latest", cpu="?"))
+    assert len(error.value.faults) == 5
+
+
+def _shipped() -> list[Path]:
+    return [p for p in sorted((ROOT / "k8s").rglob("*.yaml")) if p.read_text().startswith("# Made by: convoy render ")]
+
+
+@pytest.mark.parametrize("path", _shipped(), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_shipped_jobs_are_what_render_makes(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each file's first line makes it again."""
+    monkeypatch.delenv("CONVOY_IMAGE", raising=False)
+    made_by = path.read_text().splitlines()[0].removeprefix("# Made by: ")
+    monkeypatch.setattr(sys, "argv", shlex.split(made_by))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.replace("THIS_FILE", str(path.relative_to(ROOT))) == path.read_text()
+
+
+def test_each_network_has_its_job() -> None:
+    names = {path.stem for path in _shipped() if path.parent.name == "jobs"}
+    assert names == {"alexnet", "vgg16", "googlenet", "resnet50", "resnet152"}
+
+
+def test_the_command_prints_yaml_alone_and_refuses_in_one_line(convoy_ok: Run, convoy_refuses: Run) -> None:
+    said = convoy_ok("render", "resnet50", "--nodes", 2, "--gpus-per-node", 8)
+    assert said.startswith("# Made by: convoy render resnet50 --nodes 2 --gpus-per-node 8\n")
+    assert [document["kind"] for document in yaml.safe_load_all(said)] == ["PyTorchJob"]
+    assert convoy_refuses("render", "resnet50", "--nodes", 3, "--gpus-per-node", 8) == (
+        "convoy: batch.global_size: 256 does not divide by 24 ranks; nearest that do: 240 or 264\n"
+    )

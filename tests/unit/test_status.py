@@ -1,0 +1,134 @@
+"""What ``convoy status`` says of the states that a job can be in, as the API server tells them."""
+
+from typing import Any
+
+import pytest
+
+from pipelines.status import Status, judge
+from trainer.console import TrainingProgress
+
+Object = dict[str, Any]
+
+
+def _job(*conditions: str, **spec: Any) -> Object:
+    told = [{"type": kind, "status": "True", "message": f"PyTorchJob r50 is {kind.lower()}."} for kind in conditions]
+    worker = {"Worker": {"replicas": 2}}
+    return {
+        "metadata": {"name": "r50", "labels": {}},
+        "spec": {"runPolicy": {}, "pytorchReplicaSpecs": worker, **spec},
+        "status": {"conditions": told},
+    }
+
+
+def _pod(number: int, phase: str = "Running", state: Object | None = None, scheduled: str = "True", **condition: str) -> Object:
+    containers = [{"name": "pytorch", "image": "convoy:1", "state": state}] if state else []
+    conditions = [{"type": "PodScheduled", "status": scheduled, **condition}]
+    return {
+        "metadata": {"name": f"r50-worker-{number}"},
+        "status": {"phase": phase, "conditions": conditions, "containerStatuses": containers},
+    }
+
+
+def _waiting(reason: str, message: str = "") -> Object:
+    return {"waiting": {"reason": reason, "message": message}}
+
+
+def _ended(code: int, message: str = "") -> Object:
+    return {"terminated": {"exitCode": code, "message": message}}
+
+
+RUNNING = [_pod(0), _pod(1)]
+LOG = (
+    "waiting: s3://convoy/x: no index.json yet\nrendezvous of 2 pods at r50-worker-0:23456\n"
+    "resnet50: resnet50 on 1,281,167 images, 1,000 steps of 256 = 2 ranks x 1 accumulation steps x 128, "
+    "MLflow run 0a1b at http://convoy-mlflow:5000\n"
+    "step 20/1000 epoch 0.00 loss 6.9 lr 0.1 1,234 images/s, waiting for data 1.0%\n"
+    "step 400/1000 epoch 0.08 loss 5.1 lr 0.1 2,345 images/s, waiting for data 0.0%, 0:02:03 left\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("job", "pods", "log", "line"),
+    [
+        (_job("Created"), [], "", "r50: queued: its pods are being made"),
+        (_job(), [], "", "r50: queued: the training-operator did not take it yet; is it running? kubectl get pods -A | grep "
+         "training-operator"),
+        (_job("Created", runPolicy={"suspend": True}), [], "", "r50: suspended: it holds no pods; convoy resume r50"),
+        (
+            _job("Created"), [_pod(0, "Pending", _waiting("ContainerCreating")), _pod(1, "Pending", scheduled="")], "",
+            "r50: starting: 0 of 2 pods run, 1 get their image and volumes, 1 wait for a node",
+        ),
+        (
+            _job("Created"),
+            [_pod(n, "Pending", scheduled="False", reason="Unschedulable", message="0/3 nodes: Insufficient nvidia.com/gpu.")
+             for n in (0, 1)], "",
+            "r50: unschedulable: 2 of 2 pods: 0/3 nodes: Insufficient nvidia.com/gpu.; ask for less, or wait until other jobs end",
+        ),
+        (
+            _job("Created"), [_pod(0, "Pending", _waiting("ImagePullBackOff", "Back-off")), _pod(1)], "",
+            "r50: no image: 1 of 2 pods: convoy:1 cannot be pulled (ImagePullBackOff); check its name and the nodes' access to its "
+            "registry",
+        ),
+        (
+            _job("Created"), [_pod(0, "Pending", _waiting("CreateContainerConfigError", 'secret "convoy-mlflow" not found')),
+             _pod(1)], "",
+            'r50: not started: 1 of 2 pods: secret "convoy-mlflow" not found; make it in this namespace: convoy secrets --help',
+        ),
+        (_job("Running"), RUNNING, "", "r50: starting: 2 pods run, no word of them yet"),
+        (_job("Running"), RUNNING, LOG[:42], "r50: waiting: s3://convoy/x: no index.json yet"),
+        (_job("Running"), RUNNING, LOG[:95], "r50: rendezvous: 2 pods meet; the first step follows"),
+        (
+            _job("Running"), RUNNING, LOG,
+            "r50: training: step 400 of 1,000, 2,345 images/s, 0:02:03 left, http://convoy-mlflow:5000/#/runs/0a1b",
+        ),
+        (
+            _job("Running"), [_pod(0), _pod(1, "Pending", scheduled="")], LOG,
+            "r50: starting: 1 of 2 pods run, 1 wait for a node",
+        ),
+        (
+            _job("Running", "Succeeded"), [_pod(0, "Succeeded", _ended(0))], LOG,
+            "r50: succeeded: step 400 of 1,000, 2,345 images/s, 0:02:03 left, http://convoy-mlflow:5000/#/runs/0a1b",
+        ),
+        (
+            _job("Failed"), [_pod(0, "Failed", _ended(144)), _pod(1, "Failed", _ended(2, "s3://convoy/x: permission denied"))], "",
+            "r50: failed: s3://convoy/x: permission denied",
+        ),
+        (
+            _job("Failed"), [_pod(0, "Failed", _ended(1, 'Traceback (most recent call last):\n  File "x"\nKeyError: 5\n'))], "",
+            'r50: failed: a bug: ...(most recent call last): File "x" KeyError: 5; convoy logs r50 has all of it',
+        ),
+        (_job("Failed"), [], "", "r50: failed: PyTorchJob r50 is failed."),
+    ],
+)  # fmt: skip
+def test_each_state_is_one_line(job: Object, pods: list[Object], log: str, line: str) -> None:
+    assert judge(job, pods, [], log).line() == line
+
+
+def test_refused_pods_are_told_by_the_jobs_events() -> None:
+    message = 'Error creating: pods "r50-worker-0" is forbidden: exceeded quota: convoy'
+    status = judge(_job("Created"), [], [{"reason": "FailedCreatePod", "message": message}], "")
+    assert status.line() == f"r50: queued: its pods are refused: {message}"
+
+
+def test_a_job_in_kueues_queue_is_not_called_suspended() -> None:
+    job = _job("Created", runPolicy={"suspend": True})
+    job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "team"
+    assert judge(job, [], [], "").line() == "r50: queued: Kueue's queue team admits it when there is room"
+
+
+def test_figures_and_exit_codes_for_programs() -> None:
+    status = judge(_job("Running"), RUNNING, [], LOG)
+    assert (status.step, status.total, status.images_per_second, status.left) == (400, 1000, 2345.0, "0:02:03")
+    assert not status.finished
+    assert judge(_job("Succeeded"), [], [], "").exit_code == 0
+    assert judge(_job("Failed"), [_pod(0, "Failed", _ended(2))], [], "").exit_code == 2
+    assert judge(_job("Failed"), [], [], "").exit_code == 1
+    assert Status("a", "queued").line() == "a: queued"
+
+
+def test_the_trainers_own_lines_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = TrainingProgress(1000, quiet=False)
+    for step in (20, 1000):
+        progress.update(step, "epoch 0.10 loss 1.0000 lr 0.1 1,100 images/s, waiting for data 0.0%")
+    status = judge(_job("Running"), RUNNING, [], capsys.readouterr().out)
+    assert (status.step, status.total, status.images_per_second) == (1000, 1000, 1100.0)
