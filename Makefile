@@ -29,7 +29,7 @@ test: setup ## Every test that needs no cluster
 	pytest -n logical --dist loadgroup --durations 15 --ignore tests/cluster
 
 test-cluster: setup ## Every test on a real Kubernetes: yours (KUBECONFIG), else one made here
-	pytest --durations 15 tests/cluster
+	pytest --durations 15 -o timeout_func_only=true tests/cluster
 
 cluster-up: setup ## Make a Kubernetes on this machine (root, Debian, Go); see docs/cluster.md
 	@python tools/cluster/cluster.py up

@@ -120,36 +120,41 @@ def print_exports(state: State, tools: Path) -> None:
 def up(state: State, with_trainer: bool) -> None:
     if state.running():
         say("is up already")
-        print(f"export KUBECONFIG={state.kubeconfig}")
+        print_exports(state, build_programs())
         return
     if os.geteuid():
         raise ClusterError("needs root: it makes namespaces, mounts and cgroups")
     clean(state)
     install_packages()
     tools = build_programs()
-    built = images.build(CHECKOUT, tools / "bin", cache(), with_trainer, say)
-    start = time.monotonic()
+    with images.only_user(cache(), say):
+        built = images.build(CHECKOUT, tools / "bin", cache(), with_trainer, say)
+        try:
+            start(state, tools, built)
+        except BaseException:
+            say(f"did not come up; logs: {state.logs}")
+            end(state.running())
+            raise
+    print_exports(state, tools)
+
+
+def start(state: State, tools: Path, built: list[images.Image]) -> None:
+    began = time.monotonic()
     state.folder.mkdir(parents=True)
     state.folder.chmod(0o755)
     state.record([])
     store = cache() / "cluster-store"
     store.mkdir(parents=True, exist_ok=True)
-    try:
-        write_kubeconfig(state, start_supervisor(state, tools / "bin", store))
-        kubectl = Kubectl(state, tools / "bin")
-        images.load(built, cache(), images.Node(state, store), say)
-        apply_operator(state, tools, kubectl)
-        kubectl.apply(*configs.volumes(state))
-        wait_for("the node", lambda: kubectl.succeeds("get", f"node/{configs.NODE}"), 60)
-        kubectl("wait", "--for=condition=Ready", "--timeout=60s", f"node/{configs.NODE}")
-        say(f"node Ready after {time.monotonic() - start:.1f} s")
-        wait_for_operator(kubectl)
-        say(f"training-operator ready after {time.monotonic() - start:.1f} s")
-    except BaseException:
-        say(f"did not come up; logs: {state.logs}")
-        end(state.running())
-        raise
-    print_exports(state, tools)
+    write_kubeconfig(state, start_supervisor(state, tools / "bin", store))
+    kubectl = Kubectl(state, tools / "bin")
+    images.load(built, cache(), images.Node(state, store), say)
+    apply_operator(state, tools, kubectl)
+    kubectl.apply(*configs.volumes(state))
+    wait_for("the node", lambda: kubectl.succeeds("get", f"node/{configs.NODE}"), 60)
+    kubectl("wait", "--for=condition=Ready", "--timeout=60s", f"node/{configs.NODE}")
+    say(f"node Ready after {time.monotonic() - began:.1f} s")
+    wait_for_operator(kubectl)
+    say(f"training-operator ready after {time.monotonic() - began:.1f} s")
 
 
 def clean(state: State) -> None:

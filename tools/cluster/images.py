@@ -6,6 +6,7 @@ only the layers that hold the code.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,6 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,9 +94,13 @@ class Builder:
         if done.returncode:
             raise ClusterError(f"{command[0]} failed; see {log}")
 
-    def is_built(self, image: Image) -> bool:
+    def is_recorded(self, image: Image) -> bool:
         known = json.loads(self.record.read_text()) if self.record.exists() else {}
-        return known.get(image.name) == image.key
+        return bool(known.get(image.name) == image.key)
+
+    def is_built(self, image: Image) -> bool:
+        there = subprocess.run(["buildah", "images", "--quiet", image.name], env=self.environment, capture_output=True)
+        return self.is_recorded(image) and there.returncode == 0
 
     def built(self, image: Image) -> None:
         known = json.loads(self.record.read_text()) if self.record.exists() else {}
@@ -105,10 +109,9 @@ class Builder:
     def start_over_when_changed(self, dependencies: str) -> None:
         """The layer of the dependencies is 5 GB: the one before is not kept beside a new one."""
         layer = Image("dependencies", dependencies)
-        if not self.is_built(layer):
-            if self.record.exists():
-                self.run("buildah", "rmi", "--all", "--force")
-                self.record.unlink()
+        if not self.is_recorded(layer):
+            self.record.unlink(missing_ok=True)
+            self.run("buildah", "rmi", "--all", "--force")
             self.built(layer)
 
     def dockerfile(self, image: Image, text: str, context: Path, **arguments: str) -> None:
@@ -146,26 +149,22 @@ def build_base(builder: Builder, image: Image) -> None:
     shutil.rmtree(root)
 
 
-@contextmanager
-def alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """No two clusters' builds at a time: each deletes the other's layers when their dependencies differ."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+@contextlib.contextmanager
+def only_user(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """One program at a time builds and hands over images: other checkouts use the same storage and the same names."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "cluster-images.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another build in {folder}")
+            say("waiting for another program that builds images")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def build(checkout: Path, programs: Path, cache: Path, with_trainer: bool, say: Callable[[str], None]) -> list[Image]:
     """Builds what is not built yet; gives all images of the cluster."""
-    with alone(cache / "cluster-images", say):
-        return build_missing(checkout, programs, Builder(cache / "cluster-images"), with_trainer, say)
-
-
-def build_missing(checkout: Path, programs: Path, builder: Builder, with_trainer: bool, say: Callable[[str], None]) -> list[Image]:
+    builder = Builder(cache / "cluster-images")
     postgres = (FILES / "postgres.Dockerfile").read_text()
 
     def program(name: str, path: str, user: int) -> str:
