@@ -148,6 +148,8 @@ FULL = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_checkpoint import Checkpoints, _checkpoint
+from trainer.data import storage
+object.__setattr__(storage._PATIENCE, "seconds", 3.0)
 checkpoints = Checkpoints({url!r}, 1)
 for step in (1, 2):
     checkpoints.save(_checkpoint(step))
