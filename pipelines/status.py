@@ -38,8 +38,10 @@ class Status:
         return f"{self.name}: {self.state}" + (f": {self.says}" if self.says else "")
 
 
-def judge(job: Object, pods: list[Object], events: list[Object], log: str) -> Status:
-    """``pods``, ``events``: of the job; ``log``: of its first pod, its beginning and its end, empty where there is none."""
+def judge(job: Object, pods: list[Object], events: list[Object], log: str | None) -> Status:
+    """``pods``, ``events``: of the job; ``log``: of its first pod, its beginning and its end, empty where there is none, None
+    where it was not asked for."""
+    read, log = log is not None, log or ""
     name, spec, status = job["metadata"]["name"], job["spec"], job.get("status", {})
     nodes = spec["pytorchReplicaSpecs"]["Worker"].get("replicas", 1)
     conditions = {c["type"]: c for c in status.get("conditions") or [] if c["status"] == "True"}
@@ -75,7 +77,7 @@ def judge(job: Object, pods: list[Object], events: list[Object], log: str) -> St
         return Status(name, "rendezvous", f"{nodes} pods meet; the first step follows", **link)
     if waits:
         return Status(name, "waiting", waits[-1])
-    return Status(name, "starting", f"{nodes} pods run, no word of them yet")
+    return Status(name, "starting", f"{nodes} pods run, no word of them yet") if read else Status(name, "running", f"{nodes} pods")
 
 
 def _seen(log: str) -> dict[str, Any]:

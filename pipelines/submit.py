@@ -96,7 +96,7 @@ class Cluster:
             for pod in self._pods(_OURS):
                 pods.setdefault(pod["metadata"]["labels"].get(_JOB_LABEL, ""), []).append(pod)
         jobs = sorted(found["items"], key=lambda job: str(job["metadata"]["creationTimestamp"]), reverse=True)
-        return [(judge(job, pods.get(job["metadata"]["name"], []), [], ""), job["metadata"]["creationTimestamp"]) for job in jobs]
+        return [(judge(job, pods.get(job["metadata"]["name"], []), [], None), job["metadata"]["creationTimestamp"]) for job in jobs]
 
     def follow(self, name: str, tell: Callable[[str], None]) -> Status:
         """Tell each change until the job is finished; an API server that is away for a while is waited for."""

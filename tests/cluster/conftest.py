@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -81,7 +82,8 @@ def namespace(cluster: Kubectl) -> Iterator[Kubectl]:
     """A namespace of the test's own that enforces Pod Security `restricted`."""
     name = f"convoy-test-{uuid.uuid4().hex[:8]}"
     labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
-    cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+    made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+    cluster("apply", "-f", "-", stdin=json.dumps(made))
     kubectl = cluster.within(name)
 
     def has_account() -> bool:

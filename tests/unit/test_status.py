@@ -75,6 +75,7 @@ LOG = (
             'r50: not started: 1 of 2 pods: secret "convoy-mlflow" not found; make it in this namespace: convoy secrets --help',
         ),
         (_job("Running"), RUNNING, "", "r50: starting: 2 pods run, no word of them yet"),
+        (_job("Running"), RUNNING, None, "r50: running: 2 pods"),
         (_job("Running"), RUNNING, LOG[:42], "r50: waiting: s3://convoy/x: no index.json yet"),
         (_job("Running"), RUNNING, LOG[:95], "r50: rendezvous: 2 pods meet; the first step follows"),
         (
