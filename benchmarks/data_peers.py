@@ -11,9 +11,12 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 BATCH, SIDE, MIN_AREA = 64, 224, 0.08
 
@@ -62,20 +65,22 @@ def _pillow_view() -> Callable[[bytes], Any]:
     return lambda encoded: transform(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
-def ours(folder: Path, workers: int) -> Epoch:
+def our_config(url: str, workers: int, **data: Any) -> "RunConfig":
+    """The recipe by which our loader makes the benchmarks' batches."""
     from trainer.config import RunConfig
+
+    values = {"train": url, "image_size": SIDE, "workers": workers, "tail": "drop", **data}
+    return RunConfig.model_validate(
+        {"model": {"name": "resnet50"}, "data": values, "batch": {"global_size": BATCH}, "train": {"max_steps": 1}}
+    )
+
+
+def ours(folder: Path, workers: int) -> Epoch:
     from trainer.data.index import open_index
     from trainer.data.loader import train_loader
 
     url = str(folder / "shards" / "train")
-    config = RunConfig.model_validate(
-        {
-            "model": {"name": "resnet50"},
-            "data": {"train": url, "image_size": SIDE, "workers": workers, "tail": "drop"},
-            "batch": {"global_size": BATCH},
-            "train": {"max_steps": 1},
-        }
-    )
+    config = our_config(url, workers)
     index, store = open_index(url)
     epochs = iter(range(1_000_000))
 

@@ -23,11 +23,10 @@ from typing import Any
 
 import psutil
 from data import in_own_process
-from data_peers import BATCH, SIDE
+from data_peers import our_config
 from pack import make_images
 
 from pipelines import local
-from trainer.config import RunConfig
 from trainer.data.cache import cached
 from trainer.data.index import open_index
 from trainer.data.loader import train_loader
@@ -37,15 +36,8 @@ DISK, S3, CACHED = "local disk", "S3 on loopback", "S3, data.cache_dir"
 
 
 def measure(url: str, cache_dir: str | None, workers: int) -> None:
-    """Print images and processor seconds of a second of one epoch, after one that warms up."""
-    config = RunConfig.model_validate(
-        {
-            "model": {"name": "resnet50"},
-            "data": {"train": url, "image_size": SIDE, "workers": workers, "tail": "drop", "cache_dir": cache_dir},
-            "batch": {"global_size": BATCH},
-            "train": {"max_steps": 1},
-        }
-    )
+    """Print images and processor seconds an image of one epoch, after one that warms up."""
+    config = our_config(url, workers, cache_dir=cache_dir)
     index, store = open_index(url)
     source = cached(store, index, cache_dir, config.data.cache_gb)
     sum(len(batch.pixels) for batch in train_loader(config, index, source, 0, 1, 0, 1))

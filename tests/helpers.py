@@ -1,11 +1,13 @@
 """The real command, as several tests run it."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 
@@ -39,12 +41,23 @@ def started(recipe: str, settings: list[str], environment: dict[str, str], procs
                 process.kill()
 
 
-def until(true: Callable[[], bool], seconds: float = 120) -> None:
-    """Look again and again whether something has come about."""
+def until(true: Callable[[], bool], seconds: float = 120, explain: Callable[[], str] = lambda: "") -> None:
+    """Look again and again whether something has come about. ``explain``: what to tell where it has not."""
     give_up = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < give_up, "it did not come to that"
+        assert time.monotonic() < give_up, f"it did not come to that within {seconds:.0f} s\n{explain()}"
         time.sleep(0.01)
+
+
+def copy_manifests(folder: Path) -> Path:
+    """A copy of k8s/ below ``folder`` with the files that `convoy secrets` makes, as a user has it."""
+    from pipelines.secret_files import write_secrets
+
+    copy = folder / "k8s"
+    shutil.copytree(Path(__file__).parents[1] / "k8s", copy, ignore=shutil.ignore_patterns("*.env"))
+    for overlay in ("local", "gpu-8"):
+        write_secrets(copy / "overlays" / overlay / "secrets.env", "http://convoy-object-store:8333")
+    return copy
 
 
 def ranks_of(process: subprocess.Popen, procs: int = 2) -> list[psutil.Process]:

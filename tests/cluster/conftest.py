@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kubectl import Kubectl, Refused, fake_node, until
+from helpers import until
+from kubectl import Kubectl, Refused, fake_node
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools/cluster"))

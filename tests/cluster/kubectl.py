@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from helpers import until
 
 RESTRICTED = {
     "runAsNonRoot": True,
@@ -48,6 +49,15 @@ class Kubectl:
     def create(self, *manifests: dict[str, Any]) -> None:
         self("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}))
 
+    def apply_overlay(self, manifests: Path, overlay: str, *options: str) -> subprocess.CompletedProcess[str]:
+        """`kubectl apply -k` of one of k8s/overlays, moved into this namespace. ``manifests``: a copy of k8s/."""
+        own = manifests.parent / f"own-{overlay}"
+        own.mkdir()
+        kustomization = {"namespace": self.namespace, "resources": [f"../{manifests.name}/overlays/{overlay}"]}
+        (own / "kustomization.yaml").write_text(json.dumps(kustomization))
+        command = self.command("apply", *options, "-k", str(own))
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
     def phases(self, selector: str) -> list[str]:
         return [pod["status"].get("phase", "") for pod in self.get("pods", "-l", selector)["items"]]
 
@@ -59,13 +69,6 @@ class Kubectl:
             return status.get("phase") == phase
 
         until(reached, seconds, lambda: self("describe", "pod", name))
-
-
-def until(done: Callable[[], bool], seconds: float, explain: Callable[[], str] = lambda: "") -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s\n{explain()}"
-        time.sleep(0.2)
 
 
 def container(image: str, *command: str, **more: Any) -> dict[str, Any]:

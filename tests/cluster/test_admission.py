@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import copy_manifests
 from kubectl import Kubectl, Refused
 
-ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = ("local", "gpu-8", "gpu-64", "gpu-512")
 
 
 @pytest.fixture(scope="module")
 def k8s(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of k8s/ with the files that `convoy secrets` makes."""
-    folder = tmp_path_factory.mktemp("k8s") / "k8s"
-    shutil.copytree(ROOT / "k8s", folder, ignore=shutil.ignore_patterns("*.env"))
-    for overlay in ("local", "gpu-8"):
-        file = folder / "overlays" / overlay / "secrets.env"
-        subprocess.run([sys.executable, "-m", "pipelines.cli", "secrets", file], check=True, cwd=ROOT)
-    return folder
+    return copy_manifests(tmp_path_factory.mktemp("k8s"))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -31,13 +21,7 @@ def test_the_server_admits_each_overlay_without_a_warning(
     own_cluster: Kubectl, namespace: Kubectl, k8s: Path, overlay: str
 ) -> None:
     """Every object by a dry run on the server; what makes pods is told there too where Pod Security would refuse them."""
-    own = k8s.parent / f"own-{overlay}"
-    own.mkdir()
-    kustomization = {"namespace": namespace.namespace, "resources": [f"../k8s/overlays/{overlay}"]}
-    (own / "kustomization.yaml").write_text(json.dumps(kustomization))
-    done = subprocess.run(
-        namespace.command("apply", "--dry-run=server", "-k", str(own)), capture_output=True, text=True, timeout=120, check=False
-    )
+    done = namespace.apply_overlay(k8s, overlay, "--dry-run=server")
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     assert done.stdout.count("(server dry run)") == len(done.stdout.splitlines()) > 10

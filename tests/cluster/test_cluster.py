@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from kubectl import ON_FAKE_NODES, Kubectl, Refused, container, pod, pytorch_job, until
+from helpers import until
+from kubectl import ON_FAKE_NODES, Kubectl, Refused, container, pod, pytorch_job
 
 FETCH = "import urllib.request as u; print(u.urlopen('http://web.{namespace}.svc.cluster.local:8080/').status)"
 

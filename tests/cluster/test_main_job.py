@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
-from kubectl import Kubectl, until
+from helpers import copy_manifests, until
+from kubectl import Kubectl
 
-ROOT = Path(__file__).resolve().parents[2]
 JOBS = ("fashion-data-parallel", "fashion-pipeline")
 MINUTES = 15  # for images, services, packing and two trainings, on two cores
 
@@ -25,22 +23,14 @@ MINUTES = 15  # for images, services, packing and two trainings, on two cores
 @pytest.fixture(scope="module")
 def line(cluster: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
     """`k8s/overlays/local` in a namespace of its own, with the files that `convoy secrets` makes."""
-    folder = tmp_path_factory.mktemp("line")
-    shutil.copytree(ROOT / "k8s", folder / "k8s", ignore=shutil.ignore_patterns("*.env"))
-    convoy = [sys.executable, "-m", "pipelines.cli"]
-    subprocess.run([*convoy, "secrets", folder / "k8s/overlays/local/secrets.env"], check=True, cwd=ROOT)
-    name = f"convoy-test-{uuid.uuid4().hex[:8]}"
-    own = {"namespace": name, "resources": ["../k8s/overlays/local"]}
-    (folder / "own").mkdir()
-    (folder / "own/kustomization.yaml").write_text(json.dumps(own))
-    kubectl = cluster.within(name)
-    said = subprocess.run(kubectl.command("apply", "-k", str(folder / "own")), capture_output=True, text=True, timeout=120)
+    kubectl = cluster.within(f"convoy-test-{uuid.uuid4().hex[:8]}")
+    said = kubectl.apply_overlay(copy_manifests(tmp_path_factory.mktemp("line")), "local")
     assert said.returncode == 0, said.stderr
     try:
         assert not said.stderr, "no warning, of Pod Security or other"
         yield kubectl
     finally:
-        cluster("delete", "namespace", name, "--timeout=240s", timeout=300)
+        cluster("delete", "namespace", kubectl.namespace, "--timeout=240s", timeout=300)
 
 
 def succeeded(kubectl: Kubectl, job: str) -> bool:

@@ -1,6 +1,5 @@
 """Kubernetes' objects as files give them, and kustomize."""
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 from gotools import go_program
-from restricted import ROOT, Documents
+from helpers import copy_manifests
+from restricted import Documents
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +29,4 @@ def kustomize() -> Callable[[Path], Documents]:
 @pytest.fixture(scope="session")
 def k8s(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of k8s/ with the files that `convoy secrets` makes, as a user has it."""
-    from pipelines.secret_files import write_secrets
-
-    folder = tmp_path_factory.mktemp("k8s") / "k8s"
-    shutil.copytree(ROOT / "k8s", folder, ignore=shutil.ignore_patterns("*.env"))
-    for overlay in ("local", "gpu-8"):
-        write_secrets(folder / "overlays" / overlay / "secrets.env", "http://convoy-object-store:8333")
-    return folder
+    return copy_manifests(tmp_path_factory.mktemp("k8s"))

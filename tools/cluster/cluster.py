@@ -97,8 +97,8 @@ class Kubectl:
             raise ClusterError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
         return done.stdout
 
-    def succeeds(self, *arguments: str) -> bool:
-        return subprocess.run([*self.command, *arguments], capture_output=True).returncode == 0
+    def succeeds(self, *arguments: str, stdin: str | None = None) -> bool:
+        return subprocess.run([*self.command, *arguments], input=stdin, capture_output=True, text=True).returncode == 0
 
     def apply(self, *manifests: dict[str, Any]) -> None:
         self("apply", "--server-side", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}))

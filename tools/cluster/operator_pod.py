@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from state import ClusterError, State, wait_for
+from state import State, wait_for
 
 if TYPE_CHECKING:
     from cluster import Kubectl
@@ -93,21 +92,12 @@ def apply_operator(state: State, tools: Path, kubectl: Kubectl) -> None:
     upstream = os.path.relpath(tools / "training-operator/overlays/standalone", folder)
     (folder / "kustomization.yaml").write_text(json.dumps(kustomization(upstream), indent=2))
     (folder / "initContainer.yaml").write_text(INIT_CONTAINER)
-    rendered = subprocess.run([*kubectl.command, "kustomize", str(folder)], capture_output=True, text=True)
-    if rendered.returncode:
-        raise ClusterError(f"kustomize: {rendered.stderr.strip()}")
-    kubectl("apply", "--server-side", "-f", "-", stdin=rendered.stdout)
+    kubectl("apply", "--server-side", "-f", "-", stdin=kubectl("kustomize", str(folder)))
 
 
 def wait_for_operator(kubectl: Kubectl) -> None:
     kubectl("-n", NAMESPACE, "rollout", "status", "--timeout=120s", "deployment/training-operator")
     # Ready is not enough: until the webhook has its certificate in place, each job is refused.
     probe = json.dumps({"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": {"name": "probe"}, "spec": PROBE})
-    wait_for("the operator's webhook", lambda: accepts(kubectl, probe), 60, 0.2)
-
-
-def accepts(kubectl: Kubectl, manifest: str) -> bool:
-    done = subprocess.run(
-        [*kubectl.command, "-n", "default", "create", "--dry-run=server", "-f", "-"], input=manifest, capture_output=True, text=True
-    )
-    return done.returncode == 0
+    asked = ("-n", "default", "create", "--dry-run=server", "-f", "-")
+    wait_for("the operator's webhook", lambda: kubectl.succeeds(*asked, stdin=probe), 60, 0.2)
