@@ -49,11 +49,17 @@ class Kubectl:
     def create(self, *manifests: dict[str, Any]) -> None:
         self("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}))
 
-    def apply_overlay(self, manifests: Path, overlay: str, *options: str) -> subprocess.CompletedProcess[str]:
-        """`kubectl apply -k` of one of k8s/overlays, moved into this namespace. ``manifests``: a copy of k8s/."""
+    def apply_overlay(
+        self, manifests: Path, overlay: str, *options: str, without: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """`kubectl apply -k` of one of k8s/overlays, moved into this namespace. ``manifests``: a copy of k8s/; ``without``: a
+        kind that is left out."""
         own = manifests.parent / f"own-{overlay}"
         own.mkdir()
-        kustomization = {"namespace": self.namespace, "resources": [f"../{manifests.name}/overlays/{overlay}"]}
+        kustomization: dict[str, Any] = {"namespace": self.namespace, "resources": [f"../{manifests.name}/overlays/{overlay}"]}
+        if without is not None:
+            gone = {"apiVersion": "v1", "kind": without, "metadata": {"name": "any"}, "$patch": "delete"}
+            kustomization["patches"] = [{"target": {"kind": without}, "patch": json.dumps(gone)}]
         (own / "kustomization.yaml").write_text(json.dumps(kustomization))
         command = self.command("apply", *options, "-k", str(own))
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -1,0 +1,61 @@
+"""The whole line in pods, as tests use it: `k8s/overlays/local` in a namespace of its own, and what its MLflow says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from helpers import copy_manifests
+from kubectl import Kubectl
+
+
+@contextmanager
+def applied(cluster: Kubectl, folder: Path, without: str | None = None) -> Iterator[Kubectl]:
+    """The overlay with the files that `convoy secrets` makes; ``without``: a kind that is left out."""
+    kubectl = cluster.within(f"convoy-test-{uuid.uuid4().hex[:8]}")
+    said = kubectl.apply_overlay(copy_manifests(folder), "local", without=without)
+    try:
+        assert said.returncode == 0, said.stderr
+        assert not said.stderr, "no warning, of Pod Security or other"
+        yield kubectl
+    finally:
+        cluster("delete", "namespace", kubectl.namespace, "--ignore-not-found", "--timeout=240s", timeout=300)
+
+
+def conditions(kubectl: Kubectl, job: str) -> set[str]:
+    """Those that hold of a PyTorchJob."""
+    return {c["type"] for c in kubectl.get("pytorchjob", job)["status"].get("conditions", []) if c["status"] == "True"}
+
+
+def succeeded(kubectl: Kubectl, job: str) -> bool:
+    """Fails the test where the job did."""
+    found = conditions(kubectl, job)
+    assert "Failed" not in found, kubectl("describe", "pytorchjob", job) + kubectl("logs", f"{job}-worker-0", "--tail=40")
+    return "Succeeded" in found
+
+
+@contextmanager
+def forwarded(kubectl: Kubectl, service: str, port: int) -> Iterator[str]:
+    """The address, on this machine, of a service's port."""
+    command = kubectl.command("port-forward", f"service/{service}", f":{port}", "--address", "127.0.0.1")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            here = process.stdout.readline().split("->")[0].rpartition(":")[2].strip()
+            yield f"http://127.0.0.1:{int(here)}"
+        finally:
+            process.terminate()
+
+
+def asked(address: str, path: str, **parameters: Any) -> dict[str, Any]:
+    """What MLflow's own REST interface answers."""
+    body = json.dumps(parameters).encode() if parameters else None
+    request = urllib.request.Request(f"{address}/api/2.0/mlflow/{path}", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
