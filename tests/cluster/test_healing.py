@@ -113,6 +113,14 @@ def _drain(line: Kubectl, job: str) -> None:
         line("uncordon", node)
 
 
+def _suspend(line: Kubectl, job: str) -> None:
+    for command in ("suspend", "resume"):
+        done = run_convoy(command, job, "--namespace", line.namespace)
+        assert done.returncode == 0, done.stderr
+        if command == "suspend":
+            until(lambda: not line.phases(f"training.kubeflow.org/job-name={job}"), 120)
+
+
 STRIKES: dict[str, Callable[[Kubectl, str], None]] = {
     "lost-worker": lambda line, job: _delete(line, job, 1),
     "lost-host": lambda line, job: _delete(line, job, 0),
@@ -120,6 +128,7 @@ STRIKES: dict[str, Callable[[Kubectl, str], None]] = {
     "terminated": _terminate,
     "out-of-memory": _out_of_memory,
     "drained": _drain,
+    "suspended": _suspend,
 }
 
 
@@ -139,7 +148,7 @@ def test_a_job_goes_on_from_its_newest_checkpoint(
     resumed = re.findall(r"goes on from \S+/step-(\d+)", log)
     assert len(resumed) == 1, log
     assert int(resumed[0]) >= STRIKE // EVERY * EVERY
-    if name in ("terminated", "drained"):
+    if name in ("terminated", "drained", "suspended"):
         stopped = re.search(r"told to stop: checkpoint of step (\d+)", log)
         assert stopped, log
         assert int(stopped[1]) == int(resumed[0])
