@@ -6,6 +6,10 @@
 Submitted to running: `convoy submit` of ResNet-50 to nodes of 8 GPUs that kwok plays, from the job's first sight in a watch of the
 API server to the last pod's phase Running in another. API server, scheduler and training-operator are real and share this machine's
 processors. The command's own start, from the shell to the job in the API server, stands in a row of its own.
+
+Training: two pods of a small network, with the services of `k8s/overlays/local`, whose second pod is deleted by force after a
+checkpoint. To the first step, from the job's first sight in the API server; to the next new step, from the command that deletes, to
+the end of the longest time without one. Steps are dated by the trainer, as MLflow has them.
 """
 
 import argparse
@@ -16,12 +20,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import date
+from itertools import count, pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -31,16 +37,18 @@ ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests/cluster")]
 from helpers import run_convoy, until  # noqa: E402
 from kubectl import Kubectl, own_namespace  # noqa: E402
+from line import history, served, succeeded  # noqa: E402
 from played import GPUS, pool  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Measure:
-    """``run``: a round; gives seconds by the name of their row. ``wished``: at most so many, by the same names."""
+    """``rounds``: within it, a call is a round and gives seconds by the name of their row. ``wished``: at most so many, by the same
+    names."""
 
     name: str
     wished: dict[str, float]
-    run: Callable[[Kubectl], dict[str, float]]
+    rounds: Callable[[Kubectl], AbstractContextManager[Callable[[], dict[str, float]]]]
     large: bool = False
 
 
@@ -81,9 +89,43 @@ def submitted(cluster: Kubectl, nodes: int) -> dict[str, float]:
             return {"convoy submit": jobs["r50"] - began, f"{nodes * GPUS:,} GPUs": max(running()) - jobs["r50"]}
 
 
+TRAINING = ["model.width=4", "data.val=null", "train.max_steps=300", "train.log_every_steps=1", "checkpoint.every_steps=20"]
+POD = ["--nodes", "2", "--gpus-per-node", "0", "--cpu", "300m", "--memory", "2Gi", "--service-account", "convoy-trainer"]
+
+
+@contextmanager
+def trained(cluster: Kubectl) -> Iterator[Callable[[], dict[str, float]]]:
+    """Gives what trains one job more."""
+    names = (f"job-{number}" for number in count())
+    with tempfile.TemporaryDirectory() as folder, served(cluster, Path(folder)) as (kubectl, mlflow):
+        yield lambda: one_training(kubectl, mlflow, next(names))
+
+
+def one_training(kubectl: Kubectl, mlflow: str, name: str) -> dict[str, float]:
+    with watched(kubectl, "pytorchjobs", "{.metadata.name}") as jobs:
+        done = run_convoy(
+            "submit", "fashion-resnet8", *POD, "--name", name, "--namespace", kubectl.namespace, *TRAINING, f"name={name}"
+        )
+        assert done.returncode == 0, done.stderr
+        applied_at = jobs[name] + time.time() - time.monotonic()
+    until(lambda: len(history(mlflow, name)) > 30, 300)
+    killed_at = time.time()
+    kubectl("delete", "pod", f"{name}-worker-1", "--force", "--grace-period=0")
+    until(lambda: succeeded(kubectl, name), 300)
+    times = [metric["timestamp"] / 1e3 for metric in history(mlflow, name)]
+    _, next_step = max((after - before, after) for before, after in pairwise(times) if after > killed_at)
+    return {"to the first step": times[0] - applied_at, "lost pod to the next step": next_step - killed_at}
+
+
+@contextmanager
+def on_played_nodes(cluster: Kubectl, nodes: int) -> Iterator[Callable[[], dict[str, float]]]:
+    yield lambda: submitted(cluster, nodes)
+
+
 MEASURES = [
-    Measure("512 GPUs", {"512 GPUs": 4}, lambda cluster: submitted(cluster, 64)),
-    Measure("4,096 GPUs", {"4,096 GPUs": 60}, lambda cluster: submitted(cluster, 512), large=True),
+    Measure("training", {"to the first step": 25, "lost pod to the next step": 30}, trained),
+    Measure("512 GPUs", {"512 GPUs": 4}, lambda cluster: on_played_nodes(cluster, 64)),
+    Measure("4,096 GPUs", {"4,096 GPUs": 60}, lambda cluster: on_played_nodes(cluster, 512), large=True),
 ]
 
 
@@ -103,9 +145,10 @@ def main() -> None:
         if options.only not in measure.name:
             continue
         wished |= measure.wished
-        for _ in range(options.rounds_large if measure.large else options.rounds):
-            for name, seconds in measure.run(Kubectl(program)).items():
-                figures.setdefault(name, []).append(round(seconds, 2))
+        with measure.rounds(Kubectl(program)) as once:
+            for _ in range(options.rounds_large if measure.large else options.rounds):
+                for name, seconds in once().items():
+                    figures.setdefault(name, []).append(round(seconds, 2))
     machine = f"{os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, {date.today()}"
     table = Table("", "rounds", "median, s", "least", "most", "wished", title=machine, box=None)
     for name, rounds in figures.items():

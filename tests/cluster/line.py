@@ -28,6 +28,16 @@ def applied(cluster: Kubectl, folder: Path, without: str | None = None) -> Itera
         cluster("delete", "namespace", kubectl.namespace, "--ignore-not-found", "--timeout=240s", timeout=300)
 
 
+@contextmanager
+def served(cluster: Kubectl, folder: Path) -> Iterator[tuple[Kubectl, str]]:
+    """The overlay's services and packed data, without its trainings; and MLflow's address on this machine."""
+    with applied(cluster, folder, without="PyTorchJob") as kubectl:
+        kubectl("wait", "--for=condition=Complete", "--timeout=540s", "job/pack-fashion-mnist", timeout=600)
+        kubectl("rollout", "status", "--timeout=300s", "deployment/convoy-mlflow", timeout=330)
+        with forwarded(kubectl, "convoy-mlflow", 5000) as address:
+            yield kubectl, address
+
+
 def conditions(kubectl: Kubectl, job: str) -> set[str]:
     """Those that hold of a PyTorchJob."""
     return {c["type"] for c in kubectl.get("pytorchjob", job)["status"].get("conditions", []) if c["status"] == "True"}
@@ -59,3 +69,14 @@ def asked(address: str, path: str, **parameters: Any) -> dict[str, Any]:
     request = urllib.request.Request(f"{address}/api/2.0/mlflow/{path}", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
+
+
+def history(address: str, job: str, metric: str = "loss") -> list[dict[str, Any]]:
+    """What the run of a job logged of a metric, in its order: ``step``, ``value``, ``timestamp`` in ms; nothing before it began."""
+    experiment = asked(address, "experiments/get-by-name?experiment_name=convoy")["experiment"]["experiment_id"]
+    runs = asked(address, "runs/search", experiment_ids=[experiment], filter=f"attributes.run_name = '{job}'").get("runs", [])
+    assert len(runs) <= 1, "a job that goes on goes on in its run"
+    if not runs:
+        return []
+    found = asked(address, f"metrics/get-history?run_id={runs[0]['info']['run_id']}&metric_key={metric}")
+    return found.get("metrics", [])

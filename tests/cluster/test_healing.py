@@ -6,11 +6,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 from helpers import run_convoy, until
-from kubectl import Kubectl
-from line import applied, asked, conditions, forwarded, succeeded
+from kubectl import Kubectl, Refused
+from line import conditions, history, served, succeeded
 
 STEPS, EVERY, STRIKE = 300, 20, 50  # of a run; between checkpoints; at which it is disturbed
 SETTINGS = [
@@ -27,18 +28,19 @@ for number in filter(str.isdigit, os.listdir("/proc")):
 
 
 @pytest.fixture(scope="module")
-def line(cluster: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
-    """Services and packed data."""
-    with applied(cluster, tmp_path_factory.mktemp("line"), without="PyTorchJob") as kubectl:
-        kubectl("wait", "--for=condition=Complete", "--timeout=540s", "job/pack-fashion-mnist", timeout=600)
-        kubectl("rollout", "status", "--timeout=300s", "deployment/convoy-mlflow", timeout=330)
-        yield kubectl
+def services(cluster: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Kubectl, str]]:
+    with served(cluster, tmp_path_factory.mktemp("line")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def mlflow(line: Kubectl) -> Iterator[str]:
-    with forwarded(line, "convoy-mlflow", 5000) as address:
-        yield address
+def line(services: tuple[Kubectl, str]) -> Kubectl:
+    return services[0]
+
+
+@pytest.fixture(scope="module")
+def mlflow(services: tuple[Kubectl, str]) -> str:
+    return services[1]
 
 
 def submit(line: Kubectl, name: str, *more: str) -> None:
@@ -70,12 +72,7 @@ def train(line: Kubectl, name: str, strike: Callable[[], object] = lambda: None)
 
 def losses(mlflow: str, name: str) -> list[tuple[int, float]]:
     """Step and loss of all that the job logged."""
-    experiment = asked(mlflow, "experiments/get-by-name?experiment_name=convoy")["experiment"]["experiment_id"]
-    wanted = f"attributes.run_name = '{name}'"
-    (run,) = asked(mlflow, "runs/search", experiment_ids=[experiment], filter=wanted)["runs"]
-    assert run["info"]["status"] == "FINISHED"
-    history = asked(mlflow, f"metrics/get-history?run_id={run['info']['run_id']}&metric_key=loss")["metrics"]
-    return [(metric["step"], metric["value"]) for metric in history]
+    return [(metric["step"], metric["value"]) for metric in history(mlflow, name)]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +98,8 @@ def _terminate(line: Kubectl, job: str) -> None:
 def _out_of_memory(line: Kubectl, job: str) -> None:
     """What lies in /dev/shm counts as the container's memory; so the kernel ends its largest process."""
     fill = "dd if=/dev/zero of=/dev/shm/fill bs=1M count=2048 2>/dev/null || true"
-    line("exec", f"{job}-worker-1", "--", "sh", "-c", fill)
+    with suppress(Refused):  # the whole container may end with it
+        line("exec", f"{job}-worker-1", "--", "sh", "-c", fill)
 
 
 def _drain(line: Kubectl, job: str) -> None:
