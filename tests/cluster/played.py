@@ -29,11 +29,11 @@ class Pool:
         """Their names, when they are ready."""
         names = [f"{self.name}-{uuid.uuid4().hex[:6]}" for _ in range(count)]
         self.kubectl.create(*[fake_node(name, GPUS, self.name, taint) for name in names])
-        ready = '{.items[*].status.conditions[?(@.type=="Ready")].status}'
+        each = '{range .items[*]}{.metadata.name}={.status.conditions[?(@.type=="Ready")].status} {end}'
+        ready = {f"{name}=True" for name in names}
 
         def all_ready() -> bool:
-            found = self.kubectl("get", "nodes", "-l", f"type={self.name}", "-o", f"jsonpath={ready}").split()
-            return len(found) >= count and set(found) == {"True"}
+            return ready <= set(self.kubectl("get", "nodes", "-l", f"type={self.name}", "-o", f"jsonpath={each}").split())
 
         until(all_ready, 120)
         return names
