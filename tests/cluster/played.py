@@ -27,13 +27,14 @@ class Pool:
 
     def add(self, count: int, taint: str | None = None) -> list[str]:
         """Their names, when they are ready."""
-        names = [f"{self.name}-{uuid.uuid4().hex[:6]}" for _ in range(count)]
+        batch = uuid.uuid4().hex[:6]
+        names = [f"{self.name}-{batch}-{number}" for number in range(count)]
         self.kubectl.create(*[fake_node(name, GPUS, self.name, taint) for name in names])
-        ready = '{.items[*].status.conditions[?(@.type=="Ready")].status}'
+        each = '{range .items[*]}{.metadata.name}={.status.conditions[?(@.type=="Ready")].status} {end}'
+        ready = {f"{name}=True" for name in names}
 
         def all_ready() -> bool:
-            found = self.kubectl("get", "nodes", "-l", f"type={self.name}", "-o", f"jsonpath={ready}").split()
-            return len(found) >= count and set(found) == {"True"}
+            return ready <= set(self.kubectl("get", "nodes", "-l", f"type={self.name}", "-o", f"jsonpath={each}").split())
 
         until(all_ready, 120)
         return names
