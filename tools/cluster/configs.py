@@ -59,6 +59,9 @@ def kwokctl(state: State, programs: Path) -> str:
             kubelet_client_key=f"{admin}.key",
             kubelet_preferred_address_types="InternalIP",
         ),
+        # Alone they need not be elected; a machine that stands still for a while would else end them.
+        patch("kube-controller-manager", leader_elect="false"),
+        patch("kube-scheduler", leader_elect="false"),
         # Without this kwok would play the real node as well.
         patch("kwok-controller", True, manage_all_nodes="false"),
         patch("kwok-controller", manage_nodes_with_annotation_selector="kwok.x-k8s.io/node=fake"),
