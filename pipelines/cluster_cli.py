@@ -35,6 +35,13 @@ MlflowSecret = Annotated[str, typer.Option(help="Secret with MLFLOW_TRACKING_URI
 Account = Annotated[str, typer.Option(help="Service account of the pods; the namespace's default when empty.")]
 Priority = Annotated[str, typer.Option(help="Priority class of the pods.")]
 Spread = Annotated[str, typer.Option(help="Node label over whose values the pods are spread, such as kubernetes.io/hostname.")]
+Selector = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label of the nodes that the pods may run on; repeatable.")
+]
+Toleration = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY[=VALUE][:EFFECT]", help="Taint of those nodes; repeatable. GPU jobs tolerate nvidia.com/gpu anyway."),
+]
 Gang = Annotated[bool, typer.Option("--gang", help="All pods start, or none; needs k8s/components/gang.")]
 Suspend = Annotated[bool, typer.Option("--suspend", help="Make it suspended: convoy resume starts it.")]
 _IMAGE = "localhost/convoy:dev"
@@ -66,6 +73,8 @@ def render(
     service_account: Account = "",
     priority_class: Priority = "",
     spread: Spread = "",
+    node_selector: Selector = None,
+    toleration: Toleration = None,
     gang: Gang = False,
     suspend: Suspend = False,
 ) -> None:
@@ -96,6 +105,8 @@ def submit(
     service_account: Account = "",
     priority_class: Priority = "",
     spread: Spread = "",
+    node_selector: Selector = None,
+    toleration: Toleration = None,
     gang: Gang = False,
     suspend: Suspend = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end; the exit code is the job's.")] = False,
@@ -129,7 +140,7 @@ def _options(given: dict[str, object]) -> "JobOptions":
     from pipelines.render import JobOptions
 
     known = {field.name for field in fields(JobOptions)}
-    return JobOptions(**{key: value for key, value in given.items() if key in known} | {"namespace": given["namespace"] or ""})  # type: ignore[arg-type]
+    return JobOptions(**{key: value for key, value in given.items() if key in known and value is not None})  # type: ignore[arg-type]
 
 
 def _say(line: str) -> None:

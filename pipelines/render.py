@@ -22,6 +22,11 @@ _RECIPE_FOLDER = "/etc/convoy"
 _GRACE_SECONDS = 120  # from SIGTERM to SIGKILL; the launcher gives the ranks 100 of them for a checkpoint
 _LONGEST_NAME = 50  # a pod is called NAME-worker-N, which is its host's name: 63 characters
 _ANY_SAMPLES = 2**62
+_GPU = "nvidia.com/gpu"
+_KEY = r"([a-z0-9]([-.a-z0-9]*[a-z0-9])?/)?[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?"
+_VALUE = r"([A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?)?"
+_SELECTOR = re.compile(f"(?P<key>{_KEY})=(?P<value>{_VALUE})")
+_TOLERATION = re.compile(f"(?P<key>{_KEY})(=(?P<value>{_VALUE}))?(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class JobOptions:
     priority_class: str = ""
     spread: str = ""
     """Node label over whose values the pods are spread evenly, where that is possible."""
+    node_selector: list[str] = field(default_factory=list)
+    """KEY=VALUE: labels of the nodes that the pods may run on."""
+    toleration: list[str] = field(default_factory=list)
+    """KEY[=VALUE][:EFFECT]: taints that keep others away from those nodes; that of GPU nodes is tolerated by pods with GPUs."""
     gang: bool = False
     """All pods start, or none: by a PodGroup (Kubernetes 1.37; the component `gang` ties the pods to it)."""
     suspend: bool = False
@@ -145,6 +154,14 @@ def _faults(name: str, options: JobOptions) -> list[str]:
     ):  # fmt: skip
         if quantity is not None and not re.fullmatch(r"(\d+(\.\d+)?|\.\d+)(m|[kMGTPE]|[KMGTPE]i)?", quantity):
             faults.append(f"{option}: {quantity!r} is no quantity such as 500m, 4 or 16Gi")
+    for label in options.node_selector:
+        if not _SELECTOR.fullmatch(label):
+            faults.append(f"--node-selector: {label!r} is no label of nodes, KEY=VALUE")
+    for taint in options.toleration:
+        if not _TOLERATION.fullmatch(taint):
+            faults.append(
+                f"--toleration: {taint!r} is not KEY[=VALUE][:EFFECT], with the effect NoSchedule, PreferNoSchedule or NoExecute"
+            )
     return faults
 
 
@@ -242,6 +259,10 @@ def _pod(name: str, arguments: list[str], config_map: str | None, options: JobOp
     for key, value in (("serviceAccountName", options.service_account), ("priorityClassName", options.priority_class)):
         if value:
             pod[key] = value
+    if options.node_selector:
+        pod["nodeSelector"] = dict(label.split("=", 1) for label in options.node_selector)
+    if tolerations := _tolerations(options):
+        pod["tolerations"] = tolerations
     if options.spread:
         pod["topologySpreadConstraints"] = [
             {
@@ -254,12 +275,24 @@ def _pod(name: str, arguments: list[str], config_map: str | None, options: JobOp
     return pod
 
 
+def _tolerations(options: JobOptions) -> list[Document]:
+    """Without a value any is tolerated, without an effect each."""
+    found: list[Document] = []
+    if options.gpus_per_node:
+        found.append({"key": _GPU, "operator": "Exists", "effect": "NoSchedule"})
+    for match in filter(None, map(_TOLERATION.fullmatch, options.toleration)):
+        value, effect = match["value"], match["effect"]
+        meant = {"operator": "Exists"} if value is None else {"operator": "Equal", "value": value}
+        found.append({"key": match["key"], **meant, **({"effect": effect} if effect else {})})
+    return found
+
+
 def _container(arguments: list[str], volumes: list[Document], options: JobOptions) -> Document:
     sizes = _sizes(options)
     requests = {"cpu": sizes["cpu"], "memory": sizes["memory"]}
     limits = {"memory": sizes["memory"]}  # ranks without GPUs may use what is idle
     if options.gpus_per_node:
-        requests["nvidia.com/gpu"] = str(options.gpus_per_node)
+        requests[_GPU] = str(options.gpus_per_node)
         limits = dict(requests)
     mounts = {"tmp": {"mountPath": "/tmp"}, "shm": {"mountPath": "/dev/shm"}}
     mounts |= {"recipe": {"mountPath": _RECIPE_FOLDER, "readOnly": True}}  # type: ignore[dict-item]

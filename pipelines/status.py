@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.render import GANG_LABEL
 from trainer.errors import EXIT_BUG, EXIT_USER
 
 Object = dict[str, Any]
@@ -62,7 +63,8 @@ def judge(job: Object, pods: list[Object], events: list[Object], log: str | None
         kind, says = troubles[0]
         count = sum(trouble[0] == kind for trouble in troubles)
         state = {"unschedulable": "unschedulable", "image": "no image", "secret": "not started", "start": "not started"}[kind]
-        return Status(name, state, f"{count} of {nodes} pods: {says}")
+        whole = ", a gang that starts whole" if kind == "unschedulable" and _is_gang(spec) else ""
+        return Status(name, state, f"{count} of {nodes} pods{whole}: {says}")
     if not pods:
         return Status(name, "queued", _why_no_pods(status, events))
     if running < nodes:
@@ -78,6 +80,11 @@ def judge(job: Object, pods: list[Object], events: list[Object], log: str | None
     if waits:
         return Status(name, "waiting", waits[-1])
     return Status(name, "starting", f"{nodes} pods run, no word of them yet") if read else Status(name, "running", f"{nodes} pods")
+
+
+def _is_gang(spec: Object) -> bool:
+    template = spec["pytorchReplicaSpecs"]["Worker"].get("template") or {}
+    return GANG_LABEL in ((template.get("metadata") or {}).get("labels") or {})
 
 
 def _seen(log: str) -> dict[str, Any]:

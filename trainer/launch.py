@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from trainer.config import load_config
 from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ServiceLost, report
-from trainer.pod import Pod, count_start, pod_from_environment, wait_for_data, wait_for_host
+from trainer.pod import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
 from trainer.resolve import resolve
 
 _STOP_SECONDS = 100  # that ranks have for a checkpoint on SIGTERM; less than the pods' grace period
@@ -43,7 +43,11 @@ def main() -> int:
             if pod.is_first and config.checkpoint.url:
                 count_start(config.checkpoint.url, config.checkpoint.max_starts)
             wait_for_host(pod)
-            return start_ranks(pod.procs, command, **_meeting(pod))
+            code = start_ranks(pod.procs, command, **_meeting(pod))
+            if code == 0:
+                signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+                let_first_end(pod)
+            return code
     except Exception as error:
         return report(error, "convoy")
     if procs == 1:

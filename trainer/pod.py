@@ -16,7 +16,9 @@ from trainer.errors import NeverAnswered, ServiceLost, UserError
 STARTS = "starts.json"
 _STORE_MINUTES = 5.0  # for an object store that starts, or moves to another node, at the same time
 _HOST_MINUTES = 30.0  # for the first pod, whose node may still pull the image; then this one is made anew
-_BETWEEN_TRIES = 0.5  # seconds
+_LAST_SECONDS = 60.0  # that the first pod may take to end after its ranks have
+_SEEN_SECONDS = 5.0  # until its end has come to the operator
+_BETWEEN_TRIES = 0.5
 _BETWEEN_WORDS = 30.0
 
 
@@ -97,6 +99,21 @@ def wait_for_host(pod: Pod) -> None:
 
     if not pod.is_first:
         _wait(there)
+
+
+def let_first_end(pod: Pod) -> None:
+    """After a success, wait where this is another pod until the first has ended, and been seen to.
+
+    The operator calls a job done when any of its pods is, and then deletes those that still run: the first one's log is to stay.
+    """
+    if pod.is_first:
+        return
+    give_up = time.monotonic() + _LAST_SECONDS
+    with suppress(OSError):  # it is gone
+        while time.monotonic() < give_up:
+            socket.create_connection((pod.host, pod.port), timeout=3).close()
+            time.sleep(_BETWEEN_TRIES)
+    time.sleep(_SEEN_SECONDS)
 
 
 def _wait(missing: Callable[[], str | None]) -> None:

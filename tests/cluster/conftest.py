@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import until
-from kubectl import Kubectl, Refused, fake_node
+from helpers import copy_manifests
+from kubectl import Kubectl, Refused, fake_node, own_namespace
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools/cluster"))
@@ -81,18 +81,18 @@ def image(cluster: Kubectl) -> str:
 @pytest.fixture
 def namespace(cluster: Kubectl) -> Iterator[Kubectl]:
     """A namespace of the test's own that enforces Pod Security `restricted`."""
-    name = f"convoy-test-{uuid.uuid4().hex[:8]}"
-    labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
-    made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
-    cluster("apply", "-f", "-", stdin=json.dumps(made))
-    kubectl = cluster.within(name)
+    with own_namespace(cluster) as kubectl:
+        yield kubectl
 
-    def has_account() -> bool:
-        return "serviceaccount/default" in kubectl("get", "serviceaccounts", "-o", "name")
 
-    until(has_account, 30)
-    yield kubectl
-    cluster("delete", "namespace", name, "--timeout=120s", timeout=150)
+@pytest.fixture
+def base(namespace: Kubectl, tmp_path: Path) -> Kubectl:
+    """A namespace of the test's own with k8s/base in it."""
+    folder = copy_manifests(tmp_path).parent / "own-base"
+    folder.mkdir()
+    (folder / "kustomization.yaml").write_text(json.dumps({"namespace": namespace.namespace, "resources": ["../k8s/base"]}))
+    namespace("apply", "-k", str(folder))
+    return namespace
 
 
 @pytest.fixture(scope="session")

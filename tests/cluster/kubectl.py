@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,11 +52,17 @@ class Kubectl:
     def create(self, *manifests: dict[str, Any]) -> None:
         self("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}))
 
-    def apply_overlay(self, manifests: Path, overlay: str, *options: str) -> subprocess.CompletedProcess[str]:
-        """`kubectl apply -k` of one of k8s/overlays, moved into this namespace. ``manifests``: a copy of k8s/."""
+    def apply_overlay(
+        self, manifests: Path, overlay: str, *options: str, without: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """`kubectl apply -k` of one of k8s/overlays, moved into this namespace. ``manifests``: a copy of k8s/; ``without``: a
+        kind that is left out."""
         own = manifests.parent / f"own-{overlay}"
         own.mkdir()
-        kustomization = {"namespace": self.namespace, "resources": [f"../{manifests.name}/overlays/{overlay}"]}
+        kustomization: dict[str, Any] = {"namespace": self.namespace, "resources": [f"../{manifests.name}/overlays/{overlay}"]}
+        if without is not None:
+            gone = {"apiVersion": "v1", "kind": without, "metadata": {"name": "any"}, "$patch": "delete"}
+            kustomization["patches"] = [{"target": {"kind": without}, "patch": json.dumps(gone)}]
         (own / "kustomization.yaml").write_text(json.dumps(kustomization))
         command = self.command("apply", *options, "-k", str(own))
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -69,6 +78,21 @@ class Kubectl:
             return status.get("phase") == phase
 
         until(reached, seconds, lambda: self("describe", "pod", name))
+
+
+@contextmanager
+def own_namespace(cluster: Kubectl) -> Iterator[Kubectl]:
+    """A new one that enforces Pod Security `restricted`."""
+    name = f"convoy-test-{uuid.uuid4().hex[:8]}"
+    labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
+    made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+    cluster("apply", "-f", "-", stdin=json.dumps(made))
+    kubectl = cluster.within(name)
+    try:
+        until(lambda: "serviceaccount/default" in kubectl("get", "serviceaccounts", "-o", "name"), 30)
+        yield kubectl
+    finally:
+        cluster("delete", "namespace", name, "--timeout=120s", timeout=150)
 
 
 def container(image: str, *command: str, **more: Any) -> dict[str, Any]:
@@ -97,8 +121,9 @@ def pytorch_job(name: str, workers: int, *command: str, image: str, master: bool
     }
 
 
-def fake_node(name: str, gpus: int) -> dict[str, Any]:
-    """A node that kwok plays: it takes pods and says that they run. Only pods that ask for it come here."""
+def fake_node(name: str, gpus: int, kind: str = "fake", taint: str | None = None) -> dict[str, Any]:
+    """A node that kwok plays: it takes pods and says that they run. Only pods that ask for it come here; ``kind``: its label
+    `type`, ``taint``: the key of another taint."""
     resources = {"cpu": "64", "memory": "512Gi", "pods": "110", "nvidia.com/gpu": str(gpus)}
     return {
         "apiVersion": "v1",
@@ -106,14 +131,15 @@ def fake_node(name: str, gpus: int) -> dict[str, Any]:
         "metadata": {
             "name": name,
             "annotations": {"kwok.x-k8s.io/node": "fake"},
-            "labels": {"type": "fake", "kubernetes.io/hostname": name},
+            "labels": {"type": kind, "kubernetes.io/hostname": name},
         },
-        "spec": {"taints": [{"key": "kwok.x-k8s.io/node", "value": "fake", "effect": "NoSchedule"}]},
+        "spec": {"taints": [{"key": key, "value": "fake", "effect": "NoSchedule"} for key in filter(None, (FAKE, taint))]},
         "status": {"allocatable": resources, "capacity": resources},
     }
 
 
+FAKE = "kwok.x-k8s.io/node"
 ON_FAKE_NODES = {
     "nodeSelector": {"type": "fake"},
-    "tolerations": [{"key": "kwok.x-k8s.io/node", "operator": "Exists"}],
+    "tolerations": [{"key": FAKE, "operator": "Exists"}],
 }

@@ -1,13 +1,8 @@
-"""What the other tests on a cluster stand on: nodes, names, volumes, Pod Security, the operator, played nodes and gangs."""
+"""What the other tests on a cluster stand on: nodes, names, volumes, Pod Security, the operator and played nodes."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
-from helpers import until
 from kubectl import ON_FAKE_NODES, Kubectl, Refused, container, pod, pytorch_job
 
 FETCH = "import urllib.request as u; print(u.urlopen('http://web.{namespace}.svc.cluster.local:8080/').status)"
@@ -102,84 +97,6 @@ def test_played_nodes_run_pods(namespace: Kubectl, fake_nodes: list[str], image:
     for number in range(len(fake_nodes)):
         namespace.wait_for_pod(f"pod-{number}", "Running")
     assert {item["spec"]["nodeName"] for item in namespace.get("pods")["items"]} == set(fake_nodes)
-
-
-GANG_LABEL = "training.kubeflow.org/job-name"
-
-
-@pytest.fixture
-def gangs(own_cluster: Kubectl, namespace: Kubectl) -> Iterator[None]:
-    """Puts each job's pods of this namespace into the pod group of the job's name: the job's own schema would drop the field."""
-    name = namespace.namespace
-    group = f"Object.spec.schedulingGroup{{podGroupName: object.metadata.labels['{GANG_LABEL}']}}"
-    policy = {
-        "apiVersion": "admissionregistration.k8s.io/v1",
-        "kind": "MutatingAdmissionPolicy",
-        "metadata": {"name": name},
-        "spec": {
-            "matchConstraints": {
-                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}},
-                "objectSelector": {"matchExpressions": [{"key": GANG_LABEL, "operator": "Exists"}]},
-                "resourceRules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}],
-            },
-            "failurePolicy": "Fail",
-            "reinvocationPolicy": "Never",
-            "mutations": [
-                {
-                    "patchType": "ApplyConfiguration",
-                    "applyConfiguration": {"expression": f"Object{{spec: Object.spec{{schedulingGroup: {group}}}}}"},
-                }
-            ],
-        },
-    }
-    binding = {
-        "apiVersion": "admissionregistration.k8s.io/v1",
-        "kind": "MutatingAdmissionPolicyBinding",
-        "metadata": {"name": name},
-        "spec": {"policyName": name},
-    }
-    own_cluster.create(policy, binding)
-    probe = pod("probe", container("localhost/pause:3.10"))
-    probe["metadata"]["labels"] = {GANG_LABEL: "probe"}
-
-    def in_force() -> bool:
-        answer = namespace("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=json.dumps(probe))
-        return json.loads(answer)["spec"].get("schedulingGroup") == {"podGroupName": "probe"}
-
-    until(in_force, 30)
-    yield
-    own_cluster("delete", "mutatingadmissionpolicybinding,mutatingadmissionpolicy", name)
-
-
-def pod_group(name: str, pods: int) -> dict[str, Any]:
-    return {
-        "apiVersion": "scheduling.k8s.io/v1beta1",
-        "kind": "PodGroup",
-        "metadata": {"name": name},
-        "spec": {"schedulingPolicy": {"gang": {"minCount": pods}}},
-    }
-
-
-@pytest.mark.usefixtures("gangs")
-def test_a_gang_runs_whole_and_the_next_waits_whole(namespace: Kubectl, fake_nodes: list[str], image: str) -> None:
-    size = len(fake_nodes)
-    for name in ("first", "second"):
-        job = pytorch_job(name, size, "true", image=image, **ON_FAKE_NODES)
-        container_spec = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
-        container_spec["resources"] = {"limits": {"nvidia.com/gpu": "8"}}
-        namespace.create(pod_group(name, size), job)
-        until(lambda name=name: len(namespace.phases(f"{GANG_LABEL}={name}")) == size, 30)
-        if name == "first":
-            until(lambda: namespace.phases(f"{GANG_LABEL}=first") == ["Running"] * size, 30)
-
-    def says_why() -> bool:
-        pods = namespace.get("pods", "-l", f"{GANG_LABEL}=second")["items"]
-        return any(f"minCount ({size}) cannot be satisfied" in json.dumps(item["status"]) for item in pods)
-
-    until(says_why, 30, lambda: namespace("describe", "pods", "-l", f"{GANG_LABEL}=second"))
-    assert namespace.phases(f"{GANG_LABEL}=second") == ["Pending"] * size
-    namespace("delete", "pytorchjob", "first")
-    until(lambda: namespace.phases(f"{GANG_LABEL}=second") == ["Running"] * size, 60)
 
 
 @pytest.mark.usefixtures("own_cluster")

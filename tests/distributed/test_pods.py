@@ -84,6 +84,15 @@ def test_sigterm_of_one_pod_leaves_a_checkpoint_and_143_in_both(digits: Path, tm
     assert "told to stop: checkpoint of step" in _log(tmp_path)
 
 
+def test_the_first_pod_ends_first(digits: Path, tmp_path: Path) -> None:
+    """The operator deletes what still runs when one pod is done, and its log with it."""
+    with _pods(_settings(digits, tmp_path / "out", "train.max_steps=1"), tmp_path) as (first, second):
+        assert first.wait(timeout=240) == 0, _log(tmp_path)
+        assert second.poll() is None
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(timeout=30) == 0, _log(tmp_path, 1)
+
+
 def test_a_mistake_ends_every_pod_with_2_and_stands_in_the_termination_message(digits: Path, tmp_path: Path) -> None:
     with _pods(_settings(digits, tmp_path / "out", "optimizer.momentun=0.9"), tmp_path) as pods:
         assert _codes(pods) == [2, 2]

@@ -122,6 +122,51 @@ def test_each_network_rule_names_pods_that_are(kustomize: Callable[[Path], Docum
     assert named <= components
 
 
+def _matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    known = {"In": lambda e: labels.get(e["key"]) in e["values"]}
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
+        known[e["operator"]](e) for e in selector.get("matchExpressions", [])
+    )
+
+
+def _open(policies: Documents, way: str, own: dict[str, str], other: dict[str, str], port: int) -> bool:
+    """Whether ``own`` may reach (``egress``), or be reached by (``ingress``), ``other`` at a TCP port."""
+    specs = [
+        p["spec"] for p in policies if way.capitalize() in p["spec"]["policyTypes"] and _matches(p["spec"]["podSelector"], own)
+    ]
+    peers = {"ingress": "from", "egress": "to"}[way]
+    return not specs or any(
+        (peers not in rule or any(_matches(peer["podSelector"], other) for peer in rule[peers]))
+        and ("ports" not in rule or any((p["protocol"], p["port"]) == ("TCP", port) for p in rule["ports"]))
+        for spec in specs
+        for rule in spec.get(way, [])
+    )
+
+
+def test_the_network_rules_open_these_ways_and_no_others(kustomize: Callable[[Path], Documents], k8s: Path) -> None:
+    """Between the pods of the overlay that has them all, as a network plugin that enforces the rules must read them."""
+    documents = kustomize(k8s / "overlays/local")
+    policies = [d for d in documents if d["kind"] == "NetworkPolicy"]
+    labels = [t["metadata"]["labels"] for d in documents for t in templates(d)]
+    ports = (443, 5000, 5432, 8333, 23456, 29500)
+    ways = {
+        (*(pod["app.kubernetes.io/component"] for pod in (one, other)), port)
+        for one in labels
+        for other in labels
+        for port in ports
+        if _open(policies, "egress", one, other, port) and _open(policies, "ingress", other, one, port)
+    }
+    assert ways == {
+        *(("trainer", "trainer", port) for port in ports),
+        ("trainer", "object-store", 8333),
+        ("trainer", "mlflow", 5000),
+        ("data", "object-store", 8333),
+        ("data", "mlflow", 5000),
+        ("mlflow", "object-store", 8333),
+        ("mlflow", "database", 5432),
+    }
+
+
 def _files() -> Iterator[Path]:
     done = subprocess.run(["git", "ls-files", "k8s"], cwd=ROOT, capture_output=True, text=True, check=True)
     yield from (ROOT / name for name in done.stdout.splitlines())

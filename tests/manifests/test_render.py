@@ -39,8 +39,9 @@ def _pod(job: dict[str, Any]) -> dict[str, Any]:
         JobOptions(3, 0, procs_per_node=4, name="other", namespace="team", cpu="500m", memory="1.5Gi", image=DIGEST),
         JobOptions(64, 8, service_account="a", priority_class="b", spread="kubernetes.io/hostname", suspend=True, gang=True),
         JobOptions(1, 8, object_store_secret="", mlflow_secret="", shm="1Gi", scratch="1Ti"),
+        JobOptions(2, 8, node_selector=["a.b/c=D"], toleration=["e", "f=g:NoExecute"]),
     ],
-    ids=["gpu", "cpu", "own sizes", "whole cluster", "no secrets"],
+    ids=["gpu", "cpu", "own sizes", "whole cluster", "no secrets", "given nodes"],
 )  # fmt: skip
 def test_kubeflows_own_model_loses_nothing(options: JobOptions) -> None:
     """What its classes do not know would be dropped on the way through them."""
@@ -74,6 +75,26 @@ def test_what_the_operator_needs() -> None:
 def test_without_gpus_none_is_asked_for_and_idle_processors_may_be_used() -> None:
     (container,) = _pod(_job("fashion-resnet8", options=JobOptions(2, 0, procs_per_node=2)))["containers"]
     assert container["resources"] == {"requests": {"cpu": "2", "memory": "8Gi"}, "limits": {"memory": "8Gi"}}
+
+
+def test_pods_with_gpus_tolerate_the_taint_of_gpu_nodes() -> None:
+    assert _pod(_job())["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert not {"tolerations", "nodeSelector"} & set(_pod(_job("fashion-resnet8", options=CPU)))
+
+
+def test_pods_go_to_the_nodes_that_are_asked_for(convoy_ok: Run) -> None:
+    nodes = ("--node-selector", "cloud.example/pool=big", "--node-selector", "disk=")
+    taints = ("team", "a.b/c:NoExecute", "d=e", "f=:NoSchedule")
+    given = [word for taint in taints for word in ("--toleration", taint)]
+    said = convoy_ok("render", "fashion-resnet8", "--nodes", 2, "--gpus-per-node", 0, *nodes, *given)
+    (job,) = yaml.safe_load_all(said)
+    assert _pod(job)["nodeSelector"] == {"cloud.example/pool": "big", "disk": ""}
+    assert _pod(job)["tolerations"] == [
+        {"key": "team", "operator": "Exists"},
+        {"key": "a.b/c", "operator": "Exists", "effect": "NoExecute"},
+        {"key": "d", "operator": "Equal", "value": "e"},
+        {"key": "f", "operator": "Equal", "value": "", "effect": "NoSchedule"},
+    ]
 
 
 def test_secrets_are_named_and_nothing_of_the_environment_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +151,8 @@ def test_checkpoints_never_stay_in_a_pod(tmp_path: Path) -> None:
         ([], JobOptions(1, 8, mlflow_secret="A"), "--mlflow-secret: 'A' is no name"),
         ([], JobOptions(1, 8, image="convoy:latest"), "--image: 'convoy:latest' is no image with a fixed tag"),
         ([], JobOptions(1, 8, memory="lots"), "--memory: 'lots' is no quantity"),
+        ([], JobOptions(1, 8, node_selector=["gpu"]), "--node-selector: 'gpu' is no label of nodes, KEY=VALUE"),
+        ([], JobOptions(1, 8, toleration=["gpu:Never"]), "--toleration: 'gpu:Never' is not KEY[=VALUE][:EFFECT]"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )  # fmt: skip

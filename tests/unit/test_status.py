@@ -37,6 +37,7 @@ def _ended(code: int, message: str = "") -> Object:
     return {"terminated": {"exitCode": code, "message": message}}
 
 
+GANG = {"Worker": {"replicas": 2, "template": {"metadata": {"labels": {"convoy/gang": "true"}}}}}
 RUNNING = [_pod(0), _pod(1)]
 LOG = (
     "waiting: s3://convoy/x: no index.json yet\nrendezvous of 2 pods at r50-worker-0:23456\n"
@@ -63,6 +64,13 @@ LOG = (
             [_pod(n, "Pending", scheduled="False", reason="Unschedulable", message="0/3 nodes: Insufficient nvidia.com/gpu.")
              for n in (0, 1)], "",
             "r50: unschedulable: 2 of 2 pods: 0/3 nodes: Insufficient nvidia.com/gpu.; ask for less, or wait until other jobs end",
+        ),
+        (
+            _job("Created", pytorchReplicaSpecs=GANG),
+            [_pod(n, "Pending", scheduled="False", reason="Unschedulable", message="minCount (2) cannot be satisfied")
+             for n in (0, 1)], "",
+            "r50: unschedulable: 2 of 2 pods, a gang that starts whole: minCount (2) cannot be satisfied; ask for less, or wait "
+            "until other jobs end",
         ),
         (
             _job("Created"), [_pod(0, "Pending", _waiting("ImagePullBackOff", "Back-off")), _pod(1)], "",

@@ -1,13 +1,15 @@
-"""The training operator in its own pod: upstream's manifests, with our image and what many pods and `restricted` need."""
+"""The training operator in its own pod: k8s/third-party, with the image that was built here, under `restricted`."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from state import State, wait_for
+from state import CHECKOUT, ClusterError, State, wait_for
 
 if TYPE_CHECKING:
     from cluster import Kubectl
@@ -30,33 +32,19 @@ INIT_CONTAINER = """- name: init-pytorch
 """
 
 
-def kustomization(upstream: str) -> dict[str, Any]:
-    container = {
-        "name": "training-operator",
-        "args": [
-            "-controller-threads=16",
-            "-kube-api-qps=500",
-            "-kube-api-burst=1000",
-            "-enable-scheme=pytorchjob",
-            "-pytorch-init-container-image=localhost/convoy-base:dev",
-        ],
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": 65532,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "readinessProbe": {"initialDelaySeconds": 0, "periodSeconds": 1},
-        "volumeMounts": [{"name": "init-container", "mountPath": "/etc/config", "readOnly": True}],
-    }
+def kustomization() -> dict[str, Any]:
+    """Over the shipped one: the image, jobs with a master, and soon to be ready."""
+    mount = {"name": "init-container", "mountPath": "/etc/config", "readOnly": True}
     volume = {"name": "init-container", "configMap": {"name": "training-operator-init-container"}}
-    deployment = {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": "training-operator"},
-        "spec": {"template": {"spec": {"containers": [container], "volumes": [volume]}}},
-    }
+    container = "/spec/template/spec/containers/0"
+    deployment = [
+        {"op": "add", "path": f"{container}/args/-", "value": "-pytorch-init-container-image=localhost/convoy-base:dev"},
+        {"op": "add", "path": f"{container}/args/-", "value": "-enable-scheme=pytorchjob"},
+        {"op": "add", "path": f"{container}/readinessProbe/initialDelaySeconds", "value": 0},
+        {"op": "add", "path": f"{container}/readinessProbe/periodSeconds", "value": 1},
+        {"op": "add", "path": f"{container}/volumeMounts/-", "value": mount},
+        {"op": "add", "path": "/spec/template/spec/volumes/-", "value": volume},
+    ]
     namespace = {
         "apiVersion": "v1",
         "kind": "Namespace",
@@ -66,7 +54,7 @@ def kustomization(upstream: str) -> dict[str, Any]:
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "namespace": NAMESPACE,
-        "resources": [upstream],
+        "resources": ["shipped"],
         "images": [
             {
                 "name": "ghcr.io/kubeflow/training-v1/training-operator",
@@ -75,8 +63,23 @@ def kustomization(upstream: str) -> dict[str, Any]:
             }
         ],
         "configMapGenerator": [{"name": "training-operator-init-container", "files": ["initContainer.yaml"]}],
-        "patches": [{"patch": json.dumps(deployment)}, {"patch": json.dumps(namespace)}],
+        "patches": [
+            {"target": {"kind": "Deployment", "name": "training-operator"}, "patch": json.dumps(deployment)},
+            {"patch": json.dumps(namespace)},
+        ],
     }
+
+
+def ship(folder: Path, upstream: Path) -> None:
+    """A copy of k8s/third-party/training-operator whose upstream is a folder of this machine."""
+    shutil.copytree(CHECKOUT / "k8s/third-party/training-operator", folder)
+    file = folder / "kustomization.yaml"
+    text, count = re.subn(
+        r"https://github.com/kubeflow/training-operator//manifests\S+", os.path.relpath(upstream, folder), file.read_text()
+    )
+    if count != 1:
+        raise ClusterError(f"{file} does not name its upstream once")
+    file.write_text(text)
 
 
 PROBE = {
@@ -88,9 +91,8 @@ PROBE = {
 
 def apply_operator(state: State, tools: Path, kubectl: Kubectl) -> None:
     folder = state.folder / "operator"
-    folder.mkdir()
-    upstream = os.path.relpath(tools / "training-operator/overlays/standalone", folder)
-    (folder / "kustomization.yaml").write_text(json.dumps(kustomization(upstream), indent=2))
+    ship(folder / "shipped", tools / "training-operator/overlays/standalone")
+    (folder / "kustomization.yaml").write_text(json.dumps(kustomization(), indent=2))
     (folder / "initContainer.yaml").write_text(INIT_CONTAINER)
     kubectl("apply", "--server-side", "-f", "-", stdin=kubectl("kustomize", str(folder)))
 
