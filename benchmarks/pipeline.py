@@ -1,11 +1,12 @@
 """The pipeline's bubble against its formula, and memory by stages.
 
-    python benchmarks/pipeline.py --json FILE [--micro-batches 1 2 4 8] [--rounds 21]
+    python benchmarks/pipeline.py --json FILE [--micro-batches 1 2 4 8] [--micro-size 8] [--rounds 11]
 
-Two stages of equal cost (the same convolutions), a rank of one thread each, M micro-batches a step. Measured bubble: 1 - ideal /
-measured time of a step, where ideal is what M micro-batches cost in one stage, forward and backward without communication,
-measured on both ranks at once between the steps; of the rank where it is more. Formula: (S - 1) / (M + S - 1)
-(Huang et al. 2019, 2.3). A round's bubble comes from that round's times; told are its median and quartiles.
+Two stages of equal cost (the same convolutions), a rank of one thread each, M micro-batches a step. Measured bubble: the part of a
+step in which a rank is neither in a forward nor in a backward pass, of the rank that is longer in them; so waiting for the other,
+transfers and the update all count. Formula: (S - 1) / (M + S - 1) (Huang et al. 2019, 2.3), for which transfers take no time:
+``lost`` is what a micro-batch took beside it. Told are the median of rounds and its quartiles; and, for whether both ranks at once
+are slower, a micro-batch's passes in a stage alone.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import os
 import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,11 @@ from trainer.engine.pipeline_parallel import PipelineParallel
 from trainer.engine.stage import Draws, Stage
 
 CHANNELS, SIDE, CLASSES, LAYERS = 128, 16, 10, 12
-"""``LAYERS``: equal convolutions a stage."""
+"""``LAYERS``: equal convolutions a stage of two."""
 
 
 def network(stages: int) -> tuple[nn.Sequential, list[list[str]]]:
-    """Convolutions of equal cost, with next to nothing at both ends; and the names of each stage's layers."""
+    """Convolutions of equal cost, with next to nothing at both ends; and the names of each stage's layers, of 1, 2 or 4."""
     torch.manual_seed(0)
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(3, CHANNELS, 1))
     for number in range(2 * LAYERS):
@@ -46,8 +48,8 @@ def network(stages: int) -> tuple[nn.Sequential, list[list[str]]]:
         layers[f"block{number}"] = nn.Sequential(conv, nn.ReLU(inplace=True))
     layers["head"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, CLASSES))
     names = list(layers)
-    half = 1 + LAYERS
-    return nn.Sequential(layers), [names] if stages == 1 else [names[:half], names[half:]]
+    cuts = [0, *(1 + number * 2 * LAYERS // stages for number in range(1, stages)), len(names)]
+    return nn.Sequential(layers), [names[start:stop] for start, stop in pairwise(cuts)]
 
 
 def config_of(stages: int, micro_size: int) -> RunConfig:
@@ -103,31 +105,44 @@ def stage_alone(micro_size: int) -> Callable[[], None]:
 # --- in the ranks -----------------------------------------------------------------------------------------------------
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    dist.barrier()
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def passes_timed(seconds: dict[str, float]) -> None:
+    """From now on, what every pipeline spends in forward and backward passes is added to ``seconds``."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
+
+    def timing(execute: Callable[..., None]) -> Callable[..., None]:
+        def run(engine: Any, **kwargs: Any) -> None:
+            started = time.perf_counter()
+            execute(engine, **kwargs)
+            seconds["passes"] += time.perf_counter() - started
+
+        return run
+
+    table = PipelineEngine._INSTRUCTION_MAP
+    table |= {command: timing(table[command]) for command in (ForwardPass, BackwardPass)}
 
 
 def timed(micro_batches: int, micro_size: int, rounds: int, device: torch.device) -> dict[str, list[list[float]]]:
-    """Seconds by round and rank, of a step and of its micro-batches in the stage alone (before and after each step, their mean)."""
+    """Seconds by rank and round, of a step, of its passes, and of as many in the stage alone."""
+    seconds = {"passes": 0.0}
+    passes_timed(seconds)
     step, one = engine_step(2, micro_batches, micro_size, device), stage_alone(micro_size)
-
-    def alone() -> None:
-        for _ in range(micro_batches):
-            one()
-
-    for work in (step, alone, step):
+    for work in (step, one, step):
         work()
-    mine = torch.zeros(2, rounds, dtype=torch.float64)
+    mine = torch.zeros(3, rounds, dtype=torch.float64)
     for number in range(rounds):
-        before = seconds_of(alone)
-        mine[0, number] = seconds_of(step)
-        mine[1, number] = (before + seconds_of(alone)) / 2
+        seconds["passes"] = 0.0
+        dist.barrier()
+        started = time.perf_counter()
+        step()
+        mine[0, number], mine[1, number] = time.perf_counter() - started, seconds["passes"]
+        dist.barrier()
+        started = time.perf_counter()
+        one()
+        mine[2, number] = (time.perf_counter() - started) * micro_batches
     both = [torch.zeros_like(mine) for _ in range(2)]
     dist.all_gather(both, mine)
-    return {name: [rank[i].tolist() for rank in both] for i, name in enumerate(("step", "alone"))}
+    return {name: [rank[i].tolist() for rank in both] for i, name in enumerate(("step", "passes", "alone"))}
 
 
 def plain_step(micro_size: int) -> Callable[[], None]:
@@ -168,69 +183,84 @@ def rank_main(task: dict[str, Any]) -> None:
 
 def bubble_table(micro_batches: list[int], micro_size: int, rounds: int) -> list[dict[str, Any]]:
     print(
-        f"{'M':>3} {'stage, ms':>14} {'ideal, ms':>9} {'step, ms':>9} {'bubble':>7} {'quartiles':>13} {'formula':>8} {'off by':>7}"
+        f"{'M':>3} {'passes, ms':>14} {'alone, ms':>14} {'step, ms':>9} {'lost, ms':>9} {'bubble':>7} {'quartiles':>13} "
+        f"{'formula':>8} {'off by':>7}"
     )
     results = []
     for count in micro_batches:
         seconds = run_ranks(__file__, 2, micro_batches=count, micro_size=micro_size, rounds=rounds)
-        alone = [statistics.median(values) for values in seconds["alone"]]
-        slowest = alone.index(max(alone))
+        passes, alone = ([statistics.median(values) / count for values in seconds[name]] for name in ("passes", "alone"))
+        busiest = passes.index(max(passes))
         steps = [max(pair) for pair in zip(*seconds["step"], strict=True)]
-        bubbles = [1 - ideal / step for ideal, step in zip(seconds["alone"][slowest], steps, strict=True)]
+        bubbles = [1 - busy / step for busy, step in zip(seconds["passes"][busiest], steps, strict=True)]
         low, middle, high = statistics.quantiles(bubbles, n=4)
-        formula = 1 / (count + 1)
+        formula, step = 1 / (count + 1), statistics.median(steps)
+        lost = (step - (count + 1) * max(passes)) / count
         results.append(
-            {"micro_batches": count, "ideal_seconds": alone, "step_seconds": statistics.median(steps), "bubble": middle}
-            | {"quartiles": [low, high], "formula": formula, "relative_error": middle / formula - 1}
+            {"micro_batches": count, "passes_seconds": passes, "alone_seconds": alone, "step_seconds": step, "lost_seconds": lost}
+            | {"bubble": middle, "quartiles": [low, high], "formula": formula, "relative_error": middle / formula - 1}
         )
         print(
-            f"{count:3} {alone[0] / count * 1e3:6.0f} {alone[1] / count * 1e3:7.0f} {max(alone) * 1e3:9.0f} "
-            f"{statistics.median(steps) * 1e3:9.0f} {middle:7.3f} {low:6.3f}-{high:.3f} {formula:8.3f} "
-            f"{middle / formula - 1:+7.1%}",
+            f"{count:3} {passes[0] * 1e3:6.0f} {passes[1] * 1e3:7.0f} {alone[0] * 1e3:6.0f} {alone[1] * 1e3:7.0f} "
+            f"{step * 1e3:9.0f} {lost * 1e3:9.1f} {middle:7.3f} {low:6.3f}-{high:.3f} {formula:8.3f} {middle / formula - 1:+7.1%}",
             flush=True,
         )
     return results
 
 
 def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
-    """Weights, gradients and momentum of a rank's own layers, and activations: of as many micro-batches at once as there are stages
-    from this one to the last (one forward, one backward: Narayanan et al. 2019, 3.2)."""
-    model, parts = network(2)
-    layers = dict(model.named_children())
+    """Weights, gradients and momentum of a rank's own layers; the outputs of these for as many micro-batches at once as there are
+    stages from this one to the last (one forward, one backward: Narayanan et al. 2019, 3.2); what the backward pass needs beside
+    them, as in the whole network; and what crosses a cut: one buffer to receive, outputs as they are sent, inputs as they came
+    and as convolutions want them, and the clone of one that DeepSpeed computes with."""
+    layers = dict(network(1)[0].named_children())
+    crossing = 4 * micro_size * CHANNELS * SIDE**2
 
-    def state(names: list[str]) -> int:
+    def state(names: Iterable[str]) -> int:
         return 3 * 4 * sum(p.numel() for name in names for p in layers[name].parameters())
 
-    plain = run_ranks(__file__, 1, memory_of=0, micro_batches=1, micro_size=micro_size)[0]
-    activations = plain - state(list(layers))
-    predicted = {1: [state(list(layers)) + activations]}
-    predicted[2] = [state(parts[rank]) + activations // 2 * min(2 - rank, micro_batches) for rank in range(2)]
+    def outputs(names: Iterable[str]) -> int:
+        return crossing * sum(name != "head" for name in names)
+
+    plain = run_ranks(__file__, 1, memory_of=0, micro_batches=1, micro_size=micro_size)[0]["tensors"]
+    besides = plain - state(layers) - outputs(layers)
     mib = 2**20
-    print(f"\npeak memory a rank, {micro_batches} micro-batches of {micro_size}; MiB; activations of one {activations / mib:.0f}")
-    print(f"{'stages':>6} {'rank':>4} {'predicted':>9} {'measured':>9} {'ratio':>6}")
+    print(f"\npeak memory a rank, {micro_batches} micro-batches of {micro_size}; MiB; besides outputs {besides / mib:.0f}")
+    print(f"{'stages':>6} {'rank':>4} {'predicted':>9} {'tensors':>9} {'ratio':>6} {'resident':>9}")
     results = []
-    for stages in (1, 2):
+    for stages in (1, 2, 4):
         measured = run_ranks(__file__, stages, memory_of=stages, micro_batches=micro_batches, micro_size=micro_size)
-        for rank, (found, said) in enumerate(zip(measured, predicted[stages], strict=True)):
-            results.append({"stages": stages, "rank": rank, "predicted_bytes": said, "measured_bytes": found})
-            print(f"{stages:6} {rank:4} {said / mib:9.0f} {found / mib:9.0f} {found / said:6.2f}", flush=True)
+        for rank, (found, names) in enumerate(zip(measured, network(stages)[1], strict=True)):
+            flying = min(stages - rank, micro_batches)
+            crossed = (stages > 1) + flying * (rank < stages - 1) + (2 * flying + 1) * (rank > 0)
+            wanted = state(names) + flying * outputs(names) + besides + crossed * crossing
+            results.append({"stages": stages, "rank": rank, "predicted_bytes": wanted, **found})
+            print(
+                f"{stages:6} {rank:4} {wanted / mib:9.0f} {found['tensors'] / mib:9.0f} {found['tensors'] / wanted:6.2f} "
+                f"{found['resident'] / mib:9.0f}",
+                flush=True,
+            )
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--micro-size", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--micro-batches", nargs="*", type=int, default=[1, 2, 4, 8], help="none: memory alone")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--micro-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
         rank_main(arguments.rank)
         return
-    print(f"2 stages, micro-batches of {arguments.micro_size}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
-    results = {"bubble": bubble_table(arguments.micro_batches, arguments.micro_size, arguments.rounds)}
-    results["memory"] = memory_table(4, 64)
+    results = {}
+    if arguments.micro_batches:
+        print(f"2 stages, micro-batches of {arguments.micro_size}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+        results["bubble"] = bubble_table(arguments.micro_batches, arguments.micro_size, arguments.rounds)
+    if not arguments.no_memory:
+        results["memory"] = memory_table(4, 64)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 
 def run_ranks(file: str, processes: int, **task: Any) -> Any:
@@ -26,8 +28,9 @@ def run_ranks(file: str, processes: int, **task: Any) -> Any:
         return json.loads(Path(task["file"]).read_text())
 
 
-def peak_of(build: Callable[[], Callable[[], Any]]) -> int:
-    """Bytes by which resident memory grows, from before ``build`` to the peak of three calls, after one, of what it made."""
+def peak_of(build: Callable[[], Callable[[], Any]]) -> dict[str, int]:
+    """Bytes at the peak of a step that ``build`` makes. ``tensors``: as torch's allocator counts them; ``resident``: by how much
+    resident memory has grown since before ``build``, with the libraries' code and what the C library does not give back."""
     nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # the libraries' own memory
     before = status("VmRSS")
     step = build()
@@ -36,7 +39,26 @@ def peak_of(build: Callable[[], Callable[[], Any]]) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here: building is not training
     for _ in range(3):
         step()
-    return status("VmHWM") - before
+    resident = status("VmHWM") - before
+    with _tracing() as trace:
+        step = build()
+        for _ in range(2):  # ZeRO 3 knows the order of layers from the second on
+            step()
+    built = sum(_changes(trace))
+    with _tracing() as trace:
+        step()
+    return {"tensors": built + max(accumulate(_changes(trace))), "resident": resident}
+
+
+def _tracing() -> profile:
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
+def _changes(trace: profile) -> list[int]:
+    """Bytes taken, and given back as negative ones, one after another."""
+    assert trace.profiler is not None
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def status(key: str) -> int:

@@ -5,7 +5,7 @@
 Same network (resnet18), images in memory as uint8, channels-last, SGD with momentum, gloo, one thread a rank. All live in the same
 processes and take a step each by turns, in another order each round, so that other work on the machine slows all of them
 alike. A round's ratio is the loop's time over the engine's in that round (above 1: the engine is faster), of the slowest rank;
-its median over rounds is told with its quartiles. Memory is resident memory of processes of their own, see ``memory_table``.
+its median over rounds is told with its quartiles. Memory is measured in processes of their own, see ``memory_table``.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from trainer.engine import parallel
 from trainer.engine.base import Engine
 from trainer.engine.batch import plan_batches
 from trainer.engine.data_parallel import DataParallel
+from trainer.engine.deepspeed_config import BUCKET, KEPT
 from trainer.models import build_model
 
 NETWORK, CLASSES, RATE = "resnet18", 1000, 0.01
@@ -169,40 +170,47 @@ def speed_table(names: list[str], processes: list[int], rounds: int) -> list[dic
     return results
 
 
-def predicted_state(stage: int, ranks: int, parameters: int) -> int:
-    """Bytes of weights, gradients, momentum and master weights on a rank in fp32 (Rajbhandari et al. 2020, 3).
+def predicted(stage: int, ranks: int, sizes: list[int], activations: int) -> int:
+    """Bytes on a rank at the peak of a step in fp32: of weights, gradients, momentum and master weights (Rajbhandari et al. 2020,
+    3), of buckets, and of activations. ``sizes``: numbers of each weight.
 
-    At stage 1 gradients are whole until the step, and the weights are their own masters; from stage 2 on, masters are copies.
+    At stage 1 gradients are whole until the step, and the weights are their own masters; from stage 2 on, masters are copies. Then
+    DeepSpeed fills a bucket with gradients and reduces a copy of it; at stage 3 one bucket of weights is gathered ahead of another,
+    and each is copied out. At the update there are no activations, but the gradients are in another flat copy.
     """
-    pieces = 1 / ranks
-    weights, gradients, momentum, master = {
-        0: (1, 1, 1, 0),
-        1: (1, 1, pieces, 0),
-        2: (1, pieces, pieces, pieces),
-        3: (pieces, pieces, pieces, pieces),
+    total, part = sum(sizes), sum(sizes) / ranks
+    bucket = max(BUCKET, max(sizes))
+    kept = sum(size for size in sizes if size < KEPT)
+    backward, update = {
+        0: (3 * total, 3 * total),
+        1: (2 * total + part, 2 * total + part),
+        2: (total + 3 * part + 2 * bucket, total + 4 * part),
+        3: (kept + 4 * part + 4 * bucket, kept + 5 * part),
     }[stage]
-    return int(4 * parameters * (weights + gradients + momentum + master))
+    return max(int(4 * backward) + activations, int(4 * update))
 
 
 def memory_table(processes: int = 2) -> list[dict[str, Any]]:
     """Peak memory a rank by ZeRO stage. Activations are what the loop needs beside its weights, gradients and momentum."""
-    parameters = sum(p.numel() for p in build_model(NETWORK, CLASSES).parameters())
+    sizes = [p.numel() for p in build_model(NETWORK, CLASSES).parameters()]
     row = "64"
     loop = run_ranks(__file__, processes, row=row, memory_of=None)
-    buckets = 4 * parameters  # DDP's own copy of the gradients
-    activations = loop - predicted_state(0, processes, parameters) - buckets
-    megabytes = 2**20
-    print(f"\npeak memory a rank, {processes} ranks, {NETWORK}, fp32, row {row}; MiB; activations {activations / megabytes:.0f}")
-    print(f"{'':8} {'predicted':>9} {'measured':>9} {'ratio':>6}")
-    print(f"{'loop':8} {'':9} {loop / megabytes:9.0f}")
+    activations = loop["tensors"] - 4 * 4 * sum(sizes)  # DDP has its own copy of the gradients
+    mib = 2**20
+    print(f"\npeak memory a rank, {processes} ranks, {NETWORK}, fp32, row {row}; MiB; activations {activations / mib:.0f}")
+    print(f"{'':8} {'predicted':>9} {'tensors':>9} {'ratio':>6} {'resident':>9}")
+    print(f"{'loop':8} {'':9} {loop['tensors'] / mib:9.0f} {'':6} {loop['resident'] / mib:9.0f}")
     results = []
     for stage in range(4):
-        predicted = predicted_state(stage, processes, parameters) + activations
-        measured = run_ranks(__file__, processes, row=row, memory_of=stage)
-        results.append({"zero_stage": stage, "predicted_bytes": predicted, "measured_bytes": measured})
-        ratio = measured / predicted
-        print(f"ZeRO {stage:3} {predicted / megabytes:9.0f} {measured / megabytes:9.0f} {ratio:6.2f}", flush=True)
-    return [{"loop_bytes": loop, "activation_bytes": activations, "ranks": processes}, *results]
+        wanted = predicted(stage, processes, sizes, activations)
+        found = run_ranks(__file__, processes, row=row, memory_of=stage)
+        results.append({"zero_stage": stage, "predicted_bytes": wanted, **found})
+        ratio = found["tensors"] / wanted
+        print(
+            f"ZeRO {stage:3} {wanted / mib:9.0f} {found['tensors'] / mib:9.0f} {ratio:6.2f} {found['resident'] / mib:9.0f}",
+            flush=True,
+        )
+    return [{"loop": loop, "activation_bytes": activations, "ranks": processes}, *results]
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from trainer.config import RunConfig
 from trainer.data.augment import Mix, draw_mix
 from trainer.data.order import mix_generator, rank_slots
 from trainer.data.stages import Batch
-from trainer.engine import parallel
+from trainer.engine import deepspeed_config, parallel
 from trainer.engine.base import Engine
 from trainer.engine.batch import BatchPlan, plan_batches
 from trainer.engine.data_parallel import DataParallel
@@ -34,6 +34,8 @@ from trainer.engine.stage import dropout_seed
 from trainer.models import build_model
 
 GLOBAL, STEPS, SIZE = 16, 20, 16
+deepspeed_config.BUCKET = 2**12  # so that even these networks fill several, and have layers that exceed one
+deepspeed_config.KEPT = 100
 NETWORKS = {
     "no batch norm": ("resnet8", {"width": 8, "batch_norm": False}),
     "batch norm": ("resnet8", {"width": 8}),

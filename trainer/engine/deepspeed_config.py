@@ -6,6 +6,12 @@ from trainer.config import RunConfig
 from trainer.engine.batch import BatchPlan
 from trainer.errors import UserError
 
+BUCKET = 4 * 2**20
+"""Numbers that DeepSpeed reduces or gathers at once, or one layer's where it has more. Its defaults of up to 1e9 take 2 GB for a
+bucket, and let ZeRO 3 keep every network here gathered."""
+KEPT = 100_000
+"""ZeRO 3 does not partition weights of fewer numbers than this."""
+
 
 def check_engine(config: RunConfig) -> None:
     """Refuse what cannot work, and what trains without an error and does not learn. Raises UserError with every fault."""
@@ -50,9 +56,16 @@ def deepspeed_config(config: RunConfig, batch: BatchPlan) -> dict[str, Any]:
 
 def _zero_settings(config: RunConfig) -> dict[str, Any]:
     """At stage 1 gradients are averaged in buffers of our own (``gradients.py``) but for pipelines, so DeepSpeed needs none."""
-    settings: dict[str, Any] = {"stage": config.parallel.zero_stage}
+    settings: dict[str, Any] = {
+        "stage": config.parallel.zero_stage,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
     if config.parallel.zero_stage == 1 and config.parallel.pipeline_stages == 1:
         settings |= {"contiguous_gradients": False, "overlap_comm": False}
         # read where it is logged (``DataParallel.grad_norm``); fp16's must be unscaled, which DeepSpeed does
         settings["compute_grad_norm"] = config.optimizer.clip_grad_norm is not None or config.precision == "fp16"
+    if config.parallel.zero_stage == 3:
+        settings |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_reuse_distance": BUCKET}
+        settings["stage3_param_persistence_threshold"] = KEPT
     return settings

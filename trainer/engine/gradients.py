@@ -147,6 +147,13 @@ def _places(optimizer: Any) -> list[Places]:
 
 def arrange_partitioned_weights(optimizer: Any, channels_last: bool) -> None:
     """Let ZeRO 1 hold the weights as convolutions want them, and in fp32 once: its partition of them is its master copy."""
+    single = optimizer.dtype == torch.float32
+    if single:
+        for master, parts in zip(
+            optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True
+        ):
+            master.data = parts[dist.get_rank()]
+        optimizer._link_all_hp_params()  # before they lie otherwise: it flattens each, which then is a copy, and keeps it
     for flat, places in zip(optimizer.bit16_groups_flat, _places(optimizer), strict=True):
         for parameter, offset in places.items():
             if channels_last and parameter.dim() == 4:
@@ -154,19 +161,13 @@ def arrange_partitioned_weights(optimizer: Any, channels_last: bool) -> None:
                 values, place = parameter.detach().clone(), flat.as_strided(parameter.shape, strides, offset)
                 place.copy_(values)
                 parameter.data = place
+    if not single:
+        optimizer.refresh_fp32_params()
     optimizer._update_model_bit16_weights = lambda group: None  # it would view them all again, each step, in its own layout
     if dist.get_backend() == "gloo":
         from deepspeed.runtime.zero import stage_1_and_2
 
         stage_1_and_2.all_gather_dp_groups = _share_out
-    if optimizer.dtype == torch.float32:
-        for master, parts in zip(
-            optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True
-        ):
-            master.data = parts[dist.get_rank()]
-        optimizer._link_all_hp_params()
-    else:
-        optimizer.refresh_fp32_params()
     for places in _places(optimizer):
         for parameter in places:
             parameter.get_full_hp_param = MethodType(_get_whole, parameter)  # type: ignore[attr-defined]

@@ -80,7 +80,8 @@ def _balanced(costs: Sequence[int], parts: int) -> list[int]:
 
 
 class PipelineParallel(Engine):
-    """Each rank holds one stage of the model. ``parts``: the names of the layers of each stage."""
+    """Each rank holds one stage of the model, and ``model`` loses the weights of the others. ``parts``: the names of the layers of
+    each stage."""
 
     def __init__(
         self,
@@ -106,11 +107,15 @@ class PipelineParallel(Engine):
                 partition_method="uniform",
                 dynamic_shape=config.data.initial_size is not None,
             )
+        for number, stage in enumerate(stages):
+            if number != pipe.stage_id:
+                stage.to("meta")  # else the pipe, and who gave the model, hold all of its weights on every rank
         optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(pipe)
         engine, *_ = deepspeed.initialize(model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch))
         if config.train.sync_batch_norm:
             synchronize_batch_norm(pipe, engine.grid.get_data_parallel_group())
+        _free_after_backward(engine)
         self._adopt(engine, weights)
 
     def _loss(self, outputs: Any, targets: tuple[Tensor, ...]) -> Tensor:
@@ -153,3 +158,17 @@ class PipelineParallel(Engine):
 
     def _public(self, name: str) -> str:
         return name.partition(".")[2]  # without the stage's number
+
+
+def _free_after_backward(engine: Any) -> None:
+    """The last stage's outputs, by which DeepSpeed holds their inputs and the gradients of these for some micro-batches more."""
+    from deepspeed.runtime.pipe.schedule import BackwardPass
+
+    backward = engine._INSTRUCTION_MAP[BackwardPass]
+
+    def and_free(engine: Any, buffer_id: int) -> None:
+        backward(engine, buffer_id)
+        engine.pipe_buffers["outputs"][buffer_id] = None
+        engine.loss = engine.loss.detach()
+
+    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {BackwardPass: and_free}
