@@ -124,6 +124,23 @@ def verdict_by_seeds(differences: Sequence[float], least: float = 0.0) -> Verdic
     return NOT_BORNE_OUT if max(differences) <= least else UNDECIDED
 
 
+SAME, LEAST_FALL = 0.01, 0.3
+"""Nats: below the first, losses of one step are the same (sums in another order round differently, and training amplifies
+that); by the second a curve must fall, since curves of networks that learn nothing are alike whatever is done."""
+
+
+def same_curves(statement: str, text: str, apart: float, fall: float) -> Claim:
+    """``apart``: greatest difference of one step's losses; ``fall``: by how much the loss fell in the run where it fell least."""
+    verdict = UNDECIDED if fall < LEAST_FALL else verdict_if(apart < SAME)
+    return Claim(statement, text, verdict, f"{apart:.2g} nats apart at most, while the loss fell by at least {fall:.2f}")
+
+
+def fall_of(losses: Sequence[float]) -> float:
+    """From the first loss to the mean of the last fifth."""
+    last = losses[-max(1, len(losses) // 5) :]
+    return float(losses[0]) - float(sum(last)) / len(last)
+
+
 def verdict_if(holds: bool) -> Verdict:
     """Of what is computed, and so has no spread."""
     return BORNE_OUT if holds else NOT_BORNE_OUT

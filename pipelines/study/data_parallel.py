@@ -9,12 +9,16 @@ from typing import Any
 
 from pipelines.study import plots
 from pipelines.study.base import (
+    LEAST_FALL,
+    SAME,
     Claim,
     Figures,
     Scale,
     Study,
     Training,
     differences_text,
+    fall_of,
+    same_curves,
     shown,
     spread,
     verdict_by_seeds,
@@ -27,8 +31,6 @@ from trainer.models.catalogue import describe
 RANKS = (1, 2, 4)
 BATCH, MICRO = 128, 32
 """The micro-batch is the same on any number of ranks, and so accumulation makes up the difference."""
-SAME = 0.01
-"""Nats by which a step's loss may differ; see ``accumulation``."""
 LEAST_SPEEDUP = 1.6
 """Of two ranks on two cores."""
 
@@ -43,10 +45,10 @@ DLE = ("8 A100, NVIDIA DeepLearningExamples, ResNet-50", 8, 6.72)
 
 def training_of(scale: Scale, ranks: int, seed: int) -> Training:
     keys = (
-        "model.name=vgg11", "model.stem=small", "model.width=16", "model.dropout=0.0", "optimizer.base_lr=0.01",
+        "model.name=resnet8", "model.batch_norm=false", "optimizer.base_lr=0.01",
         f"batch.global_size={BATCH}", f"batch.micro_size={MICRO}", f"train.epochs={scale.pick(1, 3)}",
     )  # fmt: skip
-    return Training(f"vgg11-ranks-{ranks}", seed, scale.pick(2048, 10_000), 2000, keys, procs=ranks)
+    return Training(f"resnet8-ranks-{ranks}", seed, scale.pick(2048, 10_000), 2000, keys, procs=ranks)
 
 
 def trainings(scale: Scale) -> list[Training]:
@@ -97,6 +99,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         "largest_difference_nats": max(
             float(abs(one - many).max()) for rows in losses.values() for one, many in zip(losses[1], rows, strict=True)
         ),
+        "fall_nats": min(fall_of(row.tolist()) for rows in losses.values() for row in rows),
         "step_seconds": seconds,
         "speedup_of_two": spread([b / a for a, b in zip(speeds[1], speeds[2], strict=True)], 3),
         "link": {"latency_seconds": latency, "bytes_per_second": bandwidth},
@@ -115,7 +118,7 @@ def describe_small() -> int:
     from trainer.models import build_model
 
     with torch.device("meta"):
-        return sum(p.numel() for p in build_model("vgg11", 10, 28, stem="small", width=16, dropout=0.0).parameters())
+        return sum(p.numel() for p in build_model("resnet8", 10, 28, batch_norm=False).parameters())
 
 
 def judge(figures: Figures) -> list[Claim]:
@@ -126,7 +129,7 @@ def judge(figures: Figures) -> list[Claim]:
     within = bounds["after"] <= published <= bounds["under"]
     far = figures["efficiency"]["512"]
     return [
-        Claim("P4", "1, 2 and 4 ranks give the same losses", verdict_if(apart < SAME), f"{apart:.2g} nats apart at most"),
+        same_curves("P4", "1, 2 and 4 ranks give the same losses", apart, figures["fall_nats"]),
         Claim(
             "T1", f"two ranks here are {LEAST_SPEEDUP} times one", verdict_by_seeds(gains, LEAST_SPEEDUP), differences_text(gains)
         ),
@@ -176,10 +179,10 @@ def paragraph(figures: Figures) -> str:
     )
     link, far = figures["link"], figures["efficiency"]["512"]
     return (
-        f"VGG-11's small form, {figures['gradient_bytes'] / 2**20:.1f} MiB of gradients, a batch of {BATCH}: no step's loss is "
-        f"more than {figures['largest_difference_nats']:.2g} nats apart on 1, 2 and 4 ranks. An AllReduce of two processes here: "
-        f"{1e6 * link['latency_seconds']:.0f} us and {link['bytes_per_second'] / 1e6:,.0f} MB/s. Step time by ranks, {steps}; the "
-        f"model gives each rank a core of its own, and there are {figures['cores']}. Two ranks are "
+        f"ResNet-8 without batch norm, {figures['gradient_bytes'] / 2**20:.1f} MiB of gradients, a batch of {BATCH}: no step's "
+        f"loss is more than {figures['largest_difference_nats']:.2g} nats apart on 1, 2 and 4 ranks. An AllReduce of two processes "
+        f"here: {1e6 * link['latency_seconds']:.0f} us and {link['bytes_per_second'] / 1e6:,.0f} MB/s. Step time by ranks, "
+        f"{steps}; the model gives each rank a core of its own, and there are {figures['cores']}. Two ranks are "
         f"{shown(figures['speedup_of_two'], 2)} times one. For ResNet-50 on P100s in servers of 8 with 50 Gbit/s, "
         f"{1e6 * LATENCY:.0f} us a message (assumed) and no cost inside a server (assumed), the model gives 256 GPUs "
         f"{figures['efficiency']['256']['after']:.1%} of the 8 GPUs' speed each with the AllReduce after the backward pass and "
@@ -193,10 +196,10 @@ STUDY = Study(
     name="data-parallel",
     statements=("T1", "P4"),
     question="Do more ranks compute the same, and how much faster?",
-    rule=f"P4: borne out where no step's loss differs by {SAME} nats or more between 1, 2 and 4 ranks, else not. T1: borne out "
-    f"where two ranks are more than {LEAST_SPEEDUP} times as fast as one in each of at least 3 seeds, not borne out where in none; "
-    "where Goyal's published efficiency lies between the model's without and with overlap; and where the former is at least 80% "
-    "at 512 GPUs.",
+    rule=f"P4: borne out where no step's loss differs by {SAME} nats or more between 1, 2 and 4 ranks, else not; undecided where "
+    f"the loss falls by less than {LEAST_FALL}. T1: borne out where two ranks are more than {LEAST_SPEEDUP} times as fast as one "
+    "in each of at least 3 seeds, not borne out where in none; where Goyal's published efficiency lies between the model's without "
+    "and with overlap; and where the former is at least 80% at 512 GPUs.",
     trainings=trainings,
     measure=measured,
     judge=judge,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.study import measure, plots
-from pipelines.study.base import Claim, Figures, Scale, Study, differences_text, shown, spread, verdict_by_seeds
+from pipelines.study.base import Claim, Figures, Scale, Study, differences_text, shown, spread, verdict_by_seeds, verdict_if
 from pipelines.study.runner import Runs
 from trainer.config import OptimizerConfig
 from trainer.engine.optimizer import build_optimizer
@@ -40,11 +40,14 @@ def stack_of(kind: str, blocks: int, seed: int) -> nn.Sequential:
 
 
 def feature_maps(images: Tensor) -> Tensor:
-    """Eight maps from 0 to 1 of each image [N, 3, 28, 28]: its four mirror images at half the size, and their negatives."""
+    """Eight maps from 0.25 to 1 of each image [N, 3, 28, 28]: its four mirror images at half the size, and their negatives.
+
+    Above 0 the last ReLU is open, so that a block's residual branch is what it must be; where y = 0 any negative one would do.
+    """
     grey = F.avg_pool2d(images.mean(1, keepdim=True), 2)
-    grey = (grey - grey.amin()) / (grey.amax() - grey.amin())
+    grey = 0.25 + 0.75 * (grey - grey.amin()) / (grey.amax() - grey.amin())
     four = torch.cat([grey, grey.flip(2), grey.flip(3), grey.transpose(2, 3)], 1)
-    return torch.cat([four, 1 - four], 1).contiguous()
+    return torch.cat([four, 1.25 - four], 1).contiguous()
 
 
 def fit(blocks: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float) -> list[float]:
@@ -82,7 +85,7 @@ def explained(x: Tensor, seed: int, steps: int) -> float:
 
 def measured(runs: Runs, scale: Scale) -> Figures:
     images, _ = measure.some_images(runs, 256)
-    x, steps = feature_maps(images), scale.pick(100, 400)
+    x, steps = feature_maps(images), scale.pick(150, 400)
     figures: Figures = {"steps": steps, "kinds": {}}
     for kind in KINDS:
         curves: dict[int, Any] = {n: [_best(kind, n, seed, x, steps) for seed in range(scale.seeds)] for n in DEPTHS}
@@ -103,6 +106,9 @@ def judge(figures: Figures) -> list[Claim]:
         claims.append(
             Claim("R1", f"{n} plain block{'s' if n != '1' else ''} err twice as much", verdict_by_seeds(ratios, 2.0), told)
         )
+    starts = [curve[0] for curves in figures["kinds"]["residual, last gain 0"]["curves"].values() for curve in curves]
+    text = "a residual block whose last gain is 0 is the identity before it has learned anything"
+    claims.append(Claim("R1", text, verdict_if(max(starts) == 0), f"error of the first step {max(starts):g} for 1, 3 and 9 blocks"))
     parts = figures["explained"]["each"]
     text = f"a residual block asked for H learns F(x) = H(x) - x, at least {EXPLAINED:.0%} of it"
     return [*claims, Claim("R2", text, verdict_by_seeds(parts, EXPLAINED), differences_text(parts))]
@@ -139,8 +145,9 @@ STUDY = Study(
     statements=("R1", "R2"),
     question="How well, and how fast, do plain and residual blocks learn to give back their input?",
     rule="R1, for 1, 3 and 9 blocks: borne out where the plain stack's error at the end is more than twice the residual one's in "
-    "each of at least 3 seeds, not borne out where in none, else undecided. R2: borne out where F explains more than "
-    f"{EXPLAINED:.0%} of H(x) - x in each of at least 3 seeds, not borne out where in none.",
+    "each of at least 3 seeds, not borne out where in none, else undecided; F = 0: borne out where the first step's error is 0. "
+    f"R2: borne out where F explains more than {EXPLAINED:.0%} of H(x) - x in each of at least 3 seeds, not borne out where in "
+    "none.",
     measure=measured,
     judge=judge,
     plot=plot,

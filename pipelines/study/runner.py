@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from pipelines.study.base import Training
 from pipelines.study.data import prepare
 from pipelines.study.progress import StudyProgress
 from trainer.config import RunConfig, load_config
-from trainer.errors import EXIT_USER, ServiceLost, Terminated, UserError
+from trainer.errors import EXIT_PREEMPTED, EXIT_USER, ServiceLost, UserError
 from trainer.tracking import configure_mlflow
 
 EXPERIMENT = "studies"
@@ -242,12 +243,13 @@ def _start(run: Run) -> "subprocess.Popen[bytes]":
 
 
 def _keep(run: Run, process: "subprocess.Popen[bytes]", seconds: float, peak: float) -> None:
-    """Write what became of it. Raises UserError or ServiceLost for a training that failed."""
+    """Write what became of it. Raises UserError or ServiceLost for a training that failed, SystemExit where somebody ended it."""
     code = process.returncode
     diverged = code == EXIT_USER and run.training.may_diverge and _DIVERGED in run.last_words()
-    if code in (143, -15):
-        raise Terminated
+    if code in (EXIT_PREEMPTED, -signal.SIGTERM):
+        raise SystemExit(EXIT_PREEMPTED)
     if code and not diverged:
+        check_room(run.folder)  # a full disk ends a training in many ways
         kind = UserError if code == EXIT_USER else ServiceLost
         raise kind(f"training {run.training.label} ended with exit code {code}: {run.last_words() or 'no word'}; see {run.log}")
     facts = {"diverged": diverged, "seconds": round(seconds, 1), "peak_mib": round(peak, 1)}

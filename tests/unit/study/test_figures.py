@@ -128,7 +128,8 @@ def test_the_block_is_the_plain_one_and_x() -> None:
 def test_stacks_that_are_asked_to_be_the_identity() -> None:
     x = identity.feature_maps(torch.rand(4, 3, 28, 28))
     assert x.shape == (4, identity.CHANNELS, 14, 14)
-    assert x.min() >= 0  # what a ReLU can give back
+    assert x.min() == pytest.approx(0.25)  # what a ReLU gives back, and is open for
+    assert x.max() == pytest.approx(1)
     for blocks in identity.DEPTHS:
         for kind in identity.KINDS:
             stack = identity.stack_of(kind, blocks, 0)

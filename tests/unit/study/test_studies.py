@@ -2,7 +2,19 @@
 
 import pytest
 
-from pipelines.study.base import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, Claim, Scale, Study, overall, spread, verdict_by_seeds
+from pipelines.study.base import (
+    BORNE_OUT,
+    NOT_BORNE_OUT,
+    UNDECIDED,
+    Claim,
+    Scale,
+    Study,
+    fall_of,
+    overall,
+    same_curves,
+    spread,
+    verdict_by_seeds,
+)
 from pipelines.study.catalogue import NAMES, load, studies
 from trainer.config import load_config
 from trainer.errors import UserError
@@ -75,6 +87,13 @@ def test_the_worst_claim_is_the_studys_verdict() -> None:
     assert overall(claims(BORNE_OUT, BORNE_OUT)) == BORNE_OUT
     assert overall(claims(BORNE_OUT, UNDECIDED)) == UNDECIDED
     assert overall(claims(UNDECIDED, NOT_BORNE_OUT, BORNE_OUT)) == NOT_BORNE_OUT
+
+
+def test_curves_that_do_not_fall_decide_nothing() -> None:
+    assert same_curves("T4", "", apart=0.0, fall=0.01).verdict == UNDECIDED
+    assert same_curves("T4", "", apart=0.001, fall=1.0).verdict == BORNE_OUT
+    assert same_curves("T4", "", apart=0.02, fall=1.0).verdict == NOT_BORNE_OUT
+    assert fall_of([2.3, 1.0, 1.0, 1.0, 1.5]) == pytest.approx(0.8)
 
 
 def test_spread() -> None:
