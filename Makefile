@@ -4,7 +4,7 @@ VENV := .venv
 PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PATH
 
-.PHONY: help setup demo lint format test test-cluster cluster-up cluster-down matrix bench peers wheel image lock clean
+.PHONY: help setup demo lint format test test-studies studies test-cluster cluster-up cluster-down matrix bench peers wheel image lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +26,14 @@ format: setup ## Rewrite the code in the project's style
 	ruff format .
 
 test: setup ## Every test that needs no cluster
-	pytest -n logical --dist loadgroup --durations 15 --ignore tests/cluster
+	pytest -n logical --dist loadgroup --durations 15 --ignore tests/cluster --ignore tests/studies
+
+test-studies: setup ## Every study of `convoy study`, quick, stopped once and gone on with
+	pytest --durations 5 tests/studies
+
+studies: setup ## Run every study whole (hours) and write docs/studies.md
+	convoy study all
+	python tools/studies.py runs/study docs
 
 test-cluster: setup ## Every test on a real Kubernetes: yours (KUBECONFIG), else one made here
 	pytest --durations 15 -o timeout_func_only=true tests/cluster

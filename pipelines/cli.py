@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -266,6 +267,29 @@ def demo(
     from pipelines.demo import demo as run
 
     run(folder, keep=os.environ.get("KEEP") == "1", digits=digits)
+
+
+@app.command()
+def study(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...|all", help="Studies to run; lists them when none.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few images, to see that it works; decides little.")] = False,
+    seeds: Annotated[
+        int | None, typer.Option(help="Trainings of each kind; 3 when not given, 1 with --quick.", min=1, show_default=False)
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Ranks at a time, a thread each.", min=1)] = os.cpu_count() or 1,
+    folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("runs/study"),
+) -> None:
+    """Put what is said about these networks to the test. A second run goes on where the first one stopped."""
+    from pipelines.study.base import Scale
+    from pipelines.study.command import list_studies, run_studies
+
+    if not names:
+        Console().print(list_studies())
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # its trainings end with it
+    run_studies(names, Scale(quick, seeds or (1 if quick else 3)), jobs, folder)
 
 
 cluster_cli.add_to(app)

@@ -40,6 +40,12 @@ class ModelConfig(_Section):
     batch_norm: bool | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Probability that an input of a fully connected layer is dropped."""
+    head: Literal["tower", "average"] | None = None
+    """What follows the convolutions: three fully connected layers, or one behind an average over the image as in GoogLeNet."""
+    filters: Literal["stacked", "single"] | None = None
+    """A stage's convolutions: 3x3 ones in a row, or one large one that sees as much."""
+    reduction: bool | None = None
+    """Whether 1x1 convolutions reduce the channels before an inception module's large filters."""
     stride_in: Literal["1x1", "3x3"] | None = None
     """The convolution that strides in a bottleneck block: 1x1 as in the paper, 3x3 as in "v1.5"."""
     zero_init_gamma: bool | None = None

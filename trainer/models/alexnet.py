@@ -7,7 +7,7 @@ Networks" (2012), whose two GPUs are the two groups of its convolutions. ``alexn
 
 from torch import nn
 
-from trainer.models.layers import Activation, LocalResponseNorm, Stem, nonlinearity, scaled, stack
+from trainer.models.layers import Activation, HeadKind, LocalResponseNorm, Stem, average_head, nonlinearity, scaled, stack
 from trainer.models.registry import Variant, register
 
 _FULL = 4096
@@ -23,12 +23,14 @@ def alexnet(
     activation: Activation = "relu",
     dropout: float = 0.5,
     width: int | None = None,
+    head: HeadKind = "tower",
 ) -> nn.Sequential:
     """[N, 3, H, W] to [N, num_classes].
 
     ``towers`` of 2: grouped convolutions where the paper's two GPUs do not talk (2, 4 and 5), and response normalization.
     ``stem`` small: a first convolution of 3x3 without stride, and one average pixel before the fully connected layers.
     ``width``: channels of the first convolution; all others, and the fully connected layers, follow in proportion.
+    ``head`` average: as GoogLeNet's.
     """
     c1, c2, c3, c4, c5 = (scaled(c, width, channels[0], towers) for c in channels)
     full = scaled(_FULL, width, channels[0])
@@ -48,7 +50,7 @@ def alexnet(
         if number in (1, 2, 5):
             layers.append((f"pool{number}", nn.MaxPool2d(3, 2)))  # windows overlap: 3.4 of the paper
     pooled = 6 if stem == "imagenet" else 1
-    layers += [
+    tower = [
         ("avgpool", nn.AdaptiveAvgPool2d(pooled)),  # the identity at 224 pixels
         ("flatten", nn.Flatten()),
         ("drop6", nn.Dropout(dropout)),
@@ -59,7 +61,7 @@ def alexnet(
         ("act7", nonlinearity(activation)),
         ("head", nn.Linear(full, num_classes)),
     ]
-    model = stack(layers)
+    model = stack([*layers, *(tower if head == "tower" else average_head(c5, num_classes, dropout))])
     if towers > 1:
         _initialize_2012(model)
     return model

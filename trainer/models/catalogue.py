@@ -104,6 +104,9 @@ def weight_layers(layer: nn.Module) -> int:
     return own if own is not None else sum(weight_layers(child) for child in layer.children())
 
 
+IMAGES_TRACED = 3
+
+
 class _BatchNormStandIn(torch.autograd.Function):
     """Keeps what batch norm keeps, its input; torch's own takes milliseconds a layer on the meta device."""
 
@@ -116,30 +119,40 @@ class _BatchNormStandIn(torch.autograd.Function):
 def forward_costs(model: nn.Module, image_size: int) -> tuple[int, int]:
     """Multiply-adds of an image's evaluation, and bytes that autograd keeps of it in training; a model on the meta device.
 
-    Multiply-adds are those of convolutions and fully connected layers outside auxiliary heads, biases not counted. Of what
-    the forward pass saves each storage counts once; weights and batch norm's few statistics a channel do not.
+    Multiply-adds are those of convolutions and fully connected layers outside auxiliary heads, biases not counted.
     """
-    images = 3
-    weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, Tensor] = {}
     counts = []
 
     def count(layer: nn.Conv2d | nn.Linear, _: Any, output: Tensor) -> None:
         counts.append(output[0].numel() * layer.weight[0].numel())
 
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.shape[:1] == (images,) and tensor.untyped_storage()._cdata not in weights:
-            saved[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage gets its place
-        return tensor
-
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and not name.startswith("aux"):
             layer.register_forward_hook(count)
+    kept, _ = kept_bytes(model, torch.empty(IMAGES_TRACED, 3, image_size, image_size, device="meta"))
+    return sum(counts), kept
+
+
+def kept_bytes(model: nn.Module, value: Any) -> tuple[int, Any]:
+    """Bytes an image that autograd keeps for the backward pass through a model, or a part of one, on the meta device; and what it
+    puts out. ``value``: what goes in, of IMAGES_TRACED images, without numbers.
+
+    Of what the forward pass saves each storage counts once; weights and batch norm's few statistics a channel do not.
+    """
+    weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape[:1] == (IMAGES_TRACED,) and tensor.untyped_storage()._cdata not in weights:
+            saved[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage gets its place
+        return tensor
+
+    for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.forward = _BatchNormStandIn.apply  # type: ignore[method-assign]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.train()(torch.empty(images, 3, image_size, image_size, device="meta"))
-    return sum(counts), sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) // images
+        out = model.train()(value)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) // IMAGES_TRACED, out
 
 
 def _torchvision(name: str) -> tuple[str | None, float | None, float | None]:

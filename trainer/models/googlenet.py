@@ -54,7 +54,9 @@ class Inception(nn.Module):
 
     weight_layers = 2
 
-    def __init__(self, channels: tuple[int, ...], five: int, batch_norm: bool, activation: Activation) -> None:
+    def __init__(
+        self, channels: tuple[int, ...], five: int, batch_norm: bool, activation: Activation, reduction: bool = True
+    ) -> None:
         super().__init__()
         x, one, three_reduced, three, five_reduced, five_channels, pool = channels
 
@@ -62,8 +64,15 @@ class Inception(nn.Module):
             return ConvUnit(in_channels, out_channels, kernel, 1, batch_norm, activation)
 
         self.branch1 = unit(x, one, 1)
-        self.reduce3, self.branch3 = unit(x, three_reduced, 1), unit(three_reduced, three, 3)
-        self.reduce5, self.branch5 = unit(x, five_reduced, 1), unit(five_reduced, five_channels, five)
+        self.reduce3: nn.Module
+        self.reduce5: nn.Module
+        if reduction:
+            self.reduce3, self.branch3 = unit(x, three_reduced, 1), unit(three_reduced, three, 3)
+            self.reduce5, self.branch5 = unit(x, five_reduced, 1), unit(five_reduced, five_channels, five)
+        else:
+            self.weight_layers = 1
+            self.reduce3, self.branch3 = nn.Identity(), unit(x, three, 3)
+            self.reduce5, self.branch5 = nn.Identity(), unit(x, five_channels, five)
         self.pool = nn.MaxPool2d(3, 1, 1)
         self.project = unit(x, pool, 1)
 
@@ -151,12 +160,14 @@ def googlenet(
     batch_norm: bool = True,
     dropout: float | None = None,
     width: int | None = None,
+    reduction: bool = True,
 ) -> nn.Sequential:
     """[N, 3, H, W] to [N, num_classes]; in training to a tuple of those and both auxiliary heads' logits.
 
     ``paper``: 5x5 convolutions, response normalization, 3x3 pooling before 5a, dropout 0.4; else torchvision's 3x3, none,
     2x2 and 0.2. ``dropout``: of the main head; the auxiliary ones keep their 0.7. ``stem`` small: a first 3x3 convolution
-    without stride or pooling. ``width``: channels of the first convolution; all others follow in proportion.
+    without stride or pooling. ``width``: channels of the first convolution; all others follow in proportion. ``reduction``
+    off: 3x3 and 5x5 filters see all channels (figure 2a, but the pooled ones stay projected, so that modules keep their sizes).
     """
 
     def units(*channels: int) -> tuple[int, ...]:
@@ -181,7 +192,7 @@ def googlenet(
         elif name == "5a":
             layers.append(("pool4", Pool(3 if paper else 2)))
         _, *inner = units(*channels)
-        layers.append((f"inception{name}", Inception((x, *inner), 5 if paper else 3, batch_norm, activation)))
+        layers.append((f"inception{name}", Inception((x, *inner), 5 if paper else 3, batch_norm, activation, reduction)))
         x = inner[0] + inner[2] + inner[4] + inner[5]
         if name in _AUXILIARY_AFTER:
             reduced, hidden = units(128, 1024)

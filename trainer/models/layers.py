@@ -12,6 +12,7 @@ from trainer.errors import UserError
 
 Activation = Literal["relu", "tanh"]
 Stem = Literal["imagenet", "small"]
+HeadKind = Literal["tower", "average"]
 Value = Tensor | tuple[Tensor, ...]
 """What passes from layer to layer: the image, and in training the logits of auxiliary heads that it has passed."""
 
@@ -44,6 +45,16 @@ def scaled(channels: int, width: int | None, base: int, divisor: int = 1) -> int
     if width % divisor:
         raise UserError(f"model.width: {width} does not divide by {divisor}, the number of towers")
     return max(1, round(channels * width / base / divisor)) * divisor
+
+
+def average_head(channels: int, num_classes: int, dropout: float) -> list[tuple[str, nn.Module]]:
+    """In place of a tower of fully connected layers: average over the image, dropout and one layer (Szegedy et al. 2014, 5)."""
+    return [
+        ("avgpool", nn.AdaptiveAvgPool2d(1)),
+        ("flatten", nn.Flatten()),
+        ("drop7", nn.Dropout(dropout)),
+        ("head", nn.Linear(channels, num_classes)),
+    ]
 
 
 def conv_norm(

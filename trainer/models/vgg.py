@@ -1,8 +1,10 @@
 """VGG: stacked 3x3 convolutions and 2x2 pooling (Simonyan, Zisserman 2015, "Very Deep Convolutional Networks", table 1)."""
 
+from typing import Literal
+
 from torch import nn
 
-from trainer.models.layers import Activation, BatchNorm2d, Stem, nonlinearity, scaled, stack
+from trainer.models.layers import Activation, BatchNorm2d, HeadKind, Stem, average_head, nonlinearity, scaled, stack
 from trainer.models.registry import Variant, register
 
 _FULL = 4096
@@ -21,18 +23,23 @@ def vgg(
     batch_norm: bool = False,
     dropout: float = 0.5,
     width: int | None = None,
+    head: HeadKind = "tower",
+    filters: Literal["stacked", "single"] = "stacked",
 ) -> nn.Sequential:
     """[N, 3, H, W] to [N, num_classes].
 
     ``stem`` small: the first pooling is left out, and one average pixel goes to the fully connected layers.
     ``width``: channels of the first stage; all others, and the fully connected layers, follow in proportion.
+    ``head`` average: as GoogLeNet's. ``filters`` single: each stage's n convolutions of 3x3 become one of 2n + 1, whose
+    receptive field is theirs, as in the paper's shallow net of 5x5 filters (section 4).
     """
     layers: list[tuple[str, nn.Module]] = []
     channels = 3
     for stage, (base, count) in enumerate(zip(_CHANNELS, _CONVOLUTIONS[depth], strict=True), start=1):
         out = scaled(base, width, _CHANNELS[0])
-        for number in range(1, count + 1):
-            layers.append((f"conv{stage}_{number}", nn.Conv2d(channels, out, 3, 1, 1)))
+        kernels = (3,) * count if filters == "stacked" else (2 * count + 1,)
+        for number, kernel in enumerate(kernels, start=1):
+            layers.append((f"conv{stage}_{number}", nn.Conv2d(channels, out, kernel, 1, kernel // 2)))
             if batch_norm:
                 layers.append((f"bn{stage}_{number}", BatchNorm2d(out)))
             layers.append((f"act{stage}_{number}", nonlinearity(activation)))
@@ -40,7 +47,7 @@ def vgg(
         if stage > 1 or stem == "imagenet":
             layers.append((f"pool{stage}", nn.MaxPool2d(2, 2)))
     full, pooled = scaled(_FULL, width, _CHANNELS[0]), 7 if stem == "imagenet" else 1
-    layers += [
+    tower = [
         ("avgpool", nn.AdaptiveAvgPool2d(pooled)),  # the identity at 224 pixels
         ("flatten", nn.Flatten()),
         ("fc6", nn.Linear(channels * pooled**2, full)),
@@ -51,7 +58,7 @@ def vgg(
         ("drop7", nn.Dropout(dropout)),
         ("head", nn.Linear(full, num_classes)),
     ]
-    model = stack(layers)
+    model = stack([*layers, *(tower if head == "tower" else average_head(channels, num_classes, dropout))])
     _initialize(model)
     return model
 

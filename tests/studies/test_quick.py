@@ -1,0 +1,39 @@
+"""`convoy study all --quick`, stopped once on the way: every study ends with a result, and nothing is trained twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import Run as Command
+
+from pipelines.study.catalogue import NAMES, load
+
+VERDICTS = {"borne out", "not borne out", "undecided"}
+
+
+@pytest.mark.timeout(3600)
+def test_all_studies(convoy_ok: Command, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines.cli", "study", "all", "--quick", "--dir", str(tmp_path)]
+    with (tmp_path / "first.log").open("wb") as log:
+        first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    give_up = time.monotonic() + 600
+    while not (begun := list((tmp_path / "trainings").glob("*/outcome.json"))):
+        assert first.poll() is None, (tmp_path / "first.log").read_text()
+        assert time.monotonic() < give_up
+        time.sleep(0.5)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(120) == 143
+    made = {path: os.stat(path).st_mtime_ns for path in begun}
+    convoy_ok("study", "all", "--quick", "--dir", tmp_path, timeout=3000)
+    assert {path: os.stat(path).st_mtime_ns for path in begun} == made
+    for name in NAMES:
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert result["verdict"] in VERDICTS
+        assert result["statements"] == list(load(name).statements)
+        assert all(claim["verdict"] in VERDICTS and claim["why"] for claim in result["claims"])
+        assert (tmp_path / name / "plot.png").stat().st_size > 10_000

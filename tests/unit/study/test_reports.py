@@ -1,0 +1,75 @@
+"""Every study from its measurements to its verdicts, text and picture, with invented curves in place of trainings."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.demo import find_fashion
+from pipelines.study import measure
+from pipelines.study.base import Scale, Study, Training, overall
+from pipelines.study.catalogue import studies
+from pipelines.study.command import run_study
+from pipelines.study.runner import Run, Runs
+from trainer.export import ModelFacts, save_model
+
+CLASSES = [str(number) for number in range(10)]
+
+
+class InventedRuns(Runs):
+    """Trainings that end with their first weights; losses fall from ln 10, and seed and length alone make them differ."""
+
+    def train(self, trainings: Any, what: str) -> None:
+        self.asked = [training.label for training in trainings]
+
+    def run_of(self, training: Training) -> Run:
+        run = super().run_of(training)
+        if not run.folder.exists():
+            config = run.config()
+            save_model(run.folder, measure.untrained(config), ModelFacts.of(config, CLASSES, 10))
+        return run
+
+    def outcome(self, training: Training) -> dict[str, Any]:
+        diverged = training.may_diverge and training.name.endswith("without-norm-1")
+        return {
+            "diverged": diverged, "seconds": 1.0, "peak_mib": 900.0 + training.seed, "mlflow_run_id": training.label, "top1": 0.8,
+            "steps": self.run_of(training).steps(), "images_per_second": 500.0 * training.procs,
+        }  # fmt: skip
+
+    def history(self, training: Training, key: str) -> tuple[np.ndarray, np.ndarray]:
+        steps = np.arange(1, self.run_of(training).steps() + 1)
+        if key == "top1":
+            epochs = self.run_of(training).config().train.epochs or 1
+            steps = steps[:: max(1, len(steps) // epochs)][:epochs]
+            return steps, np.linspace(0.5, 0.8 + training.seed / 100, len(steps))
+        return steps, math.log(10) * np.exp(-steps / 50) + 0.3 + training.seed / 100
+
+
+@pytest.fixture(scope="module")
+def invented(tmp_path_factory: pytest.TempPathFactory) -> InventedRuns:
+    if find_fashion() is None:
+        pytest.skip("Fashion-MNIST cannot be had")
+    return InventedRuns(tmp_path_factory.mktemp("study"), jobs=2)
+
+
+@pytest.mark.parametrize("study", studies(), ids=lambda study: study.name)
+def test_from_measurements_to_a_page(study: Study, invented: InventedRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    scale = Scale(quick=True, seeds=2)
+    returned = run_study(study, scale, invented)
+    assert invented.asked == [training.label for training in study.trainings(scale)]
+    folder: Path = invented.folder / study.name
+    result = json.loads((folder / "result.json").read_text())
+    assert result == json.loads(json.dumps(returned))
+    claims = study.judge(result["figures"])  # from the file alone, as anybody can
+    assert [vars(claim) for claim in claims] == result["claims"]
+    assert {claim.statement for claim in claims} == set(study.statements)
+    assert result["verdict"] == overall(claims)
+    assert study.paragraph(result["figures"]) == result["paragraph"]
+    page = (folder / "paragraph.md").read_text()
+    assert study.rule in page
+    assert "nan" not in result["paragraph"]
+    assert (folder / "plot.png").stat().st_size > 10_000
+    assert all(f"{study.name}: {claim.statement}: {claim.verdict}" in capsys.readouterr().out for claim in claims[:1])

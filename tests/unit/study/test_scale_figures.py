@@ -1,0 +1,86 @@
+"""What the studies of training at scale compute, against calculations of another kind."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from pipelines.study import accumulation, data_parallel, mixed_precision, model_parallel, size_and_skill
+from trainer.models.catalogue import describe
+
+
+@pytest.mark.parametrize("name", model_parallel.NETWORKS)
+def test_stages_share_the_whole_network(name: str) -> None:
+    """Parameters add up; the last stage alone holds one micro-batch, the one before it two, and so on."""
+    entry = describe(name)
+    for stages in model_parallel.STAGES:
+        rows = model_parallel.stage_memory(name, stages)
+        assert len(rows) == stages
+        assert sum(row["parameters"] for row in rows) == entry.parameters
+        one_each = sum(row["activations_mib"] / (stages - place) for place, row in enumerate(rows))
+        whole = entry.activation_bytes * model_parallel.MICRO / 2**20
+        assert one_each == pytest.approx(whole, rel=0.1 if stages > 1 else 1e-3)  # what crosses a cut stands on both sides
+        assert one_each >= whole * 0.999
+    assert rows[0]["weights_mib"] == pytest.approx(rows[0]["parameters"] * 12 / 2**20, abs=0.1)
+
+
+def test_bubble_of_a_schedule_drawn_out() -> None:
+    """GPipe's: micro-batch m is on stage s at slot m + s; what is left of all slots is bubble."""
+    for stages, micro_batches in ((1, 8), (2, 8), (4, 8), (4, 1)):
+        busy = {(m + s, s) for m in range(micro_batches) for s in range(stages)}
+        slots = stages * (1 + max(slot for slot, _ in busy))
+        assert model_parallel.bubble(stages, micro_batches) == pytest.approx(1 - len(busy) / slots)
+
+
+def test_ring_allreduce_by_passing_the_parts_around() -> None:
+    """Each of N ranks sends a part of 1/N in each of 2 (N - 1) rounds, all at once."""
+    for ranks in (1, 2, 5, 8):
+        rounds = 2 * (ranks - 1)
+        seconds = sum(1e-5 + (1000 / ranks) / 1e6 for _ in range(rounds))
+        assert data_parallel.ring(ranks, 1000, 1e-5, 1e6) == pytest.approx(seconds)
+
+
+def test_a_link_is_found_back() -> None:
+    latency, bandwidth = 3e-5, 2e9
+    seconds = {size: data_parallel.ring(2, size, latency, bandwidth) for size in (4, 2**16, 2**24)}
+    assert data_parallel.link_of(seconds) == pytest.approx((latency, bandwidth), rel=1e-3)
+
+
+def test_efficiency_by_hand() -> None:
+    """32 images at 138 a second are 232 ms; 102 MB over a ring of 32 servers at 6.25 GB/s are 32 ms, and 62 messages 1.2."""
+    assert data_parallel.efficiency(8) == {"after": 1.0, "under": 1.0}
+    found = data_parallel.efficiency(256)
+    assert found["after"] == pytest.approx(232 / (232 + 31.7 + 1.2), abs=0.003)
+    assert found["under"] == 1.0
+    assert data_parallel.efficiency(512)["after"] < found["after"]
+
+
+def test_gradients_that_fp16_loses_are_those_numpy_loses() -> None:
+    values = np.float32(2.0) ** np.arange(-40, -10, dtype=np.float32)
+    gone = float((values.astype(np.float16) == 0).mean())
+    assert mixed_precision.lost(torch.from_numpy(values), 1.0) == pytest.approx(gone)
+    assert gone == pytest.approx(np.mean(values <= mixed_precision.LEAST_FP16))
+    assert mixed_precision.lost(torch.from_numpy(values), mixed_precision.SCALE) == 0.0
+
+
+def test_half_the_bits_are_half_the_activations() -> None:
+    whole, half = (mixed_precision.activation_mib("vgg16", dtype) for dtype in (torch.float32, torch.float16))
+    assert whole == pytest.approx(describe("vgg16").activation_bytes / 2**20)
+    assert 0.5 <= half / whole < 0.7  # what pooling keeps are 64-bit places
+
+
+def test_rank_correlation_is_scipys() -> None:
+    a, b = [3.0, 1.0, 2.0, 5.0, 4.0], [1.0, 2.0, 5.0, 4.0, 3.0]
+    assert size_and_skill.rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert size_and_skill.rank_correlation(a, [-x for x in a]) == pytest.approx(-1)
+
+
+def test_published_figures_are_the_catalogues() -> None:
+    table = size_and_skill.published()
+    assert table["vgg16"]["paper_top5_error"] == 8.1
+    assert table["resnet50"]["torchvision_top5_error"] == pytest.approx(7.138)  # 92.862% of IMAGENET1K_V1
+    assert "resnet8" not in table
+
+
+def test_activations_grow_with_the_micro_batch() -> None:
+    assert accumulation.activation_mib(512) == pytest.approx(16 * accumulation.activation_mib(32))

@@ -1,0 +1,48 @@
+"""Write docs/studies.md and its pictures from what `convoy study` left: python tools/studies.py runs/study docs."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from pipelines.study.catalogue import NAMES
+from pipelines.study.command import markdown
+
+HEAD = """# The statements, put to the test
+
+Each section is a study: a question, what was measured, and a verdict by a rule that stands in the study's file
+(`pipelines/study/`) since before the results. A verdict is what was measured, here and on this scale: small networks on
+28x28 images of Fashion-MNIST. Where trained networks are compared, fewer than three seeds decide nothing, so that a quick
+run says little; it is marked as such. Bands go from the least seed to the greatest.
+
+```
+convoy study                    # what there is
+convoy study depth warmup       # some of them
+convoy study all --quick        # every one in small
+```
+
+A run that was stopped goes on where it was. Each leaves `result.json`, `plot.png` and `paragraph.md` in `runs/study/NAME/`,
+and its trainings in MLflow (experiment `studies`; `runs/study/mlflow.db` where `MLFLOW_TRACKING_URI` names no server).
+"""
+
+
+def main(runs: Path, docs: Path) -> None:
+    sections, owed = [], []
+    for name in NAMES:
+        file = runs / name / "result.json"
+        if not file.exists():
+            owed.append(name)
+            continue
+        picture = docs / "images" / f"study-{name}.png"
+        picture.parent.mkdir(exist_ok=True)
+        shutil.copyfile(runs / name / "plot.png", picture)
+        head, rest = markdown(json.loads(file.read_text(encoding="utf-8"))).split("\n\n", 1)
+        question, rest = rest.split("\n\n", 1)
+        sections.append(f"{head}\n\n{question}\n\n![{name}](images/{picture.name})\n\n{rest}")
+    if owed:
+        sections.append(f"## Not run yet\n\n{', '.join(owed)}: written and tested, and still to be run whole.")
+    (docs / "studies.md").write_text("\n\n".join([HEAD.rstrip(), *sections]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
