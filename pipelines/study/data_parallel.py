@@ -45,8 +45,8 @@ DLE = ("8 A100, NVIDIA DeepLearningExamples, ResNet-50", 8, 6.72)
 
 def training_of(scale: Scale, ranks: int, seed: int) -> Training:
     keys = (
-        "model.name=resnet8", "model.batch_norm=false", "optimizer.base_lr=0.01",
-        f"batch.global_size={BATCH}", f"batch.micro_size={MICRO}", f"train.epochs={scale.pick(1, 3)}",
+        "model.name=resnet8", "model.batch_norm=false", "optimizer.base_lr=0.02",
+        f"batch.global_size={BATCH}", f"batch.micro_size={MICRO}", "train.epochs=3",
     )  # fmt: skip
     return Training(f"resnet8-ranks-{ranks}", seed, scale.pick(2048, 10_000), 2000, keys, procs=ranks)
 

@@ -24,8 +24,8 @@ GPUS = {"GTX 580, 3 GiB": 3, "P100, 16 GiB": 16, "H100, 80 GiB": 80}
 
 def training_of(scale: Scale, stages: int, seed: int) -> Training:
     keys = (
-        "model.name=resnet8", "model.batch_norm=false", "optimizer.base_lr=0.01",
-        "batch.global_size=128", "batch.micro_size=32", f"parallel.pipeline_stages={stages}", f"train.epochs={scale.pick(1, 3)}",
+        "model.name=resnet8", "model.batch_norm=false", "optimizer.base_lr=0.02",
+        "batch.global_size=128", "batch.micro_size=32", f"parallel.pipeline_stages={stages}", "train.epochs=3",
     )  # fmt: skip
     return Training(f"resnet8-stages-{stages}", seed, scale.pick(2048, 10_000), 2000, keys, procs=stages)
 

