@@ -37,7 +37,8 @@ def training_of(scale: Scale, kind: str, micro: int, seed: int) -> Training:
 
 def micro_sizes(kind: str, scale: Scale) -> tuple[int, ...]:
     """With batch norm the curve is not the same, which two sizes show."""
-    return MICRO if kind == "without batch norm" else scale.pick((), (MICRO[0], MICRO[-1]))
+    ends = (MICRO[0], MICRO[-1])
+    return scale.pick(ends, MICRO) if kind == "without batch norm" else scale.pick((), ends)
 
 
 def trainings(scale: Scale) -> list[Training]:

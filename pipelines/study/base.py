@@ -34,12 +34,12 @@ class Scale:
     @property
     def train_samples(self) -> int:
         """Of Fashion-MNIST's 60,000 training images, the first."""
-        return self.pick(4096, 60_000)
+        return self.pick(4096, 12_000)
 
     @property
     def val_samples(self) -> int:
         """Of its 10,000 test images, the first."""
-        return self.pick(2000, 10_000)
+        return self.pick(2000, 5000)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ LEARNED = math.log(10) / 2
 
 
 def rates(scale: Scale) -> tuple[float, ...]:
-    return scale.pick((0.01, 0.1, 1.0), (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0))
+    return scale.pick((0.01, 0.1, 1.0), (0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
 
 
 def training_of(scale: Scale, kind: str, rate: float, seed: int) -> Training:

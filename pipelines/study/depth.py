@@ -27,20 +27,20 @@ FAMILIES = ("plain", "resnet")
 SHALLOW, DEEP = 20, 56
 
 
-def depths(scale: Scale) -> tuple[int, ...]:
-    return scale.pick((SHALLOW, DEEP), (SHALLOW, DEEP, 110))
+def networks(scale: Scale) -> list[tuple[str, int]]:
+    """Family and depth. 110 layers are tried with shortcuts alone, as in the paper's figure 6."""
+    both = [(family, depth) for family in FAMILIES for depth in (SHALLOW, DEEP)]
+    return both + scale.pick([], [("resnet", 110)])
 
 
 def training_of(scale: Scale, family: str, depth: int, seed: int) -> Training:
     """Half of the paper's channels, and its rate, 0.1 for 128."""
     keys = (f"model.name={family}{depth}", "model.width=8", f"train.epochs={scale.pick(3, 4)}")
-    return Training(f"{family}{depth}", seed, scale.pick(2048, 20_000), scale.val_samples, keys)
+    return Training(f"{family}{depth}", seed, scale.pick(2048, 10_000), scale.val_samples, keys)
 
 
 def trainings(scale: Scale) -> list[Training]:
-    return [
-        training_of(scale, family, depth, seed) for seed in range(scale.seeds) for family in FAMILIES for depth in depths(scale)
-    ]
+    return [training_of(scale, family, depth, seed) for seed in range(scale.seeds) for family, depth in networks(scale)]
 
 
 def block_difference() -> dict[str, object]:
@@ -64,22 +64,21 @@ def block_difference() -> dict[str, object]:
 
 
 def measured(runs: Runs, scale: Scale) -> Figures:
-    figures: Figures = {"depths": list(depths(scale)), "block": block_difference(), "networks": {}}
-    for family in FAMILIES:
-        for depth in depths(scale):
-            own = [training_of(scale, family, depth, seed) for seed in range(scale.seeds)]
-            losses = [runs.losses(training) for training in own]
-            width = len(losses[0]) // 10
-            smoothed = [plots.thinned(plots.smooth(loss.tolist(), width)) for loss in losses]
-            tests = [runs.history(training, "top1") for training in own]
-            figures["networks"][f"{family}{depth}"] = {
-                "last_loss": spread([float(loss[-width:].mean()) for loss in losses]),
-                "test_error_percent": spread([100 - runs.top1(training) for training in own], 2),
-                "steps": smoothed[0][0],
-                "losses": [values for _, values in smoothed],
-                "test_steps": tests[0][0].tolist(),
-                "test_errors": [[round(100 - 100 * float(value), 2) for value in values] for _, values in tests],
-            }
+    figures: Figures = {"depths": sorted({depth for _, depth in networks(scale)}), "block": block_difference(), "networks": {}}
+    for family, depth in networks(scale):
+        own = [training_of(scale, family, depth, seed) for seed in range(scale.seeds)]
+        losses = [runs.losses(training) for training in own]
+        width = len(losses[0]) // 10
+        smoothed = [plots.thinned(plots.smooth(loss.tolist(), width)) for loss in losses]
+        tests = [runs.history(training, "top1") for training in own]
+        figures["networks"][f"{family}{depth}"] = {
+            "last_loss": spread([float(loss[-width:].mean()) for loss in losses]),
+            "test_error_percent": spread([100 - runs.top1(training) for training in own], 2),
+            "steps": smoothed[0][0],
+            "losses": [values for _, values in smoothed],
+            "test_steps": tests[0][0].tolist(),
+            "test_errors": [[round(100 - 100 * float(value), 2) for value in values] for _, values in tests],
+        }
     return figures
 
 
@@ -113,7 +112,9 @@ def plot(figures: Figures, file: Path) -> None:
         for axes, family, title in zip(row, FAMILIES, ("plain", "residual: + x"), strict=True):
             right = axes.twinx()
             for depth, colour in colours.items():
-                entry = figures["networks"][f"{family}{depth}"]
+                entry = figures["networks"].get(f"{family}{depth}")
+                if entry is None:
+                    continue
                 plots.band(axes, entry["steps"], entry["losses"], colour, f"{depth} layers")
                 plots.band(right, entry["test_steps"], entry["test_errors"], colour, "", linestyle="--", marker=".")
             axes.set(

@@ -80,6 +80,24 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str
     }
 
 
+def output_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+    """Of the mean loss of these images, in the output of each convolution and fully connected layer, last layer first, in training
+    mode; the weights keep theirs in ``grad``."""
+    found: list[Tensor] = []
+
+    def keep(_layer: nn.Module, _inputs: object, output: Tensor) -> None:
+        output.register_hook(found.append)  # type: ignore[no-untyped-call]
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        gradient_norms(model, images, labels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def gradients_at_blocks(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
     """By top-level layer in their order: norm of the loss's gradient in what the layer puts out, a mean over images.
 

@@ -28,6 +28,8 @@ NEAR = 0.1
 LEAST_FP16 = 2.0**-25
 """What fp16 rounds to 0: half of its least number, 2^-24."""
 SCALE = 2.0**16
+KINDS = ("weights", "activations")
+"""In what the loss has its gradients."""
 BINS = list(range(-44, 5))
 """Powers of two between which gradients are counted."""
 
@@ -54,11 +56,14 @@ def activation_mib(name: str, dtype: torch.dtype) -> float:
     return kept_bytes(model, torch.empty(IMAGES_TRACED, 3, 224, 224, device="meta", dtype=dtype))[0] / 2**20
 
 
-def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Absolute values of all weights' gradients that are not 0, in fp32."""
-    measure.gradient_norms(model, images, labels)
-    values = torch.cat([p.grad.flatten().abs() for p in model.parameters() if p.grad is not None])
-    return values[values > 0]
+def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Absolute values, in fp32, of those gradients that are not 0: of the loss in all weights, and in what each convolution and
+    fully connected layer puts out (Micikevicius et al. 2018, figure 3)."""
+    outputs = measure.output_gradients(model, images, labels)
+    weights = [p.grad for p in model.parameters() if p.grad is not None]
+    found = {"weights": weights, "activations": outputs}
+    flat = {kind: torch.cat([value.flatten().abs() for value in values]) for kind, values in found.items()}
+    return {kind: values[values > 0] for kind, values in flat.items()}
 
 
 def lost(values: Tensor, factor: float) -> float:
@@ -80,14 +85,18 @@ def measured(runs: Runs, scale: Scale) -> Figures:
             "steps": smoothed[0][0],
             "losses": [values for _, values in smoothed],
         }
-    images, labels = measure.some_images(runs, 128)
-    each = [gradients(measure.trained(runs, training_of(scale, "fp32", seed)), images, labels) for seed in range(scale.seeds)]
-    counts = [torch.histc(values.log2().clamp(BINS[0], BINS[-1]), len(BINS) - 1, BINS[0], BINS[-1]) for values in each]
-    figures["histogram_percent"] = [[round(float(100 * n / row.sum()), 3) for n in row] for row in counts]
-    figures["lost_percent"] = {
-        "without": spread([100 * lost(values, 1.0) for values in each]),
-        "with": spread([100 * lost(values, SCALE) for values in each]),
-    }
+    images, labels = measure.some_images(runs, 64)
+    trained = [measure.trained(runs, training_of(scale, "fp32", seed)) for seed in range(scale.seeds)]
+    by_seed = [gradients(model, images, labels) for model in trained]
+    figures["histogram_percent"], figures["lost_percent"] = {}, {}
+    for kind in KINDS:
+        each = [values[kind] for values in by_seed]
+        counts = [torch.histc(values.log2().clamp(BINS[0], BINS[-1]), len(BINS) - 1, BINS[0], BINS[-1]) for values in each]
+        figures["histogram_percent"][kind] = [[round(float(100 * n / row.sum()), 3) for n in row] for row in counts]
+        figures["lost_percent"][kind] = {
+            "without": spread([100 * lost(values, 1.0) for values in each]),
+            "with": spread([100 * lost(values, SCALE) for values in each]),
+        }
     figures["resnet50_activation_mib"] = {
         "fp32": round(activation_mib("resnet50", torch.float32), 1),
         "fp16": round(activation_mib("resnet50", torch.float16), 1),
@@ -111,12 +120,10 @@ def judge(figures: Figures) -> list[Claim]:
     ]
     told = differences_text([100 * value for value in faster], 0, "%") + "; a processor, not a GPU"
     claims.append(Claim("T3", "bf16 is faster here", verdict_by_seeds(faster), told))
-    without, with_ = (figures["lost_percent"][key]["mean"] for key in ("without", "with"))
-    told = f"{without:.2f}% of the gradients become 0 without, {with_:.2f}% with a scale of {SCALE:,.0f}"
-    return [
-        *claims,
-        Claim("T3", "fp16 loses gradients that loss scaling keeps", verdict_if(without > 0.1 and with_ < without / 10), told),
-    ]
+    without, with_ = (figures["lost_percent"]["activations"][key]["mean"] for key in ("without", "with"))
+    told = f"{without:.2f}% become 0 without, {with_:.2f}% with a scale of {SCALE:,.0f}"
+    text = "fp16 loses gradients of activations that loss scaling keeps"
+    return [*claims, Claim("T3", text, verdict_if(without > 0.1 and with_ < without / 10), told)]
 
 
 def plot(figures: Figures, file: Path) -> None:
@@ -125,15 +132,20 @@ def plot(figures: Figures, file: Path) -> None:
             plots.band(curve, entry["steps"], entry["losses"], colour, precision, linestyle=line)
         curve.set(xlabel="optimizer step (64 images)", ylabel="training loss, cross-entropy (nats)")
         curve.legend(frameon=False)
-        heights = [sum(column) / len(column) for column in zip(*figures["histogram_percent"], strict=True)]
-        places = figures["bins"][:-1]
-        colours = [plots.ORANGE if place < -25 else plots.BLUE for place in places]
-        histogram.bar(places, heights, 1.0, align="edge", color=colours)
+        for (kind, rows), colour in zip(figures["histogram_percent"].items(), (plots.BLUE, plots.ORANGE), strict=True):
+            heights = [sum(column) / len(column) for column in zip(*rows, strict=True)]
+            histogram.stairs(heights, figures["bins"], fill=True, alpha=0.6, color=colour, label=f"in {kind}")
         histogram.axvline(-25, color=plots.BLACK, linestyle=":")
         histogram.annotate(
-            "fp16 rounds to 0", (-25, max(heights)), textcoords="offset points", xytext=(-4, 0), ha="right", fontsize=9
+            "fp16 rounds to 0",
+            (-25, 1),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            xytext=(-4, -12),
+            ha="right",
         )
-        histogram.set(xlabel="log2 of a weight's gradient", ylabel="gradients (%)")
+        histogram.set(xlabel="log2 of the gradient's size", ylabel="gradients that are not 0 (%)")
+        histogram.legend(frameon=False)
 
 
 def paragraph(figures: Figures) -> str:
@@ -142,13 +154,15 @@ def paragraph(figures: Figures) -> str:
         f"{e['images_per_second']['mean']:,.0f} images/s"
         for precision, e in figures["precisions"].items()
     )
-    lost_, memory = figures["lost_percent"], figures["resnet50_activation_mib"]
+    lost_, memory = figures["lost_percent"]["activations"], figures["resnet50_activation_mib"]
     return (
         f"On this processor, fp32 master weights in all: {cells}. Speed here says nothing of a GPU with units for 16 bits. For "
         f"ResNet-50 at 224 pixels an image's activations are computed to take {memory['fp32']} MiB in fp32 and {memory['fp16']} in "
-        "fp16 (weights, gradients, master weights and momentum together take 12 bytes a parameter in either). Of the gradients "
-        f"that are not 0 in the trained network {shown(lost_['without'], 2)}% would be 0 in fp16 as they are, "
-        f"{shown(lost_['with'], 2)}% with the loss multiplied by {SCALE:,.0f}."
+        "fp16 (weights, gradients, master weights and momentum together take 12 bytes a parameter in either). Of the trained "
+        f"network's gradients in its activations, those that are not 0, {shown(lost_['without'], 2)}% would be 0 in fp16 as they "
+        f"are, {shown(lost_['with'], 2)}% with the loss multiplied by {SCALE:,.0f}; in its weights "
+        f"{shown(figures['lost_percent']['weights']['without'], 2)}% and "
+        f"{shown(figures['lost_percent']['weights']['with'], 2)}%."
     )
 
 
@@ -158,8 +172,8 @@ STUDY = Study(
     question="Do 16 bits train as 32 do, in less memory and time, and what does loss scaling keep?",
     rule=f"Curve: borne out where the training loss at the end is within {NEAR} nats of fp32's in each of at least 3 seeds, not "
     "borne out where in none. Memory: where activations take less than 0.7 of fp32's. Speed: where bf16 is faster on this machine "
-    "in each of at least 3 seeds, not borne out where in none. Loss scaling: where more than 0.1% of the gradients become 0 "
-    "without it and less than a tenth of that with it.",
+    "in each of at least 3 seeds, not borne out where in none. Loss scaling: where more than 0.1% of the gradients in "
+    "activations become 0 without it and less than a tenth of that with it.",
     trainings=trainings,
     measure=measured,
     judge=judge,

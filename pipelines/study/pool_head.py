@@ -28,7 +28,7 @@ TOLERANCE = 0.5
 
 
 def trainings(scale: Scale) -> list[Training]:
-    keys = ("model.name=vgg11_bn", "model.stem=small", "model.width=8", f"train.epochs={scale.pick(3, 4)}")
+    keys = ("model.name=vgg11_bn", "model.stem=small", "model.width=8", f"train.epochs={scale.pick(3, 6)}")
     return [
         Training(f"vgg11-{head}", seed, scale.train_samples, scale.val_samples, (*keys, f"model.head={head}"))
         for seed in range(scale.seeds)

@@ -34,9 +34,14 @@ _WINDOW = 8192
 """Samples whose losses are averaged in the picture."""
 
 
+def train_samples(scale: Scale) -> int:
+    """All in a full run: the recipes' warmup lasts an epoch of them."""
+    return scale.pick(4096, 60_000)
+
+
 def trainings_of(recipes: Sequence[str], scale: Scale) -> list[Training]:
     """Seed by seed, so that a study that is cut short has whole seeds."""
-    samples = (scale.train_samples, scale.val_samples)
+    samples = train_samples(scale), scale.pick(2000, 10_000)
     return [Training(recipe, seed, *samples, recipe=recipe) for seed in range(scale.seeds) for recipe in recipes]
 
 
@@ -48,7 +53,7 @@ def measured_of(recipes: Sequence[str], runs: Runs, scale: Scale) -> Figures:
         config = load_config(recipe)
         batch = config.batch.global_size
         losses = [runs.losses(training).tolist() for training in own]
-        window = min(_WINDOW, scale.train_samples // 4)
+        window = min(_WINDOW, train_samples(scale) // 4)
         smoothed = [plots.thinned(plots.smooth(row, window // batch)) for row in losses]
         figures[recipe] = {
             "batch": batch,

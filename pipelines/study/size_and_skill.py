@@ -118,8 +118,9 @@ def plot(figures: Figures, file: Path) -> None:
             for source, colour in (("paper_top5_error", plots.ORANGE), ("torchvision_top5_error", plots.BLUE)):
                 rows = [(n, row[key] / 1e6, row[source]) for n, row in figures["published"].items() if row[source] is not None]
                 axes.plot([x for _, x, _ in rows], [y for _, _, y in rows], "o", color=colour, label=source.partition("_")[0])
-                for name, x, y in rows:
-                    axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6.5)
+                for name, x, y in rows if source == "torchvision_top5_error" else []:
+                    if not name.endswith("_bn"):
+                        axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6.5)
             axes.set(xscale="log", xlabel=label, ylabel="published top-5 error on ImageNet (%)")
             axes.legend(frameon=False)
         for place, entry in enumerate(figures["small"].values()):
@@ -130,7 +131,7 @@ def plot(figures: Figures, file: Path) -> None:
                 f"{entry['parameters']:,}\nparameters", (place, min(each)), textcoords="offset points", xytext=(0, -34), ha="center"
             )
         own.set_xticks(range(len(SMALL)), list(SMALL))
-        own.set(ylabel="our small forms: top-1 on Fashion-MNIST (%), a dot a seed")
+        own.set(title="Our small forms, a dot a seed", ylabel="top-1 on Fashion-MNIST (%)")
         own.margins(x=0.3, y=0.35)
         own.legend(frameon=False)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from state import ClusterError, State
 
 DEBOOTSTRAP = ("debootstrap", "--variant=minbase", "--include=python3,ca-certificates", "bookworm")
+BOOTSTRAP_TRIES = 3
 # The machine's own certificate authorities too: behind a proxy that looks into connections, no build can fetch without them.
 BASE_DOCKERFILE = """FROM scratch
 ADD root.tar /
@@ -134,10 +135,21 @@ def own_certificates() -> list[Path]:
     return sorted(Path("/usr/local/share/ca-certificates").glob("*.crt"))
 
 
+def bootstrap(builder: Builder, root: Path) -> None:
+    """Debian's packages come over the network, and debootstrap does not try again by itself."""
+    mirror = apt_mirror()
+    for left in reversed(range(BOOTSTRAP_TRIES)):
+        shutil.rmtree(root, ignore_errors=True)
+        try:
+            return builder.run(*DEBOOTSTRAP, root / "root", mirror)
+        except ClusterError:
+            if not left:
+                raise
+
+
 def build_base(builder: Builder, image: Image) -> None:
     root = builder.folder / "base"
-    shutil.rmtree(root, ignore_errors=True)
-    builder.run(*DEBOOTSTRAP, root / "root", apt_mirror())
+    bootstrap(builder, root)
     for waste in ("var/cache/apt", "var/lib/apt/lists"):
         shutil.rmtree(root / "root" / waste)
     builder.run("tar", "-C", root / "root", "-cf", root / "root.tar", ".")

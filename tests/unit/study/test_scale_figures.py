@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch import nn
 
-from pipelines.study import accumulation, data_parallel, mixed_precision, model_parallel, size_and_skill
+from pipelines.study import accumulation, data_parallel, measure, mixed_precision, model_parallel, size_and_skill
 from trainer.models.catalogue import describe
 
 
@@ -61,6 +62,16 @@ def test_gradients_that_fp16_loses_are_those_numpy_loses() -> None:
     assert mixed_precision.lost(torch.from_numpy(values), 1.0) == pytest.approx(gone)
     assert gone == pytest.approx(np.mean(values <= mixed_precision.LEAST_FP16))
     assert mixed_precision.lost(torch.from_numpy(values), mixed_precision.SCALE) == 0.0
+
+
+def test_gradients_in_outputs_by_hand() -> None:
+    """Of the mean cross-entropy in the logits: (probabilities - 1 at the label) / images."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    images, labels = torch.randn(3, 3, 2, 2), torch.tensor([0, 4, 2])
+    with torch.no_grad():
+        wanted = (model(images).softmax(1) - nn.functional.one_hot(labels, 5)) / 3
+    (found,) = measure.output_gradients(model, images, labels)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_half_the_bits_are_half_the_activations() -> None:
