@@ -141,7 +141,8 @@ def bootstrap(builder: Builder, root: Path) -> None:
     for left in reversed(range(BOOTSTRAP_TRIES)):
         shutil.rmtree(root, ignore_errors=True)
         try:
-            return builder.run(*DEBOOTSTRAP, root / "root", mirror)
+            builder.run(*DEBOOTSTRAP, root / "root", mirror)
+            return
         except ClusterError:
             if not left:
                 raise
