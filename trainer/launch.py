@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from typing import Any, NoReturn
 
@@ -78,7 +79,7 @@ def start_ranks(procs: int, command: list[str], nodes: int = 1, **meeting: Any) 
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // procs)))
     from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -86,17 +87,19 @@ def start_ranks(procs: int, command: list[str], nodes: int = 1, **meeting: Any) 
     # the ranks say what went wrong themselves
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     alone = {"rdzv_endpoint": "127.0.0.1:0", "run_id": uuid.uuid4().hex}
-    config = LaunchConfig(
-        min_nodes=nodes,
-        max_nodes=nodes,
-        nproc_per_node=procs,
-        rdzv_backend="c10d",
-        max_restarts=0,
-        monitor_interval=0.2,
-        **(meeting or alone),
-    )
     try:
-        elastic_launch(config, sys.executable)(*command)
+        with tempfile.TemporaryDirectory(prefix="convoy-ranks-") as folder:  # torch would leave its own behind
+            config = LaunchConfig(
+                min_nodes=nodes,
+                max_nodes=nodes,
+                nproc_per_node=procs,
+                rdzv_backend="c10d",
+                max_restarts=0,
+                monitor_interval=0.2,
+                logs_specs=DefaultLogsSpecs(log_dir=folder),
+                **(meeting or alone),
+            )
+            elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         for code in (EXIT_USER, EXIT_BUG):

@@ -215,7 +215,9 @@ def test_one_shard_for_two_ranks_and_a_fixed_number_of_steps(convoy_ok: Run, dig
     convoy_ok("pack", digits_folder / "val", tmp_path / "data", "--shards", 1)
     settings = [f"data.train={tmp_path}/data/train", f"data.val={tmp_path}/data/train", "batch.global_size=32"]
     settings += ["train.epochs=null", "train.max_steps=7", f"train.output_dir={tmp_path}/out", "batch.eval_size=7"]
-    convoy_ok("train", RECIPE, "--procs", 2, *settings)
+    (tmp_path / "tmp").mkdir()
+    convoy_ok("train", RECIPE, "--procs", 2, *settings, env={"TMPDIR": str(tmp_path / "tmp")})
+    assert not [p for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")]  # a cache, and nothing else
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert (result["steps"], result["val_samples"]) == (7, 151)
     top1, top5 = _plain_top(tmp_path / "out/model.safetensors", digits_folder)
