@@ -116,6 +116,7 @@ def plot(figures: Figures, file: Path) -> None:
                     labels.append(f"{place + 1}/{stages}")
             axes.set_xticks(range(len(labels)), labels)
             axes.set(title=name, xlabel="stage / of how many", ylabel="memory (GiB)")
+            axes.margins(y=0.25)  # room for the legend
             axes.legend(frameon=False)
 
 
