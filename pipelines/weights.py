@@ -22,6 +22,9 @@ from trainer.tracking import configure_mlflow
 from trainer.weights import classes_in, load_weights, read_state
 
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+_PUBLISHED = {"activation": "relu", "head": "tower", "filters": "stacked", "reduction": True}
+"""Options that other libraries' networks do not have, with what theirs are; with another value the weights would fit and mean
+something else, or have no name."""
 _SUFFIXES = {"torchvision": (".pth", ".pt", ".safetensors"), "timm": (".safetensors", ".pth", ".pt"), "onnx": (".onnx",)}
 
 
@@ -73,6 +76,10 @@ def export_weights(source: str, file: Path, form: str) -> str:
         raise UserError(f"{file}: the file of --format {form} ends with {' or '.join(_SUFFIXES[form])}")
     folder = model_folder(source)
     facts = ModelFacts(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
+    if form != "onnx":
+        for key, value in facts.options.items():
+            if value != _PUBLISHED.get(key, value):
+                raise UserError(f"model.{key}: {form}'s {facts.name} has {_PUBLISHED[key]!r} alone, not {value!r}; export as onnx")
     model = facts.build()
     load_weights(model, facts.name, str(folder))
     state = {} if form == "onnx" else export_state(cast(Scheme, form), facts.name, model)

@@ -201,6 +201,16 @@ def test_export_refuses_what_cannot_be(tmp_path: Path) -> None:
         export_weights(str(tmp_path / "nothing"), tmp_path / "x.onnx", "onnx")
 
 
+def test_export_refuses_a_network_that_the_other_library_does_not_have(tmp_path: Path) -> None:
+    """torchvision would take a tanh network's weights and compute something else with them."""
+    for key, value in {"activation": "tanh", "head": "average", "filters": "single"}.items():
+        config = load_config("digits-resnet8", ["model.name=vgg11", "model.width=8", "data.image_size=32", f"model.{key}={value}"])
+        facts = ModelFacts.of(config, ["a", "b"], 2)
+        save_model(tmp_path / key, facts.build(), facts)
+        with pytest.raises(UserError, match=f"model.{key}: torchvision's vgg11 has .* alone, not '{value}'; export as onnx"):
+            export_weights(str(tmp_path / key), tmp_path / "x.pth", "torchvision")
+
+
 @pytest.mark.parametrize("name", ["alexnet2012", "vgg11_bn", "googlenet", "resnet8"])
 def test_onnx_runtime_computes_the_same(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
