@@ -28,11 +28,12 @@ KINDS = {"without batch norm": "false", "with batch norm": "true"}
 
 
 def training_of(scale: Scale, kind: str, micro: int, seed: int) -> Training:
+    """The rate is small in a full run, as in data_parallel.py."""
     keys = (
-        "model.name=resnet8", f"model.batch_norm={KINDS[kind]}", "optimizer.base_lr=0.01",
-        f"batch.global_size={BATCH}", f"batch.micro_size={micro}", f"train.epochs={scale.pick(3, 4)}", "train.log_every_steps=1",
+        "model.name=resnet8", f"model.batch_norm={KINDS[kind]}", f"optimizer.base_lr={scale.pick(0.01, 0.00125)}",
+        f"batch.global_size={BATCH}", f"batch.micro_size={micro}", f"train.epochs={scale.pick(3, 5)}", "train.log_every_steps=1",
     )  # fmt: skip
-    return Training(f"resnet8-{kind.replace(' ', '-')}-micro-{micro}", seed, scale.pick(4096, 10_000), 2000, keys)
+    return Training(f"resnet8-{kind.replace(' ', '-')}-micro-{micro}", seed, scale.pick(4096, 6144), 2000, keys)
 
 
 def micro_sizes(kind: str, scale: Scale) -> tuple[int, ...]:

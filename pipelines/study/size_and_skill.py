@@ -20,7 +20,7 @@ PROTOCOLS = ("one view", "two views")
 
 def training_of(scale: Scale, name: str, seed: int) -> Training:
     return Training(
-        f"size-{name}", seed, scale.pick(2048, 20_000), scale.val_samples, (*SMALL[name], f"train.epochs={scale.pick(2, 3)}")
+        f"size-{name}", seed, scale.pick(2048, 12_000), scale.val_samples, (*SMALL[name], f"train.epochs={scale.pick(2, 3)}")
     )
 
 
