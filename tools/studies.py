@@ -1,6 +1,7 @@
 """Write docs/studies.md and its pictures from what `convoy study` left: python tools/studies.py runs/study docs."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ and its trainings in MLflow (experiment `studies`; `runs/study/mlflow.db` where 
 
 
 def main(runs: Path, docs: Path) -> None:
-    sections, owed = [], []
+    sections, rows, owed = [], [], []
     for name in NAMES:
         file = runs / name / "result.json"
         if not file.exists():
@@ -36,12 +37,17 @@ def main(runs: Path, docs: Path) -> None:
         picture = docs / "images" / f"study-{name}.png"
         picture.parent.mkdir(exist_ok=True)
         shutil.copyfile(runs / name / "plot.png", picture)
-        head, rest = markdown(json.loads(file.read_text(encoding="utf-8"))).split("\n\n", 1)
-        question, rest = rest.split("\n\n", 1)
+        result = json.loads(file.read_text(encoding="utf-8"))
+        head, question, rest = markdown(result).split("\n\n", 2)
+        anchor = re.sub(r"[^a-z0-9 -]", "", head.lstrip("# ").lower()).replace(" ", "-")
+        bare = [f"{claim['statement']} {claim['verdict']}" for claim in result["claims"]]
+        counts = "; ".join(f"{text} ({bare.count(text)})" if bare.count(text) > 1 else text for text in dict.fromkeys(bare))
+        rows.append(f"| [{name}](#{anchor}) | {result['question']} | {counts} |")
         sections.append(f"{head}\n\n{question}\n\n![{name}](images/{picture.name})\n\n{rest}")
     if owed:
         sections.append(f"## Not run yet\n\n{', '.join(owed)}: written and tested, and still to be run whole.")
-    (docs / "studies.md").write_text("\n\n".join([HEAD.rstrip(), *sections]) + "\n", encoding="utf-8")
+    table = "\n".join(["| study | question | claims, by statement |", "| --- | --- | --- |", *rows])
+    (docs / "studies.md").write_text("\n\n".join([HEAD.rstrip(), table, *sections]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
