@@ -14,7 +14,8 @@ HEAD = """# The statements, put to the test
 Each section is a study: a question, what was measured, and a verdict by a rule that stands in the study's file
 (`pipelines/study/`) since before the results. A verdict is what was measured, here and on this scale: small networks on
 28x28 images of Fashion-MNIST. Where trained networks are compared, fewer than three seeds decide nothing, so that a quick
-run says little; it is marked as such. Bands go from the least seed to the greatest.
+run says little; it is marked as such. Bands go from the least seed to the greatest. Where a study was changed after it had
+been run, [the log](log.md) says how and why.
 
 ```
 convoy study                    # what there is
