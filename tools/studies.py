@@ -4,10 +4,11 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 from pipelines.study.catalogue import NAMES
-from pipelines.study.command import markdown
+from pipelines.study.command import heading, markdown
 
 HEAD = """# The statements, put to the test
 
@@ -39,12 +40,11 @@ def main(runs: Path, docs: Path) -> None:
         picture.parent.mkdir(exist_ok=True)
         shutil.copyfile(runs / name / "plot.png", picture)
         result = json.loads(file.read_text(encoding="utf-8"))
-        head, question, rest = markdown(result).split("\n\n", 2)
-        anchor = re.sub(r"[^a-z0-9 -]", "", head.lstrip("# ").lower()).replace(" ", "-")
-        bare = [f"{claim['statement']} {claim['verdict']}" for claim in result["claims"]]
-        counts = "; ".join(f"{text} ({bare.count(text)})" if bare.count(text) > 1 else text for text in dict.fromkeys(bare))
-        rows.append(f"| [{name}](#{anchor}) | {result['question']} | {counts} |")
-        sections.append(f"{head}\n\n{question}\n\n![{name}](images/{picture.name})\n\n{rest}")
+        anchor = re.sub(r"[^a-z0-9 -]", "", heading(result).lower()).replace(" ", "-")
+        counts = Counter(f"{claim['statement']} {claim['verdict']}" for claim in result["claims"])
+        claims = "; ".join(f"{text} ({count})" if count > 1 else text for text, count in counts.items())
+        rows.append(f"| [{name}](#{anchor}) | {result['question']} | {claims} |")
+        sections.append(markdown(result, f"images/{picture.name}"))
     if owed:
         sections.append(f"## Not run yet\n\n{', '.join(owed)}: written and tested, and still to be run whole.")
     table = "\n".join(["| study | question | claims, by statement |", "| --- | --- | --- |", *rows])

@@ -87,15 +87,20 @@ def run_study(study: Study, scale: Scale, runs: Runs) -> dict[str, Any]:
     return result
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """A study's section of docs/studies.md, without its picture."""
+def heading(result: dict[str, Any]) -> str:
+    return f"{result['study']} ({', '.join(result['statements'])}): {result['verdict']}"
+
+
+def markdown(result: dict[str, Any], picture: str | None = None) -> str:
+    """A study's section of docs/studies.md; ``picture``: where its picture lies."""
     kind = "quick run, to see that it works" if result["quick"] else "full run"
     seeds = f", {result['seeds']} seed{'s' if result['seeds'] > 1 else ''}" if result["seeds"] else ""
     minutes = result["training_seconds"] / 60
     spent = f"{minutes:.1f} min of training" if minutes else "computed and measured, without the trainer"
     lines = [
-        f"## {result['study']} ({', '.join(result['statements'])}): {result['verdict']}",
+        f"## {heading(result)}",
         f"**{result['question']}**",
+        *([f"![{result['study']}]({picture})"] if picture else []),
         result["paragraph"],
         "| statement | claim | verdict | figures |\n| --- | --- | --- | --- |\n"
         + "\n".join(f"| {c['statement']} | {c['text']} | **{c['verdict']}** | {c['why']} |" for c in result["claims"]),

@@ -24,10 +24,11 @@ DEPTHS = {1: 8, 3: 20, 9: 56}
 CHANNELS = 8
 RATES = (1e-3, 1e-2)
 EXPLAINED = 0.9
+PLAIN, RESIDUAL, ZERO_GAIN = "plain", "residual", "residual, last gain 0"
 KINDS = {
-    "plain": ("plain", {}),
-    "residual": ("resnet", {}),
-    "residual, last gain 0": ("resnet", {"zero_init_gamma": True}),
+    PLAIN: ("plain", {}),
+    RESIDUAL: ("resnet", {}),
+    ZERO_GAIN: ("resnet", {"zero_init_gamma": True}),
 }
 
 
@@ -93,24 +94,25 @@ def measured(runs: Runs, scale: Scale) -> Figures:
             "last_loss": {n: spread([sum(c[-10:]) / 10 for c in curves[n]], 6) for n in DEPTHS},
             "curves": {n: [[float(f"{v:.4g}") for v in c] for c in curves[n]] for n in DEPTHS},
         }
-    residual = [kind for kind in KINDS if kind != "plain"]
-    figures["explained"] = {kind: spread([explained(kind, x, seed, 2 * steps) for seed in range(scale.seeds)]) for kind in residual}
+    figures["explained"] = {
+        kind: spread([explained(kind, x, seed, 2 * steps) for seed in range(scale.seeds)]) for kind in (RESIDUAL, ZERO_GAIN)
+    }
     return figures
 
 
 def judge(figures: Figures) -> list[Claim]:
     claims = []
     for n in map(str, DEPTHS):
-        plain, residual = (figures["kinds"][kind]["last_loss"][n]["each"] for kind in ("plain", "residual"))
+        plain, residual = (figures["kinds"][kind]["last_loss"][n]["each"] for kind in (PLAIN, RESIDUAL))
         ratios = [p / max(r, 1e-12) for p, r in zip(plain, residual, strict=True)]
         told = "times the residual ones' error: " + differences_text(ratios, 1)
         claims.append(
             Claim("R1", f"{n} plain block{'s' if n != '1' else ''} err twice as much", verdict_by_seeds(ratios, 2.0), told)
         )
-    starts = [curve[0] for curves in figures["kinds"]["residual, last gain 0"]["curves"].values() for curve in curves]
+    starts = [curve[0] for curves in figures["kinds"][ZERO_GAIN]["curves"].values() for curve in curves]
     text = "a residual block whose last gain is 0 is the identity before it has learned anything"
     claims.append(Claim("R1", text, verdict_if(max(starts) == 0), f"error of the first step {max(starts):g} for 1, 3 and 9 blocks"))
-    parts = figures["explained"]["residual, last gain 0"]["each"]
+    parts = figures["explained"][ZERO_GAIN]["each"]
     text = f"a residual block (last gain 0) asked for H learns F(x) = H(x) - x, at least {EXPLAINED:.0%} of it"
     return [*claims, Claim("R2", text, verdict_by_seeds(parts, EXPLAINED), differences_text(parts))]
 
@@ -137,8 +139,8 @@ def paragraph(figures: Figures) -> str:
     return (
         f"After {figures['steps']} steps of AdamW, each at the better of the rates {RATES[0]:g} and {RATES[1]:g}, the error in "
         f"giving back their input, as a part of its variance: {cells}. One residual block that was asked for the 3x3 mean H of its "
-        f"input: its branch F came to be {shown(parts['residual, last gain 0'], 3)} of H(x) - x (1: all of it) where its last gain "
-        f"was 0 at first, and {shown(parts['residual'], 1)} where it was 1, as usual: there a random F "
+        f"input: its branch F came to be {shown(parts[ZERO_GAIN], 3)} of H(x) - x (1: all of it) where its last gain "
+        f"was 0 at first, and {shown(parts[RESIDUAL], 1)} where it was 1, as usual: there a random F "
         "closes the last ReLU of some maps for good, and below that F may be anything. Blocks are those of the first stage of the "
         "CIFAR networks, 8 channels, batch norm in training mode; inputs are small Fashion-MNIST images."
     )
