@@ -61,6 +61,8 @@ def main(arguments: list[str]) -> int:
             error = ServiceLost(f"another rank is gone ({str(error).splitlines()[0][:120]})")
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
         return report(error, program, quiet=isinstance(error, FoundByAll) and not ranks.is_first)
+    finally:
+        parallel.leave()  # its threads would abort a process that ends around them
     return 0
 
 
