@@ -4,7 +4,7 @@ VENV := .venv
 PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PATH
 
-.PHONY: help setup demo lint format test test-studies studies test-cluster cluster-up cluster-down matrix bench peers wheel image lock clean
+.PHONY: help setup demo lint format test test-studies studies test-gpu test-cluster cluster-up cluster-down matrix bench bench-gpu peers wheel image lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ studies: setup ## Run every study whole (hours) and write docs/studies.md
 test-cluster: setup ## Every test on a real Kubernetes: yours (KUBECONFIG), else one made here
 	pytest --durations 15 -o timeout_func_only=true tests/cluster
 
+test-gpu: setup ## The engine on this machine's GPUs, against plain loops
+	CONVOY_GPU=1 pytest -v --durations 5 tests/distributed/test_gpu.py
+
 cluster-up: setup ## Make a Kubernetes on this machine (root, Debian, Go); see docs/cluster.md
 	@python tools/cluster/cluster.py up
 
@@ -56,6 +59,9 @@ bench: setup ## Measure; prints tables
 	python benchmarks/step.py
 	python benchmarks/pipeline.py
 	python benchmarks/checkpoint.py
+
+bench-gpu: setup ## Measure training steps and the whole pipeline on one GPU; prints tables
+	python benchmarks/gpu.py
 
 peers: setup ## Install the loaders that benchmarks/data.py compares with into .venv-peers
 	tools/setup.sh --peers

@@ -48,7 +48,7 @@ def demo(folder: Path, keep: bool, digits: bool = False) -> dict[str, Any]:
     _say(f"data: {data.title}")
     services = local.up(folder / "services")
     try:
-        environment = os.environ | services.environment()
+        environment = os.environ | services.environment() | {"CUDA_VISIBLE_DEVICES": ""}  # the same everywhere, on two ranks
         os.environ |= services.environment()  # for the plots, which read the same servers
         summary = _pipeline(folder, data, environment)
         summary["wall_seconds"] = round(time.monotonic() - started, 1)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
+if "CONVOY_GPU" not in os.environ:  # `make test-gpu`; all others are the same with a GPU and without
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # The same examples in every run, so that a change is judged by what it did; other ones with CONVOY_EXPLORE=1.
 settings.register_profile("convoy", derandomize="CONVOY_EXPLORE" not in os.environ)
 settings.load_profile("convoy")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,8 +21,9 @@ from trainer.data.cache import cached
 from trainer.data.decode import decoder_in_use
 from trainer.data.index import check_digests
 from trainer.data.loader import eval_loader, train_loader
+from trainer.data.stages import Allocate
 from trainer.engine import parallel
-from trainer.engine.base import Engine
+from trainer.engine.base import Engine, pinned
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.loop import Job, Result, fit
 from trainer.engine.parallel import Ranks, StopRequest, is_lost_peer, ranks_from_environment
@@ -197,6 +199,7 @@ def make_job(
     copies, steps = run.batch.ranks, run.batch.accumulation_steps
     skips = data.bad_samples == "skip"
     labels_only = rank >= copies and not skips  # a pipeline's last stage; it must know which samples are bad
+    allocate: Allocate = pinned if device.type == "cuda" else np.empty
     return Job(
         batch=run.batch,
         steps_per_epoch=run.steps_per_epoch,
@@ -207,9 +210,9 @@ def make_job(
             config.schedule, config.optimizer, run.batch.global_size, run.steps_per_epoch, run.total_steps
         ),
         train_batches=lambda epoch, start: train_loader(
-            config, run.train, train_source, epoch, copies, rank % copies, steps, start, labels_only
+            config, run.train, train_source, epoch, copies, rank % copies, steps, start, labels_only, allocate
         ),
-        eval_batches=(lambda: eval_loader(config, val, val_source, world, rank)) if val and val_source else None,
+        eval_batches=(lambda: eval_loader(config, val, val_source, world, rank, allocate)) if val and val_source else None,
         mean=data.mean,
         std=data.std,
         device=device,

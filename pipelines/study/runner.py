@@ -222,7 +222,7 @@ def _memory(pid: int) -> float:
 
 
 def _start(run: Run) -> "subprocess.Popen[bytes]":
-    """One thread a rank; goes on from a checkpoint of the same configuration."""
+    """One thread a rank, no GPU; goes on from a checkpoint of the same configuration."""
     if not run.is_begun():
         shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,11 @@ def _start(run: Run) -> "subprocess.Popen[bytes]":
     ]
     with run.log.open("wb") as log:
         return subprocess.Popen(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
 
 

@@ -63,12 +63,13 @@ def not_kept(module: torch.nn.Module) -> list[str]:
     return wrong
 
 
-def with_engine(stage: int, device: torch.device, rank: int) -> dict:
+def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> dict:
     config = RunConfig.model_validate(
         {
             "model": {"name": "resnet8", "width": 8},
             "data": {"train": "none", "image_size": SIZE},
             "parallel": {"zero_stage": stage},
+            "precision": precision,
             "optimizer": {"decay_norm_and_bias": True},
             "train": {"max_steps": 1},
         }
@@ -84,6 +85,7 @@ def with_engine(stage: int, device: torch.device, rank: int) -> dict:
     want, want_norm = plain(config)
     return {
         "stage": stage,
+        "precision": precision,
         "apart": max(float((got[k] - v).abs().max()) for k, v in want.items() if v.is_floating_point() and "running" not in k),
         "norm": norm,
         "want_norm": want_norm,
@@ -95,8 +97,9 @@ def with_engine(stage: int, device: torch.device, rank: int) -> dict:
 def main(file: Path) -> None:
     torch.set_num_threads(1)
     ranks = parallel.ranks_from_environment()
-    device = parallel.join(ranks)
-    results = [with_engine(stage, device, ranks.rank) for stage in (0, 1)]
+    device = parallel.join(ranks, fp16=True)
+    ways = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (1, "fp16")]
+    results = [with_engine(stage, precision, device, ranks.rank) for stage, precision in ways]
     if ranks.is_first:
         file.write_text(json.dumps(results))
     parallel.leave()

@@ -15,7 +15,7 @@ from trainer.data.decode import decode_crop, decode_rgb
 from trainer.data.index import Index
 from trainer.data.order import EpochOrder, augment_uniforms, epoch_order, eval_portion, mix_generator, rank_slots
 from trainer.data.randaugment import rand_augment, trivial_augment
-from trainer.data.stages import Batch, Decoder, MicroBatch, View, Window, decoded, fetched, threads
+from trainer.data.stages import Allocate, Batch, Decoder, MicroBatch, View, Window, decoded, fetched, threads
 from trainer.data.storage import Source
 
 _LONG = 8 * 2**20  # bytes of a lane's stretch from which on a longer one is no faster to read
@@ -32,9 +32,10 @@ def train_loader(
     accumulation_steps: int,
     start_step: int = 0,
     labels_only: bool = False,
+    allocate: Allocate = np.empty,
 ) -> Iterator[Batch]:
     """One epoch's micro-batches of one rank from its step ``start_step`` on, ``accumulation_steps`` a step. What comes before
-    is not read. ``labels_only``: pixels are not decoded (a pipeline's last stage)."""
+    is not read. ``labels_only``: pixels are not decoded (a pipeline's last stage). ``allocate`` makes the arrays for pixels."""
     data, augment, global_size = config.data, config.augment, config.batch.global_size
     side = data.size_in(epoch)
 
@@ -58,7 +59,7 @@ def train_loader(
                 ]
             yield window
 
-    return _run(config, windows, index, store, None if labels_only else train_view(config))
+    return _run(config, windows, index, store, None if labels_only else train_view(config), allocate)
 
 
 def step_windows(order: EpochOrder, start: int, lane: float, lanes: int, budget: int) -> Iterator[tuple[int, int]]:
@@ -113,7 +114,9 @@ def _grey(config: RunConfig) -> np.ndarray:
     return np.round(np.array(config.data.mean) * 255).astype(np.uint8)
 
 
-def eval_loader(config: RunConfig, index: Index, store: Source, world_size: int, rank: int) -> Iterator[Batch]:
+def eval_loader(
+    config: RunConfig, index: Index, store: Source, world_size: int, rank: int, allocate: Allocate = np.empty
+) -> Iterator[Batch]:
     """A rank's stretch of the validation split, each sample once; the last batch may be smaller. Bad ones are left out."""
     data, size = config.data, config.batch.eval_size
 
@@ -130,7 +133,7 @@ def eval_loader(config: RunConfig, index: Index, store: Source, world_size: int,
     def view(encoded: memoryview, uniforms: np.ndarray | None, out: np.ndarray) -> None:
         out[:] = np.asarray(eval_transform(decode_rgb(encoded), data.image_size, config.augment.eval_crop))
 
-    for batch in _run(config, windows, index, store, view):
+    for batch in _run(config, windows, index, store, view, allocate):
         good = batch.weights > 0
         if not good.all():
             batch = replace(batch, pixels=batch.pixels[good], labels=batch.labels[good], weights=batch.weights[good])
@@ -138,10 +141,15 @@ def eval_loader(config: RunConfig, index: Index, store: Source, world_size: int,
 
 
 def _run(
-    config: RunConfig, windows: Callable[[], Iterator[Window]], index: Index, store: Source, view: View | None
+    config: RunConfig,
+    windows: Callable[[], Iterator[Window]],
+    index: Index,
+    store: Source,
+    view: View | None,
+    allocate: Allocate,
 ) -> Iterator[Batch]:
     data = config.data
-    decoder = Decoder(view, len(index.classes), data.bad_samples == "skip", _grey(config))
+    decoder = Decoder(view, len(index.classes), data.bad_samples == "skip", _grey(config), allocate)
     with ExitStack() as stack:
         fetchers = stack.enter_context(threads(data.requests, "fetch"))
         decoders = stack.enter_context(threads(data.workers, "decode")) if data.workers else None

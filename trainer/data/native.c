@@ -1,4 +1,5 @@
-/* A crop of a JPEG, resized into its place in a batch: what trainer/data/decode.py calls where this could be built.
+/* What takes the loader's time, where this could be built: a crop of a JPEG, resized into its place in a batch
+ * (trainer/data/decode.py), and finding a sample's files in a stretch of tar (trainer/data/shard.py).
  *
  * libjpeg-turbo decodes the rows and the columns of the crop, at a reduced scale where the crop is much larger than what
  * is wanted; the antialiased resize takes each row as it comes, so that no whole picture is ever in memory. Nothing here
@@ -30,6 +31,7 @@
 #define FINE_TAPS 12     /* above this many rows a sum, eight bits a weight are too coarse */
 #define EOI_WITHIN 1024  /* bytes before the end in which the end-of-image marker must stand */
 #define MAX_SIDE 16384
+#define TAR_BLOCK 512
 #define REDUCE_TO 2
 
 typedef float Floats __attribute__((vector_size(16)));
@@ -419,9 +421,62 @@ static PyObject *decode_crop(PyObject *module, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
+/* A field of octal digits, closed by a space or a NUL; -1 for anything else. */
+static long long octal(const uint8_t *field, size_t length) {
+    long long value = 0;
+    size_t i = 0;
+    for (; i < length && field[i] >= '0' && field[i] <= '7'; i++)
+        value = value * 8 + (field[i] - '0');
+    return i > 0 && i < length && (field[i] == ' ' || field[i] == 0) ? value : -1;
+}
+
+/* The length of the name in a header of a plain file (POSIX.1-1988), whose content has `size` bytes; 0 for any other block. */
+static size_t plain_file(const uint8_t *block, long long *size) {
+    long long sum = 8 * ' ';
+    for (size_t i = 0; i < TAR_BLOCK; i++)
+        sum += i >= 148 && i < 156 ? 0 : block[i];
+    *size = octal(block + 124, 12);
+    if (*size < 0 || octal(block + 148, 8) != sum || (block[156] != '0' && block[156] != 0) || block[345] != 0)
+        return 0;
+    size_t length = 0;
+    for (; length < 100 && block[length] != 0; length++)
+        if (block[length] >= 0x80)
+            return 0;
+    return length && block[length - 1] == '/' ? 0 : length;
+}
+
+static PyObject *members(PyObject *module, PyObject *argument) {
+    (void)module;
+    Py_buffer content;
+    if (PyObject_GetBuffer(argument, &content, PyBUF_SIMPLE) < 0)
+        return NULL;
+    PyObject *found = PyList_New(0);
+    Py_ssize_t position = 0;
+    while (found && position < content.len) {
+        const uint8_t *block = (const uint8_t *)content.buf + position;
+        Py_ssize_t left = content.len - position - TAR_BLOCK;
+        long long size = 0;
+        size_t length = left < 0 ? 0 : plain_file(block, &size);
+        if (!length || (size + TAR_BLOCK - 1) / TAR_BLOCK * TAR_BLOCK > left) {
+            Py_DECREF(found);
+            found = Py_NewRef(Py_None);
+            break;
+        }
+        position += TAR_BLOCK;
+        PyObject *one = Py_BuildValue("(s#nn)", block, (Py_ssize_t)length, position, position + (Py_ssize_t)size);
+        if (!one || PyList_Append(found, one) < 0)
+            Py_CLEAR(found);
+        Py_XDECREF(one);
+        position += ((Py_ssize_t)size + TAR_BLOCK - 1) / TAR_BLOCK * TAR_BLOCK;
+    }
+    PyBuffer_Release(&content);
+    return found;
+}
+
 static PyMethodDef methods[] = {
     {"header", header, METH_O, "See native.pyi."},
     {"decode_crop", decode_crop, METH_VARARGS, "See native.pyi."},
+    {"members", members, METH_O, "See native.pyi."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,4 +1,4 @@
-"""JPEGs by libjpeg-turbo (native.c). Neither function keeps anything: call them from any thread."""
+"""JPEGs by libjpeg-turbo, and tars (native.c). No function keeps anything: call them from any thread."""
 
 import numpy as np
 
@@ -15,3 +15,7 @@ def decode_crop(encoded: Encoded, box: tuple[int, int, int, int], out: np.ndarra
     what Pillow should judge: another kind, a box that is not inside the image, a cut or corrupt file. The interpreter lock
     is not held.
     """
+
+def members(content: Encoded, /) -> list[tuple[str, int, int]] | None:
+    """Names of the files in a stretch of tar, and where the bytes of each begin and end. None unless it is whole and holds
+    nothing but plain files whose ASCII names fit their headers."""

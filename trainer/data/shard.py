@@ -7,6 +7,11 @@ from typing import Any
 
 from trainer.errors import UserError
 
+try:
+    from trainer.data import native
+except ImportError:  # it was not built
+    native = None  # type: ignore[assignment]
+
 BLOCK = 512  # bytes; a tar's unit
 _RECORD = 10240  # bytes; a tar's length is a multiple
 
@@ -58,7 +63,10 @@ def split_name(name: str) -> tuple[str, str]:
 def read_sample(content: memoryview, key: str, where: str) -> Sample:
     """Take a sample's stretch of a tar apart. Raises UserError, which begins with ``where``, for bytes that are not it."""
     sample: Sample = {"__key__": key, "__where__": where}
-    position = 0
+    found = native.members(content) if native is not None else None
+    for name, start, end in found or ():
+        _add(sample, name, content[start:end], where)
+    position = len(content) if found else 0
     while position < len(content):
         try:
             member = tarfile.TarInfo.frombuf(bytes(content[position : position + BLOCK]), "utf-8", "strict")

@@ -58,6 +58,8 @@ Window = list[MicroBatch]
 
 Fetched = tuple[MicroBatch, list[Sample]]
 
+Allocate = Callable[[tuple[int, ...], type[np.uint8]], np.ndarray]
+"""An array of a shape and type, with anything in it."""
 View = Callable[[memoryview, np.ndarray | None, np.ndarray], None]
 """Decodes an image, given its random numbers, into uint8 [side, side, 3]. Raises DecodeError."""
 
@@ -118,10 +120,12 @@ class Decoder:
     skip_bad: bool
     """A sample that cannot be decoded gets weight 0 and the colour ``grey``; otherwise it stops the run."""
     grey: np.ndarray  # uint8 [3]
+    allocate: Allocate = np.empty
+    """Makes the arrays for pixels."""
 
     def begin(self, part: MicroBatch, samples: list[Sample]) -> _Begun:
         size = len(samples)
-        return _Begun(part, samples, np.empty((size, part.side, part.side, 3), np.uint8), np.zeros(size, np.int64))
+        return _Begun(part, samples, self.allocate((size, part.side, part.side, 3), np.uint8), np.zeros(size, np.int64))
 
     def work(self, batch: _Begun, first: int) -> list[tuple[int, str]]:
         """Decode some samples from number ``first`` on; returns those that are bad, each with a line that says why."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -182,3 +183,10 @@ def mixed(images: Tensor, mix: Mix | None) -> Tensor:
 
 def to_device(array: Any, device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def pinned(shape: tuple[int, ...], dtype: type[np.uint8]) -> np.ndarray:
+    """An array of bytes that a GPU copies by itself, while this process goes on to launch what comes next. Its memory is used
+    again only after the copies from it."""
+    assert dtype is np.uint8
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()

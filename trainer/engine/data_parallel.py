@@ -39,6 +39,8 @@ class DataParallel(Engine):
         self._gradients = _own_gradients(engine, config, batch.ranks)
         self._clips = config.optimizer.clip_grad_norm is not None
         self._keeps_gradients = config.parallel.zero_stage == 0 and config.precision == "fp32"
+        self._scale = 1.0
+        """Of fp16's loss, by which the gradients of the last step are too large."""
         if self._keeps_gradients:  # until the next step, for their norm
             engine.zero_grad = lambda: None
         self._adopt(engine, weights)
@@ -63,6 +65,7 @@ class DataParallel(Engine):
             self._engine.backward(loss)
             if self._gradients is not None and last:
                 self._gradients.finish()
+                self._scale = self.loss_scale() or 1.0
             self._engine.step()
             total += loss.detach() / self._batch.accumulation_steps
             keys += batch.keys
@@ -77,7 +80,10 @@ class DataParallel(Engine):
             gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
         elif self._gradients is not None and self._engine.get_global_grad_norm() is None:
             gradients = self._gradients.buffers
-        return super().grad_norm() if gradients is None else float(nn.utils.get_total_norm(gradients))
+        if gradients is None:
+            return super().grad_norm()
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) / self._scale
 
     def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         return {name: own[name] for name in names}

@@ -46,9 +46,10 @@ def deepspeed_config(config: RunConfig, batch: BatchPlan) -> dict[str, Any]:
         "zero_optimization": _zero_settings(config),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a step
     }
-    if config.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
+    if config.precision == "bf16":  # a gradient that is no number stops the run by its loss; looking for it waits for the GPU
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": False}
     if config.precision == "fp16":  # 0: a dynamic scale (Micikevicius et al. 2018, 3.2)
         settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
     return settings
@@ -63,8 +64,8 @@ def _zero_settings(config: RunConfig) -> dict[str, Any]:
     }
     if config.parallel.zero_stage == 1 and config.parallel.pipeline_stages == 1:
         settings |= {"contiguous_gradients": False, "overlap_comm": False}
-        # read where it is logged (``DataParallel.grad_norm``); fp16's must be unscaled, which DeepSpeed does
-        settings["compute_grad_norm"] = config.optimizer.clip_grad_norm is not None or config.precision == "fp16"
+        clips = config.optimizer.clip_grad_norm is not None
+        settings["compute_grad_norm"] = clips  # else ``DataParallel.grad_norm`` does, where it is logged
     if config.parallel.zero_stage == 3:
         settings |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_reuse_distance": BUCKET}
         settings["stage3_param_persistence_threshold"] = KEPT

@@ -68,7 +68,7 @@ class Stage(nn.Sequential):
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of block in a deep network
             for layer in self:
                 if not any(isinstance(module, nn.Dropout) for module in layer.modules()):  # whose hook is not to be traced
-                    layer.compile()
+                    layer.compile(dynamic=False)  # else those of one kind share code for any size, slow to make and to run
 
     def forward(self, value: Value) -> Value:
         value = _laid_out(value, self._layout)

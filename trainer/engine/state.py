@@ -61,7 +61,7 @@ class MasterState:
             slots = self._inner.state[master]
             slots |= {name: torch.zeros_like(master) for name in self.names}
             if optimizer_name == "adamw":
-                slots["step"] = torch.zeros(())
+                slots["step"] = torch.zeros((), device=master.device)
         if optimizer_name == "lamb":
             for group in self._inner.param_groups:
                 group["step"] = torch.zeros(())

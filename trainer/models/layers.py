@@ -1,6 +1,7 @@
 """Layers that every family shares."""
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -28,9 +29,13 @@ def stack(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
 def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in channels-last layout; mean and std are those of pixels from 0 to 1."""
     images = pixels.permute(0, 3, 1, 2).float()
-    shift = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1) * 255
-    scale = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1) * 255
-    return images.sub_(shift).div_(scale)
+    return images.sub_(_grey_levels(tuple(mean), pixels.device)).div_(_grey_levels(tuple(std), pixels.device))
+
+
+@lru_cache
+def _grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1, 3, 1, 1], in grey levels; kept, since a copy to a GPU of what was not pinned waits for all of its work."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
 
 
 def nonlinearity(name: Activation) -> nn.Module:
@@ -83,9 +88,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
         assert self.momentum is not None
         mean, var = self.running_mean, self.running_var
-        return F.batch_norm(
-            x.float(), mean, var, self.weight.float(), self.bias.float(), self.training, self.momentum, self.eps
-        ).to(x.dtype)
+        return F.batch_norm(x, mean, var, self.weight.float(), self.bias.float(), self.training, self.momentum, self.eps)
 
     def _synchronized(self, x: Tensor) -> Tensor:
         assert self.momentum is not None

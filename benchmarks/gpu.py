@@ -1,0 +1,326 @@
+"""A training step on one GPU: our engine against a plain torch loop, its memory against what we compute, and the whole pipeline.
+
+    python benchmarks/gpu.py [--json FILE] [--rows NAME ...] [--images 256] [--rounds 7] [--pipeline-images 8192]
+
+The loop is what torchvision's and timm's training scripts do: autocast and, in fp16, a gradient scaler, channels-last, fused SGD
+with momentum, pinned uint8 images copied beside the computation. Both take turns of ten steps on the same random images, in
+another order each round; a round's ratio is the loop's time over the engine's (above 1: the engine is faster). ``pipeline``: our
+loader feeds the engine from JPEG shards on disk; the rate is compared with that of either alone.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pack import make_images
+from torch import nn
+
+from trainer.config import RunConfig, load_config
+from trainer.data.index import open_index
+from trainer.data.loader import train_loader
+from trainer.data.stages import Batch
+from trainer.engine import parallel
+from trainer.engine.base import pinned
+from trainer.engine.batch import plan_batches
+from trainer.engine.data_parallel import DataParallel
+from trainer.models import build_model
+from trainer.models.catalogue import forward_costs
+
+ROOT = Path(__file__).parents[1]
+CLASSES, SIDE, RATE, STEPS = 1000, 224, 1e-4, 10
+_AHEAD = 2
+ROWS: dict[str, dict[str, Any]] = {
+    "resnet50 bf16": {"model": "resnet50", "precision": "bf16"},
+    "resnet50 fp16": {"model": "resnet50", "precision": "fp16"},
+    "resnet50 fp32": {"model": "resnet50", "precision": "fp32", "zero": 0},
+    "resnet50 bf16 compiled": {"model": "resnet50", "precision": "bf16", "compile": True},
+    "resnet152 bf16": {"model": "resnet152", "precision": "bf16"},
+    "vgg16 bf16": {"model": "vgg16", "precision": "bf16"},
+    "googlenet bf16": {"model": "googlenet", "precision": "bf16"},
+    "alexnet bf16": {"model": "alexnet", "precision": "bf16"},
+}
+"""fp32: convolutions in TF32, as torch sets it. ``zero``: DeepSpeed's stage, 1 where none is given."""
+
+Step = Callable[[], torch.Tensor]
+
+
+def config_of(row: dict[str, Any], images: int) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"name": row["model"]},
+            "data": {"train": "none", "image_size": SIDE},
+            "batch": {"global_size": images},
+            "optimizer": {"weight_decay": 1e-4, "momentum": 0.9},
+            "precision": row["precision"],
+            "parallel": {"zero_stage": row.get("zero", 1)},
+            "train": {"max_steps": 1, "compile": row.get("compile", False)},
+        }
+    )
+
+
+def data_of(images: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    pixels = pinned((images, SIDE, SIDE, 3), np.uint8)
+    pixels[:] = random.integers(0, 256, pixels.shape, dtype=np.uint8)
+    return pixels, random.integers(0, CLASSES, images)
+
+
+def model_of(row: dict[str, Any]) -> nn.Sequential:
+    torch.manual_seed(0)
+    return build_model(row["model"], CLASSES)
+
+
+def engine_step(row: dict[str, Any], images: int, device: torch.device) -> Step:
+    engine = DataParallel(model_of(row), config_of(row, images), plan_batches(images, images, 1, 10**6), device)
+    pixels, labels = data_of(images)
+    batch = Batch(pixels, labels, np.ones(images, np.float32), float(images), [])
+
+    def batches() -> Iterator[Batch]:
+        yield batch
+
+    return lambda: engine.step(batches(), RATE).loss
+
+
+def loop_step(row: dict[str, Any], images: int, device: torch.device) -> Step:
+    pixels, labels = (torch.from_numpy(array) for array in data_of(images))
+    model = model_of(row).to(device, memory_format=torch.channels_last)
+    if row.get("compile"):
+        model.compile()
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4, fused=True)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(row["precision"])
+    scaler = torch.amp.GradScaler("cuda", enabled=half is torch.float16)
+    mean = torch.tensor((0.485, 0.456, 0.406), device=device).view(3, 1, 1) * 255
+    std = torch.tensor((0.229, 0.224, 0.225), device=device).view(3, 1, 1) * 255
+
+    def step() -> torch.Tensor:
+        model.train()
+        images, target = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
+        with torch.autocast("cuda", half, enabled=half is not None):
+            outputs = model(images)
+            main, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+            loss = nn.functional.cross_entropy(main, target)
+            for head in auxiliary:
+                loss = loss + 0.3 * nn.functional.cross_entropy(head, target)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
+
+    return step
+
+
+def ready(build: Callable[[], Step]) -> tuple[Step, float, int, float]:
+    """A step that has been made five times, the loss of the first, bytes at the peak of the last two, seconds that all took."""
+    held, started = torch.cuda.memory_allocated(), time.perf_counter()
+    step = build()
+    loss = float(step())
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    return step, loss, torch.cuda.max_memory_allocated() - held, time.perf_counter() - started
+
+
+def seconds_of(step: Step) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / STEPS
+
+
+def measure(name: str, images: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    row = ROWS[name]
+    ours, our_loss, our_peak, our_start = ready(lambda: engine_step(row, images, device))
+    loop, loop_loss, loop_peak, loop_start = ready(lambda: loop_step(row, images, device))
+    assert abs(our_loss - loop_loss) < 0.3, f"they do not train the same: {our_loss}, {loop_loss}"
+    seconds: dict[Step, list[float]] = {ours: [], loop: []}
+    for number in range(rounds):
+        for step in (ours, loop) if number % 2 == 0 else (loop, ours):
+            seconds[step].append(seconds_of(step))
+    ratios = [theirs / our for our, theirs in zip(seconds[ours], seconds[loop], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    with torch.device("meta"):
+        network = build_model(row["model"], CLASSES)
+    multiply_adds, kept = forward_costs(network, SIDE)
+    best = statistics.median(seconds[ours])
+    return {
+        "row": name,
+        "images": images,
+        "ours_images_per_second": images / best,
+        "loop_images_per_second": images / statistics.median(seconds[loop]),
+        "ratio": middle,
+        "quartiles": [low, high],
+        "ours_peak_bytes": our_peak,
+        "loop_peak_bytes": loop_peak,
+        "predicted_bytes": predicted(network, kept, row, images),
+        "teraflops": 6 * multiply_adds * images / best / 1e12,
+        "start_seconds": [our_start, loop_start],
+        "losses": [our_loss, loop_loss],
+    }
+
+
+def predicted(network: nn.Module, kept: int, row: dict[str, Any], images: int) -> int:
+    """Bytes of weights, masters, gradients, momentum, the images, and of the activations that autograd keeps, ``kept`` an image."""
+    width = 4 if row["precision"] == "fp32" else 2
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    a_weight = 4 + 4 + 4 if width == 4 else 2 + 4 + 4 + 2
+    return weights * a_weight + images * (kept * width // 4 + 3 * SIDE * SIDE)
+
+
+def profile_of(name: str, images: int, device: torch.device) -> str:
+    """Where the GPU's time goes in three steps of ours."""
+    step, *_ = ready(lambda: engine_step(ROWS[name], images, device))
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as trace:
+        started = time.perf_counter()
+        for _ in range(3):
+            step()
+        launched = time.perf_counter() - started
+        torch.cuda.synchronize()
+        whole = time.perf_counter() - started
+    table = trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=60)
+    return f"3 steps: {launched * 1e3:.0f} ms until launched, {whole * 1e3:.0f} ms until done\n{table}"
+
+
+def pipeline(name: str, images: int, workers: int, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Images/s of our engine fed by our loader from JPEG shards below ``folder``, in the middle of an epoch, of the same engine on
+    one batch that is there already, and of the loader alone."""
+    url = f"data.train={folder}/packed/train"
+    config = load_config("resnet50", [url, "data.val=null", f"data.workers={workers}", f"batch.global_size={images}"])
+    index, store = open_index(f"{folder}/packed/train")
+
+    def batches() -> Iterator[Batch]:
+        return train_loader(config, index, store, 0, 1, 0, 1, allocate=pinned)
+
+    plan = plan_batches(images, images, 1, 10**6)
+    engine = DataParallel(model_of(ROWS[name]), config_of(ROWS[name], images), plan, device)
+    held = next(batches())
+    for _ in range(5):
+        engine.step(iter([held]), RATE)
+    without = images / seconds_of(lambda: engine.step(iter([held]), RATE).loss)
+    coming, waited = batches(), 0.0
+
+    def waiting() -> Iterator[Batch]:
+        nonlocal waited
+        while True:
+            asked = time.perf_counter()
+            batch = next(coming)
+            waited += time.perf_counter() - asked
+            yield batch
+
+    first = _AHEAD * (config.data.prefetch_batches + 1)  # what is ready before the first step
+    steps = index.samples // images - 2 * first  # and what is decoded before the last
+    for _ in range(first):
+        engine.step(waiting(), RATE)
+    torch.cuda.synchronize()
+    started, waited = time.perf_counter(), 0.0
+    for _ in range(steps):
+        engine.step(waiting(), RATE)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    alone = batches()
+    next(alone)
+    begun = time.perf_counter()
+    loaded = sum(len(batch.keys) for batch in alone)
+    return {
+        "row": name,
+        "workers": workers,
+        "images_per_second": images * steps / seconds,
+        "waiting_for_data": waited / seconds,
+        "same_batch_images_per_second": without,
+        "loader_images_per_second": loaded / (time.perf_counter() - begun),
+        "steps": steps,
+    }
+
+
+def make_shards(folder: Path, images: int) -> None:
+    for split, count in (("train", images), ("val", 20)):
+        (folder / "images" / split).mkdir(parents=True)
+        make_images(folder / "images" / split, count)
+    command = [sys.executable, "-m", "pipelines.cli", "pack", str(folder / "images"), str(folder / "packed"), "--shards", "16"]
+    subprocess.run([*command, "--workers", str(os.cpu_count())], cwd=ROOT, check=True, capture_output=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures to this file, after each row")
+    parser.add_argument("--rows", nargs="+", default=[*ROWS, "pipeline"], choices=[*ROWS, "pipeline"])
+    parser.add_argument("--images", type=int, default=256, help="of a step")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pipeline-images", type=int, default=12288)
+    parser.add_argument("--workers", type=int, nargs="+", default=[os.cpu_count() or 1], help="of the pipeline")
+    parser.add_argument("--profile", choices=ROWS, help="tell where the GPU's time goes in this row, instead")
+    arguments = parser.parse_args()
+    ranks = parallel.ranks_from_environment()
+    device = parallel.join(ranks)
+    if device.type != "cuda":
+        parallel.leave()
+        sys.exit("no GPU here")
+    if arguments.profile:
+        print(profile_of(arguments.profile, arguments.images, device))
+        parallel.leave()
+        return
+    gpu = torch.cuda.get_device_name()
+    print(f"{gpu}, torch {torch.__version__}, {os.cpu_count()} cores, {SIDE} pixels, {arguments.images} a step")
+    head = ("", "images/s", "loop", "ratio", "quartiles", "TFLOP/s", "GiB", "computed", "loop")
+    print("{:24} {:>8} {:>7} {:>6} {:>13} {:>8} {:>6} {:>8} {:>6}".format(*head))
+    results: dict[str, Any] = {"gpu": gpu, "torch": torch.__version__, "rows": [], "pipeline": []}
+    for name in arguments.rows:
+        if name == "pipeline":
+            continue
+        found = measure(name, arguments.images, arguments.rounds, device)
+        results["rows"].append(found)
+        gib = [found[key] / 2**30 for key in ("ours_peak_bytes", "predicted_bytes", "loop_peak_bytes")]
+        low, high = found["quartiles"]
+        print(
+            f"{name:24} {found['ours_images_per_second']:8,.0f} {found['loop_images_per_second']:7,.0f} {found['ratio']:6.3f} "
+            f"{low:6.3f}-{high:.3f} {found['teraflops']:8.0f} {gib[0]:6.1f} {gib[1]:8.1f} {gib[2]:6.1f}",
+            flush=True,
+        )
+        _write(arguments.json, results)
+        torch.cuda.empty_cache()
+    if "pipeline" in arguments.rows:
+        print(
+            "{:24} {:>8} {:>9} {:>8} {:>11} {:>12}".format(
+                "pipeline", "workers", "images/s", "waiting", "same batch", "loader alone"
+            )
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            make_shards(Path(folder), arguments.pipeline_images)
+            for workers in arguments.workers:
+                found = pipeline("resnet50 fp16", arguments.images, workers, Path(folder), device)
+                results["pipeline"].append(found)
+                print(
+                    f"{found['row']:24} {workers:8} {found['images_per_second']:9,.0f} {found['waiting_for_data']:8.1%} "
+                    f"{found['same_batch_images_per_second']:11,.0f} {found['loader_images_per_second']:12,.0f}",
+                    flush=True,
+                )
+                _write(arguments.json, results)
+                torch.cuda.empty_cache()
+    parallel.leave()
+
+
+def _write(file: Path | None, results: dict[str, Any]) -> None:
+    if file:
+        file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
