@@ -26,7 +26,7 @@ format: setup ## Rewrite the code in the project's style
 	ruff format .
 
 test: setup ## Every test that needs no cluster
-	pytest -n logical --dist loadgroup --durations 15 --ignore tests/cluster --ignore tests/studies
+	pytest -n $$(($$(nproc) + 1)) --dist loadgroup --durations 15 --ignore tests/cluster --ignore tests/studies
 
 test-studies: setup ## Every study of `convoy study`, quick, stopped once and gone on with
 	pytest --durations 5 tests/studies
@@ -51,6 +51,7 @@ matrix: setup ## Every way to spread a training, against a plain loop; writes do
 	CONVOY_MATRIX=$(CURDIR)/runs/matrix pytest --timeout 3600 tests/distributed/test_parallel.py tests/distributed/test_resume.py
 	python tools/matrix.py runs/matrix docs/matrix.md
 
+bench: export CUDA_VISIBLE_DEVICES :=
 bench: setup ## Measure; prints tables
 	python benchmarks/pack.py
 	python benchmarks/data.py

@@ -257,7 +257,7 @@ class TrainConfig(_Section):
     activation_checkpointing: bool = False
     """Keep the activations of a few layers only and compute the others again in the backward pass (Chen et al. 2016)."""
     compile: bool = False
-    """Compile each layer with torch.compile; needs a C++ compiler, or a GPU."""
+    """Compile each layer with torch.compile; needs a C++ compiler where it runs, with a GPU too."""
     hang_minutes: Annotated[float, Field(gt=0)] | None = 15.0
     """Minutes without a step or a batch of evaluation, after which a rank writes the stacks of all its threads and ends as one
     that lost a peer does; null: never."""

@@ -1,6 +1,7 @@
 """From a recipe to what a run needs, with every mistake of the user found before the first rank starts. No torch here."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,8 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
     """
     config = load_config(recipe, overrides)
     check_engine(config)
+    if config.train.compile and not shutil.which(compiler := os.environ.get("CXX") or "g++"):
+        raise UserError(f"train.compile: needs a C++ compiler, but there is no {compiler} here; install it, or leave this off")
     train, train_store = open_index(config.data.train)
     val, val_store = open_index(config.data.val) if config.data.val else (None, None)
     num_classes = config.model.num_classes or len(train.classes)

@@ -350,6 +350,9 @@ def test_a_loss_that_is_no_number_ends_the_run(convoy_refuses: Run, digits: Path
     told = convoy_refuses("train", RECIPE, "--procs", 2, *settings)
     assert told.count("training diverged") == 1
     assert not (tmp_path / "out/model.safetensors").exists()
+    told = convoy_refuses("train", RECIPE, *settings, "precision=bf16")
+    assert told.count("training diverged") == 1
+    assert "fp16" not in told
 
 
 def test_fp16_that_overflows_again_and_again_ends_the_run(convoy_refuses: Run, digits: Path, tmp_path: Path) -> None:

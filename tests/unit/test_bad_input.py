@@ -47,6 +47,11 @@ def test_several_faults_are_all_told(convoy_refuses: Run, train: list[object]) -
     assert "did you mean train.epochs?" in told
 
 
+def test_layers_are_not_compiled_without_a_compiler(convoy_refuses: Run, train: list[object]) -> None:
+    told = _one_line(convoy_refuses(*train, "train.compile=true", env={"CXX": "g++-none"}))
+    assert "train.compile: needs a C++ compiler, but there is no g++-none here" in told
+
+
 def test_ranks_that_do_not_fit(convoy_refuses: Run, train: list[object]) -> None:
     assert "batch.global_size: 64 does not divide by 3 ranks; nearest that do: 63 or 66" in _one_line(
         convoy_refuses(*train, "--procs", 3)

@@ -202,7 +202,13 @@ def _noting(batches: Iterator[Batch], bad: list[str]) -> Iterator[Batch]:
         yield batch
 
 
+_ADVICE = "training diverged; lower optimizer.base_lr or lengthen schedule.warmup_epochs"
+
+
 def _check_overflow(job: Job, engine: Engine, meter: _Meter, step: int) -> None:
+    if meter.skipped_in_a_row and engine.loss_scale() is None:
+        keys = gathered(meter.steps[-1].keys)
+        raise Diverged(f"step {step}: its gradients are no numbers: {_ADVICE}; its samples: {_some(keys)}")
     if meter.skipped_in_a_row >= job.max_skipped_steps:
         keys = gathered(meter.steps[-1].keys)
         raise Diverged(
@@ -231,10 +237,7 @@ def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress,
         tracker.log_metrics({"loss": loss, "learning_rate": job.learning_rate(number - 1), **rates}, number)
     for number, loss, taken in zip(range(first, step + 1), losses, meter.steps, strict=True):
         if not math.isfinite(loss) and not taken.skipped:  # an overflow that fp16 recovers from is no divergence
-            raise Diverged(
-                f"the loss of step {number} is {loss}: training diverged; lower optimizer.base_lr or lengthen "
-                f"schedule.warmup_epochs; its samples: {_some(gathered(taken.keys))}"
-            )
+            raise Diverged(f"the loss of step {number} is {loss}: {_ADVICE}; its samples: {_some(gathered(taken.keys))}")
     meter.steps.clear()
     result.loss = float(losses[-1])
     progress.update(
