@@ -13,7 +13,7 @@ import uuid
 from typing import Any, NoReturn
 
 from trainer.config import load_config
-from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ServiceLost, report
+from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ServiceLost, UserError, report
 from trainer.pod import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
 from trainer.resolve import resolve
 
@@ -49,11 +49,11 @@ def main() -> int:
                 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
                 let_first_end(pod)
             return code
+        if procs == 1:
+            os.execv(sys.executable, [sys.executable, *command])
+        return start_ranks(procs, command)
     except Exception as error:
         return report(error, "convoy")
-    if procs == 1:
-        os.execv(sys.executable, [sys.executable, *command])
-    return start_ranks(procs, command)
 
 
 def _leave(number: int, frame: Any) -> NoReturn:
@@ -75,15 +75,20 @@ def start_ranks(procs: int, command: list[str], nodes: int = 1, **meeting: Any) 
     """Run ``python *command`` once a rank, under torch's elastic agent; one that ends badly ends the others.
 
     ``nodes``: how many agents meet; ``meeting``: where. Returns 0, or of the failed ranks' exit codes the most telling: the
-    user's mistake, a bug, a preemption of all, else "retry". Raises ServiceLost where the agents lose each other.
+    user's mistake, a bug, a preemption of all, else "retry". Raises ServiceLost where the agents lose each other, UserError where
+    there are fewer GPUs than ranks.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // procs)))
+    import torch
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if 0 < (gpus := torch.cuda.device_count()) < procs:
+        hidden = "hide them: CUDA_VISIBLE_DEVICES= trains without"
+        raise UserError(f"{procs} ranks on a machine with {gpus} GPUs; start {gpus}, or {hidden}")
     # the ranks say what went wrong themselves
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     alone = {"rdzv_endpoint": "127.0.0.1:0", "run_id": uuid.uuid4().hex}
