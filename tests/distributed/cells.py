@@ -68,7 +68,7 @@ def config_of(cell: dict) -> RunConfig:
         "optimizer": {"base_lr": RATES[cell["network"]], "base_batch": GLOBAL, "nesterov": True, "weight_decay": 5e-4},
         "precision": cell["precision"],
         "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"]},
-        "train": {"max_steps": STEPS, "channels_last": False},
+        "train": {"max_steps": STEPS},
     }
     for key, value in cell.get("options", {}).items():
         *section, name = key.split(".")
@@ -202,6 +202,16 @@ def difference(got: dict, want: dict, running: bool = False) -> float:
     return (apart / moved) ** 0.5 if moved else 0.0
 
 
+def way_apart(got: dict, want: dict, first: dict) -> float:
+    """How far the trained parameters are apart, as a part of the way that they have come."""
+    apart = came = 0.0
+    for name, value in want.items():
+        if value.is_floating_point() and "running" not in name:
+            apart += float((got[name].to(value) - value).square().sum())
+            came += float((value - first[name].to(value)).square().sum())
+    return (apart / came) ** 0.5
+
+
 def digest(state: dict) -> str:
     """Of every bit of the parameters."""
     content = b"".join(value.cpu().contiguous().numpy().tobytes() for name, value in sorted(state.items()))
@@ -237,6 +247,7 @@ def main(path: Path) -> None:
                 "first5": max((value for step, value in apart.items() if step < 5), default=0.0),
                 "all20": max(apart.values()),
                 "weights": difference(got["state"], want["state"]),
+                "way": way_apart(got["state"], want["state"], network_of(config).state_dict()),
                 "running": difference(got["state"], want["state"], running=True),
                 "averages": difference(got["averages"], want["averages"]) if got["averages"] else 0.0,
                 "digest": digest(got["state"]),

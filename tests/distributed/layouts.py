@@ -63,6 +63,10 @@ def not_kept(module: torch.nn.Module) -> list[str]:
     return wrong
 
 
+def _length(one: dict, other: dict, names: list[str]) -> float:
+    return sum(float((one[name] - other[name]).square().sum()) for name in names) ** 0.5
+
+
 def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> dict:
     config = RunConfig.model_validate(
         {
@@ -83,10 +87,11 @@ def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> 
     convolutions = [p for p in module.parameters() if p.dim() == 4]
     got, norm = engine.state(), engine.grad_norm()
     want, want_norm = plain(config)
+    first, trained = model().state_dict(), [name for name, _ in module.named_parameters()]
     return {
         "stage": stage,
         "precision": precision,
-        "apart": max(float((got[k] - v).abs().max()) for k, v in want.items() if v.is_floating_point() and "running" not in k),
+        "apart": _length(got, want, trained) / _length(want, first, trained),
         "norm": norm,
         "want_norm": want_norm,
         "channels_last": all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions),
@@ -98,7 +103,7 @@ def main(file: Path) -> None:
     torch.set_num_threads(1)
     ranks = parallel.ranks_from_environment()
     device = parallel.join(ranks, fp16=True)
-    ways = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (1, "fp16")]
+    ways = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (1, "fp16")]
     results = [with_engine(stage, precision, device, ranks.rank) for stage, precision in ways]
     if ranks.is_first:
         file.write_text(json.dumps(results))

@@ -34,6 +34,9 @@ class DataParallel(Engine):
         engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=deepspeed_config(config, batch))
         if config.train.channels_last and config.parallel.zero_stage == 0:
             engine.module.to(memory_format=torch.channels_last)  # only now, since it cannot broadcast such weights
+            for master in (master for group in getattr(engine.optimizer, "fp32_groups", []) for master in group):
+                if master.dim() == 4:
+                    master.data = master.data.contiguous(memory_format=torch.channels_last)
         if config.train.sync_batch_norm:
             synchronize_batch_norm(engine.module, dist.group.WORLD)
         self._gradients = _own_gradients(engine, config, batch.ranks)

@@ -48,11 +48,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: fl
 
 
 def _laying_out(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """A fused update walks through weights and state as they lie in memory, and is silently wrong where state that was restored
-    lies otherwise than its channels-last weights: before each step such state is laid out as they are."""
+    """A fused update walks through weights, gradients and state as they lie in memory, and is silently wrong where they do not lie
+    alike, as do state that was restored beside channels-last weights, and contiguous fp32 masters beside the channels-last
+    gradients of 16-bit weights. Before each step all are laid out as the weights are."""
 
     def lay_out(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for parameter, state in optimizer.state.items():
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+            state = optimizer.state[parameter]
             for key, value in state.items():
                 if value is not None and value.shape == parameter.shape and value.stride() != parameter.stride():
                     state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
