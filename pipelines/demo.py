@@ -1,5 +1,6 @@
 """``make demo``: from images to a registered model that predicts, through the same commands that a user types."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -138,16 +139,25 @@ def find_fashion() -> Path | None:
 
 
 def _fetch_fashion() -> Path | None:
-    """Debian's package, unpacked into the cache: that needs no root and changes nothing on the machine."""
+    """Debian's package, unpacked into the cache: that needs no root and changes nothing on the machine. Of several processes that
+    want it one fetches it, and the others wait."""
     base = Path(os.environ.get("CONVOY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy")
     found = base / _PACKAGE / str(_INSTALLED).lstrip("/")
     if found.is_dir():
         return found
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         return None
-    part = base / f"{_PACKAGE}.part"
+    base.mkdir(parents=True, exist_ok=True)
+    with (base / f"{_PACKAGE}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return found if found.is_dir() else _unpack_fashion(base / _PACKAGE, found)
+
+
+def _unpack_fashion(target: Path, found: Path) -> Path | None:
+    """Fetch it to ``target``; ``found``: where its files are then."""
+    part = target.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    part.mkdir()
     _say(f"fetching Debian's {_PACKAGE}")
     attempts = [["apt-get", "download", _PACKAGE]]
     if os.geteuid() == 0:
@@ -158,8 +168,8 @@ def _fetch_fashion() -> Path | None:
         if done.returncode == 0 and packages:
             subprocess.run(["dpkg-deb", "-x", str(packages[0]), str(part)], check=True)
             packages[0].unlink()
-            shutil.rmtree(base / _PACKAGE, ignore_errors=True)
-            part.rename(base / _PACKAGE)
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
             return found if found.is_dir() else None
     _say(f"it cannot be had: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
     return None
