@@ -1,6 +1,6 @@
 """A training step on one GPU: our engine against a plain torch loop, its memory against what we compute, and the whole pipeline.
 
-    python benchmarks/gpu.py [--json FILE] [--rows NAME ...] [--images 256] [--rounds 7] [--pipeline-images 8192]
+    python benchmarks/gpu.py [--json FILE] [--rows NAME ...] [--images 256] [--rounds 7] [--pipeline-images 12288]
 
 The loop is what torchvision's and timm's training scripts do: autocast and, in fp16, a gradient scaler, channels-last, fused SGD
 with momentum, pinned uint8 images copied beside the computation. Both take turns of ten steps on the same random images, in
@@ -20,24 +20,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pack import make_images
+from step import CLASSES, Step, data_of, engine_of
 from torch import nn
 
-from trainer.config import RunConfig, load_config
+from trainer.config import load_config
 from trainer.data.index import open_index
 from trainer.data.loader import train_loader
 from trainer.data.stages import Batch
 from trainer.engine import parallel
-from trainer.engine.base import pinned
-from trainer.engine.batch import plan_batches
-from trainer.engine.data_parallel import DataParallel
+from trainer.engine.base import Engine, pinned
+from trainer.engine.loop import Meter
 from trainer.models import build_model
 from trainer.models.catalogue import forward_costs
 
 ROOT = Path(__file__).parents[1]
-CLASSES, SIDE, RATE, STEPS = 1000, 224, 1e-4, 10
+SIDE, RATE, STEPS = 224, 1e-4, 10
 _AHEAD = 2
 ROWS: dict[str, dict[str, Any]] = {
     "resnet50 bf16": {"model": "resnet50", "precision": "bf16"},
@@ -51,49 +50,19 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """fp32: convolutions in TF32, as torch sets it. ``zero``: DeepSpeed's stage, 1 where none is given."""
 
-Step = Callable[[], torch.Tensor]
+
+def row_of(name: str, images: int) -> dict[str, Any]:
+    return ROWS[name] | {"side": SIDE, "images": images, "rate": RATE}
 
 
-def config_of(row: dict[str, Any], images: int) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "model": {"name": row["model"]},
-            "data": {"train": "none", "image_size": SIDE},
-            "batch": {"global_size": images},
-            "optimizer": {"weight_decay": 1e-4, "momentum": 0.9},
-            "precision": row["precision"],
-            "parallel": {"zero_stage": row.get("zero", 1)},
-            "train": {"max_steps": 1, "compile": row.get("compile", False)},
-        }
-    )
+def engine_step(row: dict[str, Any], device: torch.device) -> tuple[Engine, Step]:
+    return engine_of(row, row.get("zero", 1), device, pinned)
 
 
-def data_of(images: int) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(0)
-    pixels = pinned((images, SIDE, SIDE, 3), np.uint8)
-    pixels[:] = random.integers(0, 256, pixels.shape, dtype=np.uint8)
-    return pixels, random.integers(0, CLASSES, images)
-
-
-def model_of(row: dict[str, Any]) -> nn.Sequential:
+def loop_step(row: dict[str, Any], device: torch.device) -> Step:
+    pixels, labels = (torch.from_numpy(array) for array in data_of(row, 0, pinned))
     torch.manual_seed(0)
-    return build_model(row["model"], CLASSES)
-
-
-def engine_step(row: dict[str, Any], images: int, device: torch.device) -> Step:
-    engine = DataParallel(model_of(row), config_of(row, images), plan_batches(images, images, 1, 10**6), device)
-    pixels, labels = data_of(images)
-    batch = Batch(pixels, labels, np.ones(images, np.float32), float(images), [])
-
-    def batches() -> Iterator[Batch]:
-        yield batch
-
-    return lambda: engine.step(batches(), RATE).loss
-
-
-def loop_step(row: dict[str, Any], images: int, device: torch.device) -> Step:
-    pixels, labels = (torch.from_numpy(array) for array in data_of(images))
-    model = model_of(row).to(device, memory_format=torch.channels_last)
+    model = build_model(row["model"], CLASSES).to(device, memory_format=torch.channels_last)
     if row.get("compile"):
         model.compile()
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4, fused=True)
@@ -146,9 +115,9 @@ def seconds_of(step: Step) -> float:
 
 
 def measure(name: str, images: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    row = ROWS[name]
-    ours, our_loss, our_peak, our_start = ready(lambda: engine_step(row, images, device))
-    loop, loop_loss, loop_peak, loop_start = ready(lambda: loop_step(row, images, device))
+    row = row_of(name, images)
+    ours, our_loss, our_peak, our_start = ready(lambda: engine_step(row, device)[1])
+    loop, loop_loss, loop_peak, loop_start = ready(lambda: loop_step(row, device))
     assert abs(our_loss - loop_loss) < 0.3, f"they do not train the same: {our_loss}, {loop_loss}"
     seconds: dict[Step, list[float]] = {ours: [], loop: []}
     for number in range(rounds):
@@ -186,7 +155,7 @@ def predicted(network: nn.Module, kept: int, row: dict[str, Any], images: int) -
 
 def profile_of(name: str, images: int, device: torch.device) -> str:
     """Where the GPU's time goes in three steps of ours."""
-    step, *_ = ready(lambda: engine_step(ROWS[name], images, device))
+    step, *_ = ready(lambda: engine_step(row_of(name, images), device)[1])
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as trace:
         started = time.perf_counter()
@@ -209,30 +178,20 @@ def pipeline(name: str, images: int, workers: int, folder: Path, device: torch.d
     def batches() -> Iterator[Batch]:
         return train_loader(config, index, store, 0, 1, 0, 1, allocate=pinned)
 
-    plan = plan_batches(images, images, 1, 10**6)
-    engine = DataParallel(model_of(ROWS[name]), config_of(ROWS[name], images), plan, device)
-    held = next(batches())
+    engine, step = engine_step(row_of(name, images), device)
     for _ in range(5):
-        engine.step(iter([held]), RATE)
-    without = images / seconds_of(lambda: engine.step(iter([held]), RATE).loss)
-    coming, waited = batches(), 0.0
-
-    def waiting() -> Iterator[Batch]:
-        nonlocal waited
-        while True:
-            asked = time.perf_counter()
-            batch = next(coming)
-            waited += time.perf_counter() - asked
-            yield batch
-
+        step()
+    without = images / seconds_of(step)
+    meter = Meter()
+    coming = meter.timed(batches())
     first = _AHEAD * (config.data.prefetch_batches + 1)  # what is ready before the first step
     steps = index.samples // images - 2 * first  # and what is decoded before the last
     for _ in range(first):
-        engine.step(waiting(), RATE)
+        engine.step(coming, RATE)
     torch.cuda.synchronize()
-    started, waited = time.perf_counter(), 0.0
+    started, meter.waited = time.perf_counter(), 0.0
     for _ in range(steps):
-        engine.step(waiting(), RATE)
+        engine.step(coming, RATE)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     alone = batches()
@@ -243,7 +202,7 @@ def pipeline(name: str, images: int, workers: int, folder: Path, device: torch.d
         "row": name,
         "workers": workers,
         "images_per_second": images * steps / seconds,
-        "waiting_for_data": waited / seconds,
+        "waiting_for_data": meter.waited / seconds,
         "same_batch_images_per_second": without,
         "loader_images_per_second": loaded / (time.perf_counter() - begun),
         "steps": steps,
@@ -282,9 +241,13 @@ def main() -> None:
     head = ("", "images/s", "loop", "ratio", "quartiles", "TFLOP/s", "GiB", "computed", "loop")
     print("{:24} {:>8} {:>7} {:>6} {:>13} {:>8} {:>6} {:>8} {:>6}".format(*head))
     results: dict[str, Any] = {"gpu": gpu, "torch": torch.__version__, "rows": [], "pipeline": []}
-    for name in arguments.rows:
-        if name == "pipeline":
-            continue
+
+    def keep() -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        torch.cuda.empty_cache()
+
+    for name in (name for name in arguments.rows if name != "pipeline"):
         found = measure(name, arguments.images, arguments.rounds, device)
         results["rows"].append(found)
         gib = [found[key] / 2**30 for key in ("ours_peak_bytes", "predicted_bytes", "loop_peak_bytes")]
@@ -294,8 +257,7 @@ def main() -> None:
             f"{low:6.3f}-{high:.3f} {found['teraflops']:8.0f} {gib[0]:6.1f} {gib[1]:8.1f} {gib[2]:6.1f}",
             flush=True,
         )
-        _write(arguments.json, results)
-        torch.cuda.empty_cache()
+        keep()
     if "pipeline" in arguments.rows:
         print(
             "{:24} {:>8} {:>9} {:>8} {:>11} {:>12}".format(
@@ -312,14 +274,8 @@ def main() -> None:
                     f"{found['same_batch_images_per_second']:11,.0f} {found['loader_images_per_second']:12,.0f}",
                     flush=True,
                 )
-                _write(arguments.json, results)
-                torch.cuda.empty_cache()
+                keep()
     parallel.leave()
-
-
-def _write(file: Path | None, results: dict[str, Any]) -> None:
-    if file:
-        file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

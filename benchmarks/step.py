@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import RunConfig
-from trainer.data.stages import Batch
+from trainer.data.stages import Allocate, Batch
 from trainer.engine import parallel
 from trainer.engine.base import Engine
 from trainer.engine.batch import plan_batches
@@ -43,13 +43,13 @@ ROWS: dict[str, dict[str, Any]] = {
 """Images a rank. ``wished``: the ratio wanted by ZeRO stage. The loop's bf16 is torch's autocast; it compiles the whole network,
 the engine each layer."""
 
-Step = Callable[[], float]
+Step = Callable[[], torch.Tensor]
 
 
 def config_of(row: dict[str, Any], stage: int, ranks: int) -> RunConfig:
     return RunConfig.model_validate(
         {
-            "model": {"name": NETWORK},
+            "model": {"name": row.get("model", NETWORK)},
             "data": {"train": "none", "image_size": row["side"]},
             "batch": {"global_size": row["images"] * ranks},
             "optimizer": {"weight_decay": 1e-4, "momentum": 0.9},
@@ -60,25 +60,26 @@ def config_of(row: dict[str, Any], stage: int, ranks: int) -> RunConfig:
     )
 
 
-def data_of(row: dict[str, Any], rank: int) -> tuple[np.ndarray, np.ndarray]:
+def data_of(row: dict[str, Any], rank: int, allocate: Allocate = np.empty) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(rank)
-    pixels = random.integers(0, 256, (row["images"], row["side"], row["side"], 3), dtype=np.uint8)
+    pixels = allocate((row["images"], row["side"], row["side"], 3), np.uint8)
+    pixels[:] = random.integers(0, 256, pixels.shape, dtype=np.uint8)
     return pixels, random.integers(0, CLASSES, row["images"])
 
 
-def engine_of(row: dict[str, Any], stage: int, device: torch.device) -> tuple[Engine, Step]:
-    """Our engine, and a function that takes a step and returns its loss."""
+def engine_of(row: dict[str, Any], stage: int, device: torch.device, allocate: Allocate = np.empty) -> tuple[Engine, Step]:
+    """Our engine, and a function that takes a step and returns its loss. ``allocate`` makes the array for pixels."""
     rank, ranks, images = dist.get_rank(), dist.get_world_size(), row["images"]
     config = config_of(row, stage, ranks)
-    pixels, labels = data_of(row, rank)
+    pixels, labels = data_of(row, rank, allocate)
     torch.manual_seed(0)
-    model = build_model(NETWORK, CLASSES)
+    model = build_model(config.model.name, CLASSES)
     engine: Engine = DataParallel(model, config, plan_batches(images * ranks, images, ranks, 10**6), device)
 
     def batches() -> Iterator[Batch]:
         yield Batch(pixels, labels, np.ones(images, np.float32), float(images * ranks), [])
 
-    return engine, lambda: engine.step(batches(), RATE).loss.item()
+    return engine, lambda: engine.step(batches(), row.get("rate", RATE)).loss
 
 
 def loop_step(row: dict[str, Any]) -> Step:
@@ -92,7 +93,7 @@ def loop_step(row: dict[str, Any]) -> Step:
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     bf16 = row.get("precision") == "bf16"
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         model.train()
         optimizer.zero_grad()
         images = (pixels.permute(0, 3, 1, 2).float() - mean) / std
@@ -101,7 +102,7 @@ def loop_step(row: dict[str, Any]) -> Step:
         loss = nn.functional.cross_entropy(outputs.float(), labels)
         loss.backward()
         optimizer.step()
-        return float(loss.detach())
+        return loss.detach()
 
     return step
 
@@ -114,7 +115,7 @@ def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     names = list(steps)
     seconds = torch.zeros(rounds, len(names), dtype=torch.float64)
     for _ in range(2):
-        losses = [steps[name]() for name in names]
+        losses = [float(steps[name]()) for name in names]
     for number in range(rounds):
         turns = range(len(names)) if number % 2 == 0 else reversed(range(len(names)))
         for turn in turns:

@@ -150,11 +150,13 @@ def _fetch_fashion() -> Path | None:
     base.mkdir(parents=True, exist_ok=True)
     with (base / f"{_PACKAGE}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return found if found.is_dir() else _unpack_fashion(base / _PACKAGE, found)
+        if not found.is_dir():
+            _unpack_fashion(base / _PACKAGE)
+    return found if found.is_dir() else None
 
 
-def _unpack_fashion(target: Path, found: Path) -> Path | None:
-    """Fetch it to ``target``; ``found``: where its files are then."""
+def _unpack_fashion(target: Path) -> None:
+    """Fetch the package and unpack it to ``target``, or say why that cannot be."""
     part = target.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -170,9 +172,8 @@ def _unpack_fashion(target: Path, found: Path) -> Path | None:
             packages[0].unlink()
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
-            return found if found.is_dir() else None
+            return
     _say(f"it cannot be had: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-    return None
 
 
 def _digits(folder: Path, why: str) -> _Data:

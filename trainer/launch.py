@@ -87,8 +87,9 @@ def start_ranks(procs: int, command: list[str], nodes: int = 1, **meeting: Any) 
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if 0 < (gpus := torch.cuda.device_count()) < procs:
-        hidden = "hide them: CUDA_VISIBLE_DEVICES= trains without"
-        raise UserError(f"{procs} ranks on a machine with {gpus} GPUs; start {gpus}, or {hidden}")
+        raise UserError(
+            f"{procs} ranks on a machine with {gpus} GPUs; start {gpus}, or hide them: CUDA_VISIBLE_DEVICES= trains without"
+        )
     # the ranks say what went wrong themselves
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     alone = {"rdzv_endpoint": "127.0.0.1:0", "run_id": uuid.uuid4().hex}

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from distances import distance
 from sklearn.datasets import load_digits
 from timm.data.mixup import mixup_target
 from torch.distributed import distributed_c10d
@@ -192,26 +193,6 @@ def with_plain_torch(config: RunConfig, micro_batches: int, together: int, devic
     return {"losses": losses, "state": model.state_dict(), "averages": average.module.state_dict()}
 
 
-def difference(got: dict, want: dict, running: bool = False) -> float:
-    """Of the trained parameters, as a part of their length; ``running``: of batch norm's running statistics instead."""
-    moved = apart = 0.0
-    for name, value in want.items():
-        if value.is_floating_point() and ("running" in name) == running:
-            apart += float((got[name].to(value) - value).square().sum())
-            moved += float(value.square().sum())
-    return (apart / moved) ** 0.5 if moved else 0.0
-
-
-def way_apart(got: dict, want: dict, first: dict) -> float:
-    """How far the trained parameters are apart, as a part of the way that they have come."""
-    apart = came = 0.0
-    for name, value in want.items():
-        if value.is_floating_point() and "running" not in name:
-            apart += float((got[name].to(value) - value).square().sum())
-            came += float((value - first[name].to(value)).square().sum())
-    return (apart / came) ** 0.5
-
-
 def digest(state: dict) -> str:
     """Of every bit of the parameters."""
     content = b"".join(value.cpu().contiguous().numpy().tobytes() for name, value in sorted(state.items()))
@@ -246,10 +227,10 @@ def main(path: Path) -> None:
             figures = {
                 "first5": max((value for step, value in apart.items() if step < 5), default=0.0),
                 "all20": max(apart.values()),
-                "weights": difference(got["state"], want["state"]),
-                "way": way_apart(got["state"], want["state"], network_of(config).state_dict()),
-                "running": difference(got["state"], want["state"], running=True),
-                "averages": difference(got["averages"], want["averages"]) if got["averages"] else 0.0,
+                "weights": distance(got["state"], want["state"]),
+                "way": distance(got["state"], want["state"], network_of(config).state_dict()),
+                "running": distance(got["state"], want["state"], running=True),
+                "averages": distance(got["averages"], want["averages"]) if got["averages"] else 0.0,
                 "digest": digest(got["state"]),
                 "losses": list(got["losses"].values()),
             }

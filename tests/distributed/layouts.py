@@ -13,6 +13,7 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from distances import distance
 
 from trainer.config import RunConfig
 from trainer.data.stages import Batch
@@ -63,10 +64,6 @@ def not_kept(module: torch.nn.Module) -> list[str]:
     return wrong
 
 
-def _length(one: dict, other: dict, names: list[str]) -> float:
-    return sum(float((one[name] - other[name]).square().sum()) for name in names) ** 0.5
-
-
 def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> dict:
     config = RunConfig.model_validate(
         {
@@ -87,11 +84,11 @@ def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> 
     convolutions = [p for p in module.parameters() if p.dim() == 4]
     got, norm = engine.state(), engine.grad_norm()
     want, want_norm = plain(config)
-    first, trained = model().state_dict(), [name for name, _ in module.named_parameters()]
     return {
         "stage": stage,
         "precision": precision,
-        "apart": _length(got, want, trained) / _length(want, first, trained),
+        "apart": max(float((got[k] - v).abs().max()) for k, v in want.items() if v.is_floating_point() and "running" not in k),
+        "way": distance(got, want, model().state_dict()),
         "norm": norm,
         "want_norm": want_norm,
         "channels_last": all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions),

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ class DataParallel(Engine):
         engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=deepspeed_config(config, batch))
         if config.train.channels_last and config.parallel.zero_stage == 0:
             engine.module.to(memory_format=torch.channels_last)  # only now, since it cannot broadcast such weights
-            for master in (master for group in getattr(engine.optimizer, "fp32_groups", []) for master in group):
-                if master.dim() == 4:
+            for master in chain(*getattr(engine.optimizer, "fp32_groups", [])):
+                if master.dim() == 4:  # else its gradient would be laid out anew in every step
                     master.data = master.data.contiguous(memory_format=torch.channels_last)
         if config.train.sync_batch_norm:
             synchronize_batch_norm(engine.module, dist.group.WORLD)

@@ -71,7 +71,7 @@ class Result:
 
 
 @dataclass
-class _Meter:
+class Meter:
     """Time and images since the last reading, and over the run; evaluation does not count."""
 
     images: int = 0
@@ -116,7 +116,7 @@ def fit(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, 
 
     Raises Terminated, after a checkpoint, where any rank was told to stop.
     """
-    meter = _Meter()
+    meter = Meter()
     if result.steps and _ends_epoch(job, result.steps) and result.evaluated_step != result.steps:
         _end_epoch(job, engine, tracker, progress, result)  # the stop came between the epoch's end and its evaluation
     elif result.steps >= job.stop_step:
@@ -142,7 +142,7 @@ def _train_epoch(
     engine: Engine,
     tracker: Tracker,
     progress: TrainingProgress,
-    meter: _Meter,
+    meter: Meter,
     result: Result,
     batches: Iterator[Batch],
 ) -> None:
@@ -205,23 +205,23 @@ def _noting(batches: Iterator[Batch], bad: list[str]) -> Iterator[Batch]:
 _ADVICE = "training diverged; lower optimizer.base_lr or lengthen schedule.warmup_epochs"
 
 
-def _check_overflow(job: Job, engine: Engine, meter: _Meter, step: int) -> None:
+def _check_overflow(job: Job, engine: Engine, meter: Meter, step: int) -> None:
     if meter.skipped_in_a_row and engine.loss_scale() is None:
-        keys = gathered(meter.steps[-1].keys)
-        raise Diverged(f"step {step}: its gradients are no numbers: {_ADVICE}; its samples: {_some(keys)}")
+        raise Diverged(f"step {step}: its gradients are no numbers: {_ADVICE}; its samples: {_samples(meter.steps[-1])}")
     if meter.skipped_in_a_row >= job.max_skipped_steps:
-        keys = gathered(meter.steps[-1].keys)
         raise Diverged(
             f"step {step}: the gradients overflowed fp16 {meter.skipped_in_a_row} times in a row, at last at a loss scale of "
-            f"{engine.loss_scale()}; lower optimizer.base_lr or use precision bf16; its samples: {_some(keys)}"
+            f"{engine.loss_scale()}; lower optimizer.base_lr or use precision bf16; its samples: {_samples(meter.steps[-1])}"
         )
 
 
-def _some(keys: list[str], most: int = 16) -> str:
+def _samples(step: Step, most: int = 16) -> str:
+    """The keys of a step's samples on all ranks, which take part."""
+    keys = gathered(step.keys)
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
-def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, meter: _Meter, result: Result) -> None:
+def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, meter: Meter, result: Result) -> None:
     """Read the losses of the last steps from the device (a synchronization), average them over ranks and log each."""
     losses = averaged(torch.stack([taken.loss for taken in meter.steps])).tolist()
     step = result.steps
@@ -237,7 +237,7 @@ def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress,
         tracker.log_metrics({"loss": loss, "learning_rate": job.learning_rate(number - 1), **rates}, number)
     for number, loss, taken in zip(range(first, step + 1), losses, meter.steps, strict=True):
         if not math.isfinite(loss) and not taken.skipped:  # an overflow that fp16 recovers from is no divergence
-            raise Diverged(f"the loss of step {number} is {loss}: {_ADVICE}; its samples: {_some(gathered(taken.keys))}")
+            raise Diverged(f"the loss of step {number} is {loss}: {_ADVICE}; its samples: {_samples(taken)}")
     meter.steps.clear()
     result.loss = float(losses[-1])
     progress.update(
@@ -247,7 +247,7 @@ def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress,
     )
 
 
-def _passed_over(job: Job, meter: _Meter, progress: TrainingProgress, result: Result) -> dict[str, float]:
+def _passed_over(job: Job, meter: Meter, progress: TrainingProgress, result: Result) -> dict[str, float]:
     """Tell the samples that could not be decoded since the last time, on any rank. Raises FoundByAll where they are too many."""
     if job.max_bad_samples is None:
         return {}

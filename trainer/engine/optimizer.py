@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.config import OptimizerConfig
 
@@ -52,14 +52,18 @@ def _laying_out(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     alike, as do state that was restored beside channels-last weights, and contiguous fp32 masters beside the channels-last
     gradients of 16-bit weights. Before each step all are laid out as the weights are."""
 
+    def laid_out(value: Any, parameter: Tensor) -> Any:
+        if value is None or value.shape != parameter.shape or value.stride() == parameter.stride():
+            return value
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
     def lay_out(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
-                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
-            state = optimizer.state[parameter]
-            for key, value in state.items():
-                if value is not None and value.shape == parameter.shape and value.stride() != parameter.stride():
-                    state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = laid_out(parameter.grad, parameter)
+                state = optimizer.state[parameter]
+                for key, value in state.items():
+                    state[key] = laid_out(value, parameter)
 
     optimizer.register_step_pre_hook(lay_out)
     return optimizer
