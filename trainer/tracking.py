@@ -2,7 +2,6 @@
 not there, never holds up training, and nothing is lost: what it did not take stays in the spool for ``convoy sync``."""
 
 import json
-import logging
 import os
 import sys
 import threading
@@ -29,7 +28,6 @@ def configure_mlflow(retries: int = 2) -> None:
         ("MLFLOW_LOGGING_LEVEL", "ERROR"),
     ):
         os.environ.setdefault(name, value)
-    logging.getLogger("mlflow").setLevel(logging.ERROR)  # DeepSpeed may have imported it already
 
 
 class Tracker(Protocol):

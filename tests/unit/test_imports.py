@@ -67,3 +67,13 @@ def test_imports_go_one_way(module: str, path: Path) -> None:
 def test_the_command_line_starts_without_heavy_packages(heavy: str) -> None:
     code = f"import sys, pipelines.cli, trainer.resolve; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_rank_that_tracks_nothing_does_not_load_mlflow() -> None:
+    """DeepSpeed would, where it is installed. It can be loaded afterwards."""
+    code = (
+        "import sys; from trainer.engine import parallel; parallel.join(parallel.ranks_from_environment()); parallel.leave();"
+        "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules and 'pandas' not in sys.modules; import mlflow"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

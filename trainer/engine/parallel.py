@@ -2,7 +2,9 @@
 
 import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -44,10 +46,11 @@ def join(ranks: Ranks, fp16: bool = False) -> torch.device:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if fp16 and not torch.cuda.is_available():
-        _allow_half_on_cpu()
-    import deepspeed
-    from deepspeed.utils import logger
+    with _absent("mlflow"):  # which its autotuner would load: a second and 100 MB of every rank
+        if fp16 and not torch.cuda.is_available():
+            _allow_half_on_cpu()
+        import deepspeed
+        from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)  # it warns of every optimizer that it did not write
     # its shared-memory reduction is compiled at start: no compiler in a pod, and gloo does without
@@ -61,6 +64,19 @@ def join(ranks: Ranks, fp16: bool = False) -> torch.device:
         dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     return device
+
+
+@contextmanager
+def _absent(package: str) -> Iterator[None]:
+    """Meanwhile ``import package`` finds nothing, unless it was imported before."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def _allow_half_on_cpu() -> None:
