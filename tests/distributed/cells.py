@@ -1,7 +1,8 @@
 """One set of processes, many ways to train the same network: ``torchrun cells.py FILE``.
 
-FILE holds a list of cells; each is trained for some steps by the project's engine and, by rank 0, by a plain loop: one process,
-fp32, torch's optimizer, the same global batches in the same micro-batches. Rank 0 writes what came of it to FILE.out.
+FILE holds a list of cells, digits.npz beside it their images. Each cell is trained for some steps by the project's engine and, by
+rank 0, by a plain loop: one process, fp32, torch's optimizer, the same global batches in the same micro-batches. Rank 0 writes what
+came of it to FILE.out.
 
 A cell's "options" are recipe keys. It may ``save`` a checkpoint below a folder after half of the steps, or go on from one that it
 ``load``s.
@@ -17,8 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from distances import distance
-from sklearn.datasets import load_digits
-from timm.data.mixup import mixup_target
 from torch.distributed import distributed_c10d
 
 from trainer.checkpoint import Checkpoint, begin
@@ -50,10 +49,10 @@ RATES = {"no batch norm": 0.0003, "batch norm": 0.0001, "auxiliary heads": 0.000
 
 def images_and_labels() -> tuple[np.ndarray, np.ndarray]:
     """Real digits, uint8 [steps, batch, 16, 16, 3], and their labels; the last batch holds only 11 samples, the rest padding."""
-    digits = load_digits()
-    pixels = (digits.images[: GLOBAL * STEPS] * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
+    digits = np.load(Path(sys.argv[1]).with_name("digits.npz"))
+    pixels = (digits["images"][: GLOBAL * STEPS] * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
     pixels = np.stack([pixels] * 3, axis=-1).reshape(STEPS, GLOBAL, SIZE, SIZE, 3)
-    return pixels, digits.target[: GLOBAL * STEPS].reshape(STEPS, GLOBAL).astype(np.int64)
+    return pixels, digits["target"][: GLOBAL * STEPS].reshape(STEPS, GLOBAL).astype(np.int64)
 
 
 def weights_of(step: int) -> np.ndarray:
@@ -148,6 +147,8 @@ def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 
 def with_plain_torch(config: RunConfig, micro_batches: int, together: int, device: torch.device) -> dict:
     """``together``: neighbouring micro-batches that pass through the network as one, and share their batch-norm statistics."""
+    from timm.data.mixup import mixup_target  # seconds, which the other ranks need not spend
+
     pixels, labels = images_and_labels()
     model = network_of(config).to(device).train()
     if config.optimizer.name == "adamw":

@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from sklearn.datasets import load_digits
+
 from trainer.config import RunConfig
 from trainer.engine.deepspeed_config import check_engine
 from trainer.errors import UserError
@@ -98,6 +101,8 @@ def run_cells(cells: list[Cell], ranks: int, folder: Path) -> list[dict]:
     file = folder / f"cells{ranks}.json"
     micro = {id(c): GLOBAL // (ranks // int(c["stages"]) * int(c["accumulation"])) for c in cells}
     file.write_text(json.dumps([c | {"micro": micro[id(c)]} for c in cells]))
+    digits = load_digits()  # here alone: each rank would need seconds for it
+    np.savez(folder / "digits.npz", images=digits.images, target=digits.target)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(HERE / "cells.py"), str(file)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)

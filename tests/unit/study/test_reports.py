@@ -57,7 +57,7 @@ def invented(tmp_path_factory: pytest.TempPathFactory) -> InventedRuns:
 
 @pytest.mark.parametrize("study", studies(), ids=lambda study: study.name)
 def test_from_measurements_to_a_page(study: Study, invented: InventedRuns, capsys: pytest.CaptureFixture[str]) -> None:
-    scale = Scale(quick=True, seeds=2)
+    scale = Scale(quick=True, seeds=1 if study.name == "identity" else 2)  # which fits its blocks itself
     returned = run_study(study, scale, invented)
     assert invented.asked == [training.label for training in study.trainings(scale)]
     folder: Path = invented.folder / study.name
