@@ -69,14 +69,12 @@ def join(ranks: Ranks, fp16: bool = False) -> torch.device:
 @contextmanager
 def _absent(package: str) -> Iterator[None]:
     """Meanwhile ``import package`` finds nothing, unless it was imported before."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
+    sys.modules.setdefault(package, None)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        del sys.modules[package]
+        if sys.modules[package] is None:
+            del sys.modules[package]
 
 
 def _allow_half_on_cpu() -> None:
