@@ -87,7 +87,7 @@ def network_of(config: RunConfig) -> torch.nn.Sequential:
 
 
 def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.device, rank: int) -> dict:
-    """Losses by step, the final state, and that of the moving averages."""
+    """Losses by step, the final state, that of the moving averages, and the steps that fp16 skipped."""
     pixels, labels = images_and_labels()
     model = network_of(config)
     folder = cell.get("save") or cell.get("load")
@@ -109,6 +109,7 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
     copy_of_model = rank % batch.ranks
     slots = rank_slots(GLOBAL, batch.ranks, copy_of_model, batch.accumulation_steps)
     losses = {}
+    skipped: list[int] = found.result["skipped"] if found else []
     for step in range(found.state.step if found else 0, STEPS):
         weights = weights_of(step)
 
@@ -120,12 +121,13 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
 
         outcome = engine.step(batches(), config.optimizer.base_lr)
         losses[step] = parallel.averaged(outcome.loss.float()).item()
+        skipped += [step] if outcome.skipped else []
         if cell.get("save") and step + 1 == STEPS // 2:
             state = engine.snapshot()
             if checkpoints:
-                checkpoints.save(Checkpoint(state, {}, {}, None))
+                checkpoints.save(Checkpoint(state, {}, {"skipped": skipped}, None))
                 checkpoints.wait()
-    return {"losses": losses, "state": engine.state(), "averages": engine.averaged_state()}
+    return {"losses": losses, "state": engine.state(), "averages": engine.averaged_state(), "skipped": skipped}
 
 
 def mixed_by_timms_formulas(images: torch.Tensor, mix: Mix | None) -> tuple[torch.Tensor, float]:
@@ -145,8 +147,11 @@ def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1)
 
 
-def with_plain_torch(config: RunConfig, micro_batches: int, together: int, device: torch.device) -> dict:
-    """``together``: neighbouring micro-batches that pass through the network as one, and share their batch-norm statistics."""
+def with_plain_torch(config: RunConfig, micro_batches: int, together: int, skipped: list[int], device: torch.device) -> dict:
+    """``together``: neighbouring micro-batches that pass through the network as one, and share their batch-norm statistics.
+
+    ``skipped``: steps that leave the weights as they are, as gradients that overflow fp16 do.
+    """
     from timm.data.mixup import mixup_target  # seconds, which the other ranks need not spend
 
     pixels, labels = images_and_labels()
@@ -188,8 +193,9 @@ def with_plain_torch(config: RunConfig, micro_batches: int, together: int, devic
             loss = (each * weight).sum() / weights.sum()
             loss.backward()
             total += loss.item()
-        optimizer.step()
-        average.update_parameters(model)
+        if step not in skipped:
+            optimizer.step()
+            average.update_parameters(model)
         losses[step] = total
     return {"losses": losses, "state": model.state_dict(), "averages": average.module.state_dict()}
 
@@ -220,9 +226,10 @@ def main(path: Path) -> None:
         if ranks.is_first:
             micro_batches = GLOBAL // cell["micro"]
             together = batch.ranks if config.train.sync_batch_norm else 1
-            key = (cell["network"], micro_batches, together, *sorted(cell.get("options", {}).items()))
+            skipped = got["skipped"]
+            key = (cell["network"], micro_batches, together, *skipped, *sorted(cell.get("options", {}).items()))
             if key not in references:
-                references[key] = with_plain_torch(config, micro_batches, together, device)
+                references[key] = with_plain_torch(config, micro_batches, together, skipped, device)
             want = references[key]
             apart = {step: abs(loss - want["losses"][step]) / want["losses"][step] for step, loss in got["losses"].items()}
             figures = {
@@ -232,6 +239,7 @@ def main(path: Path) -> None:
                 "way": distance(got["state"], want["state"], network_of(config).state_dict()),
                 "running": distance(got["state"], want["state"], running=True),
                 "averages": distance(got["averages"], want["averages"]) if got["averages"] else 0.0,
+                "skipped": len(skipped),
                 "digest": digest(got["state"]),
                 "losses": list(got["losses"].values()),
             }

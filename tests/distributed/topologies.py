@@ -117,8 +117,9 @@ def deviation(result: dict) -> str | None:
         first, last, weights = 10 * first, 10 * last, 10 * weights
     # apart from that, each rank saw other samples and they are averaged
     running = weights if "train.sync_batch_norm" in result.get("options", {}) else math.inf
-    way = 0.01 if result["precision"] == "fp32" else 0.15  # at such rates weights hardly move: 16 bits must move them alike too
+    way = 0.01 if result["precision"] == "fp32" else 0.1  # at such rates weights hardly move: 16 bits must move them alike too
     limits = {"first5": first, "all20": last, "weights": weights, "way": way, "averages": weights, "running": running}
+    limits["skipped"] = 5 if result["precision"] == "fp16" else 0  # while the loss scale comes down
     if all(result[figure] <= limit for figure, limit in limits.items()):
         return None
     return f"{ {k: v for k, v in result.items() if k != 'losses'} }"
