@@ -6,13 +6,22 @@ FROM ${BASE} AS base
 RUN command -v python3 >/dev/null \
     || (apt-get update -qq && apt-get install -y -qq --no-install-recommends python3 ca-certificates && rm -rf /var/lib/apt/lists/*)
 
-# The dependencies: a layer of their own that changes only with the lock file.
+# The installer, which stays out of the image.
+FROM base AS installer
+WORKDIR /build
+COPY tools/setup.sh tools/setup.sh
+RUN CONVOY_CACHE=/opt/installer tools/setup.sh --print-uv
+
+# The dependencies: a layer of their own that changes only with the lock file, and that the image stands on: copied, it would be read,
+# written and hashed a second time, with each build. Compiled here, since pods have no place to keep what they compile: a rank would
+# spend ten seconds of processor time on it at each start. Files that are none of this Python's language are left as they are.
 FROM base AS dependencies
 WORKDIR /build
-ENV CONVOY_CACHE=/build/.cache CONVOY_VENV=/opt/convoy/venv UV_LINK_MODE=copy UV_NO_CACHE=1
 COPY tools/setup.sh tools/setup.sh
 COPY pyproject.toml requirements.lock ./
-RUN tools/setup.sh --no-dev --no-project
+RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
+    CONVOY_CACHE=/opt/installer CONVOY_VENV=/opt/convoy/venv UV_LINK_MODE=copy UV_NO_CACHE=1 tools/setup.sh --no-dev --no-project \
+    && { /opt/convoy/venv/bin/python -m compileall -qq -j 0 --invalidation-mode unchecked-hash /opt/convoy/venv/lib || true; }
 
 # The project itself, as a wheel unpacked beside them. The native decoder is compiled here, with libjpeg-turbo inside it.
 FROM dependencies AS project
@@ -20,13 +29,13 @@ RUN tools/setup.sh --native-tools && rm -rf /var/lib/apt/lists/*
 COPY README.md LICENSE setup.py ./
 COPY trainer trainer
 COPY pipelines pipelines
-RUN "$(tools/setup.sh --print-uv)" pip install --quiet --python /opt/convoy/venv/bin/python --no-deps --no-build-isolation \
-        --target /opt/convoy/app . \
-    && /opt/convoy/venv/bin/python -m compileall -q /opt/convoy/app
+RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
+    "$(CONVOY_CACHE=/opt/installer tools/setup.sh --print-uv)" pip install --quiet --no-cache --python /opt/convoy/venv/bin/python \
+        --no-deps --no-build-isolation --target /opt/convoy/app . \
+    && /opt/convoy/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/convoy/app
 
-FROM base
+FROM dependencies
 RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin convoy
-COPY --from=dependencies /opt/convoy/venv /opt/convoy/venv
 COPY --from=project /opt/convoy/app /opt/convoy/app
 # The commit comes after the layers: before them, each commit would make all of them anew.
 ARG GIT_COMMIT=unknown

@@ -7,13 +7,16 @@ cluster.py down [--state FOLDER]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +59,25 @@ def install_packages() -> None:
         subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
 
 
-def build_programs() -> Path:
-    return Path(subprocess.run([HERE / "build.sh"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
+@contextlib.contextmanager
+def building_programs() -> Iterator[Callable[[], Path]]:
+    """Compiles the programs beside what the caller does; gives what waits for them and returns their folder."""
+    process = subprocess.Popen([HERE / "build.sh"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+    def finished(seconds: float | None = None) -> Path:
+        folder, _ = process.communicate(timeout=seconds)
+        if process.returncode:
+            raise ClusterError("the cluster's programs could not be built")
+        return Path(folder.strip())
+
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            finished(1)  # a build that cannot begin is told before minutes of other work
+        yield finished
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)  # the compiler's processes too
+            process.wait()
 
 
 def start_supervisor(state: State, programs: Path, store: Path) -> int:
@@ -120,15 +140,17 @@ def print_exports(state: State, tools: Path) -> None:
 def up(state: State, with_trainer: bool) -> None:
     if state.running():
         say("is up already")
-        print_exports(state, build_programs())
+        with building_programs() as finished:
+            print_exports(state, finished())
         return
     if os.geteuid():
         raise ClusterError("needs root: it makes namespaces, mounts and cgroups")
     clean(state)
     install_packages()
-    tools = build_programs()
-    with images.only_user(cache(), say):
-        built = images.build(CHECKOUT, tools / "bin", cache(), with_trainer, say)
+    with images.only_user(cache(), say), building_programs() as finished:
+        of_debian = images.build(CHECKOUT, cache(), with_trainer, say)  # waits for disk and network while the compiler computes
+        tools = finished()
+        built = images.build_programs(tools / "bin", cache(), say) + of_debian
         try:
             start(state, tools, built)
         except BaseException:

@@ -34,8 +34,8 @@ CMD ["/bin/sh"]
 FILES = Path(__file__).resolve().parent / "images"
 KEY_LABEL = "convoy.key"
 BASE = "localhost/convoy-base:dev"
-DEPENDENCY_INPUTS = ("requirements.lock", "pyproject.toml", "tools/setup.sh")
-TRAINER_INPUTS = (*DEPENDENCY_INPUTS, "Dockerfile", ".dockerignore", "setup.py", "README.md", "LICENSE", "trainer", "pipelines")
+DEPENDENCY_INPUTS = ("Dockerfile", "requirements.lock", "pyproject.toml", "tools/setup.sh")
+TRAINER_INPUTS = (*DEPENDENCY_INPUTS, ".dockerignore", "setup.py", "README.md", "LICENSE", "trainer", "pipelines")
 
 
 @dataclass(frozen=True)
@@ -175,26 +175,28 @@ def only_user(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def build(checkout: Path, programs: Path, cache: Path, with_trainer: bool, say: Callable[[str], None]) -> list[Image]:
-    """Builds what is not built yet; gives all images of the cluster."""
+Plan = list[tuple[Image, Callable[[Image], None]]]
+
+
+def build_planned(builder: Builder, plan: Plan, say: Callable[[str], None]) -> list[Image]:
+    """Builds what is not built yet; gives all images of the plan."""
+    for image, make in plan:
+        if not builder.is_built(image):
+            start = time.monotonic()
+            make(image)
+            builder.built(image)
+            say(f"built {image.name} in {time.monotonic() - start:.0f} s")
+    return [image for image, _ in plan]
+
+
+def build(checkout: Path, cache: Path, with_trainer: bool, say: Callable[[str], None]) -> list[Image]:
+    """The images on Debian's base."""
     builder = Builder(cache / "cluster-images")
     postgres = (FILES / "postgres.Dockerfile").read_text()
-
-    def program(name: str, path: str, user: int) -> str:
-        return f'FROM scratch\nCOPY {name} {path}\nUSER {user}:{user}\nENTRYPOINT ["{path}"]\n'
-
     base = Image(BASE, digest(*DEBOOTSTRAP, BASE_DOCKERFILE, *own_certificates()))
     if with_trainer:
         builder.start_over_when_changed(digest(base.key, *(checkout / name for name in DEPENDENCY_INPUTS)))
-    plan: list[tuple[Image, Callable[[Image], None]]] = [
-        (
-            Image("localhost/pause:3.10", digest(programs / "pause")),
-            lambda image: builder.dockerfile(image, program("pause", "/pause", 65535), programs),
-        ),
-        (
-            Image("localhost/convoy-training-operator:1.9.3", digest(programs / "training-operator")),
-            lambda image: builder.dockerfile(image, program("training-operator", "/manager", 65532), programs),
-        ),
+    plan: Plan = [
         (base, lambda image: build_base(builder, image)),
         (
             Image("localhost/convoy-postgres:dev", digest(base.key, postgres, FILES / "postgres.sh")),
@@ -215,13 +217,22 @@ def build(checkout: Path, programs: Path, cache: Path, with_trainer: bool, say: 
                 lambda image: builder.dockerfile(image, fashion, FILES, BASE=BASE),
             )
         )
-    for image, make in plan:
-        if not builder.is_built(image):
-            start = time.monotonic()
-            make(image)
-            builder.built(image)
-            say(f"built {image.name} in {time.monotonic() - start:.0f} s")
-    return [image for image, _ in plan]
+    return build_planned(builder, plan, say)
+
+
+def build_programs(programs: Path, cache: Path, say: Callable[[str], None]) -> list[Image]:
+    """The images that hold one static program each."""
+    builder = Builder(cache / "cluster-images")
+
+    def single(name: str, program: str, path: str, user: int) -> tuple[Image, Callable[[Image], None]]:
+        text = f'FROM scratch\nCOPY {program} {path}\nUSER {user}:{user}\nENTRYPOINT ["{path}"]\n'
+        return Image(name, digest(programs / program)), lambda image: builder.dockerfile(image, text, programs)
+
+    plan = [
+        single("localhost/pause:3.10", "pause", "/pause", 65535),
+        single("localhost/convoy-training-operator:1.9.3", "training-operator", "/manager", 65532),
+    ]
+    return build_planned(builder, plan, say)
 
 
 class Node:
