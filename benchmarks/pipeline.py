@@ -111,9 +111,9 @@ def passes_timed(seconds: dict[str, float]) -> None:
     from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 
     def timing(execute: Callable[..., None]) -> Callable[..., None]:
-        def run(engine: Any, **kwargs: Any) -> None:
+        def run(engine: Any, *arguments: Any, **named: Any) -> None:
             started = time.perf_counter()
-            execute(engine, **kwargs)
+            execute(engine, *arguments, **named)
             seconds["passes"] += time.perf_counter() - started
 
         return run
