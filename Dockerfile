@@ -1,5 +1,5 @@
 # One image for the trainer, the pipelines and the MLflow server. Build it with `make image`.
-# syntax is plain: docker and buildah both take it.
+# For buildah, and for docker with BuildKit, its builder since 23.0: `RUN --mount` keeps the installer out of the layers.
 ARG BASE=debian:12.12-slim
 
 FROM ${BASE} AS base
