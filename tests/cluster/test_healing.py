@@ -13,7 +13,7 @@ from helpers import run_convoy, until
 from kubectl import Kubectl, Refused
 from line import conditions, history, served, succeeded
 
-STEPS, EVERY, STRIKE = 300, 20, 50  # of a run; between checkpoints; at which it is disturbed
+STEPS, EVERY, STRIKE = 150, 20, 50  # of a run; between checkpoints; at which it is disturbed
 SETTINGS = [
     "model.width=4", "data.val=null", f"train.max_steps={STEPS}", "train.log_every_steps=10", f"checkpoint.every_steps={EVERY}",
 ]  # fmt: skip
