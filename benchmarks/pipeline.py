@@ -35,20 +35,21 @@ from trainer.engine.data_parallel import DataParallel
 from trainer.engine.pipeline_parallel import PipelineParallel
 from trainer.engine.stage import Draws, Stage
 
-CHANNELS, SIDE, CLASSES, LAYERS = 128, 16, 10, 12
-"""``LAYERS``: equal convolutions a stage of two."""
+CHANNELS, SIDE, CLASSES = 128, 16, 10
+TIMED, MEASURED = 96, 24
+"""Convolutions where time and where memory is measured: the first are as many as make a micro-batch's transfers small beside it."""
 
 
-def network(stages: int) -> tuple[nn.Sequential, list[list[str]]]:
+def network(convolutions: int, stages: int) -> tuple[nn.Sequential, list[list[str]]]:
     """Convolutions of equal cost, with next to nothing at both ends; and the names of each stage's layers, of 1, 2 or 4."""
     torch.manual_seed(0)
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(3, CHANNELS, 1))
-    for number in range(2 * LAYERS):
+    for number in range(convolutions):
         conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
         layers[f"block{number}"] = nn.Sequential(conv, nn.ReLU(inplace=True))
     layers["head"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, CLASSES))
     names = list(layers)
-    cuts = [0, *(1 + number * 2 * LAYERS // stages for number in range(1, stages)), len(names)]
+    cuts = [0, *(1 + number * convolutions // stages for number in range(1, stages)), len(names)]
     return nn.Sequential(layers), [names[start:stop] for start, stop in pairwise(cuts)]
 
 
@@ -64,9 +65,9 @@ def config_of(stages: int, micro_size: int) -> RunConfig:
     )
 
 
-def engine_step(stages: int, micro_batches: int, micro_size: int, device: torch.device) -> Callable[[], Any]:
+def engine_step(convolutions: int, stages: int, micro_batches: int, micro_size: int, device: torch.device) -> Callable[[], Any]:
     """A function that takes a step."""
-    model, parts = network(stages)
+    model, parts = network(convolutions, stages)
     batch = BatchPlan(micro_size * micro_batches, micro_size, 1, micro_batches)
     config = config_of(stages, micro_size)
     engine: Engine = (
@@ -85,7 +86,7 @@ def engine_step(stages: int, micro_batches: int, micro_size: int, device: torch.
 
 def stage_alone(micro_size: int) -> Callable[[], None]:
     """Forward and backward of one micro-batch in this rank's stage, with nothing sent and nothing received."""
-    model, parts = network(2)
+    model, parts = network(TIMED, 2)
     rank = dist.get_rank()
     layers = OrderedDict((name, layer) for name, layer in model.named_children() if name in parts[rank])
     stage = Stage(layers, config_of(2, micro_size).train, Draws(model, 0, 0, 1))
@@ -126,7 +127,7 @@ def timed(micro_batches: int, micro_size: int, rounds: int, device: torch.device
     """Seconds by rank and round, of a step, of its passes, and of as many in the stage alone."""
     seconds = {"passes": 0.0}
     passes_timed(seconds)
-    step, one = engine_step(2, micro_batches, micro_size, device), stage_alone(micro_size)
+    step, one = engine_step(TIMED, 2, micro_batches, micro_size, device), stage_alone(micro_size)
     for work in (step, one, step):
         work()
     mine = torch.zeros(3, rounds, dtype=torch.float64)
@@ -147,7 +148,7 @@ def timed(micro_batches: int, micro_size: int, rounds: int, device: torch.device
 
 def plain_step(micro_size: int) -> Callable[[], None]:
     """The whole network in plain torch, for what its activations need."""
-    model = network(1)[0].to(memory_format=torch.channels_last)
+    model = network(MEASURED, 1)[0].to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     images = torch.randn(micro_size, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
 
@@ -167,7 +168,7 @@ def rank_main(task: dict[str, Any]) -> None:
     result: Any
     if "memory_of" in task:
         stages = task["memory_of"]
-        peak = peak_of(lambda: plain_step(size) if stages == 0 else engine_step(stages, task["micro_batches"], size, device))
+        peak = peak_of(lambda: plain_step(size) if stages == 0 else engine_step(MEASURED, stages, task["micro_batches"], size, device))
         result = [None] * dist.get_world_size()
         dist.all_gather_object(result, peak)
     else:
@@ -213,7 +214,7 @@ def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
     stages from this one to the last (one forward, one backward: Narayanan et al. 2019, 3.2); what the backward pass needs beside
     them, as in the whole network; and what crosses a cut: one buffer to receive, outputs as they are sent, inputs as they came
     and as convolutions want them, and the clone of one that DeepSpeed computes with."""
-    layers = dict(network(1)[0].named_children())
+    layers = dict(network(MEASURED, 1)[0].named_children())
     crossing = 4 * micro_size * CHANNELS * SIDE**2
 
     def state(names: Iterable[str]) -> int:
@@ -230,7 +231,7 @@ def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
     results = []
     for stages in (1, 2, 4):
         measured = run_ranks(__file__, stages, memory_of=stages, micro_batches=micro_batches, micro_size=micro_size)
-        for rank, (found, names) in enumerate(zip(measured, network(stages)[1], strict=True)):
+        for rank, (found, names) in enumerate(zip(measured, network(MEASURED, stages)[1], strict=True)):
             flying = min(stages - rank, micro_batches)
             crossed = (stages > 1) + flying * (rank < stages - 1) + (2 * flying + 1) * (rank > 0)
             wanted = state(names) + flying * outputs(names) + besides + crossed * crossing

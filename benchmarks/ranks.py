@@ -1,6 +1,7 @@
 """What the benchmarks of several ranks share: starting them, and measuring their memory."""
 
 import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -40,6 +41,8 @@ def peak_of(build: Callable[[], Callable[[], Any]]) -> dict[str, int]:
     for _ in range(3):
         step()
     resident = status("VmHWM") - before
+    del step
+    gc.collect()  # else what goes of the first would be counted as given back by the second
     with _tracing() as trace:
         step = build()
         for _ in range(2):  # ZeRO 3 knows the order of layers from the second on

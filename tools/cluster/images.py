@@ -76,7 +76,10 @@ class Builder:
         self.record = folder / "built.json"
         folder.mkdir(parents=True, exist_ok=True)
         configuration = folder / "storage.conf"
-        configuration.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n')
+        configuration.write_text(
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n'
+            '[storage.options.overlay]\nskip_mount_home = "true"\n'  # else a mount stays behind
+        )
         # In a chroot: a container with a network of its own would change the machine's network.
         self.environment = {
             **os.environ,
