@@ -26,7 +26,7 @@ format: setup ## Rewrite the code in the project's style
 	ruff format .
 
 test: setup ## Every test that needs no cluster
-	pytest -n $$(($$(nproc) + 1)) --dist loadgroup --durations 15 --ignore tests/cluster --ignore tests/studies
+	OMP_NUM_THREADS=1 pytest -n $$(($$(nproc) + 1)) --dist loadgroup --durations 15 --ignore tests/cluster --ignore tests/studies
 
 test-studies: setup ## Every study of `convoy study`, quick, stopped once and gone on with
 	pytest --durations 5 tests/studies

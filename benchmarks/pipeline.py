@@ -35,7 +35,7 @@ from trainer.engine.data_parallel import DataParallel
 from trainer.engine.pipeline_parallel import PipelineParallel
 from trainer.engine.stage import Draws, Stage
 
-CHANNELS, SIDE, CLASSES = 128, 16, 10
+CHANNELS, SIDE, CLASSES, RATE = 128, 16, 10, 1e-6
 TIMED, MEASURED = 96, 24
 """Convolutions where time and where memory is measured: the first are as many as make a micro-batch's transfers small beside it."""
 
@@ -46,6 +46,7 @@ def network(convolutions: int, stages: int) -> tuple[nn.Sequential, list[list[st
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(3, CHANNELS, 1))
     for number in range(convolutions):
         conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")  # by default deep outputs are denormal numbers, which are slow
         layers[f"block{number}"] = nn.Sequential(conv, nn.ReLU(inplace=True))
     layers["head"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, CLASSES))
     names = list(layers)
@@ -81,7 +82,7 @@ def engine_step(convolutions: int, stages: int, micro_batches: int, micro_size: 
         for _ in range(micro_batches):
             yield Batch(pixels, labels, np.ones(micro_size, np.float32), float(batch.global_size), [])
 
-    return lambda: engine.step(batches(), 0.01)
+    return lambda: engine.step(batches(), RATE)
 
 
 def stage_alone(micro_size: int) -> Callable[[], None]:
@@ -149,7 +150,7 @@ def timed(micro_batches: int, micro_size: int, rounds: int, device: torch.device
 def plain_step(micro_size: int) -> Callable[[], None]:
     """The whole network in plain torch, for what its activations need."""
     model = network(MEASURED, 1)[0].to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9)
     images = torch.randn(micro_size, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
 
     def step() -> None:
@@ -167,8 +168,8 @@ def rank_main(task: dict[str, Any]) -> None:
     size = task["micro_size"]
     result: Any
     if "memory_of" in task:
-        stages = task["memory_of"]
-        peak = peak_of(lambda: plain_step(size) if stages == 0 else engine_step(MEASURED, stages, task["micro_batches"], size, device))
+        stages, count = task["memory_of"], task["micro_batches"]
+        peak = peak_of(lambda: plain_step(size) if stages == 0 else engine_step(MEASURED, stages, count, size, device))
         result = [None] * dist.get_world_size()
         dist.all_gather_object(result, peak)
     else:
