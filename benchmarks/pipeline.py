@@ -4,9 +4,10 @@
 
 Two stages of equal cost (the same convolutions), a rank of one thread each, M micro-batches a step. Measured bubble: the part of a
 step in which a rank is neither in a forward nor in a backward pass, of the rank that is longer in them; so waiting for the other,
-transfers and the update all count. Formula: (S - 1) / (M + S - 1) (Huang et al. 2019, 2.3), for which transfers take no time:
-``lost`` is what a micro-batch took beside it. Told are the median of rounds and its quartiles; and, for whether both ranks at once
-are slower, a micro-batch's passes in a stage alone.
+transfers and the update all count. Formula: (S - 1) / (M + S - 1) (Huang et al. 2019, 2.3), for which transfers take no time
+and all passes are alike. ``least`` is the bubble that the very passes measured, in their order, must have: no two take the same
+time, and each micro-batch waits for the slower of the two. ``lost`` is what a micro-batch took beside that. Told are the median of
+rounds and its quartiles; and, for whether both ranks at once are slower, a micro-batch's passes in a stage alone.
 """
 
 import argparse
@@ -14,9 +15,9 @@ import json
 import os
 import statistics
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ from trainer.engine.stage import Draws, Stage
 CHANNELS, SIDE, CLASSES, RATE = 128, 16, 10, 1e-6
 TIMED, MEASURED = 96, 24
 """Convolutions where time and where memory is measured: the first are as many as make a micro-batch's transfers small beside it."""
+
+Passes = list[tuple[str, float]]
+"""Kind, ``forward`` or ``backward``, and seconds."""
 
 
 def network(convolutions: int, stages: int) -> tuple[nn.Sequential, list[list[str]]]:
@@ -107,44 +111,45 @@ def stage_alone(micro_size: int) -> Callable[[], None]:
 # --- in the ranks -----------------------------------------------------------------------------------------------------
 
 
-def passes_timed(seconds: dict[str, float]) -> None:
-    """From now on, what every pipeline spends in forward and backward passes is added to ``seconds``."""
+def passes_timed(passes: Passes) -> None:
+    """From now on, every pipeline's forward and backward passes are added to ``passes``."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 
-    def timing(execute: Callable[..., None]) -> Callable[..., None]:
+    def timing(kind: str, execute: Callable[..., None]) -> Callable[..., None]:
         def run(engine: Any, *arguments: Any, **named: Any) -> None:
             started = time.perf_counter()
             execute(engine, *arguments, **named)
-            seconds["passes"] += time.perf_counter() - started
+            passes.append((kind, time.perf_counter() - started))
 
         return run
 
     table = PipelineEngine._INSTRUCTION_MAP
-    table |= {command: timing(table[command]) for command in (ForwardPass, BackwardPass)}
+    for kind, command in (("forward", ForwardPass), ("backward", BackwardPass)):
+        table[command] = timing(kind, table[command])
 
 
-def timed(micro_batches: int, micro_size: int, rounds: int, device: torch.device) -> dict[str, list[list[float]]]:
-    """Seconds by rank and round, of a step, of its passes, and of as many in the stage alone."""
-    seconds = {"passes": 0.0}
-    passes_timed(seconds)
+def timed(micro_batches: int, micro_size: int, rounds: int, device: torch.device) -> list[list[tuple[float, Passes, float]]]:
+    """By rank and round: seconds of a step, its passes, and seconds of as many in the stage alone."""
+    passes: Passes = []
+    passes_timed(passes)
     step, one = engine_step(TIMED, 2, micro_batches, micro_size, device), stage_alone(micro_size)
     for work in (step, one, step):
         work()
-    mine = torch.zeros(3, rounds, dtype=torch.float64)
-    for number in range(rounds):
-        seconds["passes"] = 0.0
+    mine = []
+    for _ in range(rounds):
+        passes.clear()
         dist.barrier()
         started = time.perf_counter()
         step()
-        mine[0, number], mine[1, number] = time.perf_counter() - started, seconds["passes"]
+        seconds = time.perf_counter() - started
         dist.barrier()
         started = time.perf_counter()
         one()
-        mine[2, number] = (time.perf_counter() - started) * micro_batches
-    both = [torch.zeros_like(mine) for _ in range(2)]
-    dist.all_gather(both, mine)
-    return {name: [rank[i].tolist() for rank in both] for i, name in enumerate(("step", "passes", "alone"))}
+        mine.append((seconds, passes.copy(), (time.perf_counter() - started) * micro_batches))
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, mine)
+    return both
 
 
 def plain_step(micro_size: int) -> Callable[[], None]:
@@ -168,8 +173,8 @@ def rank_main(task: dict[str, Any]) -> None:
     size = task["micro_size"]
     result: Any
     if "memory_of" in task:
-        stages, count = task["memory_of"], task["micro_batches"]
-        peak = peak_of(lambda: plain_step(size) if stages == 0 else engine_step(MEASURED, stages, count, size, device))
+        stages, number = task["memory_of"], task["micro_batches"]
+        peak = peak_of(lambda: plain_step(size) if stages == 0 else engine_step(MEASURED, stages, number, size, device))
         result = [None] * dist.get_world_size()
         dist.all_gather_object(result, peak)
     else:
@@ -183,28 +188,54 @@ def rank_main(task: dict[str, Any]) -> None:
 # --- around them ------------------------------------------------------------------------------------------------------
 
 
+def shortest(stages: list[Passes]) -> float:
+    """Seconds of a step in which these passes, each stage's in its order, wait for each other and for nothing else."""
+    ends: dict[tuple[str, int, int], float] = {}
+    clocks, queues = [0.0] * len(stages), []
+    for passes in stages:
+        numbers = {"forward": count(), "backward": count()}
+        queues.append(deque((kind, next(numbers[kind]), seconds) for kind, seconds in passes))
+    while any(queues):
+        for stage, queue in enumerate(queues):
+            while queue:
+                kind, number, seconds = queue[0]
+                before = stage - 1 if kind == "forward" else stage + 1
+                ready = ends.get((kind, number, before)) if 0 <= before < len(stages) else 0.0
+                if ready is None:
+                    break
+                ends[kind, number, stage] = clocks[stage] = max(clocks[stage], ready) + seconds
+                queue.popleft()
+    return max(clocks)
+
+
 def bubble_table(micro_batches: list[int], micro_size: int, rounds: int) -> list[dict[str, Any]]:
     print(
         f"{'M':>3} {'passes, ms':>14} {'alone, ms':>14} {'step, ms':>9} {'lost, ms':>9} {'bubble':>7} {'quartiles':>13} "
-        f"{'formula':>8} {'off by':>7}"
+        f"{'formula':>8} {'off by':>7} {'least':>7} {'off by':>7}"
     )
     results = []
-    for count in micro_batches:
-        seconds = run_ranks(__file__, 2, micro_batches=count, micro_size=micro_size, rounds=rounds)
-        passes, alone = ([statistics.median(values) / count for values in seconds[name]] for name in ("passes", "alone"))
+    for number in micro_batches:
+        ranks = run_ranks(__file__, 2, micro_batches=number, micro_size=micro_size, rounds=rounds)
+        busy = [[sum(seconds for _, seconds in passes) for _, passes, _ in rank] for rank in ranks]
+        passes = [statistics.median(rank) / number for rank in busy]
+        alone = [statistics.median(seconds for _, _, seconds in rank) / number for rank in ranks]
         busiest = passes.index(max(passes))
-        steps = [max(pair) for pair in zip(*seconds["step"], strict=True)]
-        bubbles = [1 - busy / step for busy, step in zip(seconds["passes"][busiest], steps, strict=True)]
+        steps = [max(one[0], other[0]) for one, other in zip(*ranks, strict=True)]
+        bests = [shortest([one[1], other[1]]) for one, other in zip(*ranks, strict=True)]
+        bubbles = [1 - seconds / step for seconds, step in zip(busy[busiest], steps, strict=True)]
+        least = statistics.median(1 - seconds / best for seconds, best in zip(busy[busiest], bests, strict=True))
         low, middle, high = statistics.quantiles(bubbles, n=4)
-        formula, step = 1 / (count + 1), statistics.median(steps)
-        lost = (step - (count + 1) * max(passes)) / count
+        formula, step = 1 / (number + 1), statistics.median(steps)
+        lost = statistics.median(step - best for step, best in zip(steps, bests, strict=True)) / number
         results.append(
-            {"micro_batches": count, "passes_seconds": passes, "alone_seconds": alone, "step_seconds": step, "lost_seconds": lost}
+            {"micro_batches": number, "passes_seconds": passes, "alone_seconds": alone, "step_seconds": step, "lost_seconds": lost}
             | {"bubble": middle, "quartiles": [low, high], "formula": formula, "relative_error": middle / formula - 1}
+            | {"least_bubble": least, "relative_to_least": middle / least - 1}
         )
         print(
-            f"{count:3} {passes[0] * 1e3:6.0f} {passes[1] * 1e3:7.0f} {alone[0] * 1e3:6.0f} {alone[1] * 1e3:7.0f} "
-            f"{step * 1e3:9.0f} {lost * 1e3:9.1f} {middle:7.3f} {low:6.3f}-{high:.3f} {formula:8.3f} {middle / formula - 1:+7.1%}",
+            f"{number:3} {passes[0] * 1e3:6.0f} {passes[1] * 1e3:7.0f} {alone[0] * 1e3:6.0f} {alone[1] * 1e3:7.0f} "
+            f"{step * 1e3:9.0f} {lost * 1e3:9.1f} {middle:7.3f} {low:6.3f}-{high:.3f} {formula:8.3f} {middle / formula - 1:+7.1%} "
+            f"{least:7.3f} {middle / least - 1:+7.1%}",
             flush=True,
         )
     return results
