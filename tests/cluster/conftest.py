@@ -25,7 +25,8 @@ WATCHED_SETTINGS = ("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "
 
 def machine() -> dict[str, list[str]]:
     """What a cluster could leave behind on this machine."""
-    filters = [subprocess.run([program], capture_output=True, text=True).stdout for program in ("iptables-save", "ip6tables-save")]
+    programs = filter(shutil.which, ("iptables-save", "ip6tables-save"))  # making the cluster installs them
+    filters = [subprocess.run([program], capture_output=True, text=True).stdout for program in programs]
     return {
         "interfaces": sorted(path.name for path in Path("/sys/class/net").iterdir()),
         "mounts": sorted(line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()),
