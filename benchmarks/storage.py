@@ -1,11 +1,16 @@
 """The same training batches from local disk, from an S3 server on loopback, and from it through the cache on disk.
 
-    python benchmarks/storage.py [--images 2000] [--rounds 5] [--workers 2] [--json FILE]
+    python benchmarks/storage.py [--images 8000] [--window 2048] [--rounds 5] [--workers 2] [--json FILE]
 
 The images of `benchmarks/data.py`, as shards in a folder and in a bucket of SeaweedFS on this machine; RandomResizedCrop to 224
-pixels and flip; batches of 64. Sources run by turns, each time in a process of its own: one epoch to warm up, one that is timed.
-A round's ratio is that of the rates in that round. A bucket is no work of the loader's machine: the server has the last processor
-for itself, and the loader the others, whatever it reads from. Beside it the processor time of both, an image.
+pixels and flip; batches of 64. Each rank of eight that shuffle within 16,384 samples serves an eighth of these, in stretches that
+it reads whole; so the one rank here shuffles within 2,048. With 16,384 it would have room for single samples alone
+(``data.prefetch_mb``), and ask for each by itself: ``--window 16384`` shows that.
+
+Sources run by turns, each time in a process of its own: one epoch to warm up, and one whose first window is timed by itself (first,
+s), since nothing is decoded while it is waited for, and an epoch of ImageNet has hundreds. A round's ratio is that of the rates
+after it. A bucket is no work of the loader's machine: the server has the last processor for itself, and the loader the others,
+whatever it reads from. Beside it the processor time of both, an image.
 """
 
 import argparse
@@ -35,16 +40,21 @@ ROOT = Path(__file__).parents[1]
 DISK, S3, CACHED = "local disk", "S3 on loopback", "S3, data.cache_dir"
 
 
-def measure(url: str, cache_dir: str | None, workers: int) -> None:
+def measure(url: str, cache_dir: str | None, workers: int, window: int) -> None:
     """Print images and processor seconds an image of one epoch, after one that warms up."""
-    config = our_config(url, workers, cache_dir=cache_dir)
+    config = our_config(url, workers, cache_dir=cache_dir, shuffle_window=window)
     index, store = open_index(url)
     source = cached(store, index, cache_dir, config.data.cache_gb)
     sum(len(batch.pixels) for batch in train_loader(config, index, source, 0, 1, 0, 1))
-    started, before = time.perf_counter(), time.process_time()
-    images = sum(len(batch.pixels) for batch in train_loader(config, index, source, 1, 1, 0, 1))
-    seconds, processor = time.perf_counter() - started, time.process_time() - before
-    print(json.dumps({"images_per_second": images / seconds, "processor_seconds": processor / images}))
+    started, images = time.perf_counter(), 0
+    for batch in train_loader(config, index, source, 1, 1, 0, 1):
+        images += len(batch.pixels)
+        if images <= min(window, index.samples // 2):
+            first, counted, before = time.perf_counter(), images, time.process_time()
+    seconds, processor = time.perf_counter() - first, time.process_time() - before
+    images -= counted
+    figures = {"images_per_second": images / seconds, "first_seconds": first - started, "processor_seconds": processor / images}
+    print(json.dumps(figures))
 
 
 def server_seconds(services: local.Services) -> float:
@@ -63,14 +73,15 @@ def set_apart(server: psutil.Process) -> None:
     os.sched_setaffinity(0, ours)
 
 
-def compete(folder: Path, services: local.Services, rounds: int, workers: int) -> dict[str, list[dict[str, float]]]:
+def compete(folder: Path, services: local.Services, rounds: int, workers: int, window: int) -> dict[str, list[dict[str, float]]]:
     bucket = f"s3://{local.BUCKET}/shards/train"
     sources = {DISK: (str(folder / "shards" / "train"), ""), S3: (bucket, ""), CACHED: (bucket, str(folder / "cache"))}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
     for number in range(rounds):
         for name in list(sources) if number % 2 == 0 else list(sources)[::-1]:
             before = server_seconds(services)
-            figures = json.loads(in_own_process("--measure", *sources[name], "--workers", str(workers), script=__file__))
+            how = ["--workers", str(workers), "--window", str(window)]
+            figures = json.loads(in_own_process("--measure", *sources[name], *how, script=__file__))
             results[name].append(figures | {"server_seconds": server_seconds(services) - before})
     return results
 
@@ -84,6 +95,7 @@ def summary(results: dict[str, list[dict[str, float]]], images: int) -> dict[str
             "images_per_second": round(statistics.median(rates)),
             "ratio": round(statistics.median(ratios), 3),
             "ratio_quartiles": [round(v, 3) for v in statistics.quantiles(ratios, n=4)[::2]] if len(ratios) > 1 else None,
+            "first_seconds": round(statistics.median(row["first_seconds"] for row in rounds), 2),
             "loader_microseconds": round(1e6 * statistics.median(row["processor_seconds"] for row in rounds)),
             "server_microseconds": round(1e6 * statistics.median(row["server_seconds"] for row in rounds) / (2 * images)),
         }
@@ -102,18 +114,18 @@ def report(options: argparse.Namespace) -> None:
                 command = [sys.executable, "-m", "pipelines.cli", "pack", str(folder / "images"), destination, "--shard-mb", "8"]
                 subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
             set_apart(psutil.Process(services.processes["s3"].pid))
-            results = compete(folder, services, options.rounds, options.workers)
+            results = compete(folder, services, options.rounds, options.workers, options.window)
         finally:
             local.down(folder / "services")
     rows = summary(results, options.images)
-    work = f"{options.images:,} JPEGs, {options.workers} workers, {options.rounds} rounds"
+    work = f"{options.images:,} JPEGs, {options.workers} workers, shuffled within {options.window:,}, {options.rounds} rounds"
     machine = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{work}; {machine}; {date.today()}")
-    print(f"{'':20} {'images/s':>8} {'to disk':>8} {'quartiles':>13} {'loader, us':>11} {'server, us':>11}")
+    print(f"{'':20} {'images/s':>8} {'to disk':>8} {'quartiles':>13} {'first, s':>8} {'loader, us':>11} {'server, us':>11}")
     for name, row in rows.items():
         quartiles = "{}-{}".format(*row["ratio_quartiles"] or "  ")
         print(
-            f"{name:20} {row['images_per_second']:8,} {row['ratio']:8.2f} {quartiles:>13} "
+            f"{name:20} {row['images_per_second']:8,} {row['ratio']:8.2f} {quartiles:>13} {row['first_seconds']:8} "
             f"{row['loader_microseconds']:11,} {row['server_microseconds']:11,}"
         )
     if options.json:
@@ -123,13 +135,14 @@ def report(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--images", type=int, default=2_000)
+    parser.add_argument("--images", type=int, default=8_000)
+    parser.add_argument("--window", type=int, default=2_048, help="samples that are shuffled together (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(options.measure[0], options.measure[1] or None, options.workers)
+        measure(options.measure[0], options.measure[1] or None, options.workers, options.window)
     else:
         report(options)
 
