@@ -302,7 +302,10 @@ def _container(arguments: list[str], volumes: list[Document], options: JobOption
         "image": options.image,
         "command": ["python", "-m", "trainer.launch"],
         "args": ["--", *arguments],
-        "env": [{"name": "CONVOY_TERMINATION_LOG", "value": "/dev/termination-log"}],
+        "env": [
+            {"name": "CONVOY_TERMINATION_LOG", "value": "/dev/termination-log"},
+            {"name": "CONVOY_CPUS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}},
+        ],
         "envFrom": [{"secretRef": {"name": secret}} for secret in secrets],
         "ports": [{"name": "pytorchjob-port", "containerPort": _PORT}],
         "resources": {"requests": requests, "limits": limits},

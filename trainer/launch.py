@@ -71,6 +71,11 @@ def _meeting(pod: Pod) -> dict[str, Any]:
     }
 
 
+def _cpus() -> int:
+    """Those that the pod asked for, rounded up: ranks that count on the whole node's spin for each other's. Else this process's."""
+    return int(os.environ.get("CONVOY_CPUS") or len(os.sched_getaffinity(0)))
+
+
 def start_ranks(procs: int, command: list[str], nodes: int = 1, **meeting: Any) -> int:
     """Run ``python *command`` once a rank, under torch's elastic agent; one that ends badly ends the others.
 
@@ -78,7 +83,7 @@ def start_ranks(procs: int, command: list[str], nodes: int = 1, **meeting: Any) 
     user's mistake, a bug, a preemption of all, else "retry". Raises ServiceLost where the agents lose each other, UserError where
     there are fewer GPUs than ranks.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // procs)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cpus() // procs)))
     import torch
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException

@@ -92,7 +92,7 @@ def own_namespace(cluster: Kubectl) -> Iterator[Kubectl]:
         until(lambda: "serviceaccount/default" in kubectl("get", "serviceaccounts", "-o", "name"), 30)
         yield kubectl
     finally:
-        cluster("delete", "namespace", name, "--timeout=120s", timeout=150)
+        cluster("delete", "namespace", name, "--ignore-not-found", "--wait=false")  # the next test need not wait for it
 
 
 def container(image: str, *command: str, **more: Any) -> dict[str, Any]:

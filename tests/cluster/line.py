@@ -25,7 +25,7 @@ def applied(cluster: Kubectl, folder: Path, without: str | None = None) -> Itera
         assert not said.stderr, "no warning, of Pod Security or other"
         yield kubectl
     finally:
-        cluster("delete", "namespace", kubectl.namespace, "--ignore-not-found", "--timeout=240s", timeout=300)
+        cluster("delete", "namespace", kubectl.namespace, "--ignore-not-found", "--wait=false")
 
 
 @contextmanager

@@ -23,9 +23,10 @@ def nodes(own_cluster: Kubectl) -> Iterator[Pool]:
 
 
 @pytest.fixture
-def place(nodes: Pool, namespace: Kubectl) -> Kubectl:
+def place(nodes: Pool, namespace: Kubectl) -> Iterator[Kubectl]:
     """The test's namespace, whose pods go before the nodes."""
-    return namespace
+    yield namespace
+    namespace("delete", "namespace", namespace.namespace, "--timeout=120s", timeout=150)
 
 
 def told(convoy_ok: Run, kubectl: Kubectl, job: str) -> str:

@@ -35,7 +35,7 @@ def _pods(settings: list[str], folder: Path, nodes: int = 2, recipe: str = RECIP
         for number in range(nodes):
             environment = {
                 "PATH": os.environ["PATH"],
-                "OMP_NUM_THREADS": "1",
+                "CONVOY_CPUS": "1",
                 "PET_RDZV_ENDPOINT": f"{socket.gethostname() if number == 0 else 'localhost'}:{port}",
                 "PET_NNODES": f"{nodes}:{nodes}",
                 "PET_NPROC_PER_NODE": "1",
@@ -66,6 +66,7 @@ def test_two_pods_train_and_a_lost_rank_ends_both_with_144_so_that_they_go_on(di
     with _pods(settings, tmp_path / "first") as pods:
         until(lambda: (tmp_path / "out/checkpoints/step-000000020/checkpoint.json").exists())
         (rank,) = ranks_of(pods[1], 1)
+        assert rank.environ()["OMP_NUM_THREADS"] == "1", "a thread for each processor that its pod asked for"
         rank.kill()
         assert _codes(pods) == [144, 144], _log(tmp_path / "first")
     assert json.loads((tmp_path / "out/checkpoints" / STARTS).read_text()) == {"newest": "", "starts": 1}
