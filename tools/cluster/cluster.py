@@ -80,29 +80,42 @@ def building_programs() -> Iterator[Callable[[], Path]]:
             process.wait()
 
 
-def start_supervisor(state: State, programs: Path, store: Path) -> int:
-    """Starts the supervisor in its own namespaces and waits for its parts; gives the port of the API server on this machine."""
-    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener, (state.folder / "supervisor.log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                "unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private", "--mount-proc", "--net",
-                sys.executable, str(HERE / "supervisor.py"), str(state.folder), str(programs), str(store), str(listener.fileno()),
-            ],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
-            pass_fds=[listener.fileno()], start_new_session=True,
-        )  # fmt: skip
-        state.record([process.pid])
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        wait_for("the supervisor", lambda: process.poll() is not None or bool(children.read_text().split()), 10, 0.01)
-        if process.poll() is None:
-            state.record([process.pid, int(children.read_text().split()[0])])
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line == "started\n":
-                return int(listener.getsockname()[1])
+class Supervisor:
+    """The first process of the cluster's own namespaces. It starts the node's image store, and the rest when it is told to."""
+
+    def __init__(self, state: State, store: Path) -> None:
+        self.state = state
+        with socket.create_server(("127.0.0.1", 0), backlog=512) as listener, (state.folder / "supervisor.log").open("wb") as log:
+            self.port = int(listener.getsockname()[1])  # of the API server on this machine
+            self.process = subprocess.Popen(
+                [
+                    "unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private", "--mount-proc", "--net",
+                    sys.executable, str(HERE / "supervisor.py"), str(state.folder), str(store), str(listener.fileno()),
+                ],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                pass_fds=[listener.fileno()], start_new_session=True,
+            )  # fmt: skip
+        state.record([self.process.pid])
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        wait_for("the supervisor", lambda: self.process.poll() is not None or bool(children.read_text().split()), 10, 0.01)
+        if self.process.poll() is None:
+            state.record([self.process.pid, int(children.read_text().split()[0])])
+        self._until("containerd")
+
+    def start_all(self, programs: Path) -> None:
+        assert self.process.stdin is not None
+        with self.process.stdin, contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{programs}\n")
+        self._until("agents")
+
+    def _until(self, last: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
             name, seconds = line.split()
             say(f"{name} {seconds} s")
-    raise ClusterError(f"the cluster did not start; see {state.folder}/supervisor.log and {state.logs}")
+            if name == last:
+                return
+        raise ClusterError(f"the cluster did not start; see {self.state.folder}/supervisor.log and {self.state.logs}")
 
 
 class Kubectl:
@@ -138,21 +151,18 @@ def print_exports(state: State, tools: Path) -> None:
 
 
 def up(state: State, with_trainer: bool) -> None:
-    if state.running():
-        say("is up already")
-        with building_programs() as finished:
-            print_exports(state, finished())
-        return
-    if os.geteuid():
+    if os.geteuid() and not state.running():
         raise ClusterError("needs root: it makes namespaces, mounts and cgroups")
-    clean(state)
-    install_packages()
     with images.only_user(cache(), say), building_programs() as finished:
+        if state.running():
+            say("is up already")
+            print_exports(state, finished())
+            return
+        clean(state)
+        install_packages()
         of_debian = images.build(CHECKOUT, cache(), with_trainer, say)  # waits for disk and network while the compiler computes
-        tools = finished()
-        built = images.build_programs(tools / "bin", cache(), say) + of_debian
         try:
-            start(state, tools, built)
+            tools = start(state, of_debian, finished)
         except BaseException:
             say(f"did not come up; logs: {state.logs}")
             end(state.running())
@@ -160,16 +170,21 @@ def up(state: State, with_trainer: bool) -> None:
     print_exports(state, tools)
 
 
-def start(state: State, tools: Path, built: list[images.Image]) -> None:
-    began = time.monotonic()
+def start(state: State, of_debian: list[images.Image], finished: Callable[[], Path]) -> Path:
     state.folder.mkdir(parents=True)
     state.folder.chmod(0o755)
     state.record([])
     store = cache() / "cluster-store"
     store.mkdir(parents=True, exist_ok=True)
-    write_kubeconfig(state, start_supervisor(state, tools / "bin", store))
+    supervisor = Supervisor(state, store)
+    node = images.Node(state, store)
+    images.load(of_debian, cache(), node, say)  # most of it is the disk's work too
+    tools = finished()
+    images.load(images.build_programs(tools / "bin", cache(), say), cache(), node, say)
+    began = time.monotonic()
+    supervisor.start_all(tools / "bin")
+    write_kubeconfig(state, supervisor.port)
     kubectl = Kubectl(state, tools / "bin")
-    images.load(built, cache(), images.Node(state, store), say)
     apply_operator(state, tools, kubectl)
     kubectl.apply(*configs.volumes(state))
     wait_for("the node", lambda: kubectl.succeeds("get", f"node/{configs.NODE}"), 60)
@@ -177,6 +192,7 @@ def start(state: State, tools: Path, built: list[images.Image]) -> None:
     say(f"node Ready after {time.monotonic() - began:.1f} s")
     wait_for_operator(kubectl)
     say(f"training-operator ready after {time.monotonic() - began:.1f} s")
+    return tools
 
 
 def clean(state: State) -> None:

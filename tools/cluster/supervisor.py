@@ -3,7 +3,10 @@
 When it ends, the kernel ends every process in these namespaces, containers too, and with them go their mounts, interfaces and
 packet filter rules: whatever becomes of a cluster, nothing of it stays in the machine's own namespaces.
 
-    supervisor.py STATE PROGRAMS STORE LISTENER    LISTENER: number of an open, listening socket of the machine's own network
+    supervisor.py STATE STORE LISTENER    LISTENER: number of an open, listening socket of the machine's own network
+
+It starts the node's image store at once, and the rest when a line of its standard input names the programs' folder: images are
+handed over while the programs are still compiled.
 """
 
 from __future__ import annotations
@@ -81,9 +84,9 @@ def make_cgroups(state: State) -> None:
 class Parts:
     """Starts the parts and says on standard output how long each took."""
 
-    def __init__(self, state: State, programs: Path) -> None:
+    def __init__(self, state: State) -> None:
         self.state = state
-        self.programs = programs
+        self.programs = Path()  # not compiled yet
         self.daemons: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str, *command: str | Path) -> None:
@@ -184,8 +187,8 @@ async def serve(listener: socket.socket) -> None:
 
 
 def main() -> None:
-    state, programs, store = State(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3])
-    listener = socket.socket(fileno=int(sys.argv[4]))
+    state, store = State(Path(sys.argv[1])), Path(sys.argv[2])
+    listener = socket.socket(fileno=int(sys.argv[3]))
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(1)
     )  # the kernel shields the first process from signals that it does not handle
@@ -198,14 +201,16 @@ def main() -> None:
     make_mounts(state)
     make_network()
     make_cgroups(state)
-    parts = Parts(state, programs)
+    parts = Parts(state)
     with parts.timed("containerd"):
         parts.node(store)
+    if not (programs := sys.stdin.readline().strip()):
+        sys.exit("cluster: who started it is gone")
+    parts.programs = Path(programs)
     with parts.timed("control-plane"):
         parts.control_plane()
     with parts.timed("agents"):
         parts.agents()
-    print("started", flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     asyncio.run(serve(listener))
     parts.daemons[0].terminate()  # containerd writes its store's database to disk

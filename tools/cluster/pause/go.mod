@@ -1,3 +1,0 @@
-module convoy/tools/cluster/pause
-
-go 1.26
