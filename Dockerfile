@@ -14,14 +14,14 @@ RUN CONVOY_CACHE=/opt/installer tools/setup.sh --print-uv
 
 # The dependencies: a layer of their own that changes only with the lock file, and that the image stands on: copied, it would be read,
 # written and hashed a second time, with each build. Compiled here, since pods have no place to keep what they compile: a rank would
-# spend ten seconds of processor time on it at each start. Files that are none of this Python's language are left as they are.
+# spend ten seconds of processor time on it at each start. Not their tests, and files that are none of this language are left as they are.
 FROM base AS dependencies
 WORKDIR /build
 COPY tools/setup.sh tools/setup.sh
 COPY pyproject.toml requirements.lock ./
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
     CONVOY_CACHE=/opt/installer CONVOY_VENV=/opt/convoy/venv UV_LINK_MODE=copy UV_NO_CACHE=1 tools/setup.sh --no-dev --no-project \
-    && { /opt/convoy/venv/bin/python -m compileall -qq -j 0 --invalidation-mode unchecked-hash /opt/convoy/venv/lib || true; }
+    && { /opt/convoy/venv/bin/python -m compileall -qq -j 0 -x '/tests?/' --invalidation-mode unchecked-hash /opt/convoy/venv/lib || true; }
 
 # The project itself, as a wheel unpacked beside them. The native decoder is compiled here, with libjpeg-turbo inside it.
 FROM dependencies AS project

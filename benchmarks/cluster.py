@@ -89,7 +89,7 @@ def submitted(cluster: Kubectl, nodes: int) -> dict[str, float]:
             return {"convoy submit": jobs["r50"] - began, f"{nodes * GPUS:,} GPUs": max(running()) - jobs["r50"]}
 
 
-TRAINING = ["model.width=4", "data.val=null", "train.max_steps=300", "train.log_every_steps=1", "checkpoint.every_steps=20"]
+TRAINING = ["model.width=4", "data.val=null", "train.max_steps=600", "train.log_every_steps=1", "checkpoint.every_steps=20"]
 POD = ["--nodes", "2", "--gpus-per-node", "0", "--cpu", "300m", "--memory", "2Gi", "--service-account", "convoy-trainer"]
 
 

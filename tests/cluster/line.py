@@ -73,8 +73,11 @@ def asked(address: str, path: str, **parameters: Any) -> dict[str, Any]:
 
 def history(address: str, job: str, metric: str = "loss") -> list[dict[str, Any]]:
     """What the run of a job logged of a metric, in its order: ``step``, ``value``, ``timestamp`` in ms; nothing before it began."""
-    experiment = asked(address, "experiments/get-by-name?experiment_name=convoy")["experiment"]["experiment_id"]
-    runs = asked(address, "runs/search", experiment_ids=[experiment], filter=f"attributes.run_name = '{job}'").get("runs", [])
+    made = asked(address, "experiments/search", filter="name = 'convoy'", max_results=1).get("experiments", [])
+    experiments = [experiment["experiment_id"] for experiment in made]
+    if not experiments:
+        return []
+    runs = asked(address, "runs/search", experiment_ids=experiments, filter=f"attributes.run_name = '{job}'").get("runs", [])
     assert len(runs) <= 1, "a job that goes on goes on in its run"
     if not runs:
         return []
