@@ -74,7 +74,7 @@ def watched(kubectl: Kubectl, kind: str, template: str) -> Iterator[dict[str, fl
 
 def submitted(cluster: Kubectl, nodes: int) -> dict[str, float]:
     """One job with a pod on each of so many nodes."""
-    with pool(cluster) as played, own_namespace(cluster) as kubectl:
+    with pool(cluster) as played, own_namespace(cluster, wait=True) as kubectl:
         played.add(nodes)
         pods = watched(kubectl, "pods", "{.status.phase} {.metadata.name}")
         with watched(kubectl, "pytorchjobs", "{.metadata.name}") as jobs, pods as phases:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers import copy_manifests
-from kubectl import Kubectl, Refused, fake_node, own_namespace
+from kubectl import Kubectl, Refused, fake_node, own_namespace, until_namespaces_are_gone
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools/cluster"))
@@ -41,7 +41,8 @@ def cluster() -> Iterator[Kubectl]:
     if os.environ.get("KUBECONFIG"):
         program = shutil.which("kubectl")
         assert program, "KUBECONFIG is set, but there is no kubectl"
-        yield Kubectl(program)
+        yield (kubectl := Kubectl(program))
+        until_namespaces_are_gone(kubectl)
         return
     was_up = bool(State(default_state()).running())
     before = machine()
@@ -49,7 +50,8 @@ def cluster() -> Iterator[Kubectl]:
     values = dict(line.removeprefix("export ").split("=", 1) for line in exports)
     os.environ["KUBECONFIG"] = values["KUBECONFIG"]
     try:
-        yield Kubectl(str(Path(values["PATH"].partition(":")[0]) / "kubectl"))
+        yield (kubectl := Kubectl(str(Path(values["PATH"].partition(":")[0]) / "kubectl")))
+        until_namespaces_are_gone(kubectl)
     finally:
         del os.environ["KUBECONFIG"]
         if not was_up and os.environ.get("CONVOY_KEEP_CLUSTER") != "1":

@@ -13,6 +13,7 @@ from typing import Any
 
 from helpers import until
 
+_PREFIX = "convoy-test-"  # of the tests' namespaces
 RESTRICTED = {
     "runAsNonRoot": True,
     "runAsUser": 10001,
@@ -81,9 +82,9 @@ class Kubectl:
 
 
 @contextmanager
-def own_namespace(cluster: Kubectl) -> Iterator[Kubectl]:
-    """A new one that enforces Pod Security `restricted`."""
-    name = f"convoy-test-{uuid.uuid4().hex[:8]}"
+def own_namespace(cluster: Kubectl, wait: bool = False) -> Iterator[Kubectl]:
+    """A new one that enforces Pod Security `restricted`. ``wait``: until it is gone; else `until_namespaces_are_gone` does."""
+    name = new_namespace_name()
     labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
     made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
     cluster("apply", "-f", "-", stdin=json.dumps(made))
@@ -92,7 +93,21 @@ def own_namespace(cluster: Kubectl) -> Iterator[Kubectl]:
         until(lambda: "serviceaccount/default" in kubectl("get", "serviceaccounts", "-o", "name"), 30)
         yield kubectl
     finally:
-        cluster("delete", "namespace", name, "--ignore-not-found", "--wait=false")  # the next test need not wait for it
+        cluster("delete", "namespace", name, f"--wait={str(wait).lower()}", "--timeout=120s", timeout=150)
+
+
+def new_namespace_name() -> str:
+    return f"{_PREFIX}{uuid.uuid4().hex[:8]}"
+
+
+def until_namespaces_are_gone(cluster: Kubectl) -> None:
+    """Those of tests that are being deleted: once for all tests, since each takes longer than many a test."""
+
+    def leaving() -> list[str]:
+        found = [item for item in cluster.get("namespaces")["items"] if item["status"]["phase"] == "Terminating"]
+        return [item["metadata"]["name"] for item in found if item["metadata"]["name"].startswith(_PREFIX)]
+
+    until(lambda: not leaving(), 240, lambda: f"still there: {leaving()}")
 
 
 def container(image: str, *command: str, **more: Any) -> dict[str, Any]:

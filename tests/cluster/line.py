@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import urllib.request
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from helpers import copy_manifests
-from kubectl import Kubectl
+from kubectl import Kubectl, new_namespace_name
 
 
 @contextmanager
 def applied(cluster: Kubectl, folder: Path, without: str | None = None) -> Iterator[Kubectl]:
     """The overlay with the files that `convoy secrets` makes; ``without``: a kind that is left out."""
-    kubectl = cluster.within(f"convoy-test-{uuid.uuid4().hex[:8]}")
+    kubectl = cluster.within(new_namespace_name())
     said = kubectl.apply_overlay(copy_manifests(folder), "local", without=without)
     try:
         assert said.returncode == 0, said.stderr

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import Run, until
-from kubectl import Kubectl
+from kubectl import Kubectl, own_namespace
 from played import Pool, active, gang_policy, phases, pool
 
 NODES = 64
@@ -23,10 +23,10 @@ def nodes(own_cluster: Kubectl) -> Iterator[Pool]:
 
 
 @pytest.fixture
-def place(nodes: Pool, namespace: Kubectl) -> Iterator[Kubectl]:
+def place(own_cluster: Kubectl, nodes: Pool) -> Iterator[Kubectl]:
     """The test's namespace, whose pods go before the nodes."""
-    yield namespace
-    namespace("delete", "namespace", namespace.namespace, "--timeout=120s", timeout=150)
+    with own_namespace(own_cluster, wait=True) as kubectl:
+        yield kubectl
 
 
 def told(convoy_ok: Run, kubectl: Kubectl, job: str) -> str:
