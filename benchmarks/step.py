@@ -107,6 +107,18 @@ def loop_step(row: dict[str, Any]) -> Step:
     return step
 
 
+def forward_pass(row: dict[str, Any]) -> Callable[[], None]:
+    """A forward pass in plain torch, with all that it keeps for the backward pass, whose result is let go."""
+    pixels, labels = (torch.from_numpy(array) for array in data_of(row, dist.get_rank()))
+    model = build_model(NETWORK, CLASSES).to(memory_format=torch.channels_last)
+
+    def run() -> None:
+        images = pixels.permute(0, 3, 1, 2).float()
+        nn.functional.cross_entropy(model(images), labels)
+
+    return run
+
+
 # --- in the ranks -----------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +147,8 @@ def rank_main(task: dict[str, Any]) -> None:
     device = parallel.join(ranks)
     row = ROWS[task["row"]]
     if "memory_of" in task:
-        result: Any = peak_of(lambda: loop_step(row) if task["memory_of"] is None else engine_of(row, task["memory_of"], device)[1])
+        makers: dict[Any, Callable[[], Any]] = {"loop": lambda: loop_step(row), "forward": lambda: forward_pass(row)}
+        result: Any = peak_of(makers.get(task["memory_of"], lambda: engine_of(row, task["memory_of"], device)[1]))
     else:
         result = timed({"loop": loop_step(row)} | {f"{n}": engine_of(row, n, device)[1] for n in (0, 1)}, task["rounds"])
     if ranks.is_first:
@@ -177,26 +190,29 @@ def predicted(stage: int, ranks: int, sizes: list[int], activations: int) -> int
 
     At stage 1 gradients are whole until the step, and the weights are their own masters; from stage 2 on, masters are copies. Then
     DeepSpeed fills a bucket with gradients and reduces a copy of it; at stage 3 one bucket of weights is gathered ahead of another,
-    and each is copied out. At the update there are no activations, but the gradients are in another flat copy.
+    and each is copied out. Within the backward pass of the largest convolution there are its gradient and two copies in other
+    layouts, where the forward pass has one. At the update there are no activations, but the gradients are in another flat copy.
     """
     total, part = sum(sizes), sum(sizes) / ranks
     bucket = max(BUCKET, max(sizes))
+    passing = 2 * max(sizes)
+    reduced = bucket + max(bucket, passing)
     kept = sum(size for size in sizes if size < KEPT)
     backward, update = {
-        0: (3 * total, 3 * total),
-        1: (2 * total + part, 2 * total + part),
-        2: (total + 3 * part + 2 * bucket, total + 4 * part),
-        3: (kept + 4 * part + 4 * bucket, kept + 5 * part),
+        0: (3 * total + passing, 3 * total),
+        1: (2 * total + part + passing, 2 * total + part),
+        2: (total + 3 * part + reduced, total + 4 * part),
+        3: (kept + 4 * part + 4 * bucket + reduced, kept + 5 * part),
     }[stage]
     return max(int(4 * backward) + activations, int(4 * update))
 
 
 def memory_table(processes: int = 2) -> list[dict[str, Any]]:
-    """Peak memory a rank by ZeRO stage. Activations are what the loop needs beside its weights, gradients and momentum."""
+    """Peak memory a rank by ZeRO stage. Activations are what a forward pass by itself needs beside the weights."""
     sizes = [p.numel() for p in build_model(NETWORK, CLASSES).parameters()]
     row = "64"
-    loop = run_ranks(__file__, processes, row=row, memory_of=None)
-    activations = loop["tensors"] - 4 * 4 * sum(sizes)  # DDP has its own copy of the gradients
+    loop = run_ranks(__file__, processes, row=row, memory_of="loop")
+    activations = run_ranks(__file__, processes, row=row, memory_of="forward")["tensors"] - 4 * sum(sizes)
     mib = 2**20
     print(f"\npeak memory a rank, {processes} ranks, {NETWORK}, fp32, row {row}; MiB; activations {activations / mib:.0f}")
     print(f"{'':8} {'predicted':>9} {'tensors':>9} {'ratio':>6} {'resident':>9}")
