@@ -20,7 +20,7 @@ from trainer.console import TrainingProgress
 from trainer.data.cache import cached
 from trainer.data.decode import decoder_in_use
 from trainer.data.index import check_digests
-from trainer.data.loader import eval_loader, train_loader
+from trainer.data.loader import eval_loader, room_wanted, train_loader
 from trainer.data.stages import Allocate
 from trainer.engine import parallel
 from trainer.engine.base import Engine, pinned
@@ -142,7 +142,8 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
     tracker, system = start_tracking(run, recipe, ranks, found)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
-    for note in (_headline(run, tracker), *network.notes, decoder, *notes):
+    room = room_wanted(config, run.train, run.batch.ranks)
+    for note in (_headline(run, tracker), *network.notes, decoder, *([room] if room else []), *notes):
         progress.note(note)
     stop = _TERMINATION.request = StopRequest()
 

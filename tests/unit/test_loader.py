@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from trainer.config import RunConfig
 from trainer.data.index import Index, open_index
-from trainer.data.loader import eval_loader, step_windows, train_loader
+from trainer.data.loader import eval_loader, room_wanted, step_windows, train_loader
 from trainer.data.order import EpochOrder, epoch_order
 from trainer.data.stages import Batch
 from trainer.data.storage import Store
 from trainer.errors import UserError
+
+MB = 2**20
 
 
 def _config(data: Path, global_size: int, **keys: Any) -> RunConfig:
@@ -96,6 +98,30 @@ def test_each_byte_is_read_once_over_all_ranks(digits: Path, world: int, prefetc
     assert counting.requests < 6 * 48 + len(index.shards) * 4, "long stretches"
 
 
+def test_a_set_smaller_than_the_shuffle_window_is_read_in_long_stretches_where_it_fits(digits: Path) -> None:
+    index, store = open_index(str(digits / "train"))
+    wanted = -(-2 * index.bytes // MB)
+    for prefetch_mb, long in ((wanted + 1, True), (wanted // 2, False)):
+        counting = Counting(store)
+        _rank(_config(digits, 48, prefetch_mb=prefetch_mb, shuffle_window=10**6), digits, 1, 0, store=counting)
+        assert (counting.requests < index.samples / 4) == long
+
+
+def test_it_is_said_how_much_room_long_stretches_want(digits: Path) -> None:
+    """The figure that is told is enough, and a little less is not; nothing is told of a local folder or behind a cache."""
+    index, _ = open_index(str(digits / "train"))
+    keys: dict[str, Any] = {"train": "s3://bucket/digits", "shuffle_window": 10**6, "prefetch_mb": 1}
+    said = room_wanted(_config(digits, 48, **keys), index, 1)
+    assert said is not None
+    wanted = int(said.split("; with ")[1].split(",")[0])
+    assert wanted == pytest.approx(2 * index.bytes / MB, abs=1.1, rel=0.03)
+    assert room_wanted(_config(digits, 48, **keys | {"prefetch_mb": wanted}), index, 1) is None
+    assert room_wanted(_config(digits, 48, **keys | {"prefetch_mb": wanted - 1}), index, 1) is not None
+    assert room_wanted(_config(digits, 48, **keys | {"prefetch_mb": -(-wanted // 2)}), index, 2) is None, "half of it each"
+    assert room_wanted(_config(digits, 48, **keys | {"train": str(digits / "train")}), index, 1) is None
+    assert room_wanted(_config(digits, 48, cache_dir="/cache", **keys), index, 1) is None
+
+
 def test_what_was_consumed_is_not_read(digits: Path) -> None:
     index, store = open_index(str(digits / "train"))
     config, counting = _config(digits, 48), Counting(store)
@@ -103,9 +129,6 @@ def test_what_was_consumed_is_not_read(digits: Path) -> None:
     read = sum(int(counts.sum()) for counts in counting.read.values())
     mean = index.bytes / index.samples
     assert read < 1.2 * mean * sum(len(batch.keys) for batch in rest)
-
-
-MB = 2**20
 
 
 @settings(deadline=None)

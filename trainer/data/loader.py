@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from math import ceil
 
 import numpy as np
 import webdataset as wds
@@ -13,10 +14,19 @@ from trainer.config import RunConfig
 from trainer.data.augment import UNIFORMS, Mix, crop_box, draw_mix, erase, eval_transform, padded_crop
 from trainer.data.decode import decode_crop, decode_rgb
 from trainer.data.index import Index
-from trainer.data.order import EpochOrder, augment_uniforms, epoch_order, eval_portion, mix_generator, rank_slots
+from trainer.data.order import (
+    EpochOrder,
+    augment_uniforms,
+    block_steps,
+    epoch_order,
+    eval_portion,
+    mix_generator,
+    rank_slots,
+    steps_per_epoch,
+)
 from trainer.data.randaugment import rand_augment, trivial_augment
 from trainer.data.stages import Allocate, Batch, Decoder, MicroBatch, View, Window, decoded, fetched, threads
-from trainer.data.storage import Source
+from trainer.data.storage import Source, is_remote
 
 _LONG = 8 * 2**20  # bytes of a lane's stretch from which on a longer one is no faster to read
 _SLOW = 64 * 2**20  # bytes that are worth waiting for before the first step of an epoch
@@ -69,20 +79,33 @@ def step_windows(order: EpochOrder, start: int, lane: float, lanes: int, budget:
     is one block of the order, in which each lane reads one stretch, or several where those are short. Only where two blocks
     are more than ``budget`` it is a part of one, and samples are read singly. A long first block begins with its first step.
     """
-    size = order.block * lane * lanes
+    block = min(order.block, order.steps)
+    size = block * lane * lanes
     if 2 * size > budget:
         steps = max(1, int(budget / 4 / (lane * lanes)))
     else:
-        steps = order.block * max(1, int(min(_LONG / (order.block * lane), budget / 4 / size)))
+        steps = block * max(1, int(min(_LONG / (block * lane), budget / 4 / size)))
     first = start
     while first < order.steps:
         end = min(order.steps, (first // steps + 1) * steps)
         if first == start and (end - first) * lane * lanes > _SLOW:
             end = first + 1
         if 2 * size > budget:
-            end = min(end, (first // order.block + 1) * order.block)
+            end = min(end, (first // block + 1) * block)
         yield first, end
         first = end
+
+
+def room_wanted(config: RunConfig, index: Index, ranks: int) -> str | None:
+    """What is to be said where ``step_windows`` lets each sample be asked for by itself, of a store that takes long to answer."""
+    data, global_size = config.data, config.batch.global_size
+    if data.cache_dir is not None or not is_remote(data.train):
+        return None
+    block = min(block_steps(data.shuffle_window, global_size), steps_per_epoch(index.samples, global_size, data.tail))
+    wanted = ceil(2 * block * index.bytes / index.samples * (global_size // ranks) / 2**20)
+    if wanted <= data.prefetch_mb:
+        return None
+    return f"data.prefetch_mb: with {data.prefetch_mb} each sample is read by itself; with {wanted}, long stretches are"
 
 
 def train_view(config: RunConfig) -> View:

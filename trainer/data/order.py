@@ -40,6 +40,11 @@ def steps_per_epoch(samples: int, global_size: int, tail: str) -> int:
     return samples // global_size if tail == "drop" else -(-samples // global_size)
 
 
+def block_steps(window: int, global_size: int) -> int:
+    """Steps in which about ``window`` samples are shuffled among each other."""
+    return max(1, -(-window // global_size))
+
+
 def epoch_order(sizes: np.ndarray, seed: int, epoch: int, global_size: int, window: int, tail: str = "pad") -> EpochOrder:
     """The order of one epoch over shards of ``sizes`` samples.
 
@@ -57,7 +62,7 @@ def epoch_order(sizes: np.ndarray, seed: int, epoch: int, global_size: int, wind
     lane_starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     lane = np.repeat(np.arange(global_size), lengths)
     place = np.arange(total) - lane_starts[lane]
-    block = max(1, -(-window // global_size))
+    block = block_steps(window, global_size)
     block_number = lane * (int(lengths.max()) // block + 1) + place // block
     row = row[np.argsort(block_number + random.random(total), kind="stable")]
 
