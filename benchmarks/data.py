@@ -131,7 +131,16 @@ def breakdown(folder: Path, workers: int) -> None:
 
 def missing() -> dict[str, str]:
     """The contestants that cannot run here, and why."""
-    code = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if not u.find_spec(m.split('.')[0])])"
+    code = """
+import importlib.util, sys
+for module in sys.argv[1:]:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of its parent
+        found = None
+    if found is None:
+        print(module)
+"""
     modules = [module for _, module in CONTESTANTS.values()]
     absent = subprocess.run([python(), "-c", code, *modules], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     return {name: f"{module} is not installed" for name, (_, module) in CONTESTANTS.items() if module in absent}
