@@ -170,7 +170,6 @@ def arrange_partitioned_weights(optimizer: Any, channels_last: bool) -> None:
         stage_1_and_2.all_gather_dp_groups = _share_out
     for places in _places(optimizer):
         for parameter in places:
-            parameter.get_full_hp_param = MethodType(_get_whole, parameter)  # type: ignore[attr-defined]
             parameter.set_full_hp_param = MethodType(_set_whole, parameter)  # type: ignore[attr-defined]
 
 
@@ -188,12 +187,29 @@ def _share_out(
         handle.wait()
 
 
-def _get_whole(parameter: nn.Parameter, optim_state_key: str | None = None) -> Tensor:
-    """The fp32 parameter, or what the optimizer keeps for it, from all ranks; as DeepSpeed's, but for any memory layout."""
-    from deepspeed.utils import get_full_hp_param
+def gathered(optimizer: Any, slot: str | None) -> dict[nn.Parameter, Tensor]:
+    """What ZeRO 1 and 2 spread over the ranks, whole on each: the fp32 weights, or one ``slot`` of the update rule.
 
-    values: Tensor = get_full_hp_param(parameter, optim_state_key)
-    return values.reshape(-1).as_strided(parameter.shape, parameter.stride())
+    A flat tensor is sent by each rank, where DeepSpeed's own call adds up one of mostly zeros for each weight.
+    """
+    places = _places(optimizer)
+    if slot is None and optimizer.dtype == torch.float32:
+        return {parameter: parameter.detach() for group in places for parameter in group}
+    wholes: dict[nn.Parameter, Tensor] = {}
+    masters, groups = optimizer.single_partition_of_fp32_groups, optimizer.real_dp_process_group
+    for offsets, master, group in zip(places, masters, groups, strict=True):
+        part = (master if slot is None else optimizer.optimizer.state[master][slot]).detach()
+        whole = part.new_empty(dist.get_world_size(group) * part.numel())
+        if dist.get_backend(group) == "gloo":
+            parts = whole.split(part.numel())
+            parts[dist.get_rank(group)].copy_(part)
+            _share_out([whole], [parts], [group])
+        else:
+            dist.all_gather_into_tensor(whole, part, group)
+        wholes |= {
+            parameter: whole.as_strided(parameter.shape, parameter.stride(), offset) for parameter, offset in offsets.items()
+        }
+    return wholes
 
 
 def _set_whole(parameter: nn.Parameter, value: Tensor, optim_state_key: str | None = None) -> None:

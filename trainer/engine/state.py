@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.engine.gradients import gathered
+
 SLOTS = {
     "sgd": ("momentum_buffer",),
     "lars": ("momentum_buffer",),
@@ -94,11 +96,16 @@ class MasterState:
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight, whole."""
-        return {name: self._read(parameter) for name, parameter in self._parameters.items()}
+        return self._wholes(None)
 
     def slot(self, slot: str) -> dict[str, Tensor]:
         """One slot of every weight, whole."""
-        return {name: self._read(parameter, slot) for name, parameter in self._parameters.items()}
+        return self._wholes(slot)
+
+    def _wholes(self, slot: str | None) -> dict[str, Tensor]:
+        flat = hasattr(self._wrapped, "single_partition_of_fp32_groups")
+        known = gathered(self._wrapped, slot) if flat else {}
+        return {name: known[p] if p in known else self._read(p, slot) for name, p in self._parameters.items()}
 
     def updates(self) -> int:
         """How many updates the rule has made, where it counts them."""
@@ -131,7 +138,7 @@ class MasterState:
             for name, value in scaler.items():
                 setattr(self._wrapped.loss_scaler, name, value)
 
-    def _read(self, parameter: nn.Parameter, slot: str | None = None) -> Tensor:
+    def _read(self, parameter: nn.Parameter, slot: str | None) -> Tensor:
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
             from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
