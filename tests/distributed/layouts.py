@@ -7,12 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from distances import distance
 
 from trainer.config import RunConfig
@@ -20,6 +14,7 @@ from trainer.data.stages import Batch
 from trainer.engine import parallel
 from trainer.engine.batch import BatchPlan
 from trainer.engine.data_parallel import DataParallel
+from trainer.engine.state import MasterState
 from trainer.models import build_model
 from trainer.models.layers import normalize
 
@@ -51,17 +46,15 @@ def plain(config: RunConfig) -> tuple[dict, float]:
     return net.state_dict(), float(torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]))
 
 
-def not_kept(module: torch.nn.Module) -> list[str]:
-    """Parameters that do not come back as they were set, themselves or their momentum."""
-    wrong = []
-    for name, parameter in module.named_parameters():
-        value = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        safe_set_full_fp32_param(parameter, value)
-        safe_set_full_optimizer_state(parameter, value + 1, "momentum_buffer")
-        weights, momentum = safe_get_full_fp32_param(parameter), safe_get_full_optimizer_state(parameter, "momentum_buffer")
-        if not (torch.equal(weights, value) and torch.equal(momentum, value + 1)):
-            wrong.append(name)
-    return wrong
+def not_kept(masters: MasterState) -> list[str]:
+    """What does not come back as it was set."""
+    random = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(value.shape, generator=random) for name, value in masters.weights().items()}
+    momentum = {name: torch.randn(value.shape, generator=random) for name, value in weights.items()}
+    masters.set_weights(weights)
+    masters.set_slots({f"momentum_buffer/{name}": value for name, value in momentum.items()}, 0)
+    pairs = ((weights, masters.weights()), (momentum, masters.slot("momentum_buffer")))
+    return [name for want, got in pairs for name, value in want.items() if not torch.equal(got[name], value)]
 
 
 def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> dict:
@@ -92,7 +85,7 @@ def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> 
         "norm": norm,
         "want_norm": want_norm,
         "channels_last": all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions),
-        "not_kept": not_kept(module) if stage else [],
+        "not_kept": not_kept(engine._masters),
     }
 
 

@@ -192,12 +192,9 @@ def gathered(optimizer: Any, slot: str | None) -> dict[nn.Parameter, Tensor]:
 
     A flat tensor is sent by each rank, where DeepSpeed's own call adds up one of mostly zeros for each weight.
     """
-    places = _places(optimizer)
-    if slot is None and optimizer.dtype == torch.float32:
-        return {parameter: parameter.detach() for group in places for parameter in group}
     wholes: dict[nn.Parameter, Tensor] = {}
     masters, groups = optimizer.single_partition_of_fp32_groups, optimizer.real_dp_process_group
-    for offsets, master, group in zip(places, masters, groups, strict=True):
+    for offsets, master, group in zip(_places(optimizer), masters, groups, strict=True):
         part = (master if slot is None else optimizer.optimizer.state[master][slot]).detach()
         whole = part.new_empty(dist.get_world_size(group) * part.numel())
         if dist.get_backend(group) == "gloo":
