@@ -386,7 +386,9 @@ def test_a_server_killed_and_started_again(
         reading = thread.submit(check, store, content, [(0, 8_000_000)])
         until(lambda: store.counts.bytes > 2_000_000)
         server.kill()
+        proxy.released.set()
         until(lambda: store.counts.retries >= 3)
+        proxy.released.clear()
         server.start()
         reading.result(60)
     assert store.counts.bytes == 8_000_000
