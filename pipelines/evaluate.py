@@ -1,5 +1,6 @@
 """``convoy evaluate`` and ``convoy predict``: a registered model at work."""
 
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,22 +38,23 @@ def load_predict(model_uri: str) -> tuple[Predict, list[str]]:
 
     Raises UserError where it cannot be loaded.
     """
-    folder = Path(model_uri)
-    if (folder / "model.safetensors").is_file():
+    output = Path(model_uri)
+    if (output / "model.safetensors").is_file():
         from trainer.export import Predictor
 
-        predictor = Predictor(folder / "model.safetensors", folder / "model.json")
+        predictor = Predictor(output / "model.safetensors", output / "model.json")
         return predictor.predict, predictor.facts.classes
     configure_mlflow()
     import mlflow
     import pandas as pd
     from mlflow.exceptions import MlflowException
 
-    try:
-        model = mlflow.pyfunc.load_model(model_uri)
-    except (MlflowException, OSError) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise UserError(f"{model_uri}: cannot be loaded from {mlflow.get_tracking_uri()}: {reason}") from None
+    with tempfile.TemporaryDirectory(prefix="convoy-model-") as folder:
+        try:
+            model = mlflow.pyfunc.load_model(model_uri, dst_path=folder)
+        except (MlflowException, OSError) as error:
+            reason = " ".join(str(error).split())[:240]
+            raise UserError(f"{model_uri}: cannot be loaded from {mlflow.get_tracking_uri()}: {reason}") from None
 
     def predict(images: list[bytes]) -> np.ndarray:
         probabilities: np.ndarray = model.predict(pd.DataFrame({"image": images}))

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import logging
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -74,14 +76,13 @@ def export_weights(source: str, file: Path, form: str) -> str:
         raise UserError(f"--format: {form!r} is none of {', '.join(_SUFFIXES)}")
     if file.suffix not in _SUFFIXES[form]:
         raise UserError(f"{file}: the file of --format {form} ends with {' or '.join(_SUFFIXES[form])}")
-    folder = model_folder(source)
-    facts = ModelFacts(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
-    if form != "onnx":
+    with _model_folder(source) as folder:
+        facts = ModelFacts(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
         for key, value in facts.options.items():
-            if value != _PUBLISHED.get(key, value):
+            if form != "onnx" and value != _PUBLISHED.get(key, value):
                 raise UserError(f"model.{key}: {form}'s {facts.name} has {_PUBLISHED[key]!r} alone, not {value!r}; export as onnx")
-    model = facts.build()
-    load_weights(model, facts.name, str(folder))
+        model = facts.build()
+        load_weights(model, facts.name, str(folder))
     state = {} if form == "onnx" else export_state(cast(Scheme, form), facts.name, model)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.stem}.part{file.suffix}")
@@ -119,23 +120,26 @@ def _write_onnx(model: nn.Module, facts: ModelFacts, path: Path) -> None:
     program.save(path, external_data=False)
 
 
-def model_folder(source: str) -> Path:
+@contextlib.contextmanager
+def _model_folder(source: str) -> Iterator[Path]:
     """The folder with our two files: a run's output, or what MLflow holds of a model (``models:/NAME@champion``, ...)."""
-    folder = Path(source)
-    if (folder / WEIGHTS_NAME).is_file() and (folder / FACTS_NAME).is_file():
-        return folder
+    output = Path(source)
+    if (output / WEIGHTS_NAME).is_file() and (output / FACTS_NAME).is_file():
+        yield output
+        return
     if ":/" not in source:
         raise UserError(f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model of MLflow's")
     configure_mlflow()
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    try:
-        downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=source))
-    except (MlflowException, OSError) as error:
-        reason = " ".join(str(error).split())[:240]
-        raise UserError(f"{source}: cannot be loaded from {mlflow.get_tracking_uri()}: {reason}") from None
-    found = next(downloaded.rglob(WEIGHTS_NAME), None)
-    if found is None or not (found.parent / FACTS_NAME).is_file():
-        raise UserError(f"{source}: was not registered by Convoy: it has no {WEIGHTS_NAME} beside a {FACTS_NAME}")
-    return found.parent
+    with tempfile.TemporaryDirectory(prefix="convoy-model-") as folder:
+        try:
+            downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder))
+        except (MlflowException, OSError) as error:
+            reason = " ".join(str(error).split())[:240]
+            raise UserError(f"{source}: cannot be loaded from {mlflow.get_tracking_uri()}: {reason}") from None
+        found = next(downloaded.rglob(WEIGHTS_NAME), None)
+        if found is None or not (found.parent / FACTS_NAME).is_file():
+            raise UserError(f"{source}: was not registered by Convoy: it has no {WEIGHTS_NAME} beside a {FACTS_NAME}")
+        yield found.parent

@@ -113,10 +113,15 @@ def test_from_shards_to_a_registered_model(
     downloaded = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
     assert not [p for p in downloaded.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth", ".bin")]
     assert _fresh_process_top1(digits_folder, service_env, tmp_path) == pytest.approx(top1, abs=1e-9)
-    convoy_ok("weights", "export", "models:/digits@champion", tmp_path / "digits.onnx", "--format", "onnx", env=service_env)
+    (tmp_path / "tmp").mkdir()
+    env = service_env | {"TMPDIR": str(tmp_path / "tmp")}
+    convoy_ok("weights", "export", "models:/digits@champion", tmp_path / "digits.onnx", "--format", "onnx", env=env)
     images, labels, _ = _split(digits_folder, "val")
     (logits,) = onnxruntime.InferenceSession(tmp_path / "digits.onnx").run(None, {"images": images.numpy()})
     assert float((logits.argmax(1) == labels.numpy()).mean()) == pytest.approx(top1, abs=1e-9)
+    measured = json.loads(convoy_ok("evaluate", "models:/digits@champion", f"{remote_digits}/val", "--json", env=env))
+    assert measured["top1"] == pytest.approx(top1, abs=1e-9)
+    assert not [p for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")], "downloaded models do not stay"
 
 
 def open_digest(url: str, split: str, env: dict[str, str]) -> str:
