@@ -1,7 +1,8 @@
 """``convoy evaluate`` and ``convoy predict``: a registered model at work."""
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,28 +34,40 @@ class Evaluation:
     top5: float
 
 
+@contextmanager
+def downloaded(model_uri: str) -> Iterator[str]:
+    """The folder that MLflow holds of a model, as a copy that goes with the block.
+
+    Raises UserError where it cannot be had, or MLflow or the file system fails in the block.
+    """
+    configure_mlflow()
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory(prefix="convoy-model-") as folder:
+        try:
+            yield mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=folder)
+        except (MlflowException, OSError) as error:
+            reason = " ".join(str(error).split())[:240]
+            raise UserError(f"{model_uri}: cannot be loaded from {mlflow.get_tracking_uri()}: {reason}") from None
+
+
 def load_predict(model_uri: str) -> tuple[Predict, list[str]]:
     """A model of MLflow's (``models:/NAME@champion``, ``runs:/ID/model``) or a run's output folder; and its class names.
 
     Raises UserError where it cannot be loaded.
     """
-    output = Path(model_uri)
-    if (output / "model.safetensors").is_file():
+    folder = Path(model_uri)
+    if (folder / "model.safetensors").is_file():
         from trainer.export import Predictor
 
-        predictor = Predictor(output / "model.safetensors", output / "model.json")
+        predictor = Predictor(folder / "model.safetensors", folder / "model.json")
         return predictor.predict, predictor.facts.classes
-    configure_mlflow()
     import mlflow
     import pandas as pd
-    from mlflow.exceptions import MlflowException
 
-    with tempfile.TemporaryDirectory(prefix="convoy-model-") as folder:
-        try:
-            model = mlflow.pyfunc.load_model(model_uri, dst_path=folder)
-        except (MlflowException, OSError) as error:
-            reason = " ".join(str(error).split())[:240]
-            raise UserError(f"{model_uri}: cannot be loaded from {mlflow.get_tracking_uri()}: {reason}") from None
+    with downloaded(model_uri) as copy:
+        model = mlflow.pyfunc.load_model(copy)
 
     def predict(images: list[bytes]) -> np.ndarray:
         probabilities: np.ndarray = model.predict(pd.DataFrame({"image": images}))

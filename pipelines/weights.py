@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from pipelines.evaluate import downloaded
 from trainer.data.index import open_index
 from trainer.errors import UserError
 from trainer.export import FACTS_NAME, WEIGHTS_NAME, ModelFacts, save_model
 from trainer.models import build_model
 from trainer.models.naming import Scheme, export_state
 from trainer.models.registry import find_variant
-from trainer.tracking import configure_mlflow
 from trainer.weights import classes_in, load_weights, read_state
 
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -123,23 +122,14 @@ def _write_onnx(model: nn.Module, facts: ModelFacts, path: Path) -> None:
 @contextlib.contextmanager
 def _model_folder(source: str) -> Iterator[Path]:
     """The folder with our two files: a run's output, or what MLflow holds of a model (``models:/NAME@champion``, ...)."""
-    output = Path(source)
-    if (output / WEIGHTS_NAME).is_file() and (output / FACTS_NAME).is_file():
-        yield output
+    folder = Path(source)
+    if (folder / WEIGHTS_NAME).is_file() and (folder / FACTS_NAME).is_file():
+        yield folder
         return
     if ":/" not in source:
         raise UserError(f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model of MLflow's")
-    configure_mlflow()
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    with tempfile.TemporaryDirectory(prefix="convoy-model-") as folder:
-        try:
-            downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=folder))
-        except (MlflowException, OSError) as error:
-            reason = " ".join(str(error).split())[:240]
-            raise UserError(f"{source}: cannot be loaded from {mlflow.get_tracking_uri()}: {reason}") from None
-        found = next(downloaded.rglob(WEIGHTS_NAME), None)
+    with downloaded(source) as copy:
+        found = next(Path(copy).rglob(WEIGHTS_NAME), None)
         if found is None or not (found.parent / FACTS_NAME).is_file():
             raise UserError(f"{source}: was not registered by Convoy: it has no {WEIGHTS_NAME} beside a {FACTS_NAME}")
         yield found.parent
