@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 # Each module may import those above it.
 LAYERS = [
+    ["trainer.redaction"],
     ["trainer.errors", "trainer.console", "trainer.watchdog"],
     ["trainer.config"],
     ["trainer.data"],
