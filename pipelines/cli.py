@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pipelines import cluster_cli
 from trainer.errors import EXIT_USER, UserError, report
+from trainer.hardware_faults import classify_fault, describe_place
 
 app = typer.Typer(
     name="convoy",
@@ -42,7 +43,7 @@ def main() -> None:
         if hasattr(error, "format_message"):  # a usage error of the command-line library
             print(f"convoy: {error.format_message()}; see convoy --help", file=sys.stderr)
             sys.exit(EXIT_USER)
-        sys.exit(report(error, "convoy"))
+        sys.exit(report(classify_fault(error, describe_place()), "convoy"))
 
 
 def _print_json(value: Any) -> None:

@@ -10,6 +10,7 @@ from trainer.config import RECIPES, RunConfig, find_recipe, load_config
 from trainer.data.storage import is_remote
 from trainer.engine.deepspeed_config import check_engine
 from trainer.errors import UserError
+from trainer.hardware_faults import GPUS_VARIABLE, NODE_VARIABLE
 from trainer.resolve import split_ranks
 
 Document = dict[str, Any]
@@ -305,6 +306,8 @@ def _container(arguments: list[str], volumes: list[Document], options: JobOption
         "env": [
             {"name": "CONVOY_TERMINATION_LOG", "value": "/dev/termination-log"},
             {"name": "CONVOY_CPUS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}},
+            {"name": NODE_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+            *([{"name": GPUS_VARIABLE, "value": str(options.gpus_per_node)}] if options.gpus_per_node else []),
         ],
         "envFrom": [{"secretRef": {"name": secret}} for secret in secrets],
         "ports": [{"name": "pytorchjob-port", "containerPort": _PORT}],

@@ -26,12 +26,14 @@ from trainer.engine import parallel
 from trainer.engine.base import Engine, pinned
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.loop import Job, Result, fit
-from trainer.engine.parallel import Ranks, StopRequest, is_lost_peer, ranks_from_environment
+from trainer.engine.parallel import Ranks, StopRequest, describe_gpu, ranks_from_environment
 from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
 from trainer.engine.schedule import learning_rate_schedule
 from trainer.engine.state import TrainingState
-from trainer.errors import FoundByAll, ServiceLost, Terminated, UserError, report
+from trainer.errors import FoundByAll, Terminated, UserError, report
 from trainer.export import ModelFacts, save_model
+from trainer.fault_log import record_fault
+from trainer.hardware_faults import HardwareFault, classify_fault, describe_place, memory_advice
 from trainer.records import KeyLog, finish, start_tracking
 from trainer.resolve import Resolved, resolve, tracking_uri
 from trainer.tracking import Tracker
@@ -51,7 +53,8 @@ def main(arguments: list[str]) -> int:
         run = resolve(arguments[0], arguments[1:], ranks.world_size, check_storage=ranks.is_first)
         network = build_network(run)
     except (Exception, Terminated) as error:
-        return report(error, "convoy", quiet=not ranks.is_first)  # every rank finds the same
+        # every rank finds the same
+        return report(classify_fault(error, describe_place()), "convoy", quiet=not ranks.is_first)
     try:
         if run.config.data.check == "sha256":
             check_bytes(run, ranks)
@@ -59,13 +62,23 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except (Exception, Terminated) as error:
-        if is_lost_peer(error):
-            error = ServiceLost(f"another rank is gone ({str(error).splitlines()[0][:120]})")
+        found = classify_rank_error(error, run, ranks)
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
-        return report(error, program, quiet=isinstance(error, FoundByAll) and not ranks.is_first)
+        return report(found, program, quiet=isinstance(found, FoundByAll) and not ranks.is_first)
     finally:
         parallel.leave()  # its threads would abort a process that ends around them
     return 0
+
+
+def classify_rank_error(error: BaseException, run: Resolved, ranks: Ranks) -> BaseException:
+    """What to report for ``error``; a hardware fault is recorded beside the run's checkpoints."""
+    place = describe_place(describe_gpu(ranks))
+    found = classify_fault(error, place, memory_advice(run.config, run.batch.micro_size))
+    if isinstance(found, HardwareFault):
+        advice = record_fault(checkpoint_url(run), ranks.rank, found.fault)
+        if advice:
+            return HardwareFault(place, f"{found.fault}; {advice}")
+    return found
 
 
 class _Termination:
@@ -129,8 +142,7 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
     config = run.config
     device = parallel.join(ranks, fp16=config.precision == "fp16")
     kept, course = config.checkpoint, run.course
-    url = kept.url or str(config.output_dir / "checkpoints")
-    checkpoints, found, notes = begin(url, kept.keep, kept.resume == "auto", course, device)
+    checkpoints, found, notes = begin(checkpoint_url(run), kept.keep, kept.resume == "auto", course, device)
     if found is not None:
         network.model.load_state_dict(found.state.model)
     whole = copy.deepcopy(network.model).to(device)
@@ -174,6 +186,10 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
         parallel.leave()
     if ranks.is_first:
         finish(run, result, tracker, delivered)
+
+
+def checkpoint_url(run: Resolved) -> str:
+    return run.config.checkpoint.url or str(run.config.output_dir / "checkpoints")
 
 
 def build_engine(run: Resolved, network: Network, device: torch.device) -> Engine:

@@ -13,7 +13,8 @@ import uuid
 from typing import Any, NoReturn
 
 from trainer.config import load_config
-from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ServiceLost, UserError, report
+from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ServiceLost, report
+from trainer.hardware_faults import check_gpus
 from trainer.pod import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
 from trainer.resolve import resolve
 
@@ -91,10 +92,7 @@ def start_ranks(procs: int, command: list[str], nodes: int = 1, **meeting: Any) 
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if 0 < (gpus := torch.cuda.device_count()) < procs:
-        raise UserError(
-            f"{procs} ranks on a machine with {gpus} GPUs; start {gpus}, or hide them: CUDA_VISIBLE_DEVICES= trains without"
-        )
+    check_gpus(torch.cuda.device_count(), procs)
     # the ranks say what went wrong themselves
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     alone = {"rdzv_endpoint": "127.0.0.1:0", "run_id": uuid.uuid4().hex}

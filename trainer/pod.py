@@ -12,6 +12,7 @@ from trainer.config import RunConfig
 from trainer.data.index import INDEX_NAME
 from trainer.data.storage import Store, is_remote, open_store
 from trainer.errors import NeverAnswered, ServiceLost, UserError
+from trainer.fault_log import repeated_faults
 
 STARTS = "starts.json"
 _STORE_MINUTES = 5.0  # for an object store that starts, or moves to another node, at the same time
@@ -139,12 +140,16 @@ def count_start(url: str, most: int) -> None:
         starts = starts + 1 if before == newest else 1
         if starts > most:
             store.delete([STARTS])
+            faults = repeated_faults(store)
             since = f"the checkpoint {newest}" if newest else "its beginning"
             raise UserError(
                 f"checkpoint.max_starts: the job was started {most} times since {since} and made no newer checkpoint; the logs of "
-                "its pods say why; submit it again to go on"
+                "its pods say why; submit it again to go on",
+                *faults,
             )
         store.write(STARTS, json.dumps({"newest": newest, "starts": starts}).encode())
+        for line in repeated_faults(store):
+            print(line, flush=True)
 
 
 def _read(store: Store) -> tuple[str, int]:

@@ -93,9 +93,15 @@ def _allow_half_on_cpu() -> None:
     set_accelerator(HalfAccelerator())
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+def describe_gpu(ranks: Ranks) -> str | None:
+    """The rank's GPU with its name and UUID, as far as the driver still answers; None without GPUs."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    try:
+        properties = torch.cuda.get_device_properties(ranks.local_rank)
+    except (RuntimeError, AssertionError):  # a device that fell off the bus
+        return f"GPU {ranks.local_rank}"
+    return f"GPU {ranks.local_rank} ({properties.name}, UUID {properties.uuid})"
 
 
 def leave() -> None:

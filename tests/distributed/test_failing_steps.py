@@ -1,0 +1,51 @@
+"""Errors raised inside a real training step: what each rank reports, its exit code and what it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("failing_step.py")
+
+
+def _environment() -> dict[str, str]:
+    root = str(Path(__file__).parents[2])
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CONVOY_NODE": "gpu-17"}
+
+
+def _settings(digits: Path, out: Path) -> list[str]:
+    return [
+        "digits-resnet8",
+        f"data.train={digits}/train",
+        f"data.val={digits}/val",
+        "model.width=4",
+        "batch.global_size=32",
+        "batch.micro_size=16",
+        "train.max_steps=5",
+        f"train.output_dir={out}",
+    ]
+
+
+def test_a_device_fault_in_a_step_ends_every_rank_for_a_retry_and_is_recorded(digits: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(SCRIPT), "ecc", "1", *_settings(digits, tmp_path / "out")]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert "convoy: rank 1: hardware fault on node gpu-17" in done.stderr, done.stderr
+    assert "uncorrectable ECC error encountered" in done.stderr
+    assert f"exitcode  : {144}" in done.stderr, "torchrun reports the exit codes of its ranks"
+    assert "exitcode  : 1 " not in done.stderr
+    (record,) = (tmp_path / "out/checkpoints/faults").iterdir()
+    content = json.loads(record.read_text())
+    assert (content["node"], content["rank"]) == ("gpu-17", 1)
+    assert "ECC" in content["fault"]
+
+
+def test_memory_that_runs_out_in_a_step_is_the_users_to_fix(digits: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "memory", "0", *_settings(digits, tmp_path / "out")]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "out of host memory on node gpu-17" in done.stderr
+    assert "batch.micro_size" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out/checkpoints/faults").exists()
