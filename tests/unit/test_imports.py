@@ -24,6 +24,7 @@ LAYERS = [
     ["trainer.tracking", "trainer.checkpoint"],
     ["trainer.engine.loop"],
     ["trainer.resolve", "trainer.export", "trainer.serving", "trainer.pod"],
+    ["trainer.class_matching", "trainer.weights_file"],
     ["trainer.registration", "trainer.launch", "trainer.weights"],
     ["trainer.records"],
     ["trainer.__main__"],
