@@ -15,8 +15,9 @@ def match_classes(outputs: Sequence[Collection[str]], index: Index, model: str, 
 
     ``outputs``: the names by which each output is known. A dataset's class matches by its id
     (``n01440764``), else by its name. 1,000 classes that are plain numbers, as in third-party shards
-    of ImageNet, are the outputs of these numbers. ``model``, ``data``: what error messages call them. Raises UserError that names the classes
-    which match no output, several outputs, or an output that another class has.
+    of ImageNet, are the outputs of these numbers. ``model``, ``data``: what error messages call them.
+    Raises UserError that names the classes which match no output, several outputs, or an output that
+    another class has.
     """
     if len(index.classes) == len(outputs) == 1000 and index.classes == [str(number) for number in range(1000)]:
         return list(range(1000))
