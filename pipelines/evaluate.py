@@ -11,11 +11,11 @@ import numpy as np
 
 from pipelines.progress import WorkProgress
 from trainer.class_matching import match_classes, output_names
-from trainer.data.decode import DecodeError
+from trainer.data.decode import DecodeError, decode_rgb
 from trainer.data.index import Index, open_index
 from trainer.data.reader import read_samples
 from trainer.data.shard import encoded_image, label_of
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import UserError
 from trainer.tracking import configure_mlflow
 
 Predict = Callable[[list[bytes]], np.ndarray]
@@ -94,10 +94,8 @@ def evaluate(model_uri: str, data_url: str) -> Evaluation:
         for numbers in np.array_split(np.arange(index.samples), -(-index.samples // _BATCH)):
             samples = read_samples(numbers, index, store).values()
             labels = outputs[[label_of(sample, len(index.classes)) for sample in samples]]
-            try:
-                top = ranked(predict([bytes(encoded_image(sample)) for sample in samples]))
-            except DecodeError as error:
-                raise UserError(f"{data_url}: {error}") from None
+            images = [(sample["__where__"], bytes(encoded_image(sample))) for sample in samples]
+            top = ranked(_predict_named(predict, images))
             hits1 += int((top[:, 0] == labels).sum())
             hits5 += int((top == labels[:, None]).any(1).sum())
             progress.add(len(numbers))
@@ -109,6 +107,23 @@ def _outputs_for(index: Index, classes: list[str], model: str, data: str) -> np.
     if classes[: len(index.classes)] == index.classes:
         return np.arange(len(index.classes))
     return np.array(match_classes(output_names(classes, len(classes)), index, model, data))
+
+
+def _predict_named(predict: Predict, images: list[tuple[str, bytes]]) -> np.ndarray:
+    """Predict images that have names. Raises UserError that names the first one that cannot be decoded.
+
+    A registered model runs its own copy of the decoder and raises its own exceptions, so ours judges
+    the images after a failure.
+    """
+    try:
+        return predict([content for _, content in images])
+    except Exception:
+        for name, content in images:
+            try:
+                decode_rgb(content)
+            except DecodeError as error:
+                raise UserError(f"{name}: cannot be decoded: {error}") from None
+        raise
 
 
 def ranked(probabilities: np.ndarray) -> np.ndarray:
@@ -132,10 +147,7 @@ def predict_files(model_uri: str, files: Iterable[str]) -> list[dict[str, Any]]:
     predict, classes = load_predict(model_uri)
     answers = []
     for file, content in contents:
-        try:
-            probabilities = predict([content])[0]
-        except (DecodeError, ServiceLost) as error:
-            raise UserError(f"{file}: not an image: {error}") from None
+        probabilities = _predict_named(predict, [(file, content)])[0]
         likeliest = ranked(probabilities[None])[0]
         top5 = [{"class": _class_name(classes, i), "probability": float(probabilities[i])} for i in likeliest]
         answers.append({"file": file, "top5": top5})
