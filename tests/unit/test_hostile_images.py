@@ -48,7 +48,7 @@ def test_the_centre_of_a_long_image_is_torchvisions(short: int, ratio: int, upri
     assert got.size == (size, size)
     difference = np.abs(to_array(got).astype(int) - np.asarray(want).astype(int))
     assert difference.max() <= 2
-    assert difference.mean() < 0.1
+    assert difference.mean() < 0.5
 
 
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (4_000, 1), (3, 9_000), (65_500, 2)])

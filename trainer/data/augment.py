@@ -22,7 +22,7 @@ def eval_transform(image: Image.Image, size: int, crop: float) -> Image.Image:
 
     The whole resized image is made first, so that results equal torchvision's, unless it is much
     longer than high: of a 4,000 x 1 image it would have 262 million pixels. Then only the centre is
-    made, which differs by rounding: two grey levels at most, less than 0.1 in the mean.
+    made, which differs by two grey levels of rounding at most.
     """
     short = round(size / crop)
     width, height = image.size
