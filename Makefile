@@ -4,7 +4,7 @@ VENV := .venv
 PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PATH
 
-.PHONY: help setup demo lint format test test-studies studies test-gpu test-cluster cluster-up cluster-down matrix bench bench-gpu peers wheel image lock clean
+.PHONY: help setup demo lint format test test-busy test-studies studies test-gpu test-cluster cluster-up cluster-down matrix bench bench-gpu peers wheel image lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ format: setup ## Rewrite the code in the project's style
 
 test: setup ## Every test that needs no cluster
 	OMP_NUM_THREADS=1 pytest -n $$(($$(nproc) + 1)) --dist loadgroup --durations 15 --ignore tests/cluster --ignore tests/studies
+
+test-busy: setup ## `make test` in random order (SEED) beside three busy loops, as a busy machine runs it
+	@loops=(); for _ in 1 2 3; do (while :; do :; done) & loops+=($$!); done; trap 'kill "$${loops[@]}"' EXIT; \
+	CONVOY_SHUFFLE=$${SEED:-1} $(MAKE) --no-print-directory test
 
 test-studies: setup ## Every study of `convoy study`, quick, stopped once and gone on with
 	pytest --durations 5 tests/studies

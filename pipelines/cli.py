@@ -167,15 +167,18 @@ def weights_import(
     model: Annotated[str, typer.Option(help="A name that `convoy models` lists.")],
     output: Annotated[Path | None, typer.Option(help="Folder for the model; runs/MODEL when not given.")] = None,
     image_size: Annotated[int, typer.Option(help="That the model is used at, pixels.", min=1)] = 224,
-    data: Annotated[str | None, typer.Option(help="URL of a split whose class names the model gets.")] = None,
+    data: Annotated[str | None, typer.Option(help="URL of a split whose classes the model gets, matched by name.")] = None,
     half_range: Annotated[
         bool | None, typer.Option(help="Whether pixels go from -1 to 1; else ImageNet's mean and deviation.", show_default=False)
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="The set of weights in a checkpoint that holds several, such as state_dict.")
     ] = None,
 ) -> None:
     """Make a model of torchvision's or timm's weights, for `evaluate`, `predict` and model.init."""
     from pipelines.weights import import_weights
 
-    for line in import_weights(file, model, output or Path("runs") / model, image_size, data, half_range):
+    for line in import_weights(file, model, output or Path("runs") / model, image_size, data, half_range, key):
         print(line)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from pipelines.progress import WorkProgress
-from trainer.data.decode import DecodeError
-from trainer.data.index import open_index
+from trainer.class_matching import match_classes, output_names
+from trainer.data.decode import DecodeError, decode_rgb
+from trainer.data.index import Index, open_index
 from trainer.data.reader import read_samples
 from trainer.data.shard import encoded_image, label_of
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import UserError
 from trainer.tracking import configure_mlflow
 
 Predict = Callable[[list[bytes]], np.ndarray]
@@ -87,26 +88,52 @@ def evaluate(model_uri: str, data_url: str) -> Evaluation:
     """Measure a model on every sample of a split."""
     index, store = open_index(data_url)
     predict, classes = load_predict(model_uri)
-    if classes[: len(index.classes)] != index.classes:
-        raise UserError(f"{data_url}: its classes are not those of {model_uri}")
+    outputs = _outputs_for(index, classes, model_uri, data_url)
     hits1 = hits5 = 0
     with WorkProgress("evaluating", index.samples, "images") as progress:
         for numbers in np.array_split(np.arange(index.samples), -(-index.samples // _BATCH)):
             samples = read_samples(numbers, index, store).values()
-            labels = np.array([label_of(sample, len(index.classes)) for sample in samples])
-            try:
-                top = ranked(predict([bytes(encoded_image(sample)) for sample in samples]))
-            except DecodeError as error:
-                raise UserError(f"{data_url}: {error}") from None
+            labels = outputs[[label_of(sample, len(index.classes)) for sample in samples]]
+            images = [(sample["__where__"], bytes(encoded_image(sample))) for sample in samples]
+            top = ranked(_predict_named(predict, images))
             hits1 += int((top[:, 0] == labels).sum())
             hits5 += int((top == labels[:, None]).any(1).sum())
             progress.add(len(numbers))
     return Evaluation(model_uri, data_url, index.samples, hits1 / index.samples, hits5 / index.samples)
 
 
+def _outputs_for(index: Index, classes: list[str], model: str, data: str) -> np.ndarray:
+    """The model's output for each label of the dataset, int64 [classes of the dataset]. Raises UserError."""
+    if classes[: len(index.classes)] == index.classes:
+        return np.arange(len(index.classes))
+    return np.array(match_classes(output_names(classes, len(classes)), index, model, data))
+
+
+def _predict_named(predict: Predict, images: list[tuple[str, bytes]]) -> np.ndarray:
+    """Predict images that have names. Raises UserError that names the first one that cannot be decoded.
+
+    A registered model runs its own copy of the decoder and raises its own exceptions, so ours judges
+    the images after a failure.
+    """
+    try:
+        return predict([content for _, content in images])
+    except Exception:
+        for name, content in images:
+            try:
+                decode_rgb(content)
+            except DecodeError as error:
+                raise UserError(f"{name}: cannot be decoded: {error}") from None
+        raise
+
+
 def ranked(probabilities: np.ndarray) -> np.ndarray:
     """The five likeliest classes of each row, likeliest first; a tie goes to the lower class."""
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
+
+
+def _class_name(classes: list[str], output: int) -> str:
+    """The name of an output; its number for one that no class was given for (``model.num_classes`` above the dataset's)."""
+    return classes[output] if output < len(classes) else str(output)
 
 
 def predict_files(model_uri: str, files: Iterable[str]) -> list[dict[str, Any]]:
@@ -120,10 +147,8 @@ def predict_files(model_uri: str, files: Iterable[str]) -> list[dict[str, Any]]:
     predict, classes = load_predict(model_uri)
     answers = []
     for file, content in contents:
-        try:
-            probabilities = predict([content])[0]
-        except (DecodeError, ServiceLost) as error:
-            raise UserError(f"{file}: not an image: {error}") from None
+        probabilities = _predict_named(predict, [(file, content)])[0]
         likeliest = ranked(probabilities[None])[0]
-        answers.append({"file": file, "top5": [{"class": classes[i], "probability": float(probabilities[i])} for i in likeliest]})
+        top5 = [{"class": _class_name(classes, i), "probability": float(probabilities[i])} for i in likeliest]
+        answers.append({"file": file, "top5": top5})
     return answers

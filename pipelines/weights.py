@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipelines.evaluate import downloaded
+from trainer.class_matching import imagenet_output_names, match_classes
 from trainer.data.index import open_index
 from trainer.errors import UserError
 from trainer.export import FACTS_NAME, WEIGHTS_NAME, ModelFacts, save_model
 from trainer.models import build_model
 from trainer.models.naming import Scheme, export_state
 from trainer.models.registry import find_variant
-from trainer.weights import classes_in, load_weights, read_state
+from trainer.weights import classes_in, load_weights, select_weights
 
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _PUBLISHED = {"activation": "relu", "head": "tower", "filters": "stacked", "reduction": True}
@@ -29,32 +30,60 @@ something else, or have no name."""
 _SUFFIXES = {"torchvision": (".pth", ".pt", ".safetensors"), "timm": (".safetensors", ".pth", ".pt"), "onnx": (".onnx",)}
 
 
-def import_weights(file: str, name: str, output: Path, image_size: int, data_url: str | None, half_range: bool | None) -> list[str]:
+def import_weights(
+    file: str,
+    name: str,
+    output: Path,
+    image_size: int,
+    data_url: str | None,
+    half_range: bool | None,
+    key: str | None = None,
+) -> list[str]:
     """Write the weights of ``file`` as a model folder that evaluate, export and ``model.init`` take; returns lines on it.
 
-    ``data_url``: a split whose class names the model gets; else ImageNet's for 1,000 classes, and numbers for any other
-    count. ``half_range``: the weights expect pixels from -1 to 1 instead of ImageNet's mean and deviation; when not given,
+    ``data_url``: a split whose classes the model gets. Weights with 1,000 outputs are ImageNet's: the split's classes are
+    matched with them by name, and the head keeps the outputs of these classes, in their order. Other weights must have as
+    many outputs as the split has classes. Without it, names are ImageNet's for 1,000 outputs, else numbers.
+    ``half_range``: the weights expect pixels from -1 to 1 instead of ImageNet's mean and deviation; when not given,
     those of torchvision's GoogLeNet do, since its published weights were trained so (its ``transform_input``).
+    ``key``: the set of weights to take from a file that holds several; see ``select_weights``.
     """
     if (output / WEIGHTS_NAME).exists():
         raise UserError(f"{output}: holds a model already; choose another --output or delete it")
     find_variant(name)
-    state = read_state(file)
-    num_classes = classes_in(state, name) or 1000
-    classes = open_index(data_url)[0].classes if data_url else _class_names(num_classes)
-    if len(classes) > num_classes:
-        raise UserError(f"{data_url}: has {len(classes):,} classes, more than the {num_classes:,} of {file}")
-    model = build_model(name, num_classes, image_size)
-    loaded = load_weights(model, name, file, state)
-    notes = [*loaded.notes]
+    weights = select_weights(file, name, key)
+    num_outputs = classes_in(weights, name) or 1000
+    classes, outputs, notes = _classes_of(file, num_outputs, data_url)
+    model = build_model(name, len(classes), image_size)
+    loaded = load_weights(model, name, file, weights, outputs)
+    notes = [*loaded.notes, *notes]
     if half_range is None:
         half_range = name == "googlenet" and loaded.scheme == "torchvision"
     mean, std = ([0.5] * 3, [0.5] * 3) if half_range else _IMAGENET
     if half_range:
         notes.append("pixels are scaled to -1..1 (mean and std 0.5), as torchvision's published GoogLeNet weights expect")
-    facts = ModelFacts(name, {}, classes, num_classes, image_size, 0.875, mean, std, channels_last=True)
+    facts = ModelFacts(name, {}, classes, len(classes), image_size, 0.875, mean, std, channels_last=True)
     save_model(output, model, facts)
     return [f"{name} from {loaded.scheme}'s names: {sum(p.numel() for p in model.parameters()):,} parameters in {output}", *notes]
+
+
+def _classes_of(file: str, num_outputs: int, data_url: str | None) -> tuple[list[str], list[int] | None, list[str]]:
+    """The model's class names, the file's output for each where they differ, and notes. Raises UserError."""
+    if data_url is None:
+        return _class_names(num_outputs), None, []
+    index = open_index(data_url)[0]
+    count = len(index.classes)
+    if num_outputs == 1000:
+        outputs = match_classes(imagenet_output_names(), index, f"{file} (ImageNet)", data_url)
+        if outputs == list(range(num_outputs)):
+            return index.classes, None, []
+        return index.classes, outputs, [f"the head has the outputs of {count:,} of ImageNet's 1,000 classes, matched by name"]
+    if count != num_outputs:
+        raise UserError(
+            f"--data: {data_url} has {count:,} classes, but the weights in {file} have {num_outputs:,} outputs without "
+            "names; use the dataset that they were trained on, or train a new head: model.init"
+        )
+    return index.classes, None, [f"{file}: names no classes; its outputs are taken in the order of {data_url}"]
 
 
 def _class_names(num_classes: int) -> list[str]:

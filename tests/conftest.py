@@ -1,6 +1,7 @@
 """What several tests share: the real command, real services, and small sets of real images."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,12 @@ def convoy_refuses() -> Run:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share something that is slow to make run in one worker, which makes it once."""
+    """Tests that share something that is slow to make run in one worker, which makes it once.
+
+    With CONVOY_SHUFFLE=SEED they run in random order, to find tests that depend on others.
+    """
+    if seed := os.environ.get("CONVOY_SHUFFLE"):
+        random.Random(seed).shuffle(items)
     for item in items:
         for fixture in ("services", "trainings"):
             if fixture in getattr(item, "fixturenames", ()):

@@ -130,7 +130,9 @@ def build_network(run: Resolved) -> Network:
     facts = ModelFacts.of(config, run.train.classes, run.num_classes)
     torch.manual_seed(config.train.seed)
     model = facts.build()
-    notes = load_weights(model, config.model.name, config.model.init).notes if config.model.init else []
+    init, notes = config.model.init, []
+    if init:
+        notes = load_weights(model, config.model.name, init, data=run.train).notes
     stages = config.parallel.pipeline_stages
     parts = split(layer_costs(model, config.data.image_size), stages, config.parallel.split) if stages > 1 else []
     notes += [f"stage {number}: {names[0]} to {names[-1]}" for number, names in enumerate(parts)]

@@ -1,78 +1,225 @@
-"""Weights files: read safely, checked against the network that they are for, in whosever names they are."""
+"""A network's weights from a file: the set that fits, in the network's own names, checked."""
 
-import io
-import pickle
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from trainer.data.storage import open_store
+from trainer.class_matching import match_classes, output_names
+from trainer.data.index import Index
 from trainer.errors import UserError
-from trainer.export import WEIGHTS_NAME
-from trainer.models.naming import Scheme, State, auxiliary_names, detect, head_names, names_in, own_state, schemes_of
-from trainer.models.registry import build_model, find_variant, variants
+from trainer.export import FACTS_NAME, WEIGHTS_NAME
+from trainer.models.naming import Scheme, State, auxiliary_names, head_names, names_in, own_state, schemes_of
+from trainer.models.registry import Variant, build_model, find_variant, variants
+from trainer.weights_file import WeightSet, is_average, read_weight_sets
 
 _SHOWN = 10
 """Keys of each kind that a refusal names."""
 _COUNTER = "num_batches_tracked"
 """Of batch norm, which files of before 2018 lack."""
+_PREFIX_DEPTH = 3
+"""Components before the names, such as ``state.model.module.``, that are tried."""
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What came of a weights file: whose names it has, and what it did not give, a line each."""
+class LoadReport:
+    """The library whose names a weights file has, and what it did not give, one line each."""
 
     scheme: Scheme
     notes: list[str]
 
 
-def load_weights(model: nn.Sequential, name: str, url: str, state: State | None = None) -> Loaded:
+@dataclass(frozen=True)
+class _Candidate:
+    """A set's tensors below one prefix, and how many of the network's names are among them."""
+
+    path: str
+    state: State
+    scheme: Scheme
+    score: int
+    others: tuple[str, ...]
+    """Names of the same set outside the prefix."""
+
+    @property
+    def name(self) -> str:
+        return self.path or "the top level"
+
+
+@dataclass(frozen=True)
+class FittingWeights:
+    """The weights in a file that are for one network, in the file's names without any prefix."""
+
+    state: State
+    scheme: Scheme
+    notes: list[str]
+
+
+def select_weights(url: str, name: str, key: str | None = None) -> FittingWeights:
+    """The set of weights at ``url`` whose names fit the network ``name`` best.
+
+    Prefixes (``module.``, ``model.``) are removed. Averaged (EMA) weights are preferred, and the
+    notes say which set was taken and what was ignored. ``key``: the set to take, as the notes name
+    it. Raises UserError for two sets that fit equally well, and for a ``key`` that is missing.
+    """
+    variant = find_variant(name)
+    with torch.device("meta"):
+        model = build_model(name, 1)
+    sets = read_weight_sets(url)
+    candidates = [candidate for one in sets for candidate in _candidates(one, variant, model)]
+    if key is not None:
+        chosen = [candidate for candidate in candidates if candidate.path == key]
+        if not chosen:
+            most = max(candidate.score for candidate in candidates)
+            keys = sorted({candidate.path for candidate in candidates if candidate.score == most})
+            raise UserError(f"--key: {url} has no weights at {key!r}; it has: {', '.join(map(repr, keys))}")
+        return _selected(chosen[0], [], url)
+    best = max(candidate.score for candidate in candidates)
+    if best < len(names_in("convoy", variant, model)) // 4:  # another network's: the caller says what differs
+        complete = [candidate for candidate in candidates if not candidate.others]
+        closest = max(complete, key=lambda candidate: (len(candidate.state), len(candidate.path)))
+        return FittingWeights(closest.state, closest.scheme, [])
+    fitting = _without_copies([candidate for candidate in candidates if candidate.score == best])
+    averages = [candidate for candidate in fitting if is_average(candidate.path)]
+    if len(averages or fitting) > 1:
+        names = ", ".join(candidate.name for candidate in averages or fitting)
+        raise UserError(f"{url}: holds several sets of weights for {name}: {names}; choose one: convoy weights import --key KEY")
+    chosen = averages or fitting
+    unfit = [c for c in candidates if is_average(c.path) and not averages and c.score > best // 2]
+    return _selected(chosen[0], [c for c in [*fitting, *unfit] if c is not chosen[0]], url)
+
+
+def _selected(chosen: _Candidate, rest: list[_Candidate], url: str) -> FittingWeights:
+    notes = []
+    if rest:
+        kind = "averaged (EMA) weights" if is_average(chosen.path) else "weights"
+        unused = ", ".join(dict.fromkeys(candidate.name for candidate in rest))
+        notes.append(f"{url}: takes the {kind} at {chosen.name}, not those at {unused}; --key selects others")
+    elif is_average(chosen.path):
+        notes.append(f"{url}: the averaged (EMA) weights at {chosen.name}")
+    others = [key for key in chosen.others if key != "n_averaged"]  # the counter of torch's AveragedModel
+    if others:
+        more = f" and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
+        notes.append(f"{url}: ignores {len(others):,} tensors outside {chosen.name}: {', '.join(others[:_SHOWN])}{more}")
+    return FittingWeights(chosen.state, chosen.scheme, notes)
+
+
+def _candidates(one: WeightSet, variant: Variant, model: nn.Sequential) -> list[_Candidate]:
+    """Each prefix of the set's names, with the scheme of names that fits best below it."""
+    names = {
+        scheme: {n for n in names_in(scheme, variant, model).values() if _COUNTER not in n} for scheme in schemes_of(variant.name)
+    }
+    prefixes = {""}
+    for key in one.tensors:
+        parts = key.split(".")
+        prefixes |= {".".join(parts[:depth]) + "." for depth in range(1, min(_PREFIX_DEPTH, len(parts) - 1) + 1)}
+    found = []
+    for prefix in sorted(prefixes):
+        state = {key[len(prefix) :]: value for key, value in one.tensors.items() if key.startswith(prefix)}
+        score, scheme = max(((len(names[scheme] & set(state)), scheme) for scheme in names), key=lambda pair: pair[0])
+        others = tuple(key for key in one.tensors if not key.startswith(prefix))
+        path = ".".join(filter(None, (one.key, prefix.removesuffix("."))))
+        found.append(_Candidate(path, state, scheme, score, others))
+    return found
+
+
+def _without_copies(candidates: list[_Candidate]) -> list[_Candidate]:
+    """Without those that hold the same tensors as an earlier one."""
+    kept: list[_Candidate] = []
+    for candidate in candidates:
+        if not any(_same_tensors(candidate.state, other.state) for other in kept):
+            kept.append(candidate)
+    return kept
+
+
+def _same_tensors(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def load_weights(
+    model: nn.Sequential,
+    name: str,
+    url: str,
+    weights: FittingWeights | None = None,
+    outputs: Sequence[int] | None = None,
+    data: Index | None = None,
+) -> LoadReport:
     """Fill ``model``, built as ``name``, from the weights file at ``url``: .safetensors, or .pth with tensors alone.
 
     Names may be ours, torchvision's or timm's. A file for another number of classes leaves the heads as they are, new; so
-    does one without auxiliary heads. ``state``: the file's content where it was read already.
+    does one without auxiliary heads. ``weights``: the file's content where it was read already. ``outputs``: the file's
+    output for each of the model's classes, where they differ. ``data``: the dataset whose classes the model has; those of a
+    run's output folder at ``url`` are matched with them by name, and a head for other classes is left as it is, too.
 
     Raises UserError for all else that does not fit, and for NaN or infinite weights.
     """
-    state = read_state(url) if state is None else state
-    variant = find_variant(name)
-    scheme = detect(state, variant, model)
+    weights = select_weights(url, name) if weights is None else weights
+    variant, state, scheme = find_variant(name), weights.state, weights.scheme
     own = own_state(state, scheme, variant, model)
     expected = model.state_dict()
-    notes = []
-    heads = [key for key in head_names(model) if key in own and own[key].shape != expected[key].shape]
+    notes = [*weights.notes]
+    present = [key for key in head_names(model) if key in own]
+    trained_on = _classes_of_run(url)
+    if data is not None and trained_on is not None and data.classes != trained_on:
+        try:
+            outputs = match_classes(output_names(trained_on, len(trained_on)), data, url, "the dataset")
+        except UserError:
+            notes.append(f"{url}: was trained on other classes ({trained_on[0]}, ...), so the head is made new")
+            own = {key: value for key, value in own.items() if key not in present}
+            return _filled(model, own, present, weights, notes, url, name)
+        notes.append(f"{url}: the head's outputs are matched with the dataset's classes by name")
+    if outputs is not None:
+        chosen = torch.tensor(outputs)
+        own |= {key: own[key][chosen] for key in present}
+    heads = [key for key in present if own[key].shape != expected[key].shape]
     if heads and all(own[key].shape[1:] == expected[key].shape[1:] for key in heads):
-        classes, wanted = (own[heads[0]].shape[0], expected[heads[0]].shape[0])
-        notes.append(f"{url}: has {classes:,} classes, so the head for {wanted:,} is made new")
+        count, wanted = (own[heads[0]].shape[0], expected[heads[0]].shape[0])
+        notes.append(f"{url}: has {count:,} classes, so the head for {wanted:,} is made new")
         own = {key: value for key, value in own.items() if key not in heads}
     else:
         heads = []
+    return _filled(model, own, heads, weights, notes, url, name)
+
+
+def _filled(
+    model: nn.Sequential, own: State, new: list[str], weights: FittingWeights, notes: list[str], url: str, name: str
+) -> LoadReport:
+    """Check ``own`` against the model and load it; the weights called ``new`` stay as they are."""
+    expected, variant, scheme = model.state_dict(), find_variant(name), weights.scheme
     auxiliary = auxiliary_names(model)
     if auxiliary and not any(key in own for key in auxiliary):
         notes.append(f"{url}: has no auxiliary heads, so they are made new")
-        heads = heads + auxiliary
-    faults = _misfits(own, expected, heads, names_in(scheme, variant, model))
+        new = new + auxiliary
+    faults = _misfits(own, expected, new, names_in(scheme, variant, model))
     if faults:
-        first = f"{url}: does not hold the weights of {name}{_likely(state, name)}"
+        first = f"{url}: does not hold the weights of {name}{_likely(weights.state, name)}"
         raise UserError(first, *(f"{url}: {fault}" for fault in faults))
     bad = [key for key, value in own.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise UserError(f"{url}: {_listed('with NaN or infinite values', bad)}")
     model.load_state_dict(own, strict=False)
-    return Loaded(scheme, notes)
+    return LoadReport(scheme, notes)
 
 
-def classes_in(state: State, name: str) -> int | None:
-    """Classes of the head in a state dict for the network ``name``; None where it has no such head."""
+def _classes_of_run(url: str) -> list[str] | None:
+    """The class names beside the weights of a run's output folder; None for any other file, and for plain numbers."""
+    folder = Path(url.removeprefix("file://"))
+    if not (folder / WEIGHTS_NAME).is_file() or not (folder / FACTS_NAME).is_file():
+        return None
+    try:
+        names = [str(name) for name in json.loads((folder / FACTS_NAME).read_text(encoding="utf-8"))["classes"]]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / FACTS_NAME}: is corrupt; it should list the model's classes") from None
+    return None if names == [str(number) for number in range(len(names))] else names
+
+
+def classes_in(weights: FittingWeights, name: str) -> int | None:
+    """Classes of the head in the weights for the network ``name``; None where they have no such head."""
     with torch.device("meta"):
         model = build_model(name, 1)
-    variant = find_variant(name)
-    own = own_state(state, detect(state, variant, model), variant, model)
+    own = own_state(weights.state, weights.scheme, find_variant(name), model)
     found = [own[key] for key in head_names(model) if key in own and own[key].dim() > 0]
     return found[0].shape[0] if found else None
 
@@ -83,7 +230,17 @@ def _misfits(own: State, expected: State, new: list[str], names: dict[str, str])
     unexpected = [key for key in own if key not in expected]
     differing = [key for key in own if key in expected and own[key].shape != expected[key].shape]
     shapes = [f"{names[key]} {_shape(own[key])} for {_shape(expected[key])}" for key in differing]
-    kinds = [("missing", [names[key] for key in missing]), ("unexpected", unexpected), ("of another shape", shapes)]
+    integers = [
+        f"{names[key]} {own[key].dtype}"
+        for key in own
+        if key in expected and expected[key].is_floating_point() and not own[key].is_floating_point()
+    ]
+    kinds = [
+        ("missing", [names[key] for key in missing]),
+        ("unexpected", unexpected),
+        ("of another shape", shapes),
+        ("of an integer type", integers),
+    ]
     return [_listed(kind, keys) for kind, keys in kinds if keys]
 
 
@@ -118,52 +275,3 @@ def _likely(state: State, name: str) -> str:
 
 def _same_size(given: tuple[int, ...], own: torch.Size) -> bool:
     return given == tuple(own) or (len(given) == 4 and len(own) == 2 and torch.Size(given).numel() == own.numel())
-
-
-def read_state(url: str) -> State:
-    """The tensors of a weights file at a path or URL, by name; of a run's output folder, its model's.
-
-    Raises UserError where it cannot be read, is no such file, or is a pickle that holds more than tensors.
-    """
-    path = Path(url.removeprefix("file://"))
-    if "://" not in url.removeprefix("file://"):
-        path = path / WEIGHTS_NAME if path.is_dir() else path
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-    else:
-        folder, _, file = url.rpartition("/")
-        found = open_store(folder).read_small(file)
-        if found is None:
-            raise UserError(f"{url}: there is no such file")
-        content = found
-    return _strip(_parse(content, url), url)
-
-
-def _parse(content: bytes, url: str) -> Any:
-    if content[8:9] == b"{":  # after the length of a safetensors header, whose first byte can be a pickle's
-        try:
-            return load_safetensors(content)
-        except SafetensorError as error:
-            raise UserError(f"{url}: is damaged: {error}") from None
-    if content[:4] != b"PK\x03\x04" and content[:1] != b"\x80":  # torch's zip file, and the bare pickle before it
-        raise UserError(f"{url}: is neither a .safetensors nor a .pth file")
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-        reason = " ".join(found[0].split())[:200] if found else "it is no file of tensors alone"
-        raise UserError(f"{url}: refused, a pickle that could run code: {reason}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{url}: is damaged: {' '.join(str(error).split())[:200]}") from None
-
-
-def _strip(state: Any, url: str) -> State:
-    """Out of a checkpoint's ``model`` or ``state_dict``, and without the ``module.`` that data parallelism puts before names."""
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{url}: does not hold tensors by name")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}

@@ -26,6 +26,7 @@ LAYERS = [
     ["trainer.engine.loop"],
     ["trainer.resolve", "trainer.export", "trainer.serving", "trainer.fault_log"],
     ["trainer.pod"],
+    ["trainer.class_matching", "trainer.weights_file"],
     ["trainer.registration", "trainer.launch", "trainer.weights"],
     ["trainer.records"],
     ["trainer.__main__"],

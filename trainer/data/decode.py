@@ -1,19 +1,17 @@
 """Encoded image bytes to pixels."""
 
-import io
 from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from trainer.data.image_formats import MAX_PIXELS, ImageFault, open_supported
 
 try:
     from trainer.data import native
 except ImportError:  # it was not built: no compiler, or no libjpeg-turbo
     native = None  # type: ignore[assignment]
-
-MAX_PIXELS = 178_956_970
-"""Of the largest image that is decoded; Pillow's limit too."""
 
 Box = tuple[int, int, int, int]
 """Left, top, width, height; pixels of the image as it is stored."""
@@ -36,16 +34,19 @@ def decoder_in_use() -> str:
 def decode_rgb(encoded: bytes | memoryview) -> Image.Image:
     """Decode to RGB, size as stored, EXIF's orientation ignored as torchvision's ImageFolder does.
 
-    Raises DecodeError for what is no image, is cut, or is a decompression bomb (more than MAX_PIXELS, not decoded).
+    Raises DecodeError for what is not an image of a supported format, is truncated, or is a
+    decompression bomb (more than MAX_PIXELS, not decoded).
     """
     try:
-        image = Image.open(io.BytesIO(encoded))
-        _refuse_bomb(*image.size)
+        image = open_supported(encoded)
+        if image.mode == "RGB":
+            image.load()
+            return image
         return image.convert("RGB")  # decodes; grey and CMYK too
     except MemoryError:
         raise
-    except UnidentifiedImageError:  # its own text names an object in memory
-        raise DecodeError("no image of a known kind") from None
+    except ImageFault as error:
+        raise DecodeError(str(error)) from None
     except Exception as error:  # Pillow's readers raise what their parsing stumbles over: struct.error, IndexError, ...
         raise DecodeError(str(error) or type(error).__name__) from None
 

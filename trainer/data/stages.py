@@ -142,6 +142,8 @@ class Decoder:
                 batch.pixels[i] = self.grey
                 bad.append((i, line))
                 continue
+            except MemoryError:
+                raise UserError(f"{sample['__where__']}: there is not enough memory to decode this image") from None
             batch.labels[i] = label_of(sample, self.num_classes)
         return bad
 

@@ -17,7 +17,8 @@ from trainer.data.storage import open_store
 from trainer.errors import UserError
 from trainer.export import ModelFacts, Predictor, save_model
 from trainer.models import build_model
-from trainer.weights import load_weights, read_state
+from trainer.weights import load_weights
+from trainer.weights_file import read_weight_sets
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_import_and_export_give_the_file_back(resnet18: Path, tmp_path: Path, fo
     lines = import_weights(str(resnet18), "resnet18", tmp_path / "model", 64, None, None)
     assert "resnet18 from torchvision's names: 11,180,103 parameters" in lines[0]
     export_weights(str(tmp_path / "model"), tmp_path / f"out{suffix}", form)
-    given, came = torch.load(resnet18), read_state(str(tmp_path / f"out{suffix}"))
+    given, came = torch.load(resnet18), read_weight_sets(str(tmp_path / f"out{suffix}"))[0].tensors
     assert set(given) == set(came)
     assert all(torch.equal(given[key], came[key]) for key in given)
     timm.create_model("resnet18", num_classes=7).load_state_dict(came)
@@ -155,7 +156,7 @@ def test_a_pickle_with_code_is_refused(how: str, tmp_path: Path) -> None:
     content = {"conv1.weight": Evil(trace)}
     torch.save(content, path) if how == "torch" else path.write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match="refused, a pickle that could run code") as caught:
-        read_state(str(path))
+        read_weight_sets(str(path))
     assert len(caught.value.faults) == 1
     assert "\n" not in str(caught.value)
     assert not trace.exists()
@@ -179,12 +180,12 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
-            read_state(str(tmp_path / name))
+            read_weight_sets(str(tmp_path / name))
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(UserError, match="does not hold tensors by name"):
-        read_state(str(tmp_path / "none.pth"))
+        read_weight_sets(str(tmp_path / "none.pth"))
     with pytest.raises(UserError, match="No such file"):
-        read_state(str(tmp_path / "absent.pth"))
+        read_weight_sets(str(tmp_path / "absent.pth"))
 
 
 def test_export_refuses_what_cannot_be(tmp_path: Path) -> None:

@@ -1,0 +1,290 @@
+"""Checkpoints with several sets of weights, wrapped names, and classes that are matched by name."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from helpers import run_convoy
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data.imagenet_info import ImageNetInfo
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from pipelines.evaluate import evaluate, predict_files
+from pipelines.weights import import_weights
+from trainer.class_matching import imagenet_output_names, match_classes, output_names
+from trainer.data.index import open_index
+from trainer.errors import UserError
+from trainer.export import ModelFacts, save_model
+from trainer.models import build_model
+from trainer.weights import load_weights, select_weights
+
+CLASSES = 7
+
+
+@pytest.fixture(scope="module")
+def source() -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(num_classes=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def average(source: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    return torchvision.models.resnet18(num_classes=CLASSES)
+
+
+def _imported(tmp_path: Path, content: object, key: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """The weights that an import of ``content`` gives, in torchvision's names, and what it reports."""
+    torch.save(content, tmp_path / "c.pth")
+    weights = select_weights(str(tmp_path / "c.pth"), "resnet18", key)
+    report = load_weights(build_model("resnet18", CLASSES), "resnet18", str(tmp_path / "c.pth"), weights)
+    return weights.state, "\n".join(report.notes)
+
+
+def _assert_holds(state: dict[str, Tensor], model: nn.Module) -> None:
+    expected = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
+
+
+def _with_prefix(prefix: str, model: nn.Module) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "module.module.",
+        "model.",
+        "_fsdp_wrapped_module.",
+        "state.model.module.",
+        "backbone.",
+    ],
+)
+def test_prefixes_of_wrappers_are_removed(prefix: str, source: nn.Module, tmp_path: Path) -> None:
+    state, _ = _imported(tmp_path, _with_prefix(prefix, source))
+    _assert_holds(state, source)
+
+
+def test_submodules_that_were_compiled_or_checkpointed_are_unwrapped(source: nn.Module, tmp_path: Path) -> None:
+    model = torchvision.models.resnet18(num_classes=CLASSES)
+    model.load_state_dict(source.state_dict())
+    model.layer1 = torch.compile(model.layer1)
+    assert any("layer1._orig_mod." in key for key in model.state_dict()), "torch names it so"
+    state, _ = _imported(tmp_path, model.state_dict())
+    _assert_holds(state, source)
+
+
+def test_timms_averaged_weights_are_preferred_and_reported(source: nn.Module, average: nn.Module, tmp_path: Path) -> None:
+    ema = ModelEmaV3(average)
+    content = {"epoch": 3, "arch": "resnet18", "state_dict": source.state_dict(), "state_dict_ema": ema.module.state_dict()}
+    state, notes = _imported(tmp_path, content | {"version": 2, "metric": 70.1})
+    _assert_holds(state, average)
+    assert "averaged (EMA) weights at state_dict_ema, not those at state_dict" in notes
+    state, notes = _imported(tmp_path, content, key="state_dict")
+    _assert_holds(state, source)
+
+
+def test_torchs_averaged_model_is_preferred(source: nn.Module, average: nn.Module, tmp_path: Path) -> None:
+    """As torchvision's references save it: names below ``module.`` and a counter beside them."""
+    ema = torch.optim.swa_utils.AveragedModel(average)
+    optimizer = torch.optim.SGD(source.parameters(), 0.1)
+    content = {"model": source.state_dict(), "optimizer": optimizer.state_dict(), "model_ema": ema.state_dict()}
+    state, notes = _imported(tmp_path, content)
+    _assert_holds(state, average)
+    assert "model_ema" in notes
+    assert "n_averaged" not in notes
+
+
+def test_an_average_that_does_not_fit_is_reported_and_not_used(source: nn.Module, tmp_path: Path) -> None:
+    partial = {key: value for key, value in source.state_dict().items() if "running" not in key}
+    state, notes = _imported(tmp_path, {"state_dict": source.state_dict(), "ema": partial})
+    _assert_holds(state, source)
+    assert "not those at ema" in notes
+
+
+def test_two_sets_that_fit_alike_are_refused_until_one_is_chosen(source: nn.Module, average: nn.Module, tmp_path: Path) -> None:
+    content = _with_prefix("student.", source) | _with_prefix("teacher.", average)
+    with pytest.raises(UserError, match=r"several sets of weights for resnet18: student, teacher; choose one"):
+        _imported(tmp_path, content)
+    state, notes = _imported(tmp_path, content, key="teacher")
+    _assert_holds(state, average)
+    assert "ignores 122 tensors outside teacher" in notes
+    with pytest.raises(UserError, match=r"no weights at 'tutor'; it has: 'student', 'teacher'"):
+        _imported(tmp_path, content, key="tutor")
+
+
+def test_the_same_weights_twice_are_one_set(source: nn.Module, tmp_path: Path) -> None:
+    state, _ = _imported(tmp_path, {"model": source.state_dict(), "best": source.state_dict()})
+    _assert_holds(state, source)
+
+
+def test_what_is_outside_the_model_is_named(source: nn.Module, tmp_path: Path) -> None:
+    """As Lightning saves a module with a loss that has weights."""
+    content = {"state_dict": _with_prefix("net.", source) | {"criterion.weight": torch.ones(CLASSES)}, "epoch": 1}
+    state, notes = _imported(tmp_path, content)
+    _assert_holds(state, source)
+    assert "ignores 1 tensors outside state_dict.net: criterion.weight" in notes
+
+
+def test_a_name_with_and_without_its_wrapper_is_refused(source: nn.Module, tmp_path: Path) -> None:
+    content = source.state_dict() | {"_orig_mod.conv1.weight": torch.zeros(64, 3, 7, 7)}
+    with pytest.raises(UserError, match=r"holds conv1\.weight twice"):
+        _imported(tmp_path, content)
+
+
+def test_integer_weights_are_refused(source: nn.Module, tmp_path: Path) -> None:
+    content = source.state_dict() | {"conv1.weight": torch.zeros(64, 3, 7, 7, dtype=torch.int8)}
+    with pytest.raises(UserError, match=r"1 keys of an integer type: conv1\.weight torch\.int8"):
+        _imported(tmp_path, content)
+
+
+def test_16_bit_weights_become_fp32(source: nn.Module, tmp_path: Path) -> None:
+    torch.save({key: value.half() for key, value in source.state_dict().items()}, tmp_path / "h.pth")
+    model = build_model("resnet18", CLASSES)
+    load_weights(model, "resnet18", str(tmp_path / "h.pth"))
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(model.state_dict()["conv.weight"], source.state_dict()["conv1.weight"], rtol=1e-3, atol=1e-4)
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images of each of three ImageNet classes, packed; their outputs are 0, 217 and 571."""
+    root = tmp_path_factory.mktemp("three")
+    random = np.random.default_rng(0)
+    for name in ("n01440764", "n02102040", "n03425413"):
+        (root / "images" / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "images" / name / f"{number}.png")
+    done = run_convoy("pack", root / "images", root / "packed", "--shards", 1, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    return root / "packed/train"
+
+
+def test_imagenets_outputs_are_matched_with_a_subset_by_name(three_classes: Path, tmp_path: Path) -> None:
+    """The head's rows for these classes; torchvision's own network with all 1,000 outputs is the reference."""
+    torch.manual_seed(0)
+    peer = torchvision.models.resnet18().eval()
+    torch.save(peer.state_dict(), tmp_path / "w.pth")
+    lines = import_weights(str(tmp_path / "w.pth"), "resnet18", tmp_path / "m", 64, str(three_classes), None)
+    assert "the outputs of 3 of ImageNet's 1,000 classes, matched by name" in "\n".join(lines)
+    facts = ModelFacts(**json.loads((tmp_path / "m/model.json").read_text()))
+    assert facts.classes == open_index(str(three_classes))[0].classes
+    model = facts.build()
+    model.load_state_dict(load_file(tmp_path / "m/model.safetensors"))
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    wordnet_ids = list(ImageNetInfo("imagenet-1k").label_names())
+    rows = [wordnet_ids.index(name) for name in ("n01440764", "n02102040", "n03425413")]
+    torch.testing.assert_close(model.eval()(images), peer(images)[:, rows], rtol=1e-4, atol=1e-4)
+    image = next((three_classes.parent.parent / "images").rglob("*.png"))
+    assert len(predict_files(str(tmp_path / "m"), [str(image)])[0]["top5"]) == 3
+
+
+def test_classes_that_no_output_has_are_refused_by_name(source: nn.Module, three_classes: Path, tmp_path: Path) -> None:
+    torch.save(source.state_dict(), tmp_path / "seven.pth")
+    with pytest.raises(UserError, match=r"has 3 classes, but the weights in .* have 7 outputs without names"):
+        import_weights(str(tmp_path / "seven.pth"), "resnet18", tmp_path / "m", 64, str(three_classes), None)
+    assert not (tmp_path / "m").exists()
+
+
+class _Classes:
+    """What matching reads of an index."""
+
+    def __init__(self, ids: list[str], names: list[str] | None = None) -> None:
+        self.class_ids, self.classes = ids, names or ids
+
+
+def _match(outputs: list[set[str]], data: _Classes) -> list[int]:
+    return match_classes(outputs, data, "MODEL", "DATA")  # type: ignore[arg-type]
+
+
+def test_matching_by_id_then_by_name_in_any_order() -> None:
+    outputs = output_names(["cat", "dog", "bird"], 3)
+    assert _match(outputs, _Classes(["bird", "cat"])) == [2, 0]
+    assert _match(outputs, _Classes(["n1", "n2"], ["dog", "bird"])) == [1, 2]
+    with pytest.raises(UserError, match=r"1 of its 2 classes are not among the 3 classes of MODEL: n2 \(cow\)"):
+        _match(outputs, _Classes(["n1", "n2"], ["dog", "cow"]))
+    with pytest.raises(UserError, match="are not among"):
+        _match(outputs, _Classes(["0", "1"]))
+    numbers = [str(number) for number in range(1000)]
+    assert _match(imagenet_output_names(), _Classes(numbers)) == list(range(1000)), "as third-party shards of ImageNet"
+
+
+def test_a_name_of_two_outputs_matches_neither() -> None:
+    """ImageNet has two cranes; a dataset that says `crane` alone could mean either."""
+    outputs = imagenet_output_names()
+    with pytest.raises(UserError, match="crane"):
+        _match(outputs, _Classes(["crane", "tench"]))
+    assert _match(outputs, _Classes(["n02012849", "n03126707"])) == [134, 517]
+
+
+def test_evaluation_matches_classes_in_another_order(tmp_path: Path, digits: Path) -> None:
+    """A model with permuted outputs measures the same as the model itself."""
+    index = open_index(f"{digits}/val")[0]
+    torch.manual_seed(0)
+    model = build_model("resnet8", 10, 8, width=4)
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    head = {key for key in model.state_dict() if key.startswith("head.")}
+    names = [f"digit {name}" for name in index.classes]
+    for folder, outputs in (("same", list(range(10))), ("permuted", order)):
+        state = {key: value[outputs] if key in head else value for key, value in model.state_dict().items()}
+        copy = build_model("resnet8", 10, 8, width=4)
+        copy.load_state_dict(state)
+        classes = [index.classes[i] for i in outputs]
+        facts = ModelFacts("resnet8", {"width": 4}, classes, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+        save_model(tmp_path / folder, copy, facts)
+    same, permuted = (evaluate(str(tmp_path / folder), f"{digits}/val") for folder in ("same", "permuted"))
+    assert (permuted.top1, permuted.top5) == (same.top1, same.top5)
+    assert 0 < same.top5 < 1
+    facts = ModelFacts("resnet8", {"width": 4}, names, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+    save_model(tmp_path / "other", model, facts)
+    with pytest.raises(UserError, match="10 of its 10 classes are not among"):
+        evaluate(str(tmp_path / "other"), f"{digits}/val")
+
+
+def test_more_outputs_than_classes_still_predict(tmp_path: Path) -> None:
+    """``model.num_classes`` above the dataset's."""
+    facts = ModelFacts("resnet8", {"width": 4}, ["a", "b"], 6, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+    save_model(tmp_path, facts.build(), facts)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    (answer,) = predict_files(str(tmp_path), [str(tmp_path / "x.png")])
+    assert len({guess["class"] for guess in answer["top5"]} & {"a", "b", "2", "3", "4", "5"}) == 5
+
+
+def test_fine_tuning_on_other_classes_of_the_same_number_makes_the_head_new(digits: Path, tmp_path: Path) -> None:
+    index = open_index(f"{digits}/train")[0]
+    for folder, classes, kept in (
+        ("same", index.classes, True),
+        ("reversed", index.classes[::-1], True),
+        ("numbers", [str(i) for i in range(10)], True),
+        ("other", [f"animal {i}" for i in range(10)], False),
+    ):
+        facts = ModelFacts("resnet8", {"width": 4}, list(classes), 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+        trained = facts.build()
+        save_model(tmp_path / folder, trained, facts)
+        target = build_model("resnet8", 10, 8, width=4)
+        notes = load_weights(target, "resnet8", str(tmp_path / folder), data=index).notes
+        expected = trained.state_dict()["head.weight"]
+        if folder == "reversed":
+            expected = expected.flip(0)
+        assert torch.equal(target.state_dict()["head.weight"], expected) == kept, folder
+        assert any("made new" in note for note in notes) != kept
+
+
+def test_safetensors_with_prefixed_averages(source: nn.Module, average: nn.Module, tmp_path: Path) -> None:
+    save_file(_with_prefix("model.", source) | _with_prefix("ema_model.", average), tmp_path / "c.safetensors")
+    weights = select_weights(str(tmp_path / "c.safetensors"), "resnet18")
+    _assert_holds(weights.state, average)
+    assert "averaged (EMA) weights at ema_model, not those at model" in "\n".join(weights.notes)
