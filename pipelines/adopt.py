@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -10,12 +11,13 @@ from pipelines.class_names import names_by_label
 from pipelines.pool import worker_pool
 from pipelines.progress import WorkProgress
 from pipelines.shard_scan import Scan, scan_shard
-from pipelines.shard_set import choose_shards, note_of_missing, split_of
+from pipelines.shard_set import choose_shards, notes_on_names, split_of
 from trainer.data.index import INDEX_NAME, Index, digest_of, parse_index, write_index
 from trainer.data.storage import Store, open_store
 from trainer.errors import UserError, shortened
 
 _NAMED = 5  # labels that a note lists
+_MANY_CLASSES, _SPARSE = 1000, 10  # above both, classes per label that occurs, a label is taken for a mistake
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
     highest = max(labels, default=-1)
     if names is not None and highest >= len(names):
         faults.append(f"--class-names: {options.class_names} has {len(names)} names, but there are labels up to {highest}")
+    elif names is None and highest >= _MANY_CLASSES and highest >= _SPARSE * len(labels):
+        faults.append(
+            f"{url}: has a label {highest}, but only {len(labels):,} labels in all; if that is right, name all classes with "
+            "--class-names"
+        )
     if faults:
         raise UserError(*shortened(faults, "faults more"))
     classes = names or [str(label) for label in range(highest + 1)]
@@ -86,8 +93,10 @@ def _place(url: str, options: IndexOptions, names: dict[str, int]) -> tuple[str,
 
 def _scan_all(url: str, sizes: dict[str, int], workers: int) -> list[Scan]:
     scans = []
-    with worker_pool(workers) as pool, WorkProgress("indexing", sum(sizes.values()) >> 20, "MiB") as progress:
-        for scan in pool.map(partial(scan_shard, url), sizes, sizes.values()):
+    with ExitStack() as stack:
+        run = stack.enter_context(worker_pool(workers)).map if min(workers, len(sizes)) > 1 else map
+        progress = stack.enter_context(WorkProgress("indexing", sum(sizes.values()) >> 20, "MiB"))
+        for scan in run(partial(scan_shard, url), sizes, sizes.values()):
             scans.append(scan)
             progress.add(scan.shard.bytes >> 20)
     return scans
@@ -130,7 +139,8 @@ def _check_overlap(store: Store, index_name: str, index: Index) -> None:
         both = sorted(names & {shard.name if taken.shards_in else f"{folder}{shard.name}" for shard in taken.shards})
         if both:
             raise UserError(
-                f"--shards: {both[0]} is a shard of {store.url}/{other} too ({len(both)} in all); no sample may be in two splits"
+                f"--shards: {both[0]} is a shard of {store.url}/{other} too ({len(both)} in all), and no sample may be in "
+                "two splits; delete that index if it is the wrong one"
             )
 
 
@@ -144,6 +154,4 @@ def _notes(scans: list[Scan], classes: list[str], labels: Counter[int], names: d
         rest = f" and {len(absent) - _NAMED:,} more" if len(absent) > _NAMED else ""
         listed = ", ".join(map(str, absent[:_NAMED]))
         notes.append(f"warning: {len(absent):,} of {len(classes):,} labels have no sample: {listed}{rest}")
-    if gaps := note_of_missing(names):
-        notes.append(gaps)
-    return notes
+    return notes + notes_on_names(names)

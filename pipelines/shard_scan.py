@@ -133,7 +133,7 @@ class _Scanner:
         if label is None:
             self.faults.append(f"sample {key}: its label {content[:20]!r} is no class number, decimal digits from 0 on")
         elif label >= MAX_CLASSES:
-            hint = ", which is -1 as an unsigned number" if label in (2**16 - 1, 2**32 - 1, 2**64 - 1) else ""
+            hint = " (-1 as an unsigned number)" if label in (2**16 - 1, 2**32 - 1, 2**64 - 1) else ""
             self.faults.append(f"sample {key}: its label {label}{hint} is above {MAX_CLASSES - 1:,}, the highest that is supported")
         else:
             self.labels[label] += 1

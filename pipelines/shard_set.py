@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
 from trainer.data.connect import folder_of, is_remote
@@ -39,7 +39,10 @@ def choose_shards(store: Store, pattern: str | None) -> dict[str, int]:
     Raises UserError if there are none, if some are compressed, unfinished or unreadable, and if
     their names say that they belong to several splits.
     """
-    sizes = {name: size for name, size in sorted(store.sizes().items()) if not _is_hidden(name)}
+    listed = store.sizes()
+    if ".pack/plan.json" in listed:
+        raise UserError(f"{store.url}: is an unfinished data set of `convoy pack`; run that command again to complete it")
+    sizes = {name: size for name, size in sorted(listed.items()) if not _is_hidden(name)}
     is_chosen = {name: pattern is None or fnmatchcase(name, pattern) for name in sizes}
     faults = [
         f"{store.url}/{name}: is compressed, so that no sample in it can be read alone; decompress it to a .tar"
@@ -90,8 +93,8 @@ def missing_shards(names: Iterable[str]) -> list[str]:
     for (head, tail, width), numbers in series.items():
         total = re.match(r"-of-([0-9]+)", tail)
         first, end = (0, int(total[1])) if total else (min(min(numbers), 1), max(numbers))
-        if end - first > 100 * len(numbers):  # dates or ids, not a series
-            continue
+        if end - first > (2**20 if total else 100 * len(numbers)) or (len(numbers) < 2 and not total):
+            continue  # dates or ids, not a series
         if total and int(total[1]) in numbers:  # counted from 1
             first, end = 1, end + 1
         elif not total and 0 not in numbers:
@@ -100,13 +103,18 @@ def missing_shards(names: Iterable[str]) -> list[str]:
     return missing
 
 
-def note_of_missing(names: Iterable[str]) -> str | None:
-    """A line about gaps in the numbers of the shards, if there are any."""
-    missing = missing_shards(names)
-    if not missing:
-        return None
-    rest = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-    return f"warning: by their numbers shards are missing: {', '.join(missing[:_NAMED])}{rest}"
+def notes_on_names(names: Collection[str]) -> list[str]:
+    """Lines about gaps in the numbers of the shards, and about names of several kinds."""
+    kinds = Counter(re.sub("[0-9]+", "*", name) for name in names)
+    notes = []
+    if len(kinds) > 1:
+        listed = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(_NAMED))
+        more = f" and {len(kinds) - _NAMED} more" if len(kinds) > _NAMED else ""
+        notes.append(f"warning: shards with {len(kinds)} kinds of names become one split: {listed}{more}; --shards chooses some")
+    if missing := missing_shards(names):
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        notes.append(f"warning: by their numbers shards are missing: {', '.join(missing[:_NAMED])}{more}")
+    return notes
 
 
 def _is_hidden(name: str) -> bool:
