@@ -87,7 +87,8 @@ def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = 
     by_id = {key: row.name for key, row in _unique(path, rows).items()}
     if missing := [identity for identity in class_ids if _normal(identity) not in by_id]:
         print(
-            f"convoy: {path}: names {len(by_id)} of the {len(class_ids)} classes; the others keep their ids as names: {_some(missing)}",
+            f"convoy: {path}: names {len(by_id)} of the {len(class_ids)} classes; the others keep their ids as names: "
+            f"{_some(missing)}",
             file=sys.stderr,
         )
     return [by_id.get(_normal(identity), identity) for identity in class_ids]
