@@ -21,6 +21,7 @@ from pipelines.verify import verify
 from trainer.data.index import open_index
 from trainer.data.reader import read_samples
 from trainer.data.shard import encoded_image, label_of
+from trainer.data.storage import open_store
 from trainer.errors import UserError
 
 LONG = "folder.with.dots/" + "a_long_name_" * 12  # longer than a plain header takes
@@ -108,8 +109,12 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _refused(folder: Path, class_names: str | None = None) -> str:
+    return _refused_at(str(folder), class_names)
+
+
+def _refused_at(url: str, class_names: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        index_shards(str(folder), IndexOptions(class_names=class_names))
+        index_shards(url, IndexOptions(class_names=class_names))
     return str(caught.value)
 
 
@@ -284,6 +289,23 @@ def test_splits_in_one_folder_are_never_merged_and_can_be_indexed_alone(convoy_o
         with pytest.raises(UserError) as caught:
             index_shards(str(tmp_path), options)
         assert reason in str(caught.value)
+
+
+def test_one_of_several_splits_in_a_bucket_is_indexed_alone(
+    bucket: str, service_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in service_env.items():
+        monkeypatch.setenv(name, value)
+    url = f"{bucket}/several"
+    store = open_store(url)
+    for name, first in (("a-train-0.tar", 0), ("a-val-0.tar", 5)):
+        store.write(name, _tar(_samples(first, first + 2)))
+    assert "shards of several splits" in _refused_at(url)
+    split, index = index_shards(url, IndexOptions(shards="*train*"))
+    assert (split, index.samples) == (f"{url}/train", 2)
+    found, shards = open_index(split)
+    assert (found, shards.url) == (index, url)
+    assert verify(url, 1)[0].faults == []
 
 
 @pytest.mark.parametrize(
