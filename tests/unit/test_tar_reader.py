@@ -191,6 +191,10 @@ def test_what_cannot_be_represented_exactly_is_rejected(raw: bytes, reason: str)
     assert reason in rejected(raw + END)
 
 
+def test_a_first_name_that_begins_like_another_format_is_a_name() -> None:
+    assert found(header(b"BZh.png") + END) == [("BZh.png", 512, 0)]
+
+
 def test_v7_headers_links_and_folders_are_yielded_with_their_kind() -> None:
     raw = header(b"folder/", kind=b"\0", magic=b"") + header(b"old.png", kind=b"\0", magic=b"") + header(b"l", kind=b"2") + END
     assert [(m.name, m.kind) for m in read_members(io.BytesIO(raw), len(raw))] == [
