@@ -1,137 +1,157 @@
-"""``convoy index``: an index for WebDataset shards that others wrote, which are read once and stay as they are."""
+"""``convoy index``: an index for WebDataset shards that others wrote, which are read once and not changed."""
 
-import hashlib
-import tarfile
+import sys
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Literal
 
+from pipelines.class_names import names_by_label
 from pipelines.pool import worker_pool
 from pipelines.progress import WorkProgress
-from trainer.data.index import INDEX_NAME, Index, Shard, digest_of, parse_index
-from trainer.data.shard import BLOCK, IMAGES, split_name
-from trainer.data.storage import Store, open_store, read_whole
+from pipelines.shard_scan import Scan, scan_shard
+from pipelines.shard_set import choose_shards, notes_on_names, split_of
+from trainer.data.index import INDEX_NAME, Index, digest_of, parse_index, write_index
+from trainer.data.storage import Store, open_store
 from trainer.errors import UserError, shortened
 
-_PIECE = 2**20  # bytes that are read on to a shard's end
+_NAMED = 5  # labels that a note lists
+_MANY_CLASSES, _SPARSE = 1000, 10  # above both, classes per label that occurs, a label is taken for a mistake
 
 
-@dataclass
-class _Scan:
-    """What one shard holds, and what is wrong with it."""
+@dataclass(frozen=True)
+class IndexOptions:
+    """``split``: its name, by default the URL's last part, or the split that the shards' names contain if ``shards`` is given.
 
-    shard: Shard
-    labels: list[int]
-    faults: list[str]
+    ``class_names``: a file with the name of each label. ``shards``: a pattern (``*``, ``?``, ``[]``) of the shards' names, for
+    folders that several splits share; the index is then written to ``URL/SPLIT/index.json``.
+    """
+
+    split: str | None = None
+    class_names: str | None = None
+    shards: str | None = None
+    workers: int = 1
+    overwrite: bool = False
 
 
-def index_shards(url: str, split: str | None, class_names: str | None, workers: int, overwrite: bool) -> Index:
-    """Write ``index.json`` beside the tars at ``url``, in the order of their names.
+def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
+    """Write the ``index.json`` of the shards below ``url``, in the order of their names; returns the URL of the split and it.
 
-    ``split``: its name, the last part of the URL when not given; ``class_names``: a file with the name of each label, a line
-    each from label 0 on. Raises UserError for tars that are none or are cut, and for samples without image or label.
+    Raises UserError for shards that are corrupt, truncated or of several splits, and for samples that cannot be represented
+    exactly. Nothing is written then. Notes on members that are ignored go to stderr.
     """
     store = open_store(url)
-    there = {name: size for name, size in sorted(store.sizes().items()) if name.endswith((".tar", ".tgz", ".tar.gz", ".tar.zst"))}
-    if not there:
-        raise UserError(f"{url}: no .tar stands there")
-    if packed := [name for name in there if not name.endswith(".tar")]:
-        raise UserError(f"{url}/{packed[0]}: is compressed, so that nothing in it can be read alone; unpack it to a .tar")
-    names = _read_names(class_names) if class_names else None
-    raw = store.read_small(INDEX_NAME)
-    scans = _scan_all(url, there, workers)
+    sizes = choose_shards(store, options.shards)
+    split, index_name = _place(url, options, sizes)
+    names = names_by_label(options.class_names) if options.class_names else None
+    scans = _scan_all(url, sizes, options.workers)
     faults = [f"{url}/{scan.shard.name}: {fault}" for scan in scans for fault in scan.faults]
-    highest = max((label for scan in scans for label in scan.labels), default=-1)
+    faults += _changed(store, sizes, options.shards)
+    if not faults:
+        faults = _duplicate_keys(url, scans)
+    labels = Counter(label for scan in scans for label in scan.labels)
+    highest = max(labels, default=-1)
     if names is not None and highest >= len(names):
-        faults.append(f"--class-names: {class_names} has {len(names)} lines, but there are labels up to {highest}")
+        faults.append(f"--class-names: {options.class_names} has {len(names)} names, but there are labels up to {highest}")
+    elif names is None and highest >= _MANY_CLASSES and highest >= _SPARSE * len(labels):
+        faults.append(
+            f"{url}: has a label {highest}, but only {len(labels):,} labels in all; if that is right, name all classes with "
+            "--class-names"
+        )
     if faults:
-        raise UserError(*faults)
+        raise UserError(*shortened(faults, "faults more"))
     classes = names or [str(label) for label in range(highest + 1)]
     class_ids = [str(label) for label in range(len(classes))]
     shards = [scan.shard for scan in scans]
     plan = digest_of(classes, class_ids, shards)  # nobody planned them: they are what they are
-    index = Index.of(split or url.rstrip("/").rpartition("/")[2], classes, class_ids, shards, plan)
-    if raw is not None and not overwrite and parse_index(raw, f"{url}/{INDEX_NAME}") != index:
-        raise UserError(f"{url}/{INDEX_NAME}: is there and says something else; --overwrite replaces it")
-    store.write(INDEX_NAME, index.to_json())
-    return index
+    shards_in: Literal["", ".."] = ".." if options.shards else ""
+    index = Index.of(split, classes, class_ids, shards, plan, shards_in)
+    _check_overlap(store, index_name, index)
+    raw = store.read_small(index_name)
+    if raw is not None and not options.overwrite and parse_index(raw, f"{url}/{index_name}") != index:
+        raise UserError(f"{url}/{index_name}: is there and says something else; --overwrite replaces it")
+    write_index(store, index_name, index)
+    for note in _notes(scans, classes, labels, sizes):
+        print(f"convoy: {url}: {note}", file=sys.stderr)
+    return f"{url.rstrip('/')}/{split}" if options.shards else url, index
 
 
-def _read_names(path: str) -> list[str]:
-    try:
-        names = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--class-names: {path} cannot be read: {error}") from None
-    return names[:-1] if names[-1] == "" else names
+def _place(url: str, options: IndexOptions, names: dict[str, int]) -> tuple[str, str]:
+    """The name of the split, and of its index below ``url``. Raises UserError."""
+    if not options.shards:
+        return options.split or url.rstrip("/").rpartition("/")[2], INDEX_NAME
+    split = options.split or split_of(next(iter(names))) or ""
+    if not split or "/" in split or split.startswith("."):
+        raise UserError(
+            f"--split: {split!r} cannot name a folder below {url}; --shards needs it for the index, {url}/SPLIT/{INDEX_NAME}"
+        )
+    if all(name.startswith(f"{split}/") for name in names):
+        raise UserError(f"--shards: all shards that match are in {url.rstrip('/')}/{split}; index that URL, without --shards")
+    return split, f"{split}/{INDEX_NAME}"
 
 
-def _scan_all(url: str, sizes: dict[str, int], workers: int) -> list[_Scan]:
+def _scan_all(url: str, sizes: dict[str, int], workers: int) -> list[Scan]:
     scans = []
-    with worker_pool(workers) as pool, WorkProgress("indexing", sum(sizes.values()) >> 20, "MiB") as progress:
-        for scan in pool.map(partial(_scan, url), sizes, sizes.values()):
+    with ExitStack() as stack:
+        run = stack.enter_context(worker_pool(workers)).map if min(workers, len(sizes)) > 1 else map
+        progress = stack.enter_context(WorkProgress("indexing", sum(sizes.values()) >> 20, "MiB"))
+        for scan in run(partial(scan_shard, url), sizes, sizes.values()):
             scans.append(scan)
             progress.add(scan.shard.bytes >> 20)
     return scans
 
 
-class _Reading:
-    """A shard as a file that is read once from its beginning to its end, hashed."""
-
-    def __init__(self, store: Store, name: str, size: int) -> None:
-        self._pieces = read_whole(store, name, size)
-        self._piece = memoryview(b"")
-        self.sha256 = hashlib.sha256()
-
-    def read(self, count: int) -> bytes:
-        parts = []
-        while count > 0:
-            if not self._piece:
-                self._piece = next(self._pieces, self._piece)
-                self.sha256.update(self._piece)
-                if not self._piece:
-                    break
-            parts.append(bytes(self._piece[:count]))
-            self._piece = self._piece[count:]
-            count -= len(parts[-1])
-        return b"".join(parts)
+def _changed(store: Store, sizes: dict[str, int], pattern: str | None) -> list[str]:
+    """A line for each shard that appeared, vanished or changed its size while the others were read."""
+    now = choose_shards(store, pattern)
+    names = sorted(name for name in sizes.keys() | now.keys() if sizes.get(name) != now.get(name))
+    return [f"{store.url}/{name}: was changed while it was indexed; index again when all shards are complete" for name in names]
 
 
-def _scan(url: str, name: str, size: int) -> _Scan:
-    """Read one shard. Runs in a worker."""
-    reading = _Reading(open_store(url), name, size)
-    keys: list[str] = []
-    offsets: list[int] = []
-    members: list[set[str]] = []
-    labels, faults, end = [], [], 0
-    try:
-        with tarfile.open(fileobj=reading, mode="r|") as tar:  # type: ignore[call-overload]  # all it needs is read()
-            for member in tar:
-                key, extension = split_name(member.name)
-                if not member.isreg() or not extension:
-                    continue
-                if not keys or key != keys[-1]:
-                    keys.append(key)
-                    offsets.append(member.offset if offsets else 0)  # what comes before the first is its own
-                    members.append(set())
-                members[-1].add(extension)
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                if extension == "cls":
-                    file = tar.extractfile(member)
-                    text = file.read().strip() if file else b""
-                    if text.isdigit():
-                        labels.append(int(text))
-                    else:
-                        faults.append(f"sample {key}: its label {text[:20]!r} is no class number")
-    except tarfile.TarError as error:
-        faults.append(f"is no tar, or is cut: {error}")
-    while reading.read(_PIECE):
-        pass
-    if not keys:
-        faults.append("holds no sample")
-    for key, extensions in zip(keys, members, strict=True):
-        if "cls" not in extensions or not extensions.intersection(IMAGES):
-            faults.append(f"sample {key}: an image and its label (.cls) are needed, but there is: {', '.join(sorted(extensions))}")
-    faults += [f"sample {key}: its members do not stand together" for key, count in Counter(keys).items() if count > 1]
-    shard = Shard(name=name, samples=len(keys), sha256=reading.sha256.hexdigest(), bytes=size, offsets=[*offsets, end], keys=keys)
-    return _Scan(shard, labels, shortened(faults, "faults more"))
+def _duplicate_keys(url: str, scans: list[Scan]) -> list[str]:
+    """A line for each pair of shards that share keys."""
+    shard_of: dict[str, str] = {}
+    shared: Counter[tuple[str, str]] = Counter()
+    example: dict[tuple[str, str], str] = {}
+    for scan in scans:
+        for key in scan.shard.keys:
+            first = shard_of.setdefault(key, scan.shard.name)
+            if first != scan.shard.name:
+                shared[first, scan.shard.name] += 1
+                example.setdefault((first, scan.shard.name), key)
+    return [
+        f"{url}: {first} and {second} both hold a sample {example[first, second]}"
+        + (f", and {count - 1:,} keys more" if count > 1 else "")
+        + "; keys must differ, or the same data is there twice"
+        for (first, second), count in shared.items()
+    ]
+
+
+def _check_overlap(store: Store, index_name: str, index: Index) -> None:
+    """Refuse shards that another split's index below the same URL holds too."""
+    names = {shard.name for shard in index.shards}
+    for other in sorted(store.sizes()):
+        if not index.shards_in or other == index_name or other.count("/") > 1 or not other.endswith(INDEX_NAME):
+            continue
+        folder = other.removesuffix(INDEX_NAME)
+        taken = parse_index(store.read_small(other) or b"", f"{store.url}/{other}")
+        both = sorted(names & {shard.name if taken.shards_in else f"{folder}{shard.name}" for shard in taken.shards})
+        if both:
+            raise UserError(
+                f"--shards: {both[0]} is a shard of {store.url}/{other} too ({len(both)} in all), and no sample may be in "
+                "two splits; delete that index if it is the wrong one"
+            )
+
+
+def _notes(scans: list[Scan], classes: list[str], labels: Counter[int], names: dict[str, int]) -> list[str]:
+    """Lines on what the index does not hold."""
+    notes = []
+    if ignored := sum((scan.ignored for scan in scans), Counter()):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.items())
+        notes.append(f"ignored members that belong to no sample: {kinds}")
+    if absent := [label for label in range(len(classes)) if label not in labels]:
+        rest = f" and {len(absent) - _NAMED:,} more" if len(absent) > _NAMED else ""
+        listed = ", ".join(map(str, absent[:_NAMED]))
+        notes.append(f"warning: {len(absent):,} of {len(classes):,} labels have no sample: {listed}{rest}")
+    return notes + notes_on_names(names)

@@ -61,7 +61,8 @@ def pack(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are no images, and say which.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the data set that is there.")] = False,
     class_names: Annotated[
-        str | None, typer.Option(help="File of lines ID NAME; synset_words.txt of SOURCE when not given.")
+        str | None,
+        typer.Option(help="File of lines ID NAME (space, TAB or comma), or JSON; SOURCE's synset_words.txt if not given."),
     ] = None,
     part: Annotated[int, typer.Option(help="Write this part of the shards only, of --parts; numbered from 0.", min=0)] = 0,
     parts: Annotated[int, typer.Option(help="Runs that pack the same at a time; the last one writes the index.", min=1)] = 1,
@@ -96,16 +97,24 @@ def verify(
 @app.command()
 def index(
     url: str,
-    split: Annotated[str | None, typer.Option(help="Name of the split; the URL's last part when not given.")] = None,
-    class_names: Annotated[str | None, typer.Option(help="File with the name of each label, a line each from 0 on.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Name of the split. Default: the URL's last part; with --shards, what their names contain.")
+    ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(help="Pattern of the shards of one split, if several share a folder; the index goes to URL/SPLIT/index.json."),
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option(help="File with the name of each label, one line each from 0 on; or lines NUMBER NAME, or JSON.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that says something else.")] = False,
 ) -> None:
-    """Index WebDataset shards that are there already, in place: .tar files of images and labels (.cls)."""
-    from pipelines.adopt import index_shards
+    """Index existing WebDataset shards in place: .tar files of images and labels (.cls)."""
+    from pipelines.adopt import IndexOptions, index_shards
     from pipelines.pack import summary
 
-    for line in summary([(url, index_shards(url, split, class_names, workers, overwrite))]):
+    for line in summary([index_shards(url, IndexOptions(split, class_names, shards, workers, overwrite))]):
         print(line)
 
 

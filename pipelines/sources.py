@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.class_names import names_by_id, synsets
 from trainer.errors import UserError
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm", "GIF": "gif"}
@@ -58,7 +59,7 @@ class Split:
 def find_splits(source: str, class_names: str | None = None) -> list[Split]:
     """Recognize the kind of ``source`` and list its images; raises UserError for what cannot be packed.
 
-    ``class_names``: a file of lines ``ID NAME``, as ImageNet's synset_words.txt; by default that file where it is in ``source``.
+    ``class_names``: a file as ``pipelines.class_names`` reads it; by default synset_words.txt if that is in ``source``.
     """
     root = Path(source)
     if not root.is_dir():
@@ -71,11 +72,10 @@ def find_splits(source: str, class_names: str | None = None) -> list[Split]:
         splits = _imagenet_splits(root)
     else:
         splits = _folder_splits(root)
-    names = _class_names(Path(class_names) if class_names else root / "synset_words.txt", required=class_names is not None)
-    return [
-        replace(split, classes=[names.get(i, name) for i, name in zip(split.class_ids, split.classes, strict=True)])
-        for split in splits
-    ]
+    names = Path(class_names) if class_names else root / "synset_words.txt"
+    if class_names is None and not names.is_file():
+        return splits
+    return [replace(split, classes=names_by_id(names, split.class_ids)) for split in splits]
 
 
 def read_item(item: Item) -> bytes:
@@ -171,16 +171,6 @@ class _Keys:
             key, number = f"{base}-{number}", number + 1
         self._given.add(key)
         return key
-
-
-def _class_names(path: Path, required: bool) -> dict[str, str]:
-    """Lines ``ID NAME``."""
-    if not path.is_file():
-        if required:
-            raise UserError(f"{path}: there is no such file of class names")
-        return {}
-    lines = (line.strip().partition(" ") for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    return {identity: name.strip() for identity, _, name in lines if name.strip()}
 
 
 # --- idx files (the MNIST family) -------------------------------------------------------------------------------------
@@ -321,9 +311,8 @@ class _Devkit:
         if (raw := self._find("meta.mat")) is not None:
             self._read_meta(raw)
         elif (raw := self._find("synset_words.txt")) is not None:
-            lines = [line.partition(" ") for line in raw.decode("utf-8").splitlines() if line.strip()]
-            self.words = {identity: name.strip() for identity, _, name in lines}
-            self._by_number = {i: identity for i, (identity, _, _) in enumerate(lines, start=1)}
+            self.words = synsets("synset_words.txt", raw)
+            self._by_number = dict(enumerate(self.words, start=1))
             ids = list(self.words)
             # the well-known list of 1,000 is sorted by WordNet id, but the ground truth counts in the devkit's own order
             self._is_alphabetical = len(ids) == 1000 and ids == sorted(ids)

@@ -39,15 +39,15 @@ def verify(url: str, workers: int = os.cpu_count() or 1) -> list[Verdict]:
 
 
 def _verify_split(url: str, workers: int) -> Verdict:
-    index, _ = open_index(url)
+    index, store = open_index(url)
     verdict = Verdict(url, shards=len(index.shards), digest=index.digest)
-    check = partial(_verify_shard, url, len(index.classes))
+    check = partial(_verify_shard, store.url, len(index.classes))
     with (
         worker_pool(workers) as pool,
         WorkProgress(f"verifying {index.split}", index.samples, "images") as progress,
     ):
         for shard, faults in zip(index.shards, pool.map(check, index.shards), strict=True):
-            verdict.faults += [f"{url}/{shard.name}: {fault}" for fault in faults]
+            verdict.faults += [f"{store.url}/{shard.name}: {fault}" for fault in faults]
             verdict.samples += shard.samples
             verdict.bytes += shard.bytes
             progress.add(shard.samples)

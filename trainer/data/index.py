@@ -3,18 +3,24 @@
 import builtins
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trainer.data.connect import folder_of, is_remote
 from trainer.data.storage import Store, open_store, read_whole
 from trainer.errors import UserError, shortened
 
 INDEX_NAME = "index.json"
+FORMAT: Final = "convoy-index/1"
+_Count = Annotated[int, Field(ge=0, le=2**62)]
+_CONTROL = re.compile("[\x00-\x1f\x7f]")
 _AT_ONCE = 4  # shards whose SHA-256 is computed
 
 
@@ -23,14 +29,27 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str
-    samples: int
-    sha256: str
-    bytes: int
-    offsets: list[int]
+    name: Annotated[str, Field(min_length=1)]
+    samples: _Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: _Count
+    offsets: list[_Count]
     """``samples + 1`` byte offsets, ascending; the last is where the tar's end mark begins."""
     keys: list[str]
     """WebDataset's ``__key__`` of each sample, in the tar's order."""
+
+    def structure_fault(self) -> str | None:
+        """What is wrong with this entry by itself, if anything is."""
+        if self.name.startswith("/") or ".." in self.name.split("/") or _CONTROL.search(self.name):
+            return "its name leads out of the folder of the shards, or contains control characters"
+        if not len(self.keys) == len(self.offsets) - 1 == self.samples:
+            return f"has {self.samples} samples, but {len(self.keys)} keys and {len(self.offsets)} offsets"
+        if self.offsets[0] != 0 or self.offsets[-1] > self.bytes:
+            return f"its samples extend from byte {self.offsets[0]} to {self.offsets[-1]:,} of {self.bytes:,}"
+        steps = np.diff(np.array(self.offsets, np.int64))
+        if steps.size and int(steps.min()) <= 0:
+            return f"sample {int(steps.argmin())} does not begin before the next one"
+        return None
 
     def size_fault(self, size: int | None) -> str | None:
         """What is wrong with a shard of ``size`` bytes (None: that is not there), if anything is."""
@@ -48,10 +67,12 @@ class Index(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal["convoy-index/1"] = "convoy-index/1"
+    format: Literal["convoy-index/1"] = FORMAT
     split: str
-    samples: int
-    bytes: int
+    samples: _Count
+    bytes: _Count
+    shards_in: Literal["", ".."] = ""
+    """The folder of the shards, relative to the index: ``..`` if several splits share one folder."""
     classes: list[str]
     """Readable name of each label."""
     class_ids: list[str]
@@ -62,9 +83,18 @@ class Index(BaseModel):
     shards: list[Shard]
 
     @classmethod
-    def of(cls, split: str, classes: list[str], class_ids: list[str], shards: list[Shard], plan: str = "") -> "Index":
+    def of(
+        cls,
+        split: str,
+        classes: list[str],
+        class_ids: list[str],
+        shards: list[Shard],
+        plan: str = "",
+        shards_in: Literal["", ".."] = "",
+    ) -> "Index":
         """What these shards hold, its totals and digest computed."""
         return cls(
+            shards_in=shards_in,
             split=split,
             samples=sum(shard.samples for shard in shards),
             bytes=sum(shard.bytes for shard in shards),
@@ -96,7 +126,7 @@ class Index(BaseModel):
 
     def to_json(self) -> "builtins.bytes":
         """One shard a line, so that a person can look at it."""
-        head = self.model_dump(exclude={"shards"})
+        head = self.model_dump(exclude={"shards"} if self.shards_in else {"shards", "shards_in"})
         lines = [json.dumps(shard.model_dump(), separators=(",", ":")) for shard in self.shards]
         text = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
         return (text + ',\n "shards": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n").encode()
@@ -113,19 +143,49 @@ def parse_index(raw: bytes, where: str) -> Index:
     try:
         index = Index.model_validate_json(raw)
     except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(str(part) for part in fault["loc"])
-        raise UserError(f"{where} is not an index that Convoy wrote: {place}: {fault['msg']}") from None
-    for shard in index.shards:
-        if not len(shard.keys) == len(shard.offsets) - 1 == shard.samples:
-            raise UserError(
-                f"{where}: {shard.name} tells {shard.samples} samples, but {len(shard.keys)} keys and {len(shard.offsets)} offsets"
-            )
-    if index.samples != sum(s.samples for s in index.shards) or index.bytes != sum(s.bytes for s in index.shards):
-        raise UserError(f"{where}: its totals are not the sums over its shards")
-    if index.digest != digest_of(index.classes, index.class_ids, index.shards):
-        raise UserError(f"{where}: its content does not fit its digest {index.digest}; it was changed or cut")
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        if place == "format":
+            found = str(first["input"])[:40]
+            raise UserError(f"{where}: its format is {found!r}, but this version of Convoy reads {FORMAT!r}") from None
+        message = f"{place}: {first['msg']}" if place else first["msg"]
+        raise UserError(f"{where} is not an index that Convoy wrote: {message}") from None
+    if fault := _index_fault(index):
+        raise UserError(f"{where}: {fault}")
     return index
+
+
+def _index_fault(index: Index) -> str | None:
+    for shard in index.shards:
+        if fault := shard.structure_fault():
+            return f"{shard.name[:200]!r}: {fault}"
+    if len({shard.name for shard in index.shards}) != len(index.shards):
+        return "a shard occurs twice"
+    if not index.shards or not index.samples:
+        return "holds no samples"
+    if index.samples != sum(s.samples for s in index.shards) or index.bytes != sum(s.bytes for s in index.shards):
+        return "its totals are not the sums over its shards"
+    if not index.classes or len(index.classes) != len(index.class_ids):
+        return f"has {len(index.classes)} classes, but {len(index.class_ids)} class_ids"
+    if index.digest != digest_of(index.classes, index.class_ids, index.shards):
+        return f"its content does not fit its digest {index.digest[:80]}; it was changed or cut"
+    return None
+
+
+def write_index(store: Store, name: str, index: Index) -> None:
+    """Write an index, which is read back from its bytes first: no index is written that cannot be read.
+
+    Raises UserError, for text that is not valid Unicode too.
+    """
+    where = f"{store.url}/{name}"
+    try:
+        raw = index.to_json()
+    except UnicodeEncodeError as error:
+        text = error.object[max(0, error.start - 20) : error.end + 20]
+        raise UserError(f"{where}: cannot be written: {text!r} is not valid Unicode; rename the file or folder") from None
+    if parse_index(raw, where) != index:
+        raise AssertionError(f"{where}: is read as another index than the one to be written")
+    store.write(name, raw)
 
 
 def open_index(url: str) -> tuple[Index, Store]:
@@ -136,7 +196,15 @@ def open_index(url: str) -> tuple[Index, Store]:
         splits = [f"{store.url}/{name}" for name in ("train", "val") if store.read_small(f"{name}/{INDEX_NAME}") is not None]
         hint = f"; it is above splits: name {' or '.join(splits)}" if splits else ""
         raise UserError(f"{url}: no {INDEX_NAME} is there, so no data set that `convoy pack` finished{hint}")
-    return parse_index(raw, f"{url.rstrip('/')}/{INDEX_NAME}"), store
+    index = parse_index(raw, f"{url.rstrip('/')}/{INDEX_NAME}")
+    return index, open_store(_parent(url)) if index.shards_in else store
+
+
+def _parent(url: str) -> str:
+    """The URL of the folder that ``url`` is in."""
+    if is_remote(url):
+        return url.rstrip("/").rpartition("/")[0]
+    return os.fspath(folder_of(url, create=False).parent)
 
 
 def check_shards(index: Index, store: Store) -> None:

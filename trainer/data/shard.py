@@ -1,10 +1,12 @@
 """A sample in a shard: neighbouring tar members, an image and its label (``.cls``, decimal text), as plain WebDataset has it."""
 
-import io
+import re
 import tarfile
 from collections.abc import Callable
 from typing import Any
 
+from trainer.data.tar_reader import BLOCK as BLOCK
+from trainer.data.tar_reader import TarError, members_in
 from trainer.errors import UserError
 
 try:
@@ -12,11 +14,19 @@ try:
 except ImportError:  # it was not built
     native = None  # type: ignore[assignment]
 
-BLOCK = 512  # bytes; a tar's unit
 _RECORD = 10240  # bytes; a tar's length is a multiple
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "gif")
 """Extensions of the members that are taken for the image, in small letters."""
+
+MAX_CLASSES = 2**20
+"""Classes of a data set at most; each costs a line of the index and a row of the classifier. Real sets have up to 2**18."""
+
+SIDE_FILES = frozenset(
+    ("json", "jsonl", "txt", "md", "rst", "csv", "tsv", "yaml", "yml", "toml", "xml", "html", "log", "md5", "sha1", "sha256")
+)
+"""Last extensions of members that describe samples or the archive, and are not part of the training data."""
+_META = re.compile(r"__[^/]*__($|/)|(.*/)?(__MACOSX|@eaDir)/")  # webdataset's rule for metadata; macOS; Synology
 
 Sample = dict[str, Any]
 """``__key__``, ``__where__`` (for messages) and the members' bytes by extension."""
@@ -60,27 +70,35 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
+def is_system_file(name: str) -> bool:
+    """Whether a member is ignored by its name, as webdataset ignores it: hidden files (macOS writes ``._NAME`` before each
+    file), ``__NAME__`` metadata, names without an extension, and what desktop systems leave in folders."""
+    base = name.rpartition("/")[2]
+    return base.startswith(".") or "." not in base.rstrip(".") or base in ("Thumbs.db", "desktop.ini") or bool(_META.match(name))
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a member with a key of its own may be ignored: text that describes the archive."""
+    return name.rpartition(".")[2].lower() in SIDE_FILES
+
+
+def parse_label(content: bytes) -> int | None:
+    """The class number in a ``.cls`` member, decimal ASCII digits and white space; None for anything else."""
+    text = bytes(content).strip()
+    return int(text) if text.isdigit() and len(text) <= 20 else None
+
+
 def read_sample(content: memoryview, key: str, where: str) -> Sample:
     """Take a sample's stretch of a tar apart. Raises UserError, which begins with ``where``, for bytes that are not it."""
     sample: Sample = {"__key__": key, "__where__": where}
     found = native.members(content) if native is not None else None
-    for name, start, end in found or ():
-        _add(sample, name, content[start:end], where)
-    position = len(content) if found else 0
-    while position < len(content):
+    if found is None:  # other headers than plain ones: long names, folders, pax
         try:
-            member = tarfile.TarInfo.frombuf(bytes(content[position : position + BLOCK]), "utf-8", "strict")
-        except (tarfile.HeaderError, UnicodeDecodeError) as error:
-            raise UserError(f"{where}: no tar member begins here ({error}); `convoy verify` tells more") from None
-        if not member.isreg():  # a header of another kind comes before or between them, as in a tar that others wrote
-            for name, part in _any_members(content, where):
-                _add(sample, name, part, where)
-            break
-        _add(sample, member.name, content[position + BLOCK : position + BLOCK + member.size], where)
-        position += BLOCK + -(-member.size // BLOCK) * BLOCK
-    else:
-        if position != len(content):
-            raise UserError(f"{where}: the bytes end within a member; the shard is not the one that was indexed")
+            found = members_in(content)
+        except TarError as error:
+            raise UserError(f"{where}: the shard is not the one that was indexed; it {error}") from None
+    for name, start, end in found:
+        _add(sample, name, content[start:end], where)
     if "cls" not in sample or not any(extension in IMAGES for extension in sample):
         raise UserError(f"{where}: an image and its label should stand there, but there is: {', '.join(list(sample)[2:])}")
     return sample
@@ -88,21 +106,10 @@ def read_sample(content: memoryview, key: str, where: str) -> Sample:
 
 def _add(sample: Sample, name: str, content: memoryview, where: str) -> None:
     key, extension = split_name(name)
-    if not extension:
-        return
-    if key != sample["__key__"]:
+    if key == sample["__key__"] and extension not in sample and extension:
+        sample[extension] = content
+    elif not is_system_file(name) and (key == sample["__key__"] or not is_side_file(name)):
         raise UserError(f"{where}: {name} stands there; the shard is not the one that was indexed")
-    sample[extension] = content
-
-
-def _any_members(content: memoryview, where: str) -> list[tuple[str, memoryview]]:
-    """Names and bytes of the files in a stretch of any tar, long names, folders and all."""
-    try:
-        with tarfile.open(fileobj=io.BytesIO(bytes(content) + bytes(2 * BLOCK))) as tar:
-            files = ((member.name, tar.extractfile(member)) for member in tar if member.isreg())
-            return [(name, memoryview(file.read())) for name, file in files if file]
-    except tarfile.TarError as error:
-        raise UserError(f"{where}: no tar member begins here ({error}); `convoy verify` tells more") from None
 
 
 def encoded_image(sample: Sample) -> memoryview:
@@ -113,7 +120,8 @@ def encoded_image(sample: Sample) -> memoryview:
 
 def label_of(sample: Sample, num_classes: int) -> int:
     """The class number. Raises UserError where it is none of ``num_classes``."""
-    text = bytes(sample["cls"]).strip()
-    if not text.isdigit() or int(text) >= num_classes:
-        raise UserError(f"{sample['__where__']}: label {text[:20]!r} is none of the {num_classes} classes of the index")
-    return int(text)
+    label = parse_label(sample["cls"])
+    if label is None or label >= num_classes:
+        text = bytes(sample["cls"][:20])
+        raise UserError(f"{sample['__where__']}: label {text!r} is none of the {num_classes} classes of the index")
+    return label
