@@ -6,10 +6,11 @@ from typing import Any
 
 import yaml
 
-from trainer.config import RECIPES, RunConfig, find_recipe, load_config
+from trainer.config import RunConfig, load_config
 from trainer.data.storage import is_remote
 from trainer.engine.deepspeed_config import check_engine
 from trainer.errors import UserError
+from trainer.recipe import RECIPES, find_recipe
 from trainer.resolve import split_ranks
 
 Document = dict[str, Any]

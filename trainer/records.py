@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TextIO
 
 from trainer.checkpoint import Checkpoint
-from trainer.config import find_recipe
 from trainer.data.reader import read_image
 from trainer.engine.loop import Result
 from trainer.engine.parallel import Ranks
 from trainer.errors import ServiceLost
+from trainer.recipe import find_recipe
 from trainer.registration import register
 from trainer.resolve import Resolved, tracking_uri
 from trainer.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker

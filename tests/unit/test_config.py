@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import RECIPES, known_keys, load_config
+from trainer.config import known_keys, load_config
 from trainer.errors import UserError
+from trainer.recipe import RECIPES
 
 GOOD = "model: {name: resnet8}\ndata: {train: /data/train}\ntrain: {epochs: 1}\n"
 

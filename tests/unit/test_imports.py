@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["trainer.redaction"],
     ["trainer.errors", "trainer.console", "trainer.watchdog"],
+    ["trainer.recipe", "trainer.fields"],
     ["trainer.config"],
     ["trainer.data"],
     ["trainer.models"],
