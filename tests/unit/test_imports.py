@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 # Each module may import those above it.
 LAYERS = [
-    ["trainer.redaction"],
+    ["trainer.redaction", "trainer.disk_faults"],
     ["trainer.errors", "trainer.console", "trainer.watchdog"],
-    ["trainer.recipe", "trainer.fields"],
+    ["trainer.recipe", "trainer.fields", "trainer.disk"],
     ["trainer.config"],
     ["trainer.data"],
     ["trainer.models"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["trainer.tracking", "trainer.checkpoint"],
     ["trainer.engine.loop"],
     ["trainer.resolve", "trainer.export", "trainer.serving", "trainer.pod"],
-    ["trainer.registration", "trainer.launch", "trainer.weights"],
+    ["trainer.preflight", "trainer.registration", "trainer.launch", "trainer.weights"],
     ["trainer.records"],
     ["trainer.__main__"],
     ["pipelines"],
