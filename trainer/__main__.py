@@ -32,7 +32,7 @@ from trainer.engine.schedule import learning_rate_schedule
 from trainer.engine.state import TrainingState
 from trainer.errors import FoundByAll, ServiceLost, Terminated, UserError, report
 from trainer.export import ModelFacts, save_model
-from trainer.preflight import check_run
+from trainer.preflight import check_result_fits, check_run
 from trainer.records import KeyLog, finish, start_tracking
 from trainer.resolve import Resolved, resolve, tracking_uri
 from trainer.tracking import Tracker
@@ -154,6 +154,7 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks, checked: S
 
     def save(state: TrainingState, figures: dict[str, Any]) -> None:
         if checkpoints is not None:
+            check_result_fits(run, whole, checkpoints.failures_in_a_row)
             checkpoints.save(Checkpoint(state, course, figures, tracker.run_id))
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)

@@ -87,8 +87,8 @@ class Checkpoints:
     def __init__(self, url: str, keep: int) -> None:
         self._store = open_store(url, create=True)
         self._keep = keep
-        self.failures = 0
-        """Checkpoints that could not be written."""
+        self.failures = self.failures_in_a_row = 0
+        """Checkpoints that could not be written: in all, and since the last one that could."""
         self._writer: threading.Thread | None = None
         self._top1: dict[int, float] = {}
         """Of the steps whose checkpoint says it."""
@@ -148,10 +148,12 @@ class Checkpoints:
                 "files": files,
             }
             self._store.write(f"{_folder(step)}/{MANIFEST}", (json.dumps(manifest, indent=1) + "\n").encode())
+            self.failures_in_a_row = 0
             self._note(step, manifest)
             self._prune(step)
         except (UserError, ServiceLost, OSError) as error:
             self.failures += 1
+            self.failures_in_a_row += 1
             print(
                 f"convoy: no checkpoint of step {step}, training goes on: {error}{self._space(model, slots)}",
                 file=sys.stderr,

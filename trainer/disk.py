@@ -27,7 +27,7 @@ class FileSystem:
 def file_system(path: Path) -> FileSystem:
     """That of ``path``, or of its nearest ancestor that exists. Raises OSError."""
     path = path.absolute()
-    while not path.exists():
+    while not os.path.exists(path):
         path = path.parent
     stat = os.statvfs(path)
     return FileSystem(

@@ -27,6 +27,7 @@ _FILES_OF_A_RUN = (
 _SMALL_FILES_BYTES = 128 * 1024  # the recipe, the configuration, the environment, the result
 _SPOOL_BYTES_PER_STEP, _SPOOL_MOST_BYTES = 160, 2**30
 _MANIFEST_BYTES = 64 * 1024
+_FAILED_CHECKPOINTS = 3  # in a row, from which on the result is in danger
 _SLOTS = {"sgd": 1, "lars": 1, "adamw": 2, "lamb": 2}
 _MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -172,7 +173,7 @@ def _check_outputs(run: Resolved) -> None:
         except OSError as error:
             faults.append(f"{key}: {cannot_write(folder, error)}; use another folder")
     for name in _FILES_OF_A_RUN:
-        if (config.output_dir / name).is_dir():
+        if os.path.isdir(config.output_dir / name):
             faults.append(
                 f"train.output_dir: {config.output_dir / name} is a folder, but a file of "
                 "this name will be written; use another folder"
@@ -258,6 +259,22 @@ def _check_space(needs: list[_Need]) -> None:
             raise UserError(
                 f"{where}: {files} files needed, {found.free_files} inodes free; remove some files or use another folder"
             )
+
+
+def check_result_fits(run: Resolved, model: "nn.Module", failed_checkpoints: int) -> None:
+    """Raises UserError where the trained model could not be written either: a training that goes on
+    would be lost as a whole."""
+    if failed_checkpoints < _FAILED_CHECKPOINTS:
+        return
+    folder = run.config.output_dir
+    needed = sum(value.nbytes for value in model.state_dict().values())
+    free = file_system(folder).free_bytes
+    if free is not None and free < needed:
+        raise UserError(
+            f"train.output_dir: {folder}: {mib(needed)} needed, {mib(free)} free: neither the last "
+            f"{failed_checkpoints} checkpoints nor the trained model can be written, so the run ends; "
+            "free some space and start it again: it resumes from its newest checkpoint"
+        )
 
 
 def _notes(run: Resolved) -> Iterator[str]:
