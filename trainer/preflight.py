@@ -162,7 +162,8 @@ def _check_outputs(run: Resolved) -> None:
     """Create and remove a file in each place that the run writes to. Raises UserError with each fault."""
     config, url = run.config, checkpoint_url(run)
     folders = {"train.output_dir": config.output_dir}
-    if (local := _local(url)) is not None:
+    local = _local(url)
+    if local is not None and config.checkpoint.url is not None:
         folders["checkpoint.url"] = local
     if config.data.cache_dir is not None:
         folders["data.cache_dir"] = Path(config.data.cache_dir)
