@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.data.blocks import CACHE_TOTAL
 from trainer.data.connect import is_remote
 from trainer.data.storage import open_store
 from trainer.disk import FileSystem, cannot_write, file_system, mib, probe_folder
@@ -165,8 +166,9 @@ def _check_outputs(run: Resolved) -> None:
     local = _local(url)
     if local is not None and config.checkpoint.url is not None:
         folders["checkpoint.url"] = local
-    if config.data.cache_dir is not None:
-        folders["data.cache_dir"] = Path(config.data.cache_dir)
+    cache = config.data.cache_dir
+    if cache is not None and not os.path.exists(Path(cache) / CACHE_TOTAL):  # a filled one may be read-only
+        folders["data.cache_dir"] = Path(cache)
     faults = []
     for key, folder in folders.items():
         try:
