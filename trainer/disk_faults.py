@@ -19,10 +19,11 @@ _IN_TEXT = re.compile(r"\(os error (\d+)\)")  # object_store's and safetensors' 
 def disk_fault(error: BaseException) -> str | None:
     """A few words for a full, read-only or forbidden disk or path; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := _IN_TEXT.search(str(error))):
+    of_a_network = "error sending request" in str(error)
+    if number is None and not of_a_network and (found := _IN_TEXT.search(str(error))):
         number = int(found[1])
     if number == errno.EFBIG:
         return "the file is larger than the limit (ulimit -f)"
     if number in _OF_THE_DISK or number in _OF_A_PATH:
-        return os.strerror(number)[0].lower() + os.strerror(number)[1:]
+        return os.strerror(number)
     return None

@@ -262,7 +262,7 @@ def test_a_log_says_how_many_lines_are_lost(capsys: pytest.CaptureFixture) -> No
     for _ in range(3):
         log.write("line")
     assert log.close() == 3
-    assert "/dev/full cannot be written: no space left on device" in capsys.readouterr().err
+    assert "/dev/full cannot be written: No space left on device" in capsys.readouterr().err
 
 
 def test_a_disk_fault_anywhere_is_one_line(capsys: pytest.CaptureFixture) -> None:
