@@ -6,12 +6,12 @@ from typing import Any
 
 import yaml
 
-from trainer.config import RECIPES, RunConfig, find_recipe, load_config
+from trainer.config import RunConfig, load_config
 from trainer.data.storage import is_remote
-from trainer.engine.deepspeed_config import check_engine
 from trainer.errors import UserError
 from trainer.hardware_faults import GPUS_VARIABLE, NODE_VARIABLE
-from trainer.resolve import split_ranks
+from trainer.recipe import RECIPES, find_recipe
+from trainer.resolve import check_config, split_ranks
 
 Document = dict[str, Any]
 
@@ -75,7 +75,7 @@ def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Docum
     faults = _faults(name, options)
     if faults:
         raise UserError(*faults)
-    check_engine(config)
+    check_config(config)
     _check_model(config)
     split_ranks(config, options.nodes * options.ranks_per_node, _ANY_SAMPLES)
     path = find_recipe(recipe)

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from trainer.errors import FoundByAll, Terminated, UserError, report
 from trainer.export import ModelFacts, save_model
 from trainer.fault_log import record_fault
 from trainer.hardware_faults import HardwareFault, classify_fault, describe_place, memory_advice
+from trainer.preflight import check_result_fits, check_run
 from trainer.records import KeyLog, finish, start_tracking
 from trainer.resolve import Resolved, resolve, tracking_uri
 from trainer.tracking import Tracker
@@ -51,6 +52,7 @@ def main(arguments: list[str]) -> int:
         if not arguments or arguments[0].startswith("-"):
             raise UserError("usage: python -m trainer RECIPE [key=value ...]")
         run = resolve(arguments[0], arguments[1:], ranks.world_size, check_storage=ranks.is_first)
+        notes = check_run(run, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if ranks.is_first else []
         network = build_network(run)
     except (Exception, Terminated) as error:
         # every rank finds the same
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> int:
     try:
         if run.config.data.check == "sha256":
             check_bytes(run, ranks)
-        train(run, network, arguments[0], ranks)
+        train(run, network, arguments[0], ranks, notes)
     except KeyboardInterrupt:
         return 130
     except (Exception, Terminated) as error:
@@ -139,8 +141,11 @@ def build_network(run: Resolved) -> Network:
     return Network(model, facts, notes, parts)
 
 
-def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
-    """Wire, go on from the newest checkpoint, fit, save, register. All ranks take part."""
+def train(run: Resolved, network: Network, recipe: str, ranks: Ranks, checked: Sequence[str] = ()) -> None:
+    """Wire, resume from the newest checkpoint, fit, save, register. All ranks take part.
+
+    ``checked``: notes of the checks before it.
+    """
     config = run.config
     device = parallel.join(ranks, fp16=config.precision == "fp16")
     kept, course = config.checkpoint, run.course
@@ -157,19 +162,21 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
     room = room_wanted(config, run.train, run.batch.ranks)
-    for note in (_headline(run, tracker), *network.notes, decoder, *([room] if room else []), *notes):
+    for note in (_headline(run, tracker), *network.notes, decoder, *([room] if room else []), *checked, *notes):
         progress.note(note)
     stop = _TERMINATION.request = StopRequest()
 
     def save(state: TrainingState, figures: dict[str, Any]) -> None:
         if checkpoints is not None:
+            check_result_fits(run, whole, checkpoints.failures_in_a_row)
             checkpoints.save(Checkpoint(state, course, figures, tracker.run_id))
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
-    job = make_job(run, ranks, device, whole, save, stop, watchdog.alive)
-    status = "FAILED"
+    keys = KeyLog(config.output_dir / "samples", run, ranks.rank) if config.data.log_keys else None
+    job = make_job(run, ranks, device, whole, save, stop, watchdog.alive, keys.write if keys else None)
+    status, result = "FAILED", Result(**found.result) if found else Result()
     try:
-        result = fit(job, engine, tracker, progress, Result(**found.result) if found else Result())
+        fit(job, engine, tracker, progress, result)
         _TERMINATION.request = None
         if ranks.is_first:
             save_model(config.output_dir, whole, network.facts)
@@ -180,14 +187,18 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
     finally:
         watchdog.close()
         progress.close()
+        if keys is not None:
+            keys.close()
         if checkpoints is not None:
             checkpoints.wait()
+            if checkpoints.failures:
+                tracker.log_metrics({"failed_checkpoints": checkpoints.failures}, result.steps)
         if system is not None:
             system.close()
         delivered = tracker.close(status)
         parallel.leave()
     if ranks.is_first:
-        finish(run, result, tracker, delivered)
+        finish(run, result, tracker, delivered, checkpoints.failures if checkpoints else 0)
 
 
 def checkpoint_url(run: Resolved) -> str:
@@ -209,6 +220,7 @@ def make_job(
     save: Callable[[TrainingState, dict[str, Any]], None],
     stop: StopRequest,
     alive: Callable[[], None] = lambda: None,
+    took: Callable[[int, list[str]], None] | None = None,
 ) -> Job:
     """What the loop is to do on this rank."""
     config, val, data = run.config, run.val, run.config.data
@@ -241,7 +253,7 @@ def make_job(
         stop=stop,
         alive=alive,
         max_bad_samples=data.max_bad_samples if skips else None,
-        took=KeyLog(config.output_dir / "samples", run, rank).write if data.log_keys else None,
+        took=took,
     )
 
 

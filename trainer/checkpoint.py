@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from trainer.data.storage import open_store
+from trainer.data.storage import is_remote, open_store
+from trainer.disk import file_system, mib
 from trainer.engine.parallel import from_first, tensors_from_first
 from trainer.engine.state import TrainingState
 from trainer.errors import ServiceLost, UserError
@@ -85,6 +87,8 @@ class Checkpoints:
     def __init__(self, url: str, keep: int) -> None:
         self._store = open_store(url, create=True)
         self._keep = keep
+        self.failures = self.failures_in_a_row = 0
+        """Checkpoints that could not be written: in all, and since the last one that could."""
         self._writer: threading.Thread | None = None
         self._top1: dict[int, float] = {}
         """Of the steps whose checkpoint says it."""
@@ -144,10 +148,17 @@ class Checkpoints:
                 "files": files,
             }
             self._store.write(f"{_folder(step)}/{MANIFEST}", (json.dumps(manifest, indent=1) + "\n").encode())
+            self.failures_in_a_row = 0
             self._note(step, manifest)
             self._prune(step)
         except (UserError, ServiceLost, OSError) as error:
-            print(f"convoy: no checkpoint of step {step}, training goes on: {error}", file=sys.stderr, flush=True)
+            self.failures += 1
+            self.failures_in_a_row += 1
+            print(
+                f"convoy: no checkpoint of step {step}, training goes on: {error}{self._space(model, slots)}",
+                file=sys.stderr,
+                flush=True,
+            )
             self._discard(step)
 
     def _prune(self, newest: int) -> None:
@@ -159,6 +170,14 @@ class Checkpoints:
         for step in set(self._folders()) - kept:
             if step < newest:
                 self._discard(step)
+
+    def _space(self, *tensors: Mapping[str, Tensor]) -> str:
+        """Needed and free bytes of a local disk, for the line of a failed write."""
+        if is_remote(self._store.url):
+            return ""
+        needed = sum(value.nbytes for part in tensors for value in part.values())
+        free = file_system(Path(self._store.url.removeprefix("file://"))).free_bytes
+        return "" if free is None else f" ({mib(needed)} needed, {mib(free)} free)"
 
     def _discard(self, step: int) -> None:
         with suppress(UserError, ServiceLost, OSError):  # what stays behind is no checkpoint, or one too many

@@ -1,27 +1,65 @@
 """RunConfig: everything that a recipe may say, typed, with its unit; unknown keys are refused and every fault is told at once."""
 
 import difflib
-import re
+import itertools
+import reprlib
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from trainer.errors import UserError
+from trainer.fields import (
+    Alpha,
+    Count,
+    Decay,
+    Deviation,
+    Epochs,
+    ExperimentName,
+    Folder,
+    Fraction,
+    Mean,
+    Minutes,
+    NonNegative,
+    Pixels,
+    Positive,
+    RegisteredName,
+    Seed,
+    Threads,
+    Url,
+)
+from trainer.recipe import apply_overrides, find_recipe, read_recipe
 
-RECIPES = Path(__file__).parent / "recipes"
-
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Alpha = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Triple = Annotated[list[float], Field(min_length=3, max_length=3)]
+PLACEHOLDER = "{name}"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_printable(cls, value: Any) -> Any:
+        """File systems, HTTP headers and MLflow refuse control characters, each in its own way."""
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+                raise ValueError("contains a control character")
+        return value
 
 
 class ModelConfig(_Section):
@@ -29,16 +67,16 @@ class ModelConfig(_Section):
 
     name: str
     """A name that `convoy models` lists."""
-    num_classes: Count | None = None
+    num_classes: Annotated[int, Field(ge=1, le=2**24)] | None = None
     """Classes of the head; the data set's own number when not given."""
-    width: Count | None = None
+    width: Annotated[int, Field(ge=1, le=2**16)] | None = None
     """Channels of the first stage; the network's own when not given, as with every option below."""
     stem: Literal["imagenet", "small"] | None = None
     """How the image is taken in: large strides for photographs, none for small images."""
     activation: Literal["relu", "tanh"] | None = None
     """The non-linearity."""
     batch_norm: bool | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    dropout: Decay | None = None
     """Probability that an input of a fully connected layer is dropped."""
     head: Literal["tower", "average"] | None = None
     """What follows the convolutions: three fully connected layers, or one behind an average over the image as in GoogLeNet."""
@@ -50,42 +88,42 @@ class ModelConfig(_Section):
     """The convolution that strides in a bottleneck block: 1x1 as in the paper, 3x3 as in "v1.5"."""
     zero_init_gamma: bool | None = None
     """Every residual block starts as its shortcut (Goyal et al. 2017, 5.1)."""
-    init: str | None = None
+    init: Url | None = None
     """URL of a weights file to start from, in our, torchvision's or timm's names; or an output folder of a run."""
 
 
 class DataConfig(_Section):
     """What is read, and how."""
 
-    train: str
+    train: Url
     """URL of the split that is trained on."""
-    val: str | None = None
+    val: Url | None = None
     """URL of the split that top1 and top5 are measured on."""
-    image_size: Count = 224
+    image_size: Pixels = 224
     """Side of the square that the network sees, pixels."""
-    initial_size: Count | None = None
+    initial_size: Pixels | None = None
     """Side in the first epochs, pixels, where training begins with smaller images (Howard et al. 2018); needs grow_until."""
-    grow_from: NonNegative = 0.0
+    grow_from: Epochs = 0.0
     """Epochs after which the side begins to grow from initial_size."""
-    grow_until: NonNegative | None = None
+    grow_until: Epochs | None = None
     """Epochs after which it is image_size."""
-    size_step: Count = 32
+    size_step: Pixels = 32
     """It is a multiple of this on the way, pixels."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Threads = 2
     """Threads a rank that decode and augment; 0: in the training thread."""
-    prefetch_batches: Count = 4
+    prefetch_batches: Annotated[int, Field(ge=1, le=65536)] = 4
     """Micro-batches a rank that are made ahead of the training step."""
-    prefetch_mb: Count = 512
+    prefetch_mb: Annotated[int, Field(ge=1, le=2**24)] = 512
     """Encoded bytes that a rank holds or reads ahead, MiB; more only where one step needs more."""
-    requests: Count = 8
+    requests: Annotated[int, Field(ge=1, le=1024)] = 8
     """Ranges that a rank reads at a time."""
-    wait_minutes: NonNegative = 0.0
+    wait_minutes: Minutes = 0.0
     """Minutes that the launcher waits for an index that is not there yet, because something else is packing the data."""
     check: Literal["size", "sha256"] = "size"
     """What of every shard is compared with the index before training: its size, or its bytes too, which reads them all."""
-    cache_dir: str | None = None
+    cache_dir: Folder | None = None
     """Folder on a node's own disk where bytes that were read are kept for the next epoch; its ranks share it."""
-    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    cache_gb: Annotated[float, Field(gt=0, le=1e9)] = 50.0
     """Most that stands in it, GiB; what was not used for longest goes first."""
     bad_samples: Literal["stop", "skip"] = "stop"
     """What a sample that cannot be decoded does: stop the run, or count for nothing in its batch and be told."""
@@ -95,22 +133,22 @@ class DataConfig(_Section):
     """Write the keys of the samples that each rank took to `samples` in train.output_dir, a line a step."""
     shuffle_window: Count = 16384
     """Samples, over all ranks, within which the order is shuffled."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of the sample order and of the augmentation."""
     tail: Literal["pad", "drop"] = "pad"
     """An epoch's last samples that fill no global batch: a smaller batch, padded with samples of weight zero, or dropped."""
-    mean: Triple = [0.485, 0.456, 0.406]
+    mean: Mean = [0.485, 0.456, 0.406]
     """Of each channel, subtracted after scaling to 0..1."""
-    std: Triple = [0.229, 0.224, 0.225]
+    std: Deviation = [0.229, 0.224, 0.225]
     """Of each channel, divided by after scaling to 0..1."""
 
     @model_validator(mode="after")
     def _grows(self) -> "DataConfig":
         if self.initial_size is not None:
             if self.initial_size > self.image_size:
-                raise ValueError(f"initial_size {self.initial_size} is more than image_size {self.image_size}")
+                raise ValueError(f"initial_size: {self.initial_size} is more than image_size {self.image_size}")
             if self.grow_until is None or self.grow_until <= self.grow_from:
-                raise ValueError(f"initial_size needs grow_until, in epochs, above grow_from {self.grow_from:g}")
+                raise ValueError(f"initial_size: needs grow_until, in epochs, above grow_from {self.grow_from:g}")
         return self
 
     def size_in(self, epoch: int) -> int:
@@ -137,38 +175,50 @@ class OptimizerConfig(_Section):
     """The update rule and its learning rate."""
 
     name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
-    base_lr: Annotated[float, Field(gt=0)] = 0.1
+    base_lr: Positive = 0.1
     """Learning rate at a global batch of base_batch; scaled linearly with the global batch (Goyal et al. 2017, 2.1)."""
     base_batch: Count = 256
     """Samples for which base_lr is meant."""
-    momentum: Fraction = 0.9
+    momentum: Decay = 0.9
     """Of sgd and lars."""
     nesterov: bool = False
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Decay of the first and second moment of adamw and lamb."""
     weight_decay: NonNegative = 1e-4
     decay_norm_and_bias: bool = True
     """Whether weight decay also pulls on biases and on the gains of norms; by the kind of layer, not by name."""
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_grad_norm: Positive | None = None
     """Largest norm of the gradient over all weights; a longer one is scaled to it."""
+
+    @model_validator(mode="after")
+    def _has_momentum(self) -> "OptimizerConfig":
+        if self.nesterov and not self.momentum and self.name in ("sgd", "lars"):
+            raise ValueError("nesterov: true needs a momentum above 0")
+        return self
 
 
 class ScheduleConfig(_Section):
     """The learning rate over time."""
 
     name: Literal["cosine", "step", "polynomial", "constant"] = "cosine"
-    warmup_epochs: NonNegative = 0.0
+    warmup_epochs: Epochs = 0.0
     """Epochs of warmup (Goyal et al. 2017, 2.2)."""
     warmup: Literal["gradual", "constant"] = "gradual"
     """gradual: climbs linearly to the peak; constant: stays at warmup_lr, then jumps to the peak."""
     warmup_lr: NonNegative | None = None
     """Where gradual warmup begins (0 when not given), or what constant warmup holds (base_lr when not given)."""
-    milestones: list[NonNegative] = [30.0, 60.0, 80.0]
+    milestones: list[Epochs] = [30.0, 60.0, 80.0]
     """Epochs at which `step` multiplies the learning rate by gamma."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Factor of `step`."""
-    power: Annotated[float, Field(gt=0)] = 2.0
+    power: Annotated[float, Field(gt=0, le=1000)] = 2.0
     """Exponent of `polynomial`."""
+
+    @model_validator(mode="after")
+    def _milestones_ascend(self) -> "ScheduleConfig":
+        if any(after <= before for before, after in itertools.pairwise(self.milestones)):
+            raise ValueError(f"milestones: {self.milestones} must ascend")
+        return self
 
 
 class AugmentConfig(_Section):
@@ -176,7 +226,7 @@ class AugmentConfig(_Section):
 
     crop: Literal["resized", "padded", "none"] = "resized"
     """resized: random area and aspect; padded: random shift in a zero border; none: as in evaluation."""
-    padding: Annotated[int, Field(ge=0)] = 4
+    padding: Annotated[int, Field(ge=0, le=16384)] = 4
     """Border of `padded`, pixels."""
     min_area: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Least part of the image's area that `resized` keeps."""
@@ -190,7 +240,7 @@ class AugmentConfig(_Section):
     """Their strength, of 30."""
     erase: Fraction = 0.0
     """Probability that a rectangle of an image is painted over with data.mean (random erasing, Zhong et al. 2017)."""
-    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    eval_crop: Annotated[float, Field(ge=0.1, le=1)] = 0.875
     """Part of the resized short side that the centre crop of evaluation keeps (224 of 256)."""
     mixup: Alpha = 0.0
     """alpha of the Beta distribution by which two images and their targets are blended (Zhang et al. 2018); 0: off."""
@@ -213,7 +263,7 @@ class ParallelConfig(_Section):
 class CheckpointConfig(_Section):
     """What a run needs to go on after a stop: written while it trains, after each epoch and when it is told to stop."""
 
-    url: str | None = None
+    url: Url | None = None
     """Folder or object store; `checkpoints` in train.output_dir when not given."""
     every_steps: Count | None = None
     """Optimizer steps between two, beside those at each epoch's end."""
@@ -230,8 +280,8 @@ class TrackingConfig(_Section):
 
     uri: str | None = None
     """MLflow server; MLFLOW_TRACKING_URI when not given; no tracking where neither is."""
-    experiment: str = "convoy"
-    register_as: str | None = None
+    experiment: ExperimentName = "convoy"
+    register_as: RegisteredName | None = None
     """Name in the MLflow model registry under which the trained model gets a new version."""
 
 
@@ -242,13 +292,13 @@ class TrainConfig(_Section):
     """Passes over the training split."""
     max_steps: Count | None = None
     """Optimizer steps after which to stop; the schedule spans `epochs` where that is given too."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of the initial weights."""
     log_every_steps: Count = 20
     """Optimizer steps between two reads of the losses from the device (all of them are logged)."""
     max_skipped_steps: Annotated[int, Field(ge=1, le=16)] = 16
     """Steps in a row whose fp16 gradients overflow, after which the run stops."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Decay = 0.0
     """Part of each training target that is spread evenly over all classes (Szegedy et al. 2016, 7)."""
     sync_batch_norm: bool = False
     """Batch norm's statistics are those of the micro-batches of all data-parallel ranks at an accumulation step, not of one."""
@@ -258,10 +308,10 @@ class TrainConfig(_Section):
     """Keep the activations of a few layers only and compute the others again in the backward pass (Chen et al. 2016)."""
     compile: bool = False
     """Compile each layer with torch.compile; needs a C++ compiler where it runs, with a GPU too."""
-    hang_minutes: Annotated[float, Field(gt=0)] | None = 15.0
+    hang_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = 15.0
     """Minutes without a step or a batch of evaluation, after which a rank writes the stacks of all its threads and ends as one
     that lost a peer does; null: never."""
-    output_dir: str = "runs/{name}"
+    output_dir: Folder = "runs/{name}"
     """Folder for the weights, the result and whatever MLflow could not be told."""
 
 
@@ -291,9 +341,25 @@ class RunConfig(_Section):
             raise ValueError("train.epochs or train.max_steps must be given")
         return self
 
+    @model_validator(mode="after")
+    def _padding_keeps_a_part(self) -> "RunConfig":
+        side, padding = self.data.size_in(0), self.augment.padding
+        if self.augment.crop == "padded" and padding >= side:
+            raise ValueError(f"augment.padding: {padding} can shift all of an image of {side} pixels away; use less")
+        return self
+
+    @model_validator(mode="after")
+    def _placeholders_are_known(self) -> "RunConfig":
+        url, output = self.checkpoint.url or "", self.train.output_dir
+        if PLACEHOLDER in url:
+            raise ValueError(f"checkpoint.url: {url} holds {PLACEHOLDER}, which only train.output_dir replaces; write the name")
+        if "{" in output.replace(PLACEHOLDER, ""):
+            raise ValueError(f"train.output_dir: {output} holds a placeholder that does not exist; the only one is {PLACEHOLDER}")
+        return self
+
     @property
     def output_dir(self) -> Path:
-        return Path(self.train.output_dir.replace("{name}", self.name))
+        return Path(self.train.output_dir.replace(PLACEHOLDER, self.name))
 
     def flat(self) -> dict[str, Any]:
         """Every key as ``section.key``."""
@@ -306,17 +372,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises UserError with a line for each fault.
     """
     path = find_recipe(recipe)
-    values = _read_yaml(path)
-    faults = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            faults.append(f"{override!r} is not of the form key=value")
-            continue
-        try:
-            _assign(values, key.split("."), yaml.load(text, _Loader))
-        except (yaml.YAMLError, TypeError) as error:
-            faults.append(f"{key}: {text!r} cannot be used: {str(error).splitlines()[0]}")
+    values = read_recipe(path)
+    faults = apply_overrides(values, overrides)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -324,54 +381,6 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     if faults:
         raise UserError(*faults)
     return config
-
-
-def find_recipe(recipe: str) -> Path:
-    """The recipe's file; raises UserError with the nearest shipped names."""
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    shipped = {p.stem: p for p in sorted(RECIPES.glob("*.yaml"))}
-    if recipe in shipped:
-        return shipped[recipe]
-    nearest = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.4) or list(shipped)
-    raise UserError(f"recipe {recipe!r} is neither a file nor a shipped recipe; nearest: {', '.join(nearest)}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose floats need no dot: 1e-4 is a number, as in YAML 1.2. A key that stands twice is refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values, but holds {type(values).__name__}")
-    return values
-
-
-def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            raise TypeError(f"{key} holds a value, not keys")
-    values[keys[-1]] = value
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -393,6 +402,10 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[s
     return keys
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+
+
 def _explain(error: ValidationError) -> Iterator[str]:
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
@@ -400,11 +413,14 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"{key}: unknown key; {_nearest(key)}"
         elif fault["type"] == "missing":
             yield f"{key}: must be given"
-        elif not key:
-            yield fault["msg"].removeprefix("Value error, ")
+        elif fault["type"] == "value_error" and isinstance(fault["input"], dict):  # of a section
+            yield ".".join([*([key] if key else []), fault["msg"].removeprefix("Value error, ")])
         else:
-            message = fault["msg"][0].lower() + fault["msg"][1:]
-            yield f"{key}: {fault['input']!r} is wrong: {message}"
+            message = fault["msg"].removeprefix("Value error, ")
+            hint = "; put it in quotes" if fault["type"] == "string_type" else ""
+            shown = _REPR.repr(fault["input"])
+            message = message.replace("Input ", "input ").replace("String ", "string ")
+            yield f"{key}: {shown} is wrong: {message}{hint}"
 
 
 def _nearest(key: str) -> str:

@@ -6,6 +6,8 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from trainer.disk_faults import disk_fault
+
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_PREEMPTED = 143
@@ -59,6 +61,8 @@ def report(error: BaseException, program: str, quiet: bool = False) -> int:
     """
     if isinstance(error, Terminated):
         return EXIT_PREEMPTED
+    if isinstance(error, OSError) and (why := disk_fault(error)):
+        error = UserError(f"{error.filename}: {why}" if error.filename else f"a file: {why}")
     if isinstance(error, UserError | ServiceLost):
         if not quiet and not error.told:
             for line in str(error).splitlines():

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from trainer.config import RunConfig
 from trainer.data.augment import eval_transform
 from trainer.data.decode import decode_rgb, to_array
+from trainer.disk import write_file
 from trainer.errors import UserError
 from trainer.models import build_model
 from trainer.models.layers import normalize
@@ -56,15 +57,10 @@ class ModelFacts:
 
 
 def save_model(folder: Path, model: nn.Module, facts: ModelFacts) -> None:
-    """Write both files; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write both files; each appears whole or not at all. Raises UserError where the disk is full."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    part = folder / f".{WEIGHTS_NAME}.part"
-    save_file(weights, part)
-    part.replace(folder / WEIGHTS_NAME)
-    part = folder / f".{FACTS_NAME}.part"
-    part.write_text(json.dumps(vars(facts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(folder / FACTS_NAME)
+    write_file(folder / WEIGHTS_NAME, save(weights))
+    write_file(folder / FACTS_NAME, json.dumps(vars(facts), indent=1, ensure_ascii=False) + "\n")
 
 
 class Predictor:

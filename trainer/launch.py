@@ -16,6 +16,7 @@ from trainer.config import load_config
 from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ServiceLost, report
 from trainer.hardware_faults import check_gpus
 from trainer.pod import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
+from trainer.preflight import check_run
 from trainer.resolve import resolve
 
 _STOP_SECONDS = 100  # that ranks have for a checkpoint on SIGTERM; less than the pods' grace period
@@ -40,7 +41,10 @@ def main() -> int:
             wait_for_data(config)
         world_size = pod.world_size if pod else procs
         # one listing of the store a job: where the first rank is
-        resolve(arguments.recipe, arguments.overrides, world_size, check_storage=pod.is_first if pod else procs > 1)
+        checks = pod.is_first if pod else procs > 1
+        run = resolve(arguments.recipe, arguments.overrides, world_size, check_storage=checks)
+        if checks:
+            check_run(run, pod.procs if pod else procs)  # rank 0 prints its notes
         if pod is not None:
             if pod.is_first and config.checkpoint.url:
                 count_start(config.checkpoint.url, config.checkpoint.max_starts)

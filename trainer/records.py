@@ -6,16 +6,17 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
 from trainer.checkpoint import Checkpoint
-from trainer.config import find_recipe
 from trainer.data.reader import read_image
+from trainer.disk import AppendLog, write_file
 from trainer.engine.loop import Result
 from trainer.engine.parallel import Ranks
 from trainer.errors import ServiceLost
+from trainer.recipe import find_recipe
 from trainer.registration import register
 from trainer.resolve import Resolved, tracking_uri
 from trainer.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
@@ -27,7 +28,6 @@ def start_tracking(run: Resolved, recipe: str, ranks: Ranks, found: Checkpoint |
     if not ranks.is_first or uri is None:
         return NullTracker(), None
     folder = config.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
     sets = [("training", config.data.train, run.train)] + ([("eval", str(config.data.val), run.val)] if run.val else [])
     commit = _git_commit()
     tags: dict[str, str | None] = {"convoy.version": importlib.metadata.version("convoy"), "convoy.ranks": str(ranks.world_size)}
@@ -61,7 +61,7 @@ def start_tracking(run: Resolved, recipe: str, ranks: Ranks, found: Checkpoint |
         goes_on=found is not None,
     )
     for name, text in _documents(run, recipe).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_file(folder / name, text)
         tracker.log_artifact(folder / name)
     return tracker, SystemMetrics(tracker)
 
@@ -88,19 +88,25 @@ def _git_commit() -> str | None:
     return asked.stdout.strip() or None
 
 
-def finish(run: Resolved, result: Result, tracker: Tracker, delivered: bool) -> None:
+def finish(run: Resolved, result: Result, tracker: Tracker, delivered: bool, failed_checkpoints: int) -> None:
     """Register where asked, and leave ``result.json``."""
     config = run.config
     facts = asdict(result) | {"ranks": run.world_size, "mlflow_run_id": tracker.run_id, "name": config.name}
     facts |= {"train_digest": run.train.digest, "val_digest": run.val.digest if run.val else None}
+    facts["failed_checkpoints"] = failed_checkpoints
+    if failed_checkpoints:
+        print(
+            f"convoy: the training is finished, but {failed_checkpoints} of its checkpoints could not be written (see above)",
+            file=sys.stderr,
+            flush=True,
+        )
     lost = None
     if config.tracking.register_as:
         try:
             facts |= _register(run, result, tracker, delivered)
         except ServiceLost as error:
             lost = error
-    path = config.output_dir / "result.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_file(config.output_dir / "result.json", json.dumps(facts, indent=1) + "\n")
     if lost:
         raise ServiceLost(f"{lost}; the weights are in {config.output_dir}")
 
@@ -124,13 +130,16 @@ class KeyLog:
     def __init__(self, folder: Path, run: Resolved, rank: int) -> None:
         self._folder, self._rank = folder, rank
         self._world_size, self._steps_per_epoch = run.world_size, run.steps_per_epoch
-        self._file: TextIO | None = None
+        self._file: AppendLog | None = None
 
     def write(self, step: int, keys: list[str]) -> None:
         """``step``: of the run, from 0. The file is named by the first one, the rank and the number of ranks."""
         if self._file is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self._folder / f"from-{step}-rank-{self._rank}-of-{self._world_size}.jsonl").open("w", encoding="utf-8")
+            name = f"from-{step}-rank-{self._rank}-of-{self._world_size}.jsonl"
+            self._file = AppendLog(self._folder / name, append=False)
         epoch, place = divmod(step, self._steps_per_epoch)
-        self._file.write(json.dumps({"epoch": epoch, "step": place, "keys": keys}) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps({"epoch": epoch, "step": place, "keys": keys}))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

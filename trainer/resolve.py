@@ -8,7 +8,7 @@ from typing import Any
 from trainer.config import RunConfig, load_config
 from trainer.data.index import Index, check_shards, open_index
 from trainer.data.order import steps_per_epoch
-from trainer.data.storage import Store
+from trainer.data.storage import Store, is_remote
 from trainer.engine.batch import BatchPlan, plan_batches
 from trainer.engine.deepspeed_config import check_engine
 from trainer.engine.schedule import learning_rate_schedule
@@ -57,7 +57,7 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
     ``check_storage`` compares the presence and size of every shard too: one listing, so one rank of a job does it.
     """
     config = load_config(recipe, overrides)
-    check_engine(config)
+    check_config(config)
     if config.train.compile and not shutil.which(compiler := os.environ.get("CXX") or "g++"):
         raise UserError(f"train.compile: needs a C++ compiler, but there is no {compiler} here; install it, or leave this off")
     train, train_store = open_index(config.data.train)
@@ -66,8 +66,7 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
     for url, index in ((config.data.train, train), (config.data.val, val)):
         if index is not None and len(index.classes) > num_classes:
             raise UserError(f"model.num_classes: {num_classes} is less than the {len(index.classes)} classes of {url}")
-    if val is not None and val.class_ids != train.class_ids[: len(val.class_ids)]:
-        raise UserError(f"data.val: the classes of {config.data.val} are not those of {config.data.train}")
+    _check_splits(config, train, val, num_classes)
     batch = split_ranks(config, world_size, train.samples)
     per_epoch = steps_per_epoch(train.samples, batch.global_size, config.data.tail)
     epochs, max_steps = config.train.epochs, config.train.max_steps
@@ -82,6 +81,58 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
         if val is not None and val_store is not None:
             check_shards(val, val_store)
     return Resolved(config, train, train_store, val, val_store, world_size, batch, per_epoch, total, stop, num_classes)
+
+
+def check_config(config: RunConfig) -> None:
+    """Checks that need neither data nor a machine. Raises UserError with each fault."""
+    check_engine(config)
+    outputs = {
+        "train.output_dir": str(config.output_dir),
+        "checkpoint.url": config.checkpoint.url,
+        "data.cache_dir": config.data.cache_dir,
+    }
+    faults = [
+        f"{output}: {place} is inside {split} ({url}), which must not change; use another place"
+        for split, url in (("data.train", config.data.train), ("data.val", config.data.val))
+        for output, place in outputs.items()
+        if url is not None and place is not None and _is_inside(place, url)
+    ]
+    if faults:
+        raise UserError(*faults)
+
+
+def _is_inside(place: str, url: str) -> bool:
+    """Whether a place is a URL or lies below it."""
+
+    def parts(name: str) -> list[str]:
+        if is_remote(name):
+            return [part for part in name.split("/") if part]
+        return os.path.abspath(name.removeprefix("file://")).split("/")
+
+    outer = parts(url)
+    return parts(place)[: len(outer)] == outer
+
+
+def _check_splits(config: RunConfig, train: Index, val: Index | None, num_classes: int) -> None:
+    """Raises UserError where nothing can be learned or measured, or both splits name classes differently."""
+    for key, url, index in (("data.train", config.data.train, train), ("data.val", config.data.val, val)):
+        if index is not None and not index.samples:
+            raise UserError(f"{key}: {url} holds no samples")
+    if num_classes < 2:
+        raise UserError(
+            f"model.num_classes: a classifier needs 2 classes or more, but {config.data.train} has "
+            f"{len(train.classes)}; pack a folder for each class, or set model.num_classes"
+        )
+    if val is None:
+        return
+    if val.class_ids != train.class_ids[: len(val.class_ids)]:
+        raise UserError(f"data.val: the classes of {config.data.val} are not those of {config.data.train}")
+    for ours, theirs, name in zip(train.classes, val.classes, val.class_ids, strict=False):
+        if ours != theirs and name not in (ours, theirs):
+            raise UserError(
+                f"data.val: class {name!r} is called {theirs!r} in {config.data.val} and {ours!r} in "
+                f"{config.data.train}; index both splits with the same class names"
+            )
 
 
 def split_ranks(config: RunConfig, world_size: int, samples: int) -> BatchPlan:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.disk import AppendLog
+
 Event = dict[str, Any]
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
@@ -227,8 +229,7 @@ class MlflowTracker:
                 if old.exists():  # of an earlier run of this name whose server was away
                     old.rename(old.with_name(f"{int(time.time())}-{old.name}"))
         self._delivery = Delivery(spool, uri)
-        self._file = spool.open("a", encoding="utf-8")
-        self._lock = threading.Lock()
+        self._file = AppendLog(spool)
         self._more = threading.Event()
         self._closing = threading.Event()
         self._reached = threading.Event()
@@ -256,9 +257,9 @@ class MlflowTracker:
         self._closing.set()
         self._more.set()
         self._thread.join(_CLOSE_WAIT)
-        self._file.close()
+        lost = self._file.close()
         entries = len(self._delivery.pending()[0])
-        if entries == 0 and not self._thread.is_alive():
+        if lost == entries == 0 and not self._thread.is_alive():
             self._delivery.finish()
             return True
         print(
@@ -270,9 +271,7 @@ class MlflowTracker:
         return False
 
     def _put(self, event: Event) -> None:
-        with self._lock:
-            self._file.write(json.dumps(event) + "\n")
-            self._file.flush()
+        self._file.write(json.dumps(event))
         self._more.set()
 
     def _work(self) -> None:

@@ -15,8 +15,8 @@ from restricted import ROOT, faults, templates
 
 from pipelines import cli
 from pipelines.render import JobOptions, render, to_yaml
-from trainer.config import RECIPES
 from trainer.errors import UserError
+from trainer.recipe import RECIPES
 
 GPU = JobOptions(nodes=2, gpus_per_node=8)
 DIGEST = "a/b@sha256:" + "0" * 64

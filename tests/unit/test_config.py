@@ -1,11 +1,19 @@
 """Recipes: what is refused, and how it is told."""
 
+import itertools
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from trainer.config import RECIPES, known_keys, load_config
+from trainer.config import RunConfig, known_keys, load_config
 from trainer.errors import UserError
+from trainer.recipe import RECIPES
 
 GOOD = "model: {name: resnet8}\ndata: {train: /data/train}\ntrain: {epochs: 1}\n"
 
@@ -81,3 +89,177 @@ def test_overrides_win_and_numbers_need_no_dot(tmp_path: Path) -> None:
 def test_every_key_has_a_unit_or_a_meaning_that_a_person_can_read() -> None:
     assert len(known_keys()) == len(set(known_keys()))
     assert {"model.name", "data.train", "batch.global_size", "optimizer.base_lr", "tracking.register_as"} <= set(known_keys())
+
+
+def _numbers(schema: dict[str, Any], definitions: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schemas of all numbers in a field's schema."""
+    if "$ref" in schema:
+        return
+    if schema.get("type") in ("integer", "number"):
+        yield schema
+    for part in [*schema.get("anyOf", []), *([schema["items"]] if "items" in schema else [])]:
+        yield from _numbers(part, definitions)
+
+
+def _numeric_keys() -> list[tuple[str, dict[str, Any], bool]]:
+    """Each key that takes numbers, the schema of one, and whether the key takes a list of them."""
+    schema = RunConfig.model_json_schema()
+    found = []
+    for key in known_keys():
+        section, _, leaf = key.rpartition(".")
+        name = RunConfig.model_fields[section].annotation.__name__ if section else ""
+        field = (schema["$defs"][name] if section else schema)["properties"][leaf]
+        found += [(key, number, "items" in field) for number in _numbers(field, schema["$defs"])]
+    return found
+
+
+NUMERIC = _numeric_keys()
+
+
+def test_the_walk_over_numeric_keys_finds_them() -> None:
+    keys = {key for key, _, _ in NUMERIC}
+    assert {"optimizer.base_lr", "optimizer.betas", "data.mean", "ema", "train.hang_minutes"} <= keys
+    assert len(keys) > 50
+
+
+@pytest.mark.parametrize(("key", "schema", "is_list"), NUMERIC, ids=[key for key, _, _ in NUMERIC])
+def test_every_number_is_finite_and_bounded(key: str, schema: dict[str, Any], is_list: bool) -> None:
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    assert low is not None
+    assert high is not None
+    assert 0 <= low < high <= (2**64 if schema["type"] == "integer" else 1e30)
+    length = 2 if key == "optimizer.betas" else 3
+    for text in (".inf", "-.inf", ".nan", "-1", str(10**31), "1e400", "-1e300", "true", "'1'"):
+        value = f"[{', '.join([text] * length)}]" if is_list else text
+        with pytest.raises(UserError, match=key):
+            load_config("digits-resnet8", [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("batch.global_size=010", "octal or sexagesimal"),
+        ("train.epochs=1:30", "octal or sexagesimal"),
+        ("optimizer={base_lr: 1, base_lr: 2}", "stands twice"),
+        ("optimizer={on: 1}", "put it in quotes"),
+        ("name=on", "put it in quotes"),
+        ("data.train=0b_", "is not a number"),
+        ("train.seed=" + "9" * 5000, "is not a number"),
+        ("name=!!bool maybe", "does not fit its tag"),
+        ("name=!!python/object:os.system x", "could not determine a constructor"),
+        ("name=*unknown", "undefined alias"),
+        ("name=" + "[" * 200 + "]" * 200, "nested"),
+        ("name=&a [*a]", "nested"),
+        ("train.output_dir=", "put it in quotes"),
+        ("train.output_dir=''", "must not be empty"),
+        ("train.output_dir=~/runs", "write the full path"),
+        ("train.output_dir=s3://bucket/x", "not a URL"),
+        ("train.output_dir=runs/{date}", "the only one is {name}"),
+        ('train.output_dir="a\\0b"', "control character"),
+        ("checkpoint.url=s3://b/{name}", "write the name"),
+        ("data.cache_dir=s3://b/cache", "not a URL"),
+        ("tracking.register_as=team/model", "allows neither / nor :"),
+        ("tracking.register_as=' '", "must not be empty"),
+        ("tracking.register_as=..", "relative path"),
+        ("tracking.experiment=" + "x" * 501, "500 characters"),
+        ("optimizer={nesterov: true, momentum: 0}", "needs a momentum above 0"),
+        ("schedule.milestones=[60, 30]", "must ascend"),
+        ("optimizer.betas=[0.9, 1]", "less than 1"),
+        ("data.mean=[123.7, 0, 0]", "less than or equal to 1"),
+        ("data.std=[0, 1, 1]", "greater than or equal to 0.001"),
+        ("augment.mixup=1e-300", "at least 0.001"),
+        ("augment.padding=8", "can shift all of an image of 8 pixels away"),
+        ("train=5", "valid dictionary"),
+        ("model.name.x=1", "holds a value"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_surprising_values_are_one_line(override: str, reason: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config("digits-resnet8", [override])
+    assert len(error.value.faults) == 1
+    assert reason in error.value.faults[0]
+    assert override.partition("=")[0].partition(".")[0] in error.value.faults[0]
+    assert len(error.value.faults[0]) < 600
+
+
+def test_numbers_and_dates_read_as_in_yaml_1_2() -> None:
+    config = load_config(
+        "digits-resnet8",
+        ["optimizer.weight_decay=1e-4", "data.shuffle_window=1_000", "name=2024-01-31", "augment.flip=off"],
+    )
+    assert (config.optimizer.weight_decay, config.data.shuffle_window) == (1e-4, 1000)
+    assert (config.name, config.augment.flip) == ("2024-01-31", False)
+
+
+_BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in itertools.pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"# only a comment\n", "is empty"),
+        (b"- a\n", "holds list"),
+        (b"model:\n\tname: x\n", "is not YAML"),
+        ("name: é".encode("latin-1"), "is not YAML"),
+        (GOOD.encode("utf-16"), "is not YAML"),
+        (b"a: 1\n---\nb: 2\n", "is not YAML"),
+        (b"1: 2\n", "put it in quotes"),
+        (b"? [a, b]\n: c\n", "a key must be text"),
+        (_BOMB.encode(), "aliases expanded"),
+        (b"name: " + b"x" * 2**20, "more than 1,048,576 bytes"),
+    ],
+)
+def test_unusable_recipe_files_are_one_line(tmp_path: Path, content: bytes, reason: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(reason)) as error:
+        load_config(str(recipe))
+    assert str(recipe) in str(error.value)
+
+
+@pytest.mark.parametrize("change", [("", "\ufeff"), ("\n", "\r\n")])
+def test_byte_order_marks_and_windows_line_ends_are_read(tmp_path: Path, change: tuple[str, str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = change[1] + GOOD if change[0] == "" else GOOD.replace(*change)
+    recipe.write_bytes(text.encode())
+    assert load_config(str(recipe)).model.name == "resnet8"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        ("/tmp", "is a folder"),
+        ("s3://bucket/recipe.yaml", "is a URL"),
+        ("/dev/zero", "neither a file"),
+        ("a\0b", "neither a file"),
+        ("x" * 5000, "is not a file"),
+    ],
+)
+def test_what_is_not_a_recipe_file_is_named(recipe: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        load_config(recipe)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([*known_keys(), "model", "optimizer", "data.mean.0", "no.such", ""]),
+            st.one_of(
+                st.text(max_size=20),
+                st.floats().map(repr),
+                st.integers().map(str),
+                st.sampled_from(["[]", "{}", "[[1]]", "{a: {b: 1}}", "!!set {a}", "~", "&a *a", "<<", "="]),
+            ),
+        ),
+        max_size=3,
+    )
+)
+def test_any_override_is_accepted_or_refused(pairs: list[tuple[str, str]]) -> None:
+    with suppress(UserError):
+        load_config("digits-resnet8", [f"{key}={value}" for key, value in pairs])

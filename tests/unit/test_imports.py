@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 # Each module may import those above it.
 LAYERS = [
-    ["trainer.redaction"],
+    ["trainer.redaction", "trainer.disk_faults"],
     ["trainer.errors", "trainer.console", "trainer.watchdog"],
+    ["trainer.recipe", "trainer.fields", "trainer.disk"],
     ["trainer.config"],
     ["trainer.hardware_faults"],
     ["trainer.data"],
@@ -27,7 +28,7 @@ LAYERS = [
     ["trainer.resolve", "trainer.export", "trainer.serving", "trainer.fault_log"],
     ["trainer.pod"],
     ["trainer.class_matching", "trainer.weights_file"],
-    ["trainer.registration", "trainer.launch", "trainer.weights"],
+    ["trainer.preflight", "trainer.registration", "trainer.launch", "trainer.weights"],
     ["trainer.records"],
     ["trainer.__main__"],
     ["pipelines"],

@@ -16,7 +16,7 @@ from typing import IO
 _PAGE = 256 * 1024  # bytes under one checksum
 _SUM = 32  # bytes of a SHA-256
 _BLOCK, _PART = ".convoy-block", ".convoy-part"  # the folder may hold files of others
-_TOTAL = "convoy-blocks.total"  # the file that holds the bytes of all blocks, and is locked to change them
+CACHE_TOTAL = "convoy-blocks.total"  # the file that holds the bytes of all blocks, and is locked to change them
 _SLACK = 20  # when blocks are removed, 1/20 of the bound is made free, so that the folder is seldom looked through
 _LOCK_SECONDS, _BETWEEN = 30.0, 0.003  # a lock is waited for; seconds between two looks
 
@@ -119,9 +119,9 @@ class Blocks:
 
     @contextmanager
     def _locked_total(self) -> Iterator[IO[bytes]]:
-        with os.fdopen(os.open(self.folder / _TOTAL, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as file:
+        with os.fdopen(os.open(self.folder / CACHE_TOTAL, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as file:
             if not _wait_for_lock(file):
-                raise OSError(f"{_TOTAL} is locked by a process that stands still")
+                raise OSError(f"{CACHE_TOTAL} is locked by a process that stands still")
             yield file
 
     def _shrink(self, total: IO[bytes], more: int) -> None:

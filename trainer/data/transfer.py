@@ -24,6 +24,7 @@ from obstore.exceptions import (
 from obstore.store import ObjectStore
 
 from trainer.data.connect import endpoint
+from trainer.disk_faults import disk_fault
 from trainer.errors import ServiceLost, UserError
 
 CHUNK = 256 * 1024  # bytes that come at once; fewer than these are lost with a connection
@@ -212,6 +213,8 @@ def _code_of(error: BaseException) -> str:
 def kind_of(error: BaseException) -> Kind:
     """What an error of obstore's or of a file system's asks for."""
     status, code = status_of(error), _code_of(error)
+    if status is None and disk_fault(error):
+        return Kind.FINAL
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403) or code in _REFUSALS:
         return Kind.REFUSED
     if isinstance(error, NotFoundError | FileNotFoundError):
@@ -228,6 +231,8 @@ def kind_of(error: BaseException) -> Kind:
 def reason(error: BaseException) -> str:
     """An error of obstore's in a few words."""
     text, status, code = str(error), status_of(error), _code_of(error)
+    if status is None and (fault := disk_fault(error)):
+        return fault
     if code == "NoSuchBucket":
         return "there is no such bucket"
     if "credential provider" in text:

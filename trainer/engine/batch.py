@@ -1,5 +1,6 @@
 """The only batch arithmetic: global batch = micro-batch x accumulation steps x data-parallel ranks."""
 
+import math
 from dataclasses import dataclass
 
 from trainer.errors import UserError
@@ -22,6 +23,8 @@ def plan_batches(global_size: int, micro_size: int | None, ranks: int, samples: 
     """
     if ranks > samples:
         raise UserError(f"{ranks} ranks are more than the {samples} samples of data.train; use at most {samples}")
+    if global_size > samples:
+        raise UserError(f"batch.global_size: {global_size} is more than the {samples} samples of data.train")
     if global_size % ranks:
         raise UserError(
             f"batch.global_size: {global_size} does not divide by {ranks} ranks; nearest that do: {_nearest(global_size, ranks)}"
@@ -29,15 +32,14 @@ def plan_batches(global_size: int, micro_size: int | None, ranks: int, samples: 
     share = global_size // ranks
     micro = share if micro_size is None else micro_size
     if share % micro:
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        small = [d for d in range(1, math.isqrt(share) + 1) if share % d == 0]
+        divisors = [*small, *(share // d for d in small)]
         below, above = max(d for d in divisors if d < micro or d == 1), min(d for d in divisors if d > micro or d == share)
         sizes = " or ".join(map(str, sorted({below, above})))
         raise UserError(
             f"batch.micro_size: {micro} does not divide the {share} samples of a rank ({global_size} / {ranks} ranks); "
             f"nearest that do: {sizes}; or batch.global_size {_nearest(global_size, micro * ranks)}"
         )
-    if global_size > samples:
-        raise UserError(f"batch.global_size: {global_size} is more than the {samples} samples of data.train")
     return BatchPlan(global_size, micro, ranks, share // micro)
 
 

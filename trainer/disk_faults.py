@@ -1,0 +1,29 @@
+"""Which errors of the operating system a person must cure: no retry helps a full or read-only disk."""
+
+import errno
+import os
+import re
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+_OF_A_PATH = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+}
+_IN_TEXT = re.compile(r"\(os error (\d+)\)")  # object_store's and safetensors' errors
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """A few words for a full, read-only or forbidden disk or path; None for any other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    of_a_network = "error sending request" in str(error)
+    if number is None and not of_a_network and (found := _IN_TEXT.search(str(error))):
+        number = int(found[1])
+    if number == errno.EFBIG:
+        return "the file is larger than the limit (ulimit -f)"
+    if number in _OF_THE_DISK or number in _OF_A_PATH:
+        return os.strerror(number)
+    return None

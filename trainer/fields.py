@@ -1,0 +1,74 @@
+"""Types of a recipe's values: their bounds, and the rules for paths and names."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+# Every number has both bounds, so that no derived one overflows: int64 in the data's order, fp32 on
+# the device, seconds in the operating system (tests/unit/test_config.py walks over all of them).
+_LARGEST = 1e30
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Pixels = Annotated[int, Field(ge=1, le=16384)]
+Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
+Threads = Annotated[int, Field(ge=0, le=1024)]
+Positive = Annotated[float, Field(gt=0, le=_LARGEST)]
+NonNegative = Annotated[float, Field(ge=0, le=_LARGEST)]
+Minutes = Annotated[float, Field(ge=0, le=1e6)]
+Epochs = Annotated[float, Field(ge=0, le=1e9)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _usable_alpha(value: float) -> float:
+    if 0 < value < 1e-3:  # where numpy's Beta distribution gives NaN
+        raise ValueError("must be 0 (off) or at least 0.001")
+    return value
+
+
+Alpha = Annotated[float, Field(ge=0, le=1000), AfterValidator(_usable_alpha)]
+Mean = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
+Deviation = Annotated[list[Annotated[float, Field(ge=1e-3, le=10)]], Field(min_length=3, max_length=3)]
+
+
+def _is_url(value: str) -> str:
+    """A URL of storage or a plain path."""
+    if not value.strip():
+        raise ValueError("must not be empty")
+    if value.startswith("~"):  # the shell leaves it as it is behind `key=`
+        raise ValueError("~ is not replaced by the home folder here; write the full path")
+    return value
+
+
+def _is_folder(value: str) -> str:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+        raise ValueError("must be a folder of this machine, as a plain path, not a URL")
+    return _is_url(value)
+
+
+def _is_experiment(value: str) -> str:
+    """MLflow's rule (mlflow.utils.validation), and not only spaces."""
+    if not value.strip():
+        raise ValueError("must not be empty")
+    if len(value) > 500:
+        raise ValueError("has more than the 500 characters that MLflow allows")
+    return value
+
+
+def _is_registered_name(value: str) -> str:
+    """MLflow's rule (mlflow.utils.validation) and the width of its database column."""
+    if value != value.strip() or not value:
+        raise ValueError("must not be empty, nor begin or end with a space")
+    if "/" in value or ":" in value:
+        raise ValueError("MLflow allows neither / nor : in the name of a registered model")
+    if value == "." or value.startswith(".."):
+        raise ValueError("MLflow does not allow a relative path as the name of a registered model")
+    if len(value) > 256:
+        raise ValueError("has more than the 256 characters that MLflow allows")
+    return value
+
+
+Url = Annotated[str, AfterValidator(_is_url)]
+Folder = Annotated[str, AfterValidator(_is_folder)]
+ExperimentName = Annotated[str, AfterValidator(_is_experiment)]
+RegisteredName = Annotated[str, AfterValidator(_is_registered_name)]
