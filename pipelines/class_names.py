@@ -1,0 +1,302 @@
+"""The only parser of class-name files, for every command that takes one.
+
+Text in UTF-8 (with or without a byte-order mark) or UTF-16/32 with a byte-order mark; lines end with
+LF, CRLF or CR; blank lines at the end are ignored. Columns are separated by a TAB, by a comma (CSV,
+with quotes) or by the first space. JSON: a list of names, or an object from id or number to a name
+or to ``[id, name]`` (``imagenet_class_index.json``).
+
+Two questions can be asked of a file: the name of each class by its id (``names_by_id``: folders,
+WordNet ids), and the name of each label (``names_by_label``: the line's number from 0 on, or numbers
+in the first column). A file that answers neither completely is an error that names the line or the
+classes; nothing is guessed.
+"""
+
+import codecs
+import csv
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.errors import UserError
+
+_MAX_BYTES = 64 * 2**20
+_NAMED = 5  # classes or ids that a message lists
+_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_WORDNET_ID = re.compile(r"n[0-9]{8}")
+_HEADER = re.compile(
+    r"(class|category|label|synset|wnid|index|idx|id)?[ _-]?(id|name|label|word|description|class)?s?", re.IGNORECASE
+)
+_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\ud800-\udfff]")  # TAB separates columns
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Two columns of a line, and where they are, for messages."""
+
+    where: str
+    identity: str
+    name: str
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A file: the rows of each way to separate its columns, and its lines as names."""
+
+    by_tab: list[_Row]
+    by_comma: list[_Row]
+    by_space: list[_Row]
+    names: list[str]
+
+    @property
+    def candidates(self) -> list[list[_Row]]:
+        return [self.by_tab, self.by_comma, self.by_space]
+
+
+def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = None) -> list[str]:
+    """The name of each class of ``class_ids``, by the first column of a file.
+
+    Rows of other classes are ignored, so that a list of all ImageNet synsets names a subset. If the
+    ids are the numbers 0 to n-1, a plain list of n names is accepted too. ``raw``: the content, if
+    the file is in an archive. Raises UserError that names the classes without a name.
+    """
+    parsed = _parse(path, _read(path) if raw is None else raw)
+    wanted = {_normal(identity): identity for identity in class_ids}
+    best = max(parsed.candidates, key=lambda rows: len({row.identity for row in rows} & wanted.keys()))
+    rows = [row for row in best if row.identity in wanted]
+    numbers = [str(number) for number in range(len(class_ids))]
+    if not any(row.name for row in best) and list(class_ids) == numbers and len(parsed.names) == len(class_ids):
+        return parsed.names
+    if not rows:
+        first = next((row.identity for row in parsed.by_space), next(iter(parsed.names), ""))
+        raise UserError(
+            f"{path}: names none of the {len(class_ids)} classes ({_some(class_ids)}); each line is an id, a TAB, a comma "
+            f"or a space, and a name, but the first one begins with {first[:40]!r}"
+        )
+    present = {row.identity for row in rows}
+    if missing := [identity for key, identity in wanted.items() if key not in present]:
+        raise UserError(
+            f"{path}: names {len(present)} of the {len(class_ids)} classes, but not: {_some(missing)}; "
+            "add them or correct their ids"
+        )
+    if not any(row.name for row in best):  # a list of the ids alone
+        return list(class_ids)
+    by_id = _unique(path, rows)
+    return [by_id[_normal(identity)].name for identity in class_ids]
+
+
+def names_by_label(path: str | Path) -> list[str]:
+    """The name of each label from 0 on.
+
+    Numbers 0 to n-1 in the first column give the label. Otherwise it is the line's number, and the
+    first column is not part of the name if it holds WordNet ids or is separated by a TAB. Raises
+    UserError.
+    """
+    parsed = _parse(path, _read(path))
+    for rows in parsed.candidates:
+        if (names := _numbered(path, _without_header(rows), is_certain=rows is not parsed.by_space)) is not None:
+            return names
+    if not parsed.names:
+        raise UserError(f"{path}: its keys are not numbers, so that it is unclear which label has which name")
+    for rows in parsed.candidates:
+        rows = _without_header(rows)
+        are_ids = all(_WORDNET_ID.fullmatch(row.identity) for row in rows)
+        if any(row.name for row in rows) and (are_ids or rows is parsed.by_tab):
+            _unique(path, rows)
+            return [row.name for row in rows]
+    if _HEADER.fullmatch(parsed.names[0]):
+        raise UserError(f"{path}: line 1: {parsed.names[0]!r} looks like a header, not like a class; remove it")
+    if all(re.fullmatch(r'"([^"]|"")*"', name) for name in parsed.names):
+        return [name[1:-1].replace('""', '"') for name in parsed.names]
+    return parsed.names
+
+
+def synsets(path: str | Path, raw: bytes) -> dict[str, str]:
+    """WordNet id and name of each line, in the file's order (``synset_words.txt``). Raises UserError."""
+    for rows in _parse(path, raw).candidates:
+        if rows and all(_WORDNET_ID.fullmatch(row.identity) for row in rows):
+            return {identity: row.name for identity, row in _unique(path, rows).items()}
+    raise UserError(f"{path}: not every line begins with a WordNet id (n01440764) that a space, comma or TAB follows")
+
+
+# --- from bytes to lines ------------------------------------------------------------------------
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: the file of class names cannot be read: {reason}") from None
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path}: has more than {_MAX_BYTES:,} bytes, which is not a list of class names")
+    return content
+
+
+def _parse(path: str | Path, content: bytes) -> _Parsed:
+    text = _text(path, content)
+    is_json = Path(path).suffix.lower() == ".json"
+    if is_json or text.lstrip()[:1] in ("[", "{"):
+        try:
+            return _parse_json(path, json.loads(text, object_pairs_hook=_Pairs))
+        except (ValueError, RecursionError) as error:
+            if is_json or isinstance(error, UserError):
+                raise error if isinstance(error, UserError) else UserError(f"{path}: is not valid JSON: {error}") from None
+    lines = _lines(path, text)
+    return _Parsed(_rows(lines, _by_tab), _rows(lines, _by_comma), _rows(lines, _by_space), lines)
+
+
+def _text(path: str | Path, content: bytes) -> str:
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding not in ("utf-8", "utf-8-sig"):
+            raise UserError(f"{path}: is not valid {encoding.upper()}; save it as UTF-8") from None
+        line = len(re.findall(rb"\r\n|\n|\r", error.object[: error.start])) + 1
+        raise UserError(
+            f"{path}: line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8 "
+            "(from Windows: `iconv -f WINDOWS-1252 -t UTF-8`)"
+        ) from None
+    if "\0" in text:
+        raise UserError(f"{path}: contains zero bytes, as UTF-16 without a byte-order mark does; save it as UTF-8")
+    return text
+
+
+def _lines(path: str | Path, text: str) -> list[str]:
+    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise UserError(f"{path}: is empty, but one line per class is needed")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            raise UserError(f"{path}: line {number}: is blank, so that it is unclear which class has which name; remove it")
+        if line.startswith("#"):
+            raise UserError(f"{path}: line {number}: begins with '#'; comments are not supported, remove it")
+        _check_name(path, f"line {number}", line)
+    return lines
+
+
+def _check_name(path: str | Path, where: str, name: str) -> None:
+    if not name.strip():
+        raise UserError(f"{path}: {where}: the name is empty")
+    if _CONTROL.search(name):
+        raise UserError(f"{path}: {where}: {name[:40]!r} contains a control character or half of a surrogate pair")
+
+
+# --- from lines to rows -------------------------------------------------------------------------
+
+
+def _rows(lines: list[str], split: Callable[[str], tuple[str, str]]) -> list[_Row]:
+    parts = [split(line) for line in lines]
+    return [_Row(f"line {n}", _normal(identity), name.strip()) for n, (identity, name) in enumerate(parts, start=1)]
+
+
+def _by_tab(line: str) -> tuple[str, str]:
+    identity, _, name = line.partition("\t")
+    return identity, name
+
+
+def _by_space(line: str) -> tuple[str, str]:
+    identity, *rest = line.split(None, 1)
+    return identity, rest[0] if rest else ""
+
+
+def _by_comma(line: str) -> tuple[str, str]:
+    try:
+        identity, *rest = next(csv.reader([line], skipinitialspace=True, strict=True))
+    except csv.Error:
+        identity, *rest = line.split(",", 1)
+    return identity, ", ".join(field.strip() for field in rest)
+
+
+class _Pairs(list):
+    """The items of a JSON object, repeated keys included."""
+
+
+def _parse_json(path: str | Path, value: object) -> _Parsed:
+    names: list[str] = []
+    by_key: list[_Row] = []
+    by_id: list[_Row] = []
+    for number, item in enumerate(value if isinstance(value, list) else ()):
+        where = f"item {number}"
+        if isinstance(value, _Pairs):
+            key, item = item
+            where = f"key {key[:40]!r}"
+            if isinstance(item, list) and len(item) == 2 and isinstance(item[0], str):  # imagenet_class_index.json
+                by_id.append(_Row(where, _normal(item[0]), str(item[1])))
+                item = item[1]
+            elif type(item) is int:  # class_to_idx of torchvision's ImageFolder
+                key, item = str(item), key
+            by_key.append(_Row(where, _normal(key), str(item).strip()))
+        names.append(item if isinstance(item, str) else "")
+        _check_name(path, where, names[-1])
+    if not names:
+        raise UserError(f"{path}: is neither a JSON list of names nor a JSON object from ids or numbers to names")
+    return _Parsed(by_key, by_id, [], [] if by_key else names)
+
+
+# --- what rows mean -----------------------------------------------------------------------------
+
+
+def _without_header(rows: list[_Row]) -> list[_Row]:
+    if len(rows) > 1 and rows[0].name and _HEADER.fullmatch(rows[0].identity) and _HEADER.fullmatch(rows[0].name):
+        del rows[0]
+    return rows
+
+
+def _numbered(path: str | Path, rows: list[_Row], is_certain: bool) -> list[str] | None:
+    """The names in the order of the first column, if that numbers them.
+
+    Names may begin with numbers ("2012 Tesla"): unless ``is_certain``, one of them has to be 0 or 1.
+    """
+    wrong = next((row for row in rows if not re.fullmatch("[0-9]{1,9}", row.identity)), None)
+    if not any(row.name for row in rows) or (wrong and [row.identity for row in rows[:2]] != ["0", "1"]):
+        return None
+    if wrong:
+        raise UserError(f"{path}: {wrong.where}: has no number, but the lines before it have")
+    by_number = [_Row(row.where, str(int(row.identity)), row.name) for row in rows]
+    numbers = {row.identity for row in by_number}
+    if not is_certain and not numbers & {"0", "1"}:
+        return None
+    found = _unique(path, by_number)
+    if numbers == {str(number) for number in range(1, len(rows) + 1)}:
+        raise UserError(f"{path}: numbers its names from 1 to {len(rows)}, but labels begin with 0; number them from 0")
+    if missing := [number for number in map(str, range(len(rows))) if number not in numbers]:
+        raise UserError(f"{path}: has {len(rows)} numbered names, but none for label {_some(missing)}")
+    return [found[str(number)].name for number in range(len(rows))]
+
+
+def _unique(path: str | Path, rows: list[_Row]) -> dict[str, _Row]:
+    """The rows by id. Raises UserError for an id that occurs twice, and for one without a name."""
+    found: dict[str, _Row] = {}
+    for row in rows:
+        if not row.name:
+            raise UserError(f"{path}: {row.where}: {row.identity!r} has no name")
+        if "\t" in row.name:
+            raise UserError(f"{path}: {row.where}: has more than two columns; an id and a name are needed")
+        if row.identity in found:
+            raise UserError(f"{path}: {row.where}: {row.identity!r} has a name already, on {found[row.identity].where}")
+        found[row.identity] = row
+    return found
+
+
+def _normal(identity: str) -> str:
+    """An id as it is compared: macOS writes the same name with other code points (NFD)."""
+    return unicodedata.normalize("NFC", identity.strip())
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = list(names)
+    rest = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
+    return ", ".join(repr(name) for name in shown[:_NAMED]) + rest
