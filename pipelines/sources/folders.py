@@ -64,18 +64,18 @@ def _class_folders(root: str, nested: bool, account: Account) -> list[_Class]:
     classes = []
     for entry in walk.entries(root, is_class=False):
         if entry.is_folder:
+            num_faults = len(account.faults)
             one = _Class(entry.name, entry.path, list(walk.files(entry)))
             classes.append(one)
             if not nested:
                 _check_levels(one, account)
+            if not one.files and len(account.faults) == num_faults:
+                account.fault(one.path, "this class folder is empty")
         elif looks_like_image(entry.path):
             account.reject(entry.path, "is beside the class folders, so it has no class")
         else:
             account.skip("not an image, beside the class folders", entry.path)
     _check_names(classes, account)
-    for one in classes:
-        if not one.files:
-            account.fault(one.path, "this class folder is empty")
     return classes
 
 

@@ -111,17 +111,21 @@ def _skip_rest(
     """Account for what is beside the split folders; raises UserError if classes may be among it."""
     loose = [entry.path for entry in Walk(account).entries(root, is_class=False) if not entry.is_folder]
     account.skip("beside the split folders", *loose)
-    ambiguous = []
+    ambiguous, flat = [], []
     for folder in folders:
         unreadable: list[str] = []
         files = files_below(folder.path, unreadable)
         kind = words.get(folder.name)
         if kind == "test" and "val" in chosen:
             account.skip(f"a test split; {printable(chosen['val'].name)} is packed as val", *files)
-        elif layout == "auto" and (kind or unreadable or any(map(looks_like_image, files)) or os.path.islink(folder.path)):
+        elif layout == "auto" and kind:
+            flat.append(f"{printable(folder.path)}: is named like a split, but contains no class folders; --layout splits skips it")
+        elif layout == "auto" and (unreadable or any(map(looks_like_image, files)) or os.path.islink(folder.path)):
             ambiguous.append(printable(folder.name))
         else:
             account.skip("in folders beside the splits", *files)
+    if flat:
+        raise UserError(*flat)
     if ambiguous:
         splits = ", ".join(sorted(printable(folder.name) for folder in chosen.values()))
         raise UserError(
