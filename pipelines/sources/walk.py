@@ -125,7 +125,7 @@ def files_below(folder: str, unreadable: list[str] | None = None) -> list[str]:
     failed = [str(error.filename) for error in errors]
     if unreadable is not None:
         unreadable += failed
-    return found + failed
+    return sorted(found + failed)
 
 
 def looks_like_image(path: str) -> bool:

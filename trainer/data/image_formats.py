@@ -105,6 +105,8 @@ def identify(read: Read, size: int) -> str:
         fault, extension = _png_fault(read, size), EXTENSIONS["PNG"]
     else:
         return _identify_whole(read(0, size))
+    if fault:
+        raise ImageFault(fault)
     if len(head) < size:
         try:
             open_supported(head)
@@ -112,8 +114,6 @@ def identify(read: Read, size: int) -> str:
             open_supported(read(0, size))
     else:
         open_supported(head)
-    if fault:
-        raise ImageFault(fault)
     return extension
 
 
