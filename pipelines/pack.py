@@ -82,12 +82,15 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
         _check_shard_count(options, split)
     # what needs no image is checked before millions of them are read
     urls = [f"{destination.rstrip('/')}/{split.name}" for split in listed.splits]
-    surveys = [survey(url, split.name, options.overwrite) for url, split in zip(urls, listed.splits, strict=True)]
+    for url, split in zip(urls, listed.splits, strict=True):
+        survey(url, split.name, options.overwrite)
     pool = worker_pool(options.workers)
     try:
         splits = _checked(listed.splits, listed.account, pool, options)
         plans = [_plan(split, options) for split in splits]
         _report(source, splits, listed.account)
+        # other parts may have written since
+        surveys = [survey(url, split.name, options.overwrite) for url, split in zip(urls, splits, strict=True)]
         work = list(zip(plans, surveys, strict=True))
         finished = [is_finished(found, plan.digest, options.overwrite) for plan, found in work]
         resumed = [

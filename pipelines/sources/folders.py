@@ -53,7 +53,8 @@ def folder_splits(root: Path, layout: Layout, nested: bool, account: Account) ->
     if len(found) == 2:
         _check_same_classes(found[0], found[1], account)
     if account.faults:
-        raise UserError(*shortened(account.faults, "faults more"))
+        raise UserError(*shortened([*account.faults, *account.rejected], "faults more"))
+    _check_single_class(found[0], account)
     ids = [one.name for one in found[0]]
     return [_split(folder.name, classes, ids) for folder, classes in zip(folders, found, strict=True)]
 
@@ -77,6 +78,19 @@ def _class_folders(root: str, nested: bool, account: Account) -> list[_Class]:
             account.skip("not an image, beside the class folders", entry.path)
     _check_names(classes, account)
     return classes
+
+
+def _check_single_class(classes: list[_Class], account: Account) -> None:
+    """One class is a flat list of images in most cases."""
+    if len(classes) > 1:
+        return
+    only = classes[0]
+    if only.name.lower() in _ONE_LEVEL:
+        raise UserError(
+            f"{printable(only.path)}: would be the only class, so this seems to be a list of images without classes; "
+            "a folder per class is needed (rename the folder if it is a class)"
+        )
+    account.notes.append(f"warning: the data set has only one class, {printable(only.name)}")
 
 
 def _check_names(classes: list[_Class], account: Account) -> None:

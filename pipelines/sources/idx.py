@@ -14,6 +14,7 @@ from pipelines.sources.walk import skip_others
 from trainer.errors import UserError
 
 _PREFIXES = {"train": "train", "val": "t10k"}
+_KINDS = ("images-idx3", "labels-idx1")
 
 
 def is_idx_folder(root: Path) -> bool:
@@ -22,16 +23,17 @@ def is_idx_folder(root: Path) -> bool:
 
 def idx_splits(root: Path, account: Account) -> list[Split]:
     """``train-*`` and ``t10k-*``, plain or gzip; the labels are the classes. Raises UserError."""
-    splits, used = [], []
+    splits = []
+    pairs = {name: [_find(root, f"{prefix}-{kind}-ubyte") for kind in _KINDS] for name, prefix in _PREFIXES.items()}
+    used = [path.name for pair in pairs.values() for path in pair if path is not None]
+    skip_others(root, used, "not the idx files that were read", account)
     for name, prefix in _PREFIXES.items():
-        images, labels = (_find(root, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+        images, labels = pairs[name]
         if images is None and labels is None and name == "val":
             continue
         if images is None or labels is None:
             raise UserError(f"{root}: needs both {prefix}-images-idx3-ubyte.gz and {prefix}-labels-idx1-ubyte.gz")
-        used += [images.name, labels.name]
         splits.append(_split(name, prefix, images, labels))
-    skip_others(root, used, "not the idx files that were read", account)
     ids = max((split.class_ids for split in splits), key=len)
     return [replace(split, class_ids=ids, classes=list(ids)) for split in splits]
 

@@ -23,30 +23,20 @@ def imagenet_splits(root: Path, account: Account) -> list[Split]:
     Raises UserError for tars that are corrupt, and for a val.tar without its ground truth.
     """
     train, val = _find(root, "train"), _find(root, "val")
-    _refuse_extracted(root, train or val)
+    used = {path.name for path in (train, val) if path is not None}
+    devkit_files = {ARCHIVE, TRUTH, "meta.mat", "synset_words.txt", *(folder.split("/")[0] for folder in FOLDERS)}
+    skip_others(root, used | devkit_files, "beside ImageNet's tars", account)
     devkit = Devkit(root)
     splits = []
     if train is not None:
         splits.append(_train_split(train, devkit, account))
     if val is not None:
         splits.append(_val_split(val, train, splits[0].class_ids if splits else None, devkit, account))
-    used = {path.name for path in (train, val) if path is not None}
-    used |= {ARCHIVE, TRUTH, "meta.mat", "synset_words.txt", *(folder.split("/")[0] for folder in FOLDERS)}
-    skip_others(root, used, "beside ImageNet's tars", account)
     return splits
 
 
 def _find(root: Path, split: str) -> Path | None:
     return next((root / n for n in (f"ILSVRC2012_img_{split}.tar", f"{split}.tar") if (root / n).is_file()), None)
-
-
-def _refuse_extracted(root: Path, tar: Path | None) -> None:
-    both = [path for path in sorted(root.iterdir()) if path.name in ("train", "val") and path.is_dir() and any(path.iterdir())]
-    if both:
-        raise UserError(
-            f"{root}: contains both {tar and tar.name} and the folder {both[0].name}, so what to pack is ambiguous; "
-            f"move one of them away, or name {both[0]} as the source"
-        )
 
 
 def _train_split(path: Path, devkit: Devkit, account: Account) -> Split:

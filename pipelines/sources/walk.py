@@ -143,12 +143,21 @@ def looks_like_image(path: str) -> bool:
 
 
 def skip_others(root: Path, used: Collection[str], rule: str, account: Account) -> None:
-    """Account for everything in ``root`` but the entries in ``used``."""
-    for name in sorted(os.listdir(root)):
-        if name not in used:
-            path = os.path.join(root, name)
-            is_folder = os.path.isdir(path) and not os.path.islink(path)
-            account.skip(HIDDEN if skipped_by_name(name, is_folder) else rule, *(files_below(path) if is_folder else [path]))
+    """Account for everything in ``root`` but the entries in ``used``.
+
+    Raises UserError for folders of images: what to pack is ambiguous then.
+    """
+    for name in sorted(set(os.listdir(root)) - set(used)):
+        path = os.path.join(root, name)
+        is_folder = os.path.isdir(path)
+        is_hidden = skipped_by_name(name, is_folder)
+        files = files_below(path) if is_folder else [path]
+        if is_folder and not is_hidden and any(map(looks_like_image, files)):
+            raise UserError(
+                f"{printable(path)}: contains images, but {printable(str(root))} contains {', '.join(sorted(used)[:2])} too, so "
+                "what to pack is ambiguous; move one of them away, or name a folder as the source"
+            )
+        account.skip(HIDDEN if is_hidden else rule, *files)
 
 
 def check_root(source: str) -> Path:

@@ -116,6 +116,11 @@ def test_other_names_are_not_splits(name: str) -> None:
         (classes("train") | {"val": None}, "no class folders"),
         ({"bus/1.png": PNG, "car/1.png": PNG, "train/1.png": PNG}, "--layout classes"),
         ({"1.png": PNG, "2.png": PNG}, "no class folders"),
+        ({"images/1.png": PNG, "labels.csv": b"x"}, "list of images without classes"),
+        ({"train/images/1.png": PNG, "val/images/1.png": PNG}, "list of images without classes"),
+        ({"images/train/1.png": PNG, "labels/train/1.txt": b"x"}, "split's folder within"),
+        (classes(".") | {"train-images-idx3-ubyte": b"x"}, "train-images-idx3-ubyte"),
+        ({"cat/1.png": PNG, "dog/1.png": "/none", "dog/2.png": "/none"}, "dog/2.png: is a link to /none"),
         ({}, "no class folders"),
         (classes(".") | {"owl": None}, "this class folder is empty"),
         (classes("train") | {"val/cat/1.png": PNG, "val/Dog/1.png": PNG}, "it contains 'dog', which is spelled differently"),
@@ -426,8 +431,9 @@ def test_names_in_imagenet_tars_become_unique_keys(tmp_path: Path, members: dict
 
 
 def test_imagenet_sources_that_are_ambiguous_or_incomplete_are_refused(tmp_path: Path) -> None:
-    assert "train is ambiguous" not in refused(make_tree(write_train(tmp_path / "both", THREE), classes("train")))
-    assert "and the folder train" in refused(tmp_path / "both")
+    for name in ("train", "cats"):
+        root = make_tree(write_train(tmp_path / f"both-{name}", THREE), classes(name))
+        assert f"{root / name}: contains images" in refused(root)
     inner = tar({"1.JPEG": PNG})
     assert "more than once" in refused(write_train(tmp_path / "a", tar({"x/n01.tar": inner, "y/n01.tar": inner})))
     assert "contains no images" in refused(write_train(tmp_path / "b", tar({"n01.tar": tar({})})))
