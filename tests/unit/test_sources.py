@@ -436,6 +436,8 @@ def test_imagenet_sources_that_are_ambiguous_or_incomplete_are_refused(tmp_path:
         assert f"{root / name}: contains images" in refused(root)
     inner = tar({"1.JPEG": PNG})
     assert "more than once" in refused(write_train(tmp_path / "a", tar({"x/n01.tar": inner, "y/n01.tar": inner})))
+    twice = inner[: len(PNG) // 512 * 512 + 1024] + inner  # the same member, two images
+    assert "contains 1.JPEG more than once" in refused(write_train(tmp_path / "f", tar({"n01.tar": twice})))
     assert "contains no images" in refused(write_train(tmp_path / "b", tar({"n01.tar": tar({})})))
     assert "n02.tar is not a tar archive" in refused(
         write_train(tmp_path / "c", tar({"n01.tar": inner, "n02.tar": inner[512:]}))
