@@ -42,6 +42,8 @@ class Survey:
 
 def check_destination(source: str, destination: str) -> None:
     """Raise UserError if nothing can be written there, or if it would be written into the source."""
+    if not destination.strip():
+        raise UserError("DESTINATION is empty; name a folder or a URL")
     if any(0xDC80 <= ord(char) <= 0xDCFF for char in destination):
         raise UserError(f"{printable(destination)}: the destination's name is not UTF-8")
     if is_remote(destination):

@@ -38,7 +38,13 @@ class ListOptions:
 
 def list_source(source: str, options: ListOptions | None = None) -> Source:
     """Recognize the kind of ``source`` and list its images; raises UserError."""
-    options = options or ListOptions()
+    try:
+        return _list(source, options or ListOptions())
+    except UserError as error:  # names in messages may be of any bytes
+        raise UserError(*map(printable, error.faults)) from None
+
+
+def _list(source: str, options: ListOptions) -> Source:
     root = check_root(source)
     account = Account()
     if is_idx_folder(root):

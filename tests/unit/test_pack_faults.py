@@ -178,6 +178,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         ("{root}/file", "is a file, not a folder"),
         ("{root}/file/below", "is a file, not a folder"),
         ("{root}/caf\udce9", "is not UTF-8"),
+        ("", "DESTINATION is empty"),
     ],
 )
 def test_destinations_that_cannot_be_written_are_refused_at_once(
