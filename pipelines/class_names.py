@@ -7,14 +7,14 @@ or to ``[id, name]`` (``imagenet_class_index.json``).
 
 Two questions can be asked of a file: the name of each class by its id (``names_by_id``: folders,
 WordNet ids), and the name of each label (``names_by_label``: the line's number from 0 on, or numbers
-in the first column). A file that answers neither completely is an error that names the line or the
-classes; nothing is guessed.
+in the first column). A file that answers neither is an error that names the line; nothing is guessed.
 """
 
 import codecs
 import csv
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -66,7 +66,8 @@ def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = 
 
     Rows of other classes are ignored, so that a list of all ImageNet synsets names a subset. If the
     ids are the numbers 0 to n-1, a plain list of n names is accepted too. ``raw``: the content, if
-    the file is in an archive. Raises UserError that names the classes without a name.
+    the file is in an archive. Classes that it does not name keep their ids, which is reported on
+    stderr; a file that names none of them is an error. Raises UserError.
     """
     parsed = _parse(path, _read(path) if raw is None else raw)
     wanted = {_normal(identity): identity for identity in class_ids}
@@ -81,16 +82,16 @@ def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = 
             f"{path}: names none of the {len(class_ids)} classes ({_some(class_ids)}); each line is an id, a TAB, a comma "
             f"or a space, and a name, but the first one begins with {first[:40]!r}"
         )
-    present = {row.identity for row in rows}
-    if missing := [identity for key, identity in wanted.items() if key not in present]:
-        raise UserError(
-            f"{path}: names {len(present)} of the {len(class_ids)} classes, but not: {_some(missing)}; "
-            "add them or correct their ids"
-        )
     if not any(row.name for row in best):  # a list of the ids alone
         return list(class_ids)
-    by_id = _unique(path, rows)
-    return [by_id[_normal(identity)].name for identity in class_ids]
+    by_id = {key: row.name for key, row in _unique(path, rows).items()}
+    if missing := [identity for identity in class_ids if _normal(identity) not in by_id]:
+        print(
+            f"convoy: {path}: names {len(by_id)} of the {len(class_ids)} classes; the others keep their ids as names: "
+            f"{_some(missing)}",
+            file=sys.stderr,
+        )
+    return [by_id.get(_normal(identity), identity) for identity in class_ids]
 
 
 def names_by_label(path: str | Path) -> list[str]:

@@ -55,7 +55,8 @@ def _list(source: str, options: ListOptions) -> Source:
         splits = folder_splits(root, options.layout, options.nested, account)
     names = Path(options.class_names) if options.class_names else root / "synset_words.txt"
     if options.class_names is not None or names.is_file():
-        splits = [replace(split, classes=names_by_id(names, split.class_ids)) for split in splits]
+        classes = names_by_id(names, splits[0].class_ids)  # all splits have the same classes
+        splits = [replace(split, classes=classes) for split in splits]
     return Source(splits, account)
 
 

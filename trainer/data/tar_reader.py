@@ -25,11 +25,25 @@ two, anything but zeros behind the mark (a second, concatenated archive), compre
 """
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from trainer.data.tar_header import TarError as TarError
+from trainer.data.tar_header import (
+    check_format,
+    check_global,
+    check_sum,
+    decode_name,
+    describe,
+    has_valid_sum,
+    header_name,
+    long_name,
+    pax_records,
+    pax_size,
+    size_in,
+)
 
 BLOCK = 512  # bytes; the unit of a tar
 _PIECE = 2**20  # bytes read at a time when skipping
@@ -51,23 +65,6 @@ _UNSUPPORTED = {
     b"S": "is stored as a sparse file; write the archive without --sparse",
     b"M": "continues in another volume; multi-volume archives are not supported",
 }
-_OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
-_PAX_RECORD = re.compile(rb"([1-9][0-9]{0,7}) ([^=\n]+)=")
-_CONTROL = re.compile("[\x00-\x1f\x7f]")
-_CHARSETS = (b"", b"BINARY", b"ISO-IR 10646 2000 UTF-8")
-_OTHER_FORMATS = {
-    b"\x1f\x8b": "is compressed with gzip",
-    b"\x28\xb5\x2f\xfd": "is compressed with zstd",
-    b"\xfd7zXZ\0": "is compressed with xz",
-    b"BZh": "is compressed with bzip2",
-    b"\x04\x22\x4d\x18": "is compressed with lz4",
-    b"PK\x03\x04": "is a zip file",
-    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
-}
-
-
-class TarError(ValueError):
-    """Why an archive is rejected, as a clause that follows the archive's name: "is truncated: ..."."""
 
 
 class Readable(Protocol):
@@ -205,8 +202,8 @@ class _Archive:
             )
         start = self.position
         block = self.take(min(BLOCK, self.size - start), "a header")
-        if start == 0:
-            _check_format(block)
+        if start == 0 and (len(block) < BLOCK or (any(block) and not has_valid_sum(block))):
+            check_format(block)
         if len(block) < BLOCK:
             raise TarError(f"is truncated: it ends at byte {self.size:,}, within a header")
         if any(block):
@@ -231,14 +228,6 @@ class _Archive:
         )
 
 
-def _check_format(block: bytes) -> None:
-    for magic, fault in _OTHER_FORMATS.items():
-        if block.startswith(magic):
-            raise TarError(f"is not a plain tar archive: it {fault}")
-    if re.match(rb"\s*<(!doctype|html|\?xml)", block, re.IGNORECASE):
-        raise TarError("is not a tar archive: it is a web page or an XML document, probably an error of a download")
-
-
 def _read_member(archive: _Archive, block: bytes) -> Member | None:
     """The member whose headers begin with ``block``; None for a global pax header that stands alone."""
     offset = archive.position - BLOCK
@@ -247,48 +236,48 @@ def _read_member(archive: _Archive, block: bytes) -> Member | None:
     described = False
     while True:
         at = archive.position - BLOCK
-        _check_sum(block, at)
+        check_sum(block, at)
         kind = block[156:157]
         if kind not in b"xXgLK" or not kind.strip(b"\0"):
             break
-        size = _size(block, at)
+        size = size_in(block, at)
         if size > _MAX_EXTENDED:
             raise TarError(f"has an extended header of {size:,} bytes at byte {at:,}, which is corrupt or not supported")
         data = archive.take(size, f"the extended header at byte {at:,}")
         archive.take(-size % BLOCK, f"the extended header at byte {at:,}")
         if kind == b"g":
-            _check_global(_pax_records(data, at), at)
+            check_global(pax_records(data, at), at)
             if not described:
                 return None
         else:
             described = True
             if kind == b"L":
-                names.add(_text(_long_name(data, at), at))
+                names.add(decode_name(long_name(data, at), at))
             elif kind != b"K":
-                pax |= _pax_records(data, at)
+                pax |= pax_records(data, at)
         block = archive.block(f"the member that the extended header at byte {at:,} describes")
         if not any(block):
             raise TarError(f"ends behind the extended header at byte {at:,}; its member is missing")
     at = archive.position - BLOCK
     if any(key.startswith(b"GNU.sparse.") for key in pax):
-        raise TarError(f"{_describe(block, at)} {_UNSUPPORTED[b'S']}")
+        raise TarError(f"{describe(block, at)} {_UNSUPPORTED[b'S']}")
     if path := pax.get(b"path"):
-        names.add(_text(path, at))
+        names.add(decode_name(path, at))
     if len(names) > 1:
-        raise TarError(f"{_describe(block, at)} has two names: {', '.join(repr(name) for name in sorted(names))}")
-    name = names.pop() if names else _text(_header_name(block), at)
-    size = _size(block, at)
+        raise TarError(f"{describe(block, at)} has two names: {', '.join(repr(name) for name in sorted(names))}")
+    name = names.pop() if names else decode_name(header_name(block), at)
+    size = size_in(block, at)
     if pax.get(b"size"):
-        size = _pax_size(pax[b"size"], size, at)
+        size = pax_size(pax[b"size"], size, at)
     return _member(archive, block, name, size, offset)
 
 
 def _member(archive: _Archive, block: bytes, name: str, size: int, offset: int) -> Member:
     at, start, flag = archive.position - BLOCK, archive.position, block[156:157]
     if not name:
-        raise TarError(f"{_describe(block, at)} has no name")
+        raise TarError(f"{describe(block, at)} has no name")
     if flag in _UNSUPPORTED:
-        raise TarError(f"{_describe(block, at)} {_UNSUPPORTED[flag]}")
+        raise TarError(f"{describe(block, at)} {_UNSUPPORTED[flag]}")
     if flag in _FILES:
         kind: Kind = "directory" if name.endswith("/") else "file"
     elif flag == b"D":  # GNU tar's directory of an incremental backup: its data are a list of names
@@ -296,10 +285,10 @@ def _member(archive: _Archive, block: bytes, name: str, size: int, offset: int) 
     elif flag in _WITHOUT_DATA:
         kind = _WITHOUT_DATA[flag]
         if size and kind.endswith("link"):
-            raise TarError(f"{_describe(block, at)} is a {kind} with {size:,} bytes, whose extent is ambiguous")
+            raise TarError(f"{describe(block, at)} is a {kind} with {size:,} bytes, whose extent is ambiguous")
         size = 0
     else:
-        raise TarError(f"{_describe(block, at)} is of the unknown type {flag!r}")
+        raise TarError(f"{describe(block, at)} is of the unknown type {flag!r}")
     end = start + size + -size % BLOCK
     if end > archive.size:
         raise TarError(
@@ -307,88 +296,3 @@ def _member(archive: _Archive, block: bytes, name: str, size: int, offset: int) 
             f"extends to byte {end:,}"
         )
     return Member(name, kind, offset, start, size, end, archive)
-
-
-def _check_sum(block: bytes, at: int) -> None:
-    field = _OCTAL.fullmatch(block[148:156])
-    if field is not None and field[1]:
-        rest = block[:148] + b" " * 8 + block[156:]
-        unsigned = sum(rest)
-        signed = unsigned - 256 * sum(byte > 127 for byte in rest)  # as some old writers compute it
-        if int(field[1], 8) in (unsigned, signed):
-            return
-    if at == 0:
-        raise TarError("is not a tar archive, or its first header is corrupt (wrong checksum)")
-    raise TarError(f"is corrupt: no valid tar header at byte {at:,} (wrong checksum); members behind it would be lost")
-
-
-def _size(block: bytes, at: int) -> int:
-    raw = block[124:136]
-    if raw[0] == 0x80:
-        return int.from_bytes(raw[1:], "big")
-    field = _OCTAL.fullmatch(raw)
-    if field is None:
-        raise TarError(f"{_describe(block, at)} has the invalid size {raw!r}")
-    return int(field[1] or b"0", 8)
-
-
-def _pax_size(value: bytes, in_header: int, at: int) -> int:
-    if not re.fullmatch(rb"[0-9]{1,19}", value):
-        raise TarError(f"the member at byte {at:,} has the invalid pax size {value[:40]!r}")
-    size = int(value)
-    if size != in_header and in_header and size < 8**11:  # the header has space for it
-        raise TarError(f"the member at byte {at:,} has two sizes: {in_header:,} and {size:,} bytes")
-    return size
-
-
-def _pax_records(data: bytes, at: int) -> dict[bytes, bytes]:
-    """Key and value of each record ``LENGTH KEY=VALUE\\n``."""
-    records: dict[bytes, bytes] = {}
-    position = 0
-    while data[position:].strip(b"\0"):
-        head = _PAX_RECORD.match(data, position)
-        end = position + int(head[1]) if head else 0
-        if head is None or not head.end() < end <= len(data) or data[end - 1 : end] != b"\n":
-            raise TarError(f"is corrupt: the pax header at byte {at:,} has an invalid record at its byte {position:,}")
-        records[head[2]] = data[head.end() : end - 1]
-        position = end
-    if records.get(b"hdrcharset", b"") not in _CHARSETS:
-        raise TarError(f"has names in the unknown encoding {records[b'hdrcharset']!r}, by the pax header at byte {at:,}")
-    return records
-
-
-def _check_global(records: dict[bytes, bytes], at: int) -> None:
-    """Members are read alone later, so that nothing in a global header may change what they are."""
-    for key in records:
-        if key in (b"path", b"size", b"linkpath") or key.startswith(b"GNU.sparse."):
-            raise TarError(f"sets {key.decode()!r} of all members in a global pax header at byte {at:,}, which is not supported")
-
-
-def _long_name(data: bytes, at: int) -> bytes:
-    name, _, rest = data.partition(b"\0")
-    if rest.strip(b"\0"):
-        raise TarError(f"is corrupt: the long name at byte {at:,} contains a zero byte")
-    return name
-
-
-def _header_name(block: bytes) -> bytes:
-    name = block[:100].partition(b"\0")[0]
-    prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
-    return prefix + b"/" + name if prefix else name
-
-
-def _text(name: bytes, at: int) -> str:
-    try:
-        text = name.decode("utf-8")
-    except UnicodeDecodeError:
-        raise TarError(
-            f"contains a name that is not UTF-8 at byte {at:,}: {name[:80]!r}; "
-            "rename the file (`convmv`) and write the archive again"
-        ) from None
-    if _CONTROL.search(text):
-        raise TarError(f"contains a name with a control character at byte {at:,}: {text[:80]!r}; rename the file")
-    return text
-
-
-def _describe(block: bytes, at: int) -> str:
-    return f"the member {_header_name(block).decode('utf-8', 'replace')!r} at byte {at:,}"
