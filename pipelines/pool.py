@@ -15,7 +15,9 @@ def worker_pool(workers: int) -> ProcessPoolExecutor:
 
 def worker_lost() -> ServiceLost:
     """The error to raise for a BrokenProcessPool: a retry may succeed."""
-    return ServiceLost("a worker process was killed, probably because memory ran out; use fewer --workers, or more memory")
+    return ServiceLost(
+        "a worker process was killed, often because memory ran out, or could not start; use fewer --workers, or more memory"
+    )
 
 
 def _follow_parent() -> None:

@@ -13,7 +13,7 @@ from trainer.data.image_formats import ImageFault, identify
 from trainer.data.index import INDEX_NAME, Shard, open_index
 from trainer.data.shard import encoded_image, label_of, read_sample
 from trainer.data.storage import open_store
-from trainer.errors import UserError, shortened
+from trainer.errors import UserError
 
 _RANGE = 32 * 2**20  # bytes read at once
 
@@ -87,7 +87,7 @@ def _verify_shard(url: str, num_classes: int, shard: Shard) -> list[str]:
     sha256.update(end)
     if fault := shard.digest_fault(sha256.hexdigest()):
         faults.insert(0, fault)
-    return shortened(faults, "faults more")
+    return faults
 
 
 def _check_image(encoded: memoryview) -> None:

@@ -273,7 +273,7 @@ def test_verify_bounds_its_lines_and_lists_all_faults_as_json(convoy: Run, convo
     folder.mkdir()
     for shard in range(3):
         with tarfile.open(folder / f"{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-            for number in range(9):
+            for number in range(12):
                 for extension, content in (("jpg", jpeg()[: -9 if number else None]), ("cls", b"0")):
                     (tmp_path / "member").write_bytes(content)
                     archive.add(tmp_path / "member", f"{shard}-{number}.{extension}")
@@ -281,9 +281,9 @@ def test_verify_bounds_its_lines_and_lists_all_faults_as_json(convoy: Run, convo
     lines = convoy_refuses("verify", folder, "--workers", 1).strip().splitlines()
     assert len(lines) <= 12
     assert "truncated: the end-of-image marker is missing" in lines[-2]
-    assert "14 faults more" in lines[-1]
+    assert "23 faults more" in lines[-1]
     verdict = json.loads(convoy("verify", folder, "--workers", 1, "--json").stdout)
-    assert len(verdict["splits"][0]["faults"]) == 24
+    assert len(verdict["splits"][0]["faults"]) == 33
 
 
 @pytest.mark.usefixtures("in_process")
