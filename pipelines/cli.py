@@ -5,14 +5,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from pipelines import cluster_cli
-from trainer.errors import EXIT_USER, UserError, report
+from trainer.errors import EXIT_USER, UserError, report, shortened
 from trainer.hardware_faults import classify_fault, describe_place
 
 app = typer.Typer(
@@ -58,7 +58,13 @@ def pack(
     shards: Annotated[int | None, typer.Option(help="Shards of each split; by --shard-mb when not given.", min=1)] = None,
     shard_mb: Annotated[int, typer.Option(help="Size of a shard to aim at, MiB.", min=1)] = 128,
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are no images, and say which.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Omit files that cannot be packed, and print each.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image first; finds corrupt data, takes longer.")] = False,
+    layout: Annotated[
+        Literal["auto", "splits", "classes"],
+        typer.Option(help="What the folders in SOURCE are: splits or classes; auto: by their names and content."),
+    ] = "auto",
+    nested: Annotated[bool, typer.Option("--nested", help="Images at any depth below a class folder belong to the class.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the data set that is there.")] = False,
     class_names: Annotated[
         str | None,
@@ -67,11 +73,13 @@ def pack(
     part: Annotated[int, typer.Option(help="Write this part of the shards only, of --parts; numbered from 0.", min=0)] = 0,
     parts: Annotated[int, typer.Option(help="Runs that pack the same at a time; the last one writes the index.", min=1)] = 1,
 ) -> None:
-    """Pack images into WebDataset shards with an index. A second run goes on where the first one stopped."""
+    """Pack images into WebDataset shards with an index. A second run resumes an interrupted one."""
     from pipelines.pack import PackOptions, summary
     from pipelines.pack import pack as run
 
-    options = PackOptions(seed, shards, shard_mb * 2**20, workers, skip_bad, overwrite, class_names, part, parts)
+    options = PackOptions(
+        seed, shards, shard_mb * 2**20, workers, skip_bad, overwrite, class_names, part, parts, decode, layout, nested
+    )
     for line in summary(run(source, destination, options)):
         print(line)
 
@@ -91,7 +99,7 @@ def verify(
         for v in verdicts:
             print(f"{v.url}: {v.samples:,} images in {v.shards} shards, {v.bytes / 2**20:,.1f} MiB: all good, {v.digest[:19]}")
     if faults:
-        raise UserError(*faults)
+        raise UserError(*shortened(faults, "faults more; --json lists all"))
 
 
 @app.command()

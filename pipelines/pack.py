@@ -1,37 +1,52 @@
 """``convoy pack``: images to WebDataset shards and an index. Equal input and seed give equal bytes, on any number of workers.
 
-The shards come first, each with a record beside it; the index comes last, so what is half-written is no data set, and a
-second run goes on where the first one stopped.
+Everything is checked before anything is written. The shards come first, each with a record of it; the index comes last, so
+what is half-written is not a data set, and a second run resumes with the shards that are missing.
 """
 
 import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 import numpy as np
 
-from pipelines.pool import worker_pool
+from pipelines.destination import (
+    can_resume,
+    check_destination,
+    clear,
+    finished_shards,
+    forget_records,
+    is_finished,
+    record_name,
+    shard_name,
+    survey,
+)
+from pipelines.pool import worker_lost, worker_pool
 from pipelines.progress import WorkProgress
-from pipelines.sources import Item, Split, find_splits, read_item, recognized
+from pipelines.sources import Account, Item, Layout, ListOptions, Split, list_source, printable, read_item
+from pipelines.sources.check import check_items, with_extension
+from pipelines.sources.duplicates import Marked, leak_note
 from trainer.data.index import INDEX_NAME, Index, Shard, parse_index
 from trainer.data.shard import BLOCK, end_mark, write_sample
-from trainer.data.storage import Store, is_remote, open_store
-from trainer.errors import UserError
+from trainer.data.storage import Store, open_store
+from trainer.errors import UserError, shortened
 
-_WORK = ".pack"  # records of an unfinished pack, below the split
-_CHUNK = 512  # images that a worker looks at before it reports
-_NAMED = 20  # faults that are named one by one
+_CHUNK = 512  # images that a worker checks before it reports
+_NAMED = 20  # rejected files that an error names
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """``shard_bytes``: the size to aim at; ``shards``: an exact count instead. ``part`` of ``parts``: the share of the shards that
-    this run writes, where several pack the same at a time; whichever comes last writes the index."""
+    """``shard_bytes``: the size to aim at; ``shards``: an exact count instead. ``part`` of ``parts``: the share of the shards
+    that this run writes, if several pack the same at a time; whichever finishes last writes the index."""
 
     seed: int = 0
     shards: int | None = None
@@ -42,6 +57,9 @@ class PackOptions:
     class_names: str | None = None
     part: int = 0
     parts: int = 1
+    decode: bool = False
+    layout: Layout = "auto"
+    nested: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,68 +68,117 @@ class _Plan:
 
     split: Split
     shards: list[list[Item]]
-    digest: str  # of keys, labels, sizes and the seed: stands in the index
+    digest: str  # of keys, labels, sizes and the seed; stored in the index
     resume_digest: str  # the same with modification times
 
 
 def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str, Index]]:
-    """Pack every split of ``source`` below ``destination``; returns (URL, index) of each that is whole. Raises UserError."""
+    """Pack every split of ``source`` below ``destination``; returns (URL, index) of each that is complete. Raises UserError."""
     if options.part >= options.parts:
         raise UserError(f"--part: {options.part} is not below --parts {options.parts}")
-    splits = find_splits(source, options.class_names)
-    if is_remote(destination):  # one that cannot be reached is told before millions of images are looked at
-        open_store(destination).read_small(INDEX_NAME)
+    check_destination(source, destination)
+    listed = list_source(source, ListOptions(options.class_names, options.layout, options.nested))
+    for split in listed.splits:
+        _check_shard_count(options, split)
+    # what needs no image is checked before millions of them are read
+    urls = [f"{destination.rstrip('/')}/{split.name}" for split in listed.splits]
+    for url, split in zip(urls, listed.splits, strict=True):
+        survey(url, split.name, options.overwrite)
     pool = worker_pool(options.workers)
     try:
-        plans = [_plan(_checked(split, pool, options), options) for split in splits]
-        stores = [open_store(f"{destination.rstrip('/')}/{plan.split.name}", create=True) for plan in plans]
-        finished = [_prepare(plan, store, options) for plan, store in zip(plans, stores, strict=True)]
+        splits = _checked(listed.splits, listed.account, pool, options)
+        plans = [_plan(split, options) for split in splits]
+        _report(source, splits, listed.account)
+        # other parts may have written since
+        surveys = [survey(url, split.name, options.overwrite) for url, split in zip(urls, splits, strict=True)]
+        work = list(zip(plans, surveys, strict=True))
+        finished = [is_finished(found, plan.digest, options.overwrite) for plan, found in work]
+        resumed = [
+            done or can_resume(found, plan.resume_digest, options.parts) for done, (plan, found) in zip(finished, work, strict=True)
+        ]
+        stores = [open_store(url, create=True) for url in urls]
+        for (plan, found), store, keep in zip(work, stores, resumed, strict=True):
+            if not keep:
+                clear(store, found, plan.resume_digest)
         packed = []
-        for plan, store, index in zip(plans, stores, finished, strict=True):
-            index = index or _write_split(plan, store, pool, options)
+        for (plan, found), store, done in zip(work, stores, finished, strict=True):
+            index = found.index if done else _write_split(plan, store, pool, options)
             if index is not None:
                 packed.append((store.url, index))
         return packed
+    except BrokenProcessPool:
+        raise worker_lost() from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _checked(split: Split, pool: ProcessPoolExecutor, options: PackOptions) -> Split:
-    """The split with every image recognized by its content; what is none is refused, or left out and told."""
-    if all(item.extension for item in split.items):
-        return split
+def _check_shard_count(options: PackOptions, split: Split) -> None:
+    if options.shards is not None and options.shards > len(split.items):
+        raise UserError(f"--shards: {options.shards} is more than the {len(split.items)} images of {split.name}")
+
+
+def _checked(splits: list[Split], account: Account, pool: ProcessPoolExecutor, options: PackOptions) -> list[Split]:
+    """The splits with every image recognized by its content; files that cannot be packed are refused, or omitted and named."""
+    checked = [_check_split(split, account, pool, options) for split in splits]
+    if account.rejected and not options.skip_bad:
+        named = account.rejected[:_NAMED]
+        rest = len(account.rejected) - len(named)
+        total = len(account.rejected) + sum(len(marked) for marked in checked)
+        more = [f"... and {rest} more"] if rest else []
+        raise UserError(*named, *more, f"{len(account.rejected)} of {total} files cannot be packed; --skip-bad leaves them out")
+    good = []
+    for split, marked in zip(splits, checked, strict=True):
+        left = Counter(item.label for item, _ in marked)
+        if lost := sorted({item.label for item in split.items} - left.keys()):
+            raise UserError(
+                *(line for line in account.rejected[:_NAMED]),
+                *shortened(
+                    [f"{split.name}: no image of class {printable(split.class_ids[label])} can be packed" for label in lost],
+                    "classes more",
+                ),
+                "--skip-bad does not omit classes: replace their images, or remove their folders",
+            )
+        good.append(Split(split.name, split.class_ids, split.classes, [item for item, _ in marked]))
+    if len(checked) == 2 and not good[0].items[0].is_idx and (note := leak_note(checked[0], checked[1], read_item)):
+        account.notes.append(note)
+    return good
+
+
+def _check_split(split: Split, account: Account, pool: ProcessPoolExecutor, options: PackOptions) -> list[Marked]:
+    """The images that can be packed; the others are rejected by name."""
+    if all(item.extension for item in split.items):  # idx files: pixels, which were checked when they were listed
+        return [(item, -1) for item in split.items]
     chunks = [split.items[i : i + _CHUNK] for i in range(0, len(split.items), _CHUNK)]
-    good: list[Item] = []
-    bad: list[str] = []
+    good: list[Marked] = []
     with WorkProgress(f"checking {split.name}", len(split.items), "images") as progress:
-        for chunk, results in zip(chunks, pool.map(_recognize, chunks), strict=True):
+        for chunk, results in zip(chunks, pool.map(partial(check_items, decode=options.decode), chunks), strict=True):
             for item, result in zip(chunk, results, strict=True):
-                if isinstance(result, Item):
-                    good.append(result)
+                if result.fault:
+                    account.rejected.append(f"{item.source}: {result.fault}")
                 else:
-                    bad.append(f"{item.source}: {result}")
+                    good.append((with_extension(item, result.extension), result.checksum))
             progress.add(len(chunk))
-    if bad:
-        named = bad[:_NAMED] + ([f"... and {len(bad) - _NAMED} more"] if len(bad) > _NAMED else [])
-        if not options.skip_bad:
-            raise UserError(*named, f"{len(bad)} of {len(split.items)} files cannot be packed; --skip-bad leaves them out")
-        for line in (*named, f"{len(bad)} of {len(split.items)} files are left out"):
-            print(f"convoy: {line}", file=sys.stderr)
-    if not good:
-        raise UserError(f"{split.name}: no image is left to pack")
-    return Split(split.name, split.class_ids, split.classes, good)
+    return good
 
 
-def _recognize(items: list[Item]) -> list[Item | str]:
-    return [recognized(item) for item in items]
+def _report(source: str, splits: list[Split], account: Account) -> None:
+    """Print what became of every file of the source, one line per rule and one per rejected file."""
+    packed, rejected = sum(len(split.items) for split in splits), len(account.rejected)
+    found = packed + account.num_skipped + rejected
+    lines = [*account.notes, *account.skip_lines(), *(f"left out: {line}" for line in account.rejected)]
+    if rejected:
+        lines.append(f"{rejected:,} of {packed + rejected:,} files are left out")
+    counts = f"{packed:,} to pack, {account.num_skipped:,} skipped by a rule, {rejected:,} left out"
+    lines.append(f"{printable(source)}: {found:,} images and other files: {counts}")
+    for line in lines:
+        print(f"convoy: {line}", file=sys.stderr)
 
 
 def _plan(split: Split, options: PackOptions) -> _Plan:
+    _check_shard_count(options, split)
     count = len(split.items)
     total = sum(-(-item.size // BLOCK) * BLOCK + 3 * BLOCK for item in split.items)
-    shards = options.shards or max(1, round(total / options.shard_bytes))
-    if shards > count:
-        raise UserError(f"--shards: {shards} is more than the {count} images of {split.name}")
+    shards = options.shards or min(count, max(1, round(total / options.shard_bytes)))
     order = np.argsort(np.random.Generator(np.random.PCG64(options.seed)).random(count), kind="stable")
     parts = [[split.items[i] for i in order[count * s // shards : count * (s + 1) // shards]] for s in range(shards)]
     facts, times = hashlib.sha256(), hashlib.sha256()
@@ -124,68 +191,32 @@ def _plan(split: Split, options: PackOptions) -> _Plan:
     return _Plan(split, parts, digest, hashlib.sha256(f"{digest} {times.hexdigest()}".encode()).hexdigest())
 
 
-def _prepare(plan: _Plan, store: Store, options: PackOptions) -> Index | None:
-    """Look at what the destination holds: the finished index where it is this data set already; else room is made for it."""
-    there = store.sizes()
-    ours = json.loads(store.read_small(f"{_WORK}/plan.json") or b"{}").get("resume_digest")
-    raw = store.read_small(INDEX_NAME)
-    if raw is not None and not options.overwrite:
-        index = parse_index(raw, f"{store.url}/{INDEX_NAME}")
-        if index.plan == plan.digest:
-            print(f"convoy: {store.url} holds this data set already ({index.samples:,} images)", file=sys.stderr)
-            return index
-        raise UserError(f"{store.url}: holds another data set of {index.samples:,} images; use another place, or --overwrite")
-    tars = [name for name in there if name.endswith(".tar")]
-    if tars and raw is None and ours is None and not options.overwrite:
-        raise UserError(f"{store.url}: holds {tars[0]}, which Convoy did not pack; use another place, or --overwrite")
-    if ours != plan.resume_digest or raw is not None:
-        if options.parts > 1 and there:
-            raise UserError(f"{store.url}: is not empty; several parts cannot clear it at a time: remove what is there")
-        leftovers = [name for name in there if name.startswith(f"{_WORK}/") or name in tars]
-        store.delete([INDEX_NAME, *leftovers])
-        store.write(f"{_WORK}/plan.json", json.dumps({"resume_digest": plan.resume_digest}).encode())
-    return None
-
-
 def _write_split(plan: _Plan, store: Store, pool: ProcessPoolExecutor, options: PackOptions) -> Index | None:
-    """Write what is missing of a split's shards, or of one part of them; then the index, where none is missing any more, and
-    forget the records."""
+    """Write the missing shards of a split, or of one part of them; then the index, if none is missing any more, and delete
+    the records."""
     name = plan.split.name
-    done = _written(plan, store)
+    done = finished_shards(store, name, plan.shards)
     missing = [n for n in range(len(plan.shards)) if n not in done and n % options.parts == options.part]
     if done:
-        print(f"convoy: {store.url}: going on, {len(done)} of {len(plan.shards)} shards are there", file=sys.stderr)
+        print(f"convoy: {store.url}: going on, {len(done)} of {len(plan.shards)} shards are complete", file=sys.stderr)
     with WorkProgress(f"packing {name}", sum(len(plan.shards[n]) for n in missing), "images") as progress:
-        work = {pool.submit(_write_shard, store.url, f"{name}-{n:06d}.tar", n, plan.shards[n]): n for n in missing}
+        work = {pool.submit(_write_shard, store.url, shard_name(name, n), n, plan.shards[n]): n for n in missing}
         for future in as_completed(work):
             done[work[future]] = future.result()
             progress.add(done[work[future]].samples)
     if options.parts > 1:
-        done = _written(plan, store)
+        done = finished_shards(store, name, plan.shards)
         raw = store.read_small(INDEX_NAME)
         if raw is not None:  # another part was last, and may be removing the records
             return parse_index(raw, f"{store.url}/{INDEX_NAME}")
         if len(done) < len(plan.shards):
-            print(f"convoy: {store.url}: {len(done)} of {len(plan.shards)} shards are there", file=sys.stderr)
+            print(f"convoy: {store.url}: {len(done)} of {len(plan.shards)} shards are complete", file=sys.stderr)
             return None
     shards = [done[number] for number in range(len(plan.shards))]
     index = Index.of(name, plan.split.classes, plan.split.class_ids, shards, plan.digest)
     store.write(INDEX_NAME, index.to_json())
-    store.delete([f"{_WORK}/{number:06d}.json" for number in range(len(shards))] + [f"{_WORK}/plan.json"])
-    store.remove_empty_folder(_WORK)
+    forget_records(store, len(shards))
     return index
-
-
-def _written(plan: _Plan, store: Store) -> dict[int, Shard]:
-    """The shards that are there whole, by number."""
-    there = store.sizes()
-    done: dict[int, Shard] = {}
-    for number in range(len(plan.shards)):
-        if f"{_WORK}/{number:06d}.json" in there and (record := store.read_small(f"{_WORK}/{number:06d}.json")):
-            shard = Shard.model_validate_json(record)
-            if there.get(shard.name) == shard.bytes:
-                done[number] = shard
-    return done
 
 
 def _write_shard(url: str, name: str, number: int, items: list[Item]) -> Shard:
@@ -206,7 +237,7 @@ def _write_shard(url: str, name: str, number: int, items: list[Item]) -> Shard:
         offsets=offsets,
         keys=[item.key for item in items],
     )
-    store.write(f"{_WORK}/{number:06d}.json", shard.model_dump_json().encode())
+    store.write(record_name(number), shard.model_dump_json().encode())
     return shard
 
 

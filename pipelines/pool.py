@@ -5,10 +5,19 @@ import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
+from trainer.errors import ServiceLost
+
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
     """A pool of fresh processes, which end when this one does, be it killed."""
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_follow_parent)
+
+
+def worker_lost() -> ServiceLost:
+    """The error to raise for a BrokenProcessPool: a retry may succeed."""
+    return ServiceLost(
+        "a worker process was killed, often because memory ran out, or could not start; use fewer --workers, or more memory"
+    )
 
 
 def _follow_parent() -> None:

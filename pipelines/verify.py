@@ -2,16 +2,18 @@
 
 import hashlib
 import os
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 
-from pipelines.pool import worker_pool
+from pipelines.pool import worker_lost, worker_pool
 from pipelines.progress import WorkProgress
 from trainer.data.decode import DecodeError, decode_rgb
+from trainer.data.image_formats import ImageFault, identify
 from trainer.data.index import INDEX_NAME, Shard, open_index
 from trainer.data.shard import encoded_image, label_of, read_sample
 from trainer.data.storage import open_store
-from trainer.errors import ServiceLost, UserError, shortened
+from trainer.errors import UserError
 
 _RANGE = 32 * 2**20  # bytes read at once
 
@@ -46,11 +48,14 @@ def _verify_split(url: str, workers: int) -> Verdict:
         worker_pool(workers) as pool,
         WorkProgress(f"verifying {index.split}", index.samples, "images") as progress,
     ):
-        for shard, faults in zip(index.shards, pool.map(check, index.shards), strict=True):
-            verdict.faults += [f"{store.url}/{shard.name}: {fault}" for fault in faults]
-            verdict.samples += shard.samples
-            verdict.bytes += shard.bytes
-            progress.add(shard.samples)
+        try:
+            for shard, faults in zip(index.shards, pool.map(check, index.shards), strict=True):
+                verdict.faults += [f"{store.url}/{shard.name}: {fault}" for fault in faults]
+                verdict.samples += shard.samples
+                verdict.bytes += shard.bytes
+                progress.add(shard.samples)
+        except BrokenProcessPool:
+            raise worker_lost() from None
     return verdict
 
 
@@ -66,23 +71,30 @@ def _verify_shard(url: str, num_classes: int, shard: Shard) -> list[str]:
         first, start = sample, shard.offsets[sample]
         while sample < shard.samples and shard.offsets[sample] - start < _RANGE:
             sample += 1
-        try:
-            (content,) = store.read_ranges(shard.name, [start], [shard.offsets[sample]])
-        except ServiceLost as error:
-            return [*faults, str(error)]
+        (content,) = store.read_ranges(shard.name, [start], [shard.offsets[sample]])
         sha256.update(content)
         for i in range(first, sample):
             part = content[shard.offsets[i] - start : shard.offsets[i + 1] - start]
             try:
                 parts = read_sample(part, shard.keys[i], f"sample {shard.keys[i]} at byte {shard.offsets[i]:,}")
                 label_of(parts, num_classes)
-                decode_rgb(encoded_image(parts))
+                _check_image(encoded_image(parts))
             except UserError as error:
                 faults.append(str(error))
-            except DecodeError as error:
-                faults.append(f"sample {shard.keys[i]} at byte {shard.offsets[i]:,}: cannot be decoded: {error}")
+            except ImageFault as reason:
+                faults.append(f"sample {shard.keys[i]} at byte {shard.offsets[i]:,}: {reason}")
     (end,) = store.read_ranges(shard.name, [shard.offsets[-1]], [shard.bytes])
     sha256.update(end)
     if fault := shard.digest_fault(sha256.hexdigest()):
         faults.insert(0, fault)
-    return shortened(faults, "faults more")
+    return faults
+
+
+def _check_image(encoded: memoryview) -> None:
+    """Raise ImageFault for what `convoy pack --decode` would reject."""
+    content = bytes(encoded)
+    identify(lambda start, end: content[start:end], len(content))
+    try:
+        decode_rgb(content)
+    except DecodeError as error:
+        raise ImageFault(f"cannot be decoded: {error}") from None

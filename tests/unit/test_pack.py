@@ -201,7 +201,7 @@ def test_to_object_storage_the_index_comes_last_and_a_second_run_resumes(
     big = tmp_path / "big"  # enough shards that a kill falls between them
     for copy in range(6):
         shutil.copytree(jpeg_folder, big / f"c{copy}")
-    command = [sys.executable, "-m", "pipelines.cli", "pack", str(big), url, "--shards", "240", "--workers", "1"]
+    command = [sys.executable, "-m", "pipelines.cli", "pack", str(big), url, "--nested", "--shards", "240", "--workers", "1"]
     with subprocess.Popen(
         command, env={**service_env, "PATH": "/usr/bin"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     ) as killed:
@@ -217,7 +217,7 @@ def test_to_object_storage_the_index_comes_last_and_a_second_run_resumes(
     assert not _names(store, obstore, "index.json"), "what is half-written is no data set"
     done = _stderr_of_second_run(url, big, service_env)
     assert int(re.search(r"going on, (\d+) of 240", done)[1]) >= 4  # type: ignore[index]
-    convoy_ok("pack", big, tmp_path / "whole", "--shards", 240)
+    convoy_ok("pack", big, tmp_path / "whole", "--nested", "--shards", 240)
     whole = {p.name: p.read_bytes() for p in (tmp_path / "whole/train").iterdir()}
     remote = {n.split("/")[-1]: obstore.get(store, n).bytes().to_bytes() for n in _names(store, obstore, "")}
     assert remote == whole, "as if it had never been interrupted, nothing left over"
@@ -231,7 +231,7 @@ def _names(store: object, obstore: object, ending: str, at_least: int = 0) -> li
 def _stderr_of_second_run(url: str, source: Path, env: dict[str, str]) -> str:
     from helpers import run_convoy
 
-    done = run_convoy("pack", source, url, "--shards", 240, env=env)
+    done = run_convoy("pack", source, url, "--nested", "--shards", 240, env=env)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

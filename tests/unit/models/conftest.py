@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.demo import _find_data
-from pipelines.sources import find_splits, read_item
+from pipelines.sources import list_source, read_item
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -30,7 +30,7 @@ def _free_memory() -> Iterator[None]:
 def real_images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Tensor]:
     """64 images [64, 3, 16, 16] of Fashion-MNIST (of scikit-learn's digits where it cannot be had), normalized; labels."""
     folder: Path = tmp_path_factory.mktemp("data")
-    items = find_splits(str(_find_data(folder).source))[0].items
+    items = list_source(str(_find_data(folder).source)).splits[0].items
     chosen = [items[i] for i in np.random.default_rng(0).choice(len(items), 64, replace=False)]
     pixels = [np.asarray(Image.open(io.BytesIO(read_item(item))).convert("RGB").resize((16, 16))) for item in chosen]
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255

@@ -1,0 +1,99 @@
+"""What can be packed: images (items) in splits, and an account of every other file of a source."""
+
+from dataclasses import dataclass, field
+
+_NAMED = 3  # skipped files of each rule that are named
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image: bytes ``offset`` to ``offset + size`` of a file, or image ``offset`` of an idx file."""
+
+    key: str
+    label: int
+    path: str
+    offset: int
+    size: int
+    extension: str = ""
+    """Of its format; empty until its content was checked."""
+    changed: int = 0
+    """The file's modification time, ns; shows that an image changed since it was listed."""
+    is_idx: bool = False
+    name: str = ""
+    """Of a member of a tar."""
+
+    @property
+    def source(self) -> str:
+        """Where it is, for messages."""
+        if self.name:
+            return printable(f"{self.path}: {self.name} at byte {self.offset:,}")
+        return printable(self.path if not self.offset else f"{self.path} at byte {self.offset:,}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of ``train`` or ``val`` in the source's order.
+
+    ``class_ids[label]`` is the source's name of a class, ``classes[label]`` the readable one.
+    """
+
+    name: str
+    class_ids: list[str]
+    classes: list[str]
+    items: list[Item]
+
+
+@dataclass
+class Account:
+    """What became of the files of a source that are not packed."""
+
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    """Paths by rule; a folder that was skipped contributes each file in it."""
+    rejected: list[str] = field(default_factory=list)
+    """``PATH: REASON`` of files that cannot be packed; --skip-bad omits them."""
+    faults: list[str] = field(default_factory=list)
+    """``PATH: REASON`` of what makes the source ambiguous or unreadable; always an error."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(map(len, self.skipped.values()))
+
+    def skip(self, rule: str, *paths: str) -> None:
+        if paths:
+            self.skipped.setdefault(rule, []).extend(paths)
+
+    def reject(self, path: str, reason: str) -> None:
+        self.rejected.append(f"{printable(path)}: {reason}")
+
+    def fault(self, path: str, reason: str) -> None:
+        self.faults.append(f"{printable(path)}: {reason}")
+
+    def skip_lines(self) -> list[str]:
+        """One line per rule, with the first names."""
+        lines = []
+        for rule, paths in self.skipped.items():
+            named = ", ".join(printable(path) for path in paths[:_NAMED])
+            lines.append(f"skipped {len(paths):,} ({rule}): {named}{', ...' if len(paths) > _NAMED else ''}")
+        return lines
+
+
+@dataclass(frozen=True)
+class Source:
+    """All splits of a source, listed but not read, and the account of its other files."""
+
+    splits: list[Split]
+    account: Account
+
+
+def printable(text: str) -> str:
+    r"""``text`` on one line: control characters and undecodable bytes as escapes (\n, \xe9)."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    if 0xDC80 <= ord(char) <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")
