@@ -34,7 +34,7 @@ from pipelines.progress import WorkProgress
 from pipelines.sources import Account, Item, Layout, ListOptions, Split, list_source, printable, read_item
 from pipelines.sources.check import check_items, with_extension
 from pipelines.sources.duplicates import Marked, leak_note
-from trainer.data.index import INDEX_NAME, Index, Shard, parse_index
+from trainer.data.index import INDEX_NAME, Index, Shard, parse_index, write_index
 from trainer.data.shard import BLOCK, end_mark, write_sample
 from trainer.data.storage import Store, open_store
 from trainer.errors import UserError, shortened
@@ -214,7 +214,7 @@ def _write_split(plan: _Plan, store: Store, pool: ProcessPoolExecutor, options: 
             return None
     shards = [done[number] for number in range(len(plan.shards))]
     index = Index.of(name, plan.split.classes, plan.split.class_ids, shards, plan.digest)
-    store.write(INDEX_NAME, index.to_json())
+    write_index(store, INDEX_NAME, index)
     forget_records(store, len(shards))
     return index
 

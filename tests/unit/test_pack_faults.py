@@ -267,7 +267,7 @@ def test_a_corrupt_record_costs_its_shard_only(source: Path, tmp_path: Path, cap
 
 
 def test_verify_bounds_its_lines_and_lists_all_faults_as_json(convoy: Run, convoy_refuses: Run, tmp_path: Path) -> None:
-    from pipelines.adopt import index_shards
+    from pipelines.adopt import IndexOptions, index_shards
 
     folder = tmp_path / "theirs"
     folder.mkdir()
@@ -277,7 +277,7 @@ def test_verify_bounds_its_lines_and_lists_all_faults_as_json(convoy: Run, convo
                 for extension, content in (("jpg", jpeg()[: -9 if number else None]), ("cls", b"0")):
                     (tmp_path / "member").write_bytes(content)
                     archive.add(tmp_path / "member", f"{shard}-{number}.{extension}")
-    index_shards(str(folder), None, None, 1, False)
+    index_shards(str(folder), IndexOptions(workers=1))
     lines = convoy_refuses("verify", folder, "--workers", 1).strip().splitlines()
     assert len(lines) <= 12
     assert "truncated: the end-of-image marker is missing" in lines[-2]
