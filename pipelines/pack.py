@@ -22,6 +22,7 @@ from trainer.data.index import INDEX_NAME, Index, Shard, parse_index
 from trainer.data.shard import BLOCK, end_mark, write_sample
 from trainer.data.storage import Store, is_remote, open_store
 from trainer.errors import UserError
+from trainer.run_lock import RunLock
 
 _WORK = ".pack"  # records of an unfinished pack, below the split
 _CHUNK = 512  # images that a worker looks at before it reports
@@ -61,8 +62,10 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
     splits = find_splits(source, options.class_names)
     if is_remote(destination):  # one that cannot be reached is told before millions of images are looked at
         open_store(destination).read_small(INDEX_NAME)
+    lock = RunLock(destination, "convoy pack", None, "use another destination, or wait until that ends", _lock_name(options))
     pool = worker_pool(options.workers)
     try:
+        lock.acquire()
         plans = [_plan(_checked(split, pool, options), options) for split in splits]
         stores = [open_store(f"{destination.rstrip('/')}/{plan.split.name}", create=True) for plan in plans]
         finished = [_prepare(plan, store, options) for plan, store in zip(plans, stores, strict=True)]
@@ -74,6 +77,12 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
         return packed
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        lock.release()
+
+
+def _lock_name(options: PackOptions) -> str:
+    """Parts of the same data set are packed at the same time; no part is packed twice at the same time."""
+    return "pack.lock" if options.parts == 1 else f"pack-{options.part}-of-{options.parts}.lock"
 
 
 def _checked(split: Split, pool: ProcessPoolExecutor, options: PackOptions) -> Split:

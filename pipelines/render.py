@@ -305,6 +305,7 @@ def _container(arguments: list[str], volumes: list[Document], options: JobOption
         "env": [
             {"name": "CONVOY_TERMINATION_LOG", "value": "/dev/termination-log"},
             {"name": "CONVOY_CPUS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}},
+            {"name": "CONVOY_NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}},
         ],
         "envFrom": [{"secretRef": {"name": secret}} for secret in secrets],
         "ports": [{"name": "pytorchjob-port", "containerPort": _PORT}],

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from trainer.checkpoint import Checkpoint, begin
+from trainer.config import RunConfig
 from trainer.console import TrainingProgress
 from trainer.data.cache import cached
 from trainer.data.decode import decoder_in_use
@@ -26,7 +27,7 @@ from trainer.engine import parallel
 from trainer.engine.base import Engine, pinned
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.loop import Job, Result, fit
-from trainer.engine.parallel import Ranks, StopRequest, is_lost_peer, ranks_from_environment
+from trainer.engine.parallel import Ranks, StopRequest, from_first, is_lost_peer, ranks_from_environment
 from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
 from trainer.engine.schedule import learning_rate_schedule
 from trainer.engine.state import TrainingState
@@ -34,6 +35,7 @@ from trainer.errors import FoundByAll, ServiceLost, Terminated, UserError, repor
 from trainer.export import ModelFacts, save_model
 from trainer.records import KeyLog, finish, start_tracking
 from trainer.resolve import Resolved, resolve, tracking_uri
+from trainer.run_lock import RunLocks
 from trainer.tracking import Tracker
 from trainer.watchdog import Watchdog
 from trainer.weights import load_weights
@@ -125,12 +127,25 @@ def build_network(run: Resolved) -> Network:
 
 
 def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
+    """Join the other ranks and train as the only writer of the run's places. All ranks take part."""
+    device = parallel.join(ranks, fp16=run.config.precision == "fp16")
+    locks = RunLocks()
+    try:
+        from_first(lambda: locks.acquire(str(run.config.output_dir), checkpoint_url(run.config), run.config.name))
+        _train(run, network, recipe, ranks, device, locks)
+    finally:
+        locks.release()
+
+
+def checkpoint_url(config: RunConfig) -> str:
+    return config.checkpoint.url or str(config.output_dir / "checkpoints")
+
+
+def _train(run: Resolved, network: Network, recipe: str, ranks: Ranks, device: torch.device, locks: RunLocks) -> None:
     """Wire, go on from the newest checkpoint, fit, save, register. All ranks take part."""
     config = run.config
-    device = parallel.join(ranks, fp16=config.precision == "fp16")
     kept, course = config.checkpoint, run.course
-    url = kept.url or str(config.output_dir / "checkpoints")
-    checkpoints, found, notes = begin(url, kept.keep, kept.resume == "auto", course, device)
+    checkpoints, found, notes = begin(checkpoint_url(config), kept.keep, kept.resume == "auto", course, device, locks.check)
     if found is not None:
         network.model.load_state_dict(found.state.model)
     whole = copy.deepcopy(network.model).to(device)
@@ -139,7 +154,7 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
     engine = build_engine(run, network, device)
     if found is not None:
         engine.restore(found.state)
-    tracker, system = start_tracking(run, recipe, ranks, found)
+    tracker, system = start_tracking(run, recipe, ranks, found, locks.check_output)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
     room = room_wanted(config, run.train, run.batch.ranks)
@@ -152,12 +167,18 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
             checkpoints.save(Checkpoint(state, course, figures, tracker.run_id))
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
-    job = make_job(run, ranks, device, whole, save, stop, watchdog.alive)
+
+    def alive() -> None:
+        locks.check()
+        watchdog.alive()
+
+    job = make_job(run, ranks, device, whole, save, stop, alive)
     status = "FAILED"
     try:
         result = fit(job, engine, tracker, progress, Result(**found.result) if found else Result())
         _TERMINATION.request = None
         if ranks.is_first:
+            locks.check()
             save_model(config.output_dir, whole, network.facts)
             status = "FINISHED"
     except Terminated:
@@ -173,6 +194,7 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
         delivered = tracker.close(status)
         parallel.leave()
     if ranks.is_first:
+        locks.check()
         finish(run, result, tracker, delivered)
 
 
