@@ -225,7 +225,7 @@ class RunLock:
             holder = parse_owner(found.content) if found is not None else None
             if found is not None and holder is not None and holder.token == self._owner.token:
                 new = found  # an answer was lost, or someone touched the file
-            elif found is None and before - self._renewed <= self._lease:
+            elif found is None and self._can_write_again(before):
                 new = self._file.create(self._owner.to_json(self._renewals))
             if new is None:
                 who = holder.describe() if holder is not None else "another process"
@@ -235,6 +235,11 @@ class RunLock:
         if self._is_failing:
             self._is_failing = False
             print(f"convoy: {self._where}: {self._name} is renewed again", file=sys.stderr, flush=True)
+
+    def _can_write_again(self, now: float) -> bool:
+        """Whether a lock that is gone was just deleted. No other owner can have come and gone within the lease, unless it
+        took over at once: a pod of the same job."""
+        return now - self._renewed <= self._lease and self._owner.pod is None
 
     def _note_failure(self, reason: str) -> None:
         if not self._is_failing and self._lost is None:
