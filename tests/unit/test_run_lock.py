@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 from helpers import until
 
+from pipelines import cli, demo
+from pipelines.pack import PackOptions, pack
 from trainer.data.storage import Store, Version, open_store
 from trainer.errors import UserError
-from trainer.lock_owner import Owner, pod_identity
+from trainer.lock_owner import pod_identity
 from trainer.run_lock import LOCK_NAME, LockHeld, LockLost, RunLock, is_of_another_job, owner_of
 
 LEASE = 0.6
@@ -475,6 +477,64 @@ def test_ranks_that_lost_their_launcher_are_waited_for(tmp_path: Path) -> None:
     assert 0.2 < _seconds_to_acquire(_lock(tmp_path)) < 10
 
 
-def test_credentials_of_a_url_are_not_recorded() -> None:
-    owner = Owner.current("s3://bucket/x", "convoy train", None, LONG)
-    assert "`convoy train` (host" in owner.describe()
+def _run_of(folder: Path) -> Path:
+    """What `convoy sync` and `convoy register` look for; returns the spool."""
+    folder.mkdir(exist_ok=True)
+    (folder / "result.json").write_text("{}")
+    (folder / "tracking.jsonl").write_text("{}\n")
+    return folder / "tracking.jsonl"
+
+
+def test_sync_and_register_leave_a_live_run_alone(tmp_path: Path) -> None:
+    spool = _run_of(tmp_path / "run")
+    (tmp_path / "link").symlink_to("run")
+    with _held(_lock(tmp_path / "run")):
+        for path in (spool, tmp_path / "link" / spool.name):
+            with pytest.raises(LockHeld, match=r"run 'mine'.*a run that trains sends its entries itself"):
+                cli.sync(str(path))
+        with pytest.raises(LockHeld, match="register the model when that has ended"):
+            cli.register(str(tmp_path / "run"), "name")
+    assert {path.name for path in spool.parent.iterdir()} == {"result.json", "tracking.jsonl"}
+
+
+def test_commands_without_anything_to_do_leave_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match="there is no such file"):
+        cli.sync(str(tmp_path / "missing" / "tracking.jsonl"))
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
+        cli.sync(str(_run_of(tmp_path)))
+    with pytest.raises(UserError):
+        cli.register(str(tmp_path / "missing"), "name")
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "tracking.jsonl"}
+
+
+def test_a_destination_is_packed_by_one_command_at_a_time(digits_folder: Path, tmp_path: Path, url: str) -> None:
+    place = RunLock(url, "convoy pack", None, "wait", "pack.lock")
+    with _held(place), pytest.raises(LockHeld, match=r"`convoy pack`.*use another destination"):
+        pack(str(digits_folder), url, PackOptions(workers=1))
+    bad = tmp_path / "bad" / "class"
+    bad.mkdir(parents=True)
+    (bad / "image.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match="cannot be packed"):
+        pack(str(bad.parent), url, PackOptions(workers=1))
+    if "://" in url:
+        assert open_store(url).sizes() == {}
+    else:
+        assert not Path(url).exists()
+
+
+def test_different_parts_are_packed_at_the_same_time_but_not_the_same_part(digits_folder: Path, tmp_path: Path) -> None:
+    with _held(RunLock(str(tmp_path), "convoy pack", None, "wait", "pack-1-of-2.lock")):
+        with pytest.raises(LockHeld):
+            pack(str(digits_folder), str(tmp_path), PackOptions(shards=2, workers=1, part=1, parts=2))
+        assert pack(str(digits_folder), str(tmp_path), PackOptions(shards=2, workers=1, part=0, parts=2)) == []
+
+
+def test_demo_and_study_leave_a_live_one_alone(tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    with _held(_lock(tmp_path)):
+        with pytest.raises(LockHeld, match="use another --dir"):
+            demo.demo(tmp_path, keep=False, digits=True)
+        with pytest.raises(LockHeld, match="use another --dir"):
+            cli.study(["depth"], folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
