@@ -11,9 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
-from trainer.data.storage import is_remote
 from trainer.errors import EXIT_RETRY, ServiceLost, UserError, report
 from trainer.lock_file import LockFile, Seen, lock_file
 from trainer.lock_owner import Owner, parse_owner, pod_identity
@@ -335,8 +333,11 @@ def exclusive(url: str, program: str, advice: str, name: str = LOCK_NAME) -> Ite
 
 
 def owner_of(url: str) -> Owner | None:
-    """The owner that the lock of a place records, whether it still lives or not."""
-    seen = lock_file(url, LOCK_NAME).read() if is_remote(url) or Path(url.removeprefix("file://")).is_dir() else None
+    """The owner that the lock of a place records, whether it still lives or not. None if no lock can be read."""
+    try:
+        seen = lock_file(url, LOCK_NAME).read()
+    except OSError:
+        return None
     return parse_owner(seen.content) if seen is not None else None
 
 
