@@ -15,14 +15,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import until
 
 from pipelines import cli, demo
 from pipelines.pack import PackOptions, pack
+from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.data.storage import Store, Version, open_store
+from trainer.engine.state import TrainingState
 from trainer.errors import UserError
 from trainer.lock_owner import pod_identity
-from trainer.run_lock import LOCK_NAME, LockHeld, LockLost, RunLock, is_of_another_job, owner_of
+from trainer.run_lock import LOCK_NAME, LockHeld, LockLost, RunLock, RunLocks, is_of_another_job, owner_of
+from trainer.tracking import MlflowTracker
 
 LEASE = 0.6
 LONG = 60.0
@@ -475,6 +479,63 @@ def test_ranks_that_lost_their_launcher_are_waited_for(tmp_path: Path) -> None:
     old.acquire()
     threading.Timer(0.3, old.release).start()
     assert 0.2 < _seconds_to_acquire(_lock(tmp_path)) < 10
+
+
+def test_a_run_may_keep_checkpoints_in_its_output_folder_itself(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(".")
+    for url in (tmp_path, tmp_path / "link", tmp_path / "checkpoints"):
+        locks = RunLocks()
+        locks.acquire(str(tmp_path), str(url), "run")
+        locks.check()
+        locks.check_output()
+        locks.release()
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_run_that_is_refused_one_place_gives_back_the_other(tmp_path: Path) -> None:
+    with _held(_lock(tmp_path / "checkpoints")):
+        locks = RunLocks()
+        with pytest.raises(LockHeld, match=r"use another checkpoint\.url"):
+            locks.acquire(str(tmp_path / "out"), str(tmp_path / "checkpoints"), "run")
+        locks.release()
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_checkpoint_is_neither_written_nor_removed_without_the_lock(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise LockLost("taken over")
+
+    checkpoints = Checkpoints(str(tmp_path), 1)
+    state = TrainingState({"weight": torch.ones(2)}, {}, 1, 1, None)
+    checkpoints.save(Checkpoint(state, {}, {}, None))
+    checkpoints.wait()
+    before = sorted(tmp_path.rglob("*"))
+    fenced = Checkpoints(str(tmp_path), 1, lost)
+    fenced.save(Checkpoint(dataclasses.replace(state, step=2), {}, {}, None))
+    fenced.wait()
+    with pytest.raises(LockLost):
+        fenced.clear()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tracker_writes_and_sends_nothing_without_the_lock(tmp_path: Path) -> None:
+    """The server does not exist."""
+    lost = threading.Event()
+
+    def check() -> None:
+        if lost.is_set():
+            raise LockLost("taken over")
+
+    spool = tmp_path / "tracking.jsonl"
+    first = {"run_id": None, "experiment": "e", "name": "n", "tags": {}, "params": {}, "datasets": []}
+    tracker = MlflowTracker("http://127.0.0.1:9", spool, first, check_lock=check)
+    tracker.log_metrics({"loss": 1.0}, 1)
+    lost.set()
+    before = spool.read_bytes()
+    tracker.log_metrics({"loss": 1.0}, 2)
+    assert tracker.close("FAILED") is False
+    assert spool.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [spool.name]
 
 
 def _run_of(folder: Path) -> Path:
