@@ -73,7 +73,7 @@ class RunLock:
         self._lease = lease_seconds
         self._outage = lease_seconds * OUTAGE_SECONDS / LEASE_SECONDS
         self._poll = min(max(lease_seconds / 60, _MIN_POLL_SECONDS), _MAX_POLL_SECONDS)
-        self._owner = Owner.current(redact_credentials(self._file.location), program, run, lease_seconds)
+        self.owner = Owner.current(redact_credentials(self._file.location), program, run, lease_seconds)
         self._on_taken_over = on_taken_over
         self._seen: Seen | None = None
         self._renewed = 0.0
@@ -82,11 +82,6 @@ class RunLock:
         self._lost: LockLost | None = None
         self._mutex = threading.Lock()
         self._stop = threading.Event()
-
-    @property
-    def location(self) -> str:
-        """A canonical name of the place."""
-        return self._file.location
 
     def acquire(self) -> None:
         """Become the owner, waiting for at most a lease to find out whether another owner still lives.
@@ -127,16 +122,16 @@ class RunLock:
         lease = holder.lease_seconds if holder is not None else self._lease
         waited = _clock() - watch.since
         if holder is not None:
-            if self._owner.process.shares_pids_with(holder.process):
+            if self.owner.process.shares_pids_with(holder.process):
                 if not holder.process.is_alive():
                     return True
                 if self._is_ending(holder):
                     if waited > _ENDING_SECONDS:
                         raise self._held(holder, seen)
                     return False
-                if holder.location == self._owner.location and time.time() - seen.written_at < lease:
+                if holder.location == self.owner.location and time.time() - seen.written_at < lease:
                     raise self._held(holder, seen)
-            elif holder.pod is not None and holder.pod == self._owner.pod:
+            elif holder.pod is not None and holder.pod == self.owner.pod:
                 return True
         if seen.version != watch.version:
             raise self._held(holder, seen)
@@ -145,12 +140,12 @@ class RunLock:
     def _is_ending(self, holder: Owner) -> bool:
         """Whether the launcher of its ranks was killed, so that they end by themselves."""
         launcher = holder.launcher
-        return launcher is not None and self._owner.process.shares_pids_with(launcher) and not launcher.is_alive()
+        return launcher is not None and self.owner.process.shares_pids_with(launcher) and not launcher.is_alive()
 
     def _waiting_for(self, holder: Owner | None) -> str:
         if holder is None:
             return f"{self._name} is corrupt; it is replaced if nobody renews it within {self._lease * _WATCH_FACTOR:.0f} s"
-        if self._is_ending(holder) and self._owner.process.shares_pids_with(holder.process):
+        if self._is_ending(holder) and self.owner.process.shares_pids_with(holder.process):
             return f"{holder.describe()} lost its launcher and is ending"
         seconds = holder.lease_seconds * _WATCH_FACTOR
         return f"owned by {holder.describe()}; its lock expires if it is not renewed within {seconds:.0f} s"
@@ -167,7 +162,7 @@ class RunLock:
     def _take(self, seen: Seen | None) -> bool:
         """Write our record, over ``seen`` or where there is none. False if another process was faster."""
         before = _clock()
-        content = self._owner.to_json(self._renewals)
+        content = self.owner.to_json(self._renewals)
         new = self._file.create(content) if seen is None else self._file.replace(seen, content)
         if new is not None and not self._file.is_atomic:
             print(
@@ -217,14 +212,17 @@ class RunLock:
                 self._note_failure(str(error))
 
     def _renew_from(self, seen: Seen, before: float) -> None:
-        new = self._file.renew(seen, self._owner.to_json(self._renewals))
+        new = self._file.renew(seen, self.owner.to_json(self._renewals))
         if new is None:
             found = self._file.read()
             holder = parse_owner(found.content) if found is not None else None
-            if found is not None and holder is not None and holder.token == self._owner.token:
-                new = found  # an answer was lost, or someone touched the file
+            if found is not None and holder is not None and holder.token == self.owner.token:
+                self._seen = found  # someone touched the file, or copied it back
+                new = self._file.renew(found, self.owner.to_json(self._renewals))
+                if new is None:
+                    return  # and again: the next renewal tries from what it finds then
             elif found is None and self._can_write_again(before):
-                new = self._file.create(self._owner.to_json(self._renewals))
+                new = self._file.create(self.owner.to_json(self._renewals))
             if new is None:
                 who = holder.describe() if holder is not None else "another process"
                 self._lose(f"was taken over by {who}", taken_over=True)
@@ -237,7 +235,7 @@ class RunLock:
     def _can_write_again(self, now: float) -> bool:
         """Whether a lock that is gone was just deleted. No other owner can have come and gone within the lease, unless it
         took over at once: a pod of the same job."""
-        return now - self._renewed <= self._lease and self._owner.pod is None
+        return now - self._renewed <= self._lease and self.owner.pod is None
 
     def _note_failure(self, reason: str) -> None:
         if not self._is_failing and self._lost is None:
@@ -287,7 +285,7 @@ class RunLocks:
         """Own both. Raises as ``RunLock.acquire``; ``release`` is needed then too."""
         for url, key in ((output_dir, "name or train.output_dir"), (checkpoint_url, "checkpoint.url")):
             lock = RunLock(url, "convoy train", run, f"use another {key}, or wait until that ends")
-            if lock.location not in [held.location for held in self._locks]:
+            if lock.owner.location not in [held.owner.location for held in self._locks]:
                 self._locks.append(lock)
                 lock.acquire()
 

@@ -36,7 +36,7 @@ def _lock(url: object, lease: float = LONG, run: str = "mine", **changes: object
     """A lock that records who takes it over; ``changes``: to its owner's record."""
     lock = RunLock(str(url), "convoy train", run, "use another place", lease_seconds=lease, on_taken_over=lambda error: None)
     process = {key: changes.pop(key) for key in list(changes) if key in ("host", "pid", "start_ticks", "pid_namespace", "boot_id")}
-    lock._owner = dataclasses.replace(lock._owner, process=dataclasses.replace(lock._owner.process, **process), **changes)
+    lock.owner = dataclasses.replace(lock.owner, process=dataclasses.replace(lock.owner.process, **process), **changes)
     return lock
 
 
@@ -173,14 +173,14 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
     try:
         until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
         assert owner_of(str(tmp_path)).run == "killed"
-        assert _seconds_to_acquire(_lock(tmp_path)) < 5
+        assert _seconds_to_acquire(_lock(tmp_path)) < LONG / 2
     finally:
         process.wait()
 
 
 def test_a_reused_pid_does_not_keep_a_lock_alive(url: str) -> None:
     _abandon(_lock(url, start_ticks=1))
-    assert _seconds_to_acquire(_lock(url)) < 5
+    assert _seconds_to_acquire(_lock(url)) < LONG / 2
 
 
 @pytest.mark.parametrize("change", [{"host": "node-b"}, {"boot_id": "another"}, {"pid_namespace": "pid:[1]"}], ids=str)
@@ -196,14 +196,14 @@ def test_a_dead_process_elsewhere_is_waited_for_until_its_lease_ends(
 
 
 def test_a_live_process_elsewhere_is_found_by_its_renewal_whatever_its_clock_says(url: str) -> None:
-    with _held(_lock(url, 3.0, host="node-b")) as lock:
+    with _held(_lock(url, host="node-b")) as lock:
         if "://" not in url:
             os.utime(Path(url) / LOCK_NAME, (1, 1))  # in 1970
-            lock._renewals += 1
-        began = time.monotonic()
+        renewal = threading.Timer(0.5, lock._renew)
+        renewal.start()
         with pytest.raises(LockHeld, match="node-b"):
             _lock(url).acquire()
-        assert time.monotonic() - began < 3.0
+        renewal.join()
         lock.check()
 
 
@@ -212,7 +212,7 @@ def test_a_restarted_pod_of_the_same_job_takes_over_at_once(url: str) -> None:
     pod = pod_identity(environment)
     assert pod == f"team/r/{socket.gethostname()}"
     with _held(_lock(url, pod=pod, pid_namespace="pid:[1]")) as old:
-        assert _seconds_to_acquire(_lock(url, pod=pod)) < 5, "and it has ended by now"
+        assert _seconds_to_acquire(_lock(url, pod=pod)) < LONG / 2, "and it has ended by now"
         old._renew()
         with pytest.raises(LockLost):
             old.check()
@@ -251,7 +251,7 @@ def test_a_corrupt_lock_is_replaced_after_a_lease(tmp_path: Path, content: bytes
 def test_a_record_of_a_truncated_lock_is_never_half_used(tmp_path: Path) -> None:
     with _held(_lock(tmp_path)) as lock:
         whole = (tmp_path / LOCK_NAME).read_bytes()
-        assert owner_of(str(tmp_path)) == lock._owner
+        assert owner_of(str(tmp_path)) == lock.owner
     for size in range(0, len(whole) - 2, 7):
         (tmp_path / LOCK_NAME).write_bytes(whole[:size])
         assert owner_of(str(tmp_path)) is None
@@ -271,9 +271,10 @@ def test_a_lock_that_was_deleted_is_written_again(url: str) -> None:
 
 def test_a_lock_that_was_touched_stays_its_owners(tmp_path: Path) -> None:
     with _held(_lock(tmp_path)) as lock:
-        os.utime(tmp_path / LOCK_NAME)
+        os.utime(tmp_path / LOCK_NAME, (1, 1))
         lock._renew()
         lock.check()
+        assert (tmp_path / LOCK_NAME).stat().st_mtime > 1, "others see the renewal"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -299,11 +300,11 @@ def test_an_owner_that_was_taken_over_never_removes_the_new_lock(url: str) -> No
         old.release()
         new._renew()
         new.check()
-        assert owner_of(url) == new._owner
+        assert owner_of(url) == new.owner
 
 
 def test_storage_that_fails_for_less_than_a_lease_is_outlasted(url: str, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    with _held(_lock(url, 3.0)) as lock:
+    with _held(_lock(url)) as lock:
         with _unreachable(lock, monkeypatch):
             lock._renew()
             lock.check()
@@ -316,6 +317,7 @@ def test_storage_that_fails_for_less_than_a_lease_is_outlasted(url: str, monkeyp
 
 def test_an_owner_whose_lease_is_over_waits_with_writing_until_it_is_renewed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with _held(_lock(url, LEASE)) as lock:
+        lock._outage = LONG
         written: list[float] = []
 
         def write() -> None:
@@ -380,8 +382,6 @@ def _writer(folder: Path) -> Iterator[subprocess.Popen]:
 
 def test_a_stopped_process_that_was_taken_over_writes_nothing_more_and_ends_with_144(tmp_path: Path) -> None:
     with _writer(tmp_path) as process, ExitStack() as stack:
-        with pytest.raises(LockHeld, match="'stopped'"):
-            _lock(tmp_path).acquire()
         until(lambda: time.time() - (tmp_path / LOCK_NAME).stat().st_mtime > LEASE)
         new = stack.enter_context(_held(_lock(tmp_path)))
         size = (tmp_path / "written").stat().st_size
@@ -427,7 +427,7 @@ def test_a_store_without_conditional_writes_is_detected_and_still_has_one_owner(
     url, outcomes = f"{bucket}/locks/{tmp_path.name}", []
 
     def start() -> None:
-        lock = _lock(url, 1.8)
+        lock = _lock(url, 12.0)
         try:
             lock.acquire()
             outcomes.append(lock)
@@ -475,7 +475,7 @@ def test_ranks_that_lost_their_launcher_are_waited_for(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as launcher:
         pass
     old = _lock(tmp_path)
-    old._owner = dataclasses.replace(old._owner, launcher=dataclasses.replace(old._owner.process, pid=launcher.pid))
+    old.owner = dataclasses.replace(old.owner, launcher=dataclasses.replace(old.owner.process, pid=launcher.pid))
     old.acquire()
     threading.Timer(0.3, old.release).start()
     assert 0.2 < _seconds_to_acquire(_lock(tmp_path)) < 10
