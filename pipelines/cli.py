@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -265,8 +266,10 @@ def register(
 ) -> None:
     """Register the model of a finished run, where the server was away at its end."""
     from pipelines.register import register_output
+    from trainer.run_lock import exclusive
 
-    registered = register_output(folder, name)
+    with exclusive(folder, "convoy register", "register the model when that has ended") if Path(folder).is_dir() else nullcontext():
+        registered = register_output(folder, name)
     print(f"registered {registered.name} version {registered.version} as {registered.alias}: {registered.why}")
 
 
@@ -274,8 +277,11 @@ def register(
 def sync(spool: Annotated[str, typer.Argument(help="The tracking.jsonl that a run left.")]) -> None:
     """Send MLflow what a run could not tell it."""
     from pipelines.register import sync as run
+    from trainer.run_lock import exclusive
 
-    run_id, sent = run(spool)
+    advice = "a run that trains sends its entries itself; send what is left when that has ended"
+    with exclusive(str(Path(spool).parent), "convoy sync", advice) if Path(spool).is_file() else nullcontext():
+        run_id, sent = run(spool)
     print(f"sent {sent:,} entries to MLflow run {run_id}")
 
 
@@ -305,12 +311,14 @@ def study(
     """Put what is said about these networks to the test. A second run goes on where the first one stopped."""
     from pipelines.study.base import Scale
     from pipelines.study.command import list_studies, run_studies
+    from trainer.run_lock import exclusive
 
     if not names:
         Console().print(list_studies())
         return
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # its trainings end with it
-    run_studies(names, Scale(quick, seeds or (1 if quick else 3)), jobs, folder)
+    with exclusive(str(folder), "convoy study", "use another --dir, or wait until that ends"):
+        run_studies(names, Scale(quick, seeds or (1 if quick else 3)), jobs, folder)
 
 
 cluster_cli.add_to(app)

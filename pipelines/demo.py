@@ -16,6 +16,7 @@ from rich.table import Table
 
 from pipelines import local
 from trainer.errors import ServiceLost, UserError
+from trainer.run_lock import LOCK_NAME, exclusive
 
 _RANKS = 2
 _PACKAGE = "dataset-fashion-mnist"
@@ -40,11 +41,15 @@ def demo(folder: Path, keep: bool, digits: bool = False) -> dict[str, Any]:
 
     Leaves ``summary.json`` and two pictures in ``folder`` and returns the summary.
     """
-    started = time.monotonic()
     folder = folder.absolute()
+    with exclusive(str(folder), "convoy demo", "use another --dir, or wait until that ends"):
+        return _demo(folder, keep, digits)
+
+
+def _demo(folder: Path, keep: bool, digits: bool) -> dict[str, Any]:
+    started = time.monotonic()
     local.down(folder / "services")  # of a demo that was kept
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _clear(folder)
     data = _digits(folder, "as asked") if digits else _find_data(folder)
     _say(f"data: {data.title}")
     services = local.up(folder / "services")
@@ -59,6 +64,15 @@ def demo(folder: Path, keep: bool, digits: bool = False) -> dict[str, Any]:
         if not keep:
             local.down(folder / "services")
     return summary
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier demo left, but not this one's lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK_NAME:
+            path.unlink()
 
 
 def _pipeline(folder: Path, data: _Data, environment: dict[str, str]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from trainer.data.index import INDEX_NAME, Index, Shard, parse_index, write_inde
 from trainer.data.shard import BLOCK, end_mark, write_sample
 from trainer.data.storage import Store, open_store
 from trainer.errors import UserError, shortened
+from trainer.run_lock import RunLock
 
 _CHUNK = 512  # images that a worker checks before it reports
 _NAMED = 20  # rejected files that an error names
@@ -84,8 +85,10 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
     urls = [f"{destination.rstrip('/')}/{split.name}" for split in listed.splits]
     for url, split in zip(urls, listed.splits, strict=True):
         survey(url, split.name, options.overwrite)
+    lock = RunLock(destination, "convoy pack", None, "use another destination, or wait until that ends", _lock_name(options))
     pool = worker_pool(options.workers)
     try:
+        lock.acquire()
         splits = _checked(listed.splits, listed.account, pool, options)
         plans = [_plan(split, options) for split in splits]
         _report(source, splits, listed.account)
@@ -110,6 +113,12 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
         raise worker_lost() from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        lock.release()
+
+
+def _lock_name(options: PackOptions) -> str:
+    """Parts of the same data set are packed at the same time; no part is packed twice at the same time."""
+    return "pack.lock" if options.parts == 1 else f"pack-{options.part}-of-{options.parts}.lock"
 
 
 def _check_shard_count(options: PackOptions, split: Split) -> None:

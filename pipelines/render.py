@@ -308,6 +308,7 @@ def _container(arguments: list[str], volumes: list[Document], options: JobOption
             {"name": "CONVOY_CPUS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}},
             {"name": NODE_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
             *([{"name": GPUS_VARIABLE, "value": str(options.gpus_per_node)}] if options.gpus_per_node else []),
+            {"name": "CONVOY_NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}},
         ],
         "envFrom": [{"secretRef": {"name": secret}} for secret in secrets],
         "ports": [{"name": "pytorchjob-port", "containerPort": _PORT}],

@@ -26,7 +26,7 @@ from trainer.engine import parallel
 from trainer.engine.base import Engine, pinned
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.loop import Job, Result, fit
-from trainer.engine.parallel import Ranks, StopRequest, describe_gpu, ranks_from_environment
+from trainer.engine.parallel import Ranks, StopRequest, describe_gpu, from_first, ranks_from_environment
 from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
 from trainer.engine.schedule import learning_rate_schedule
 from trainer.engine.state import TrainingState
@@ -37,6 +37,7 @@ from trainer.hardware_faults import HardwareFault, classify_fault, describe_plac
 from trainer.preflight import check_result_fits, check_run
 from trainer.records import KeyLog, finish, start_tracking
 from trainer.resolve import Resolved, resolve, tracking_uri
+from trainer.run_lock import RunLocks
 from trainer.tracking import Tracker
 from trainer.watchdog import Watchdog
 from trainer.weights import load_weights
@@ -77,7 +78,7 @@ def classify_rank_error(error: BaseException, run: Resolved, ranks: Ranks) -> Ba
     place = describe_place(describe_gpu(ranks))
     found = classify_fault(error, place, memory_advice(run.config, run.batch.micro_size))
     if isinstance(found, HardwareFault):
-        advice = record_fault(checkpoint_url(run), ranks.rank, found.fault)
+        advice = record_fault(run.config.checkpoint_url, ranks.rank, found.fault)
         if advice:
             return HardwareFault(place, f"{found.fault}; {advice}")
     return found
@@ -142,14 +143,32 @@ def build_network(run: Resolved) -> Network:
 
 
 def train(run: Resolved, network: Network, recipe: str, ranks: Ranks, checked: Sequence[str] = ()) -> None:
-    """Wire, resume from the newest checkpoint, fit, save, register. All ranks take part.
+    """Join the other ranks and train as the only writer of the run's places. All ranks take part.
 
     ``checked``: notes of the checks before it.
     """
+    device = parallel.join(ranks, fp16=run.config.precision == "fp16")
+    locks = RunLocks()
+    try:
+        from_first(lambda: locks.acquire(str(run.config.output_dir), run.config.checkpoint_url, run.config.name))
+        _train(run, network, recipe, ranks, device, locks, checked)
+    finally:
+        locks.release()
+
+
+def _train(
+    run: Resolved,
+    network: Network,
+    recipe: str,
+    ranks: Ranks,
+    device: torch.device,
+    locks: RunLocks,
+    checked: Sequence[str],
+) -> None:
+    """Wire, resume from the newest checkpoint, fit, save, register. All ranks take part."""
     config = run.config
-    device = parallel.join(ranks, fp16=config.precision == "fp16")
     kept, course = config.checkpoint, run.course
-    checkpoints, found, notes = begin(checkpoint_url(run), kept.keep, kept.resume == "auto", course, device)
+    checkpoints, found, notes = begin(config.checkpoint_url, kept.keep, kept.resume == "auto", course, device, locks.check)
     if found is not None:
         network.model.load_state_dict(found.state.model)
     whole = copy.deepcopy(network.model).to(device)
@@ -158,7 +177,7 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks, checked: S
     engine = build_engine(run, network, device)
     if found is not None:
         engine.restore(found.state)
-    tracker, system = start_tracking(run, recipe, ranks, found)
+    tracker, system = start_tracking(run, recipe, ranks, found, locks.check_output)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
     room = room_wanted(config, run.train, run.batch.ranks)
@@ -173,12 +192,18 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks, checked: S
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
     keys = KeyLog(config.output_dir / "samples", run, ranks.rank) if config.data.log_keys else None
-    job = make_job(run, ranks, device, whole, save, stop, watchdog.alive, keys.write if keys else None)
+
+    def alive() -> None:
+        locks.check()
+        watchdog.alive()
+
+    job = make_job(run, ranks, device, whole, save, stop, alive, keys.write if keys else None)
     status, result = "FAILED", Result(**found.result) if found else Result()
     try:
         fit(job, engine, tracker, progress, result)
         _TERMINATION.request = None
         if ranks.is_first:
+            locks.check()
             save_model(config.output_dir, whole, network.facts)
             status = "FINISHED"
     except Terminated:
@@ -198,11 +223,8 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks, checked: S
         delivered = tracker.close(status)
         parallel.leave()
     if ranks.is_first:
+        locks.check()
         finish(run, result, tracker, delivered, checkpoints.failures if checkpoints else 0)
-
-
-def checkpoint_url(run: Resolved) -> str:
-    return run.config.checkpoint.url or str(run.config.output_dir / "checkpoints")
 
 
 def build_engine(run: Resolved, network: Network, device: torch.device) -> Engine:

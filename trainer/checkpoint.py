@@ -26,6 +26,7 @@ from trainer.disk import file_system, mib
 from trainer.engine.parallel import from_first, tensors_from_first
 from trainer.engine.state import TrainingState
 from trainer.errors import ServiceLost, UserError
+from trainer.run_lock import LockLost
 
 MANIFEST = "checkpoint.json"
 _FORMAT = 1
@@ -50,7 +51,12 @@ class Checkpoint:
 
 
 def begin(
-    url: str, keep: int, resume: bool, course: Mapping[str, Any], device: torch.device
+    url: str,
+    keep: int,
+    resume: bool,
+    course: Mapping[str, Any],
+    device: torch.device,
+    check_lock: Callable[[], None] = lambda: None,
 ) -> tuple["Checkpoints | None", Checkpoint | None, list[str]]:
     """Where the first rank keeps checkpoints; on every rank the newest good one, where the run is to go on; what to say of it.
 
@@ -61,7 +67,7 @@ def begin(
 
     def look() -> tuple[Checkpoint | None, list[str]]:
         nonlocal kept, read
-        kept = Checkpoints(url, keep)
+        kept = Checkpoints(url, keep, check_lock)
         if not resume:
             kept.clear()
             return None, []
@@ -82,9 +88,13 @@ def begin(
 
 
 class Checkpoints:
-    """Those of one run, below one URL. For rank 0 alone."""
+    """Those of one run, below one URL. For rank 0 alone.
 
-    def __init__(self, url: str, keep: int) -> None:
+    ``check_lock`` raises LockLost if another run may write there; it is called before each change.
+    """
+
+    def __init__(self, url: str, keep: int, check_lock: Callable[[], None] = lambda: None) -> None:
+        self._check_lock = check_lock
         self._store = open_store(url, create=True)
         self._keep = keep
         self.failures = self.failures_in_a_row = 0
@@ -136,6 +146,7 @@ class Checkpoints:
             for name, tensors in ((_MODEL, model), (_OPTIMIZER, slots)):
                 content = save(tensors)
                 files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                self._check_lock()
                 self._store.write(f"{_folder(step)}/{name}", content)
             manifest = {
                 "format": _FORMAT,
@@ -147,10 +158,13 @@ class Checkpoints:
                 "course": checkpoint.course,
                 "files": files,
             }
+            self._check_lock()
             self._store.write(f"{_folder(step)}/{MANIFEST}", (json.dumps(manifest, indent=1) + "\n").encode())
             self.failures_in_a_row = 0
             self._note(step, manifest)
             self._prune(step)
+        except LockLost:
+            return  # the training loop ends by the same error
         except (UserError, ServiceLost, OSError) as error:
             self.failures += 1
             self.failures_in_a_row += 1
@@ -184,6 +198,7 @@ class Checkpoints:
             self._delete(step)
 
     def _delete(self, step: int) -> None:
+        self._check_lock()
         self._top1.pop(step, None)
         self._store.delete([f"{_folder(step)}/{name}" for name in (MANIFEST, _MODEL, _OPTIMIZER)])
         self._store.remove_empty_folder(_folder(step))

@@ -361,6 +361,11 @@ class RunConfig(_Section):
     def output_dir(self) -> Path:
         return Path(self.train.output_dir.replace(PLACEHOLDER, self.name))
 
+    @property
+    def checkpoint_url(self) -> str:
+        """Where the run keeps its checkpoints: ``checkpoint.url``, or a folder in ``output_dir``."""
+        return self.checkpoint.url or str(self.output_dir / "checkpoints")
+
     def flat(self) -> dict[str, Any]:
         """Every key as ``section.key``."""
         return dict(_flatten(self.model_dump()))

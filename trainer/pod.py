@@ -13,6 +13,7 @@ from trainer.data.index import INDEX_NAME
 from trainer.data.storage import Store, is_remote, open_store
 from trainer.errors import NeverAnswered, ServiceLost, UserError
 from trainer.fault_log import repeated_faults
+from trainer.run_lock import is_of_another_job, owner_of
 
 STARTS = "starts.json"
 _STORE_MINUTES = 5.0  # for an object store that starts, or moves to another node, at the same time
@@ -134,6 +135,8 @@ def count_start(url: str, most: int) -> None:
     forgets them, so that a job that is submitted again gets as many. Where the store cannot be read the run itself will say so.
     """
     with suppress(ServiceLost, NeverAnswered):
+        if is_of_another_job(owner_of(url)):
+            return  # the first rank refuses to start, or waits; the count is the other job's
         store = open_store(url, create=True)
         newest = max((name.partition("/")[0] for name in store.sizes() if name.startswith("step-")), default="")
         before, starts = _read(store)

@@ -150,18 +150,13 @@ def _check_temporary_folder() -> None:
         raise UserError(f"TMPDIR: {error.strerror}; set it to a folder that can be written") from None
 
 
-def checkpoint_url(run: Resolved) -> str:
-    """Where the run keeps its checkpoints."""
-    return run.config.checkpoint.url or str(run.config.output_dir / "checkpoints")
-
-
 def _local(url: str) -> Path | None:
     return None if is_remote(url) else Path(url.removeprefix("file://"))
 
 
 def _check_outputs(run: Resolved) -> None:
     """Create and remove a file in each place that the run writes to. Raises UserError with each fault."""
-    config, url = run.config, checkpoint_url(run)
+    config, url = run.config, run.config.checkpoint_url
     folders = {"train.output_dir": config.output_dir}
     local = _local(url)
     if local is not None and config.checkpoint.url is not None:
@@ -208,7 +203,7 @@ def _needs(run: Resolved, size: ModelSize, local_ranks: int) -> Iterator[_Need]:
         yield _Need("train.output_dir", output, "what MLflow has not accepted yet", left, 2)
     if config.data.log_keys:
         yield _Need("train.output_dir", output, "data.log_keys", _key_bytes(run, local_ranks), local_ranks)
-    if (folder := _local(checkpoint_url(run))) is not None:
+    if (folder := _local(run.config.checkpoint_url)) is not None:
         count, one = _most_checkpoints(run), _checkpoint_bytes(run, size)
         left = max(0, count * one - _bytes_in(folder, "step-*/*"))
         what = f"{count} checkpoints of {mib(one)} (checkpoint.keep={config.checkpoint.keep})"

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from trainer.resolve import Resolved, tracking_uri
 from trainer.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
 
 
-def start_tracking(run: Resolved, recipe: str, ranks: Ranks, found: Checkpoint | None) -> tuple[Tracker, SystemMetrics | None]:
+def start_tracking(
+    run: Resolved, recipe: str, ranks: Ranks, found: Checkpoint | None, check_lock: Callable[[], None] = lambda: None
+) -> tuple[Tracker, SystemMetrics | None]:
     """MLflow on the first rank where a server is named, silence elsewhere. ``found``: what the run goes on from."""
     config, uri = run.config, tracking_uri(run.config)
     if not ranks.is_first or uri is None:
@@ -59,6 +62,7 @@ def start_tracking(run: Resolved, recipe: str, ranks: Ranks, found: Checkpoint |
             ],
         },
         goes_on=found is not None,
+        check_lock=check_lock,
     )
     for name, text in _documents(run, recipe).items():
         write_file(folder / name, text)

@@ -6,12 +6,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.disk import AppendLog
+from trainer.run_lock import LockLost
 
 Event = dict[str, Any]
 
@@ -217,10 +218,14 @@ class Delivery:
 class MlflowTracker:
     """A run on an MLflow server. ``first``: the run's name, tags, parameters and data sets, and where it goes on, its id.
 
-    ``goes_on``: a spool that stands there is of this run's earlier process, and is sent first.
+    ``goes_on``: a spool that stands there is of this run's earlier process, and is sent first. ``check_lock`` raises LockLost
+    if the spool belongs to another run by now: nothing is written or sent then.
     """
 
-    def __init__(self, uri: str, spool: Path, first: Event, goes_on: bool = False) -> None:
+    def __init__(
+        self, uri: str, spool: Path, first: Event, goes_on: bool = False, check_lock: Callable[[], None] = lambda: None
+    ) -> None:
+        self._check_lock = check_lock
         spool.parent.mkdir(parents=True, exist_ok=True)
         if goes_on:
             _cut_torn_line(spool)
@@ -258,6 +263,8 @@ class MlflowTracker:
         self._more.set()
         self._thread.join(_CLOSE_WAIT)
         lost = self._file.close()
+        if not self._is_writer():
+            return False
         entries = len(self._delivery.pending()[0])
         if lost == entries == 0 and not self._thread.is_alive():
             self._delivery.finish()
@@ -270,13 +277,22 @@ class MlflowTracker:
         )
         return False
 
+    def _is_writer(self) -> bool:
+        try:
+            self._check_lock()
+        except LockLost:  # the training loop ends by the same error
+            return False
+        return True
+
     def _put(self, event: Event) -> None:
+        if not self._is_writer():
+            return
         self._file.write(json.dumps(event))
         self._more.set()
 
     def _work(self) -> None:
         wait = _FIRST_WAIT
-        while True:
+        while self._is_writer():
             try:
                 while self._delivery.deliver():
                     pass

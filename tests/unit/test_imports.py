@@ -12,11 +12,13 @@ ROOT = Path(__file__).parents[2]
 # Each module may import those above it.
 LAYERS = [
     ["trainer.redaction", "trainer.disk_faults"],
-    ["trainer.errors", "trainer.console", "trainer.watchdog"],
+    ["trainer.errors", "trainer.console", "trainer.watchdog", "trainer.lock_owner"],
     ["trainer.recipe", "trainer.fields", "trainer.disk"],
     ["trainer.config"],
     ["trainer.hardware_faults"],
     ["trainer.data"],
+    ["trainer.lock_file"],
+    ["trainer.run_lock"],
     ["trainer.models"],
     ["trainer.engine.batch", "trainer.engine.schedule", "trainer.engine.optimizer", "trainer.engine.objective"],
     ["trainer.engine.deepspeed_config", "trainer.engine.parallel"],

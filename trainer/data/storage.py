@@ -3,22 +3,22 @@
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 import obstore
-from obstore.exceptions import BaseError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
 from obstore.store import LocalStore, ObjectStore
 
 from trainer.data.connect import connector, endpoint, folder_of, is_remote
 from trainer.data.transfer import Counts, Endurance, Interrupted, Kind, Link, Patience, kind_of, read_piece, reason, status_of
 from trainer.errors import NeverAnswered, UserError
 
-__all__ = ["Source", "Store", "endpoint", "is_remote", "open_store", "read_whole"]
+__all__ = ["Source", "Store", "Version", "endpoint", "is_remote", "open_store", "read_whole"]
 
 _PIECE = 8 * 2**20  # bytes of one request at most
 _REQUESTS = 8  # at once
@@ -26,6 +26,9 @@ _PATIENCE = Patience()
 _NOT_FOUND = (NotFoundError, FileNotFoundError)
 
 A = TypeVar("A")
+
+Version = dict[str, str]
+"""ETag, and where the store counts them the version, of an object's content."""
 
 
 class Source(Protocol):
@@ -180,6 +183,35 @@ class Store:
 
         self._outlast(put, f"{self.url}/{name} cannot be written")
 
+    def read_versioned(self, name: str) -> tuple[bytes, Version, float] | None:
+        """An object, its version and its time of modification (seconds since 1970), or None if there is none."""
+
+        def ask(objects: ObjectStore) -> tuple[bytes, Version, float]:
+            found = obstore.get(objects, name)
+            return found.bytes().to_bytes(), _version(found.meta), found.meta["last_modified"].timestamp()
+
+        return self._outlast(ask, f"{self.url}/{name}", lambda: None)
+
+    def write_if(self, name: str, content: bytes, version: Version | None) -> Version | None:
+        """Write an object if it still has ``version`` (None: if it does not exist); returns its new version.
+
+        Returns None, and writes nothing, otherwise. Raises NotImplementedError if the store cannot do this.
+        """
+
+        def put(objects: ObjectStore) -> Version | None:
+            try:
+                return _version(obstore.put(objects, name, content, mode=version or "create"))  # type: ignore[arg-type]
+            except (AlreadyExistsError, PreconditionError):
+                return None
+            except BaseError as error:
+                if isinstance(error, NotFoundError) and version is not None:
+                    return None
+                if status_of(error) == 501:
+                    raise NotImplementedError from None
+                raise
+
+        return self._outlast(put, f"{self.url}/{name} cannot be written")
+
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
         """A file to write a large object into; it appears whole when the block ends, and not at all when that fails."""
@@ -219,6 +251,10 @@ class Store:
     def _folder(self) -> Path | None:
         objects = self._link.for_all_else
         return Path(str(objects.prefix)) if isinstance(objects, LocalStore) else None
+
+
+def _version(meta: Mapping[str, Any]) -> Version:
+    return {key: meta[key] for key in ("e_tag", "version") if meta.get(key) is not None}
 
 
 def _merged(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]:
