@@ -127,7 +127,7 @@ def _plan(split: Split, options: PackOptions) -> _Plan:
 def _prepare(plan: _Plan, store: Store, options: PackOptions) -> Index | None:
     """Look at what the destination holds: the finished index where it is this data set already; else room is made for it."""
     there = store.sizes()
-    ours = json.loads(store.read_small(f"{_WORK}/plan.json") or b"{}").get("resume_digest")
+    ours = (store.read_record(f"{_WORK}/plan.json") or {}).get("resume_digest")
     raw = store.read_small(INDEX_NAME)
     if raw is not None and not options.overwrite:
         index = parse_index(raw, f"{store.url}/{INDEX_NAME}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from trainer.credentials import take_from_values
 from trainer.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -303,7 +304,7 @@ class RunConfig(_Section):
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read ``recipe`` (a file, or the name of a shipped one), apply ``key=value`` overrides, check all of it.
 
-    Raises UserError with a line for each fault.
+    Raises UserError with a line for each fault. It never holds credentials: those of ``tracking.uri`` are in the environment.
     """
     path = find_recipe(recipe)
     values = _read_yaml(path)
@@ -317,6 +318,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
             _assign(values, key.split("."), yaml.load(text, _Loader))
         except (yaml.YAMLError, TypeError) as error:
             faults.append(f"{key}: {text!r} cannot be used: {str(error).splitlines()[0]}")
+    take_from_values(values)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -360,10 +362,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML: {_yaml_fault(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, but holds {type(values).__name__}")
     return values
+
+
+def _yaml_fault(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What is wrong and where, without the line itself, which may hold a password."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from trainer.checkpoint import Checkpoint
 from trainer.config import find_recipe
+from trainer.credentials import without_credentials
 from trainer.data.reader import read_image
 from trainer.engine.loop import Result
 from trainer.engine.parallel import Ranks
@@ -71,7 +72,7 @@ def _documents(run: Resolved, recipe: str) -> dict[str, str]:
     packages = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
     machine = [f"python {platform.python_version()}", platform.platform(), f"{os.cpu_count()} CPUs", ""]
     return {
-        "recipe.yaml": find_recipe(recipe).read_text(encoding="utf-8"),
+        "recipe.yaml": without_credentials(find_recipe(recipe).read_text(encoding="utf-8")),
         "config.json": run.config.model_dump_json(indent=1) + "\n",
         "environment.txt": "\n".join(machine + packages) + "\n",
     }

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from trainer.data.storage import open_store
+from trainer.data.storage import open_store, parse_storage_url
 from trainer.errors import UserError
 from trainer.export import WEIGHTS_NAME
 from trainer.models.naming import Scheme, State, auxiliary_names, detect, head_names, names_in, own_state, schemes_of
@@ -125,16 +125,17 @@ def read_state(url: str) -> State:
 
     Raises UserError where it cannot be read, is no such file, or is a pickle that holds more than tensors.
     """
-    path = Path(url.removeprefix("file://"))
-    if "://" not in url.removeprefix("file://"):
+    location = parse_storage_url(url)
+    path = Path(location.prefix)
+    if not location.is_remote:
         path = path / WEIGHTS_NAME if path.is_dir() else path
         try:
             content = path.read_bytes()
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
     else:
-        folder, _, file = url.rpartition("/")
-        found = open_store(folder).read_small(file)
+        folder, _, file = location.url.rpartition("/")
+        found = open_store(folder).read_small(file) if location.prefix else None
         if found is None:
             raise UserError(f"{url}: there is no such file")
         content = found

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # Each module may import those above it.
 LAYERS = [
     ["trainer.redaction"],
-    ["trainer.errors", "trainer.console", "trainer.watchdog"],
+    ["trainer.errors", "trainer.console", "trainer.watchdog", "trainer.credentials"],
     ["trainer.config"],
     ["trainer.data"],
     ["trainer.models"],

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trainer.data.storage import Store, open_store, read_whole
+from trainer.data.storage import Store, not_json, open_store, read_whole
 from trainer.errors import UserError, shortened
 
 INDEX_NAME = "index.json"
@@ -114,6 +114,8 @@ def parse_index(raw: bytes, where: str) -> Index:
         index = Index.model_validate_json(raw)
     except ValidationError as error:
         fault = error.errors()[0]
+        if fault["type"] == "json_invalid":
+            raise not_json(raw, where) from None
         place = ".".join(str(part) for part in fault["loc"])
         raise UserError(f"{where} is not an index that Convoy wrote: {place}: {fault['msg']}") from None
     for shard in index.shards:
