@@ -25,6 +25,7 @@ _ASKED_EARLY = timedelta(seconds=300)  # before they expire, object_store asks f
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_NETLOC = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _FILE_VARIABLES = ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_PROFILE", "AWS_DEFAULT_PROFILE")
 _OTHER_SOURCES = (
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -121,10 +122,12 @@ def parse_endpoint(text: str, source: str) -> str:
         raise UserError(f"{wrong}: {_one_line(error)}") from None
     if parts.scheme not in ("http", "https"):
         raise UserError(f"{wrong}: the scheme must be http or https")
-    if not parts.hostname or port == 0 or parts.netloc.endswith(":"):
-        raise UserError(f"{wrong}: it needs a host, and a port from 1 to 65535 after a colon")
-    if parts.query or parts.fragment or "?" in address or "#" in address:
+    if not _NETLOC.fullmatch(parts.netloc) or not _is_host(parts.hostname or "") or port == 0:
+        raise UserError(f"{wrong}: it needs a host name or address, and a port from 1 to 65535 after a colon")
+    if "?" in address or "#" in address:
         raise UserError(f"{wrong}: remove what follows ? or #")
+    if not re.fullmatch(r"[A-Za-z0-9._~/-]*", parts.path) or {".", ".."} & set(parts.path.split("/")):
+        raise UserError(f"{wrong}: its path {parts.path!r} cannot be used")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
@@ -187,6 +190,17 @@ def _is_loopback(address: str) -> bool:
         return host == "localhost" or host.endswith(".localhost") or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_host(host: str) -> bool:
+    """What the store's client takes as a host without a panic."""
+    try:
+        if ":" in host or re.fullmatch(r"(.*\.)?(\d+|0[xX][0-9a-fA-F]*)\.?", host):
+            ip_address(host)
+        host.encode().decode("idna")
+    except ValueError:  # UnicodeError is one
+        return False
+    return True
 
 
 def _certificates(bundle: str | None) -> bytes | None:

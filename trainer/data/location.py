@@ -163,7 +163,7 @@ def _folder(path: str, url: str, shown: str) -> Location:
     if re.match(r"[A-Za-z]:[\\/]", url) or url.startswith("\\\\"):
         raise UserError(f"{shown}: a path of Windows; write ./{shown} if the folder is called so")
     try:
-        expanded = Path(path).expanduser()
+        expanded = Path(path).expanduser() if path.startswith("~") else Path(path)
     except RuntimeError:
         raise UserError(f"{shown}: there is no such user; write ./{shown} if the folder is called so") from None
     return Location("file", "", str(expanded.absolute()))

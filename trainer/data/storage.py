@@ -173,16 +173,18 @@ class Store:
         if self._link.proven or isinstance(self._link.for_all_else, LocalStore):
             return
 
-        def ask(objects: ObjectStore) -> None:
+        def ask(objects: ObjectStore) -> Kind:
             try:
                 obstore.get(objects, f".convoy-{uuid.uuid4().hex}")
             except (BaseError, OSError) as error:
-                if kind_of(error) not in (Kind.MISSING, Kind.REFUSED):
-                    raise
-            else:
-                raise Foreign("it has an object of every name")
+                if (kind := kind_of(error)) in (Kind.MISSING, Kind.REFUSED):
+                    return kind
+                raise
+            raise Foreign("it has an object of every name")
 
-        self._outlast(ask, self.url)
+        accepted = self._link.accepted
+        kind = self._outlast(ask, self.url)
+        self._link.accepted = accepted or kind is Kind.MISSING
         self._link.proven = True
 
     def size(self, name: str) -> int | None:

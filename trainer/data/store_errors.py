@@ -158,7 +158,7 @@ def reason(error: BaseException, address: str = "") -> str:
     if status is not None and 300 <= status < 400:
         return f"{store} redirects ({status}); check AWS_ENDPOINT_URL and AWS_REGION"
     if status is not None:
-        return f"the store answered {status} {code}".rstrip()
+        return f"the store answered {status} {code}" if code else f"the store answered {status}; {CHECK_ENDPOINT}"
     for mark, words in (
         ("ConnectionReset", "the connection was reset"),
         ("IncompleteBody", "the answer was cut short"),
