@@ -34,7 +34,10 @@ def serving(answer: Answer, certificate: tuple[Path, Path] | None = None, host: 
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer
+        def __getattr__(self, name: str) -> object:
+            if name.startswith("do_"):
+                return self._answer
+            raise AttributeError(name)
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
@@ -83,7 +86,8 @@ class MemoryS3:
             prefix = key.rstrip("/") + "/"
             names = [name.removeprefix(prefix) for name in self.objects if name.startswith(prefix + query.get("prefix", [""])[0])]
             entries = "".join(
-                f"<Contents><Key>{name}</Key><LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>x</ETag><Size>1</Size></Contents>"
+                "<Contents><LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>x</ETag><Size>1</Size>"
+                f"<Key>{name}</Key></Contents>"
                 for name in sorted(names)
             )
             listing = f"<ListBucketResult><Name>b</Name><KeyCount>{len(names)}</KeyCount><IsTruncated>false</IsTruncated>{entries}"

@@ -58,13 +58,9 @@ def test_an_answer_of_something_else_is_one_line(monkeypatch: pytest.MonkeyPatch
     with serving(given) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         store = open_store("s3://b/run", patience=BRIEF)
+        work = {"list": store.sizes, "write": lambda: store.write("x", b"content"), "read": lambda: store.read_record("x.json")}
         with pytest.raises(UserError) as error:
-            if command == "list":
-                store.sizes()
-            elif command == "write":
-                store.write("x", b"content")
-            else:
-                store.read_record("x.json")
+            work[command]()
     line = str(error.value)
     assert len(line.splitlines()) == 1
     assert "s3://b/run" in line
@@ -155,5 +151,5 @@ def test_a_panic_of_the_client_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     """Settings are checked, so that none is known; this one goes past the check."""
     monkeypatch.setattr("trainer.data.aws.parse_endpoint", lambda text, source: text)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9")
-    with pytest.raises(UserError, match="s3://b/run.*the storage client failed"):
+    with pytest.raises(UserError, match=r"s3://b/run.*the storage client failed"):
         open_store("s3://b/run", patience=BRIEF).sizes()
