@@ -207,7 +207,8 @@ def test_an_endpoint_is_completed(text: str, endpoint: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["http://", "://x", "http://x:0", "http://x:", "http://x:port", "http://a b", "http://x?y=1", "http://x#y", "::1:9000", "http://[::1",
-     "http://x/\u00e9", "http://x\\y", "http:///path", "s3://b", "http:x", "/", "http://x{y}"],
+     "http://x/\u00e9", "http://x\\y", "http:///path", "s3://b", "http:x", "/", "http://x{y}",
+     "http://xn--a", "http://256.1.1.1", "http://[1]", "http://%41", "http://a/../b"],
 )  # fmt: skip
 def test_an_endpoint_that_no_request_can_reach_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"^VARIABLE: .*endpoint"):
@@ -230,10 +231,11 @@ def test_no_endpoint_makes_the_client_panic(text: str) -> None:
         obstore.head(store, "x")
 
 
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
 def test_an_endpoint_without_a_scheme_works_on_loopback(
-    s3: tuple[MemoryS3, str], keys: None, monkeypatch: pytest.MonkeyPatch
+    s3: tuple[MemoryS3, str], keys: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3[1].removeprefix("http://"))
+    monkeypatch.setenv(name, s3[1].removeprefix("http://"))
     assert "/us-east-1/s3/" in _asked(s3[0])
 
 
