@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import cluster_cli
+from trainer.credentials import take_credentials
 from trainer.errors import EXIT_USER, UserError, report, shortened
 from trainer.hardware_faults import classify_fault, describe_place
+from trainer.redaction import redact
 
 app = typer.Typer(
     name="convoy",
@@ -36,13 +38,14 @@ _LOCAL_DIR = Path("runs/local")
 def main() -> None:
     """The console command: errors as one line each and the exit codes of the contract."""
     try:
+        take_credentials()
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command-line library
-            print(f"convoy: {error.format_message()}; see convoy --help", file=sys.stderr)
+            print(redact(f"convoy: {error.format_message()}; see convoy --help"), file=sys.stderr)
             sys.exit(EXIT_USER)
         sys.exit(report(classify_fault(error, describe_place()), "convoy"))
 
@@ -220,7 +223,7 @@ def train(
 ) -> None:
     """Train on this machine."""
     sys.stdout.flush()
-    command = [sys.executable, "-m", "trainer.launch", "--procs", str(procs), "--", recipe, *(overrides or [])]
+    command = [sys.executable, "-m", "trainer.launch", "--procs", str(procs), "--", recipe, *take_credentials(overrides or [])]
     os.execv(sys.executable, command)
 
 

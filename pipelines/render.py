@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from trainer.config import RunConfig, load_config
-from trainer.data.storage import is_remote
+from trainer.credentials import refuse_credentials
+from trainer.data.storage import is_remote, parse_storage_url
 from trainer.errors import UserError
 from trainer.hardware_faults import GPUS_VARIABLE, NODE_VARIABLE
 from trainer.recipe import RECIPES, find_recipe
@@ -70,6 +71,7 @@ def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Docum
 
     Raises UserError with every fault that can be found without the data.
     """
+    refuse_credentials({recipe: find_recipe(recipe).read_text(encoding="utf-8")} | {o.partition("=")[0]: o for o in overrides})
     config = load_config(recipe, overrides)
     name = options.name if options.name is not None else re.sub(r"[._]", "-", config.name.lower())
     faults = _faults(name, options)
@@ -179,7 +181,7 @@ def _check_model(config: RunConfig) -> None:
 def _kept(config: RunConfig, name: str) -> list[str]:
     """Where checkpoints go when the recipe does not say: beside the data, since a pod's own disk goes with it."""
     if config.checkpoint.url is not None:
-        if not is_remote(config.checkpoint.url) and not config.checkpoint.url.startswith("file://"):
+        if not is_remote(config.checkpoint.url) and not config.checkpoint.url.lower().startswith("file://"):
             raise UserError(
                 f"checkpoint.url: {config.checkpoint.url} is lost with its pod; use an object store (s3://...), or file:///... "
                 "for a volume that all pods share"
@@ -187,8 +189,7 @@ def _kept(config: RunConfig, name: str) -> list[str]:
         return []
     if not is_remote(config.data.train):
         raise UserError("checkpoint.url: must be given, since data.train is in no object store: s3://BUCKET/PREFIX")
-    scheme, _, rest = config.data.train.partition("://")
-    return [f"checkpoint.url={scheme}://{rest.partition('/')[0]}/checkpoints/{name}"]
+    return [f"checkpoint.url={parse_storage_url(config.data.train).root}/checkpoints/{name}"]
 
 
 def _metadata(name: str, job: str, options: JobOptions) -> Document:

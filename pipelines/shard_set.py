@@ -6,8 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
-from trainer.data.connect import folder_of, is_remote
+from trainer.data.connect import folder_of
 from trainer.data.index import INDEX_NAME
+from trainer.data.location import is_remote
 from trainer.data.storage import Store
 from trainer.errors import UserError, shortened
 

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from torch import nn
 
 from trainer.checkpoint import Checkpoint, begin
 from trainer.console import TrainingProgress
+from trainer.credentials import take_credentials
 from trainer.data.cache import cached
 from trainer.data.decode import decoder_in_use
 from trainer.data.index import check_digests
@@ -36,6 +36,7 @@ from trainer.fault_log import record_fault
 from trainer.hardware_faults import HardwareFault, classify_fault, describe_place, memory_advice
 from trainer.preflight import check_result_fits, check_run
 from trainer.records import KeyLog, finish, start_tracking
+from trainer.redaction import redact_credentials
 from trainer.resolve import Resolved, resolve, tracking_uri
 from trainer.run_lock import RunLocks
 from trainer.tracking import Tracker
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
     try:
         if not arguments or arguments[0].startswith("-"):
             raise UserError("usage: python -m trainer RECIPE [key=value ...]")
-        run = resolve(arguments[0], arguments[1:], ranks.world_size, check_storage=ranks.is_first)
+        run = resolve(arguments[0], take_credentials(arguments[1:]), ranks.world_size, check_storage=ranks.is_first)
         notes = check_run(run, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if ranks.is_first else []
         network = build_network(run)
     except (Exception, Terminated) as error:
@@ -281,18 +282,13 @@ def make_job(
 
 def _headline(run: Resolved, tracker: Tracker) -> str:
     batch = run.batch
-    where = f", MLflow run {tracker.run_id} at {_public(tracking_uri(run.config))}" if tracker.run_id else ""
+    where = f", MLflow run {tracker.run_id} at {redact_credentials(tracking_uri(run.config) or '')}" if tracker.run_id else ""
     stages = run.config.parallel.pipeline_stages
     ranks = f"{batch.ranks} ranks" if stages == 1 else f"{batch.ranks} copies of {stages} stages"
     return (
         f"{run.config.name}: {run.config.model.name} on {run.train.samples:,} images, {run.stop_step:,} steps of "
         f"{batch.global_size} = {ranks} x {batch.accumulation_steps} accumulation steps x {batch.micro_size}{where}"
     )
-
-
-def _public(uri: str | None) -> str:
-    """Without the name and the password that an address may hold."""
-    return re.sub(r"//[^/@]*@", "//", uri or "")
 
 
 if __name__ == "__main__":

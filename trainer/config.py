@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from trainer.credentials import take_from_values
 from trainer.errors import UserError
 from trainer.fields import (
     Alpha,
@@ -374,11 +375,12 @@ class RunConfig(_Section):
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read ``recipe`` (a file, or the name of a shipped one), apply ``key=value`` overrides, check all of it.
 
-    Raises UserError with a line for each fault.
+    Raises UserError with a line for each fault. It never holds credentials: those of ``tracking.uri`` are in the environment.
     """
     path = find_recipe(recipe)
     values = read_recipe(path)
     faults = apply_overrides(values, overrides)
+    take_from_values(values)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:

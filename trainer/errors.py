@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from trainer.disk_faults import disk_fault
+from trainer.redaction import redact
 
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -57,7 +58,7 @@ def shortened(lines: list[str], rest: str = "more") -> list[str]:
 def report(error: BaseException, program: str, quiet: bool = False) -> int:
     """Print ``error`` to stderr as its kind asks (``quiet`` ranks print bugs only); returns the exit code.
 
-    In a pod, `kubectl describe` shows what is no bug too; of a bug it shows the log's end.
+    In a pod, `kubectl describe` shows what is no bug too; of a bug it shows the log's end. Credentials are redacted.
     """
     if isinstance(error, Terminated):
         return EXIT_PREEMPTED
@@ -65,11 +66,12 @@ def report(error: BaseException, program: str, quiet: bool = False) -> int:
         error = UserError(f"{error.filename}: {why}" if error.filename else f"a file: {why}")
     if isinstance(error, UserError | ServiceLost):
         if not quiet and not error.told:
-            for line in str(error).splitlines():
+            text = redact(str(error))
+            for line in text.splitlines():
                 print(f"{program}: {line}", file=sys.stderr, flush=True)
-            _leave_message(str(error), first=isinstance(error, UserError))
+            _leave_message(text, first=isinstance(error, UserError))
         return EXIT_USER if isinstance(error, UserError) else EXIT_RETRY
-    traceback.print_exception(error)
+    print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
     return EXIT_BUG
 
 

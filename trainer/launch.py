@@ -13,6 +13,7 @@ import uuid
 from typing import Any, NoReturn
 
 from trainer.config import load_config
+from trainer.credentials import take_credentials
 from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ServiceLost, report
 from trainer.hardware_faults import check_gpus
 from trainer.pod import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
@@ -31,8 +32,9 @@ def main() -> int:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    procs, command = arguments.procs, ["-m", "trainer", arguments.recipe, *arguments.overrides]
     try:
+        arguments.overrides = take_credentials(arguments.overrides)  # out of the ranks' command lines
+        procs, command = arguments.procs, ["-m", "trainer", arguments.recipe, *arguments.overrides]
         pod = pod_from_environment()
         if pod is not None:  # process 1 of a container is deaf to signals that it does not ask for
             signal.signal(signal.SIGTERM, _leave)

@@ -47,12 +47,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:500]}") from None
+        raise UserError(f"{path} is not YAML: {_yaml_fault(error)}") from None
     if values is None:
         raise UserError(f"{path} is empty; a recipe must hold keys and values")
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, but holds {type(values).__name__}")
     return values
+
+
+def _yaml_fault(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What is wrong and where, without the line itself, which may contain a password."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())[:500]
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:

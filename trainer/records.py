@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trainer.checkpoint import Checkpoint
+from trainer.credentials import without_credentials
 from trainer.data.reader import read_image
 from trainer.disk import AppendLog, write_file
 from trainer.engine.loop import Result
@@ -75,7 +76,7 @@ def _documents(run: Resolved, recipe: str) -> dict[str, str]:
     packages = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
     machine = [f"python {platform.python_version()}", platform.platform(), f"{os.cpu_count()} CPUs", ""]
     return {
-        "recipe.yaml": find_recipe(recipe).read_text(encoding="utf-8"),
+        "recipe.yaml": without_credentials(find_recipe(recipe).read_text(encoding="utf-8")),
         "config.json": run.config.model_dump_json(indent=1) + "\n",
         "environment.txt": "\n".join(machine + packages) + "\n",
     }

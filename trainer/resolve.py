@@ -115,9 +115,6 @@ def _is_inside(place: str, url: str) -> bool:
 
 def _check_splits(config: RunConfig, train: Index, val: Index | None, num_classes: int) -> None:
     """Raises UserError where nothing can be learned or measured, or both splits name classes differently."""
-    for key, url, index in (("data.train", config.data.train, train), ("data.val", config.data.val, val)):
-        if index is not None and not index.samples:
-            raise UserError(f"{key}: {url} holds no samples")
     if num_classes < 2:
         raise UserError(
             f"model.num_classes: a classifier needs 2 classes or more, but {config.data.train} has "

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from trainer.data.storage import open_store
+from trainer.data.storage import open_store, parse_storage_url
 from trainer.errors import UserError
 from trainer.export import WEIGHTS_NAME
 
@@ -50,16 +50,17 @@ def read_weight_sets(url: str) -> list[WeightSet]:
     Wrappers' components are removed from the names: ``_orig_mod`` and the like. Raises UserError for
     a file that cannot be read, is corrupt, is a pickle with more than tensors, or holds no tensors.
     """
-    path = Path(url.removeprefix("file://"))
-    if "://" not in url.removeprefix("file://"):
+    location = parse_storage_url(url)
+    path = Path(location.prefix)
+    if not location.is_remote:
         path = path / WEIGHTS_NAME if path.is_dir() else path
         try:
             content = path.read_bytes()
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
     else:
-        folder, _, file = url.rpartition("/")
-        found = open_store(folder).read_small(file)
+        folder, _, file = location.url.rpartition("/")
+        found = open_store(folder).read_small(file) if location.prefix else None
         if found is None:
             raise UserError(f"{url}: there is no such file")
         content = found

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # Each module may import those above it.
 LAYERS = [
     ["trainer.redaction", "trainer.disk_faults"],
-    ["trainer.errors", "trainer.console", "trainer.watchdog", "trainer.lock_owner"],
+    ["trainer.errors", "trainer.console", "trainer.watchdog", "trainer.lock_owner", "trainer.credentials"],
     ["trainer.recipe", "trainer.fields", "trainer.disk"],
     ["trainer.config"],
     ["trainer.hardware_faults"],

@@ -1,43 +1,38 @@
 """How an object store is reached: addresses, time limits, and credentials that are read again when they change."""
 
-import os
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from obstore.exceptions import BaseError
-from obstore.store import LocalStore, ObjectStore, from_url
+from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store
 
+from trainer.data.aws import S3Settings, bucket_endpoint, credentials_from_files, s3_settings
+from trainer.data.location import Location, parse_storage_url
+from trainer.data.store_errors import panics_as_errors
 from trainer.errors import UserError
+from trainer.redaction import redact_credentials
 
-if TYPE_CHECKING:
-    from obstore.store import S3Credential
-
-_SCHEMES = ("s3://", "gs://", "az://", "file://")
 _QUIET_RETRIES = {  # of what is no read of ranges: object_store does these by itself
     "max_retries": 8,
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=3), "base": 2},
     "retry_timeout": timedelta(seconds=20),
 }
 _NO_RETRIES = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
-_REREAD = timedelta(seconds=60)  # the age at which credentials of a file are read again
-_ASKED_EARLY = timedelta(seconds=300)  # before they expire, object_store asks for new ones
 
 
-def endpoint() -> str | None:
-    """The S3 endpoint that the environment names."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+class Connections(NamedTuple):
+    """Only ``for_all_else`` retries by itself. ``address``: of the store, for messages."""
 
-
-def is_remote(url: str) -> bool:
-    """Whether a URL names an object store, not a folder."""
-    return "://" in url and not url.startswith("file://")
+    for_ranges: ObjectStore
+    for_all_else: ObjectStore
+    address: str
 
 
 def folder_of(url: str, create: bool) -> Path:
     """The folder that a URL without an object store names. ``create`` makes a missing one. Raises UserError."""
-    path = Path(url.removeprefix("file://")).absolute()
+    path = Path(parse_storage_url(url).prefix)
     try:
         if path.exists() and not path.is_dir():
             raise UserError(f"{url}: is a file, but a folder is needed")
@@ -50,63 +45,46 @@ def folder_of(url: str, create: bool) -> Path:
     return path
 
 
-def connector(url: str, connect_seconds: float, silent_seconds: float) -> Callable[[], tuple[ObjectStore, ObjectStore]]:
-    """A function that makes the pair (for reads of ranges, for all else), each time with credentials read anew.
+def connector(url: str, connect_seconds: float, silent_seconds: float) -> Callable[[], Connections]:
+    """A function that connects, each time with settings and credentials read again. Raises UserError.
 
-    Only the second one retries by itself. ``silent_seconds``: of a read without a byte. Raises UserError.
+    ``silent_seconds``: of a read without a byte.
     """
-    if not is_remote(url):
+    location = parse_storage_url(url)
+    if not location.is_remote:
         local = LocalStore(str(folder_of(url, create=False)))
-        return lambda: (local, local)
-    if not url.startswith(_SCHEMES):
-        raise UserError(f"{url}: a URL begins with {', '.join(_SCHEMES)} or is a plain path")
+        return lambda: Connections(local, local, location.prefix)
     connect = {"connect_timeout": timedelta(seconds=connect_seconds)}
     for_ranges = connect | {"read_timeout": timedelta(seconds=silent_seconds), "timeout": timedelta(days=1)}
     for_all_else = connect | {"timeout": timedelta(seconds=60)}
 
-    def pair() -> tuple[ObjectStore, ObjectStore]:
-        common = _s3_options() if url.startswith("s3://") else {}
-        plain = common.pop("client_options", {})
-        first: dict[str, Any] = common | {"client_options": plain | for_ranges, "retry_config": _NO_RETRIES}
-        second: dict[str, Any] = common | {"client_options": plain | for_all_else, "retry_config": _QUIET_RETRIES}
+    def connected() -> Connections:
+        settings = s3_settings() if location.scheme == "s3" else None
+        address = settings.address if settings else location.root
         try:
-            return from_url(url, **first), from_url(url, **second)
-        except (BaseError, ValueError) as error:
-            raise UserError(f"{url}: {str(error).splitlines()[0]}") from None
+            with panics_as_errors():
+                first = _store(location, settings, for_ranges, _NO_RETRIES)
+                return Connections(first, _store(location, settings, for_all_else, _QUIET_RETRIES), address)
+        except (BaseError, ValueError, OSError) as error:
+            raise UserError(f"{location.url}: {redact_credentials(str(error).splitlines()[0])}") from None
 
-    return pair
-
-
-def _s3_options() -> dict[str, Any]:
-    config: dict[str, Any] = {"region": os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"}
-    options: dict[str, Any] = {"config": config}
-    if address := endpoint():
-        config["endpoint"] = address
-        if address.startswith("http://"):
-            options["client_options"] = {"allow_http": True}
-    if _credentials_are_in_files():
-        options["credential_provider"] = _from_files
-    return options
+    return connected
 
 
-def _credentials_are_in_files() -> bool:
-    """By the order of AWS's own programs: what the environment gives wins. Object_store itself knows the environment, web
-    identity, containers and instance metadata, and renews those that expire; but it knows no files."""
-    names = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-    if any(os.environ.get(name) for name in (*names, "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE")):
-        return False
-    if os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or os.environ.get("AWS_PROFILE"):
-        return True
-    return Path("~/.aws/credentials").expanduser().exists()
-
-
-def _from_files() -> "S3Credential":
-    """Those of the profile, read by a new session: botocore keeps what it has read once. Raises RuntimeError."""
-    from botocore.session import Session
-
-    found = Session().get_credentials()
-    if found is None:
-        raise RuntimeError(f"no credentials in {os.environ.get('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials')}")
-    pair = found.get_frozen_credentials()
-    until = datetime.now(UTC) + _REREAD + _ASKED_EARLY
-    return {"access_key_id": pair.access_key, "secret_access_key": pair.secret_key, "token": pair.token, "expires_at": until}
+def _store(location: Location, settings: S3Settings | None, client: dict[str, Any], retry: dict[str, Any]) -> ObjectStore:
+    """Built from the bucket and the literal prefix: object_store's own parser drops and decodes parts of a URL."""
+    common: dict[str, Any] = {"prefix": location.prefix or None, "client_options": dict(client), "retry_config": retry}
+    if location.scheme == "gs":
+        return GCSStore(location.bucket, **common)
+    if location.scheme == "az":
+        return AzureStore(location.bucket, **common)
+    assert settings is not None
+    config: Any = {"region": settings.region, "virtual_hosted_style_request": settings.virtual_hosted}
+    if endpoint := bucket_endpoint(settings, location.bucket):
+        config |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}  # the second would win from the environment
+        common["client_options"]["allow_http"] = endpoint.startswith("http://")
+    if settings.root_certificates is not None:
+        common["client_options"]["root_certificate"] = settings.root_certificates
+    if settings.credentials_in_files:
+        common["credential_provider"] = credentials_from_files
+    return S3Store(location.bucket, config=config, **common)

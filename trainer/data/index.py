@@ -13,8 +13,9 @@ from typing import Annotated, Final, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer.data.connect import folder_of, is_remote
-from trainer.data.storage import Store, open_store, read_whole
+from trainer.data.connect import folder_of
+from trainer.data.location import is_remote
+from trainer.data.storage import Store, not_json, open_store, read_whole
 from trainer.errors import UserError, shortened
 
 INDEX_NAME = "index.json"
@@ -144,6 +145,8 @@ def parse_index(raw: bytes, where: str) -> Index:
         index = Index.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise not_json(raw, where) from None
         place = ".".join(str(part) for part in first["loc"])
         if place == "format":
             found = str(first["input"])[:40]

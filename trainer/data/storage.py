@@ -1,8 +1,10 @@
 """Object storage and folders as one thing: byte ranges in, whole objects out, faults outlasted with a bound, errors in one line."""
 
+import json
 import os
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -14,11 +16,13 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
 from obstore.store import LocalStore, ObjectStore
 
-from trainer.data.connect import connector, endpoint, folder_of, is_remote
-from trainer.data.transfer import Counts, Endurance, Interrupted, Kind, Link, Patience, kind_of, read_piece, reason, status_of
+from trainer.data.connect import Connections, connector, folder_of
+from trainer.data.location import is_remote, parse_storage_url
+from trainer.data.store_errors import CHECK_ENDPOINT, Foreign, Interrupted, Kind, kind_of, panics_as_errors, reason, status_of
+from trainer.data.transfer import Counts, Endurance, Link, Patience, read_piece
 from trainer.errors import NeverAnswered, UserError
 
-__all__ = ["Source", "Store", "Version", "endpoint", "is_remote", "open_store", "read_whole"]
+__all__ = ["Source", "Store", "Version", "is_remote", "not_json", "open_store", "parse_record", "parse_storage_url", "read_whole"]
 
 _PIECE = 8 * 2**20  # bytes of one request at most
 _REQUESTS = 8  # at once
@@ -49,7 +53,7 @@ def read_whole(source: Source, name: str, size: int) -> Iterator[memoryview]:
 class Store:
     """The objects below one URL. Safe to use from several threads. ``counts`` grow with its use."""
 
-    def __init__(self, url: str, connect: Callable[[], tuple[ObjectStore, ObjectStore]], patience: Patience = _PATIENCE) -> None:
+    def __init__(self, url: str, connect: Callable[[], Connections], patience: Patience = _PATIENCE) -> None:
         self.url = url.rstrip("/")
         self._link = Link(self.url, connect, patience)
         self._seen: dict[str, tuple[str | None, int]] = {}
@@ -119,10 +123,11 @@ class Store:
         endurance = Endurance(self._link)
         while True:
             try:
-                size = obstore.head(self._link.for_ranges, name)["size"]
-                if max(ends, default=0) > size:
-                    raise UserError(f"{self.url}/{name}: has {size:,} bytes, but bytes up to {max(ends):,} are needed")
-                parts = obstore.get_ranges(self._link.for_ranges, name, starts=starts, ends=ends, coalesce=0)
+                with panics_as_errors():
+                    size = obstore.head(self._link.for_ranges, name)["size"]
+                    if max(ends, default=0) > size:
+                        raise UserError(f"{self.url}/{name}: has {size:,} bytes, but bytes up to {max(ends):,} are needed")
+                    parts = obstore.get_ranges(self._link.for_ranges, name, starts=starts, ends=ends, coalesce=0)
                 if [len(part) for part in parts] != [end - start for start, end in zip(starts, ends, strict=True)]:
                     raise Interrupted("the file was cut short while it was read")
             except (BaseError, OSError) as error:
@@ -139,14 +144,15 @@ class Store:
         endurance = Endurance(self._link)
         while True:
             try:
-                result = work(self._link.for_all_else)
+                with panics_as_errors():
+                    result = work(self._link.for_all_else)
             except (BaseError, OSError) as error:
                 kind = kind_of(error)
                 if kind is Kind.MISSING and missing is not None:
                     self._link.succeeded()
                     return missing()
                 if kind is Kind.PASSING and status_of(error) is None and not self._link.met:
-                    raise NeverAnswered(f"{where}: {reason(error)}") from None
+                    raise NeverAnswered(f"{where}: {reason(error, self._link.address)}") from None
                 endurance.failed(error, where)
             else:
                 self._link.succeeded()
@@ -155,6 +161,34 @@ class Store:
     def read_small(self, name: str) -> bytes | None:
         """A whole object, or None where there is none. Raises UserError where the store cannot be read at all, ServiceLost."""
         return self._outlast(lambda objects: obstore.get(objects, name).bytes().to_bytes(), f"{self.url}/{name}", lambda: None)
+
+    def read_record(self, name: str) -> dict[str, Any] | None:
+        """A JSON object that Convoy wrote, or None if it is missing. Raises UserError in one line for anything else,
+        such as a truncated file or a web page. Errors else as ``read_small``.
+        """
+        content = self.read_small(name)
+        return None if content is None else parse_record(content, f"{self.url}/{name}")
+
+    def _prove(self) -> None:
+        """Raise UserError if something other than an object store answers. A web page (a console, a captive portal)
+        answers every request with success: an empty listing and a write that is lost.
+        """
+        if self._link.proven or isinstance(self._link.for_all_else, LocalStore):
+            return
+
+        def ask(objects: ObjectStore) -> Kind:
+            try:
+                obstore.get(objects, f".convoy-{uuid.uuid4().hex}")
+            except (BaseError, OSError) as error:
+                if (kind := kind_of(error)) in (Kind.MISSING, Kind.REFUSED):
+                    return kind
+                raise
+            raise Foreign("it has an object of every name")
+
+        accepted = self._link.accepted
+        kind = self._outlast(ask, self.url)
+        self._link.accepted = accepted or kind is Kind.MISSING
+        self._link.proven = True
 
     def size(self, name: str) -> int | None:
         """Bytes of an object, or None where there is none."""
@@ -165,15 +199,20 @@ class Store:
         return self._outlast(ask, f"{self.url}/{name}", lambda: None)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every object, by name."""
+        """Bytes of every object, by name. The empty object that consoles make for a folder is not one."""
 
         def ask(objects: ObjectStore) -> dict[str, int]:
-            return {meta["path"]: meta["size"] for batch in obstore.list(objects) for meta in batch}
+            return {meta["path"]: meta["size"] for batch in obstore.list(objects) for meta in batch if meta["path"]}
 
-        return self._outlast(ask, self.url, dict)
+        found: dict[str, int] = self._outlast(ask, self.url, dict)
+        if not found:
+            self._prove()
+        self._link.proven = True
+        return found
 
     def write(self, name: str, content: bytes | IO[bytes]) -> None:
         """Write a whole object; it appears at once or not at all."""
+        self._prove()
         first = 0 if isinstance(content, bytes) else content.tell()
 
         def put(objects: ObjectStore) -> None:
@@ -210,6 +249,7 @@ class Store:
                     raise NotImplementedError from None
                 raise
 
+        self._prove()
         return self._outlast(put, f"{self.url}/{name} cannot be written")
 
     @contextmanager
@@ -268,6 +308,26 @@ def _merged(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]
         else:
             spans.append((start, end))
     return spans
+
+
+def parse_record(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object. Every record that Convoy reads back goes through here. Raises UserError that names ``where``."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        raise not_json(content, where) from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: holds a JSON {type(record).__name__} instead of an object; Convoy did not write it")
+    return record
+
+
+def not_json(content: bytes, where: str) -> UserError:
+    """What to say of ``content`` that is not JSON."""
+    start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")) and is_remote(where):
+        return UserError(f"{where}: is a web page, not JSON; {CHECK_ENDPOINT}")
+    what = "is empty" if not content.strip() else "is not JSON: it is truncated or was changed"
+    return UserError(f"{where}: {what}; remove it, or restore it from a copy")
 
 
 def open_store(url: str, create: bool = False, patience: Patience = _PATIENCE) -> Store:

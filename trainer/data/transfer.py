@@ -5,26 +5,16 @@ A read of a range goes on behind its last good byte. Both the tries and the time
 
 import logging
 import random
-import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 
 import obstore
-from obstore.exceptions import (
-    BaseError,
-    InvalidPathError,
-    NotFoundError,
-    NotSupportedError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import BaseError
 from obstore.store import ObjectStore
 
-from trainer.data.connect import endpoint
-from trainer.disk_faults import disk_fault
+from trainer.data.store_errors import Interrupted, Kind, kind_of, panics_as_errors, reason, status_of
 from trainer.errors import ServiceLost, UserError
 
 CHUNK = 256 * 1024  # bytes that come at once; fewer than these are lost with a connection
@@ -66,23 +56,10 @@ class Counts:
             self.retries += retries
 
 
-class Kind(Enum):
-    """What an error asks for."""
-
-    PASSING = "wait and try again"
-    REFUSED = "read the credentials again"
-    MISSING = "there is no such object"
-    FINAL = "tell the user"
-
-
-class Interrupted(OSError):
-    """An answer that is not what was asked for: cut short, or too long."""
-
-
 class Link:
     """The connections to one store, made again with new credentials when the old ones are refused; its counts and its voice."""
 
-    def __init__(self, url: str, connect: Callable[[], tuple[ObjectStore, ObjectStore]], patience: Patience) -> None:
+    def __init__(self, url: str, connect: Callable[[], tuple[ObjectStore, ObjectStore, str]], patience: Patience) -> None:
         self.url = url
         self.patience = patience
         self.counts = Counts()
@@ -91,10 +68,12 @@ class Link:
         """Whether it ever answered: before that, an address is rather wrong than away."""
         self.accepted = False
         """Whether it ever answered a signed request with what was asked for."""
+        self.proven = False
+        """Whether it ever answered as only an object store does."""
         self._connect = connect
         self._lock = threading.Lock()
         self.generation = 0
-        self.for_ranges, self.for_all_else = connect()
+        self.for_ranges, self.for_all_else, self.address = connect()
         self._told, self._untold = float("-inf"), 0
 
     def succeeded(self) -> None:
@@ -104,7 +83,7 @@ class Link:
         """Read the credentials anew, unless another thread did since ``generation``."""
         with self._lock:
             if generation == self.generation:
-                self.for_ranges, self.for_all_else = self._connect()
+                self.for_ranges, self.for_all_else, self.address = self._connect()
                 self.generation += 1
 
     def tell(self, text: str) -> None:
@@ -140,9 +119,10 @@ class Endurance:
     def failed(self, error: Exception, where: str) -> None:
         """Wait before the next try. Raises UserError for what no waiting changes, ServiceLost at the bounds."""
         link, patience = self._link, self._link.patience
-        kind, why = kind_of(error), reason(error)
+        kind, why = kind_of(error), reason(error, link.address)
         link.met = link.met or status_of(error) is not None
-        if kind in (Kind.MISSING, Kind.FINAL) or (kind is Kind.REFUSED and not link.accepted):
+        hopeless = {Kind.MISSING: True, Kind.FINAL: True, Kind.REFUSED: not link.accepted, Kind.FOREIGN: not link.proven}
+        if hopeless.get(kind):
             raise UserError(f"{where}: {why}") from None
         now = time.monotonic()
         self._since = self._since or now
@@ -177,83 +157,19 @@ def read_piece(link: Link, name: str, start: int, into: memoryview, check: Calla
         first = at
         try:
             link.counts.add(requests=1)
-            answer = obstore.get(link.for_ranges, name, options={"range": (at, end)})
-            check(answer.meta["e_tag"], answer.meta["size"])
-            for chunk in answer.stream(min_chunk_size=CHUNK):
-                if at + len(chunk) > end:
-                    at = first
-                    raise Interrupted("more bytes came than were asked for")
-                into[at - start : at - start + len(chunk)] = chunk
-                at += len(chunk)
-                link.counts.add(bytes=len(chunk))
-                endurance.succeeded()
+            with panics_as_errors():
+                answer = obstore.get(link.for_ranges, name, options={"range": (at, end)})
+                check(answer.meta["e_tag"], answer.meta["size"])
+                for chunk in answer.stream(min_chunk_size=CHUNK):
+                    if at + len(chunk) > end:
+                        at = first
+                        raise Interrupted("more bytes came than were asked for")
+                    into[at - start : at - start + len(chunk)] = chunk
+                    at += len(chunk)
+                    link.counts.add(bytes=len(chunk))
+                    endurance.succeeded()
+                    link.proven = True
             if at < end:
                 raise Interrupted("the answer was cut short")
         except (BaseError, OSError) as error:
             endurance.failed(error, f"{link.url}/{name}: byte {at:,}")
-
-
-_STATUS = re.compile(r"status code: (\d{3})")
-_CODE = re.compile(r"<Code>(\w+)</Code>")
-_REFUSALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
-_PASSING = {408, 409, 425, 429}
-
-
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status in an error of obstore's, None where there was no answer."""
-    found = _STATUS.search(str(error))
-    return int(found[1]) if found else None
-
-
-def _code_of(error: BaseException) -> str:
-    found = _CODE.search(str(error))
-    return found[1] if found else ""
-
-
-def kind_of(error: BaseException) -> Kind:
-    """What an error of obstore's or of a file system's asks for."""
-    status, code = status_of(error), _code_of(error)
-    if status is None and disk_fault(error):
-        return Kind.FINAL
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403) or code in _REFUSALS:
-        return Kind.REFUSED
-    if isinstance(error, NotFoundError | FileNotFoundError):
-        return Kind.MISSING
-    if isinstance(error, InvalidPathError | NotSupportedError | PermissionError | IsADirectoryError | NotADirectoryError):
-        return Kind.FINAL
-    if "redirect" in str(error).split("\n")[0]:  # of a bucket in another region
-        return Kind.FINAL
-    if status is not None and 400 <= status < 500 and status not in _PASSING and code != "RequestTimeout":
-        return Kind.FINAL
-    return Kind.PASSING
-
-
-def reason(error: BaseException) -> str:
-    """An error of obstore's in a few words."""
-    text, status, code = str(error), status_of(error), _code_of(error)
-    if status is None and (fault := disk_fault(error)):
-        return fault
-    if code == "NoSuchBucket":
-        return "there is no such bucket"
-    if "credential provider" in text:
-        return f"no credentials: {text.splitlines()[0].split('credential provider: ')[-1]}"
-    if kind_of(error) is Kind.REFUSED or isinstance(error, PermissionError):
-        return "permission denied; check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and the bucket's policy"
-    if isinstance(error, NotFoundError | FileNotFoundError):
-        return "not found"
-    if status == 416:
-        return "the object ends before these bytes"
-    if status is not None:
-        return f"the store answered {status} {code}".rstrip()
-    for mark, words in (
-        ("ConnectionReset", "the connection was reset"),
-        ("IncompleteBody", "the answer was cut short"),
-        ("response body error", "no more bytes came" if "TimedOut" in text else "the connection broke"),
-        ("TimedOut", f"the object store at {endpoint() or 'its address'} does not answer"),
-        ("onnect", f"the object store at {endpoint() or 'its address'} cannot be reached (AWS_ENDPOINT_URL)"),
-        ("error sending request", f"the object store at {endpoint() or 'its address'} cannot be reached (AWS_ENDPOINT_URL)"),
-        ("dns", f"the object store at {endpoint() or 'its address'} cannot be reached (AWS_ENDPOINT_URL)"),
-    ):
-        if mark in text:
-            return words
-    return " ".join(text.split("\n\nDebug source")[0].split())[:300]
