@@ -33,8 +33,8 @@ def _index(*shards: Shard, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "EOF"),
-        (b"{", "EOF"),
+        (b"", "is empty"),
+        (b"{", "is truncated"),
         (b"[1]", "is not an index"),
         (b"\xff\xfe{}", "is not an index"),
         (b"[" * 100_000, "is not an index"),

@@ -190,7 +190,7 @@ def test_a_split_without_samples_is_refused(digits: Path, tmp_path: Path) -> Non
     names = [str(number) for number in range(10)]
     write_file(tmp_path / "empty/index.json", Index.of("val", names, names, []).to_json())
     for key in ("data.val", "data.train"):
-        with pytest.raises(UserError, match="empty/index.json: holds no samples"):
+        with pytest.raises(UserError, match=r"empty/index\.json: holds no samples"):
             _resolved(digits, tmp_path, f"{key}={tmp_path}/empty")
 
 
@@ -285,7 +285,7 @@ def test_a_training_without_space_for_its_result_ends_with_one_line(digits: Path
     assert "Traceback" not in done.stderr
     assert done.stderr.count("training goes on: ") == 2
     assert done.stderr.splitlines()[-1].startswith(f"convoy: {tmp_path}/out/model.safetensors cannot be written")
-    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["checkpoints"]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_unwritable_outputs_end_several_ranks_before_they_start(convoy_refuses: Run, digits: Path) -> None:

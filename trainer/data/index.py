@@ -146,7 +146,8 @@ def parse_index(raw: bytes, where: str) -> Index:
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            raise not_json(raw, where) from None
+            fault = str(not_json(raw, where)).removeprefix(f"{where}: ")
+            raise UserError(f"{where}: is not an index: {fault}") from None
         place = ".".join(str(part) for part in first["loc"])
         if place == "format":
             found = str(first["input"])[:40]
