@@ -195,11 +195,11 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")] = None,
     procs: Annotated[int, typer.Option(help="Ranks on this machine.", min=1)] = 1,
-) -> None:
+) -> int:
     """Train on this machine."""
-    sys.stdout.flush()
-    command = [sys.executable, "-m", "trainer.launch", "--procs", str(procs), "--", recipe, *(overrides or [])]
-    os.execv(sys.executable, command)
+    from trainer.launch import launch
+
+    return launch(recipe, overrides or [], procs)
 
 
 @app.command()

@@ -30,25 +30,38 @@ from trainer.engine.parallel import Ranks, StopRequest, is_lost_peer, ranks_from
 from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
 from trainer.engine.schedule import learning_rate_schedule
 from trainer.engine.state import TrainingState
-from trainer.errors import FoundByAll, ServiceLost, Terminated, UserError, report
+from trainer.errors import EXIT_PREEMPTED, FoundByAll, ServiceLost, Terminated, UserError, report
 from trainer.export import ModelFacts, save_model
+from trainer.launch_environment import LAUNCHER_PID, become_only_rank
+from trainer.proxies import bypass_proxies_for_local_services
 from trainer.records import KeyLog, finish, start_tracking
 from trainer.resolve import Resolved, resolve, tracking_uri
+from trainer.run_status import UnfinishedRun
+from trainer.stop_signals import StopSignals
+from trainer.streams import secure_standard_streams
+from trainer.supervise import STOP_SECONDS, too_few_gpus
 from trainer.tracking import Tracker
 from trainer.watchdog import Watchdog
 from trainer.weights import load_weights
 
 
-def main(arguments: list[str]) -> int:
-    """Run one rank; returns its exit code."""
-    ranks = ranks_from_environment()
-    signal.signal(signal.SIGTERM, _TERMINATION)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_follow, args=(os.getppid(),), name="launcher", daemon=True).start()
+def main(arguments: list[str] | None = None) -> int:
+    """Run one rank; returns its exit code. ``arguments``: those of the command when None."""
+    secure_standard_streams()
+    bypass_proxies_for_local_services(os.environ)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    ranks = Ranks(0, 1, 0)
+    _STOP.install()
     try:
+        _follow_launcher()
+        ranks = ranks_from_environment()
+        if ranks.world_size == 1 and not _has_launcher():
+            become_only_rank()
         if not arguments or arguments[0].startswith("-"):
             raise UserError("usage: python -m trainer RECIPE [key=value ...]")
-        run = resolve(arguments[0], arguments[1:], ranks.world_size, check_storage=ranks.is_first)
+        if 0 < (gpus := torch.cuda.device_count()) < (procs := int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+            raise UserError(too_few_gpus(procs, gpus))
+        run = resolve(arguments[0], arguments[1:], ranks.world_size, check_storage=ranks.is_first and not _has_launcher())
         network = build_network(run)
     except (Exception, Terminated) as error:
         return report(error, "convoy", quiet=not ranks.is_first)  # every rank finds the same
@@ -56,9 +69,10 @@ def main(arguments: list[str]) -> int:
         if run.config.data.check == "sha256":
             check_bytes(run, ranks)
         train(run, network, arguments[0], ranks)
-    except KeyboardInterrupt:
-        return 130
+        _STOP.ignore()
     except (Exception, Terminated) as error:
+        if _STOP.received is not None and (isinstance(error, Terminated) or is_lost_peer(error)):
+            error = Terminated(_STOP.received)  # a peer that got the signal before it could agree on a step is no fault
         if is_lost_peer(error):
             error = ServiceLost(f"another rank is gone ({str(error).splitlines()[0][:120]})")
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
@@ -68,29 +82,28 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-class _Termination:
-    """SIGTERM ends the run as an error does, MLflow told; while ``request`` is set, in order: after a checkpoint.
-
-    A second one does not disturb that.
-    """
-
-    request: StopRequest | None = None
-
-    def __call__(self, number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if self.request is None:
-            raise Terminated
-        self.request.told = True
+_STOP = StopSignals()
 
 
-_TERMINATION = _Termination()
+def _has_launcher() -> bool:
+    return LAUNCHER_PID in os.environ
+
+
+def _follow_launcher() -> None:
+    """Stop if the launcher, or torchrun, ends without ending this rank: it was killed. Raises Terminated if it is gone already."""
+    launcher = int(os.environ.get(LAUNCHER_PID) or os.getppid())
+    if _has_launcher() and os.getppid() != launcher:
+        raise Terminated
+    if _has_launcher() or "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_follow, args=(launcher,), name="launcher", daemon=True).start()
 
 
 def _follow(launcher: int) -> None:
-    """End in order where the launcher was killed, which can then tell nobody."""
     while os.getppid() == launcher:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_SECONDS)
+    os._exit(EXIT_PREEMPTED)  # nobody else would end a rank that hangs
 
 
 def check_bytes(run: Resolved, ranks: Ranks) -> None:
@@ -139,29 +152,36 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
     engine = build_engine(run, network, device)
     if found is not None:
         engine.restore(found.state)
+    stop = StopRequest()
+    _STOP.defer(stop.tell)  # from here on there is something to save, and an MLflow run to end
+    unfinished = UnfinishedRun()
     tracker, system = start_tracking(run, recipe, ranks, found)
+    unfinished.note(tracker.run_id)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
     room = room_wanted(config, run.train, run.batch.ranks)
     for note in (_headline(run, tracker), *network.notes, decoder, *([room] if room else []), *notes):
         progress.note(note)
-    stop = _TERMINATION.request = StopRequest()
 
     def save(state: TrainingState, figures: dict[str, Any]) -> None:
         if checkpoints is not None:
             checkpoints.save(Checkpoint(state, course, figures, tracker.run_id))
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
-    job = make_job(run, ranks, device, whole, save, stop, watchdog.alive)
+
+    def alive() -> None:
+        watchdog.alive()
+        unfinished.note(tracker.run_id)
+
+    job = make_job(run, ranks, device, whole, save, stop, alive)
     status = "FAILED"
     try:
         result = fit(job, engine, tracker, progress, Result(**found.result) if found else Result())
-        _TERMINATION.request = None
         if ranks.is_first:
             save_model(config.output_dir, whole, network.facts)
             status = "FINISHED"
-    except Terminated:
-        status = "KILLED"
+    except BaseException:
+        status = "FAILED" if _STOP.received is None and not isinstance(sys.exception(), Terminated) else "KILLED"
         raise
     finally:
         watchdog.close()
@@ -171,7 +191,9 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
         if system is not None:
             system.close()
         delivered = tracker.close(status)
+        unfinished.clear()
         parallel.leave()
+    _STOP.resume()
     if ranks.is_first:
         finish(run, result, tracker, delivered)
 
@@ -244,4 +266,4 @@ def _public(uri: str | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
