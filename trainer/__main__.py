@@ -154,7 +154,7 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
         engine.restore(found.state)
     stop = StopRequest()
     _STOP.defer(stop.tell)  # from here on there is something to save, and an MLflow run to end
-    unfinished = UnfinishedRun()
+    unfinished = UnfinishedRun(ranks.is_first)
     tracker, system = start_tracking(run, recipe, ranks, found)
     unfinished.note(tracker.run_id)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)

@@ -15,11 +15,11 @@ from trainer.tracking import configure_mlflow
 
 
 class UnfinishedRun:
-    """Rank 0's side: ``note`` the run's id as soon as the server has given it, ``clear`` it when the run has ended."""
+    """``note`` the run's id as soon as the server has given it, ``clear`` it when the run has ended; only rank 0 does."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_first: bool) -> None:
         name = os.environ.get(RUN_ID_FILE)
-        self._path = Path(name) if name else None
+        self._path = Path(name) if name and is_first else None
         self._noted = False
 
     def note(self, run_id: str | None) -> None:
