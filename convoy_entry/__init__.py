@@ -57,11 +57,6 @@ for _name in ("trainer", "pipelines"):
 def main() -> None:
     """The ``convoy`` command."""
     try:
-        from trainer.proxies import bypass_proxies_for_local_services
-        from trainer.streams import secure_standard_streams
-
-        secure_standard_streams()
-        bypass_proxies_for_local_services(os.environ)
         from pipelines.cli import main as command
     except KeyboardInterrupt:
         sys.exit(130)

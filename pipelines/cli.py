@@ -13,6 +13,8 @@ from rich.table import Table
 
 from pipelines import cluster_cli
 from trainer.errors import EXIT_USER, UserError, report
+from trainer.proxies import bypass_proxies_for_local_services
+from trainer.streams import secure_standard_streams
 
 app = typer.Typer(
     name="convoy",
@@ -33,6 +35,8 @@ _LOCAL_DIR = Path("runs/local")
 
 def main() -> None:
     """The console command: errors as one line each and the exit codes of the contract."""
+    secure_standard_streams()
+    bypass_proxies_for_local_services(os.environ)
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -313,7 +317,10 @@ def local_env(folder: LocalDir = _LOCAL_DIR) -> None:
     services = local.load(folder.absolute())
     if services is None:
         raise UserError(f"{folder}: no services run there; start them: convoy local up --dir {folder}")
-    for name, value in services.environment().items():
+    variables = services.environment()
+    bypass_proxies_for_local_services(proxies := dict(os.environ))
+    variables |= {name: proxies[name] for name in ("no_proxy", "NO_PROXY") if proxies.get(name) != os.environ.get(name)}
+    for name, value in variables.items():
         print(f"export {name}={value}")
 
 

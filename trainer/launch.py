@@ -18,7 +18,7 @@ from typing import Any
 from trainer.config import RunConfig, load_config
 from trainer.errors import ServiceLost, Terminated, UserError, report
 from trainer.file_limit import raise_open_file_limit
-from trainer.launch_environment import LAUNCHER_PID, RUN_ID_FILE, check_single_node, cpus, leftovers
+from trainer.launch_environment import LAUNCHER_PID, RUN_ID_FILE, check_single_node, check_working_directory, cpus, leftovers
 from trainer.pod import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
 from trainer.proxies import bypass_proxies_for_local_services
 from trainer.resolve import resolve, tracking_uri
@@ -50,6 +50,7 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
     signals = StopSignals()
     signals.install()
     try:
+        check_working_directory()
         pod = pod_from_environment()
         if pod is None:
             check_single_node()

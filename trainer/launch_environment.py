@@ -109,6 +109,14 @@ def check_single_node(environment: Mapping[str, str] = os.environ) -> None:
         )
 
 
+def check_working_directory() -> None:
+    """Raise UserError if it was deleted: relative paths mean nothing then, and libraries fail to load."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working directory does not exist any more; change to one that does") from None
+
+
 def leftovers(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Names of variables of another launcher that a local run ignores and that a user may wonder about."""
     return [name for name in (*_REQUIRED, "LOCAL_WORLD_SIZE") if name in environment]

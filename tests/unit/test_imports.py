@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[2]
 # Each module may import those above it.
 LAYERS = [
     ["trainer.redaction"],
-    ["trainer.errors", "trainer.console", "trainer.watchdog"],
+    ["trainer.errors", "trainer.console", "trainer.watchdog", "trainer.streams", "trainer.proxies"],
+    ["trainer.file_limit", "trainer.stop_signals", "trainer.launch_environment"],
+    ["trainer.supervise"],
     ["trainer.config"],
     ["trainer.data"],
     ["trainer.models"],
@@ -23,7 +25,7 @@ LAYERS = [
     ["trainer.engine.data_parallel", "trainer.engine.pipeline_parallel"],
     ["trainer.tracking", "trainer.checkpoint"],
     ["trainer.engine.loop"],
-    ["trainer.resolve", "trainer.export", "trainer.serving", "trainer.pod"],
+    ["trainer.resolve", "trainer.export", "trainer.serving", "trainer.packaged_code", "trainer.pod", "trainer.run_status"],
     ["trainer.registration", "trainer.launch", "trainer.weights"],
     ["trainer.records"],
     ["trainer.__main__"],
