@@ -49,9 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one rank; returns its exit code. ``arguments``: those of the command when None."""
     secure_standard_streams()
     bypass_proxies_for_local_services(os.environ)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    ranks = Ranks(0, 1, 0)
     _STOP.install()
+    code = _run(sys.argv[1:] if arguments is None else arguments)
+    _STOP.ignore()
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    ranks = Ranks(0, 1, 0)
     try:
         _follow_launcher()
         ranks = ranks_from_environment()
@@ -69,7 +74,6 @@ def main(arguments: list[str] | None = None) -> int:
         if run.config.data.check == "sha256":
             check_bytes(run, ranks)
         train(run, network, arguments[0], ranks)
-        _STOP.ignore()
     except (Exception, Terminated) as error:
         if _STOP.received is not None and (isinstance(error, Terminated) or is_lost_peer(error)):
             error = Terminated(_STOP.received)  # a peer that got the signal before it could agree on a step is no fault

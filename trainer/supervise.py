@@ -1,5 +1,6 @@
 """Run the ranks of one machine as child processes: start, watch, stop and clean up."""
 
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from trainer.stop_signals import StopSignals
 STOP_SECONDS = 100.0
 """That ranks have for a checkpoint after a stop signal; less than the pods' grace period."""
 _LOST_PEER_SECONDS = 30.0  # that ranks have to end after one has failed
+_REPORT_SECONDS = 2.0  # until those that have not ended by themselves are asked to
 _POLL_SECONDS = 0.1
 _ENTRY = Path(__file__).parents[1] / "convoy_entry" / "run.py"
 
@@ -38,7 +40,7 @@ def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: Stop
     try:
         _start(ranks, procs, arguments, run_id_file)
         with _suspended_together(ranks):
-            killed = _watch(ranks, signals)
+            asked = _watch(ranks, signals)
     finally:
         for process in ranks:
             if process.returncode is None:
@@ -46,7 +48,7 @@ def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: Stop
                 process.wait()
     codes = [process.returncode for process in ranks]
     for rank, code in enumerate(codes):
-        if code < 0 and rank not in killed and signals.received is None:
+        if code < 0 and rank not in asked and signals.received is None:
             name = signal.Signals(-code).name
             hint = "; the kernel does that when memory runs out" if code == -signal.SIGKILL else ""
             print(f"convoy: rank {rank} was killed by {name}{hint}", file=sys.stderr, flush=True)
@@ -94,23 +96,31 @@ def _start(ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[s
 
 
 def _watch(ranks: list["subprocess.Popen[bytes]"], signals: StopSignals) -> set[int]:
-    """Until all have ended. Returns the ranks that had to be killed."""
-    give_up: float | None = None
-    killed: set[int] = set()
+    """Until all have ended. Returns the ranks that were asked to end or killed.
+
+    Ranks that lose a peer get a moment to report it and end by themselves.
+    """
+    asked: set[int] = set()
+    ask_at = give_up = math.inf
     while running := [rank for rank, process in enumerate(ranks) if not _has_ended(process)]:
+        now = time.monotonic()
         failed = {process.returncode for process in ranks if process.returncode}
-        if give_up is None and (signals.received is not None or failed):
-            patient = signals.received is not None or failed == {EXIT_PREEMPTED}
-            give_up = time.monotonic() + (STOP_SECONDS if patient else _LOST_PEER_SECONDS)
-            for rank in running:
+        if signals.received is not None:
+            ask_at = min(ask_at, now)
+            give_up = min(give_up, now + STOP_SECONDS)
+        elif failed:
+            ask_at = min(ask_at, now + _REPORT_SECONDS)
+            give_up = min(give_up, now + (STOP_SECONDS if failed == {EXIT_PREEMPTED} else _LOST_PEER_SECONDS))
+        for rank in running:
+            if signals.forced or now >= give_up:
+                asked.add(rank)
+                _kill_group(ranks[rank])
+            elif now >= ask_at and rank not in asked:
+                asked.add(rank)
                 with suppress(ProcessLookupError):
                     ranks[rank].terminate()
-        if give_up is not None and (signals.forced or time.monotonic() >= give_up):
-            killed |= set(running)
-            for rank in running:
-                _kill_group(ranks[rank])
         time.sleep(_POLL_SECONDS)
-    return killed
+    return asked
 
 
 def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
