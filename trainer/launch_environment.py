@@ -66,6 +66,8 @@ def local_rank_environment(environment: Mapping[str, str], rank: int, world_size
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": threads,
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": environment.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),  # as torchrun
+        # a peer that is gone is reported by its own line, not by stack traces of those that wait for it
+        "TORCH_CPP_LOG_LEVEL": environment.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         "PYTHONSAFEPATH": "1",
     }  # fmt: skip
 

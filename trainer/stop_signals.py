@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 from trainer.errors import Terminated
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_STUCK_SECONDS = 10.0
+_STUCK_SECONDS = 3.0  # until a main thread that has not noticed the signal is held to be blocked
+_UNWIND_SECONDS = 30.0  # that one has to clean up which has
 _FORCE_SECONDS = 1.0  # between two SIGINTs of an impatient user; one key press may be delivered twice
 
 
@@ -18,7 +19,7 @@ class StopSignals:
     """Before ``defer`` the first signal raises Terminated in the main thread; after it, signals are only recorded.
 
     A main thread that is blocked in native code, such as connecting to a rendezvous, cannot raise: the
-    process then ends after 10 s. A signal that was ignored when the process started, such as SIGHUP
+    process then ends after 3 s. A signal that was ignored when the process started, such as SIGHUP
     under nohup, stays ignored.
     """
 
@@ -69,11 +70,10 @@ class StopSignals:
             number = os.read(reader, 1)[0]
             if number not in STOP_SIGNALS:
                 continue
-            waited = 0.0
+            came = time.monotonic()
             while self._action is _terminate:
-                time.sleep(0.2)
-                waited += 0.2
-                if waited >= _STUCK_SECONDS:
+                time.sleep(0.1)
+                if time.monotonic() - came >= (_STUCK_SECONDS if self.received is None else _UNWIND_SECONDS):
                     os._exit(128 + number)
 
 
