@@ -29,6 +29,7 @@ RUN tools/setup.sh --native-tools && rm -rf /var/lib/apt/lists/*
 COPY README.md LICENSE setup.py ./
 COPY trainer trainer
 COPY pipelines pipelines
+COPY convoy_entry convoy_entry
 RUN --mount=type=bind,from=installer,source=/opt/installer,target=/opt/installer \
     "$(CONVOY_CACHE=/opt/installer tools/setup.sh --print-uv)" pip install --quiet --no-cache --python /opt/convoy/venv/bin/python \
         --no-deps --no-build-isolation --target /opt/convoy/app . \
@@ -44,7 +45,7 @@ LABEL org.opencontainers.image.title="convoy" \
       org.opencontainers.image.revision="${GIT_COMMIT}"
 # With a read-only root file system, /tmp is an emptyDir: all that is written by default goes there.
 ENV PATH=/opt/convoy/app/bin:/opt/convoy/venv/bin:/usr/local/bin:/usr/bin:/bin \
-    PYTHONPATH=/opt/convoy/app \
+    PYTHONPATH=/opt/convoy/app PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib TRITON_CACHE_DIR=/tmp/triton TORCH_EXTENSIONS_DIR=/tmp/torch_extensions \
     CONVOY_GIT_COMMIT=${GIT_COMMIT}

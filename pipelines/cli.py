@@ -16,7 +16,9 @@ from pipelines import cluster_cli
 from trainer.credentials import take_credentials
 from trainer.errors import EXIT_USER, UserError, report, shortened
 from trainer.hardware_faults import classify_fault, describe_place
+from trainer.proxies import bypass_proxies_for_local_services
 from trainer.redaction import redact
+from trainer.streams import secure_standard_streams
 
 app = typer.Typer(
     name="convoy",
@@ -37,6 +39,8 @@ _LOCAL_DIR = Path("runs/local")
 
 def main() -> None:
     """The console command: errors as one line each and the exit codes of the contract."""
+    secure_standard_streams()
+    bypass_proxies_for_local_services(os.environ)
     try:
         take_credentials()
         code = app(standalone_mode=False)
@@ -220,11 +224,11 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")] = None,
     procs: Annotated[int, typer.Option(help="Ranks on this machine.", min=1)] = 1,
-) -> None:
+) -> int:
     """Train on this machine."""
-    sys.stdout.flush()
-    command = [sys.executable, "-m", "trainer.launch", "--procs", str(procs), "--", recipe, *take_credentials(overrides or [])]
-    os.execv(sys.executable, command)
+    from trainer.launch import launch
+
+    return launch(recipe, overrides or [], procs)
 
 
 @app.command()
@@ -345,7 +349,10 @@ def local_env(folder: LocalDir = _LOCAL_DIR) -> None:
     services = local.load(folder.absolute())
     if services is None:
         raise UserError(f"{folder}: no services run there; start them: convoy local up --dir {folder}")
-    for name, value in services.environment().items():
+    variables = services.environment()
+    bypass_proxies_for_local_services(proxies := dict(os.environ))
+    variables |= {name: proxies[name] for name in ("no_proxy", "NO_PROXY") if proxies.get(name) != os.environ.get(name)}
+    for name, value in variables.items():
         print(f"export {name}={value}")
 
 

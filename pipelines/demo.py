@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 from pipelines import local
 from trainer.errors import ServiceLost, UserError
 from trainer.run_lock import LOCK_NAME, exclusive
+from trainer.supervise import python_command
 
 _RANKS = 2
 _PACKAGE = "dataset-fashion-mnist"
@@ -127,7 +127,7 @@ def _convoy(environment: dict[str, str], *arguments: str, capture: bool = False)
     """Run a ``convoy`` command as a user would; its failure is ours, with its exit code."""
     _say(f"convoy {' '.join(arguments)}")
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
+        [*python_command("pipelines.cli"), *arguments],
         env=environment, stdout=subprocess.PIPE if capture else None, text=True, check=False,
     )  # fmt: skip
     if done.returncode == 2:

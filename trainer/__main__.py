@@ -30,31 +30,50 @@ from trainer.engine.parallel import Ranks, StopRequest, describe_gpu, from_first
 from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
 from trainer.engine.schedule import learning_rate_schedule
 from trainer.engine.state import TrainingState
-from trainer.errors import FoundByAll, Terminated, UserError, report
+from trainer.errors import EXIT_PREEMPTED, FoundByAll, Terminated, UserError, report
 from trainer.export import ModelFacts, save_model
 from trainer.fault_log import record_fault
-from trainer.hardware_faults import HardwareFault, classify_fault, describe_place, memory_advice
+from trainer.hardware_faults import HardwareFault, LostPeer, check_gpus, classify_fault, describe_place, memory_advice
+from trainer.launch_environment import LAUNCHER_PID, become_only_rank
 from trainer.preflight import check_result_fits, check_run
+from trainer.proxies import bypass_proxies_for_local_services
 from trainer.records import KeyLog, finish, start_tracking
 from trainer.redaction import redact_credentials
 from trainer.resolve import Resolved, resolve, tracking_uri
 from trainer.run_lock import RunLocks
+from trainer.run_status import UnfinishedRun
+from trainer.stop_signals import StopSignals
+from trainer.streams import secure_standard_streams
+from trainer.supervise import STOP_SECONDS
 from trainer.tracking import Tracker
 from trainer.watchdog import Watchdog
 from trainer.weights import load_weights
 
 
-def main(arguments: list[str]) -> int:
-    """Run one rank; returns its exit code."""
-    ranks = ranks_from_environment()
-    signal.signal(signal.SIGTERM, _TERMINATION)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_follow, args=(os.getppid(),), name="launcher", daemon=True).start()
+def main(arguments: list[str] | None = None) -> int:
+    """Run one rank; returns its exit code. ``arguments``: those of the command when None."""
+    secure_standard_streams()
+    bypass_proxies_for_local_services(os.environ)
+    _STOP.install()
+    code = _run(sys.argv[1:] if arguments is None else arguments)
+    _STOP.ignore()
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    ranks = Ranks(0, 1, 0)
     try:
+        _follow_launcher()
+        ranks = ranks_from_environment()
+        if ranks.world_size == 1 and not _has_launcher():
+            become_only_rank()
         if not arguments or arguments[0].startswith("-"):
             raise UserError("usage: python -m trainer RECIPE [key=value ...]")
-        run = resolve(arguments[0], take_credentials(arguments[1:]), ranks.world_size, check_storage=ranks.is_first)
-        notes = check_run(run, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if ranks.is_first else []
+        procs = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        check_gpus(torch.cuda.device_count(), procs)
+        check_storage = ranks.is_first and not _has_launcher()
+        run = resolve(arguments[0], take_credentials(arguments[1:]), ranks.world_size, check_storage)
+        notes = check_run(run, procs) if ranks.is_first else []
         network = build_network(run)
     except (Exception, Terminated) as error:
         # every rank finds the same
@@ -63,10 +82,10 @@ def main(arguments: list[str]) -> int:
         if run.config.data.check == "sha256":
             check_bytes(run, ranks)
         train(run, network, arguments[0], ranks, notes)
-    except KeyboardInterrupt:
-        return 130
     except (Exception, Terminated) as error:
         found = classify_rank_error(error, run, ranks)
+        if _STOP.received is not None and isinstance(found, Terminated | LostPeer):
+            found = Terminated(_STOP.received)  # a peer that got the signal before it could agree on a step is no fault
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
         return report(found, program, quiet=isinstance(found, FoundByAll) and not ranks.is_first)
     finally:
@@ -85,29 +104,28 @@ def classify_rank_error(error: BaseException, run: Resolved, ranks: Ranks) -> Ba
     return found
 
 
-class _Termination:
-    """SIGTERM ends the run as an error does, MLflow told; while ``request`` is set, in order: after a checkpoint.
-
-    A second one does not disturb that.
-    """
-
-    request: StopRequest | None = None
-
-    def __call__(self, number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if self.request is None:
-            raise Terminated
-        self.request.told = True
+_STOP = StopSignals()
 
 
-_TERMINATION = _Termination()
+def _has_launcher() -> bool:
+    return LAUNCHER_PID in os.environ
+
+
+def _follow_launcher() -> None:
+    """Stop if the launcher, or torchrun, ends without ending this rank: it was killed. Raises Terminated if it is gone already."""
+    launcher = int(os.environ.get(LAUNCHER_PID) or os.getppid())
+    if _has_launcher() and os.getppid() != launcher:
+        raise Terminated
+    if _has_launcher() or "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_follow, args=(launcher,), name="launcher", daemon=True).start()
 
 
 def _follow(launcher: int) -> None:
-    """End in order where the launcher was killed, which can then tell nobody."""
     while os.getppid() == launcher:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_SECONDS)
+    os._exit(EXIT_PREEMPTED)  # nobody else would end a rank that hangs
 
 
 def check_bytes(run: Resolved, ranks: Ranks) -> None:
@@ -178,13 +196,16 @@ def _train(
     engine = build_engine(run, network, device)
     if found is not None:
         engine.restore(found.state)
+    stop = StopRequest()
+    _STOP.defer(stop.tell)  # from here on there is something to save, and an MLflow run to end
+    unfinished = UnfinishedRun(ranks.is_first)
     tracker, system = start_tracking(run, recipe, ranks, found, locks.check_output)
+    unfinished.note(tracker.run_id)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
     room = room_wanted(config, run.train, run.batch.ranks)
     for note in (_headline(run, tracker), *network.notes, decoder, *([room] if room else []), *checked, *notes):
         progress.note(note)
-    stop = _TERMINATION.request = StopRequest()
 
     def save(state: TrainingState, figures: dict[str, Any]) -> None:
         if checkpoints is not None:
@@ -197,18 +218,18 @@ def _train(
     def alive() -> None:
         locks.check()
         watchdog.alive()
+        unfinished.note(tracker.run_id)
 
     job = make_job(run, ranks, device, whole, save, stop, alive, keys.write if keys else None)
     status, result = "FAILED", Result(**found.result) if found else Result()
     try:
         fit(job, engine, tracker, progress, result)
-        _TERMINATION.request = None
         if ranks.is_first:
             locks.check()
             save_model(config.output_dir, whole, network.facts)
             status = "FINISHED"
-    except Terminated:
-        status = "KILLED"
+    except BaseException:
+        status = "FAILED" if _STOP.received is None and not isinstance(sys.exception(), Terminated) else "KILLED"
         raise
     finally:
         watchdog.close()
@@ -222,7 +243,9 @@ def _train(
         if system is not None:
             system.close()
         delivered = tracker.close(status)
+        unfinished.clear()
         parallel.leave()
+    _STOP.resume()
     if ranks.is_first:
         locks.check()
         finish(run, result, tracker, delivered, checkpoints.failures if checkpoints else 0)
@@ -292,4 +315,4 @@ def _headline(run: Resolved, tracker: Tracker) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

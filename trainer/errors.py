@@ -1,6 +1,7 @@
 """The kinds of failure that are not bugs, and the exit codes that a launcher or an operator acts on."""
 
 import os
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -47,7 +48,11 @@ class ServiceLost(RuntimeError):
 
 
 class Terminated(BaseException):
-    """SIGTERM came: end in order, exit code 143."""
+    """A stop signal came: end in order, exit code 128 + ``number``, that is 143 for SIGTERM."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def shortened(lines: list[str], rest: str = "more") -> list[str]:
@@ -61,7 +66,7 @@ def report(error: BaseException, program: str, quiet: bool = False) -> int:
     In a pod, `kubectl describe` shows what is no bug too; of a bug it shows the log's end. Credentials are redacted.
     """
     if isinstance(error, Terminated):
-        return EXIT_PREEMPTED
+        return 128 + error.number
     if isinstance(error, OSError) and (why := disk_fault(error)):
         error = UserError(f"{error.filename}: {why}" if error.filename else f"a file: {why}")
     if isinstance(error, UserError | ServiceLost):

@@ -6,21 +6,29 @@ In a pod the training-operator's environment says how many ranks there are and w
 import argparse
 import logging
 import os
-import signal
 import sys
 import tempfile
-import uuid
-from typing import Any, NoReturn
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
-from trainer.config import load_config
+from trainer.config import RunConfig, load_config
 from trainer.credentials import take_credentials
-from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER, ServiceLost, report
+from trainer.errors import ServiceLost, Terminated, UserError, report
+from trainer.file_limit import raise_open_file_limit
 from trainer.hardware_faults import check_gpus
+from trainer.launch_environment import LAUNCHER_PID, RUN_ID_FILE, check_single_node, check_working_directory, cpus, leftovers
 from trainer.pod import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
 from trainer.preflight import check_run
-from trainer.resolve import resolve
-
-_STOP_SECONDS = 100  # that ranks have for a checkpoint on SIGTERM; less than the pods' grace period
+from trainer.proxies import bypass_proxies_for_local_services
+from trainer.resolve import resolve, tracking_uri
+from trainer.run_status import end_unfinished_run
+from trainer.stop_signals import StopSignals
+from trainer.streams import secure_standard_streams
+from trainer.supervise import STOP_SECONDS, exit_code, python_command, run_ranks
 
 _JOIN_SECONDS = 24 * 3600  # the others may wait for nodes for long
 
@@ -32,100 +40,152 @@ def main() -> int:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
+    secure_standard_streams()
+    bypass_proxies_for_local_services(os.environ)
+    return launch(arguments.recipe, arguments.overrides, arguments.procs)
+
+
+def launch(recipe: str, overrides: list[str], procs: int) -> int:
+    """Train on this machine, or as this pod's part of a job; returns the exit code of the run.
+
+    Whatever ends this process, its ranks end, and their MLflow run gets its status.
+    """
+    signals = StopSignals()
+    signals.install()
     try:
-        arguments.overrides = take_credentials(arguments.overrides)  # out of the ranks' command lines
-        procs, command = arguments.procs, ["-m", "trainer", arguments.recipe, *arguments.overrides]
+        check_working_directory()
+        overrides = take_credentials(overrides)  # out of the ranks' command lines
         pod = pod_from_environment()
-        if pod is not None:  # process 1 of a container is deaf to signals that it does not ask for
-            signal.signal(signal.SIGTERM, _leave)
-        config = load_config(arguments.recipe, arguments.overrides)
+        if pod is None:
+            check_single_node()
+        raise_open_file_limit()
+        config = load_config(recipe, overrides)
         if pod is not None or config.data.wait_minutes:
             wait_for_data(config)
-        world_size = pod.world_size if pod else procs
         # one listing of the store a job: where the first rank is
-        checks = pod.is_first if pod else procs > 1
-        run = resolve(arguments.recipe, arguments.overrides, world_size, check_storage=checks)
+        checks = pod is None or pod.is_first
+        run = resolve(recipe, overrides, pod.world_size if pod else procs, check_storage=checks)
         if checks:
             check_run(run, pod.procs if pod else procs)  # rank 0 prints its notes
+        arguments = [recipe, *overrides]
         if pod is not None:
-            if pod.is_first and config.checkpoint.url:
-                count_start(config.checkpoint.url, config.checkpoint.max_starts)
-            wait_for_host(pod)
-            code = start_ranks(pod.procs, command, **_meeting(pod))
-            if code == 0:
-                signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-                let_first_end(pod)
-            return code
-        if procs == 1:
-            os.execv(sys.executable, [sys.executable, *command])
-        return start_ranks(procs, command)
-    except Exception as error:
+            return _launch_pod(pod, config, arguments, signals)
+        if ignored := leftovers():
+            print(f"ignored, of another launcher: {', '.join(ignored)}", flush=True)
+        with _run_id_file(config, signals) as file:
+            return run_ranks(procs, arguments, file, signals)
+    except (Exception, Terminated) as error:
         return report(error, "convoy")
 
 
-def _leave(number: int, frame: Any) -> NoReturn:
-    sys.exit(EXIT_PREEMPTED)
+@contextmanager
+def _run_id_file(config: RunConfig, signals: StopSignals) -> Iterator[Path]:
+    """A file for rank 0; a run that it still names afterwards, when all ranks have ended, is FAILED, or KILLED by a signal."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="convoy-ranks-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(f"TMPDIR: no temporary folder can be made: {error.strerror}") from None
+    with folder as name:
+        file = Path(name) / "run-id"
+        try:
+            yield file
+        finally:
+            status = "FAILED" if signals.received is None else "KILLED"
+            end_unfinished_run(file, tracking_uri(config), config.output_dir / "tracking.jsonl", status)
 
 
-def _meeting(pod: Pod) -> dict[str, Any]:
+def _launch_pod(pod: Pod, config: RunConfig, arguments: list[str], signals: StopSignals) -> int:
+    if pod.is_first and config.checkpoint.url:
+        count_start(config.checkpoint.url, config.checkpoint.max_starts)
+    wait_for_host(pod)
     print(f"rendezvous of {pod.nodes} pods at {pod.host}:{pod.port}", flush=True)
-    return {
-        "nodes": pod.nodes,
-        "rdzv_endpoint": f"{pod.host}:{pod.port}",
-        "run_id": pod.job,
-        "rdzv_configs": {"join_timeout": _JOIN_SECONDS},
-        "shutdown_timeout": _STOP_SECONDS,
-    }
+    with _run_id_file(config, signals) as file:
+        os.environ |= {LAUNCHER_PID: str(os.getpid()), RUN_ID_FILE: str(file)}
+        code = _run_pod_ranks(pod, arguments, signals)
+    if code == 0:
+        signals.defer(lambda number: sys.exit(0))
+        if signals.received is None:
+            let_first_end(pod)
+    return code
 
 
-def _cpus() -> int:
-    """Those that the pod asked for, rounded up: ranks that count on the whole node's spin for each other's. Else this process's."""
-    return int(os.environ.get("CONVOY_CPUS") or len(os.sched_getaffinity(0)))
+def _run_pod_ranks(pod: Pod, arguments: list[str], signals: StopSignals) -> int:
+    """Run this pod's ranks under torch's elastic agent; one that ends badly ends the others. Returns the exit code of the run.
 
-
-def start_ranks(procs: int, command: list[str], nodes: int = 1, **meeting: Any) -> int:
-    """Run ``python *command`` once a rank, under torch's elastic agent; one that ends badly ends the others.
-
-    ``nodes``: how many agents meet; ``meeting``: where. Returns 0, or of the failed ranks' exit codes the most telling: the
-    user's mistake, a bug, a preemption of all, else "retry". Raises ServiceLost where the agents lose each other, UserError where
-    there are fewer GPUs than ranks.
+    Raises ServiceLost if the agents lose each other, UserError if there are fewer GPUs than ranks.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cpus() // procs)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // pod.procs)))
     import torch
     from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    check_gpus(torch.cuda.device_count(), procs)
-    # the ranks say what went wrong themselves
+    check_gpus(torch.cuda.device_count(), pod.procs)
+
+    class Logs(DefaultLogsSpecs):
+        def reify(self, envs: dict[int, dict[str, str]]) -> Any:
+            """Is called right before the ranks are started: from here on a signal is theirs."""
+            signals.defer()
+            return super().reify(envs)
+
+    # the ranks report themselves what went wrong
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    alone = {"rdzv_endpoint": "127.0.0.1:0", "run_id": uuid.uuid4().hex}
     try:
-        with tempfile.TemporaryDirectory(prefix="convoy-ranks-") as folder:  # torch would leave its own behind
+        with tempfile.TemporaryDirectory(prefix="convoy-agent-") as folder, _forwarded(signals):
             config = LaunchConfig(
-                min_nodes=nodes,
-                max_nodes=nodes,
-                nproc_per_node=procs,
+                min_nodes=pod.nodes,
+                max_nodes=pod.nodes,
+                nproc_per_node=pod.procs,
                 rdzv_backend="c10d",
+                rdzv_endpoint=f"{pod.host}:{pod.port}",
+                rdzv_configs={"join_timeout": _JOIN_SECONDS},
+                run_id=pod.job,
                 max_restarts=0,
                 monitor_interval=0.2,
-                logs_specs=DefaultLogsSpecs(log_dir=folder),
-                **(meeting or alone),
+                shutdown_timeout=int(STOP_SECONDS),
+                signals_to_handle="",  # its handler raises between the starts of two ranks, and loses the first
+                logs_specs=Logs(log_dir=folder),
             )
-            elastic_launch(config, sys.executable)(*command)
+            command = python_command("trainer.__main__")
+            elastic_launch(config, command[0])(*command[1:], *arguments)
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        for code in (EXIT_USER, EXIT_BUG):
-            if code in codes:
-                return code
-        return EXIT_PREEMPTED if codes == {EXIT_PREEMPTED} else EXIT_RETRY  # one that was killed is a lost peer
-    except SignalException as error:
-        return 128 + int(error.sigval)
+        return exit_code([failure.exitcode for failure in error.failures.values()], signals.received)
     except (RendezvousError, DistError, ConnectionError, TimeoutError) as error:
+        if signals.received is not None:
+            raise Terminated(signals.received) from None
         raise ServiceLost(f"the other pods are gone ({str(error).splitlines()[0][:200]})") from error
     return 0
+
+
+@contextmanager
+def _forwarded(signals: StopSignals) -> Iterator[None]:
+    """Meanwhile a thread sends a stop signal on to the ranks as SIGTERM, each once, and kills what is left after STOP_SECONDS."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_forward, args=(signals, ended), name="forward-signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _forward(signals: StopSignals, ended: threading.Event) -> None:
+    import psutil
+
+    informed: dict[int, float] = {}
+    while not ended.wait(0.1):
+        if signals.received is None:
+            continue
+        for rank in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                if rank.pid not in informed:
+                    informed[rank.pid] = time.monotonic()
+                    rank.terminate()
+                elif time.monotonic() - informed[rank.pid] >= STOP_SECONDS:
+                    rank.kill()
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def pod_from_environment(environment: Mapping[str, str] = os.environ) -> Pod | N
     endpoint = environment.get("PET_RDZV_ENDPOINT")
     if not endpoint:
         return None
+    if (backend := environment.get("PET_RDZV_BACKEND") or "c10d") != "c10d":
+        raise UserError(f"PET_RDZV_BACKEND: {backend!r} is not supported; set spec.elasticPolicy.rdzvBackend: c10d")
     host, _, port = endpoint.rpartition(":")
     nodes = environment.get("PET_NNODES", "1").rpartition(":")[2]
     procs = environment.get("PET_NPROC_PER_NODE", "1")

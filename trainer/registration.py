@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.errors import ServiceLost
 from trainer.export import FACTS_NAME, WEIGHTS_NAME
+from trainer.packaged_code import packaged_code
 from trainer.tracking import configure_mlflow
 
 _NEEDED = ("torch", "numpy", "pillow", "safetensors", "pydantic", "pyyaml", "pandas")
@@ -39,7 +40,6 @@ def register(
     from mlflow.tracking import MlflowClient
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
-    package = Path(__file__).parent
     signature = ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, _num_classes(export)))]),
@@ -47,16 +47,17 @@ def register(
     tags = {"top1": repr(top1), "top5": repr(top5), "val_digest": val_digest}
     try:
         mlflow.set_tracking_uri(uri)
-        info = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(package / "serving.py"),
-            artifacts={"weights": str(export / WEIGHTS_NAME), "facts": str(export / FACTS_NAME)},
-            code_paths=[str(package)],
-            pip_requirements=[f"mlflow=={mlflow.__version__}", *(f"{p}=={importlib.metadata.version(p)}" for p in _NEEDED)],
-            signature=signature,
-            input_example=pd.DataFrame({"image": [example]}),
-            model_id=_new_logged_model(uri, run_id),
-        )
+        with packaged_code() as (package, serving):
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(serving),
+                artifacts={"weights": str(export / WEIGHTS_NAME), "facts": str(export / FACTS_NAME)},
+                code_paths=[str(package)],
+                pip_requirements=[f"mlflow=={mlflow.__version__}", *(f"{p}=={importlib.metadata.version(p)}" for p in _NEEDED)],
+                signature=signature,
+                input_example=pd.DataFrame({"image": [example]}),
+                model_id=_new_logged_model(uri, run_id),
+            )
         client = MlflowClient(tracking_uri=uri)
         try:
             client.create_registered_model(name)

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pipelines.study.data import prepare
 from pipelines.study.progress import StudyProgress
 from trainer.config import RunConfig, load_config
 from trainer.errors import EXIT_PREEMPTED, EXIT_USER, ServiceLost, UserError
+from trainer.supervise import python_command
 from trainer.tracking import configure_mlflow
 
 EXPERIMENT = "studies"
@@ -227,9 +227,7 @@ def _start(run: Run) -> "subprocess.Popen[bytes]":
         shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     command = [
-        sys.executable,
-        "-m",
-        "trainer.launch",
+        *python_command("trainer.launch"),
         "--procs",
         str(run.training.procs),
         "--",

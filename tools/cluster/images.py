@@ -35,7 +35,7 @@ FILES = Path(__file__).resolve().parent / "images"
 KEY_LABEL = "convoy.key"
 BASE = "localhost/convoy-base:dev"
 DEPENDENCY_INPUTS = ("Dockerfile", "requirements.lock", "pyproject.toml", "tools/setup.sh")
-TRAINER_INPUTS = (*DEPENDENCY_INPUTS, ".dockerignore", "setup.py", "README.md", "LICENSE", "trainer", "pipelines")
+TRAINER_INPUTS = (*DEPENDENCY_INPUTS, ".dockerignore", "setup.py", "README.md", "LICENSE", "trainer", "pipelines", "convoy_entry")
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,12 @@ def _end_epoch(job: Job, engine: Engine, tracker: Tracker, progress: TrainingPro
     epoch = -(-result.steps // job.steps_per_epoch)
     if job.eval_batches is not None:
         bad: list[str] = []
-        result.top1, result.top5, result.val_samples = evaluate(job.model, job, _noting(job.eval_batches(), bad))
+        try:
+            result.top1, result.top5, result.val_samples = evaluate(job.model, job, _noting(job.eval_batches(), bad))
+        except Terminated:
+            _save(job, engine, result)  # the run that resumes from it evaluates first
+            progress.note(f"told to stop: checkpoint of step {result.steps:,}, not evaluated")
+            raise
         if job.max_bad_samples is not None:
             for line in gathered(bad):
                 progress.note(f"not evaluated: {line}")
@@ -265,12 +270,20 @@ def _passed_over(job: Job, meter: Meter, progress: TrainingProgress, result: Res
 
 @torch.inference_mode()
 def evaluate(model: torch.nn.Module, job: Job, batches: Iterator[Batch]) -> tuple[float, float, int]:
-    """top1, top5 (fractions) and the number of samples, counted exactly over all ranks, all of which take part."""
+    """top1, top5 (fractions) and the number of samples, counted exactly over all ranks, all of which take part.
+
+    Raises Terminated on all ranks if any was told to stop before it had read all its samples.
+    """
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=job.device)
+    counts = torch.zeros(4, dtype=torch.int64, device=job.device)  # top1, top5, samples, ranks that stopped
     for batch in batches:
+        if job.stop.told:
+            counts[3] = 1
+            break
         images = normalize(to_device(batch.pixels, job.device), job.mean, job.std)
-        counts += count_correct(model(images), to_device(batch.labels, job.device))
+        counts[:3] += count_correct(model(images), to_device(batch.labels, job.device))
         job.alive()
-    top1, top5, samples = summed(counts).tolist()
+    top1, top5, samples, stopped = summed(counts).tolist()
+    if stopped:
+        raise Terminated
     return top1 / max(samples, 1), top5 / max(samples, 1), samples

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.errors import ServiceLost, UserError
+from trainer.launch_environment import STORE_FD, check_rank_environment
 
 T = TypeVar("T")
+
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # DeepSpeed's default
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """As torchrun tells; alone where it did not start this process."""
-    return Ranks(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    """As the launcher or torchrun set it; alone if neither started this process. Raises UserError for leftovers."""
+    return Ranks(*check_rank_environment())
 
 
 def join(ranks: Ranks, fp16: bool = False) -> torch.device:
@@ -40,9 +44,9 @@ def join(ranks: Ranks, fp16: bool = False) -> torch.device:
 
     ``fp16``: half precision is wanted, which DeepSpeed must be told that a CPU can do too.
     """
-    alone = "RANK" not in os.environ  # no torchrun started this process
+    alone = ranks.world_size == 1
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.update(defaults | os.environ)  # DeepSpeed insists on them
+    os.environ.update(defaults if alone else defaults | os.environ)  # DeepSpeed insists on them
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -62,8 +66,26 @@ def join(ranks: Ranks, fp16: bool = False) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if alone:  # no port is needed
         dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    elif STORE_FD in os.environ:
+        dist.init_process_group(
+            backend, store=_local_store(ranks), rank=ranks.rank, world_size=ranks.world_size, timeout=_COLLECTIVE_TIMEOUT
+        )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     return device
+
+
+def _local_store(ranks: Ranks) -> Any:
+    """The rendezvous of ranks on one machine: the launcher has bound its port already."""
+    given = os.environ.pop(STORE_FD)
+    return torch._C._distributed_c10d.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        ranks.world_size,
+        ranks.is_first,
+        timeout=_COLLECTIVE_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=int(given) if ranks.is_first else None,
+    )
 
 
 @contextmanager
@@ -121,6 +143,10 @@ class StopRequest:
         self._group: Any = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self._answer = torch.zeros(1)
         self._round: dist.Work | None = None
+
+    def tell(self, number: int) -> None:
+        """This rank received the signal ``number``."""
+        self.told = True
 
     def ask(self) -> None:
         """Before a step."""
