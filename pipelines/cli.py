@@ -251,11 +251,13 @@ def register(
 
 @app.command()
 def sync(spool: Annotated[str, typer.Argument(help="The tracking.jsonl that a run left.")]) -> None:
-    """Send MLflow what a run could not tell it."""
+    """Send MLflow the entries that a run could not deliver."""
     from pipelines.register import sync as run
 
-    run_id, sent = run(spool)
-    print(f"sent {sent:,} entries to MLflow run {run_id}")
+    report = run(spool)
+    for line in report.lines():
+        print(line)
+    report.raise_if_incomplete()
 
 
 @app.command()

@@ -149,7 +149,7 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
 
     def save(state: TrainingState, figures: dict[str, Any]) -> None:
         if checkpoints is not None:
-            checkpoints.save(Checkpoint(state, course, figures, tracker.run_id))
+            checkpoints.save(Checkpoint(state, course, figures, tracker.run_id, tracker.run_key))
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
     job = make_job(run, ranks, device, whole, save, stop, watchdog.alive)
@@ -170,10 +170,10 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks) -> None:
             checkpoints.wait()
         if system is not None:
             system.close()
-        delivered = tracker.close(status)
+        tracker.close(status)
         parallel.leave()
     if ranks.is_first:
-        finish(run, result, tracker, delivered)
+        finish(run, result, tracker)
 
 
 def build_engine(run: Resolved, network: Network, device: torch.device) -> Engine:
