@@ -16,7 +16,8 @@ from trainer.tracking.faults import (
     classify,
 )
 from trainer.tracking.mlflow_run import Item, MlflowRun
-from trainer.tracking.spool import Entry, SpoolReader
+from trainer.tracking.spool import Entry
+from trainer.tracking.spool_reader import SpoolReader
 
 _CHUNK = 500  # entries that are read from the spool at once
 _MOST_PARKED = 20_000  # items that may wait while others pass them
@@ -153,7 +154,7 @@ class RunUploader:
     def _read(self) -> bool:
         """Queue the next entries; False if there are none."""
         assert self.run is not None
-        run, attempts = self.run, self._reader.attempts[self.key]
+        run, attempts = self.run, self._reader.attempts.get(self.key, set())
         if not self._chunk:
             self._chunk.extend(self._reader.read(self.key, _CHUNK))
         found = bool(self._chunk)
@@ -177,6 +178,8 @@ class RunUploader:
                 self._unsettled[entry.digest] += len(items) or 1
             elif entry.kind != "artifact":
                 self._settled.append(entry.digest)  # nothing of it is new, or it is superseded
+            if entry.kind == "run":
+                break  # what a later attempt changes shows only when this is sent
         self._enqueue("metrics", metrics)
         return found
 

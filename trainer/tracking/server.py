@@ -54,6 +54,10 @@ def validate_tracking_uri(uri: str, key: str = "tracking.uri") -> None:
 
     if uri != uri.strip() or re.search(r"[\x00-\x1f]", uri):
         refuse("begins or ends with white space, or has control characters; remove them")
+    if uri == "databricks":
+        return
+    if uri in ("uc", "databricks-uc") or uri.startswith(("uc:", "databricks-uc:")):
+        refuse("is a model registry only; use databricks, and MLFLOW_REGISTRY_URI for the registry")
     if _HOST_AND_PORT.match(uri):
         refuse(f"has no scheme; use http://{shown}")
     try:
@@ -75,8 +79,6 @@ def validate_tracking_uri(uri: str, key: str = "tracking.uri") -> None:
             refuse(
                 "is a folder, which this MLflow no longer takes as a store; use sqlite:///FILE, or set MLFLOW_ALLOW_FILE_STORE=true"
             )
-    elif scheme in ("uc", "databricks-uc") or uri in ("uc", "databricks-uc"):
-        refuse("is a model registry only; use databricks, and MLFLOW_REGISTRY_URI for the registry")
     elif scheme == "databricks":
         return
     elif scheme not in _plugin_schemes():

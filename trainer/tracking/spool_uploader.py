@@ -16,12 +16,12 @@ from trainer.tracking.mlflow_run import MlflowRun, find_run, item_of_rejected
 from trainer.tracking.run_uploader import RunUploader
 from trainer.tracking.server import connect
 from trainer.tracking.spool import (
-    SpoolReader,
     first_format_record_path,
     lock_spool,
     record_path,
     rejected_path,
 )
+from trainer.tracking.spool_reader import SpoolReader
 
 _WAITS = (1.0, 2.0, 4.0)  # seconds between tries
 

@@ -18,15 +18,14 @@ from trainer.tracking.faults import DeliveryStopped, Fault, classify
 from trainer.tracking.run_uploader import RunUploader
 from trainer.tracking.server import connect, refusal
 from trainer.tracking.spool import (
-    SpoolReader,
     SpoolWriter,
-    is_spool_of,
     new_run_key,
     now_ms,
     record_path,
     rejected_path,
     set_aside,
 )
+from trainer.tracking.spool_reader import SpoolReader, is_spool_of
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
 _START_WAIT, _CLOSE_WAIT = 20.0, 30.0  # seconds that a run's start and end wait for the server
@@ -136,7 +135,7 @@ class MlflowTracker:
             thread.join(max(0.0, deadline - time.monotonic()))
         ended = not any(thread.is_alive() for thread in self._threads)
         empty = not (self._runs.waiting or self._runs.artifacts or self._writer.unwritten)
-        if ended and empty and self._runs.status_sent and not self._reader.unread(self.run_key):
+        if ended and empty and not self._reader.unread(self.run_key):
             for line in self._reader.corrupt:
                 content = {"kind": "corrupt", "line": line.number, "text": line.text}
                 self._rejected.add(content, f"line {line.number} of the spool {line.reason}")
