@@ -27,26 +27,40 @@ def server() -> str:
 
 
 def register_output(folder: str, name: str) -> Registered:
-    """Register the model in a run's output folder. A run that MLflow does not have yet is sent
-    first, from its spool, or from the folder if it was never tracked. Raises UserError."""
+    """Register the model in a run's output folder, whether or not MLflow has the run yet. Raises
+    UserError."""
     path = Path(folder)
+    result, config = _read_output(path)
+    run_id = ensure_run(path)
+    index, store = open_index(config["data"]["val"] or config["data"]["train"])
+    example = read_image(0, index, store)
+    return register(server(), run_id, name, path, example, result["top1"], result["top5"], index.digest)
+
+
+def _read_output(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``result.json`` and ``config.json``."""
     try:
         result = json.loads((path / "result.json").read_text())
         config = json.loads((path / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder}: is not the output folder of a finished run: {error}") from None
-    run_id = result["mlflow_run_id"]
+        raise UserError(f"{path}: is not the output folder of a finished run: {error}") from None
+    return result, config
+
+
+def ensure_run(path: Path) -> str:
+    """The id of the MLflow run of output folder ``path``. A run that MLflow does not have is sent
+    from its spool, or from the folder if it was never tracked. Raises UserError."""
+    result, config = _read_output(path)
     spool = path / "tracking.jsonl"
-    if run_id is None and not spool.exists():
+    if result["mlflow_run_id"] is None and not spool.exists():
         _write_spool(spool, result, config)
+        result, config = _read_output(path)
     if spool.exists():
         sync(str(spool)).raise_if_incomplete(needed_key=result.get("run_key"))
-        run_id = json.loads((path / "result.json").read_text())["mlflow_run_id"]
-    if run_id is None:
-        raise UserError(f"{spool}: holds entries of other runs only; {folder} has no MLflow run")
-    index, store = open_index(config["data"]["val"] or config["data"]["train"])
-    example = read_image(0, index, store)
-    return register(server(), run_id, name, path, example, result["top1"], result["top5"], index.digest)
+        result, config = _read_output(path)
+    if result["mlflow_run_id"] is None:
+        raise UserError(f"{spool}: holds entries of other runs only; {path} has no MLflow run")
+    return str(result["mlflow_run_id"])
 
 
 def _write_spool(spool: Path, result: dict[str, Any], config: dict[str, Any]) -> None:

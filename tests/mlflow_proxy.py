@@ -41,6 +41,11 @@ class MlflowProxy:
 
             def do(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.headers.get("Transfer-Encoding") == "chunked":  # an empty file
+                    while size := int(self.rfile.readline(), 16):
+                        body += self.rfile.read(size)
+                        self.rfile.readline()
+                    self.rfile.readline()
                 request = Request(self.command, self.path, body, lambda: proxy._forward(self, body))
                 proxy.requests.append(request)
                 status, content, kind = proxy.hook(request) or request.forward()
@@ -65,7 +70,7 @@ class MlflowProxy:
 
     def _forward(self, handler: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes, str]:
         connection = http.client.HTTPConnection(self._upstream, timeout=30)
-        dropped = ("host", "content-length", "accept-encoding")
+        dropped = ("host", "content-length", "transfer-encoding", "accept-encoding")
         headers = {k: v for k, v in handler.headers.items() if k.lower() not in dropped}
         connection.request(handler.command, handler.path, body or None, headers)
         answer = connection.getresponse()

@@ -13,6 +13,7 @@ from trainer.export import FACTS_NAME, WEIGHTS_NAME
 from trainer.redaction import redact_credentials
 from trainer.tracking import configure_mlflow
 from trainer.tracking.faults import Fault, classify, is_service_error
+from trainer.tracking.mlflow_run import single_try
 from trainer.tracking.server import refusal
 
 _NEEDED = ("torch", "numpy", "pillow", "safetensors", "pydantic", "pyyaml", "pandas")
@@ -114,7 +115,8 @@ def _version(
     if "info" not in logged:
         logged["info"] = _log_model(client, run, export, example, logged)
     info = logged["info"]
-    version = client.create_model_version(name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id)
+    with single_try():
+        version = client.create_model_version(name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id)
     return str(version.version)
 
 
@@ -132,12 +134,13 @@ def _log_model(client: Any, run: Any, export: Path, example: bytes, logged: dict
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, _num_classes(export)))]),
     )
     if "model_id" not in logged:
-        model = client.create_logged_model(
-            run.info.experiment_id,
-            name="model",
-            source_run_id=run.info.run_id,
-            model_type="image-classifier",
-        )
+        with single_try():
+            model = client.create_logged_model(
+                run.info.experiment_id,
+                name="model",
+                source_run_id=run.info.run_id,
+                model_type="image-classifier",
+            )
         logged["model_id"] = str(model.model_id)
     requirements = [f"{p}=={importlib.metadata.version(p)}" for p in _NEEDED]
     return mlflow.pyfunc.log_model(

@@ -144,12 +144,12 @@ def _check_model(client: Any, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        tags = client.get_registered_model(name).tags
+        model = client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return
-    if tags.get("mlflow.prompt.is_prompt") == "true":
+    if model._is_prompt():
         reason = f"tracking.register_as: {name!r} is a prompt in the registry; choose another name"
         raise DeliveryStopped(Fault("rejected", reason))
 

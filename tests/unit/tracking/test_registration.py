@@ -11,7 +11,7 @@ from mlflow_proxy import LOST, Answer, MlflowProxy, Request
 from PIL import Image
 from spools import write_run
 
-from pipelines.register import register_output, sync
+from pipelines.register import ensure_run, sync
 from trainer import registration
 from trainer.config import load_config
 from trainer.data.index import open_index
@@ -44,9 +44,13 @@ def add(
     return lambda: register(proxy.url, run.info.run_id, experiment[:60], output, picture.getvalue(), 0.5, 0.9, "sha256:0")
 
 
-def test_a_lost_response_registers_one_version(
+def test_a_refused_upload_is_the_users_to_cure_and_a_lost_response_registers_one_version(
     add: Callable[[], Registered], proxy: MlflowProxy, client: MlflowClient, experiment: str
 ) -> None:
+    refused = (413, b"<html>Request Entity Too Large</html>", "text/html")
+    proxy.hook = lambda r: refused if r.path.endswith("model.safetensors") else None
+    with pytest.raises(UserError, match="too large"):
+        add()
     lost = {"model-versions/create", "registered-models/create", "registered-models/alias"}
 
     def hook(request: Request) -> Answer:
@@ -63,43 +67,41 @@ def test_a_lost_response_registers_one_version(
     assert len(client.search_model_versions(f"name = '{experiment[:60]}'")) == 1
 
 
-@pytest.mark.parametrize(("status", "told"), [(413, "too large"), (403, "refuses the credentials"), (400, "refuses to register")])
-def test_a_refused_upload_is_the_users_to_cure(status: int, told: str, add: Callable[[], Registered], proxy: MlflowProxy) -> None:
-    spoil = lambda r: (status, b"<html>no</html>", "text/html") if r.method == "PUT" else None  # noqa: E731
-    proxy.hook = spoil
+@pytest.mark.parametrize(("status", "told"), [(403, "refuses the credentials"), (400, "refuses to register")])
+def test_a_registry_that_refuses_is_the_users_to_cure(
+    status: int, told: str, add: Callable[[], Registered], proxy: MlflowProxy
+) -> None:
+    refused = (status, b"<html>no</html>", "text/html")
+    proxy.hook = lambda r: refused if r.is_call("registered-models/create") else None
     with pytest.raises(UserError, match=told):
         add()
-    proxy.hook = lambda request: None
-    assert add().version == "1"
 
 
 def test_a_server_that_fails_again_and_again_asks_for_a_retry(add: Callable[[], Registered], proxy: MlflowProxy) -> None:
-    proxy.hook = lambda r: (503, b"", "text/html") if r.is_call("model-versions/create") else None
+    proxy.hook = lambda r: (503, b"", "text/html") if r.is_call("registered-models/create") else None
     with pytest.raises(ServiceLost, match="did not register"):
         add()
-    assert proxy.calls("model-versions/create") >= 3
+    assert proxy.calls("registered-models/create") >= 3
 
 
 @pytest.mark.parametrize("spooled", [True, False], ids=["from-its-spool", "never-tracked"])
-def test_register_creates_the_run_that_mlflow_does_not_have(
+def test_a_run_that_mlflow_does_not_have_is_created_to_register_its_model(
     spooled: bool, output: Path, proxy: MlflowProxy, client: MlflowClient, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside entries of another run in the spool."""
+    """Also if the spool has entries of another run too."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
     if spooled:
         write_run(output / "tracking.jsonl", experiment, "other")
         key = write_run(output / "tracking.jsonl", experiment, "r")
         result = json.loads((output / "result.json").read_text()) | {"run_key": key}
         (output / "result.json").write_text(json.dumps(result))
-    registered = register_output(str(output), experiment[:60])
-    version = client.get_model_version(experiment[:60], registered.version)
-    run = client.get_run(str(version.run_id))
+    run = client.get_run(ensure_run(output))
     assert (run.info.run_name, run.info.status) == ("r", "FINISHED")
-    assert json.loads((output / "result.json").read_text())["mlflow_run_id"] == run.info.run_id
+    assert ensure_run(output) == run.info.run_id
+    assert not (output / "tracking.jsonl").exists()
     if not spooled:
         assert run.data.params["model.name"] == "resnet8"
         assert run.data.metrics == {"top1": 0.5, "top5": 0.9}
-    assert register_output(str(output), experiment[:60]).version == registered.version
 
 
 def test_sync_never_gives_a_result_the_id_of_another_run(

@@ -53,7 +53,7 @@ def test_a_uri_that_mlflow_takes_is_valid(uri: str, tmp_path: Path, monkeypatch:
     ],
 )
 def test_a_uri_that_mlflow_would_reject_is_refused(uri: str, told: str) -> None:
-    with pytest.raises(UserError, match="tracking.uri") as refused:
+    with pytest.raises(UserError, match=r"tracking\.uri") as refused:
         validate_tracking_uri(uri)
     assert told in str(refused.value)
     assert "secret" not in str(refused.value)
@@ -116,5 +116,5 @@ def test_names_that_the_server_would_refuse_are_refused(proxy: MlflowProxy, clie
 
 
 def test_a_database_that_cannot_be_made_is_refused() -> None:
-    with pytest.raises(UserError, match="/proc/nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         check_server("sqlite:////proc/nowhere/mlflow.db", "any", None)
