@@ -144,12 +144,16 @@ def _check_model(client: Any, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        model = client.get_registered_model(name)
+        client.get_registered_model(name)
+        return
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return
-    if model._is_prompt():
+    try:
+        taken = client.get_prompt(name) is not None
+    except MlflowException:
+        return  # a registry without prompts
+    if taken:
         reason = f"tracking.register_as: {name!r} is a prompt in the registry; choose another name"
         raise DeliveryStopped(Fault("rejected", reason))
 

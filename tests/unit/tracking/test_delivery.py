@@ -57,8 +57,16 @@ def _once(call: str, answer: Answer | None) -> Callable[[Request], Answer]:
     return hook
 
 
-@pytest.mark.parametrize("answer", [LOST, (503, b"busy", "text/html")], ids=["lost", "503"])
-@pytest.mark.parametrize("call", ["experiments/create", "runs/create", "runs/log-batch", "runs/log-inputs", "runs/update"])
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        ("experiments/create", LOST),
+        ("runs/create", LOST),
+        ("runs/log-batch", LOST),
+        ("runs/log-batch", (503, b"busy", "text/html")),
+        ("runs/log-inputs", (503, b"busy", "text/html")),
+    ],
+)
 def test_a_request_that_fails_once_is_repeated_without_effect(
     call: str, answer: Answer, proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses
 ) -> None:
@@ -112,7 +120,7 @@ def test_one_invalid_metric_is_set_aside_alone(
     _assert_whole(only_run(), losses)
 
 
-@pytest.mark.parametrize("status", [403, 413, 500])
+@pytest.mark.parametrize("status", [403, 500])
 def test_a_metric_that_only_some_gateway_rejects_does_not_block_others(
     status: int, proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses
 ) -> None:
@@ -178,7 +186,7 @@ def _experiment(spool: Path, proxy: MlflowProxy, run: Run) -> str:
     return f'"experiment": "{name}"'
 
 
-@pytest.mark.parametrize("status", [403, 413, 500])
+@pytest.mark.parametrize("status", [403, 500])
 def test_an_artifact_that_fails_blocks_neither_metrics_nor_status(
     status: int, proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses, client: MlflowClient
 ) -> None:
@@ -256,7 +264,7 @@ def test_a_run_that_the_server_has_lost_is_sent_again_in_full(
     _assert_whole(only_run(), losses)
 
 
-@pytest.mark.parametrize("after", [2, 5, 6, 9])
+@pytest.mark.parametrize("after", [5, 8])
 def test_delivery_that_is_cut_off_resumes_without_repeating(
     after: int, proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses
 ) -> None:
@@ -385,7 +393,11 @@ def test_a_file_that_changed_since_is_not_sent_as_the_artifact_of_an_old_run(
 # --- any order --------------------------------------------------------------------------------
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20 if "CONVOY_EXPLORE" in os.environ else 2,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(seed=st.integers(0, 2**32), cuts=st.booleans(), cut_run=st.booleans())
 def test_spools_of_several_runs_in_any_order_reach_the_right_runs(
     seed: int, cuts: bool, cut_run: bool, proxy: MlflowProxy, client: MlflowClient, tmp_path: Path, experiment: str
