@@ -36,7 +36,7 @@ def configure_mlflow(retries: int = 2) -> None:
 
 def connect(uri: str) -> Any:
     """An MLflow client. Raises what MLflow raises; a database is contacted, a server is not."""
-    configure_mlflow(retries=0)  # the uploader retries
+    configure_mlflow(retries=1)  # the uploader retries too
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
