@@ -282,14 +282,16 @@ def register(
 
 @app.command()
 def sync(spool: Annotated[str, typer.Argument(help="The tracking.jsonl that a run left.")]) -> None:
-    """Send MLflow what a run could not tell it."""
+    """Send MLflow the entries that a run could not deliver."""
     from pipelines.register import sync as run
     from trainer.run_lock import exclusive
 
     advice = "a run that trains sends its entries itself; send what is left when that has ended"
     with exclusive(str(Path(spool).parent), "convoy sync", advice) if Path(spool).is_file() else nullcontext():
-        run_id, sent = run(spool)
-    print(f"sent {sent:,} entries to MLflow run {run_id}")
+        report = run(spool)
+    for line in report.lines():
+        print(line)
+    report.raise_if_incomplete()
 
 
 @app.command()

@@ -210,7 +210,7 @@ def _train(
     def save(state: TrainingState, figures: dict[str, Any]) -> None:
         if checkpoints is not None:
             check_result_fits(run, whole, checkpoints.failures_in_a_row)
-            checkpoints.save(Checkpoint(state, course, figures, tracker.run_id))
+            checkpoints.save(Checkpoint(state, course, figures, tracker.run_id, tracker.run_key))
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
     keys = KeyLog(config.output_dir / "samples", run, ranks.rank) if config.data.log_keys else None
@@ -242,13 +242,13 @@ def _train(
                 tracker.log_metrics({"failed_checkpoints": checkpoints.failures}, result.steps)
         if system is not None:
             system.close()
-        delivered = tracker.close(status)
+        tracker.close(status)
         unfinished.clear()
         parallel.leave()
     _STOP.resume()
     if ranks.is_first:
         locks.check()
-        finish(run, result, tracker, delivered, checkpoints.failures if checkpoints else 0)
+        finish(run, result, tracker, checkpoints.failures if checkpoints else 0)
 
 
 def build_engine(run: Resolved, network: Network, device: torch.device) -> Engine:

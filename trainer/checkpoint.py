@@ -42,12 +42,13 @@ class _Damaged(Exception):
 @dataclass(frozen=True)
 class Checkpoint:
     """``course``: the keys that shape the training, which a run that goes on must share; ``result``: figures of the run so far;
-    ``run_id``: in MLflow."""
+    ``run_id``: in MLflow; ``run_key``: names the run in the spool of its tracker."""
 
     state: TrainingState
     course: dict[str, Any]
     result: dict[str, Any]
     run_id: str | None
+    run_key: str | None = None
 
 
 def begin(
@@ -155,6 +156,7 @@ class Checkpoints:
                 "scaler": state.scaler,
                 "result": checkpoint.result,
                 "mlflow_run_id": checkpoint.run_id,
+                "run_key": checkpoint.run_key,
                 "course": checkpoint.course,
                 "files": files,
             }
@@ -253,7 +255,7 @@ class Checkpoints:
                 raise _Damaged(f"{name}: {error}") from None
         model, slots = tensors
         state = TrainingState(model, slots, step, manifest["updates"], manifest["scaler"])
-        return Checkpoint(state, manifest["course"], manifest["result"], manifest["mlflow_run_id"])
+        return Checkpoint(state, manifest["course"], manifest["result"], manifest["mlflow_run_id"], manifest.get("run_key"))
 
 
 def _folder(step: int) -> str:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from trainer.checkpoint import Checkpoint
 from trainer.credentials import without_credentials
@@ -17,58 +18,90 @@ from trainer.data.reader import read_image
 from trainer.disk import AppendLog, write_file
 from trainer.engine.loop import Result
 from trainer.engine.parallel import Ranks
-from trainer.errors import ServiceLost
+from trainer.errors import ServiceLost, UserError
 from trainer.recipe import find_recipe
+from trainer.redaction import redact_credentials
 from trainer.registration import register
 from trainer.resolve import Resolved, tracking_uri
 from trainer.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
+from trainer.tracking.server import check_server, refusal
 
 
 def start_tracking(
     run: Resolved, recipe: str, ranks: Ranks, found: Checkpoint | None, check_lock: Callable[[], None] = lambda: None
 ) -> tuple[Tracker, SystemMetrics | None]:
-    """MLflow on the first rank where a server is named, silence elsewhere. ``found``: what the run goes on from."""
+    """Start logging to MLflow on the first rank if a server is named. ``found``: the checkpoint
+    that the run resumes from.
+
+    Raises UserError if the server answers but does not take the run: before its first step. A run
+    that is resumed only keeps its entries then, and so does one whose server is unreachable.
+    """
     config, uri = run.config, tracking_uri(run.config)
     if not ranks.is_first or uri is None:
-        return NullTracker(), None
+        return NullTracker(*((found.run_id, found.run_key) if found else ())), None
+    reachable = True
+    if found is None:
+        fault = check_server(uri, config.tracking.experiment, config.tracking.register_as)
+        reachable = fault is None
     folder = config.output_dir
-    sets = [("training", config.data.train, run.train)] + ([("eval", str(config.data.val), run.val)] if run.val else [])
-    commit = _git_commit()
-    tags: dict[str, str | None] = {"convoy.version": importlib.metadata.version("convoy"), "convoy.ranks": str(ranks.world_size)}
-    tags |= {f"convoy.{context}_digest": index.digest for context, _, index in sets}
-    tags |= {"mlflow.source.git.commit": commit, "mlflow.source.name": f"python -m trainer {recipe}", "mlflow.source.type": "JOB"}
-    derived = {
+    folder.mkdir(parents=True, exist_ok=True)
+    run_key = found.run_key if found else None
+    if found and not run_key and found.run_id:  # a checkpoint of an earlier version
+        run_key = f"{0:013d}-{found.run_id}"
+    tracker = MlflowTracker(
+        uri,
+        folder / "tracking.jsonl",
+        {"run_id": found.run_id if found else None, **_description(run, recipe, ranks)},
+        run_key,
+        wait=reachable,
+        check_lock=check_lock,
+    )
+    if found is None and tracker.refused is not None:
+        tracker.abandon()
+        raise UserError(refusal(uri, tracker.refused))
+    for name, text in _documents(run, recipe).items():
+        write_file(folder / name, text)
+        tracker.log_text(name, text)
+    return tracker, SystemMetrics(tracker)
+
+
+def _description(run: Resolved, recipe: str, ranks: Ranks) -> dict[str, Any]:
+    """The experiment, name, tags, parameters and data sets of the run."""
+    config = run.config
+    splits = [("training", config.data.train, run.train)]
+    if run.val:
+        splits.append(("eval", str(config.data.val), run.val))
+    tags = {
+        "convoy.version": importlib.metadata.version("convoy"),
+        "convoy.ranks": str(ranks.world_size),
+        "mlflow.source.name": f"python -m trainer {recipe}",
+        "mlflow.source.type": "JOB",
+    }
+    if commit := _git_commit():
+        tags["mlflow.source.git.commit"] = commit
+    datasets: dict[tuple[str, str], dict[str, str]] = {}
+    for context, url, index in splits:
+        tags[f"convoy.{context}_digest"] = index.digest
+        url = redact_credentials(url)
+        name, digest = url.split("://")[-1][-200:], index.digest.removeprefix("sha256:")[:32]
+        profile = {"samples": index.samples, "bytes": index.bytes, "shards": len(index.shards)}
+        dataset = {"name": name, "digest": digest, "url": url, "context": context}
+        if same := datasets.get((name, digest)):  # MLflow keeps a data set of a run once
+            same["context"] += f", {context}"
+        else:
+            datasets[name, digest] = dataset | {"profile": json.dumps(profile)}
+    params = config.flat() | {
         "batch.accumulation_steps": run.batch.accumulation_steps,
         "batch.ranks": ranks.world_size,
         "train.total_steps": run.total_steps,
     }
-    tracker = MlflowTracker(
-        uri,
-        folder / "tracking.jsonl",
-        {
-            "run_id": found.run_id if found else None,
-            "experiment": config.tracking.experiment,
-            "name": config.name,
-            "tags": {key: value for key, value in tags.items() if value},
-            "params": config.flat() | derived,
-            "datasets": [
-                {
-                    "name": url.split("://")[-1][-200:],
-                    "digest": index.digest.removeprefix("sha256:")[:32],
-                    "url": url,
-                    "context": context,
-                    "profile": json.dumps({"samples": index.samples, "bytes": index.bytes, "shards": len(index.shards)}),
-                }
-                for context, url, index in sets
-            ],
-        },
-        goes_on=found is not None,
-        check_lock=check_lock,
-    )
-    for name, text in _documents(run, recipe).items():
-        write_file(folder / name, text)
-        tracker.log_artifact(folder / name)
-    return tracker, SystemMetrics(tracker)
+    return {
+        "experiment": config.tracking.experiment,
+        "name": config.name,
+        "tags": tags,
+        "params": {key: redact_credentials(str(value)) for key, value in params.items()},
+        "datasets": list(datasets.values()),
+    }
 
 
 def _documents(run: Resolved, recipe: str) -> dict[str, str]:
@@ -93,10 +126,14 @@ def _git_commit() -> str | None:
     return asked.stdout.strip() or None
 
 
-def finish(run: Resolved, result: Result, tracker: Tracker, delivered: bool, failed_checkpoints: int) -> None:
-    """Register where asked, and leave ``result.json``."""
+def finish(run: Resolved, result: Result, tracker: Tracker, failed_checkpoints: int) -> None:
+    """Leave ``result.json``, then register the model if a name is given.
+
+    Raises UserError if the registry refuses it for good, ServiceLost if a retry may succeed.
+    """
     config = run.config
-    facts = asdict(result) | {"ranks": run.world_size, "mlflow_run_id": tracker.run_id, "name": config.name}
+    facts: dict[str, Any] = asdict(result) | {"ranks": run.world_size, "name": config.name}
+    facts |= {"mlflow_run_id": tracker.run_id, "run_key": tracker.run_key}
     facts |= {"train_digest": run.train.digest, "val_digest": run.val.digest if run.val else None}
     facts["failed_checkpoints"] = failed_checkpoints
     if failed_checkpoints:
@@ -105,27 +142,33 @@ def finish(run: Resolved, result: Result, tracker: Tracker, delivered: bool, fai
             file=sys.stderr,
             flush=True,
         )
-    lost = None
-    if config.tracking.register_as:
-        try:
-            facts |= _register(run, result, tracker, delivered)
-        except ServiceLost as error:
-            lost = error
-    write_file(config.output_dir / "result.json", json.dumps(facts, indent=1) + "\n")
-    if lost:
-        raise ServiceLost(f"{lost}; the weights are in {config.output_dir}")
+    path = config.output_dir / "result.json"
+    write_file(path, json.dumps(facts, indent=1) + "\n")
+    if not config.tracking.register_as:
+        return
+    try:
+        facts |= _register(run, result, tracker.run_id)
+    except (ServiceLost, UserError) as error:
+        name = config.tracking.register_as
+        raise type(error)(
+            f"{error}; the weights are in {config.output_dir}; register them with: convoy register {config.output_dir} {name}"
+        ) from None
+    write_file(path, json.dumps(facts, indent=1) + "\n")
 
 
-def _register(run: Resolved, result: Result, tracker: Tracker, delivered: bool) -> dict[str, str]:
+def _register(run: Resolved, result: Result, run_id: str | None) -> dict[str, str]:
     config, uri = run.config, tracking_uri(run.config)
-    if uri is None or tracker.run_id is None or not delivered:
-        raise ServiceLost(f"MLflow at {uri} was not there, so {config.tracking.register_as} has no new version")
+    name = str(config.tracking.register_as)
+    if uri is None or run_id is None:
+        where = redact_credentials(str(uri))
+        raise ServiceLost(f"MLflow at {where} was not there, so {name} has no new version")
     index, store = (run.val, run.val_store) if run.val and run.val_store else (run.train, run.train_store)
     example = read_image(0, index, store)
-    registered = register(
-        uri, tracker.run_id, str(config.tracking.register_as), config.output_dir, example, result.top1, result.top5, index.digest
+    registered = register(uri, run_id, name, config.output_dir, example, result.top1, result.top5, index.digest)
+    print(
+        f"registered {registered.name} version {registered.version} as {registered.alias}: {registered.why}",
+        flush=True,
     )
-    print(f"registered {registered.name} version {registered.version} as {registered.alias}: {registered.why}", flush=True)
     return {"model": registered.name, "version": registered.version, "alias": registered.alias}
 
 

@@ -1,17 +1,24 @@
-"""A trained model into MLflow's registry, and who is champion there."""
+"""Puts a trained model into MLflow's registry, and decides who is champion there."""
 
+import hashlib
 import importlib.metadata
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ServiceLost
+from trainer.errors import ServiceLost, UserError
 from trainer.export import FACTS_NAME, WEIGHTS_NAME
 from trainer.packaged_code import packaged_code
+from trainer.redaction import redact_credentials
 from trainer.tracking import configure_mlflow
+from trainer.tracking.faults import Fault, classify, is_service_error
+from trainer.tracking.mlflow_run import single_try
+from trainer.tracking.server import refusal
 
 _NEEDED = ("torch", "numpy", "pillow", "safetensors", "pydantic", "pyyaml", "pandas")
+_WAITS = (2.0, 8.0)  # seconds between tries
 
 
 @dataclass(frozen=True)
@@ -25,58 +32,128 @@ class Registered:
 
 
 def register(
-    uri: str, run_id: str, name: str, export: Path, example: bytes, top1: float | None, top5: float | None, val_digest: str
+    uri: str,
+    run_id: str,
+    name: str,
+    export: Path,
+    example: bytes,
+    top1: float | None,
+    top5: float | None,
+    val_digest: str,
 ) -> Registered:
     """Log the model of folder ``export`` to the run, register it and let it challenge the champion.
 
-    ``example``: one encoded image. ``val_digest``: the data that ``top1`` was measured on. Raises ServiceLost.
+    ``example``: one encoded image. ``val_digest``: the data that ``top1`` was measured on. The same
+    weights with the same figures get one version of a run, however often they are registered.
+    Raises UserError if the server refuses the model for good, ServiceLost if a retry may succeed.
     """
     configure_mlflow()
     import mlflow
+    from mlflow.tracking import MlflowClient
+
+    mlflow.set_tracking_uri(uri)
+    weights = hashlib.sha256((export / WEIGHTS_NAME).read_bytes()).hexdigest()
+    tags = {
+        "top1": repr(top1),
+        "top5": repr(top5),
+        "val_digest": val_digest,
+        "weights_sha256": weights,
+    }
+    logged: dict[str, Any] = {}
+    for wait in (*_WAITS, None):
+        try:
+            client = MlflowClient(tracking_uri=uri)
+            version = _version(client, run_id, name, export, example, tags, logged)
+            return challenge(client, name, version, top1, val_digest)
+        except Exception as error:
+            if not is_service_error(error):
+                raise
+            fault = classify(error)
+            if not fault.may_succeed_later:
+                raise _refused(uri, name, fault, run_id) from error
+            if wait is None:
+                where = redact_credentials(uri)
+                raise ServiceLost(f"MLflow at {where} did not register {name}: {fault.reason}") from error
+        time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _refused(uri: str, name: str, fault: Fault, run_id: str) -> UserError:
+    if fault.status == 413:
+        return UserError(
+            f"MLflow at {redact_credentials(uri)} refuses the model as too large (HTTP 413), so "
+            f"{name} has no new version; raise the limit of the proxy before it (nginx: "
+            "client_max_body_size)"
+        )
+    if fault.kind == "unauthorized":
+        return UserError(f"{name} has no new version: {refusal(uri, fault)}")
+    return UserError(f"MLflow at {redact_credentials(uri)} refuses to register run {run_id} as {name}: {fault.reason}")
+
+
+def _version(
+    client: Any,
+    run_id: str,
+    name: str,
+    export: Path,
+    example: bytes,
+    tags: dict[str, str],
+    logged: dict[str, Any],
+) -> str:
+    """The version of these weights, found or made. ``logged`` keeps the logged model over tries."""
+    from mlflow.exceptions import MlflowException
+
+    run = client.get_run(run_id)
+    if run.info.lifecycle_stage != "active":
+        raise MlflowException.invalid_parameter_value(f"the run {run_id} was deleted; restore it")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for known in client.search_model_versions(f"run_id = '{run_id}'"):
+        if known.name == name and tags.items() <= known.tags.items():
+            return str(known.version)
+    if "info" not in logged:
+        logged["info"] = _log_model(client, run, export, example, logged)
+    info = logged["info"]
+    with single_try():
+        version = client.create_model_version(name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id)
+    return str(version.version)
+
+
+def _log_model(client: Any, run: Any, export: Path, example: bytes, logged: dict[str, Any]) -> Any:
+    """Upload the model with the code that serves it; one logged model, however many tries."""
+    import mlflow
     import numpy as np
     import pandas as pd
-    from mlflow.exceptions import MlflowException
     from mlflow.models import ModelSignature
-    from mlflow.tracking import MlflowClient
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
     signature = ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, _num_classes(export)))]),
     )
-    tags = {"top1": repr(top1), "top5": repr(top5), "val_digest": val_digest}
-    try:
-        mlflow.set_tracking_uri(uri)
-        with packaged_code() as (package, serving):
-            info = mlflow.pyfunc.log_model(
+    if "model_id" not in logged:
+        with single_try():
+            model = client.create_logged_model(
+                run.info.experiment_id,
                 name="model",
-                python_model=str(serving),
-                artifacts={"weights": str(export / WEIGHTS_NAME), "facts": str(export / FACTS_NAME)},
-                code_paths=[str(package)],
-                pip_requirements=[f"mlflow=={mlflow.__version__}", *(f"{p}=={importlib.metadata.version(p)}" for p in _NEEDED)],
-                signature=signature,
-                input_example=pd.DataFrame({"image": [example]}),
-                model_id=_new_logged_model(uri, run_id),
+                source_run_id=run.info.run_id,
+                model_type="image-classifier",
             )
-        client = MlflowClient(tracking_uri=uri)
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        version = client.create_model_version(name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id)
-        return challenge(client, name, str(version.version), top1, val_digest)
-    except MlflowException as error:
-        raise ServiceLost(f"MLflow at {uri} did not register {name}: {' '.join(str(error).split())[:200]}") from None
-
-
-def _new_logged_model(uri: str, run_id: str) -> str:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri=uri)
-    experiment_id = client.get_run(run_id).info.experiment_id
-    model = client.create_logged_model(experiment_id, name="model", source_run_id=run_id, model_type="image-classifier")
-    return str(model.model_id)
+        logged["model_id"] = str(model.model_id)
+    requirements = [f"{p}=={importlib.metadata.version(p)}" for p in _NEEDED]
+    with packaged_code() as (package, serving):
+        return mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(serving),
+            artifacts={"weights": str(export / WEIGHTS_NAME), "facts": str(export / FACTS_NAME)},
+            code_paths=[str(package)],
+            pip_requirements=[f"mlflow=={mlflow.__version__}", *requirements],
+            signature=signature,
+            input_example=pd.DataFrame({"image": [example]}),
+            model_id=logged["model_id"],
+        )
 
 
 def _num_classes(export: Path) -> int:

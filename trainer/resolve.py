@@ -13,6 +13,7 @@ from trainer.engine.batch import BatchPlan, plan_batches
 from trainer.engine.deepspeed_config import check_engine
 from trainer.engine.schedule import learning_rate_schedule
 from trainer.errors import UserError
+from trainer.tracking.server import validate_tracking_uri
 
 _SHAPING = (
     *(f"data.{key}" for key in ("image_size", "initial_size", "grow_from", "grow_until", "size_step")),
@@ -74,7 +75,10 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
     assert total is not None, "the configuration refuses a run without a length"
     stop = total if max_steps is None else min(total, max_steps)
     learning_rate_schedule(config.schedule, config.optimizer, batch.global_size, per_epoch, total)
-    if config.tracking.register_as and not tracking_uri(config):
+    if uri := tracking_uri(config):
+        named = "tracking.uri" if config.tracking.uri else "MLFLOW_TRACKING_URI"
+        validate_tracking_uri(uri, named)
+    if config.tracking.register_as and not uri:
         raise UserError("tracking.register_as: needs a server: tracking.uri or MLFLOW_TRACKING_URI")
     if check_storage:
         check_shards(train, train_store)

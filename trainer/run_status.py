@@ -3,7 +3,6 @@
 Rank 0 keeps the id of its run in a file of the launcher until it has ended the run itself.
 """
 
-import json
 import os
 import sys
 from contextlib import suppress
@@ -11,7 +10,9 @@ from pathlib import Path
 
 from trainer.launch_environment import RUN_ID_FILE
 from trainer.redaction import redact_credentials
+from trainer.run_lock import LockHeld, exclusive
 from trainer.tracking import configure_mlflow
+from trainer.tracking.spool import append_finish
 
 
 class UnfinishedRun:
@@ -38,13 +39,19 @@ def end_unfinished_run(run_id_file: Path, uri: str | None, spool: Path, status: 
     """Set ``status`` (FAILED or KILLED) of the run that rank 0 left RUNNING, if any; also at the end of its spool.
 
     If the server cannot be reached, the status is sent with the spool: when the run resumes or by ``convoy sync``.
+    Nothing is done if another process has taken over the output folder: the run is that one's.
     """
     try:
         run_id = run_id_file.read_text(encoding="utf-8")
     except OSError:
         return
+    with suppress(LockHeld), exclusive(str(spool.parent), "convoy train", "the run goes on there"):
+        _end_run(run_id, uri, spool, status)
+
+
+def _end_run(run_id: str, uri: str | None, spool: Path, status: str) -> None:
     if spool.exists():
-        _append_finish(spool, status)
+        append_finish(spool, status)
     if uri is None:
         return
     configure_mlflow(retries=1)
@@ -58,11 +65,3 @@ def end_unfinished_run(run_id_file: Path, uri: str | None, spool: Path, status: 
         outcome = f"MLflow run {run_id} could not be set to {status} ({reason})"
     rest = f"; send what it did not receive with: convoy sync {spool}" if spool.exists() else ""
     print(f"convoy: {outcome}{rest}", file=sys.stderr, flush=True)
-
-
-def _append_finish(spool: Path, status: str) -> None:
-    content = spool.read_bytes()
-    with spool.open("r+b") as file:
-        file.truncate(content.rfind(b"\n") + 1)  # a killed process may have left half a line
-        file.seek(0, os.SEEK_END)
-        file.write(json.dumps({"kind": "finish", "status": status}).encode() + b"\n")

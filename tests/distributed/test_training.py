@@ -267,11 +267,12 @@ def test_a_version_becomes_champion_when_it_is_not_worse(
     settings = [f"data.train={digits}/train", f"data.val={digits}/val", "train.max_steps=2", f"train.output_dir={out}"]
     convoy_ok("train", RECIPE, *settings, env=service_env)
     run_id = json.loads((out / "result.json").read_text())["mlflow_run_id"]
-    picture = io.BytesIO()
+    picture, others = io.BytesIO(), iter((0.9, 0.8, 0.7, 0.6))
     Image.new("RGB", (8, 8)).save(picture, "PNG")
 
     def added(top1: float, data: str) -> tuple[str, dict[str, str]]:
-        got = register(service_env["MLFLOW_TRACKING_URI"], run_id, "ladder", out, picture.getvalue(), top1, top1, data)
+        uri, top5 = service_env["MLFLOW_TRACKING_URI"], next(others)  # no two are the same model
+        got = register(uri, run_id, "ladder", out, picture.getvalue(), top1, top5, data)
         return got.alias, dict(client.get_registered_model("ladder").aliases)
 
     assert added(0.5, "a") == ("champion", {"champion": "1"})

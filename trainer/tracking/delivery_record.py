@@ -1,0 +1,108 @@
+"""What MLflow has accepted of a spool, and what it has rejected."""
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class DeliveryRecord:
+    """An append-only file beside a spool: the MLflow run of each run key, and what it accepted.
+
+    Lines: ``creating KEY`` before the server is asked to create a run, ``run KEY RUN_ID`` after,
+    ``sent KEY DIGEST...`` for entries that need no further delivery. A partial line is ignored: its
+    entries are sent again, which the server or `RunUploader` recognises. Thread-safe.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run_ids: dict[str, str] = {}
+        self.sent: dict[str, set[str]] = {}
+        self.uncertain: set[str] = set()
+        """Keys of runs that may have been created more than once."""
+        self._lock = threading.Lock()
+        if path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    self._apply(line.split())
+
+    def _apply(self, words: list[str]) -> None:
+        match words:
+            case ["creating", key]:
+                self.uncertain.add(key)
+            case ["run", key, run_id]:
+                if self.run_ids.get(key) not in (None, run_id):
+                    self.sent.pop(key, None)  # what another run accepted, this one has not
+                self.run_ids[key] = run_id
+            case ["sent", key, *digests]:
+                self.sent.setdefault(key, set()).update(digests)
+            case ["certain", key]:
+                self.uncertain.discard(key)
+
+    def creating(self, key: str) -> None:
+        self._append("creating", key)
+
+    def created(self, key: str, run_id: str, certain: bool) -> None:
+        """The run of ``key`` is ``run_id``; forgets what an earlier run of that key accepted."""
+        self._append("run", key, run_id)
+        if certain:
+            self._append("certain", key)
+
+    def mark_sent(self, key: str, digests: Iterable[str]) -> None:
+        """These entries are accepted, superseded or safely in the file of rejected ones."""
+        if digests := list(digests):
+            self._append("sent", key, *digests)
+
+    def _append(self, *words: str) -> None:
+        with self._lock:
+            if words[0] != "sent":
+                self._apply(list(words))
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(" ".join(words) + "\n")
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class RejectedEntries:
+    """A JSON Lines file of entries that MLflow rejected, each with its run and the reason.
+
+    Thread-safe. ``added``: those of this process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.added: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+
+    def add(self, content: Mapping[str, Any], reason: str) -> None:
+        """Keep an entry; it is on the disk when this returns."""
+        entry = {**content, "reason": reason}
+        with self._lock:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self.added.append(entry)
+
+    def summary(self) -> str:
+        """Names the first entries and the first reason."""
+        names = [describe(entry) for entry in self.added]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"{', '.join(names[:3])}{more} ({self.added[0]['reason']})"
+
+
+def describe(entry: Mapping[str, Any]) -> str:
+    """Name an entry for a message: ``metric loss at step 3``, ``artifact config.json``."""
+    kind = entry["kind"]
+    if kind == "metrics":
+        return f"metric {', '.join(map(repr, entry['values']))} at step {entry['step']}"
+    if kind == "corrupt":
+        return f"line {entry['line']}"
+    if kind == "artifact":
+        return f"artifact {entry.get('name') or Path(entry['path']).name}"
+    if kind == "finish":
+        return f"status {entry['status']}"
+    return f"{kind} {entry.get('key', entry.get('name'))!r}"

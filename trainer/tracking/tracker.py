@@ -1,0 +1,255 @@
+"""What a run tells MLflow while it trains.
+
+Everything is written to a spool first and sent from threads: a server that is slow or unreachable
+never holds up training, and what it did not accept stays in the spool for ``convoy sync``.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainer.redaction import redact_credentials
+from trainer.run_lock import LockLost
+from trainer.tracking.artifact_uploader import ArtifactUploader
+from trainer.tracking.delivery_record import DeliveryRecord, RejectedEntries
+from trainer.tracking.faults import DeliveryStopped, Fault, classify
+from trainer.tracking.run_uploader import RunUploader
+from trainer.tracking.server import connect, refusal
+from trainer.tracking.spool import (
+    SpoolWriter,
+    new_run_key,
+    now_ms,
+    record_path,
+    rejected_path,
+    set_aside,
+)
+from trainer.tracking.spool_reader import SpoolReader, is_spool_of
+
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
+_START_WAIT, _CLOSE_WAIT = 20.0, 30.0  # seconds that a run's start and end wait for the server
+_LAST_TRIES = 3  # of what fails at the end of a run
+
+
+class Tracker(Protocol):
+    """Where metrics go."""
+
+    @property
+    def run_id(self) -> str | None: ...
+    @property
+    def run_key(self) -> str | None: ...
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def log_text(self, name: str, text: str, folder: str = "") -> None: ...
+    def close(self, status: str) -> bool: ...
+
+
+class NullTracker:
+    """For ranks other than the first, and for runs without a server; keeps the run's identity."""
+
+    def __init__(self, run_id: str | None = None, run_key: str | None = None) -> None:
+        self.run_id = run_id
+        self.run_key = run_key
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        pass
+
+    def log_text(self, name: str, text: str, folder: str = "") -> None:
+        pass
+
+    def close(self, status: str) -> bool:
+        return True
+
+
+class MlflowTracker:
+    """Logs a run to the MLflow server at ``uri`` through ``spool``.
+
+    ``description``: the run's name, experiment, tags, parameters and data sets, and its MLflow id
+    if it is resumed. ``run_key``: of the run that is resumed; a new run gets a new key. A spool of
+    another run is renamed. Raises UserError if another process uses the spool.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        spool: Path,
+        description: Mapping[str, Any],
+        run_key: str | None = None,
+        wait: bool = True,
+        check_lock: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``wait``: for the first contact with the server, a bounded time. ``check_lock`` raises
+        LockLost once another process owns the output folder: nothing is written or sent then."""
+        self._check_lock = check_lock
+        self.run_key: str = run_key or new_run_key()
+        self.refused: Fault | None = None
+        """Why the server did not take the run at its start."""
+        self._uri = uri
+        self._spool = spool
+        spool.parent.mkdir(parents=True, exist_ok=True)
+        if spool.exists() and not is_spool_of(spool, run_key):
+            kept = set_aside(spool)
+            _say(f"{spool} was of another run and is now {kept}; send it with: convoy sync {kept}")
+        attempt = now_ms()
+        self._writer = SpoolWriter(spool, self.run_key, attempt)
+        self._record = DeliveryRecord(record_path(spool))
+        self._rejected = RejectedEntries(rejected_path(spool))
+        self._put("run", time_ms=attempt, **description)
+        self._reader = SpoolReader(spool, self._record.sent, growing=True)
+        self._runs = RunUploader(self.run_key, self._reader, self._record, self._rejected, lambda: connect(uri), attempt)
+        self._artifacts = ArtifactUploader(self._runs, spool, self._record, self._rejected)
+        self._more = threading.Event()
+        self._closing = threading.Event()
+        self._contact = threading.Event()
+        self._reached = False
+        self._said: set[str] = set()
+        self._threads = [
+            threading.Thread(target=self._send_entries, name="tracking", daemon=True),
+            threading.Thread(target=self._send_artifacts, name="tracking-artifacts", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+        if wait:
+            self._contact.wait(_START_WAIT)
+
+    @property
+    def run_id(self) -> str | None:
+        return self._runs.run_id
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._put("metrics", step=step, time_ms=now_ms(), values=dict(values))
+        self._more.set()
+
+    def log_text(self, name: str, text: str, folder: str = "") -> None:
+        self._put("artifact", name=name, folder=folder, text=text)
+        self._more.set()
+
+    def _put(self, kind: str, **content: Any) -> None:
+        if self._is_writer():
+            self._writer.append(kind, **content)
+
+    def _is_writer(self) -> bool:
+        try:
+            self._check_lock()
+        except LockLost:  # the training loop ends by the same error
+            return False
+        return True
+
+    def close(self, status: str) -> bool:
+        """End the run; waits a bounded time for the server. Whether the server has its status."""
+        self._put("finish", status=status, time_ms=now_ms())
+        self._closing.set()
+        self._more.set()
+        deadline = time.monotonic() + _CLOSE_WAIT
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if not self._is_writer():
+            self._writer.close()
+            return False
+        ended = not any(thread.is_alive() for thread in self._threads)
+        empty = not (self._runs.waiting or self._runs.artifacts or self._writer.unwritten)
+        if ended and empty and not self._reader.unread(self.run_key):
+            for line in self._reader.corrupt:
+                content = {"kind": "corrupt", "line": line.number, "text": line.text}
+                self._rejected.add(content, f"line {line.number} of the spool {line.reason}")
+            self._spool.unlink(missing_ok=True)
+            self._record.remove()
+        else:
+            _say(f"{self._spool} keeps what MLflow at {self._server} did not accept; send it with: convoy sync {self._spool}")
+        self._report_losses()
+        self._writer.close()
+        return self._runs.status_sent is not None
+
+    def abandon(self) -> None:
+        """Stop without a trace of a run that the server refused at its start."""
+        self._closing.set()
+        self._more.set()
+        self._spool.unlink(missing_ok=True)
+        self._record.remove()
+        self._writer.close()
+
+    @property
+    def _server(self) -> str:
+        return redact_credentials(self._uri)
+
+    def _report_losses(self) -> None:
+        if rejected := self._rejected.added:
+            path = self._rejected.path
+            _say(
+                f"MLflow rejected {len(rejected)} entries: {self._rejected.summary()}; they are in "
+                f"{path}; when the cause is removed, send them with: convoy sync {path}"
+            )
+        if lost := self._writer.lost + self._writer.unwritten:
+            _say(f"{lost} entries for MLflow are lost: {self._spool}: {self._writer.error}")
+
+    # --- threads ------------------------------------------------------------------------------
+
+    def _send_entries(self) -> None:
+        """Until the run is closed and nothing is left, or the last tries fail."""
+        wait, tries = _FIRST_WAIT, 0
+        while self._is_writer():
+            closing = self._closing.is_set()
+            done = self._try(self._deliver)
+            if closing:
+                tries += 1
+                if done or tries == _LAST_TRIES or not self._reached:
+                    return
+                time.sleep(wait)
+            elif done:
+                self._more.wait()
+                self._more.clear()
+                self._closing.wait(1.0)  # collect a second's metrics for one request
+            else:
+                self._closing.wait(wait)
+            wait = _FIRST_WAIT if done else min(wait * 2, _LONGEST_WAIT)
+
+    def _send_artifacts(self) -> None:
+        """Until the other thread has ended and no artifact is left, or the last tries fail."""
+        wait, tries = _FIRST_WAIT, 0
+        while self._is_writer():
+            closing = self._closing.is_set() and not self._threads[0].is_alive()
+            done = self._try(self._artifacts.step)
+            if closing:
+                tries += 1
+                if done or tries == _LAST_TRIES or not self._reached:
+                    return
+                time.sleep(wait)
+            elif self._closing.is_set():
+                self._threads[0].join(_FIRST_WAIT)
+            else:
+                self._closing.wait(wait)
+            wait = _FIRST_WAIT if done else min(wait * 2, _LONGEST_WAIT)
+
+    def _deliver(self) -> bool:
+        while self._runs.step():
+            pass
+        self._reached = True
+        self._contact.set()
+        return self._runs.retry_parked()
+
+    def _try(self, deliver: Callable[[], bool]) -> bool:
+        try:
+            return deliver()
+        except DeliveryStopped as stop:
+            self._failed(stop.fault)
+        except Exception as error:  # whatever it is, training continues
+            self._failed(classify(error))
+        return False
+
+    def _failed(self, fault: Fault) -> None:
+        if not self._reached and fault.kind != "unreachable":
+            self.refused = fault
+        if fault.kind not in self._said:
+            self._said.add(fault.kind)
+            if fault.kind == "unreachable":
+                text = f"MLflow at {self._server} cannot be reached ({fault.reason})"
+            else:
+                text = refusal(self._uri, fault)
+            _say(f"{text}; training continues and metrics are kept in {self._spool}")
+        self._contact.set()
+
+
+def _say(text: str) -> None:
+    print(f"convoy: {text}", file=sys.stderr, flush=True)
