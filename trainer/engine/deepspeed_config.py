@@ -65,7 +65,7 @@ def _zero_settings(config: RunConfig) -> dict[str, Any]:
     if config.parallel.zero_stage == 1 and config.parallel.pipeline_stages == 1:
         settings |= {"contiguous_gradients": False, "overlap_comm": False}
         clips = config.optimizer.clip_grad_norm is not None
-        settings["compute_grad_norm"] = clips  # else ``DataParallel.grad_norm`` does, where it is logged
+        settings["compute_grad_norm"] = clips  # else ``grad_norm.py`` does, when it is logged
     if config.parallel.zero_stage == 3:
         settings |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_reuse_distance": BUCKET}
         settings["stage3_param_persistence_threshold"] = KEPT
