@@ -175,6 +175,7 @@ def main(path: Path) -> None:
     standing: set = set()
     for cell in cells:
         config = config_of(cell)
+        deepspeed_config.LOSS_SCALE_WINDOW = cell.get("window", 1000)
         batch = plan_batches(GLOBAL, cell["micro"], ranks.world_size // cell["stages"], 10_000)
         started = time.monotonic()
         got = with_engine(cell, config, batch, device, ranks.rank)

@@ -1,6 +1,5 @@
 """The training options that the reference grid crosses with every topology, ZeRO stage and precision."""
 
-import itertools
 from typing import Any
 
 Cell = dict[str, Any]
@@ -73,7 +72,3 @@ def recipe_keys(cell: Cell) -> dict[str, Any]:
     if option_of(cell, "clip"):
         keys["optimizer.clip_grad_norm"] = CLIP[cell["network"]]
     return keys | ({"train.compile": True} if cell.get("compile") else {})
-
-
-def pairs_of(keys: tuple[str, ...]) -> list[tuple[str, ...]]:
-    return list(itertools.combinations(keys, 2))
