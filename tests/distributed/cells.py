@@ -70,7 +70,7 @@ def config_of(cell: dict) -> RunConfig:
         "batch": {"global_size": GLOBAL, "micro_size": cell["micro"]},
         "optimizer": {"base_lr": RATES[cell["network"]], "base_batch": GLOBAL, "nesterov": True, "weight_decay": 5e-4},
         "precision": cell["precision"],
-        "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"]},
+        "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"], "split": cell.get("split")},
         "train": {"max_steps": STEPS},
     }
     for key, value in recipe_keys(cell).items():
@@ -104,7 +104,7 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
     stages = config.parallel.pipeline_stages
     engine: Engine
     if stages > 1:
-        engine = PipelineParallel(model, config, batch, device, split(layer_costs(model, SIZE), stages))
+        engine = PipelineParallel(model, config, batch, device, split(layer_costs(model, SIZE), stages, config.parallel.split))
     else:
         engine = DataParallel(model, config, batch, device)
     if found:

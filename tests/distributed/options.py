@@ -11,7 +11,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "adamw": {"optimizer.name": "adamw"},
     "lars": {"optimizer.name": "lars", "optimizer.base_lr": 1.0},
-    "lamb": {"optimizer.name": "lamb", "optimizer.base_lr": 0.001},
+    "lamb": {"optimizer.name": "lamb", "optimizer.base_lr": 0.0003},
 }
 """Recipe keys by update rule. LARS moves a weight by a thousandth of its norm times the learning rate."""
 

@@ -159,7 +159,8 @@ def deviation(result: dict) -> str | None:
         way = way / 2
     norms5, norms20 = (1e-3, 0.05) if result["precision"] == "fp32" else (0.15, 0.25)
     if option_of(result, "optimizer") in ("adamw", "lamb"):
-        way = 2.5 * way
+        norms5 = 10 * norms5 if result["precision"] == "fp32" else norms5
+        way = 10 * way if result["precision"] == "fp32" else 2.5 * way
     limits = {"first5": first, "all20": last, "weights": weights, "way": way, "averages": weights, "running": running}
     limits |= {"norms5": norms5, "norms20": norms20}
     limits["skipped"] = 5 if result["precision"] == "fp16" else 0  # while the loss scale comes down

@@ -1,7 +1,9 @@
 """The gradient norm over all weights, for clipping and for the log, on every topology.
 
-DeepSpeed computes this norm in five places, one for each of its optimizers. With pipeline stages, most of them count only the
-first stage unless a parameter says that other stages do not hold it too; with fp32 and ZeRO 0 the norm is not kept either.
+DeepSpeed computes this norm in five places, one for each of its optimizers. With pipeline stages two of them are wrong: with fp32
+and ZeRO 0 clipping counts only the first stage; with ZeRO 1 the norm does too, and stages are added up once for each parameter
+group, which hangs if one stage has both weights that decay and weights that do not, and another does not. These two are replaced
+here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,13 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-
-def count_on_every_stage(stage: nn.Module) -> None:
-    """Make DeepSpeed include the weights of every pipeline stage in its gradient norms, not only those of the first."""
-    for parameter in stage.parameters():
-        parameter.model_parallel = True  # type: ignore[attr-defined]
+from torch import Tensor
 
 
 class GradNorm:
@@ -35,6 +31,8 @@ class GradNorm:
         if self._unwrapped:
             engine.clip_fp32_gradients = self._clip
             engine.zero_grad = lambda: None  # the gradients stay until the next step, for ``value``
+        elif stages is not None and hasattr(engine.optimizer, "scaled_global_norm"):
+            engine.optimizer.scaled_global_norm = self._norm_of_partitions
 
     def begin_step(self, loss_scale: float) -> None:
         """Discard the last step's gradients. ``loss_scale``: the factor by which the next ones are too large."""
@@ -51,22 +49,28 @@ class GradNorm:
             norm = None if self._unwrapped else self._engine.get_global_grad_norm()
             if norm is not None:
                 return float(norm)
-            self._norm = self._total(self._gradients() if self._unwrapped else self._buffers) / self._loss_scale
+            gradients = self._gradients() if self._unwrapped else self._buffers
+            self._norm = self._total(gradients, self._stages) / self._loss_scale
         return float(self._norm)
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
 
     def _clip(self) -> None:
-        self._norm = self._total(self._gradients())
+        self._norm = self._total(self._gradients(), self._stages)
         torch.nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), self._max_norm or 0.0, self._norm)
 
-    def _total(self, gradients: Iterable[Tensor]) -> Tensor:
+    def _norm_of_partitions(self, norm_type: float = 2) -> Tensor:
+        """For ZeRO with stages: each rank holds another part of the gradient, its partition of its stage's."""
+        partitions = self._engine.optimizer.averaged_gradients.values()
+        return self._total((gradient for partition in partitions for gradient in partition), dist.group.WORLD)
+
+    def _total(self, gradients: Iterable[Tensor], group: Any) -> Tensor:
+        """``group``: the ranks that hold other parts of the gradient, if there are any."""
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        # a stage of pooling layers has no weights
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._engine.device)
-        if self._stages is None:
+        if group is None:
             return norm
         squared = norm.square()
-        dist.all_reduce(squared, group=self._stages)
+        dist.all_reduce(squared, group=group)
         return squared.sqrt()

@@ -22,7 +22,7 @@ from trainer.data.stages import Batch
 from trainer.engine.base import Engine, Step, parameters_of, to_device
 from trainer.engine.batch import BatchPlan
 from trainer.engine.deepspeed_config import deepspeed_config
-from trainer.engine.grad_norm import GradNorm, count_on_every_stage
+from trainer.engine.grad_norm import GradNorm
 from trainer.engine.objective import weighted_loss
 from trainer.engine.optimizer import build_optimizer
 from trainer.engine.stage import Draws, Stage
@@ -113,7 +113,6 @@ class PipelineParallel(Engine):
                 stage.to("meta")  # else the pipe, and who gave the model, hold all of its weights on every rank
         optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(pipe)
-        count_on_every_stage(pipe)
         engine, *_ = deepspeed.initialize(model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch))
         if config.train.sync_batch_norm:
             synchronize_batch_norm(pipe, engine.grid.get_data_parallel_group())
