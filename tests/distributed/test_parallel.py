@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from options import OPTIONS, SWITCHES, is_plain, option_of, values_of
 from topologies import Trainings, allowed_cells, covering, deviation, refusal
 
-from trainer.engine.pipeline_parallel import layer_costs, split
+from trainer.engine.pipeline_parallel import check_stages, layer_costs, split
 from trainer.errors import UserError
 from trainer.models import build_model
 from trainer.models.catalogue import forward_costs
@@ -92,3 +92,14 @@ def test_splits_that_are_none_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=told):
             split(costs, stages, given_split)
+
+
+def test_stages_without_weights_are_refused() -> None:
+    model = build_model("resnet8", 10, 16)
+    costs = layer_costs(model, 16)
+    check_stages(model, split(costs, 4), None)
+    given = ["act", "stage1_0", "head"]
+    with pytest.raises(UserError, match=r"parallel\.split: .* leaves stage 1 \(act\) without weights; move the layers"):
+        check_stages(model, split(costs, 4, given), given)
+    with pytest.raises(UserError, match=r"parallel\.pipeline_stages: 9 leaves stage 2 \(act\) without weights; use fewer stages"):
+        check_stages(model, split(costs, 9), None)

@@ -126,6 +126,12 @@ def growing_cells() -> list[Cell]:
     return [cell | {"window": 4, "clip": cell["zero"] != 2} for cell in plain]
 
 
+def uneven_cells() -> list[Cell]:
+    """A first stage all of whose weights decay, and a second that has others too."""
+    base = dict(zip(KEYS, (2, 2, 2, 1, "fp32", "batch norm"), strict=True)) | {"split": ["bn"], "spare": True, "clip": True}
+    return [base, base | {"precision": "bf16", "zero": 0}]
+
+
 def compiled_cells() -> list[Cell]:
     """torch.compile takes long and needs a compiler: one cell with stages has it."""
     cell = dict(zip(KEYS, (2, 2, 2, 0, "fp32", "batch norm"), strict=True)) | {"compile": True, "clip": True}
@@ -224,7 +230,7 @@ class Trainings:
         self.folder = folder
         self.saving = cells_that_save(folder)
         grid = [*(cell | {"kind": "plain"} for cell in allowed_cells()), *cells_of_presets()] if MATRIX else []
-        self._cells = [*grid, *covering(), *growing_cells(), *compiled_cells(), *self.saving]
+        self._cells = [*grid, *covering(), *growing_cells(), *uneven_cells(), *compiled_cells(), *self.saving]
         self._results: dict[int, list[dict]] = {}
 
     def on(self, ranks: int) -> list[dict]:

@@ -67,6 +67,18 @@ def split(costs: dict[str, int], stages: int, given: Sequence[str] | None = None
     return [names[start:stop] for start, stop in pairwise(cuts)]
 
 
+def check_stages(model: nn.Sequential, parts: list[list[str]], given: Sequence[str] | None) -> None:
+    """Raises UserError if a stage has no weights to train: ZeRO and bf16 optimizers cannot be made for such a stage."""
+    layers = dict(model.named_children())
+    for number, names in enumerate(parts):
+        if not any(True for name in names for _ in layers[name].parameters()):
+            key = "parallel.pipeline_stages" if given is None else "parallel.split"
+            value = len(parts) if given is None else list(given)
+            row = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            advice = "use fewer stages or set parallel.split" if given is None else "move the layers at which its stages begin"
+            raise UserError(f"{key}: {value} leaves stage {number} ({row}) without weights; {advice}")
+
+
 def _balanced(costs: Sequence[int], parts: int) -> list[int]:
     """Where to cut a row of ``costs`` into ``parts``, none empty, so that the largest sum is least; with both ends."""
     sums = [0, *accumulate(costs)]
