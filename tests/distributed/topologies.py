@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from options import OPTIMIZERS, OPTIONS, PRESETS, SWITCHES, Cell, option_of
+from options import OPTIMIZERS, OPTIONS, PRESETS, SWITCHES, Cell, is_plain, option_of
 from sklearn.datasets import load_digits
 
 from trainer.config import RunConfig
@@ -159,10 +159,12 @@ def deviation(result: dict) -> str | None:
     if option_of(result, "optimizer") in ("adamw", "lamb"):  # Adam divides by a gradient's size, where that is all rounding too
         first, last, weights = 10 * first, 10 * last, 10 * weights
     # apart from that, each rank saw other samples and they are averaged
-    running = weights if option_of(result, "sync") else math.inf
+    running = 10 * weights if option_of(result, "sync") else math.inf
     way = 0.01 if result["precision"] == "fp32" else 0.1  # at such rates weights hardly move: 16 bits must move them alike too
     if result["network"] == "no batch norm":
         way = way / 2
+    elif not is_plain(result) and result["precision"] == "fp32":
+        way = 2 * way
     norms5, norms20 = (1e-3, 0.05) if result["precision"] == "fp32" else (0.15, 0.25)
     if option_of(result, "optimizer") in ("adamw", "lamb"):
         norms5 = 10 * norms5 if result["precision"] == "fp32" else norms5
