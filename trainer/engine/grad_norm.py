@@ -1,9 +1,8 @@
 """The gradient norm over all weights, for clipping and for the log, on every topology.
 
-DeepSpeed computes this norm in five places, one for each of its optimizers. With pipeline stages two of them are wrong: with fp32
-and ZeRO 0 clipping counts only the first stage; with ZeRO 1 the norm does too, and stages are added up once for each parameter
-group, which hangs if one stage has both weights that decay and weights that do not, and another does not. These two are replaced
-here.
+DeepSpeed computes this norm in five places, one for each of its optimizers. With pipeline stages two of them fail: with fp32 and
+ZeRO 0 clipping counts only the first stage; with ZeRO 1 stages are added up once for each parameter group, which hangs if one
+stage has both weights that decay and weights that do not, and another has only one kind. These two are replaced here.
 """
 
 from collections.abc import Iterable, Sequence
