@@ -21,9 +21,10 @@ refused by `check_engine`, in a line that says why.
 Allowed are relative differences of a step's loss of 1e-5 in the first five steps and 1e-4 in all in fp32, 2e-2 in 16 bit; final
 weights likewise, and their difference as a part of the total weight update: 1% in fp32 (2% with options), 10% in 16 bit, half of
 that without batch norm. The gradient norm that the engine reports in each step may differ by 1e-3 in the first five steps and
-5% in all in fp32, 15% and 25% in 16 bit. AdamW and LAMB, which divide by a gradient's size, may differ by ten times as much in losses, weights and
-fp32's first gradient norms, and in the total weight update by 10% in fp32 and 25% in 16 bit. A step whose gradients overflow
-fp16 is skipped, at most five times; the reference then leaves its weights as they are too, and no norm is reported.
+5% in all in fp32, 15% and 25% in 16 bit. AdamW and LAMB, which divide by a gradient's size, may differ by ten times as much in
+losses, weights and fp32's first gradient norms, and in the total weight update by 10% in fp32 and 25% in 16 bit. A step whose
+gradients overflow fp16 is skipped, at most five times; the reference then leaves its weights as they are too, and no norm is
+reported.
 
 ## Without options
 

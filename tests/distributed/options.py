@@ -10,10 +10,11 @@ CLIP = {"no batch norm": 3.0, "batch norm": 2.5, "auxiliary heads": 6.0}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "adamw": {"optimizer.name": "adamw"},
-    "lars": {"optimizer.name": "lars", "optimizer.base_lr": 1.0},
+    "lars": {"optimizer.name": "lars", "optimizer.base_lr": 0.01},
     "lamb": {"optimizer.name": "lamb", "optimizer.base_lr": 0.0003},
 }
-"""Recipe keys by update rule. LARS moves a weight by a thousandth of its norm times the learning rate."""
+"""Recipe keys by update rule. LARS moves a weight by a thousandth of its norm times the learning rate, and vectors that do not
+decay by the learning rate itself: at a larger one these amplify rounding."""
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "clip": {},  # its norm depends on the network

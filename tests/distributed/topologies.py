@@ -26,7 +26,7 @@ MATRIX = os.environ.get("CONVOY_MATRIX")
 """Where `make matrix` wants its report, of all that is allowed; else a part of it is trained."""
 NETWORKS = ("no batch norm", "batch norm", "auxiliary heads")
 GLOBAL = 16
-SEED = 4
+SEED = 1
 """Of the covering set: among some, one whose set is small."""
 KEYS = ("ranks", "stages", "accumulation", "zero", "precision", "network")
 
@@ -107,8 +107,8 @@ def _completed(core: Cell, target: Cell, groups: Sequence[tuple[str, ...]], want
 
 def _seconds(cell: Cell) -> float:
     """About what a cell takes, with its reference."""
-    network = 2.5 if cell["network"] == "auxiliary heads" else 0.7
-    return network * {"fp16": 2.0}.get(cell["precision"], 1.0) * (4.0 if cell["zero"] == 3 else 1.0) * cell["ranks"] ** 0.5
+    network = 4.0 if cell["network"] == "auxiliary heads" else 0.7
+    return network * {"fp16": 2.0}.get(cell["precision"], 1.0) * (4.0 if cell["zero"] == 3 else 1.0) * cell["ranks"] ** 0.8
 
 
 def cells_of_presets() -> list[Cell]:
