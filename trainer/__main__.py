@@ -27,7 +27,7 @@ from trainer.engine.base import Engine, pinned
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.loop import Job, Result, fit
 from trainer.engine.parallel import Ranks, StopRequest, describe_gpu, from_first, ranks_from_environment
-from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
+from trainer.engine.pipeline_parallel import PipelineParallel, check_stages, layer_costs, split
 from trainer.engine.schedule import learning_rate_schedule
 from trainer.engine.state import TrainingState
 from trainer.errors import EXIT_PREEMPTED, FoundByAll, Terminated, UserError, report
@@ -157,6 +157,7 @@ def build_network(run: Resolved) -> Network:
         notes = load_weights(model, config.model.name, init, data=run.train).notes
     stages = config.parallel.pipeline_stages
     parts = split(layer_costs(model, config.data.image_size), stages, config.parallel.split) if stages > 1 else []
+    check_stages(model, parts, config.parallel.split)
     notes += [f"stage {number}: {names[0]} to {names[-1]}" for number, names in enumerate(parts)]
     return Network(model, facts, notes, parts)
 

@@ -1,23 +1,25 @@
 """One set of processes, many ways to train the same network: ``torchrun cells.py FILE``.
 
 FILE holds a list of cells, digits.npz beside it their images. Each cell is trained for some steps by the project's engine and, by
-rank 0, by a plain loop: one process, fp32, torch's optimizer, the same global batches in the same micro-batches. Rank 0 writes what
-came of it to FILE.out.
+rank 0, by the plain loop of ``reference.py``. Rank 0 writes how they compare to FILE.out.
 
-A cell's "options" are recipe keys. It may ``save`` a checkpoint below a folder after half of the steps, or go on from one that it
-``load``s.
+A cell's options are those of ``options.py``. It may ``save`` a checkpoint below a folder after half of the steps, or resume from
+one that it ``load``s.
 """
 
 import hashlib
 import json
+import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import reference
 import torch
-import torch.nn.functional as F
 from distances import distance
+from options import OPTIONS, option_of, recipe_keys
 from torch.distributed import distributed_c10d
 
 from trainer.checkpoint import Checkpoint, begin
@@ -30,7 +32,6 @@ from trainer.engine.base import Engine
 from trainer.engine.batch import BatchPlan, plan_batches
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
-from trainer.engine.stage import dropout_seed
 from trainer.models import build_model
 
 GLOBAL, STEPS, SIZE = 16, 20, 16
@@ -55,8 +56,10 @@ def images_and_labels() -> tuple[np.ndarray, np.ndarray]:
     return pixels, digits["target"][: GLOBAL * STEPS].reshape(STEPS, GLOBAL).astype(np.int64)
 
 
-def weights_of(step: int) -> np.ndarray:
-    return (np.arange(GLOBAL) < (11 if step == STEPS - 1 else GLOBAL)).astype(np.float32)
+def weights_of(step: int, short: bool) -> np.ndarray:
+    """1 for each sample, 0 for padding. ``short``: not only the last batch, but each fifth is, one of them to a single sample."""
+    samples = {9: 1, 4: 7, 14: 13, STEPS - 1: 11} if short else {STEPS - 1: 11}
+    return (np.arange(GLOBAL) < samples.get(step, GLOBAL)).astype(np.float32)
 
 
 def config_of(cell: dict) -> RunConfig:
@@ -67,10 +70,10 @@ def config_of(cell: dict) -> RunConfig:
         "batch": {"global_size": GLOBAL, "micro_size": cell["micro"]},
         "optimizer": {"base_lr": RATES[cell["network"]], "base_batch": GLOBAL, "nesterov": True, "weight_decay": 5e-4},
         "precision": cell["precision"],
-        "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"]},
+        "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"], "split": cell.get("split")},
         "train": {"max_steps": STEPS},
     }
-    for key, value in cell.get("options", {}).items():
+    for key, value in recipe_keys(cell).items():
         *section, name = key.split(".")
         (values.setdefault(section[0], {}) if section else values)[name] = value
     return RunConfig.model_validate(values)
@@ -101,17 +104,17 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
     stages = config.parallel.pipeline_stages
     engine: Engine
     if stages > 1:
-        engine = PipelineParallel(model, config, batch, device, split(layer_costs(model, SIZE), stages))
+        engine = PipelineParallel(model, config, batch, device, split(layer_costs(model, SIZE), stages, config.parallel.split))
     else:
         engine = DataParallel(model, config, batch, device)
     if found:
         engine.restore(found.state)
     copy_of_model = rank % batch.ranks
     slots = rank_slots(GLOBAL, batch.ranks, copy_of_model, batch.accumulation_steps)
-    losses = {}
+    losses, norms = {}, {}
     skipped: list[int] = found.result["skipped"] if found else []
     for step in range(found.state.step if found else 0, STEPS):
-        weights = weights_of(step)
+        weights = weights_of(step, option_of(cell, "short"))
 
         def batches(step: int = step, weights: np.ndarray = weights) -> Iterator[Batch]:
             for number, chosen in enumerate(slots):
@@ -122,88 +125,42 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
         outcome = engine.step(batches(), config.optimizer.base_lr)
         losses[step] = parallel.averaged(outcome.loss.float()).item()
         skipped += [step] if outcome.skipped else []
+        norms[step] = engine.grad_norm()
         if cell.get("save") and step + 1 == STEPS // 2:
             state = engine.snapshot()
             if checkpoints:
                 checkpoints.save(Checkpoint(state, {}, {"skipped": skipped}, None))
                 checkpoints.wait()
-    return {"losses": losses, "state": engine.state(), "averages": engine.averaged_state(), "skipped": skipped}
+    return {"losses": losses, "state": engine.state(), "averages": engine.averaged_state(), "skipped": skipped, "norms": norms}
 
 
-def mixed_by_timms_formulas(images: torch.Tensor, mix: Mix | None) -> tuple[torch.Tensor, float]:
-    """timm's Mixup._mix_batch, given its lambda and box."""
-    if mix is None:
-        return images, 1.0
-    if mix.box is None:
-        return images * mix.lam + images.flip(0) * (1.0 - mix.lam), mix.lam
-    yl, yh, xl, xh = mix.box
-    pasted = images.clone()
-    pasted[:, :, yl:yh, xl:xh] = images.flip(0)[:, :, yl:yh, xl:xh]
-    return pasted, 1.0 - (yh - yl) * (xh - xl) / (SIZE * SIZE)
-
-
-def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """timm's SoftTargetCrossEntropy, a sample."""
-    return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1)
-
-
-def with_plain_torch(config: RunConfig, micro_batches: int, together: int, skipped: list[int], device: torch.device) -> dict:
-    """``together``: neighbouring micro-batches that pass through the network as one, and share their batch-norm statistics.
-
-    ``skipped``: steps that leave the weights as they are, as gradients that overflow fp16 do.
-    """
-    from timm.data.mixup import mixup_target  # seconds, which the other ranks need not spend
-
+def with_plain_torch(
+    cell: dict, config: RunConfig, micro_batches: int, together: int, skipped: list[int], device: torch.device
+) -> dict:
     pixels, labels = images_and_labels()
-    model = network_of(config).to(device).train()
-    if config.optimizer.name == "adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.base_lr, weight_decay=5e-4)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=config.optimizer.base_lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema or 0.0), use_buffers=True
-    )
-    average.update_parameters(model)  # the first one copies
-    position = [0, 0]
-    for number, layer in enumerate(module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
-        layer.register_forward_pre_hook(
-            lambda layer, inputs, number=number: torch.manual_seed(dropout_seed(0, *position, number)) and None
-        )
     mean, std = torch.tensor(config.data.mean).view(3, 1, 1), torch.tensor(config.data.std).view(3, 1, 1)
-    losses = {}
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        weights = torch.from_numpy(weights_of(step))
-        total = 0.0
-        for first in range(0, micro_batches, together):
-            position[:] = step, first
-            parts = []
-            for part in range(first, first + together):
-                images = (torch.from_numpy(pixels[step, part::micro_batches]).permute(0, 3, 1, 2) / 255 - mean) / std
-                images, lam = mixed_by_timms_formulas(images, mix_of(config, step, part))
-                target = torch.from_numpy(labels[step, part::micro_batches])
-                target = mixup_target(target, 10, lam, config.train.label_smoothing)
-                parts.append((images, target, weights[part::micro_batches]))
-            images, target, weight = (torch.cat(of_parts).to(device) for of_parts in zip(*parts, strict=True))
-            outputs = model(images)
-            main, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-            each = soft_cross_entropy(main, target)
-            for head in auxiliary:
-                each = each + 0.3 * soft_cross_entropy(head, target)
-            loss = (each * weight).sum() / weights.sum()
-            loss.backward()
-            total += loss.item()
-        if step not in skipped:
-            optimizer.step()
-            average.update_parameters(model)
-        losses[step] = total
-    return {"losses": losses, "state": model.state_dict(), "averages": average.module.state_dict()}
+
+    def data(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        images = (torch.from_numpy(pixels[step]).permute(0, 3, 1, 2) / 255 - mean) / std
+        weights = torch.from_numpy(weights_of(step, option_of(cell, "short")))
+        return images.to(device), torch.from_numpy(labels[step]).to(device), weights.to(device)
+
+    model = network_of(config).to(device)
+    return reference.train(model, config, data, lambda *at: mix_of(config, *at), STEPS, micro_batches, together, skipped)
 
 
 def digest(state: dict) -> str:
     """Of every bit of the parameters."""
     content = b"".join(value.cpu().contiguous().numpy().tobytes() for name, value in sorted(state.items()))
     return hashlib.sha256(content).hexdigest()
+
+
+def norms_apart(got: dict[int, float | None], want: dict[int, float | None], steps: range) -> float:
+    """The largest relative difference of a step's gradient norm; infinite if one is reported and the other is not."""
+    pairs = [(norm, want[step]) for step, norm in got.items() if step in steps]
+    if any((a is None) != (b is None) for a, b in pairs):
+        return math.inf
+    return max((abs(a - b) / b for a, b in pairs if a is not None and b is not None), default=0.0)
 
 
 def main(path: Path) -> None:
@@ -218,7 +175,9 @@ def main(path: Path) -> None:
     standing: set = set()
     for cell in cells:
         config = config_of(cell)
+        deepspeed_config.LOSS_SCALE_WINDOW = cell.get("window", 1000)
         batch = plan_batches(GLOBAL, cell["micro"], ranks.world_size // cell["stages"], 10_000)
+        started = time.monotonic()
         got = with_engine(cell, config, batch, device, ranks.rank)
         standing = standing or set(distributed_c10d._world.pg_map)  # DeepSpeed keeps the first ones for good
         for group in set(distributed_c10d._world.pg_map) - standing:  # a pipeline makes its own, each with a thread that polls
@@ -227,9 +186,9 @@ def main(path: Path) -> None:
             micro_batches = GLOBAL // cell["micro"]
             together = batch.ranks if config.train.sync_batch_norm else 1
             skipped = got["skipped"]
-            key = (cell["network"], micro_batches, together, *skipped, *sorted(cell.get("options", {}).items()))
+            key = (cell["network"], micro_batches, together, *skipped, *(option_of(cell, option) for option in OPTIONS))
             if key not in references:
-                references[key] = with_plain_torch(config, micro_batches, together, skipped, device)
+                references[key] = with_plain_torch(cell, config, micro_batches, together, skipped, device)
             want = references[key]
             apart = {step: abs(loss - want["losses"][step]) / want["losses"][step] for step, loss in got["losses"].items()}
             figures = {
@@ -240,6 +199,9 @@ def main(path: Path) -> None:
                 "running": distance(got["state"], want["state"], running=True),
                 "averages": distance(got["averages"], want["averages"]) if got["averages"] else 0.0,
                 "skipped": len(skipped),
+                "norms5": norms_apart(got["norms"], want["norms"], range(5)),
+                "norms20": norms_apart(got["norms"], want["norms"], range(STEPS)),
+                "seconds": time.monotonic() - started,
                 "digest": digest(got["state"]),
                 "losses": list(got["losses"].values()),
             }

@@ -1,6 +1,7 @@
 """Every way to spread a training over ranks follows one plain loop in fp32: the same algorithm at every scale.
 
-``make test`` trains a set of cells in which each pair of values occurs; ``make matrix`` trains them all.
+``make test`` trains a set of cells in which each pair of values of topology, ZeRO stage, precision, network and training options
+occurs; ``make matrix`` trains every topology plainly, and every preset of options on every topology for one network.
 """
 
 import itertools
@@ -10,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from topologies import Trainings, deviation, refusal
+from options import OPTIONS, SWITCHES, is_plain, option_of, values_of
+from topologies import Trainings, allowed_cells, covering, deviation, refusal
 
-from trainer.engine.pipeline_parallel import layer_costs, split
+from trainer.engine.pipeline_parallel import check_stages, layer_costs, split
 from trainer.errors import UserError
 from trainer.models import build_model
 from trainer.models.catalogue import forward_costs
@@ -25,8 +27,21 @@ def test_every_topology_follows_the_plain_loop(ranks: int, trainings: Trainings)
     assert results
     assert not [d for d in map(deviation, results) if d]
     for result in results:
-        if "options" not in result:
+        if is_plain(result):
             assert result["losses"][-2] < result["losses"][0], "and it learns"
+
+
+def test_every_option_is_trained_with_stages_and_clipping_with_every_zero_stage_and_precision() -> None:
+    chosen = covering()
+    for option in OPTIONS:
+        for value in values_of(option):
+            for other in (1, 2, 4):
+                assert any(c["stages"] == other and option_of(c, option) == value for c in chosen), (option, value, other)
+    for a, b in itertools.combinations(SWITCHES, 2):
+        assert any(option_of(c, a) and option_of(c, b) for c in chosen), (a, b)
+    parallel = ("stages", "zero", "precision")
+    clipped = {tuple(c[key] for key in parallel) for c in chosen if option_of(c, "clip")}
+    assert clipped == {tuple(c[key] for key in parallel) for c in allowed_cells()}
 
 
 def test_what_does_not_learn_or_cannot_work_is_refused() -> None:
@@ -77,3 +92,14 @@ def test_splits_that_are_none_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=told):
             split(costs, stages, given_split)
+
+
+def test_stages_without_weights_are_refused() -> None:
+    model = build_model("resnet8", 10, 16)
+    costs = layer_costs(model, 16)
+    check_stages(model, split(costs, 4), None)
+    given = ["act", "stage1_0", "head"]
+    with pytest.raises(UserError, match=r"parallel\.split: .* leaves stage 1 \(act\) without weights; move the layers"):
+        check_stages(model, split(costs, 4, given), given)
+    with pytest.raises(UserError, match=r"parallel\.pipeline_stages: 9 leaves stage 2 \(act\) without weights; use fewer stages"):
+        check_stages(model, split(costs, 9), None)

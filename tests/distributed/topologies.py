@@ -8,10 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
+from options import OPTIMIZERS, OPTIONS, PRESETS, SWITCHES, Cell, is_plain, option_of
 from sklearn.datasets import load_digits
 
 from trainer.config import RunConfig
@@ -23,18 +26,13 @@ MATRIX = os.environ.get("CONVOY_MATRIX")
 """Where `make matrix` wants its report, of all that is allowed; else a part of it is trained."""
 NETWORKS = ("no batch norm", "batch norm", "auxiliary heads")
 GLOBAL = 16
+SEED = 1
+"""Of the covering set: among some, one whose set is small."""
 KEYS = ("ranks", "stages", "accumulation", "zero", "precision", "network")
-
-MIXED = {"train.label_smoothing": 0.1, "augment.mixup": 0.2, "augment.cutmix": 1.0}
-SYNCHRONIZED = {"train.sync_batch_norm": True}
-COMPILED = {"train.compile": True}
-RECOMPUTED = {"train.activation_checkpointing": True}
-
-Cell = dict[str, Any]
 
 
 def allowed_cells() -> list[Cell]:
-    """Ranks x stages x accumulation x ZeRO x precision x network, without what is refused."""
+    """Ranks x stages x accumulation x ZeRO x precision x network, plain, without what is refused."""
     everything = itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16"), NETWORKS)
     cells = [dict(zip(KEYS, values, strict=True)) for values in everything]
     return [c for c in cells if c["stages"] <= c["ranks"] and not refusal(c)]
@@ -47,6 +45,7 @@ def _config(cell: Cell) -> RunConfig:
             "data": {"train": "none"},
             "train": {"max_steps": 1},
             "precision": cell["precision"],
+            "optimizer": {"name": option_of(cell, "optimizer")},
             "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"]},
         }
     )
@@ -60,39 +59,83 @@ def refusal(cell: Cell) -> str | None:
     return None
 
 
-def covering(cells: list[Cell]) -> list[Cell]:
-    """Cells in which every pair of values occurs that occurs at all, chosen greedily, cheap ones first."""
-    pairs = {id(c): {((a, c[a]), (b, c[b])) for a, b in itertools.combinations(KEYS, 2)} for c in cells}
-    wanted = set().union(*pairs.values())
+def covering() -> list[Cell]:
+    """Cells in which every pair of values of all keys and options occurs that is allowed, and clipping with every combination of
+    stages, ZeRO and precision. Chosen greedily, cheap ones first."""
+    cores = [cell | {"optimizer": name} for cell in allowed_cells() for name in OPTIMIZERS]
+    cores = [core for core in cores if not refusal(core)]
+    groups = [*itertools.combinations((*KEYS, *OPTIONS), 2), ("stages", "zero", "precision", "clip")]
+    wanted = {found for core in cores for group in groups for found in _tuples(core, group)}
+    random = Random(SEED)
+    targets = sorted(wanted, key=repr)
+    random.shuffle(targets)
     chosen = []
-    while wanted:
-        best = max(cells, key=lambda c: len(pairs[id(c)] & wanted) / _seconds(c))
-        wanted -= pairs[id(best)]
+    for target in map(dict, targets):
+        if tuple(target.items()) not in wanted:
+            continue
+        able = [core for core in cores if all(core.get(key, value) == value for key, value in target.items())]
+        candidates = [_completed(core, target, groups, wanted, random) for core in random.sample(able, min(40, len(able)))]
+        best = max(candidates, key=lambda cell: len(_covered(cell, groups) & wanted) / _seconds(cell))
+        wanted -= _covered(best, groups)
         chosen.append(best)
-    return chosen
+    return [{key: value for key, value in cell.items() if key in KEYS or value not in (False, "sgd")} for cell in chosen]
+
+
+Tuple = tuple[tuple[str, Any], ...]
+
+
+def _tuples(core: Cell, group: tuple[str, ...]) -> Iterator[Tuple]:
+    """What a group of keys can be in a cell whose switches are still open."""
+    for values in itertools.product(*([core[key]] if key in core else (False, True) for key in group)):
+        yield tuple(zip(group, values, strict=True))
+
+
+def _covered(cell: Cell, groups: Sequence[tuple[str, ...]]) -> set[Tuple]:
+    return {tuple((key, cell[key]) for key in group) for group in groups if all(key in cell for key in group)}
+
+
+def _completed(core: Cell, target: Cell, groups: Sequence[tuple[str, ...]], wanted: set[Tuple], random: Random) -> Cell:
+    """Set each open switch to the value that covers more of what is wanted."""
+    cell = core | target
+    for switch in random.sample(list(SWITCHES), len(SWITCHES)):
+        if switch not in cell:
+            touched = [group for group in groups if switch in group]
+            gains = {value: len(_covered(cell | {switch: value}, touched) & wanted) for value in (False, True)}
+            cell[switch] = random.choice((False, True)) if gains[False] == gains[True] else max(gains, key=lambda v: gains[v])
+    return cell
 
 
 def _seconds(cell: Cell) -> float:
-    """About what a cell takes."""
-    return (1.5 if cell["network"] == "auxiliary heads" else 0.2) * (8 if cell["precision"] == "fp16" else 1) * cell["ranks"] ** 0.5
+    """About what a cell takes, with its reference."""
+    network = 4.0 if cell["network"] == "auxiliary heads" else 0.7
+    return network * {"fp16": 2.0}.get(cell["precision"], 1.0) * (4.0 if cell["zero"] == 3 else 1.0) * cell["ranks"] ** 0.8
 
 
-def optional_cells() -> list[Cell]:
-    """Some ways to spread a training with options on that the matrix leaves off."""
-    rows: list[tuple] = [
-        (1, 1, 2, 0, "fp32", "batch norm", MIXED),
-        (2, 1, 1, 0, "fp32", "batch norm", MIXED),
-        (2, 1, 2, 1, "bf16", "batch norm", MIXED),
-        (2, 2, 2, 0, "fp32", "auxiliary heads", MIXED),
-        (2, 1, 2, 0, "fp32", "batch norm", SYNCHRONIZED),
-        (2, 1, 4, 2, "bf16", "batch norm", SYNCHRONIZED),
-        (1, 1, 2, 0, "fp32", "auxiliary heads", RECOMPUTED),
-        *([(1, 1, 2, 0, "fp32", "batch norm", COMPILED)] if shutil.which("g++") else []),
-        (2, 1, 2, 3, "fp16", "batch norm", RECOMPUTED),
-        (2, 2, 2, 0, "fp32", "auxiliary heads", RECOMPUTED),
-        (4, 2, 2, 1, "fp32", "batch norm", SYNCHRONIZED | MIXED | RECOMPUTED),
-    ]
-    return [dict(zip((*KEYS, "options"), row, strict=True)) for row in rows]
+def cells_of_presets() -> list[Cell]:
+    """Every preset on every topology with every ZeRO stage and precision, for the network with batch norm, at two steps of
+    accumulation."""
+    bases = [c for c in allowed_cells() if c["network"] == "batch norm" and c["accumulation"] == 2]
+    cells = [base | preset | {"preset": name, "kind": "preset"} for name, preset in PRESETS.items() for base in bases]
+    return [cell for cell in cells if not refusal(cell)]
+
+
+def growing_cells() -> list[Cell]:
+    """fp16 whose loss scale doubles every few steps, and comes down again where that overflows."""
+    rows = [(1, 1, 1, 1), (2, 1, 2, 2), (2, 1, 1, 3), (2, 2, 2, 1)]
+    plain = [dict(zip(KEYS, (*row, "fp16", "no batch norm"), strict=True)) for row in rows]
+    return [cell | {"window": 4, "clip": cell["zero"] != 2} for cell in plain]
+
+
+def uneven_cells() -> list[Cell]:
+    """A first stage all of whose weights decay, and a second that has others too."""
+    base = dict(zip(KEYS, (2, 2, 2, 1, "fp32", "batch norm"), strict=True)) | {"split": ["bn"], "spare": True, "clip": True}
+    return [base, base | {"precision": "bf16", "zero": 0}]
+
+
+def compiled_cells() -> list[Cell]:
+    """torch.compile takes long and needs a compiler: one cell with stages has it."""
+    cell = dict(zip(KEYS, (2, 2, 2, 0, "fp32", "batch norm"), strict=True)) | {"compile": True, "clip": True}
+    return [cell] if shutil.which("g++") else []
 
 
 def run_cells(cells: list[Cell], ranks: int, folder: Path) -> list[dict]:
@@ -106,19 +149,28 @@ def run_cells(cells: list[Cell], ranks: int, folder: Path) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(HERE / "cells.py"), str(file)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-12000:]
     return json.loads(file.with_suffix(".out").read_text())
 
 
 def deviation(result: dict) -> str | None:
     """What is too far from the plain loop, if anything is."""
     first, last, weights = (1e-5, 1e-4, 1e-4) if result["precision"] == "fp32" else (2e-2, 2e-2, 2e-2)
-    if "optimizer.name" in result.get("options", {}):  # Adam divides by a gradient's size, where that is all rounding too
+    if option_of(result, "optimizer") in ("adamw", "lamb"):  # Adam divides by a gradient's size, where that is all rounding too
         first, last, weights = 10 * first, 10 * last, 10 * weights
     # apart from that, each rank saw other samples and they are averaged
-    running = weights if "train.sync_batch_norm" in result.get("options", {}) else math.inf
+    running = 10 * weights if option_of(result, "sync") else math.inf
     way = 0.01 if result["precision"] == "fp32" else 0.1  # at such rates weights hardly move: 16 bits must move them alike too
+    if result["network"] == "no batch norm":
+        way = way / 2
+    elif not is_plain(result) and result["precision"] == "fp32":
+        way = 2 * way
+    norms5, norms20 = (1e-3, 0.05) if result["precision"] == "fp32" else (0.15, 0.25)
+    if option_of(result, "optimizer") in ("adamw", "lamb"):
+        norms5 = 10 * norms5 if result["precision"] == "fp32" else norms5
+        way = 10 * way if result["precision"] == "fp32" else 2.5 * way
     limits = {"first5": first, "all20": last, "weights": weights, "way": way, "averages": weights, "running": running}
+    limits |= {"norms5": norms5, "norms20": norms20}
     limits["skipped"] = 5 if result["precision"] == "fp16" else 0  # while the loss scale comes down
     if all(result[figure] <= limit for figure, limit in limits.items()):
         return None
@@ -133,10 +185,10 @@ MICRO = 4
 
 def _resumed(ranks: int, stages: int, zero: int, precision: str = "fp32", network: str = "batch norm", **options: object) -> Cell:
     cell: Cell = {"ranks": ranks, "stages": stages, "zero": zero, "precision": precision, "network": network}
-    return cell | {"accumulation": GLOBAL // MICRO // (ranks // stages), "options": {"ema": 0.9, **options}}
+    return cell | {"accumulation": GLOBAL // MICRO // (ranks // stages), "ema": True, "clip": True, **options}
 
 
-_ADAMW = {"optimizer.name": "adamw"}
+_ADAMW = {"optimizer": "adamw"}
 _FP32 = [_resumed(1, 1, 0), _resumed(2, 1, 1), _resumed(2, 1, 3), _resumed(2, 2, 0), _resumed(4, 2, 1)]
 _OTHERS = [
     *(_resumed(2, 1, 3, "fp16"), _resumed(2, 2, 1, "fp16")),
@@ -161,7 +213,11 @@ def cells_that_load(saving: list[Cell]) -> list[Cell]:
     in plain fp32 itself too."""
     loading = []
     for number, cell in enumerate(saving):
-        kin = [other for other in saving if all(other[key] == cell[key] for key in ("options", "network", "precision"))]
+        kin = [
+            other
+            for other in saving
+            if all(option_of(other, key) == option_of(cell, key) for key in ("network", "precision", *OPTIONS))
+        ]
         if not MATRIX:
             itself = [cell] if number < len(_FP32) else []
             kin = [*itself, kin[(kin.index(cell) + 1) % len(kin)]]
@@ -175,7 +231,8 @@ class Trainings:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.saving = cells_that_save(folder)
-        self._cells = [*(allowed_cells() if MATRIX else covering(allowed_cells())), *optional_cells(), *self.saving]
+        grid = [*(cell | {"kind": "plain"} for cell in allowed_cells()), *cells_of_presets()] if MATRIX else []
+        self._cells = [*grid, *covering(), *growing_cells(), *uneven_cells(), *compiled_cells(), *self.saving]
         self._results: dict[int, list[dict]] = {}
 
     def on(self, ranks: int) -> list[dict]:
@@ -183,7 +240,7 @@ class Trainings:
             started = time.monotonic()
             results = self._results[ranks] = run_cells(self._cells, ranks, self.folder)
             if MATRIX:
-                judged = [result | {"deviation": deviation(result)} for result in results]
+                judged = [{"kind": "other"} | result | {"deviation": deviation(result)} for result in results]
                 Path(MATRIX).mkdir(parents=True, exist_ok=True)
                 report = {"results": judged, "seconds": time.monotonic() - started}
                 (Path(MATRIX) / f"ranks{ranks}.json").write_text(json.dumps(report))

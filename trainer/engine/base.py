@@ -14,6 +14,8 @@ from trainer.config import RunConfig
 from trainer.data.augment import Mix
 from trainer.data.stages import Batch
 from trainer.engine.batch import BatchPlan
+from trainer.engine.grad_norm import GradNorm
+from trainer.engine.loss_scale import grow_after_update
 from trainer.engine.stage import Draws
 from trainer.engine.state import EMA, MasterState, TrainingState
 from trainer.models.layers import normalize
@@ -45,6 +47,7 @@ class Engine(ABC):
     _engine: Any
     _masters: MasterState
     _draws: Draws
+    _grad_norm: GradNorm
 
     def __init__(self, model: nn.Module, config: RunConfig, batch: BatchPlan, device: torch.device) -> None:
         self._shapes = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
@@ -57,9 +60,11 @@ class Engine(ABC):
         self._averages: dict[str, Tensor] = {}
         self._done = 0
 
-    def _adopt(self, engine: Any, weights: dict[str, Tensor]) -> None:
+    def _adopt(self, engine: Any, weights: dict[str, Tensor], grad_norm: GradNorm) -> None:
         """Take over an engine; ``weights``: the fp32 parameters that it was given, before it rounded them."""
-        self._engine = engine
+        self._engine, self._grad_norm = engine, grad_norm
+        if self._type == torch.float16:
+            grow_after_update(engine.optimizer)
         self._masters = MasterState(engine, self._optimizer_name)
         if self._type != torch.float32:
             self._masters.set_weights(weights)
@@ -142,9 +147,8 @@ class Engine(ABC):
                 self._averages[name].lerp_(buffer, 1 - self._decay)
 
     def grad_norm(self) -> float | None:
-        """Euclidean norm of the last step's gradient before clipping, where DeepSpeed computed it anyway."""
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        """Euclidean norm of the last step's gradient over all weights, before clipping; None if the step was skipped."""
+        return self._grad_norm.value()
 
     def loss_scale(self) -> float | None:
         """The factor that keeps fp16 gradients from vanishing; None in other precisions."""
@@ -152,6 +156,7 @@ class Engine(ABC):
 
     def _prepare(self, learning_rate: float) -> None:
         self._draws.begin(self._done)
+        self._grad_norm.begin_step(self.loss_scale() or 1.0)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
 

@@ -14,6 +14,7 @@ from trainer.data.stages import Batch
 from trainer.engine.base import Engine, Step, parameters_of, to_device
 from trainer.engine.batch import BatchPlan
 from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.grad_norm import GradNorm
 from trainer.engine.gradients import Gradients, PartitionedGradients, arrange_partitioned_weights, whole_gradients
 from trainer.engine.objective import weighted_loss
 from trainer.engine.optimizer import build_optimizer
@@ -41,20 +42,12 @@ class DataParallel(Engine):
         if config.train.sync_batch_norm:
             synchronize_batch_norm(engine.module, dist.group.WORLD)
         self._gradients = _own_gradients(engine, config, batch.ranks)
-        self._clips = config.optimizer.clip_grad_norm is not None
-        self._keeps_gradients = config.parallel.zero_stage == 0 and config.precision == "fp32"
-        self._scale = 1.0
-        """Of fp16's loss, by which the gradients of the last step are too large."""
-        if self._keeps_gradients:  # until the next step, for their norm
-            engine.zero_grad = lambda: None
-        self._adopt(engine, weights)
+        buffers = self._gradients.buffers if self._gradients is not None else ()
+        self._adopt(engine, weights, GradNorm(engine, config.optimizer.clip_grad_norm, buffers))
 
     def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
         self._prepare(learning_rate)
         self._engine.train()
-        if self._keeps_gradients:
-            for parameter in self._engine.module.parameters():
-                parameter.grad = None
         micro_batches = self._batch.ranks * self._batch.accumulation_steps
         total = torch.zeros((), device=self._device)
         keys: list[str] = []
@@ -69,25 +62,12 @@ class DataParallel(Engine):
             self._engine.backward(loss)
             if self._gradients is not None and last:
                 self._gradients.finish()
-                self._scale = self.loss_scale() or 1.0
             self._engine.step()
             total += loss.detach() / self._batch.accumulation_steps
             keys += batch.keys
         skipped = self._skipped()
         self._finish(skipped)
         return Step(total, int(batch.global_weight), keys, skipped)
-
-    def grad_norm(self) -> float | None:
-        """Computed only here, where DeepSpeed did not need it; None where DeepSpeed clips at ZeRO 0 and does not tell."""
-        gradients: list[Tensor] | None = None
-        if self._keeps_gradients and not self._clips:
-            gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
-        elif self._gradients is not None and self._engine.get_global_grad_norm() is None:
-            gradients = self._gradients.buffers
-        if gradients is None:
-            return super().grad_norm()
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        return float(torch.linalg.vector_norm(torch.stack(norms))) / self._scale
 
     def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         return {name: own[name] for name in names}

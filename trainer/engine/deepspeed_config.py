@@ -11,6 +11,8 @@ BUCKET = 4 * 2**20
 bucket, and let ZeRO 3 keep every network here gathered."""
 KEPT = 100_000
 """ZeRO 3 does not partition weights of fewer numbers than this."""
+LOSS_SCALE_WINDOW = 1000
+"""Steps without an overflow after which fp16's loss scale is doubled."""
 
 
 def check_engine(config: RunConfig) -> None:
@@ -51,7 +53,7 @@ def deepspeed_config(config: RunConfig, batch: BatchPlan) -> dict[str, Any]:
     if config.precision == "bf16":  # a gradient that is no number stops the run by its loss; looking for it waits for the GPU
         settings["bf16"] = {"enabled": True, "check_grad_overflow": False}
     if config.precision == "fp16":  # 0: a dynamic scale (Micikevicius et al. 2018, 3.2)
-        settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000}
+        settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": LOSS_SCALE_WINDOW}
     return settings
 
 
@@ -65,7 +67,7 @@ def _zero_settings(config: RunConfig) -> dict[str, Any]:
     if config.parallel.zero_stage == 1 and config.parallel.pipeline_stages == 1:
         settings |= {"contiguous_gradients": False, "overlap_comm": False}
         clips = config.optimizer.clip_grad_norm is not None
-        settings["compute_grad_norm"] = clips  # else ``DataParallel.grad_norm`` does, where it is logged
+        settings["compute_grad_norm"] = clips  # else ``grad_norm.py`` does, when it is logged
     if config.parallel.zero_stage == 3:
         settings |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_reuse_distance": BUCKET}
         settings["stage3_param_persistence_threshold"] = KEPT

@@ -22,6 +22,7 @@ from trainer.data.stages import Batch
 from trainer.engine.base import Engine, Step, parameters_of, to_device
 from trainer.engine.batch import BatchPlan
 from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.grad_norm import GradNorm
 from trainer.engine.objective import weighted_loss
 from trainer.engine.optimizer import build_optimizer
 from trainer.engine.stage import Draws, Stage
@@ -64,6 +65,18 @@ def split(costs: dict[str, int], stages: int, given: Sequence[str] | None = None
     else:
         cuts = _balanced(list(costs.values()), stages)
     return [names[start:stop] for start, stop in pairwise(cuts)]
+
+
+def check_stages(model: nn.Sequential, parts: list[list[str]], given: Sequence[str] | None) -> None:
+    """Raises UserError if a stage has no weights to train: ZeRO and bf16 optimizers cannot be made for such a stage."""
+    layers = dict(model.named_children())
+    for number, names in enumerate(parts):
+        if not any(True for name in names for _ in layers[name].parameters()):
+            key = "parallel.pipeline_stages" if given is None else "parallel.split"
+            value = len(parts) if given is None else list(given)
+            row = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            advice = "use fewer stages or set parallel.split" if given is None else "move the layers at which its stages begin"
+            raise UserError(f"{key}: {value} leaves stage {number} ({row}) without weights; {advice}")
 
 
 def _balanced(costs: Sequence[int], parts: int) -> list[int]:
@@ -116,7 +129,9 @@ class PipelineParallel(Engine):
         if config.train.sync_batch_norm:
             synchronize_batch_norm(pipe, engine.grid.get_data_parallel_group())
         _free_after_backward(engine)
-        self._adopt(engine, weights)
+        self._adopt(
+            engine, weights, GradNorm(engine, config.optimizer.clip_grad_norm, stages=engine.grid.get_pipe_parallel_group())
+        )
 
     def _loss(self, outputs: Any, targets: tuple[Tensor, ...]) -> Tensor:
         labels, weights, *lam = targets  # scaled, see below

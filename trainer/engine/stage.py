@@ -1,8 +1,8 @@
 """A row of layers as an engine runs them: the whole model, or one pipeline stage of it."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import isqrt
 from typing import Any
@@ -89,19 +89,25 @@ class Stage(nn.Sequential):
 
 def _recomputing(layers: Sequence[nn.Module]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For the forward pass and for its repetition, in which batch norm must not count the same batch again."""
-    return nullcontext(), _statistics_kept(layers)
+    return nullcontext(), _StatisticsKept(layers)
 
 
-@contextmanager
-def _statistics_kept(layers: Sequence[nn.Module]) -> Iterator[None]:
-    norms = [module for layer in layers for module in layer.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, tracked) in zip(norms, kept, strict=True):
+class _StatisticsKept(AbstractContextManager[None]):
+    """Keeps the running statistics of batch norm as they are. It can be entered more than once, as torch does if a backward pass
+    is split into several, which ZeRO 3 does."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        modules = (module for layer in layers for module in layer.modules())
+        self._norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self._kept: list[tuple[float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self._kept = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]
+        for norm in self._norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *error: object) -> None:
+        for norm, (momentum, tracked) in zip(self._norms, self._kept, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, tracked
 
 

@@ -1,0 +1,75 @@
+"""The gradient norm over all weights, for clipping and for the log, on every topology.
+
+DeepSpeed computes this norm in five places, one for each of its optimizers. With pipeline stages two of them fail: with fp32 and
+ZeRO 0 clipping counts only the first stage; with ZeRO 1 stages are added up once for each parameter group, which hangs if one
+stage has both weights that decay and weights that do not, and another has only one kind. These two are replaced here.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class GradNorm:
+    """The Euclidean norm of the last step's gradient before clipping. All ranks take part in every call.
+
+    ``max_norm``: the norm to which longer gradients are scaled; None: no clipping. ``buffers``: flat tensors that hold all of
+    this rank's gradients after a step, if there are any. ``stages``: the process group of the ranks that hold one copy of the
+    model together; None if each rank holds all of it.
+    """
+
+    def __init__(self, engine: Any, max_norm: float | None, buffers: Sequence[Tensor] = (), stages: Any = None) -> None:
+        self._engine, self._max_norm, self._buffers, self._stages = engine, max_norm, buffers, stages
+        # without a wrapper the optimizer updates the module's own parameters, and nothing else clips or keeps a norm
+        self._unwrapped = isinstance(engine.optimizer, torch.optim.Optimizer)
+        self._norm: Tensor | None = None
+        self._loss_scale = 1.0
+        if self._unwrapped:
+            engine.clip_fp32_gradients = self._clip
+            engine.zero_grad = lambda: None  # the gradients stay until the next step, for ``value``
+        elif stages is not None and hasattr(engine.optimizer, "scaled_global_norm"):
+            engine.optimizer.scaled_global_norm = self._norm_of_partitions
+
+    def begin_step(self, loss_scale: float) -> None:
+        """Discard the last step's gradients. ``loss_scale``: the factor by which the next ones are too large."""
+        self._norm, self._loss_scale = None, loss_scale
+        if self._unwrapped:
+            for parameter in self._engine.module.parameters():
+                parameter.grad = None
+
+    def value(self) -> float | None:
+        """The norm, computed here if DeepSpeed did not need it. None if the step was skipped, since fp16 overflowed."""
+        if getattr(self._engine.optimizer, "overflow", False):
+            return None
+        if self._norm is None:
+            norm = None if self._unwrapped else self._engine.get_global_grad_norm()
+            if norm is not None:
+                return float(norm)
+            gradients = self._gradients() if self._unwrapped else self._buffers
+            self._norm = self._total(gradients, self._stages) / self._loss_scale
+        return float(self._norm)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
+
+    def _clip(self) -> None:
+        self._norm = self._total(self._gradients(), self._stages)
+        torch.nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), self._max_norm or 0.0, self._norm)
+
+    def _norm_of_partitions(self, norm_type: float = 2) -> Tensor:
+        """For ZeRO with stages: each rank holds another part of the gradient, its partition of its stage's."""
+        partitions = self._engine.optimizer.averaged_gradients.values()
+        return self._total((gradient for partition in partitions for gradient in partition), dist.group.WORLD)
+
+    def _total(self, gradients: Iterable[Tensor], group: Any) -> Tensor:
+        """``group``: the ranks that hold other parts of the gradient, if there are any."""
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._engine.device)
+        if group is None:
+            return norm
+        squared = norm.square()
+        dist.all_reduce(squared, group=group)
+        return squared.sqrt()
