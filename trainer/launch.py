@@ -22,7 +22,7 @@ from trainer.file_limit import raise_open_file_limit
 from trainer.hardware_faults import check_gpus
 from trainer.launch_environment import LAUNCHER_PID, RUN_ID_FILE, check_single_node, check_working_directory, cpus, leftovers
 from trainer.pod import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
-from trainer.preflight import check_run
+from trainer.preflight import check_outputs
 from trainer.proxies import bypass_proxies_for_local_services
 from trainer.resolve import resolve, tracking_uri
 from trainer.run_status import end_unfinished_run
@@ -66,7 +66,7 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
         checks = pod is None or pod.is_first
         run = resolve(recipe, overrides, pod.world_size if pod else procs, check_storage=checks)
         if checks:
-            check_run(run, pod.procs if pod else procs)  # rank 0 prints its notes
+            check_outputs(run)  # rank 0 checks what needs torch
         arguments = [recipe, *overrides]
         if pod is not None:
             return _launch_pod(pod, config, arguments, signals)

@@ -58,13 +58,19 @@ def check_run(run: Resolved, local_ranks: int) -> list[str]:
     ``local_ranks``: ranks on this machine. Leaves nothing behind. Raises UserError, and ServiceLost
     where the object store of the checkpoints was reached and is lost.
     """
+    check_outputs(run)
     size = check_model(run)
     _check_memory(run, size, local_ranks)
-    _check_temporary_folder()
-    _check_outputs(run)
     needs = list(_needs(run, size, local_ranks))
     _check_space(needs)
     return list(_notes(run))
+
+
+def check_outputs(run: Resolved) -> None:
+    """Create and remove a file in each place that the run writes to; needs no torch, so that the
+    launcher can do it before it starts ranks. Raises UserError with each fault."""
+    _check_temporary_folder()
+    _probe_outputs(run)
 
 
 def check_model(run: Resolved) -> ModelSize:
@@ -155,8 +161,7 @@ def _local(url: str) -> Path | None:
     return None if location.is_remote else Path(location.prefix)
 
 
-def _check_outputs(run: Resolved) -> None:
-    """Create and remove a file in each place that the run writes to. Raises UserError with each fault."""
+def _probe_outputs(run: Resolved) -> None:
     config, url = run.config, run.config.checkpoint_url
     folders = {"train.output_dir": config.output_dir}
     local = _local(url)

@@ -19,6 +19,8 @@ from trainer.engine import loop
 from trainer.errors import Terminated
 from trainer.run_status import end_unfinished_run
 from trainer.supervise import python_command
+from trainer.tracking.spool import SpoolWriter, new_run_key
+from trainer.tracking.spool_reader import SpoolReader
 
 RECIPE = "digits-resnet8"
 
@@ -151,12 +153,20 @@ def test_the_status_of_a_killed_run_waits_in_the_spool_for_a_server_that_is_away
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     spool, run_id = tmp_path / "tracking.jsonl", tmp_path / "run-id"
-    spool.write_text('{"kind": "metrics", "step": 1, "time_ms": 1, "values": {}}\n{"kind": "met')
+    writer = SpoolWriter(spool, new_run_key(), attempt=1)
+    writer.append("metrics", step=1, time_ms=1, values={})
+    writer.close()
+    with spool.open("a") as file:
+        file.write('{"kind": "met')  # a killed process left a partial line
     end_unfinished_run(run_id, "http://127.0.0.1:9", spool, "FAILED")
     assert spool.read_text().endswith('{"kind": "met'), "no run was left"
     run_id.write_text("0a1b")
     end_unfinished_run(run_id, "http://user:secret@127.0.0.1:9", spool, "FAILED")
-    assert spool.read_text().splitlines()[1:] == ['{"kind": "finish", "status": "FAILED"}']
+    reader = SpoolReader(spool, {})
+    entries = reader.read(writer.run_key, 10)
+    assert [(entry.attempt, entry.seq, entry.kind) for entry in entries] == [(1, 0, "metrics"), (1, 1, "finish")]
+    assert entries[-1].content["status"] == "FAILED"
+    assert len(reader.corrupt) == 1, "the partial line is kept apart"
     told = capsys.readouterr().err
     assert "MLflow run 0a1b could not be set to FAILED" in told
     assert f"convoy sync {spool}" in told
