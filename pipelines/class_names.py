@@ -35,6 +35,10 @@ _WORDNET_ID = re.compile(r"n[0-9]{8}")
 _HEADER = re.compile(
     r"(class|category|label|synset|wnid|index|idx|id)?[ _-]?(id|name|label|word|description|class)?s?", re.IGNORECASE
 )
+_OTHER_SEPARATOR = re.compile(r"""["'\[{(]*([0-9]{1,9})["'\])]*\s*[;:=|.)]+\s*\S.*""")
+"""``0;cat``, ``0: cat``, ``{0: 'cat',``, ``0. cat``: a number and a name, separated by what is not supported."""
+_OTHER_FORMAT = re.compile(r"""\{.*|.*[{\[]|\[["'].*|[\w-]+:""")
+"""First lines of JSON lines, Python literals, protocol buffers and YAML."""
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\ud800-\udfff]")  # TAB separates columns
 
 
@@ -77,11 +81,13 @@ def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = 
     if not any(row.name for row in best) and list(class_ids) == numbers and len(parsed.names) == len(class_ids):
         return parsed.names
     if not rows:
-        first = next((row.identity for row in parsed.by_space), next(iter(parsed.names), ""))
+        first = next((row.identity for row in parsed.by_space or parsed.by_tab), next(iter(parsed.names), ""))
         raise UserError(
             f"{path}: names none of the {len(class_ids)} classes ({_some(class_ids)}); each line is an id, a TAB, a comma "
             f"or a space, and a name, but the first one begins with {first[:40]!r}"
         )
+    if set(class_ids) == set(numbers) and {row.identity for row in best} == {str(int(n) + 1) for n in numbers}:
+        raise UserError(f"{path}: numbers its names from 1 to {len(numbers)}, but the classes begin with 0; number them from 0")
     if not any(row.name for row in best):  # a list of the ids alone
         return list(class_ids)
     by_id = {key: row.name for key, row in _unique(path, rows).items()}
@@ -105,6 +111,9 @@ def names_by_label(path: str | Path) -> list[str]:
     for rows in parsed.candidates:
         if (names := _numbered(path, _without_header(rows), is_certain=rows is not parsed.by_space)) is not None:
             return names
+    for rows in parsed.candidates:
+        if (names := _numbered_second(path, rows)) is not None:
+            return names
     if not parsed.names:
         raise UserError(f"{path}: its keys are not numbers, so that it is unclear which label has which name")
     for rows in parsed.candidates:
@@ -113,6 +122,7 @@ def names_by_label(path: str | Path) -> list[str]:
         if any(row.name for row in rows) and (are_ids or rows is parsed.by_tab):
             _unique(path, rows)
             return [row.name for row in rows]
+    _check_format(path, parsed.names)
     if _HEADER.fullmatch(parsed.names[0]):
         raise UserError(f"{path}: line 1: {parsed.names[0]!r} looks like a header, not like a class; remove it")
     if all(re.fullmatch(r'"([^"]|"")*"', name) for name in parsed.names):
@@ -251,9 +261,36 @@ def _parse_json(path: str | Path, value: object) -> _Parsed:
 
 
 def _without_header(rows: list[_Row]) -> list[_Row]:
-    if len(rows) > 1 and rows[0].name and _HEADER.fullmatch(rows[0].identity) and _HEADER.fullmatch(rows[0].name):
+    """The rows without a first one that names the columns, by its words or because numbers follow."""
+    if len(rows) < 2 or not rows[0].name or rows[0].where != "line 1":  # JSON has none
+        return rows
+    numbers = {row.identity for row in rows[1:]}
+    above_numbers = not re.search("[0-9]", rows[0].identity) and numbers == {str(n) for n in range(len(numbers))}
+    if above_numbers or (_HEADER.fullmatch(rows[0].identity) and _HEADER.fullmatch(rows[0].name)):
         del rows[0]
     return rows
+
+
+def _numbered_second(path: str | Path, rows: list[_Row]) -> list[str] | None:
+    """The names in the order of the second column, if that holds the numbers 0 to n-1 (``cat,0``)."""
+    body = rows[1:] if rows and not rows[0].name.isdecimal() else rows
+    if len(body) < 2 or {row.name for row in body} != {str(number) for number in range(len(body))}:
+        return None
+    _unique(path, body)
+    return [row.identity for row in sorted(body, key=lambda row: int(row.name))]
+
+
+def _check_format(path: str | Path, lines: list[str]) -> None:
+    """Reject lines that are names together with something else. Raises UserError."""
+    matches = [_OTHER_SEPARATOR.fullmatch(line) for line in lines[:3]]
+    numbers = [int(match[1]) if match else None for match in matches]
+    if any(numbers[i : i + 2] in ([0, 1], [1, 2]) for i in range(2)):
+        at = next(i for i, number in enumerate(numbers) if number is not None)
+        raise UserError(
+            f"{path}: line {at + 1}: {lines[at][:40]!r} is a number and a name, but not separated by a TAB, a comma or a space"
+        )
+    if _OTHER_FORMAT.fullmatch(lines[0]) or all(line.startswith("- ") for line in lines):
+        raise UserError(f"{path}: line 1: {lines[0][:40]!r} looks like YAML, JSON or code; write one name per line, or a JSON list")
 
 
 def _numbered(path: str | Path, rows: list[_Row], is_certain: bool) -> list[str] | None:

@@ -22,6 +22,7 @@ from trainer.models import build_model
 from trainer.models.naming import Scheme, export_state
 from trainer.models.registry import find_variant
 from trainer.weights import classes_in, load_weights, select_weights
+from trainer.weights_file import classes_beside
 
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _PUBLISHED = {"activation": "relu", "head": "tower", "filters": "stacked", "reduction": True}
@@ -51,6 +52,11 @@ def import_weights(
     if (output / WEIGHTS_NAME).exists():
         raise UserError(f"{output}: holds a model already; choose another --output or delete it")
     find_variant(name)
+    if classes_beside(file) is not None:
+        raise UserError(
+            f"{file}: is a model that Convoy saved, with its class names; `convoy evaluate`, `convoy weights export` and "
+            "model.init take its folder as it is"
+        )
     weights = select_weights(file, name, key)
     num_outputs = classes_in(weights, name) or 1000
     classes, outputs, notes = _classes_of(file, num_outputs, data_url)

@@ -1,9 +1,7 @@
 """A network's weights from a file: the set that fits, in the network's own names, checked."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +9,9 @@ from torch import Tensor, nn
 from trainer.class_matching import match_classes, output_names
 from trainer.data.index import Index
 from trainer.errors import UserError
-from trainer.export import FACTS_NAME, WEIGHTS_NAME
 from trainer.models.naming import Scheme, State, auxiliary_names, head_names, names_in, own_state, schemes_of
 from trainer.models.registry import Variant, build_model, find_variant, variants
-from trainer.weights_file import WeightSet, is_average, read_weight_sets
+from trainer.weights_file import WeightSet, classes_beside, is_average, read_weight_sets
 
 _SHOWN = 10
 """Keys of each kind that a refusal names."""
@@ -161,7 +158,9 @@ def load_weights(
     expected = model.state_dict()
     notes = [*weights.notes]
     present = [key for key in head_names(model) if key in own]
-    trained_on = _classes_of_run(url)
+    trained_on = classes_beside(url) if data is not None else None
+    if trained_on == [str(number) for number in range(len(trained_on or []))]:
+        trained_on = None
     if data is not None and trained_on is not None and data.classes != trained_on:
         try:
             outputs = match_classes(output_names(trained_on, len(trained_on)), data, url, "the dataset")
@@ -170,6 +169,7 @@ def load_weights(
             own = {key: value for key, value in own.items() if key not in present}
             return _filled(model, own, present, weights, notes, url, name)
         notes.append(f"{url}: the head's outputs are matched with the dataset's classes by name")
+    _check_heads(own, present, url)
     if outputs is not None:
         chosen = torch.tensor(outputs)
         own |= {key: own[key][chosen] for key in present}
@@ -203,16 +203,12 @@ def _filled(
     return LoadReport(scheme, notes)
 
 
-def _classes_of_run(url: str) -> list[str] | None:
-    """The class names beside the weights of a run's output folder; None for any other file, and for plain numbers."""
-    folder = Path(url.removeprefix("file://"))
-    if not (folder / WEIGHTS_NAME).is_file() or not (folder / FACTS_NAME).is_file():
-        return None
-    try:
-        names = [str(name) for name in json.loads((folder / FACTS_NAME).read_text(encoding="utf-8"))["classes"]]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / FACTS_NAME}: is corrupt; it should list the model's classes") from None
-    return None if names == [str(number) for number in range(len(names))] else names
+def _check_heads(own: State, heads: list[str], url: str) -> None:
+    """Raise UserError for heads whose weights and biases differ in the number of their outputs, or have none."""
+    counts = {key: own[key].shape[0] if own[key].dim() else 0 for key in heads}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        found = ", ".join(f"{key} {_shape(own[key])}" for key in heads)
+        raise UserError(f"{url}: is corrupt: its classification heads differ in the number of outputs or have none: {found}")
 
 
 def classes_in(weights: FittingWeights, name: str) -> int | None:
@@ -239,7 +235,7 @@ def _misfits(own: State, expected: State, new: list[str], names: dict[str, str])
         ("missing", [names[key] for key in missing]),
         ("unexpected", unexpected),
         ("of another shape", shapes),
-        ("of an integer type", integers),
+        ("not of a floating-point type", integers),
     ]
     return [_listed(kind, keys) for kind, keys in kinds if keys]
 
@@ -254,7 +250,7 @@ def _listed(kind: str, keys: list[str]) -> str:
 
 
 def _likely(state: State, name: str) -> str:
-    """The registered network, beside ``name``, that most of the file's names and shapes fit."""
+    """The registered network that most of the file's names and shapes fit, unless that is ``name`` itself."""
     best, best_score = "", 0.5
     given = {key: tuple(value.shape) for key, value in state.items() if not key.endswith(_COUNTER)}
     for variant in variants():
@@ -268,9 +264,9 @@ def _likely(state: State, name: str) -> str:
                 names[key] in given and (key in heads or _same_size(given[names[key]], shape)) for key, shape in shapes.items()
             )
             score = fitting / max(len(shapes), len(given))
-            if variant.name != name and score > best_score:
+            if score > best_score:
                 best, best_score = variant.name, score
-    return f"; they are likely those of {best}" if best else ""
+    return f"; they are likely those of {best}" if best not in ("", name) else ""
 
 
 def _same_size(given: tuple[int, ...], own: torch.Size) -> bool:

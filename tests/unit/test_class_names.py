@@ -6,7 +6,7 @@ import pytest
 from helpers import Run
 
 from pipelines.class_names import names_by_id, names_by_label, synsets
-from pipelines.sources import find_splits
+from pipelines.sources import ListOptions, list_source
 from trainer.errors import UserError
 
 IDS = ["cat", "dog"]
@@ -62,6 +62,13 @@ def test_names_are_found_by_id(content: str, ids: list[str], names: list[str], t
         ('{"1": ["n01443537", "goldfish"], "0": ["n01440764", "tench"]}', ["tench", "goldfish"]),
         ('{"dog": 1, "cat": 0}', ["cat", "dog"]),
         ('["cat", "dog"]', ["cat", "dog"]),
+        ("Class Index,Class Name\n0,cat\n1,dog", ["cat", "dog"]),
+        ("ClassId,SignName\n0,Speed limit (20km/h)\n1,Stop", ["Speed limit (20km/h)", "Stop"]),
+        ("label\ttext\n0\tcat\n1\tdog", ["cat", "dog"]),
+        ("cat,1\ndog,0", ["dog", "cat"]),
+        ("cat\t0\ndog\t1", ["cat", "dog"]),
+        ("-1 background\n0 cat", ["-1 background", "0 cat"]),
+        ("Big Cat\n2012 Tesla\n2013 BMW", ["Big Cat", "2012 Tesla", "2013 BMW"]),
     ],
 )
 def test_names_are_found_by_label(content: str, names: list[str], tmp_path: Path) -> None:
@@ -93,6 +100,11 @@ def test_files_that_do_not_name_every_class_are_errors(content: str | bytes, rea
     assert "\n" not in str(caught.value)
 
 
+def test_names_numbered_from_1_are_not_given_to_classes_numbered_from_0(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="numbers its names from 1 to 3, but the classes begin with 0"):
+        names_by_id(file(tmp_path, "1 a\n2 b\n3 c"), ["0", "1", "2"])
+
+
 def test_classes_that_a_file_does_not_name_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert names_by_id(file(tmp_path, "cat domestic cat\nowl b"), IDS) == ["domestic cat", "dog"]
     assert "names 1 of the 2 classes; the others keep their ids as names: 'dog'" in capsys.readouterr().err
@@ -107,6 +119,13 @@ def test_classes_that_a_file_does_not_name_are_reported(tmp_path: Path, capsys: 
         ("0 cat\n0 dog\n", "'0' has a name already"),
         ("0 cat\n1 dog\nowl", "line 3: has no number"),
         ("name\ncat\ndog", "looks like a header"),
+        ("0;cat\n1;dog", "line 1: '0;cat' is a number and a name, but not separated"),
+        ("0: cat\n1: dog", "line 1: '0: cat' is a number and a name, but not separated"),
+        ("names:\n  0: cat\n  1: dog", "line 2: '0: cat' is a number and a name"),
+        (" {0: 'tench, Tinca tinca',\n 1: 'goldfish'}", "is a number and a name, but not separated"),
+        ("- cat\n- dog", "looks like YAML"),
+        ("item {\n id: 1\n}", "looks like YAML, JSON or code"),
+        ('{"cat": -1, "dog": 0}', "its keys are not numbers"),
         ("a\tcat\ndog", "line 2: 'dog' has no name"),
         ('{"cat": "a"}', "its keys are not numbers"),
         ('["cat", 1]', "item 1"),
@@ -136,10 +155,11 @@ def test_synsets_keep_the_order_of_the_file() -> None:
 
 def test_pack_reads_the_same_files_as_index(jpeg_folder: Path, convoy_refuses: Run, tmp_path: Path) -> None:
     """``--class-names``, and synset_words.txt in the source."""
-    classes = find_splits(str(jpeg_folder))[0].class_ids
+    classes = list_source(str(jpeg_folder)).splits[0].class_ids
     words = "\ufeff" + "".join(f"{identity}\tname of {identity}\r\n" for identity in classes)
     names = file(tmp_path, words)
-    assert find_splits(str(jpeg_folder), str(names))[0].classes == [f"name of {identity}" for identity in classes]
+    packed = list_source(str(jpeg_folder), ListOptions(str(names))).splits[0]
+    assert packed.classes == [f"name of {identity}" for identity in classes]
     told = convoy_refuses("pack", jpeg_folder, tmp_path / "out", "--class-names", file(tmp_path, "owl a\n", "owl.txt"))
     assert "owl.txt: names none of the" in told
     assert not (tmp_path / "out").exists()

@@ -5,8 +5,9 @@ import pytest
 
 from pipelines.study import linear_scaling, warmup
 from pipelines.study.base import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, spread
-from trainer.config import RECIPES, RunConfig, load_config
+from trainer.config import RunConfig, load_config
 from trainer.engine.schedule import learning_rate_schedule
+from trainer.recipe import RECIPES
 
 IMAGES, EPOCHS = 60_000, 4
 

@@ -1,5 +1,6 @@
 """Checkpoints with several sets of weights, wrapped names, and classes that are matched by name."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def test_a_name_with_and_without_its_wrapper_is_refused(source: nn.Module, tmp_p
 
 def test_integer_weights_are_refused(source: nn.Module, tmp_path: Path) -> None:
     content = source.state_dict() | {"conv1.weight": torch.zeros(64, 3, 7, 7, dtype=torch.int8)}
-    with pytest.raises(UserError, match=r"1 keys of an integer type: conv1\.weight torch\.int8"):
+    with pytest.raises(UserError, match=r"1 keys not of a floating-point type: conv1\.weight torch\.int8"):
         _imported(tmp_path, content)
 
 
@@ -288,3 +289,74 @@ def test_safetensors_with_prefixed_averages(source: nn.Module, average: nn.Modul
     weights = select_weights(str(tmp_path / "c.safetensors"), "resnet18")
     _assert_holds(weights.state, average)
     assert "averaged (EMA) weights at ema_model, not those at model" in "\n".join(weights.notes)
+
+
+def test_arguments_and_scores_beside_the_weights_are_accepted(source: nn.Module, average: nn.Module, tmp_path: Path) -> None:
+    """timm and torchvision store argparse's namespace, scripts NumPy's best accuracy."""
+    beside = {"args": argparse.Namespace(output=tmp_path), "best_acc": np.float64(0.5), "metric": np.float32(1)}
+    content = {"state_dict": source.state_dict(), "state_dict_ema": average.state_dict(), **beside}
+    _assert_holds(_imported(tmp_path, content)[0], average)
+
+
+def test_other_objects_beside_the_weights_are_refused_with_what_to_do(source: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"could run code: it holds torchvision\.models\.resnet\.ResNet; save the weights alone"):
+        _imported(tmp_path, source)
+
+
+def test_a_changed_byte_is_found_by_the_checksum(source: nn.Module, tmp_path: Path) -> None:
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged: the checksum of .*/data/[0-9]+ in it is wrong"):
+        select_weights(str(tmp_path / "w.pth"), "resnet18")
+
+
+def test_files_without_checksums_are_accepted(source: nn.Module, tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        _assert_holds(_imported(tmp_path, source.state_dict())[0], source)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"fc.weight": torch.zeros(CLASSES, 512, device="meta")}, "fc.weight is a meta tensor"),
+        ({"fc.weight": torch.zeros(CLASSES, 512).to_sparse()}, "fc.weight is a sparse tensor"),
+        ({"fc.bias": torch.zeros(3)}, "heads differ in the number of outputs or have none: head.weight 7x512, head.bias 3"),
+        ({"fc.bias": torch.zeros(0), "fc.weight": torch.zeros(0, 512)}, "head.weight 0x512"),
+        ({"fc.bias": torch.zeros(CLASSES, dtype=torch.complex64)}, "not of a floating-point type: fc.bias"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(change: dict[str, Tensor], reason: str, source: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        _imported(tmp_path, source.state_dict() | change)
+    assert reason in str(caught.value)
+    assert "likely those of" not in str(caught.value)
+
+
+def _saved(folder: Path, classes: list[str]) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = build_model("resnet18", len(classes), 32)
+    save_model(folder, model, ModelFacts("resnet18", {}, classes, len(classes), 32, 0.875, [0.5] * 3, [0.5] * 3, True))
+    return model
+
+
+def test_fine_tuning_from_the_weights_file_of_a_run_matches_classes_too(digits: Path, tmp_path: Path) -> None:
+    index = open_index(str(digits / "train"))[0]
+    named = index.model_copy(update={"classes": list("abcdefghij")})
+    saved = _saved(tmp_path / "run", named.classes[::-1])
+    model = build_model("resnet18", 10, 32)
+    report = load_weights(model, "resnet18", str(tmp_path / "run" / "model.safetensors"), data=named)
+    assert "matched with the dataset's classes by name" in "\n".join(report.notes)
+    assert torch.equal(model.state_dict()["head.weight"], saved.state_dict()["head.weight"].flip(0))
+
+
+@pytest.mark.parametrize("file", ["run", "run/model.safetensors"])
+def test_a_model_of_ours_is_not_imported_without_its_class_names(file: str, digits: Path, tmp_path: Path) -> None:
+    _saved(tmp_path / "run", list("abcdefghij"))
+    with pytest.raises(UserError, match="is a model that Convoy saved"):
+        import_weights(str(tmp_path / file), "resnet18", tmp_path / "out", 32, str(digits / "train"), None)
+    assert not (tmp_path / "out").exists()
