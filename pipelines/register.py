@@ -158,9 +158,10 @@ def sync(spool: str) -> SyncReport:
 
 def _note_run_id(result: Path, runs: list[RunReport]) -> None:
     """`convoy register` needs the run's id, which training could not know."""
-    if not result.is_file():
+    try:
+        facts = json.loads(result.read_text())
+    except (OSError, ValueError):  # a training that did not finish, or was killed while it wrote
         return
-    facts = json.loads(result.read_text())
     if facts.get("run_key"):
         runs = [run for run in runs if run.key == facts["run_key"]]
     elif facts.get("mlflow_run_id") or len(runs) != 1:

@@ -147,7 +147,10 @@ def _several_nodes(environment: Mapping[str, str]) -> str | None:
 def _several_tasks(environment: Mapping[str, str]) -> str | None:
     """SLURM's srun and MPI's mpirun start the same command once per task."""
     started_by_slurm = any(name in environment for name in ("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"))
-    counts = ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"] if started_by_slurm else []
+    step = ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"]
+    # within a step (srun) the job's counts are those of all steps: `srun --nodes=1 --ntasks=1 convoy train ...` is one task
+    job = [] if any(name in environment for name in step) else ["SLURM_NNODES", "SLURM_JOB_NUM_NODES"]
+    counts = [*step, *job] if started_by_slurm else []
     counts += ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"]
     ranks = ["SLURM_PROCID", "SLURM_NODEID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK"]
     several = [name for name in counts if _number(environment, name) > 1]

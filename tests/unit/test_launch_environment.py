@@ -113,6 +113,7 @@ def test_several_nodes_or_tasks_without_a_rendezvous_are_refused(environment: di
         {"PET_NNODES": "1", "PET_MASTER_ADDR": "job-node-0-0.job", "PET_NODE_RANK": "0", "JOB_COMPLETION_INDEX": "0"},
         {"SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"},
         {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1"},
+        {"SLURM_PROCID": "0", "SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"},
     ],
 )
 def test_one_node_trains_whatever_is_left_in_its_environment(environment: dict[str, str]) -> None:
