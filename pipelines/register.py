@@ -15,7 +15,7 @@ from trainer.tracking import configure_mlflow
 from trainer.tracking.delivery_record import RejectedEntries
 from trainer.tracking.server import refusal, validate_tracking_uri
 from trainer.tracking.spool import SpoolWriter, new_run_key, now_ms
-from trainer.tracking.spool_uploader import RunReport, sync_spool
+from trainer.tracking.spool_uploader import RunReport, spool_files, sync_spool
 
 
 def server() -> str:
@@ -149,7 +149,9 @@ class SyncReport:
 def sync(spool: str) -> SyncReport:
     """Send MLflow what a run could not. Raises UserError if there is nothing to send or if the
     spool is in use."""
-    path, uri = Path(spool), server()
+    path = Path(spool)
+    spool_files(path)
+    uri = server()
     validate_tracking_uri(uri, "MLFLOW_TRACKING_URI")
     uploader, runs = sync_spool(path, uri)
     _note_run_id(path.with_name("result.json"), runs)

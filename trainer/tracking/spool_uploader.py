@@ -223,15 +223,21 @@ def _end_killed(run: MlflowRun) -> None:
             raise DeliveryStopped(classify(error)) from error
 
 
+def spool_files(path: Path) -> list[Path]:
+    """The spool ``path`` and the file of its rejected entries, those that exist. Raises UserError if neither does."""
+    paths = [p for p in dict.fromkeys((path, rejected_path(path))) if p.is_file()]
+    if not paths:
+        what = "is a folder; name the tracking.jsonl in it" if path.is_dir() else "there is no such file"
+        raise UserError(f"{path}: {what}")
+    return paths
+
+
 def sync_spool(path: Path, uri: str) -> tuple[SpoolUploader, list[RunReport]]:
     """Deliver the spool at ``path``, then what MLflow rejected of it before.
 
     Raises UserError if neither exists.
     """
-    rejected = rejected_path(path)
-    paths = [p for p in dict.fromkeys((path, rejected)) if p.is_file()]
-    if not paths:
-        raise UserError(f"{path}: no such file")
+    paths = spool_files(path)
     reports: list[RunReport] = []
     for one in reversed(paths):  # the rejected ones first: the spool may add to them
         uploader = SpoolUploader(one, uri)
