@@ -171,3 +171,10 @@ def test_the_status_of_a_killed_run_waits_in_the_spool_for_a_server_that_is_away
     assert "MLflow run 0a1b could not be set to FAILED" in told
     assert f"convoy sync {spool}" in told
     assert "secret" not in told
+
+
+def test_a_deleted_working_directory_is_refused_by_every_command(tmp_path: Path) -> None:
+    command = f"rmdir {tmp_path}; exec {' '.join(python_command('pipelines.cli'))} pack a b"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the working directory does not exist any more" in done.stderr
