@@ -16,6 +16,7 @@ from pipelines import cluster_cli
 from trainer.credentials import take_credentials
 from trainer.errors import EXIT_USER, UserError, report, shortened
 from trainer.hardware_faults import classify_fault, describe_place
+from trainer.launch_environment import check_working_directory
 from trainer.proxies import bypass_proxies_for_local_services
 from trainer.redaction import redact
 from trainer.streams import secure_standard_streams
@@ -42,6 +43,7 @@ def main() -> None:
     secure_standard_streams()
     bypass_proxies_for_local_services(os.environ)
     try:
+        check_working_directory()
         take_credentials()
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -15,7 +15,7 @@ from trainer.tracking import configure_mlflow
 from trainer.tracking.delivery_record import RejectedEntries
 from trainer.tracking.server import refusal, validate_tracking_uri
 from trainer.tracking.spool import SpoolWriter, new_run_key, now_ms
-from trainer.tracking.spool_uploader import RunReport, sync_spool
+from trainer.tracking.spool_uploader import RunReport, spool_files, sync_spool
 
 
 def server() -> str:
@@ -149,7 +149,9 @@ class SyncReport:
 def sync(spool: str) -> SyncReport:
     """Send MLflow what a run could not. Raises UserError if there is nothing to send or if the
     spool is in use."""
-    path, uri = Path(spool), server()
+    path = Path(spool)
+    spool_files(path)
+    uri = server()
     validate_tracking_uri(uri, "MLFLOW_TRACKING_URI")
     uploader, runs = sync_spool(path, uri)
     _note_run_id(path.with_name("result.json"), runs)
@@ -158,9 +160,10 @@ def sync(spool: str) -> SyncReport:
 
 def _note_run_id(result: Path, runs: list[RunReport]) -> None:
     """`convoy register` needs the run's id, which training could not know."""
-    if not result.is_file():
+    try:
+        facts = json.loads(result.read_text())
+    except (OSError, ValueError):  # a training that did not finish, or was killed while it wrote
         return
-    facts = json.loads(result.read_text())
     if facts.get("run_key"):
         runs = [run for run in runs if run.key == facts["run_key"]]
     elif facts.get("mlflow_run_id") or len(runs) != 1:

@@ -44,7 +44,7 @@ from trainer.run_lock import RunLocks
 from trainer.run_status import UnfinishedRun
 from trainer.stop_signals import StopSignals
 from trainer.streams import secure_standard_streams
-from trainer.supervise import STOP_SECONDS
+from trainer.supervise import STOP_SECONDS, report_finished
 from trainer.tracking import Tracker
 from trainer.watchdog import Watchdog
 from trainer.weights import load_weights
@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     _STOP.install()
     code = _run(sys.argv[1:] if arguments is None else arguments)
     _STOP.ignore()
+    if code == 0:
+        report_finished()
     return code
 
 

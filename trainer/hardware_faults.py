@@ -42,9 +42,16 @@ _RUNTIME_ERROR = re.compile(
     r"|cuda runtime error \(\d+\) : |(?:Cuda|Hip) failure (?:\d+ )?')([^\n]*)"
 )
 _OUT_OF_DEVICE_MEMORY = re.compile(
-    r"(?:CUDA|HIP) (?:ran )?out of memory|CU(?:DNN|BLAS|SOLVER|SPARSE)_STATUS_ALLOC_FAILED", re.IGNORECASE
+    r"\bout of memory\b|OUT_OF_MEMORY|(?:cuda|hip)Error(?:MemoryAllocation|OutOfMemory)"
+    r"|CU(?:DNN|BLAS|SOLVER|SPARSE)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED|Failed to CUDA (?:host )?[mc]?alloc"
+    r"|Unable to find a valid cuDNN algorithm",  # each of them needs more workspace than is free
+    re.IGNORECASE,
 )
 _OUT_OF_HOST_MEMORY = re.compile(r"DefaultCPUAllocator: |Cannot allocate memory|std::bad_alloc")
+_OUT_OF_SHARED_MEMORY = re.compile(
+    r"shared memory segment /dev/shm|out of shared memory|</torch_\S*>: No space left|posix_fallocate failed"
+)
+_OUT_OF_THREADS = re.compile(r"can't start new thread|Resource temporarily unavailable")
 
 # Errors of the CUDA and HIP runtimes which the program causes; every other one is a device fault.
 _PROGRAM_ERRORS = re.compile(
@@ -54,7 +61,11 @@ _PROGRAM_ERRORS = re.compile(
     r"|CU(?:BLAS|SOLVER|SPARSE)_STATUS_(?:INVALID|NOT_SUPPORTED|ARCH_MISMATCH)",
     re.IGNORECASE,
 )
-_UNSUPPORTED_GPU = re.compile(r"no kernel image is available|is not compatible with the current PyTorch", re.IGNORECASE)
+_UNSUPPORTED_GPU = re.compile(
+    r"no kernel image is available|is not compatible with the current PyTorch"
+    r"|NVIDIA driver on your system is too old|driver version is insufficient",
+    re.IGNORECASE,
+)
 
 _LIBRARY_FAULTS = re.compile(
     r"CU(?:DNN|BLAS|SOLVER|SPARSE|FFT)_STATUS_(?:EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR|NOT_INITIALIZED)\w*"
@@ -67,8 +78,15 @@ _DRIVER_FAULTS = re.compile(
     r"|uncorrectable (?:ECC|NVLink) error|NVRM: Xid",
     re.IGNORECASE,
 )
-_COLLECTIVE = re.compile(r"NCCL|RCCL|gloo", re.IGNORECASE)
-_WRONG_USE_OF_NCCL = re.compile(r"(?:nccl)?Invalid(?:Usage|Argument)|invalid usage|Duplicate GPU", re.IGNORECASE)
+_COLLECTIVE = re.compile(
+    r"NCCL|RCCL|gloo|Connection (?:reset|closed) by peer|Broken pipe|Socket Timeout|Timed out initializing process group",
+    re.IGNORECASE,
+)
+_WRONG_USE_OF_COLLECTIVES = re.compile(
+    r"Invalid(?:Usage|Argument)|invalid usage|Duplicate GPU|unsupported|not support|invalid tensor|invalid root"
+    r"|must be|mismatch|op\.preamble\.length",
+    re.IGNORECASE,
+)
 _INTERCONNECT_FAULTS = re.compile(
     r"ncclSystemError|ncclInternalError|ncclUnhandledCudaError|unhandled (?:system|cuda) error"
     r"|ibv_\w+|IBV_\w+|local catastrophic|Got async event",
@@ -164,21 +182,32 @@ def _classify(error: BaseException, place: str, advice: str) -> UserError | Serv
     text = str(error)
     runtime = _RUNTIME_ERROR.search(text)
     said = runtime[1].strip(" '.") if runtime else ""
-    if "OutOfMemoryError" in kinds or _OUT_OF_DEVICE_MEMORY.search(text) or said.lower().startswith("out of memory"):
+    is_runtime_error = "RuntimeError" in kinds
+    out_of_device_memory = is_runtime_error and _OUT_OF_DEVICE_MEMORY.search(text)
+    if "OutOfMemoryError" in kinds or out_of_device_memory:
         return _out_of_memory("GPU memory", place, text, advice)
-    collective = "DistError" in kinds or ("RuntimeError" in kinds and _COLLECTIVE.search(text))
-    allocates = "RuntimeError" in kinds and not collective and _OUT_OF_HOST_MEMORY.search(text)
-    if isinstance(error, MemoryError) or allocates:
+    if is_runtime_error and _OUT_OF_SHARED_MEMORY.search(text):
+        return _out_of_memory("shared memory", place, text, "give the pod or container a larger /dev/shm")
+    collective = "DistError" in kinds or (is_runtime_error and _COLLECTIVE.search(text))
+    allocates = is_runtime_error and not collective and _OUT_OF_HOST_MEMORY.search(text)
+    no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or allocates or no_memory:
         return _out_of_memory("host memory", place, text, advice)
+    no_thread = is_runtime_error and not collective and _OUT_OF_THREADS.search(text)
+    if no_thread or isinstance(error, BlockingIOError):
+        return UserError(
+            f"no more threads or processes can be started on {place}: {_first_line(text)}; raise the limit "
+            "(ulimit -u, or the pod's limit of process ids), or use fewer data.workers"
+        )
     if isinstance(error, OSError):
         return _classify_os_error(error, place)
-    if "RuntimeError" not in kinds and not any(name.startswith("NVML") for name in kinds):
+    if not is_runtime_error and not any(name.startswith("NVML") for name in kinds):
         return None
     if _UNSUPPORTED_GPU.search(text):
         return UserError(f"{place}: this build of PyTorch does not support the GPU: {_first_line(text)}")
     if runtime and _PROGRAM_ERRORS.search(said):
         return None
-    if collective and _WRONG_USE_OF_NCCL.search(text):
+    if collective and _WRONG_USE_OF_COLLECTIVES.search(text):
         return None
     if runtime or "AcceleratorError" in kinds or _LIBRARY_FAULTS.search(text) or _DRIVER_FAULTS.search(text):
         return HardwareFault(place, _fault_line(text))

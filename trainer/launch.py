@@ -20,7 +20,15 @@ from trainer.credentials import take_credentials
 from trainer.errors import ServiceLost, Terminated, UserError, report
 from trainer.file_limit import raise_open_file_limit
 from trainer.hardware_faults import check_gpus
-from trainer.launch_environment import LAUNCHER_PID, RUN_ID_FILE, check_single_node, check_working_directory, cpus, leftovers
+from trainer.launch_environment import (
+    LAUNCHER_PID,
+    RUN_ID_FILE,
+    check_single_node,
+    check_working_directory,
+    cpus,
+    drop_leftovers,
+    leftovers,
+)
 from trainer.pod import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
 from trainer.preflight import check_outputs
 from trainer.proxies import bypass_proxies_for_local_services
@@ -58,6 +66,9 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
         pod = pod_from_environment()
         if pod is None:
             check_single_node()
+            if ignored := leftovers():
+                print(f"ignored, of another launcher: {', '.join(ignored)}", flush=True)
+            drop_leftovers()  # before torch is imported, which fails on some
         raise_open_file_limit()
         config = load_config(recipe, overrides)
         if pod is not None or config.data.wait_minutes:
@@ -70,8 +81,6 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
         arguments = [recipe, *overrides]
         if pod is not None:
             return _launch_pod(pod, config, arguments, signals)
-        if ignored := leftovers():
-            print(f"ignored, of another launcher: {', '.join(ignored)}", flush=True)
         with _run_id_file(config, signals) as file:
             return run_ranks(procs, arguments, file, signals)
     except (Exception, Terminated) as error:

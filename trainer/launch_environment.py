@@ -14,6 +14,8 @@ LAUNCHER_PID = "CONVOY_LAUNCHER_PID"
 """Process id of the launcher that started this rank and ends it."""
 STORE_FD = "CONVOY_STORE_FD"
 """Rank 0's listening socket of the rendezvous store, at MASTER_ADDR:MASTER_PORT; empty for other ranks on this machine."""
+FINISHED_FD = "CONVOY_FINISHED_FD"
+"""Pipe in which a rank reports that it has done its work; the launcher reads it."""
 RUN_ID_FILE = "CONVOY_RUN_ID_FILE"
 """File in which rank 0 keeps the id of an MLflow run that it has not ended yet."""
 
@@ -21,7 +23,7 @@ _LAUNCHER_PREFIXES = (
     "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCHCOMM_", "TORCH_DIST_", "TORCH_DISTRIBUTED_", "PET_",
     "OMPI_", "PMI_", "PMI2_", "PMIX_", "MV2_", "MPICH_", "I_MPI_", "HYDRA_", "HYDI_", "ORTE_", "PRTE_", "MPI_",
     "SLURM_", "SLURMD_", "LSB_", "PBS_", "FLUX_", "JSM_", "PALS_", "HOROVOD_", "ACCELERATE_", "FSDP_",
-    "DEEPSPEED_", "DS_", "DLTS_", "AZ_BATCH", "AZUREML_", "CONVOY_LAUNCHER", "CONVOY_STORE", "CONVOY_RUN_ID",
+    "DEEPSPEED_", "DS_", "DLTS_", "AZ_BATCH", "AZUREML_", "CONVOY_LAUNCHER", "CONVOY_STORE", "CONVOY_RUN_ID", "CONVOY_FINISHED",
 )  # fmt: skip
 _LAUNCHER_NAMES = frozenset(
     {
@@ -52,9 +54,7 @@ def local_rank_environment(environment: Mapping[str, str], rank: int, world_size
     ``port``: of the rendezvous store on 127.0.0.1. The ranks connect over the loopback interface:
     neither the host's name nor its networks matter.
     """
-    threads = environment.get("OMP_NUM_THREADS", "")
-    if not re.fullmatch(r"[1-9]\d*", threads):
-        threads = str(max(1, cpus(environment) // world_size))
+    threads = _thread_limit(environment) or str(max(1, cpus(environment) // world_size))
     loopback = loopback_interface()
     interfaces = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} if loopback else {}
     return without_launcher_variables(environment) | interfaces | {
@@ -74,7 +74,23 @@ def local_rank_environment(environment: Mapping[str, str], rank: int, world_size
 
 def become_only_rank() -> None:
     """Give this process, which no launcher started, the environment of the only rank of a local run."""
-    environment = local_rank_environment(os.environ, 0, 1, 0)
+    _replace_environment(local_rank_environment(os.environ, 0, 1, 0))
+
+
+def drop_leftovers() -> None:
+    """Remove from this process's environment what no local run may depend on: the launcher imports torch, too."""
+    environment = without_launcher_variables(os.environ)
+    if _thread_limit(environment) is None:
+        environment.pop("OMP_NUM_THREADS", None)
+    _replace_environment(environment)
+
+
+def _thread_limit(environment: Mapping[str, str]) -> str | None:
+    threads = environment.get("OMP_NUM_THREADS", "")
+    return threads if re.fullmatch(r"[1-9]\d*", threads) else None
+
+
+def _replace_environment(environment: Mapping[str, str]) -> None:
     for name in set(os.environ) - set(environment):
         del os.environ[name]
     os.environ.update(environment)
@@ -147,7 +163,10 @@ def _several_nodes(environment: Mapping[str, str]) -> str | None:
 def _several_tasks(environment: Mapping[str, str]) -> str | None:
     """SLURM's srun and MPI's mpirun start the same command once per task."""
     started_by_slurm = any(name in environment for name in ("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"))
-    counts = ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"] if started_by_slurm else []
+    step = ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"]
+    # within a step (srun) the job's counts are those of all steps: `srun --nodes=1 --ntasks=1 convoy train ...` is one task
+    job = [] if any(name in environment for name in step) else ["SLURM_NNODES", "SLURM_JOB_NUM_NODES"]
+    counts = [*step, *job] if started_by_slurm else []
     counts += ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"]
     ranks = ["SLURM_PROCID", "SLURM_NODEID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK"]
     several = [name for name in counts if _number(environment, name) > 1]

@@ -117,6 +117,15 @@ def pod_identity(environment: Mapping[str, str] = os.environ) -> str | None:
     return f"{environment.get('CONVOY_NAMESPACE', '')}/{job}/{socket.gethostname()}"
 
 
+def is_of_another_job(owner: Owner | None) -> bool:
+    """Whether a lock belongs to another Kubernetes job than the one of this pod."""
+    return owner is not None and _job(owner.pod) != _job(pod_identity())
+
+
+def _job(pod: str | None) -> str | None:
+    return pod.rpartition("/")[0] if pod is not None else None
+
+
 def _parse_process(record: Mapping[str, object]) -> Process:
     host, boot_id, pid_namespace = (str(record[key]) for key in ("host", "boot_id", "pid_namespace"))
     return Process(host, boot_id, pid_namespace, int(str(record["pid"])), int(str(record["start_ticks"])))

@@ -13,7 +13,8 @@ from trainer.data.index import INDEX_NAME
 from trainer.data.storage import Store, is_remote, open_store
 from trainer.errors import NeverAnswered, ServiceLost, UserError
 from trainer.fault_log import repeated_faults
-from trainer.run_lock import is_of_another_job, owner_of
+from trainer.lock_owner import is_of_another_job
+from trainer.run_lock import owner_of
 
 STARTS = "starts.json"
 _STORE_MINUTES = 5.0  # for an object store that starts, or moves to another node, at the same time

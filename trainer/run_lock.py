@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 from trainer.errors import EXIT_RETRY, ServiceLost, UserError, report
 from trainer.lock_file import LockFile, Seen, lock_file
-from trainer.lock_owner import Owner, parse_owner, pod_identity
+from trainer.lock_owner import Owner, parse_owner
 from trainer.redaction import redact_credentials
 
 LOCK_NAME = "run.lock"
@@ -75,6 +75,7 @@ class RunLock:
         self._poll = min(max(lease_seconds / 60, _MIN_POLL_SECONDS), _MAX_POLL_SECONDS)
         self.owner = Owner.current(redact_credentials(self._file.location), program, run, lease_seconds)
         self._on_taken_over = on_taken_over
+        self._watch: _Watch | None = None
         self._seen: Seen | None = None
         self._renewed = 0.0
         self._renewals = 0
@@ -97,8 +98,14 @@ class RunLock:
             ) from None
         threading.Thread(target=self._keep, name="run-lock", daemon=True).start()
 
+    def watch(self) -> None:
+        """Start to watch another owner's lock, so that a later ``acquire`` has less time to wait."""
+        seen = self._file.read()
+        if seen is not None:
+            self._watch = _Watch(seen, parse_owner(seen.content), _clock())
+
     def _acquire(self) -> None:
-        watch: _Watch | None = None
+        watch = self._watch
         while True:
             seen = self._file.read()
             if seen is None:
@@ -287,7 +294,10 @@ class RunLocks:
             lock = RunLock(url, "convoy train", run, f"use another {key}, or wait until that ends")
             if lock.owner.location not in [held.owner.location for held in self._locks]:
                 self._locks.append(lock)
-                lock.acquire()
+        for lock in self._locks[1:]:
+            lock.watch()
+        for lock in self._locks:
+            lock.acquire()
 
     def check(self) -> None:
         """Raises LockLost if any is lost."""
@@ -337,12 +347,3 @@ def owner_of(url: str) -> Owner | None:
     except OSError:
         return None
     return parse_owner(seen.content) if seen is not None else None
-
-
-def is_of_another_job(owner: Owner | None) -> bool:
-    """Whether a lock belongs to another Kubernetes job than the one of this pod."""
-    return owner is not None and _job(owner.pod) != _job(pod_identity())
-
-
-def _job(pod: str | None) -> str | None:
-    return pod.rpartition("/")[0] if pod is not None else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
-from trainer.launch_environment import LAUNCHER_PID, RUN_ID_FILE, STORE_FD, local_rank_environment
+from trainer.launch_environment import FINISHED_FD, LAUNCHER_PID, RUN_ID_FILE, STORE_FD, local_rank_environment
 from trainer.stop_signals import StopSignals
 
 STOP_SECONDS = 100.0
@@ -37,17 +37,21 @@ def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: Stop
     """
     signals.defer()
     ranks: list[subprocess.Popen[bytes]] = []
+    finished = _FinishedRanks()
     try:
-        _start(ranks, procs, arguments, run_id_file)
+        _start(ranks, procs, arguments, run_id_file, finished.writer)
         with _suspended_together(ranks):
-            asked = _watch(ranks, signals)
+            asked = _watch(ranks, finished, signals)
     finally:
         for process in ranks:
             if process.returncode is None:
                 _kill_group(process)
                 process.wait()
-    codes = [process.returncode for process in ranks]
+    codes = [finished.code_of(rank, process) or 0 for rank, process in enumerate(ranks)]
+    finished.close()
     for rank, code in enumerate(codes):
+        if ranks[rank].returncode == 0 and code and signals.received is None:
+            print(f"convoy: rank {rank} ended with exit code 0, but before its work was done", file=sys.stderr, flush=True)
         if code < 0 and rank not in asked and signals.received is None:
             name = signal.Signals(-code).name
             hint = "; the kernel does that when memory runs out" if code == -signal.SIGKILL else ""
@@ -71,27 +75,56 @@ def exit_code(codes: Iterable[int], received: int | None) -> int:
     return EXIT_PREEMPTED if failed == {EXIT_PREEMPTED} else EXIT_RETRY  # one that was killed is a lost peer
 
 
-def _start(ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[str], run_id_file: Path) -> None:
+def report_finished() -> None:
+    """Let the launcher know that this rank has done its work: an exit code of 0 alone does not prove it."""
+    if descriptor := os.environ.get(FINISHED_FD):
+        with suppress(OSError):  # the launcher is gone
+            os.write(int(descriptor), f"{os.environ['RANK']}\n".encode())
+
+
+class _FinishedRanks:
+    """The ranks that called ``report_finished``, through a pipe that they inherit."""
+
+    def __init__(self) -> None:
+        self._reader, self.writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self._received = b""
+
+    def code_of(self, rank: int, process: "subprocess.Popen[bytes]") -> int | None:
+        """The exit code of a rank that has ended, else None. One that ended early with 0 is a lost peer."""
+        if process.returncode != 0:
+            return process.returncode
+        with suppress(BlockingIOError):
+            self._received += os.read(self._reader, 65536)
+        return 0 if str(rank).encode() in self._received.split() else EXIT_RETRY
+
+    def close(self) -> None:
+        os.close(self._reader)
+        os.close(self.writer)
+
+
+def _start(ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[str], run_id_file: Path, finished_fd: int) -> None:
     """Rank 0 inherits the listening socket of the rendezvous store, so that no other process can take its port."""
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, procs)) as listener:
         port = listener.getsockname()[1]
         launcher = {LAUNCHER_PID: str(os.getpid()), RUN_ID_FILE: str(run_id_file)}
         for rank in range(procs):
             environment = local_rank_environment(os.environ, rank, procs, port) | launcher
-            inherited = (listener.fileno(),) if rank == 0 else ()
-            environment[STORE_FD] = "".join(map(str, inherited))
+            store = (listener.fileno(),) if rank == 0 else ()
+            environment[STORE_FD] = "".join(map(str, store))
+            environment[FINISHED_FD] = str(finished_fd)
             ranks.append(
                 subprocess.Popen(
                     [*python_command("trainer.__main__"), *arguments],
                     env=environment,
                     stdin=subprocess.DEVNULL,
-                    pass_fds=inherited,
+                    pass_fds=(*store, finished_fd),
                     start_new_session=True,
                 )
             )
 
 
-def _watch(ranks: list["subprocess.Popen[bytes]"], signals: StopSignals) -> set[int]:
+def _watch(ranks: list["subprocess.Popen[bytes]"], finished: _FinishedRanks, signals: StopSignals) -> set[int]:
     """Until all have ended. Returns the ranks that were asked to end or killed.
 
     Ranks that lose a peer get a moment to report it and end by themselves.
@@ -100,7 +133,7 @@ def _watch(ranks: list["subprocess.Popen[bytes]"], signals: StopSignals) -> set[
     ask_at = give_up = math.inf
     while running := [rank for rank, process in enumerate(ranks) if not _has_ended(process)]:
         now = time.monotonic()
-        failed = {process.returncode for process in ranks if process.returncode}
+        failed = {code for rank, process in enumerate(ranks) if (code := finished.code_of(rank, process))}
         if signals.received is not None:
             ask_at = min(ask_at, now)
             give_up = min(give_up, now + STOP_SECONDS)

@@ -105,6 +105,16 @@ def test_a_run_that_is_ended_has_its_status_in_mlflow_and_no_process_left(
         assert "told to stop: checkpoint of step" in said
 
 
+def test_a_rank_that_ends_early_with_exit_code_0_is_a_lost_peer(digits: Path, tmp_path: Path) -> None:
+    """As a library that calls exit() would end it."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: os._exit(0)\n")
+    arguments = _settings(digits, tmp_path / "out", "train.epochs=1")
+    process = _start(arguments, {"PYTHONPATH": str(tmp_path)})
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 144, output
+    assert "rank 0 ended with exit code 0, but before its work was done" in output
+
+
 def test_a_signal_while_ranks_start_ends_them_at_once(digits: Path, tmp_path: Path) -> None:
     with _start(["--procs", "2", *_settings(digits, tmp_path / "out")], {}) as process:
         until(lambda: len(_family(process)) == 2)
@@ -171,3 +181,10 @@ def test_the_status_of_a_killed_run_waits_in_the_spool_for_a_server_that_is_away
     assert "MLflow run 0a1b could not be set to FAILED" in told
     assert f"convoy sync {spool}" in told
     assert "secret" not in told
+
+
+def test_a_deleted_working_directory_is_refused_by_every_command(tmp_path: Path) -> None:
+    command = f"rmdir {tmp_path}; exec {' '.join(python_command('pipelines.cli'))} pack a b"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the working directory does not exist any more" in done.stderr

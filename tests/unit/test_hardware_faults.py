@@ -86,6 +86,9 @@ LOST_PEERS = [
     RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711"),
     ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
     OSError(errno.EHOSTUNREACH, "No route to host"),
+    RuntimeError("Connection reset by peer"),
+    RuntimeError("Socket Timeout"),
+    RuntimeError("Timed out initializing process group in store based barrier on rank: 0"),
 ]
 
 PROGRAM_ERRORS = [
@@ -98,6 +101,9 @@ PROGRAM_ERRORS = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 4x8)"),
     RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
     dist.DistBackendError(_NCCL.format("invalid usage", "ncclInvalidUsage: This usually reflects invalid usage of NCCL")),
+    RuntimeError("ProcessGroupGloo::allreduce: unsupported layout"),
+    RuntimeError("ProcessGroupNCCL does not support gather of bool tensors"),
+    RuntimeError("[enforce fail at ../gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 2048 vs 1024"),
     FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
     BrokenPipeError(errno.EPIPE, "Broken pipe"),
     ValueError("CUDA error: quoted in another error's text"),
@@ -168,8 +174,14 @@ def test_memory_that_ran_out_is_the_users_to_fix_and_says_how(capsys: pytest.Cap
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         dist.DistBackendError(_NCCL.format("unhandled cuda error", "Last error:\nCuda failure 2 'out of memory'")),
+        dist.DistBackendError(_NCCL.format("unhandled cuda error", "Last error:\nFailed to CUDA calloc async 608 bytes")),
+        RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
+        RuntimeError("cudaErrorMemoryAllocation: cannot allocate"),
+        RuntimeError("CUDA_ERROR_OUT_OF_MEMORY"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
     ]
-    for error in [*gpu, *_real_allocation_failures()]:
+    no_memory = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))  # of fork or mmap
+    for error in [*gpu, *_real_allocation_failures(), no_memory]:
         found = classify_fault(_raised(error), PLACE, advice)
         assert isinstance(found, UserError), error
         assert report(found, "convoy: rank 5") == EXIT_USER
@@ -178,6 +190,31 @@ def test_memory_that_ran_out_is_the_users_to_fix_and_says_how(capsys: pytest.Cap
         assert PLACE in said
         assert "batch.micro_size" in said
         assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "ulimit -u"),
+        (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "/dev/shm"),
+        (
+            dist.DistBackendError(
+                _NCCL.format("unhandled system error", "ncclSystemError: x\nLast error:\n")
+                + "Error while creating shared memory segment /dev/shm/nccl-fHvkLj (size 9637888)"
+            ),
+            "/dev/shm",
+        ),
+        (RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."), "driver"),
+    ],
+    ids=["thread", "process", "shared memory", "shared memory of NCCL", "driver"],
+)
+def test_a_limit_of_the_machine_is_for_the_user_to_raise(error: Exception, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(classify_fault(_raised(error), PLACE), "convoy") == EXIT_USER
+    said = capsys.readouterr().err
+    assert PLACE in said
+    assert advice in said
+    assert len(said.splitlines()) == 1
 
 
 def test_advice_names_only_what_the_run_does_not_do_already() -> None:

@@ -34,7 +34,7 @@ _NAMES = [
     "SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "LOCAL_SIZE",
     "NCCL_SOCKET_IFNAME", "NCCL_COMM_ID", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "DS_ACCELERATOR", "DEEPSPEED_ENV_FILE",
     "AZ_BATCH_MASTER_NODE", "AZUREML_EXPERIMENT_ID", "JOB_COMPLETION_INDEX", "PYTHONOPTIMIZE", "PYTHONINSPECT", "OMP_NUM_THREADS",
-    "CONVOY_STORE_FD", "CONVOY_RUN_ID_FILE", "CONVOY_LAUNCHER_PID", "USE_LIBUV",
+    "CONVOY_STORE_FD", "CONVOY_RUN_ID_FILE", "CONVOY_FINISHED_FD", "CONVOY_LAUNCHER_PID", "USE_LIBUV",
 ]  # fmt: skip
 _VALUES = st.sampled_from(["", "0", "1", "2", "17", "-1", "nonsense", "127.0.0.1", "10.0.0.7", "node17.corp.invalid", "eth7"])
 
@@ -113,6 +113,7 @@ def test_several_nodes_or_tasks_without_a_rendezvous_are_refused(environment: di
         {"PET_NNODES": "1", "PET_MASTER_ADDR": "job-node-0-0.job", "PET_NODE_RANK": "0", "JOB_COMPLETION_INDEX": "0"},
         {"SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"},
         {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1"},
+        {"SLURM_PROCID": "0", "SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"},
     ],
 )
 def test_one_node_trains_whatever_is_left_in_its_environment(environment: dict[str, str]) -> None:

@@ -24,8 +24,8 @@ from trainer.checkpoint import Checkpoint, Checkpoints
 from trainer.data.storage import Store, Version, open_store
 from trainer.engine.state import TrainingState
 from trainer.errors import UserError
-from trainer.lock_owner import pod_identity
-from trainer.run_lock import LOCK_NAME, LockHeld, LockLost, RunLock, RunLocks, is_of_another_job, owner_of
+from trainer.lock_owner import is_of_another_job, pod_identity
+from trainer.run_lock import LOCK_NAME, LockHeld, LockLost, RunLock, RunLocks, owner_of
 from trainer.tracking import MlflowTracker
 
 LEASE = 0.6
@@ -492,6 +492,17 @@ def test_a_run_may_keep_checkpoints_in_its_output_folder_itself(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
+def test_both_places_of_a_dead_run_elsewhere_are_waited_for_at_the_same_time(tmp_path: Path) -> None:
+    places = [tmp_path / "out", tmp_path / "checkpoints"]
+    for place in places:
+        _abandon(_lock(place, 1.5, host="elsewhere", location=str(place.resolve())))
+    locks, began = RunLocks(), time.monotonic()
+    locks.acquire(*map(str, places), "run")
+    waited = time.monotonic() - began
+    locks.release()
+    assert 1.5 <= waited < 3.0  # one after the other: 4 s
+
+
 def test_a_run_that_is_refused_one_place_gives_back_the_other(tmp_path: Path) -> None:
     with _held(_lock(tmp_path / "checkpoints")):
         locks = RunLocks()
@@ -562,6 +573,8 @@ def test_commands_without_anything_to_do_leave_no_lock(tmp_path: Path, monkeypat
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="there is no such file"):
         cli.sync(str(tmp_path / "missing" / "tracking.jsonl"))
+    with pytest.raises(UserError, match=r"is a folder; name the tracking\.jsonl in it"):
+        cli.sync(str(tmp_path))
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
         cli.sync(str(_run_of(tmp_path)))
     with pytest.raises(UserError):

@@ -98,11 +98,11 @@ def describe(entry: Mapping[str, Any]) -> str:
     """Name an entry for a message: ``metric loss at step 3``, ``artifact config.json``."""
     kind = entry["kind"]
     if kind == "metrics":
-        return f"metric {', '.join(map(repr, entry['values']))} at step {entry['step']}"
+        return f"metric {', '.join(map(repr, entry.get('values', ())))} at step {entry.get('step')}"
     if kind == "corrupt":
         return f"line {entry['line']}"
     if kind == "artifact":
-        return f"artifact {entry.get('name') or Path(entry['path']).name}"
+        return f"artifact {entry.get('name') or Path(entry.get('path', '')).name}"
     if kind == "finish":
-        return f"status {entry['status']}"
+        return f"status {entry.get('status')}"
     return f"{kind} {entry.get('key', entry.get('name'))!r}"

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 import uuid
@@ -27,6 +28,7 @@ from typing import Any
 from trainer.errors import UserError
 
 _MAX_UNWRITTEN = 100_000
+_RUN_KEY = re.compile(r"[0-9]{1,18}-[0-9A-Za-z_-]+")
 _STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -189,7 +191,7 @@ def parse_line(raw: bytes) -> dict[str, Any]:
         raise ValueError("is not a JSON object")
     if "run" in content:
         _require(content, "run", str)
-        if not content["run"].partition("-")[0].isdecimal():
+        if not _RUN_KEY.fullmatch(content["run"]):
             raise ValueError(f"run: {content['run']!r} is not a run key")
         for name in ("attempt", "seq"):
             _require(content, name, int)

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,7 +73,7 @@ class SpoolUploader:
     def _upload_spool(self) -> list[RunReport]:
         record = DeliveryRecord(record_path(self.path))
         old = first_format_record_path(self.path)
-        note = json.loads(old.read_text()) if old.exists() else {}
+        note = _first_format_record(old)
         reader = SpoolReader(self.path, record.sent, note.get("offset", 0))
         if reader.first_format_key and note.get("run_id"):
             record.run_ids.setdefault(reader.first_format_key, note["run_id"])
@@ -110,14 +111,7 @@ class SpoolUploader:
 
     def _retry_rejected(self) -> list[RunReport]:
         """Try each rejected entry once more, and keep those that are rejected again."""
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        entries: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, 1):
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                text = {"kind": "corrupt", "line": number, "text": line}
-                entries.append({**text, "reason": f"line {number} is not valid JSON"})
+        entries = [_parse_rejected(number, raw) for number, raw in enumerate(self.path.read_bytes().splitlines(), 1)]
         reports: dict[str, RunReport] = {}
         runs: dict[str, MlflowRun | Fault] = {}
         kept = []
@@ -180,6 +174,25 @@ class SpoolUploader:
         part.replace(self.path)
 
 
+def _parse_rejected(number: int, raw: bytes) -> dict[str, Any]:
+    """A line of the file of rejected entries; one that is not an entry is kept as it is."""
+    with suppress(ValueError, RecursionError):
+        content = json.loads(raw)
+        if isinstance(content, dict) and isinstance(content.get("kind"), str):
+            return content
+    text = raw.decode("utf-8", "surrogateescape")
+    return {"kind": "corrupt", "line": number, "text": text, "reason": f"line {number} is not an entry"}
+
+
+def _first_format_record(path: Path) -> dict[str, Any]:
+    """The record of the first format. Without it, or if it is corrupt, entries are sent again."""
+    with suppress(FileNotFoundError, ValueError):
+        note = json.loads(path.read_bytes())
+        if isinstance(note, dict) and isinstance(note.get("offset"), int):
+            return note
+    return {}
+
+
 def _all_sent(uploader: RunUploader) -> bool:
     while uploader.step():
         pass
@@ -210,15 +223,21 @@ def _end_killed(run: MlflowRun) -> None:
             raise DeliveryStopped(classify(error)) from error
 
 
+def spool_files(path: Path) -> list[Path]:
+    """The spool ``path`` and the file of its rejected entries, those that exist. Raises UserError if neither does."""
+    paths = [p for p in dict.fromkeys((path, rejected_path(path))) if p.is_file()]
+    if not paths:
+        what = "is a folder; name the tracking.jsonl in it" if path.is_dir() else "there is no such file"
+        raise UserError(f"{path}: {what}")
+    return paths
+
+
 def sync_spool(path: Path, uri: str) -> tuple[SpoolUploader, list[RunReport]]:
     """Deliver the spool at ``path``, then what MLflow rejected of it before.
 
     Raises UserError if neither exists.
     """
-    rejected = rejected_path(path)
-    paths = [p for p in dict.fromkeys((path, rejected)) if p.is_file()]
-    if not paths:
-        raise UserError(f"{path}: no such file")
+    paths = spool_files(path)
     reports: list[RunReport] = []
     for one in reversed(paths):  # the rejected ones first: the spool may add to them
         uploader = SpoolUploader(one, uri)

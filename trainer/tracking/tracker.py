@@ -235,20 +235,26 @@ class MlflowTracker:
         except DeliveryStopped as stop:
             self._failed(stop.fault)
         except Exception as error:  # whatever it is, training continues
-            self._failed(classify(error))
+            if isinstance(error, OSError) and error.filename:  # of this machine, not of the server
+                self._say_once(str(error.filename), f"{error.filename}: {error.strerror}; training continues")
+            else:
+                self._failed(classify(error))
         return False
 
     def _failed(self, fault: Fault) -> None:
         if not self._reached and fault.kind != "unreachable":
             self.refused = fault
-        if fault.kind not in self._said:
-            self._said.add(fault.kind)
-            if fault.kind == "unreachable":
-                text = f"MLflow at {self._server} cannot be reached ({fault.reason})"
-            else:
-                text = refusal(self._uri, fault)
-            _say(f"{text}; training continues and metrics are kept in {self._spool}")
+        if fault.kind == "unreachable":
+            text = f"MLflow at {self._server} cannot be reached ({fault.reason})"
+        else:
+            text = refusal(self._uri, fault)
+        self._say_once(fault.kind, f"{text}; training continues and metrics are kept in {self._spool}")
         self._contact.set()
+
+    def _say_once(self, kind: str, text: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            _say(text)
 
 
 def _say(text: str) -> None:

@@ -289,6 +289,22 @@ def test_delivery_that_is_cut_off_resumes_without_repeating(
     _assert_whole(only_run(), losses)
 
 
+def test_corrupt_lines_are_kept_and_block_no_others(write_spool: Spool, proxy: MlflowProxy, only_run: Callable[[], Run]) -> None:
+    spool = write_spool()
+    good = spool.read_bytes()
+    spool.write_bytes(good.replace(b'"run": "', b'"run": "1-a\'b', 1) + good)
+    spool.with_suffix(".sent.json").write_bytes(b"{bad")
+    lines = [b"5", b"[]", b"no entry", b"\xff\xfe", b'{"run": "r"}', b'{"kind": "finish", "run": "1-x"}']
+    spool.with_name("tracking.rejected.jsonl").write_bytes(b"\n".join(lines))
+    _sync(spool, proxy)
+    assert only_run().info.status == "FINISHED"
+    assert not spool.exists()
+    kept = _rejected(spool)
+    assert [entry["text"] for entry in kept[:5]] == ["5", "[]", "no entry", "\udcff\udcfe", '{"run": "r"}']
+    assert [entry["kind"] for entry in kept[5:]] == ["finish", "corrupt"]
+    assert "is not a run key" in str(kept[-1]["reason"])
+
+
 def test_a_spool_in_use_is_refused(write_spool: Spool, proxy: MlflowProxy) -> None:
     spool = write_spool()
     writer = SpoolWriter(spool, f"{1:013d}-a", 1)

@@ -1,6 +1,7 @@
 """A run in progress, its server and its spool."""
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -85,6 +86,18 @@ def test_a_resumed_run_sends_what_its_earlier_process_kept(
     assert _train(tracker, 4, 5)
     assert (losses(only_run()), only_run().info.status) == (LOSSES, "FINISHED")
     assert [p.name for p in tmp_path.iterdir()] == ["tracking.rejected.jsonl"]  # the partial line
+
+
+def test_a_deleted_output_folder_is_not_reported_as_a_fault_of_mlflow(
+    proxy: MlflowProxy, tmp_path: Path, experiment: str, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "out"
+    tracker = MlflowTracker(proxy.url, folder / "tracking.jsonl", describe_run(experiment))
+    shutil.rmtree(folder)
+    _train(tracker, 1, 5)
+    said = capsys.readouterr().err
+    assert "tracking.sent: No such file or directory; training continues" in said
+    assert "does not take the run" not in said
 
 
 def test_the_spool_of_another_run_is_kept_apart(
