@@ -23,6 +23,7 @@ def server() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise UserError("MLFLOW_TRACKING_URI must name the MLflow server; `convoy local env` prints it")
+    validate_tracking_uri(uri, "MLFLOW_TRACKING_URI")
     return uri
 
 
@@ -150,7 +151,6 @@ def sync(spool: str) -> SyncReport:
     """Send MLflow what a run could not. Raises UserError if there is nothing to send or if the
     spool is in use."""
     path, uri = Path(spool), server()
-    validate_tracking_uri(uri, "MLFLOW_TRACKING_URI")
     uploader, runs = sync_spool(path, uri)
     _note_run_id(path.with_name("result.json"), runs)
     return SyncReport(path, uri, runs, uploader.rejected, uploader.kept)

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from trainer.class_matching import match_classes, output_names
 from trainer.data.index import Index
+from trainer.data.location import is_remote, local_path
 from trainer.errors import UserError
 from trainer.export import FACTS_NAME, WEIGHTS_NAME
 from trainer.models.naming import Scheme, State, auxiliary_names, head_names, names_in, own_state, schemes_of
@@ -205,7 +205,9 @@ def _filled(
 
 def _classes_of_run(url: str) -> list[str] | None:
     """The class names beside the weights of a run's output folder; None for any other file, and for plain numbers."""
-    folder = Path(url.removeprefix("file://"))
+    if is_remote(url):
+        return None
+    folder = local_path(url)
     if not (folder / WEIGHTS_NAME).is_file() or not (folder / FACTS_NAME).is_file():
         return None
     try:

@@ -218,7 +218,7 @@ def sync_spool(path: Path, uri: str) -> tuple[SpoolUploader, list[RunReport]]:
     rejected = rejected_path(path)
     paths = [p for p in dict.fromkeys((path, rejected)) if p.is_file()]
     if not paths:
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: there is nothing to send; MLflow has accepted all entries of a run that leaves no such file")
     reports: list[RunReport] = []
     for one in reversed(paths):  # the rejected ones first: the spool may add to them
         uploader = SpoolUploader(one, uri)
