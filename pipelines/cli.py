@@ -51,7 +51,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command-line library
-            print(redact(f"convoy: {error.format_message()}; see convoy --help"), file=sys.stderr)
+            print(redact(f"convoy: {error.format_message().rstrip('.')}; see convoy --help"), file=sys.stderr)
             sys.exit(EXIT_USER)
         sys.exit(report(classify_fault(error, describe_place()), "convoy"))
 
@@ -229,8 +229,13 @@ def train(
 ) -> int:
     """Train on this machine."""
     from trainer.launch import launch
+    from trainer.supervise import python_command
 
-    return launch(recipe, overrides or [], procs)
+    kept = take_credentials(overrides or [])
+    if kept != (overrides or []):  # everybody on the machine can read a command line as long as its process lives
+        sys.stdout.flush()
+        os.execv(sys.executable, [*python_command("trainer.launch"), "--procs", str(procs), "--", recipe, *kept])
+    return launch(recipe, kept, procs)
 
 
 @app.command()
@@ -283,11 +288,13 @@ def register(
 
 
 @app.command()
-def sync(spool: Annotated[str, typer.Argument(help="The tracking.jsonl that a run left.")]) -> None:
+def sync(spool: Annotated[str, typer.Argument(help="The tracking.jsonl that a run left, or its output folder.")]) -> None:
     """Send MLflow the entries that a run could not deliver."""
     from pipelines.register import sync as run
     from trainer.run_lock import exclusive
 
+    if Path(spool).is_dir():
+        spool = str(Path(spool) / "tracking.jsonl")
     advice = "a run that trains sends its entries itself; send what is left when that has ended"
     with exclusive(str(Path(spool).parent), "convoy sync", advice) if Path(spool).is_file() else nullcontext():
         report = run(spool)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.sources import Item, printable
 from trainer.data.index import INDEX_NAME, Index, Shard, parse_index
+from trainer.data.location import local_path
 from trainer.data.storage import Store, is_remote, open_store
 from trainer.errors import UserError
 
@@ -49,7 +50,7 @@ def check_destination(source: str, destination: str) -> None:
     if is_remote(destination):
         return
     origin = os.path.realpath(source)
-    target = os.path.realpath(destination.removeprefix("file://"))
+    target = os.path.realpath(local_path(destination))
     existing = target
     while not os.path.lexists(existing) and os.path.dirname(existing) != existing:
         existing = os.path.dirname(existing)
@@ -70,7 +71,7 @@ def survey(url: str, split: str, overwrite: bool) -> Survey:
 
     Raises UserError for what is not Convoy's, and for records and an index that are corrupt.
     """
-    if not is_remote(url) and not os.path.isdir(url.removeprefix("file://")):
+    if not is_remote(url) and not local_path(url).is_dir():
         return Survey(url, split, {}, None, None, [])
     store = open_store(url)
     raw = store.read_small(INDEX_NAME)

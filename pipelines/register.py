@@ -23,6 +23,7 @@ def server() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise UserError("MLFLOW_TRACKING_URI must name the MLflow server; `convoy local env` prints it")
+    validate_tracking_uri(uri, "MLFLOW_TRACKING_URI")
     return uri
 
 
@@ -152,7 +153,6 @@ def sync(spool: str) -> SyncReport:
     path = Path(spool)
     spool_files(path)
     uri = server()
-    validate_tracking_uri(uri, "MLFLOW_TRACKING_URI")
     uploader, runs = sync_spool(path, uri)
     _note_run_id(path.with_name("result.json"), runs)
     return SyncReport(path, uri, runs, uploader.rejected, uploader.kept)

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from trainer.data.location import local_path
 from trainer.data.storage import is_remote, open_store
 from trainer.disk import file_system, mib
 from trainer.engine.parallel import from_first, tensors_from_first
@@ -192,7 +192,7 @@ class Checkpoints:
         if is_remote(self._store.url):
             return ""
         needed = sum(value.nbytes for part in tensors for value in part.values())
-        free = file_system(Path(self._store.url.removeprefix("file://"))).free_bytes
+        free = file_system(local_path(self._store.url)).free_bytes
         return "" if free is None else f" ({mib(needed)} needed, {mib(free)} free)"
 
     def _discard(self, step: int) -> None:

@@ -18,6 +18,7 @@ URI_KEY = "tracking.uri"
 _URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _SERVER = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _DATABASE = ("PGUSER", "PGPASSWORD")
+_POSTGRESQL = ("postgresql", "postgres")
 _HOST = "CONVOY_CREDENTIALS_HOST"
 """Names the server whose credentials were taken, so that no other one is sent them."""
 _REFUSED = "credentials do not belong in a URL or a recipe; set them in the environment"
@@ -30,14 +31,14 @@ def take_credentials(overrides: Sequence[str] = ()) -> list[str]:
     """
     for name in _URI_VARIABLES:
         if uri := os.environ.get(name):
-            clean = take_from_uri(uri, name)
+            clean = take_from_uri(uri.strip(), name)
             if clean != uri:
                 os.environ[name] = clean
     kept = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if key == URI_KEY and equals:
-            bare = value.strip().strip("'\"")
+            bare = value.strip("'\" ")
             clean = take_from_uri(bare, URI_KEY)
             kept.append(override if clean == bare else f"{key}={clean}")
         elif redact_credentials(override) != override:
@@ -67,17 +68,18 @@ def take_from_uri(uri: str, where: str) -> str:
     user_info, at, host = rest[:end].rpartition("@")
     user, colon, password = user_info.partition(":")
     clean = f"{scheme}{separator}{host}{rest[end:]}" if at else uri
-    if redact_credentials(clean) != clean:
+    kind = scheme.lower().partition("+")[0] if separator else ""
+    if redact_credentials(clean) != clean or _may_hold_password(clean, kind):
+        names = _DATABASE if kind in _POSTGRESQL else _SERVER
         raise UserError(
-            f"{where}: holds credentials that cannot be read; percent-encode the special characters of a password "
-            f"(/ is %2F, # is %23, ? is %3F), or set {' and '.join(_SERVER)}"
+            f"{where}: holds credentials that cannot be read; write http://USER:PASSWORD@HOST and percent-encode the special "
+            f"characters of both (@ is %40, / is %2F, # is %23, ? is %3F), or set {' and '.join(names)}"
         )
     if not at:
         return uri
-    kind = scheme.lower().partition("+")[0]
     if kind in ("http", "https"):
         names = _SERVER
-    elif kind in ("postgresql", "postgres"):
+    elif kind in _POSTGRESQL:
         names = _DATABASE
     elif not colon:
         return uri  # a user name alone is not a secret
@@ -87,9 +89,19 @@ def take_from_uri(uri: str, where: str) -> str:
         os.environ[names[0]], os.environ[names[1]] = unquote(user), unquote(password)
         if names is _SERVER:
             os.environ[_HOST] = host.lower()
-    elif names is _DATABASE:
+    else:
         os.environ[names[0]] = unquote(user)
     return clean
+
+
+def _may_hold_password(uri: str, kind: str) -> bool:
+    """Whether a text that no parser takes for credentials could be some, such as ``http://me:123/x@host``
+    and what has no scheme. Files may have any name."""
+    if kind in ("sqlite", "file") or (uri.startswith(("/", ".")) and not uri.startswith("//")):
+        return False
+    if kind in ("http", "https"):
+        return "@" in uri
+    return not kind and ":" in uri.partition("@")[0] and "@" in uri
 
 
 def without_credentials(recipe: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.data.connect import folder_of
+from trainer.data.location import local_path
 from trainer.data.storage import Version, is_remote, open_store
 from trainer.errors import UserError
 
@@ -77,7 +78,7 @@ class FolderLockFile:
         try:
             self._folder = folder_of(url, create=False).resolve()
         except UserError:  # missing until `create`
-            self._folder = Path(url.removeprefix("file://")).resolve()
+            self._folder = local_path(url).resolve()
         self._created_folders: list[Path] = []
         self.is_atomic = True
 

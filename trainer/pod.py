@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from trainer.config import RunConfig
 from trainer.data.index import INDEX_NAME
+from trainer.data.location import local_path
 from trainer.data.storage import Store, is_remote, open_store
 from trainer.errors import NeverAnswered, ServiceLost, UserError
 from trainer.fault_log import repeated_faults
@@ -72,13 +73,16 @@ def wait_for_data(config: RunConfig) -> None:
 
 
 def _wait_for_index(url: str, minutes: float) -> None:
-    store = open_store(url) if is_remote(url) or os.path.isdir(url) else None
+    store: Store | None = None
     started = time.monotonic()
 
     def there() -> str | None:
+        nonlocal store
         waited = (time.monotonic() - started) / 60
         try:
-            if store is None or store.read_small(INDEX_NAME) is not None:
+            if store is None and (is_remote(url) or local_path(url).is_dir()):  # a folder may be packed later
+                store = open_store(url)
+            if store is not None and store.read_small(INDEX_NAME) is not None:
                 return None
         except NeverAnswered as error:
             if waited >= max(minutes, _STORE_MINUTES):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.data.blocks import CACHE_TOTAL
-from trainer.data.location import parse_storage_url
+from trainer.data.location import is_remote, local_path
 from trainer.data.storage import open_store
 from trainer.disk import FileSystem, cannot_write, file_system, mib, probe_folder
 from trainer.errors import NeverAnswered, UserError
@@ -157,8 +157,7 @@ def _check_temporary_folder() -> None:
 
 
 def _local(url: str) -> Path | None:
-    location = parse_storage_url(url)
-    return None if location.is_remote else Path(location.prefix)
+    return None if is_remote(url) else local_path(url)
 
 
 def _probe_outputs(run: Resolved) -> None:

@@ -15,8 +15,8 @@ _USER_INFO = re.compile(r"(?<=://)[^/\s?#\"'<>]*@")
 # A password with characters that should have been percent-encoded: a colon that no port follows.
 _ODD_USER_INFO = re.compile(r"(?<=://)[^/\s@:\"'<>]*:(?!\d{1,5}(?:[/?#\s]|$))[^\s\"'<>]*@")
 _QUERY = re.compile(
-    r"(?i)(?P<name>(?<=[?&;])(?:[a-z0-9_.~-]|%2D)*"
-    r"(?:signature|token|password|passwd|secret|credential|api-?_?key|access-?_?key(?:-?_?id)?|sas|sig|pwd)"
+    r"(?i)(?P<name>(?<=[?&;#])(?:[a-z0-9_.~-]|%2D)*"
+    r"(?:signature|token|password|passwd|secret|credential|api-?_?key|access-?_?key(?:-?_?id)?|sas|sig|pwd|pass|auth|key)"
     r"(?:[a-z0-9_.~-]|%2D)*=)(?P<value>[^&\s#\"'<>;]+)"
 )
 _HEADER = re.compile(

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.config import RunConfig, load_config
 from trainer.data.index import Index, check_shards, open_index
 from trainer.data.order import steps_per_epoch
-from trainer.data.storage import Store, is_remote
+from trainer.data.storage import Store, parse_storage_url
 from trainer.engine.batch import BatchPlan, plan_batches
 from trainer.engine.deepspeed_config import check_engine
 from trainer.engine.schedule import learning_rate_schedule
@@ -107,14 +107,7 @@ def check_config(config: RunConfig) -> None:
 
 def _is_inside(place: str, url: str) -> bool:
     """Whether a place is a URL or lies below it."""
-
-    def parts(name: str) -> list[str]:
-        if is_remote(name):
-            return [part for part in name.split("/") if part]
-        return os.path.abspath(name.removeprefix("file://")).split("/")
-
-    outer = parts(url)
-    return parts(place)[: len(outer)] == outer
+    return parse_storage_url(url).contains(parse_storage_url(place))
 
 
 def _check_splits(config: RunConfig, train: Index, val: Index | None, num_classes: int) -> None:

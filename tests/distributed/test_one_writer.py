@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from helpers import Run, started, until
+from helpers import Run, ranks_of, started, until
 
 from trainer.run_lock import LOCK_NAME
 
@@ -25,12 +25,14 @@ def test_a_live_run_is_left_alone_and_a_killed_one_succeeded_at_once(
         clearing = _settings(digits, tmp_path / "second", f"checkpoint.url={url}", "checkpoint.resume=never")
         (line,) = convoy_refuses("train", RECIPE, "--procs", 2, *clearing).splitlines()
         assert f"{url}: in use by run 'first' (host " in line
-        assert f", pid {process.pid}, user " in line
+        (rank,) = ranks_of(process, 1)
+        assert f", pid {rank.pid}, user " in line
         assert "use another checkpoint.url, or wait" in line
         assert not (tmp_path / "second").exists()
         assert process.poll() is None
         assert list(url.glob("*/checkpoint.json"))
-        process.kill()
+        for one in (process, rank):
+            one.kill()
         process.communicate(timeout=60)
     assert (out / LOCK_NAME).exists()
     said = convoy_ok("train", RECIPE, "--procs", 2, *settings, "train.max_steps=1", env=service_env)

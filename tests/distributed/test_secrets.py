@@ -82,7 +82,7 @@ def test_no_password_is_in_anything_that_a_run_makes(
     assert {"recipe.yaml", "config.json", "environment.txt", "result.json"} <= {path.name for path in files}
     assert not {str(path): found for path in files if (found := _leaks(path.read_bytes(), secrets))}
     after = [line for line in watcher.seen if "trainer" in line and "pipelines.cli" not in line]
-    assert any("-m\0trainer\0" in line for line in after), "the ranks were seen"
+    assert any("\0trainer.__main__\0" in line for line in after), "the ranks were seen"
     assert not _leaks("\n".join(after).encode(), secrets)
     (run,) = client.search_runs([client.get_experiment_by_name("secretive").experiment_id])
     version = client.get_model_version_by_alias("secretive", "champion")

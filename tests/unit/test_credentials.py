@@ -46,6 +46,7 @@ def recipe(tmp_path: Path) -> Path:
         ("http://me:p@ss@host", "http://host", "me", "p@ss"),
         ("HTTPS://m%20e:%C3%A9@[::1]:5000", "HTTPS://[::1]:5000", "m e", "é"),
         ("http://:hunter2@host", "http://host", "", "hunter2"),
+        (" http://me:hunter2@host ", "http://host", "me", "hunter2"),
     ],
 )
 @pytest.mark.parametrize("place", ["override", "quoted override", "recipe", "MLFLOW_TRACKING_URI"])
@@ -83,7 +84,6 @@ def test_a_password_of_postgresql_goes_into_the_variable_that_its_client_reads()
         "databricks://profile",
         "file:///a:b@c",
         "/runs/a@b",
-        "http://host:5000/a@b",
         "mysql://root@host/x",
     ],
 )
@@ -99,6 +99,13 @@ def test_a_uri_without_a_password_is_left_alone(uri: str) -> None:
         "tracking.uri=http://me:hunter2/x@host",
         "tracking.uri=http://me:hun#hunter2@host",
         "tracking.uri=http://host/?token=hunter2",
+        "tracking.uri=http://host/?pass=hunter2",
+        "tracking.uri=http://host/#token=hunter2",
+        "tracking.uri=http://me:123/hunter2@host",  # me:123 could be a host and its port
+        "tracking.uri=http:/me:hunter2@host",
+        "tracking.uri=http//me:hunter2@host",
+        "tracking.uri=//me:hunter2@host",
+        "tracking.uri=me:hunter2@host:5000",
         "data.train=s3://key:hunter2@bucket/x",
         "data.val=https://b.s3.amazonaws.com/x?X-Amz-Signature=hunter2",
         "checkpoint.url=az://c/x?sv=1&sig=hunter2",

@@ -44,8 +44,27 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_storage_url("./~/data").prefix == str(tmp_path / "~" / "data")
     assert parse_storage_url("v1:data/train").prefix == str(tmp_path / "v1:data" / "train")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert parse_storage_url("link").same_as(parse_storage_url(f"{tmp_path}/x/../real"))
-    assert not parse_storage_url("link").same_as(parse_storage_url("other"))
+    assert parse_storage_url("link").contains(parse_storage_url(f"{tmp_path}/x/../real"))
+    assert parse_storage_url(f"/{tmp_path}/real").contains(parse_storage_url("link/below"))
+    assert not parse_storage_url("link").contains(parse_storage_url("other"))
+    assert not parse_storage_url("link").contains(parse_storage_url("real2"))
+    assert parse_storage_url("/").contains(parse_storage_url("link"))
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "expected"),
+    [
+        ("s3://b/run1", "S3://b/run1/", True),
+        ("s3://b/run1", "s3://b/run1/x", True),
+        ("s3://b", "s3://b/x", True),
+        ("s3://b/run1", "s3://b/run10", False),
+        ("s3://b/run1/x", "s3://b/run1", False),
+        ("s3://b/x", "gs://b/x", False),
+        ("s3://b/x", "/b/x", False),
+    ],
+)
+def test_what_contains_what(outer: str, inner: str, expected: bool) -> None:
+    assert parse_storage_url(outer).contains(parse_storage_url(inner)) is expected
 
 
 @pytest.mark.parametrize(
@@ -80,7 +99,7 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("s3n://b/run", "write s3://BUCKET/PREFIX"),
         ("gcs://b/run", "write gs://BUCKET/PREFIX"),
         ("azure://c/run", "write az://CONTAINER/PREFIX"),
-        ("abfs://c@account.dfs.core.windows.net/run", "credentials do not belong"),
+        ("abfs://c@account.dfs.core.windows.net/run", "write az://CONTAINER/PREFIX"),
         ("abfss://c/run", "write az://CONTAINER/PREFIX"),
         ("hf://datasets/x", "hf:// is not supported"),
         ("ftp://b/run", "ftp:// is not supported"),

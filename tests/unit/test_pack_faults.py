@@ -292,3 +292,22 @@ def test_verify_accepts_what_pack_accepts(source: Path, tmp_path: Path) -> None:
     (source / "cat/really-a.jpg").write_bytes(png())
     pack(str(source), str(tmp_path / "out"), OPTIONS)
     assert [verdict.faults for verdict in verify(str(tmp_path / "out"), workers=1)] == [[]]
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("spelling", ["FILE://{}", "file://localhost{}", "~/{.name}"])
+def test_no_spelling_of_a_destination_hides_the_data_set_there(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    pack(str(source), str(out), OPTIONS)
+    before = keys(out / "train")
+    (source / "cat" / "new.jpg").write_bytes(jpeg(99))
+    with pytest.raises(UserError, match="holds another data set of 6 images"):
+        pack(str(source), spelling.format(out), OPTIONS)
+    assert keys(out / "train") == before
+    with pytest.raises(UserError, match="is in the source"):
+        pack(str(tmp_path), spelling.format(out), OPTIONS)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}

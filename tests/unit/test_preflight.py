@@ -163,6 +163,19 @@ def test_outputs_inside_the_data_are_refused(digits: Path, tmp_path: Path, setti
     check_config(load_config("digits-resnet8", beside))
 
 
+def test_no_other_spelling_hides_an_output_inside_the_data(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(digits)
+    settings = ("train.output_dir={}/link/train/x", "checkpoint.url=FILE://{}/link/val", "checkpoint.url={}/x/../link/train")
+    for setting in settings:
+        with pytest.raises(UserError, match="must not change"):
+            _resolved(digits, tmp_path, setting.format(tmp_path))
+    for train, checkpoint in (("S3://b/d", "s3://b/d/c"), ("s3://b/d/", "S3://b/d"), ("s3://b", "s3://b/c")):
+        with pytest.raises(UserError, match=r"is inside data\.train"):
+            check_config(
+                load_config("digits-resnet8", [f"data.train={train}", "data.val=s3://v/d", f"checkpoint.url={checkpoint}"])
+            )
+
+
 def _split(folder: Path, source: Index, classes: list[str], ids: list[str]) -> str:
     """The index of a split with other class names."""
     write_file(folder / "index.json", Index.of("val", classes, ids, source.shards).to_json())

@@ -43,6 +43,7 @@ ANSWERS = {
         constant(400, s3_error("AuthorizationHeaderMalformed", "<Region>eu-west-9</Region>")),
         "AWS_REGION=eu-west-9",
     ),
+    "an expired token": (constant(400, s3_error("ExpiredToken")), "the credentials have expired"),
     "a wrong clock": (constant(403, s3_error("RequestTimeTooSkewed")), "the clock of this machine"),
     "no permission": (constant(403, s3_error("AccessDenied")), "permission denied"),
     "no bucket": (constant(404, s3_error("NoSuchBucket")), "there is no such bucket"),

@@ -54,11 +54,12 @@ class Location:
             return self.prefix
         return f"{self.root}/{self.prefix}" if self.prefix else self.root
 
-    def same_as(self, other: "Location") -> bool:
-        """Whether both denote one place; folders are compared with their links resolved."""
-        if self.is_remote or other.is_remote:
-            return self == other
-        return os.path.realpath(self.prefix) == os.path.realpath(other.prefix)
+    def contains(self, other: "Location") -> bool:
+        """Whether ``other`` is this place or below it; folders are compared with their links resolved."""
+        if (self.scheme, self.bucket) != (other.scheme, other.bucket):
+            return False
+        ours, theirs = (place.prefix if place.is_remote else os.path.realpath(place.prefix).lstrip("/") for place in (self, other))
+        return not ours or theirs == ours or theirs.startswith(f"{ours}/")
 
 
 def parse_storage_url(url: str) -> Location:
@@ -73,6 +74,8 @@ def parse_storage_url(url: str) -> Location:
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in url):
         raise UserError(f"{shown}: holds a control character or bytes that are not UTF-8")
     if redact_credentials(url) != url:
+        if (named := _SCHEME.match(url)) and _ALIASES.get(named[1].lower()) == "az":
+            raise UserError(f"{shown}: {named[1]}:// is not supported; write az://CONTAINER/PREFIX")
         raise UserError(
             f"{shown}: credentials do not belong in a URL; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
             "(or the variables of your store)"
@@ -96,6 +99,13 @@ def parse_storage_url(url: str) -> Location:
 def is_remote(url: str) -> bool:
     """Whether a URL denotes an object store, not a folder. Raises UserError."""
     return parse_storage_url(url).is_remote
+
+
+def local_path(url: str) -> Path:
+    """The folder or file that a plain path or a file URL denotes, whether it exists or not. Raises UserError."""
+    location = parse_storage_url(url)
+    assert not location.is_remote, "callers ask is_remote first"
+    return Path(location.prefix)
 
 
 def _shown(url: str) -> str:

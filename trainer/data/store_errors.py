@@ -134,6 +134,8 @@ def reason(error: BaseException, address: str = "") -> str:
         return redact_credentials(f"no credentials: {given.removeprefix('RuntimeError: ')}")
     if code == "RequestTimeTooSkewed":
         return "the clock of this machine differs too much from the store's; synchronize it (NTP)"
+    if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"):
+        return "the credentials have expired; get new ones (AWS_SESSION_TOKEN, or sign in again)"
     if (region := _REGION.search(text)) or code in _REGION_CODES:
         where = f"{region[1]}, not the one that is set; AWS_REGION={region[1]}" if region else "another one than AWS_REGION"
         return f"the bucket's region is {where}"

@@ -48,6 +48,8 @@ def validate_tracking_uri(uri: str, key: str = "tracking.uri") -> None:
     Contacts nobody, and does not import MLflow.
     """
     shown = redact_credentials(uri)
+    if uri.lower().startswith("http"):
+        shown = re.split("[?#]", shown)[0]  # the rest may be a secret
 
     def refuse(reason: str) -> None:
         raise UserError(f"{key}: {shown!r} {reason}")
