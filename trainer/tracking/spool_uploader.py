@@ -227,7 +227,8 @@ def spool_files(path: Path) -> list[Path]:
     """The spool ``path`` and the file of its rejected entries, those that exist. Raises UserError if neither does."""
     paths = [p for p in dict.fromkeys((path, rejected_path(path))) if p.is_file()]
     if not paths:
-        what = "is a folder; name the tracking.jsonl in it" if path.is_dir() else "there is no such file; a run whose entries MLflow has all accepted leaves none"
+        missing = "there is no such file; a run whose entries MLflow has all accepted leaves none"
+        what = "is a folder; name the tracking.jsonl in it" if path.is_dir() else missing
         raise UserError(f"{path}: {what}")
     return paths
 
