@@ -1,7 +1,6 @@
 """``convoy render`` against Kubeflow's own model of a PyTorchJob, Kubernetes' schema of pods, and what users get wrong."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from kubeflow.training import ApiClient
 from kubeflow.training.utils.utils import FakeResponse
 from restricted import ROOT, faults, templates
 
-from pipelines import cli
 from pipelines.render import JobOptions, render, to_yaml
 from trainer.errors import UserError
 from trainer.recipe import RECIPES
@@ -173,17 +171,11 @@ def _shipped() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", _shipped(), ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_the_shipped_jobs_are_what_render_makes(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_shipped_jobs_are_what_render_makes(path: Path, convoy_ok: Run) -> None:
     """Each file's first line makes it again."""
-    monkeypatch.delenv("CONVOY_IMAGE", raising=False)
-    made_by = path.read_text().splitlines()[0].removeprefix("# Made by: ")
-    monkeypatch.setattr(sys, "argv", shlex.split(made_by))
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 0
-    assert capsys.readouterr().out.replace("THIS_FILE", str(path.relative_to(ROOT))) == path.read_text()
+    made_by = path.read_text().splitlines()[0].removeprefix("# Made by: convoy ")
+    made = convoy_ok(*shlex.split(made_by))
+    assert made.replace("THIS_FILE", str(path.relative_to(ROOT))) == path.read_text()
 
 
 def test_each_network_has_its_job() -> None:

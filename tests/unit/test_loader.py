@@ -226,8 +226,8 @@ def test_images_grow_with_the_epochs(digits: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"initial_size": 300}, "initial_size 300 is more than image_size 224"),
-        ({"initial_size": 128}, "initial_size needs grow_until"),
+        ({"initial_size": 300}, "initial_size: 300 is more than image_size 224"),
+        ({"initial_size": 128}, "initial_size: needs grow_until"),
         ({"initial_size": 128, "grow_from": 5, "grow_until": 5}, "above grow_from 5"),
     ],
 )

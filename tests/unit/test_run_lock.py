@@ -573,7 +573,7 @@ def test_commands_without_anything_to_do_leave_no_lock(tmp_path: Path, monkeypat
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="there is no such file"):
         cli.sync(str(tmp_path / "missing" / "tracking.jsonl"))
-    with pytest.raises(UserError, match=r"is a folder; name the tracking\.jsonl in it"):
+    with pytest.raises(UserError, match=r"tracking\.jsonl: there is no such file"):
         cli.sync(str(tmp_path))
     with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
         cli.sync(str(_run_of(tmp_path)))

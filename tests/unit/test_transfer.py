@@ -362,7 +362,7 @@ def test_credentials_that_stay_refused(opened: Open, server: S3Server, proxy: Ht
     proxy.reset()
     check(store, content, [(0, 1000)])
     proxy.reset(lambda: Fault("status", status=400, code="ExpiredToken"))
-    with pytest.raises(ServiceLost, match=r"permission denied; check the credentials .* given up after 3 tries"):
+    with pytest.raises(ServiceLost, match=r"the credentials have expired; get new ones .* given up after 3 tries"):
         store.read_ranges("object", [0], [10])
 
 
