@@ -71,12 +71,7 @@ def load_predict(model_uri: str) -> tuple[Predict, list[str]]:
         model = mlflow.pyfunc.load_model(copy)
 
     def predict(images: list[bytes]) -> np.ndarray:
-        try:
-            probabilities: np.ndarray = model.predict(pd.DataFrame({"image": images}))
-        except ValueError as error:
-            if type(error).__name__ != DecodeError.__name__:  # the model brings its code: another class of this name
-                raise
-            raise DecodeError(str(error)) from None
+        probabilities: np.ndarray = model.predict(pd.DataFrame({"image": images}))
         return probabilities
 
     return predict, _classes(model)

@@ -68,7 +68,7 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
             check_single_node()
             if ignored := leftovers():
                 print(f"ignored, of another launcher: {', '.join(ignored)}", flush=True)
-            drop_leftovers()  # before torch is imported, which fails on some
+            drop_leftovers()  # nothing that the launcher imports may read them either
         raise_open_file_limit()
         config = load_config(recipe, overrides)
         if pod is not None or config.data.wait_minutes:
