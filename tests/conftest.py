@@ -27,6 +27,17 @@ settings.register_profile("convoy", derandomize="CONVOY_EXPLORE" not in os.envir
 settings.load_profile("convoy")
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Restore the environment after each test: `mlflow.set_tracking_uri`, for one, sets a variable
+    that every process started by a later test would inherit."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture
 def convoy() -> Run:
     return run_convoy

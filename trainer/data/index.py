@@ -146,8 +146,7 @@ def parse_index(raw: bytes, where: str) -> Index:
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            reason = str(not_json(raw, where)).removeprefix(f"{where}: ")
-            raise UserError(f"{where} is not an index that Convoy wrote: {reason}") from None
+            raise not_json(raw, where) from None
         place = ".".join(str(part) for part in first["loc"])
         if place == "format":
             found = str(first["input"])[:40]
