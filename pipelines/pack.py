@@ -159,6 +159,7 @@ def _check_split(split: Split, account: Account, pool: ProcessPoolExecutor, opti
         return [(item, -1) for item in split.items]
     chunks = [split.items[i : i + _CHUNK] for i in range(0, len(split.items), _CHUNK)]
     good: list[Marked] = []
+    doubtful: list[str] = []
     with WorkProgress(f"checking {split.name}", len(split.items), "images") as progress:
         for chunk, results in zip(chunks, pool.map(partial(check_items, decode=options.decode), chunks), strict=True):
             for item, result in zip(chunk, results, strict=True):
@@ -166,7 +167,10 @@ def _check_split(split: Split, account: Account, pool: ProcessPoolExecutor, opti
                     account.rejected.append(f"{item.source}: {result.fault}")
                 else:
                     good.append((with_extension(item, result.extension), result.checksum))
+                if result.doubt:
+                    doubtful.append(f"{item.source}: {result.doubt}; --decode checks it")
             progress.add(len(chunk))
+    account.notes += shortened(doubtful, "such files more")
     return good
 
 

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 
 from pipelines.sources.item import Item
 from trainer.data.decode import DecodeError, decode_rgb
-from trainer.data.image_formats import ImageFault, identify
+from trainer.data.image_formats import EXTENSIONS, ImageFault, PngWithoutEnd, identify
 
 _SAMPLED = 8192  # bytes at the beginning, which distinguish images of equal size
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Result of one image: the extension of its format and a checksum, or the reason against it."""
+    """Result of one image: the extension of its format and a checksum, or the reason against it.
+
+    ``doubt``: what may be wrong with an image that was not decoded.
+    """
 
     extension: str
     checksum: int
     fault: str
+    doubt: str = ""
 
 
 def check_items(items: list[Item], decode: bool) -> list[Checked]:
@@ -31,6 +35,7 @@ def with_extension(item: Item, extension: str) -> Item:
 
 
 def _check(item: Item, decode: bool) -> Checked:
+    doubt = ""
     try:
         descriptor = os.open(item.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -39,7 +44,10 @@ def _check(item: Item, decode: bool) -> Checked:
                 return os.pread(descriptor, max(0, min(end, item.size) - start), item.offset + start)
 
             head = read(0, _SAMPLED)
-            extension = identify(read, item.size)
+            try:
+                extension = identify(read, item.size)
+            except PngWithoutEnd as reason:
+                extension, doubt = EXTENSIONS["PNG"], "" if decode else str(reason)
             if decode:
                 decode_rgb(read(0, item.size))
         finally:
@@ -50,4 +58,4 @@ def _check(item: Item, decode: bool) -> Checked:
         return Checked("", 0, str(fault))
     except DecodeError as error:
         return Checked("", 0, f"cannot be decoded: {error}")
-    return Checked(extension, zlib.crc32(head), "")
+    return Checked(extension, zlib.crc32(head), "", doubt)

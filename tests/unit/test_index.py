@@ -36,8 +36,8 @@ def _index(*shards: Shard, **changes: Any) -> dict[str, Any]:
         (b"", "is empty"),
         (b"{", "is truncated"),
         (b"[1]", "is not an index"),
-        (b"\xff\xfe{}", "is not an index"),
-        (b"[" * 100_000, "is not an index"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
         (
             _index(_shard(), format="convoy-index/2"),
             "its format is 'convoy-index/2', but this version of Convoy reads 'convoy-index/1'",

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from helpers import Run
 from images import NOT_SUPPORTED, encode, jpeg, pixels, png
+from PIL import Image
 
 from pipelines import pack as packing
 from pipelines import verify as verifying
@@ -85,6 +86,26 @@ def test_a_class_does_not_vanish_with_its_images(source: Path, tmp_path: Path) -
         pack(str(source), str(tmp_path / "out"), PackOptions(workers=1, skip_bad=True))
     assert "train: no image of class cat can be packed" in caught.value.faults
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_png_without_its_end_is_named_and_decoding_decides(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = encode(pixels(1, 40, 30), "PNG")
+    (source / "cat/end.png").write_bytes(content[:-12])  # Pillow decodes it completely
+    assert Image.open(source / "cat/end.png").convert("RGB").tobytes() == pixels(1, 40, 30).tobytes()
+    pack(str(source), str(tmp_path / "one"), PackOptions(workers=1, decode=True))
+    assert "IEND" not in capsys.readouterr().err
+    (source / "cat/cut.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"cat/cut.png: cannot be decoded"):
+        pack(str(source), str(tmp_path / "two"), PackOptions(workers=1, decode=True))
+    capsys.readouterr()
+    pack(str(source), str(tmp_path / "three"), OPTIONS)
+    doubts = [line for line in capsys.readouterr().err.splitlines() if "IEND" in line]
+    assert [name in line for name, line in zip(("cut", "end"), sorted(doubts), strict=True)] == [True, True]
+    (verdict,) = verify(str(tmp_path / "three"), workers=1)
+    assert ["cat/cut" in fault for fault in verdict.faults] == [True]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -234,7 +255,7 @@ def test_overwrite_replaces_a_data_set_and_nothing_else(source: Path, tmp_path: 
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"theirs")
     (folder / INDEX_NAME).write_bytes(b"corrupt")
-    with pytest.raises(UserError, match="is not an index"):
+    with pytest.raises(UserError, match="is not JSON"):
         pack(str(source), str(tmp_path / "out"), OPTIONS)
     pack(str(source), str(tmp_path / "out"), PackOptions(workers=1, shards=2, overwrite=True))
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {

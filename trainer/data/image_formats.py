@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
-__all__ = ["EXTENSIONS", "FORMATS", "MAX_PIXELS", "ImageFault", "describe", "identify", "open_supported"]
+__all__ = ["EXTENSIONS", "FORMATS", "MAX_PIXELS", "ImageFault", "PngWithoutEnd", "describe", "identify", "open_supported"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Names that Pillow's ``formats`` argument accepts; MPO and MPO-like JPEGs are opened by JPEG."""
@@ -69,6 +69,10 @@ class ImageFault(ValueError):
     """Encoded bytes that are not a supported, complete image; the message is the reason."""
 
 
+class PngWithoutEnd(ImageFault):
+    """A PNG without its IEND chunk; whether its pixels are complete, only decoding can tell."""
+
+
 def open_supported(encoded: bytes | memoryview) -> Image.Image:
     """Open an image of a supported format; pixels are not decoded yet.
 
@@ -94,19 +98,20 @@ def identify(read: Read, size: int) -> str:
 
     JPEG, PNG and WebP: by their header and end marker, without decoding; bytes after the end
     marker are allowed. All other formats have no reliable end marker and are decoded.
-    Raises ImageFault with the reason; ``read`` may raise OSError.
+    Raises PngWithoutEnd where only that chunk is missing, else ImageFault with the reason;
+    ``read`` may raise OSError.
     """
     if size == 0:
         raise ImageFault("empty")
     head = read(0, _HEAD)
     if head.startswith(_JPEG):
-        fault, extension = _jpeg_fault(read, head, size), EXTENSIONS["JPEG"]
+        extension = EXTENSIONS["JPEG"]
+        if fault := _jpeg_fault(read, head, size):
+            raise ImageFault(fault)
     elif head.startswith(_PNG):
-        fault, extension = _png_fault(read, size), EXTENSIONS["PNG"]
+        extension = EXTENSIONS["PNG"]
     else:
         return _identify_whole(read(0, size))
-    if fault:
-        raise ImageFault(fault)
     if len(head) < size:
         try:
             open_supported(head)
@@ -114,6 +119,8 @@ def identify(read: Read, size: int) -> str:
             open_supported(read(0, size))
     else:
         open_supported(head)
+    if extension == EXTENSIONS["PNG"] and not _png_has_end(read, size):
+        raise PngWithoutEnd("its IEND chunk is missing: it may be truncated")
     return extension
 
 
@@ -165,16 +172,16 @@ def _jpeg_fault(read: Read, head: bytes, size: int) -> str | None:
     return "truncated: the end-of-image marker is missing"
 
 
-def _png_fault(read: Read, size: int) -> str | None:
+def _png_has_end(read: Read, size: int) -> bool:
     if _IEND in read(max(8, size - _TAIL), size):
-        return None
+        return True
     position = 8
     while len(head := read(position, position + 8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         position += 12 + length
         if kind == b"IEND" and position <= size:
-            return None
-    return "truncated: its IEND chunk is missing"
+            return True
+    return False
 
 
 def _gif_fault(content: bytes) -> str | None:
