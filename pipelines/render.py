@@ -13,6 +13,7 @@ from trainer.errors import UserError
 from trainer.hardware_faults import GPUS_VARIABLE, NODE_VARIABLE
 from trainer.recipe import RECIPES, find_recipe
 from trainer.resolve import check_config, split_ranks
+from trainer.tracking.server import check_registered_name
 
 Document = dict[str, Any]
 
@@ -78,6 +79,8 @@ def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Docum
     if faults:
         raise UserError(*faults)
     check_config(config)
+    if config.tracking.register_as:
+        check_registered_name(config.tracking.register_as)
     _check_model(config)
     split_ranks(config, options.nodes * options.ranks_per_node, _ANY_SAMPLES)
     path = find_recipe(recipe)

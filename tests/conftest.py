@@ -71,7 +71,8 @@ def convoy_refuses() -> Run:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share something that is slow to make run in one worker, which makes it once.
+    """Tests that share something that is slow to make run in one worker, which makes it once. Those of the
+    services are two groups, so that no worker is busy with them long after the others are done.
 
     With CONVOY_SHUFFLE=SEED they run in random order, to find tests that depend on others.
     """
@@ -80,7 +81,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for fixture in ("services", "trainings"):
             if fixture in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(fixture))
+                part = " of tracking" if item.path.parent.name == "tracking" else ""
+                item.add_marker(pytest.mark.xdist_group(fixture + part))
 
 
 @pytest.fixture(scope="session")

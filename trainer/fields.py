@@ -56,13 +56,9 @@ def _is_experiment(value: str) -> str:
 
 
 def _is_registered_name(value: str) -> str:
-    """MLflow's rule (mlflow.utils.validation) and the width of its database column."""
+    """The width of MLflow's database column; ``tracking.server.check_registered_name`` has the other rules."""
     if value != value.strip() or not value:
         raise ValueError("must not be empty, nor begin or end with a space")
-    if "/" in value or ":" in value:
-        raise ValueError("MLflow allows neither / nor : in the name of a registered model")
-    if value == "." or value.startswith(".."):
-        raise ValueError("MLflow does not allow a relative path as the name of a registered model")
     if len(value) > 256:
         raise ValueError("has more than the 256 characters that MLflow allows")
     return value

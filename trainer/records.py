@@ -24,7 +24,7 @@ from trainer.redaction import redact_credentials
 from trainer.registration import register
 from trainer.resolve import Resolved, tracking_uri
 from trainer.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
-from trainer.tracking.server import check_server, refusal
+from trainer.tracking.server import check_registered_name, check_server, refusal
 
 
 def start_tracking(
@@ -43,6 +43,8 @@ def start_tracking(
     if found is None:
         fault = check_server(uri, config.tracking.experiment, config.tracking.register_as)
         reachable = fault is None
+    elif config.tracking.register_as:  # which may differ from what was checked when the run began
+        check_registered_name(config.tracking.register_as)
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     run_key = found.run_key if found else None

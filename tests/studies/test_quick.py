@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Run as Command
+from mlflow.tracking import MlflowClient
 
 from pipelines.study.catalogue import NAMES, load
 
@@ -37,3 +38,10 @@ def test_all_studies(convoy_ok: Command, tmp_path: Path) -> None:
         assert result["statements"] == list(load(name).statements)
         assert all(claim["verdict"] in VERDICTS and claim["why"] for claim in result["claims"])
         assert (tmp_path / name / "plot.png").stat().st_size > 10_000
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("studies").experiment_id], max_results=1000)
+    logged = {run.info.run_id: run.info.status for run in runs}
+    result = json.loads((tmp_path / "accumulation/result.json").read_text())
+    assert len(result["mlflow_runs"]) == 2
+    assert {logged[run_id] for run_id in result["mlflow_runs"]} == {"FINISHED"}

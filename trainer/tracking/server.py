@@ -110,11 +110,20 @@ def _plugin_schemes() -> set[str]:
     return {point.name for point in importlib.metadata.entry_points(group="mlflow.tracking_store")}
 
 
+def check_registered_name(name: str) -> None:
+    """Raises UserError for a name that MLflow's registry rejects (mlflow.utils.validation)."""
+    if "/" in name or ":" in name:
+        raise UserError(f"tracking.register_as: {name!r} is wrong: MLflow allows neither / nor : in the name of a registered model")
+    if name == "." or name.startswith(".."):
+        raise UserError(f"tracking.register_as: {name!r} is wrong: MLflow does not allow a relative path as the name of a model")
+
+
 def check_server(uri: str, experiment: str, register_as: str | None) -> Fault | None:
     """Ask the server for the experiment, and for the registered model if one is named.
 
     Returns the fault if the server cannot be reached within seconds, which is no reason not to
-    train. Raises UserError if it answers and the run could not be logged.
+    train. Raises UserError if it answers and the run could not be logged, or the model's name is
+    not allowed.
     """
     outcome: list[Fault | None] = []
 
@@ -123,8 +132,11 @@ def check_server(uri: str, experiment: str, register_as: str | None) -> Fault | 
             client = connect(uri)
             ensure_experiment(client, experiment)
             if register_as:
+                check_registered_name(register_as)
                 _check_model(client, register_as)
             outcome.append(None)
+        except UserError:
+            outcome.append(None)  # raised again below, as where there is no answer
         except DeliveryStopped as stop:
             outcome.append(stop.fault)
         except Exception as error:
@@ -133,6 +145,8 @@ def check_server(uri: str, experiment: str, register_as: str | None) -> Fault | 
     thread = threading.Thread(target=ask, name="mlflow-check", daemon=True)
     thread.start()
     thread.join(_CHECK_SECONDS)
+    if register_as:
+        check_registered_name(register_as)
     if not outcome:
         return Fault("unreachable", f"no answer within {_CHECK_SECONDS:.0f} s")
     fault = outcome[0]

@@ -1,14 +1,13 @@
-"""Trainings of studies: made once, taken up where they stopped, refused with a sentence. One study is run whole."""
+"""Trainings of studies: made once, taken up where they stopped, refused with a sentence. `make test-studies` trains."""
 
 import json
-import os
 import struct
 from pathlib import Path
 
 import pytest
 from helpers import Run as Command
 
-from pipelines.demo import _INSTALLED, find_fashion
+from pipelines.demo import _INSTALLED
 from pipelines.study.base import Training
 from pipelines.study.data import first_of_idx
 from pipelines.study.progress import StudyProgress
@@ -92,26 +91,3 @@ def test_a_study_without_training(convoy_ok: Command, tmp_path: Path) -> None:
     result = _result(tmp_path, "then-and-now")
     assert (result["statements"], result["verdict"]) == (["S1"], "not borne out")
     assert result["training_seconds"] == 0
-
-
-@pytest.mark.skipif(find_fashion() is None, reason="Fashion-MNIST cannot be had")
-def test_a_study_from_images_to_verdict(convoy_ok: Command, tmp_path: Path) -> None:
-    """And again: nothing is trained a second time."""
-    convoy_ok("study", "accumulation", "--quick", "--dir", tmp_path, timeout=500)
-    result = _result(tmp_path, "accumulation")
-    assert result["verdict"] != "not borne out", result["claims"]
-    assert len(result["mlflow_runs"]) == 2  # type: ignore[arg-type]
-    outcomes = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "trainings").glob("*/outcome.json")}
-    assert len(outcomes) == 2
-    printed = convoy_ok("study", "accumulation", "--quick", "--dir", tmp_path)
-    assert "trainings are done already" not in printed
-    assert {path: os.stat(path).st_mtime_ns for path in outcomes} == outcomes
-
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("studies")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    assert {run.info.run_id for run in runs} == set(result["mlflow_runs"])  # type: ignore[call-overload]
-    assert {run.info.status for run in runs} == {"FINISHED"}

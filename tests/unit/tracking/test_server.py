@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow_proxy import JSON, MlflowProxy
 
@@ -113,6 +114,18 @@ def test_names_that_the_server_would_refuse_are_refused(proxy: MlflowProxy, clie
     with pytest.raises(UserError, match="is a prompt"):
         check_server(proxy.url, "Default", "a-prompt")
     assert check_server(proxy.url, f"{experiment}-new", "no-model-yet") is None
+
+
+@pytest.mark.parametrize("name", ["team/model", "a:b", "..", "../x", "."])
+def test_a_name_that_the_registry_rejects_is_refused_with_a_server_and_without(
+    name: str, proxy: MlflowProxy, client: MlflowClient
+) -> None:
+    with pytest.raises(MlflowException):
+        client.create_registered_model(name)
+    for uri in (proxy.url, "http://127.0.0.1:9"):
+        with pytest.raises(UserError, match=r"^tracking\.register_as: ") as error:
+            check_server(uri, "any", name)
+        assert repr(name) in str(error.value)
 
 
 def test_a_database_that_cannot_be_made_is_refused() -> None:
