@@ -17,10 +17,11 @@ from typing import Any
 
 from trainer.config import RunConfig, load_config
 from trainer.credentials import take_credentials
-from trainer.errors import ServiceLost, Terminated, UserError, report
+from trainer.errors import EXIT_RETRY, ServiceLost, Terminated, UserError, report
 from trainer.file_limit import raise_open_file_limit
 from trainer.hardware_faults import check_gpus
 from trainer.launch_environment import (
+    FINISHED_FOLDER,
     LAUNCHER_PID,
     RUN_ID_FILE,
     check_single_node,
@@ -36,7 +37,7 @@ from trainer.resolve import resolve, tracking_uri
 from trainer.run_status import end_unfinished_run
 from trainer.stop_signals import StopSignals
 from trainer.streams import secure_standard_streams
-from trainer.supervise import STOP_SECONDS, exit_code, python_command, run_ranks
+from trainer.supervise import FINISHED_PREFIX, STOP_SECONDS, exit_code, python_command, run_ranks
 
 _JOIN_SECONDS = 24 * 3600  # the others may wait for nodes for long
 
@@ -158,7 +159,11 @@ def _run_pod_ranks(pod: Pod, arguments: list[str], signals: StopSignals) -> int:
                 logs_specs=Logs(log_dir=folder),
             )
             command = python_command("trainer.__main__")
+            os.environ[FINISHED_FOLDER] = folder
             elastic_launch(config, command[0])(*command[1:], *arguments)
+            if len(list(Path(folder).glob(f"{FINISHED_PREFIX}*"))) < pod.procs:
+                print("convoy: a rank ended with exit code 0, but before its work was done", file=sys.stderr, flush=True)
+                return EXIT_RETRY
     except ChildFailedError as error:
         return exit_code([failure.exitcode for failure in error.failures.values()], signals.received)
     except (RendezvousError, DistError, ConnectionError, TimeoutError) as error:

@@ -16,6 +16,8 @@ STORE_FD = "CONVOY_STORE_FD"
 """Rank 0's listening socket of the rendezvous store, at MASTER_ADDR:MASTER_PORT; empty for other ranks on this machine."""
 FINISHED_FD = "CONVOY_FINISHED_FD"
 """Pipe in which a rank reports that it has done its work; the launcher reads it."""
+FINISHED_FOLDER = "CONVOY_FINISHED_FOLDER"
+"""Folder in which a rank of a pod does the same; torch's agent passes no pipe on."""
 RUN_ID_FILE = "CONVOY_RUN_ID_FILE"
 """File in which rank 0 keeps the id of an MLflow run that it has not ended yet."""
 

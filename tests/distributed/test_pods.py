@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -26,7 +26,9 @@ def _settings(digits: Path, out: Path, *more: str) -> list[str]:
 
 
 @contextmanager
-def _pods(settings: list[str], folder: Path, nodes: int = 2, recipe: str = RECIPE) -> Iterator[list[subprocess.Popen]]:
+def _pods(
+    settings: list[str], folder: Path, nodes: int = 2, more: Mapping[str, str] | None = None
+) -> Iterator[list[subprocess.Popen]]:
     """``nodes`` launchers of one rank. The first is known by its host's name, as the pod that the operator calls worker-0."""
     (port,) = _free_ports(1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,8 +42,9 @@ def _pods(settings: list[str], folder: Path, nodes: int = 2, recipe: str = RECIP
                 "PET_NNODES": f"{nodes}:{nodes}",
                 "PET_NPROC_PER_NODE": "1",
                 "CONVOY_TERMINATION_LOG": str(folder / f"message-{number}"),
+                **(more or {}),
             }
-            command = [sys.executable, "-m", "trainer.launch", recipe, *settings]
+            command = [sys.executable, "-m", "trainer.launch", RECIPE, *settings]
             log = stack.enter_context((folder / f"log-{number}").open("w"))
             pod = stack.enter_context(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
             pods.append(pod)
@@ -83,6 +86,15 @@ def test_sigterm_of_one_pod_leaves_a_checkpoint_and_143_in_both(digits: Path, tm
         pods[1].send_signal(signal.SIGTERM)
         assert _codes(pods) == [143, 143], _log(tmp_path)
     assert "told to stop: checkpoint of step" in _log(tmp_path)
+
+
+def test_a_rank_that_ends_early_with_exit_code_0_is_a_lost_peer(digits: Path, tmp_path: Path) -> None:
+    """As a library that calls exit() would end it."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: os._exit(0)\n")
+    settings = _settings(digits, tmp_path / "out")
+    with _pods(settings, tmp_path, nodes=1, more={"PYTHONPATH": str(tmp_path)}) as pods:
+        assert _codes(pods) == [144], _log(tmp_path)
+    assert "before its work was done" in _log(tmp_path)
 
 
 def test_the_first_pod_ends_first(digits: Path, tmp_path: Path) -> None:
