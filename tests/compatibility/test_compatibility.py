@@ -1,0 +1,69 @@
+"""Files that an earlier version wrote (``make_fixture.py``) are read, and mean the same."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import Run
+from make_fixture import FIXTURE, MIDDLE, SETTINGS, losses, write_images
+from safetensors.torch import load_file
+
+from trainer.data.index import open_index
+
+EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
+
+
+@pytest.mark.parametrize(("split", "samples"), [("train", 120), ("val", 40)])
+def test_the_dataset_opens_and_verifies(split: str, samples: int, convoy_ok: Run) -> None:
+    index, _ = open_index(str(FIXTURE / "data" / split))
+    assert (index.samples, index.classes) == (samples, [str(number) for number in range(10)])
+    (verdict,) = json.loads(convoy_ok("verify", FIXTURE / "data" / split, "--json"))["splits"]
+    assert verdict["digest"] == index.digest
+
+
+def test_the_run_resumes_and_ends_with_the_same_bits(convoy_ok: Run, tmp_path: Path) -> None:
+    """To the last bit on a processor of the same kind; elsewhere kernels add in another order."""
+    shutil.copytree(FIXTURE / "checkpoints", tmp_path / "out/checkpoints")
+    settings = [f"data.train={FIXTURE}/data/train", f"data.val={FIXTURE}/data/val", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    given = {setting.partition("=")[0]: setting for setting in [*SETTINGS, *settings, f"train.output_dir={tmp_path}/out"]}
+    said = convoy_ok("train", "digits-resnet8", *given.values(), "--procs", 2)
+    assert f"step-{MIDDLE:09d}" in said
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    got = load_file(tmp_path / "out/model.safetensors")
+    want = load_file(FIXTURE / "model.safetensors")
+    assert got.keys() == want.keys()
+    same = (torch.backends.cpu.get_cpu_capability(), torch.__version__) == (EXPECTED["cpu"], EXPECTED["torch"])
+    for name, value in want.items():
+        if same and "running" not in name:  # which are averages over the ranks in any order
+            assert torch.equal(got[name], value), name
+        else:
+            assert torch.allclose(got[name], value, rtol=1e-2, atol=1e-3), name
+    assert losses(tmp_path, result["mlflow_run_id"]) == pytest.approx(EXPECTED["losses"][MIDDLE:], rel=1e-6 if same else 1e-2)
+    assert result["top1"] == pytest.approx(EXPECTED["top1"], abs=0 if same else 0.05)
+
+
+def test_the_registered_model_loads_and_predicts_the_same(tmp_path: Path) -> None:
+    """In a process of its own, as a server would."""
+    with tarfile.open(FIXTURE / "registered_model.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    write_images(tmp_path / "images")
+    code = """
+import json, pathlib, sys, mlflow, numpy, pandas
+model = mlflow.pyfunc.load_model("registered_model")
+files = sorted(pathlib.Path("images/val").rglob("*.png"), key=lambda file: file.name)
+print(json.dumps(numpy.asarray(model.predict(pandas.DataFrame({"image": [f.read_bytes() for f in files]}))).tolist()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert np.allclose(json.loads(done.stdout.splitlines()[-1]), EXPECTED["predictions"], rtol=1e-4, atol=1e-6)
