@@ -48,7 +48,7 @@ def write_images(folder: Path) -> None:
 
 
 def losses(folder: Path, run_id: str) -> list[float]:
-    """Of each step, from MLflow's database; a client would create ``./mlruns``."""
+    """Of each step, from MLflow's database."""
     query = "SELECT value FROM metrics WHERE run_uuid = ? AND key = 'loss' ORDER BY step"
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
         return [value for (value,) in database.execute(query, [run_id])]

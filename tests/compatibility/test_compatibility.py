@@ -27,8 +27,9 @@ def test_the_dataset_opens_and_verifies(split: str, samples: int, convoy_ok: Run
     assert verdict["digest"] == index.digest
 
 
-def test_the_run_resumes_and_ends_with_the_same_bits(convoy_ok: Run, tmp_path: Path) -> None:
+def test_the_run_resumes_and_ends_with_the_same_bits(convoy_ok: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last bit on a processor of the same kind; elsewhere kernels add in another order."""
+    monkeypatch.chdir(tmp_path)  # where MLflow keeps the artifacts of a SQLite server
     shutil.copytree(FIXTURE / "checkpoints", tmp_path / "out/checkpoints")
     settings = [f"data.train={FIXTURE}/data/train", f"data.val={FIXTURE}/data/val", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
     given = {setting.partition("=")[0]: setting for setting in [*SETTINGS, *settings, f"train.output_dir={tmp_path}/out"]}
