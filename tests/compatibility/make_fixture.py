@@ -2,7 +2,7 @@
 
 Run it only with the version whose files are to be kept: ``python tests/compatibility/make_fixture.py``.
 It holds a packed dataset, a checkpoint of a run on two ranks (fp16, ZeRO 1, EMA) after half of its
-steps, the weights and losses with which that version finished the run from there, and a registered
+steps, the weights and the loss with which that version finished the run from there, and a registered
 model with its predictions, without the native decoder that belongs to one kind of machine.
 """
 
@@ -10,12 +10,10 @@ import json
 import os
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tarfile
 import tempfile
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,7 @@ SETTINGS = [
     *("model.width=4", "batch.global_size=30", "batch.micro_size=5", "precision=fp16", "parallel.zero_stage=1", "ema=0.9"),
     *("augment.crop=none", "augment.padding=1", "augment.flip=true", "augment.mixup=0.2", "optimizer.clip_grad_norm=2.0"),
     *("train.epochs=3", "schedule.warmup_epochs=1", "train.log_every_steps=1", f"checkpoint.every_steps={MIDDLE}"),
-    *("checkpoint.keep=10", "name=compatibility", "tracking.uri=sqlite:///mlflow.db"),
+    *("checkpoint.keep=10", "name=compatibility"),
 ]
 """The keys of version 0.1.0, of its recipe digits-resnet8."""
 
@@ -45,13 +43,6 @@ def write_images(folder: Path) -> None:
         path = folder / ("train" if number < 120 else "val") / str(digits.target[number]) / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((digits.images[number] * (255 / 16)).astype(np.uint8)).save(path)
-
-
-def losses(folder: Path, run_id: str) -> list[float]:
-    """Of each step, from MLflow's database."""
-    query = "SELECT value FROM metrics WHERE run_uuid = ? AND key = 'loss' ORDER BY step"
-    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
-        return [value for (value,) in database.execute(query, [run_id])]
 
 
 def predictions(folder: Path, registered: Path) -> list[list[float]]:
@@ -77,7 +68,8 @@ def main() -> None:
         step = f"step-{MIDDLE:09d}"
         shutil.copytree(folder / "first/checkpoints" / step, FIXTURE / "checkpoints" / step)
         shutil.copytree(FIXTURE / "checkpoints", folder / "second/checkpoints")
-        convoy(folder, *run, "train.output_dir=second", "tracking.register_as=compatibility")
+        registered = ["tracking.uri=sqlite:///mlflow.db", "tracking.register_as=compatibility"]
+        convoy(folder, *run, "train.output_dir=second", *registered)
         shutil.copytree(folder / "data", FIXTURE / "data")
         for file in ("model.safetensors", "model.json"):
             shutil.copy(folder / "second" / file, FIXTURE / file)
@@ -90,7 +82,7 @@ def main() -> None:
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__,
             "top1": result["top1"],
-            "losses": losses(folder, result["mlflow_run_id"]),
+            "loss": result["loss"],
             "predictions": predictions(folder, model),
         }
         (FIXTURE / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")

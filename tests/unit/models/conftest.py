@@ -21,7 +21,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _free_memory() -> Iterator[None]:
-    """VGG's copies are half a gigabyte each."""
+    """VGG's copies are half a gigabyte each. What was there before the test is not searched: that takes most of a second."""
+    gc.freeze()
     yield
     gc.collect()
 
