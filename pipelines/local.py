@@ -129,8 +129,11 @@ def _start(folder: Path) -> Services:
     return services
 
 
-def down(folder: Path) -> list[str]:
-    """Stop what runs, by process id, MLflow first; the data stays. Returns the names of what was stopped."""
+def down(folder: Path, grace_seconds: float = _STOP_SECONDS) -> list[str]:
+    """Stop what runs, by process id, MLflow first; the data stays. Returns the names of what was stopped.
+
+    ``grace_seconds``: until a process that was asked to end is killed.
+    """
     services = load(folder.absolute())
     if services is None:
         return []
@@ -138,18 +141,18 @@ def down(folder: Path) -> list[str]:
     for name in ("mlflow", "s3"):
         process = services.processes[name].handle() if name in services.processes else None
         if process is not None:
-            _stop(process)
+            _stop(process, grace_seconds)
             stopped.append(name)
     (services.folder / _STATE).unlink()
     return stopped
 
 
-def _stop(process: psutil.Process) -> None:
+def _stop(process: psutil.Process, grace_seconds: float) -> None:
     """End a process and its children: asked first, killed after a while."""
     family = [process, *process.children(recursive=True)]
     for member in family:
         _signal(member, signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, _STOP_SECONDS)
+    _, alive = psutil.wait_procs(family, grace_seconds)
     for member in alive:
         _signal(member, signal.SIGKILL)
     psutil.wait_procs(alive, 5)

@@ -92,7 +92,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Service
     try:
         yield local.up(folder)
     finally:
-        local.down(folder)
+        local.down(folder, grace_seconds=0)  # their data is of no use to anybody
 
 
 @pytest.fixture

@@ -124,6 +124,7 @@ def cells_of_presets() -> list[Cell]:
 def growing_cells() -> list[Cell]:
     """fp16 whose loss scale doubles every few steps, and comes down again where that overflows."""
     rows = [(1, 1, 1, 1), (2, 1, 2, 2), (2, 1, 1, 3), (2, 2, 2, 1)]
+    rows = rows if MATRIX else [rows[0], rows[-1]]
     plain = [dict(zip(KEYS, (*row, "fp16", "no batch norm"), strict=True)) for row in rows]
     return [cell | {"window": 4, "clip": cell["zero"] != 2} for cell in plain]
 
@@ -211,8 +212,8 @@ def cells_that_save(folder: Path) -> list[Cell]:
 
 
 def cells_that_load(saving: list[Cell]) -> list[Cell]:
-    """Those that go on from each checkpoint: the same training, spread in any way. Without the matrix it is the next one, and
-    in plain fp32 itself too."""
+    """Those that resume from each checkpoint: the same training, spread in any way. Without the matrix it is the next one, and
+    for two of plain fp32 itself too."""
     loading = []
     for number, cell in enumerate(saving):
         kin = [
@@ -221,7 +222,7 @@ def cells_that_load(saving: list[Cell]) -> list[Cell]:
             if all(option_of(other, key) == option_of(cell, key) for key in ("network", "precision", *OPTIONS))
         ]
         if not MATRIX:
-            itself = [cell] if number < len(_FP32) else []
+            itself = [cell] if number in (2, 4) else []  # two ranks at ZeRO 3, four ranks in two stages at ZeRO 1
             kin = [*itself, kin[(kin.index(cell) + 1) % len(kin)]]
         loading += [{key: value for key, value in other.items() if key != "save"} | {"load": cell["save"]} for other in kin]
     return loading

@@ -331,7 +331,7 @@ def test_an_index_that_was_changed_by_hand_is_no_index(convoy_refuses: Run, digi
     index.write_text(index.read_text().replace('"samples": 600', '"samples": 599'))
     assert "totals are not the sums" in convoy_refuses("verify", copy)
     index.write_text(index.read_text()[:1000])
-    assert "is not an index that Convoy wrote" in convoy_refuses("verify", copy)
+    assert "is not JSON" in convoy_refuses("verify", copy)
 
 
 def test_a_header_is_what_tarfile_writes() -> None:
