@@ -286,12 +286,12 @@ def test_a_version_becomes_champion_when_it_is_not_worse(
 # --- what goes wrong while it runs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_other_and_asks_for_a_retry(digits: Path, tmp_path: Path, rank: int) -> None:
+def test_a_killed_rank_ends_the_other_and_asks_for_a_retry(digits: Path, tmp_path: Path) -> None:
+    """The first one; test_pods has another."""
     settings = [f"data.train={digits}/train", "data.val=null", "train.epochs=10000", f"train.output_dir={tmp_path}/out"]
     with started(RECIPE, [*settings, "train.log_every_steps=1"], {}) as process:
         ranks = ranks_of(process)
-        ranks[rank].send_signal(signal.SIGKILL)
+        ranks[0].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         _, told = process.communicate(timeout=60)
         assert process.returncode == 144, told
@@ -339,7 +339,7 @@ def test_a_bad_sample_that_is_skipped_is_told_and_counted(
     with (tmp_path / "data/train" / shard.name).open("r+b") as file:
         file.seek(shard.offsets[7] + 512)
         file.write(b"spoiled!" * 8)
-    done = convoy("train", RECIPE, "--procs", 2, *settings)
+    done = convoy("train", RECIPE, *settings)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert f"{shard.name}: its SHA-256 is" in done.stderr
     settings += ["data.check=size", "data.bad_samples=skip", "data.max_bad_samples=3", f"data.cache_dir={tmp_path}/cache"]

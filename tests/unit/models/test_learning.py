@@ -17,7 +17,6 @@ STEPS = 400
         ("alexnet2012", {"width": 32}),
         ("vgg11", {"width": 16}),
         ("vgg11_bn", {"width": 8}),
-        ("googlenet", {"width": 16}),
         ("googlenet2014", {"width": 16}),
         ("resnet8", {}),
         ("resnet18", {"width": 8, "stem": "small"}),
