@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import cluster_cli
+from pipelines import cluster_cli, recipe_cli
 from trainer.credentials import take_credentials
 from trainer.errors import EXIT_USER, UserError, report, shortened
 from trainer.hardware_faults import classify_fault, describe_place
@@ -340,6 +340,7 @@ def study(
 
 
 cluster_cli.add_to(app)
+recipe_cli.add_to(app)
 
 
 @local_app.command("up")

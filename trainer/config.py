@@ -77,6 +77,7 @@ class ModelConfig(_Section):
     activation: Literal["relu", "tanh"] | None = None
     """The non-linearity."""
     batch_norm: bool | None = None
+    """Whether batch norm follows each convolution."""
     dropout: Decay | None = None
     """Probability that an input of a fully connected layer is dropped."""
     head: Literal["tower", "average"] | None = None
@@ -176,6 +177,7 @@ class OptimizerConfig(_Section):
     """The update rule and its learning rate."""
 
     name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    """The update rule: SGD with momentum, AdamW, LARS or LAMB."""
     base_lr: Positive = 0.1
     """Learning rate at a global batch of base_batch; scaled linearly with the global batch (Goyal et al. 2017, 2.1)."""
     base_batch: Count = 256
@@ -183,9 +185,11 @@ class OptimizerConfig(_Section):
     momentum: Decay = 0.9
     """Of sgd and lars."""
     nesterov: bool = False
+    """Whether the momentum of sgd and lars is Nesterov's."""
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Decay of the first and second moment of adamw and lamb."""
     weight_decay: NonNegative = 1e-4
+    """Coefficient of weight decay; decoupled from the gradient in adamw."""
     decay_norm_and_bias: bool = True
     """Whether weight decay also pulls on biases and on the gains of norms; by the kind of layer, not by name."""
     clip_grad_norm: Positive | None = None
@@ -202,6 +206,7 @@ class ScheduleConfig(_Section):
     """The learning rate over time."""
 
     name: Literal["cosine", "step", "polynomial", "constant"] = "cosine"
+    """Learning rate after warmup: cosine or polynomial decay to 0, step decay at milestones, or constant."""
     warmup_epochs: Epochs = 0.0
     """Epochs of warmup (Goyal et al. 2017, 2.2)."""
     warmup: Literal["gradual", "constant"] = "gradual"
@@ -282,6 +287,7 @@ class TrackingConfig(_Section):
     uri: str | None = None
     """MLflow server; MLFLOW_TRACKING_URI when not given; no tracking where neither is."""
     experiment: ExperimentName = "convoy"
+    """Name of the MLflow experiment; created if it does not exist."""
     register_as: RegisteredName | None = None
     """Name in the MLflow model registry under which the trained model gets a new version."""
 
