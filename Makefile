@@ -15,9 +15,10 @@ setup: ## Make .venv from the lock files
 demo: setup ## The whole pipeline on this machine; KEEP=1 leaves the services running
 	@convoy demo
 
-lint: setup ## Style, format and types
+lint: setup ## Style, format, spelling and types
 	ruff check .
 	ruff format --check .
+	codespell
 	mypy
 	MYPYPATH=tools/cluster mypy tools/cluster
 
