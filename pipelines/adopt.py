@@ -60,7 +60,7 @@ def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
             "--class-names"
         )
     if faults:
-        raise UserError(*shortened(faults, "faults more"))
+        raise UserError(*shortened(faults, "faults"))
     classes = names or [str(label) for label in range(highest + 1)]
     class_ids = [str(label) for label in range(len(classes))]
     shards = [scan.shard for scan in scans]

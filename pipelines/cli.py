@@ -109,7 +109,7 @@ def verify(
         for v in verdicts:
             print(f"{v.url}: {v.samples:,} images in {v.shards} shards, {v.bytes / 2**20:,.1f} MiB: all good, {v.digest[:19]}")
     if faults:
-        raise UserError(*shortened(faults, "faults more; --json lists all"))
+        raise UserError(*shortened(faults, "faults; --json lists all"))
 
 
 @app.command()

@@ -143,7 +143,7 @@ def _checked(splits: list[Split], account: Account, pool: ProcessPoolExecutor, o
                 *(line for line in account.rejected[:_NAMED]),
                 *shortened(
                     [f"{split.name}: no image of class {printable(split.class_ids[label])} can be packed" for label in lost],
-                    "classes more",
+                    "classes",
                 ),
                 "--skip-bad does not omit classes: replace their images, or remove their folders",
             )
@@ -170,7 +170,7 @@ def _check_split(split: Split, account: Account, pool: ProcessPoolExecutor, opti
                 if result.doubt:
                     doubtful.append(f"{item.source}: {result.doubt}; --decode checks it")
             progress.add(len(chunk))
-    account.notes += shortened(doubtful, "such files more")
+    account.notes += shortened(doubtful, "such files")
     return good
 
 

@@ -72,7 +72,7 @@ def scan_shard(url: str, name: str, size: int) -> Scan:
         offsets=[0, *(sample.offset for sample in samples[1:]), scanner.end],  # what comes before the first is its own
         keys=[sample.key for sample in samples],
     )
-    return Scan(shard, dict(scanner.labels), shortened(faults, "faults more"), scanner.ignored)
+    return Scan(shard, dict(scanner.labels), shortened(faults, "faults"), scanner.ignored)
 
 
 class _Scanner:

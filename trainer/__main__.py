@@ -45,7 +45,7 @@ from trainer.run_status import UnfinishedRun
 from trainer.stop_signals import StopSignals
 from trainer.streams import secure_standard_streams
 from trainer.supervise import STOP_SECONDS, report_finished
-from trainer.tracking import Tracker
+from trainer.tracking import SystemMetrics, Tracker
 from trainer.watchdog import Watchdog
 from trainer.weights import load_weights
 
@@ -202,7 +202,9 @@ def _train(
     stop = StopRequest()
     _STOP.defer(stop.tell)  # from here on there is something to save, and an MLflow run to end
     unfinished = UnfinishedRun(ranks.is_first)
-    tracker, system = start_tracking(run, recipe, ranks, found, locks.check_output)
+    started: list[tuple[Tracker, SystemMetrics | None]] = []
+    from_first(lambda: started.append(start_tracking(run, recipe, ranks, found, locks.check_output)))  # all end if it is refused
+    tracker, system = started[0] if ranks.is_first else start_tracking(run, recipe, ranks, found)
     unfinished.note(tracker.run_id)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
@@ -226,6 +228,8 @@ def _train(
     job = make_job(run, ranks, device, whole, save, stop, alive, keys.write if keys else None)
     status, result = "FAILED", Result(**found.result) if found else Result()
     try:
+        if kept.resume == "never":
+            from_first(lambda: checkpoints.clear() if checkpoints is not None else None)
         fit(job, engine, tracker, progress, result)
         if ranks.is_first:
             locks.check()

@@ -70,8 +70,7 @@ def begin(
         nonlocal kept, read
         kept = Checkpoints(url, keep, check_lock)
         if not resume:
-            kept.clear()
-            return None, []
+            return None, []  # ``clear`` is for when nothing can be refused any more
         notes: list[str] = []
         read = kept.newest(course, notes.append)
         if read is None:

@@ -55,9 +55,9 @@ class Terminated(BaseException):
         self.number = number
 
 
-def shortened(lines: list[str], rest: str = "more") -> list[str]:
-    """The first ten lines, and how many there are besides, called ``rest``."""
-    return lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} {rest}"]
+def shortened(lines: list[str], rest: str = "") -> list[str]:
+    """The first ten lines, and the number of the others, which are called ``rest``."""
+    return lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} more {rest}".rstrip()]
 
 
 def report(error: BaseException, program: str, quiet: bool = False) -> int:

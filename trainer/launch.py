@@ -21,9 +21,9 @@ from trainer.errors import EXIT_RETRY, ServiceLost, Terminated, UserError, repor
 from trainer.file_limit import raise_open_file_limit
 from trainer.hardware_faults import check_gpus
 from trainer.launch_environment import (
-    FINISHED_FOLDER,
     LAUNCHER_PID,
     RUN_ID_FILE,
+    UNFINISHED_FOLDER,
     check_single_node,
     check_working_directory,
     cpus,
@@ -37,7 +37,7 @@ from trainer.resolve import resolve, tracking_uri
 from trainer.run_status import end_unfinished_run
 from trainer.stop_signals import StopSignals
 from trainer.streams import secure_standard_streams
-from trainer.supervise import FINISHED_PREFIX, STOP_SECONDS, exit_code, python_command, run_ranks
+from trainer.supervise import STOP_SECONDS, exit_code, python_command, run_ranks, unfinished_file
 
 _JOIN_SECONDS = 24 * 3600  # the others may wait for nodes for long
 
@@ -143,7 +143,7 @@ def _run_pod_ranks(pod: Pod, arguments: list[str], signals: StopSignals) -> int:
     # the ranks report themselves what went wrong
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        with tempfile.TemporaryDirectory(prefix="convoy-agent-") as folder, _forwarded(signals):
+        with tempfile.TemporaryDirectory(prefix="convoy-agent-", ignore_cleanup_errors=True) as folder, _forwarded(signals):
             config = LaunchConfig(
                 min_nodes=pod.nodes,
                 max_nodes=pod.nodes,
@@ -159,9 +159,11 @@ def _run_pod_ranks(pod: Pod, arguments: list[str], signals: StopSignals) -> int:
                 logs_specs=Logs(log_dir=folder),
             )
             command = python_command("trainer.__main__")
-            os.environ[FINISHED_FOLDER] = folder
+            os.environ[UNFINISHED_FOLDER] = folder
+            for local_rank in range(pod.procs):
+                unfinished_file(folder, local_rank).touch()
             elastic_launch(config, command[0])(*command[1:], *arguments)
-            if len(list(Path(folder).glob(f"{FINISHED_PREFIX}*"))) < pod.procs:
+            if any(unfinished_file(folder, local_rank).exists() for local_rank in range(pod.procs)):
                 print("convoy: a rank ended with exit code 0, but before its work was done", file=sys.stderr, flush=True)
                 return EXIT_RETRY
     except ChildFailedError as error:

@@ -32,7 +32,8 @@ class UnfinishedRun:
     def clear(self) -> None:
         self._noted = True
         if self._path is not None:
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # the launcher finds that the run has ended
+                self._path.unlink(missing_ok=True)
 
 
 def end_unfinished_run(run_id_file: Path, uri: str | None, spool: Path, status: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
-from trainer.launch_environment import FINISHED_FD, FINISHED_FOLDER, LAUNCHER_PID, RUN_ID_FILE, STORE_FD, local_rank_environment
+from trainer.launch_environment import FINISHED_FD, LAUNCHER_PID, RUN_ID_FILE, STORE_FD, UNFINISHED_FOLDER, local_rank_environment
 from trainer.stop_signals import StopSignals
 
 STOP_SECONDS = 100.0
@@ -21,7 +21,6 @@ STOP_SECONDS = 100.0
 _LOST_PEER_SECONDS = 30.0  # that ranks have to end after one has failed
 _REPORT_SECONDS = 2.0  # until those that have not ended by themselves are asked to
 _POLL_SECONDS = 0.1
-FINISHED_PREFIX = "finished-"
 _ENTRY = Path(__file__).parents[1] / "convoy_entry" / "run.py"
 
 
@@ -76,13 +75,18 @@ def exit_code(codes: Iterable[int], received: int | None) -> int:
     return EXIT_PREEMPTED if failed == {EXIT_PREEMPTED} else EXIT_RETRY  # one that was killed is a lost peer
 
 
+def unfinished_file(folder: str, local_rank: int | str) -> Path:
+    """The file in ``UNFINISHED_FOLDER`` that stands for a rank whose work is not done."""
+    return Path(folder, f"unfinished-{local_rank}")
+
+
 def report_finished() -> None:
     """Let the launcher know that this rank has done its work: an exit code of 0 alone does not prove it."""
     with suppress(OSError):  # the launcher is gone
         if descriptor := os.environ.get(FINISHED_FD):
             os.write(int(descriptor), f"{os.environ['RANK']}\n".encode())
-        if folder := os.environ.get(FINISHED_FOLDER):
-            Path(folder, f"{FINISHED_PREFIX}{os.environ['RANK']}").touch()
+        if folder := os.environ.get(UNFINISHED_FOLDER):
+            unfinished_file(folder, os.environ["LOCAL_RANK"]).unlink(missing_ok=True)
 
 
 class _FinishedRanks:

@@ -53,7 +53,7 @@ def folder_splits(root: Path, layout: Layout, nested: bool, account: Account) ->
     if len(found) == 2:
         _check_same_classes(found[0], found[1], account)
     if account.faults:
-        raise UserError(*shortened([*account.faults, *account.rejected], "faults more"))
+        raise UserError(*shortened([*account.faults, *account.rejected], "faults"))
     _check_single_class(found[0], account)
     ids = [one.name for one in found[0]]
     return [_split(folder.name, classes, ids) for folder, classes in zip(folders, found, strict=True)]

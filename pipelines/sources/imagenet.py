@@ -64,7 +64,7 @@ def _train_split(path: Path, devkit: Devkit, account: Account) -> Split:
         labels += [label] * len(inner)
         names += [(ids[label], PurePosixPath(n).stem) for n, _, _ in inner]
     if faults:
-        raise UserError(*shortened(faults, "faults more"))
+        raise UserError(*shortened(faults, "faults"))
     return Split("train", ids, [devkit.words.get(i, i) for i in ids], _items(path, names, labels, found))
 
 

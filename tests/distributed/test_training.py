@@ -258,6 +258,22 @@ def test_a_run_that_is_to_be_registered_says_that_it_was_not(convoy: Run, digits
     assert (tmp_path / "out/model.safetensors").exists()
 
 
+def test_a_name_that_the_registry_rejects_ends_the_run_before_anything_is_changed(
+    convoy_ok: Run, convoy_refuses: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even by checkpoint.resume=never; on two ranks, with a database that is made for the check."""
+    monkeypatch.chdir(tmp_path)  # where MLflow keeps the artifacts of a SQLite database
+    settings = [f"data.train={digits}/train", "data.val=null", "train.max_steps=2", f"train.output_dir={tmp_path}/out"]
+    convoy_ok("train", RECIPE, *settings)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert any("step-" in str(path) for path in before)
+    bad = [f"tracking.uri=sqlite:///{tmp_path}/new.db", "tracking.register_as='a:b'", "checkpoint.resume=never"]
+    told = convoy_refuses("train", RECIPE, "--procs", 2, *settings, *bad)
+    assert [line.count("tracking.register_as: 'a:b' is wrong") for line in told.splitlines()] == [1]
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert MlflowClient(f"sqlite:///{tmp_path}/new.db").search_registered_models() == []
+
+
 def test_a_version_becomes_champion_when_it_is_not_worse(
     convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, digits: Path, tmp_path: Path
 ) -> None:

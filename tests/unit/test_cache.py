@@ -405,4 +405,4 @@ def test_digests(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         check_digests(index, store, range(14))
     assert len(error.value.faults) == 11
-    assert error.value.faults[-1] == "... and 4 shards more"
+    assert error.value.faults[-1] == "... and 4 more shards"

@@ -302,7 +302,7 @@ def test_verify_bounds_its_lines_and_lists_all_faults_as_json(convoy: Run, convo
     lines = convoy_refuses("verify", folder, "--workers", 1).strip().splitlines()
     assert len(lines) <= 12
     assert "truncated: the end-of-image marker is missing" in lines[-2]
-    assert "23 faults more" in lines[-1]
+    assert "23 more faults" in lines[-1]
     verdict = json.loads(convoy("verify", folder, "--workers", 1, "--json").stdout)
     assert len(verdict["splits"][0]["faults"]) == 33
 

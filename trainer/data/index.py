@@ -146,7 +146,7 @@ def parse_index(raw: bytes, where: str) -> Index:
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            raise not_json(raw, where) from None
+            raise not_json(raw, where, "write it again with `convoy index` or `convoy pack --overwrite`") from None
         place = ".".join(str(part) for part in first["loc"])
         if place == "format":
             found = str(first["input"])[:40]
@@ -239,4 +239,4 @@ def check_digests(index: Index, store: Store, numbers: Iterable[int]) -> None:
 
 def _refuse(store: Store, faults: list[tuple[Shard, str]]) -> None:
     if faults:
-        raise UserError(*shortened([f"{store.url}/{shard.name}: {fault}" for shard, fault in faults], "shards more"))
+        raise UserError(*shortened([f"{store.url}/{shard.name}: {fault}" for shard, fault in faults], "shards"))

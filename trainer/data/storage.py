@@ -321,13 +321,13 @@ def parse_record(content: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def not_json(content: bytes, where: str) -> UserError:
-    """What to say of ``content`` that is not JSON."""
+def not_json(content: bytes, where: str, advice: str = "remove it, or restore it from a copy") -> UserError:
+    """The error for ``content`` that is not JSON."""
     start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")) and is_remote(where):
         return UserError(f"{where}: is a web page, not JSON; {CHECK_ENDPOINT}")
     what = "is empty" if not content.strip() else "is not JSON: it is truncated or was changed"
-    return UserError(f"{where}: {what}; remove it, or restore it from a copy")
+    return UserError(f"{where}: {what}; {advice}")
 
 
 def open_store(url: str, create: bool = False, patience: Patience = _PATIENCE) -> Store:

@@ -15,6 +15,7 @@ from trainer.tracking.faults import DeliveryStopped, Fault, classify
 from trainer.tracking.mlflow_run import ensure_experiment
 
 _CHECK_SECONDS = 10.0
+_MIGRATION_SECONDS = 120.0
 _DATABASES = ("postgresql", "mysql", "sqlite", "mssql")
 _DRIVERS = {"mysql": "MySQLdb", "mssql": "pyodbc", "postgresql": "psycopg2"}
 _HOST_AND_PORT = re.compile(r"^[\w.-]+:\d{1,5}(/.*)?$")
@@ -146,7 +147,11 @@ def check_server(uri: str, experiment: str, register_as: str | None) -> Fault | 
     thread.start()
     thread.join(_CHECK_SECONDS)
     if register_as:
-        check_registered_name(register_as)
+        try:
+            check_registered_name(register_as)
+        except UserError:
+            thread.join(_MIGRATION_SECONDS)  # a process that ends in the middle would leave a new database half made
+            raise
     if not outcome:
         return Fault("unreachable", f"no answer within {_CHECK_SECONDS:.0f} s")
     fault = outcome[0]
