@@ -1,5 +1,6 @@
 """The MLflow server: settings of its client, which addresses are valid, and the check at start-up."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -15,7 +16,7 @@ from trainer.tracking.faults import DeliveryStopped, Fault, classify
 from trainer.tracking.mlflow_run import ensure_experiment
 
 _CHECK_SECONDS = 10.0
-_MIGRATION_SECONDS = 120.0
+_MIGRATION_SECONDS = 120.0  # for a new SQLite file; a process that ends before leaves it half made
 _DATABASES = ("postgresql", "mysql", "sqlite", "mssql")
 _DRIVERS = {"mysql": "MySQLdb", "mssql": "pyodbc", "postgresql": "psycopg2"}
 _HOST_AND_PORT = re.compile(r"^[\w.-]+:\d{1,5}(/.*)?$")
@@ -127,6 +128,9 @@ def check_server(uri: str, experiment: str, register_as: str | None) -> Fault | 
     not allowed.
     """
     outcome: list[Fault | None] = []
+    configure_mlflow(retries=1)
+    importlib.import_module("mlflow.tracking")  # here, so that only the server's time counts
+    seconds = _MIGRATION_SECONDS if uri.startswith("sqlite") else _CHECK_SECONDS
 
     def ask() -> None:
         try:
@@ -145,15 +149,11 @@ def check_server(uri: str, experiment: str, register_as: str | None) -> Fault | 
 
     thread = threading.Thread(target=ask, name="mlflow-check", daemon=True)
     thread.start()
-    thread.join(_CHECK_SECONDS)
+    thread.join(seconds)
     if register_as:
-        try:
-            check_registered_name(register_as)
-        except UserError:
-            thread.join(_MIGRATION_SECONDS)  # a process that ends in the middle would leave a new database half made
-            raise
+        check_registered_name(register_as)
     if not outcome:
-        return Fault("unreachable", f"no answer within {_CHECK_SECONDS:.0f} s")
+        return Fault("unreachable", f"no answer within {seconds:.0f} s")
     fault = outcome[0]
     if fault is not None and not fault.may_succeed_later:
         raise UserError(refusal(uri, fault))
