@@ -6,13 +6,14 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from pipelines import cluster_cli, recipe_cli
+from pipelines.cli_output import Json, print_json
 from trainer.credentials import take_credentials
 from trainer.errors import EXIT_USER, UserError, report, shortened
 from trainer.hardware_faults import classify_fault, describe_place
@@ -33,7 +34,6 @@ app.add_typer(local_app, name="local")
 weights_app = typer.Typer(help="Weights from and for torchvision, timm and ONNX.", no_args_is_help=True)
 app.add_typer(weights_app, name="weights")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 LocalDir = Annotated[Path, typer.Option("--dir", help="Where data, logs and credentials are kept.", envvar="CONVOY_LOCAL_DIR")]
 _LOCAL_DIR = Path("runs/local")
 
@@ -54,10 +54,6 @@ def main() -> None:
             print(redact(f"convoy: {error.format_message().rstrip('.')}; see convoy --help"), file=sys.stderr)
             sys.exit(EXIT_USER)
         sys.exit(report(classify_fault(error, describe_place()), "convoy"))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 @app.command()
@@ -104,7 +100,7 @@ def verify(
     verdicts = run(url, workers)
     faults = [fault for verdict in verdicts for fault in verdict.faults]
     if as_json:
-        _print_json({"ok": not faults, "splits": [vars(verdict) for verdict in verdicts]})
+        print_json({"ok": not faults, "splits": [vars(verdict) for verdict in verdicts]})
     elif not faults:
         for v in verdicts:
             print(f"{v.url}: {v.samples:,} images in {v.shards} shards, {v.bytes / 2**20:,.1f} MiB: all good, {v.digest[:19]}")
@@ -183,7 +179,7 @@ def models(
 
     entries = [describe(variant.name, image_size) for variant in variants()]
     if as_json:
-        _print_json([vars(entry) for entry in entries])
+        print_json([vars(entry) for entry in entries])
     else:
         Console().print(table(entries))
 
@@ -245,7 +241,7 @@ def evaluate(model_uri: str, data_url: str, as_json: Json = False) -> None:
 
     result = run(model_uri, data_url)
     if as_json:
-        _print_json(vars(result))
+        print_json(vars(result))
     else:
         print(f"{result.model} on {result.samples:,} images of {result.data}: top1 {result.top1:.4f}, top5 {result.top5:.4f}")
 
@@ -257,7 +253,7 @@ def predict(model_uri: str, images: list[str], as_json: Json = False) -> None:
 
     answers = predict_files(model_uri, images)
     if as_json:
-        _print_json(answers)
+        print_json(answers)
         return
     for answer in answers:
         likely = ", ".join(f"{guess['class']} {guess['probability']:.1%}" for guess in answer["top5"])
@@ -377,7 +373,7 @@ def local_status(folder: LocalDir = _LOCAL_DIR, as_json: Json = False) -> None:
     alive = services.alive() if services else {}
     urls = {"s3": services.s3_url, "mlflow": services.mlflow_url} if services else {}
     if as_json:
-        _print_json(
+        print_json(
             {name: {"running": alive[name], "url": urls[name], "pid": services.processes[name].pid} for name in alive}
             if services
             else {}

@@ -8,8 +8,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.cli_output import Json, print_json
+from pipelines.cluster_cli import Overrides, Recipe
+
 recipe_app = typer.Typer(help="Recipes: their keys, their schema, and what they result in.", no_args_is_help=True)
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @recipe_app.command("list")
@@ -19,7 +21,7 @@ def list_recipes(as_json: Json = False) -> None:
 
     recipes = shipped_recipes()
     if as_json:
-        print(json.dumps(recipes, indent=1, ensure_ascii=False))
+        print_json(recipes)
         return
     table = Table("recipe", "purpose", box=None)
     for name, purpose in recipes.items():
@@ -37,7 +39,7 @@ def list_keys(
 
     keys = recipe_keys(prefix)
     if as_json:
-        print(json.dumps([vars(key) for key in keys], indent=1, ensure_ascii=False))
+        print_json([vars(key) for key in keys])
         return
     table = Table("key", "type", "default", "meaning", box=None)
     for key in keys:
@@ -51,13 +53,13 @@ def print_schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from pipelines.recipe_info import recipe_schema
 
-    print(json.dumps(recipe_schema(), indent=1, ensure_ascii=False))
+    print_json(recipe_schema())
 
 
 @recipe_app.command("show")
 def show_recipe(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(help="Number of ranks, usually GPUs.", min=1)] = 1,
     samples: Annotated[
         int | None, typer.Option(help="Number of training samples; read from the dataset if not given.", min=1, show_default=False)
@@ -69,7 +71,7 @@ def show_recipe(
 
     config, plan = plan_recipe(recipe, overrides or [], ranks, samples)
     if as_json:
-        print(json.dumps({"config": config.model_dump(), "plan": vars(plan)}, indent=1, ensure_ascii=False))
+        print_json({"config": config.model_dump(), "plan": vars(plan)})
         return
     print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True).rstrip())
     length = f"{plan.epochs} epochs, " if plan.epochs else ""

@@ -6,11 +6,10 @@ from typing import Any
 
 from trainer.config import RunConfig, load_config
 from trainer.data.index import Index, open_index
-from trainer.data.order import steps_per_epoch
 from trainer.engine.schedule import learning_rate_schedule, scaled_learning_rate
 from trainer.errors import ServiceLost, UserError
 from trainer.recipe import RECIPES
-from trainer.resolve import check_config, split_ranks
+from trainer.resolve import check_config, run_length, split_ranks
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _CURVE_POINTS = 64
@@ -125,11 +124,7 @@ def plan_recipe(recipe: str, overrides: list[str], ranks: int, samples: int | No
         samples, num_classes = index.samples, num_classes or len(index.classes)
     parameters, multiply_adds = _model_size(config, num_classes or _ANY_CLASSES)
     batch = split_ranks(config, ranks, samples)
-    per_epoch = steps_per_epoch(samples, batch.global_size, config.data.tail)
-    epochs, max_steps = config.train.epochs, config.train.max_steps
-    total = epochs * per_epoch if epochs is not None else max_steps
-    assert total is not None, "a configuration without a length is invalid"
-    steps = total if max_steps is None else min(total, max_steps)
+    per_epoch, total, steps = run_length(config, batch.global_size, samples)
     rate = learning_rate_schedule(config.schedule, config.optimizer, batch.global_size, per_epoch, total)
     sampled = sorted({round(i * (steps - 1) / (_CURVE_POINTS - 1)) for i in range(_CURVE_POINTS)})
     return config, RecipePlan(
@@ -143,7 +138,7 @@ def plan_recipe(recipe: str, overrides: list[str], ranks: int, samples: int | No
         accumulation_steps=batch.accumulation_steps,
         samples=samples,
         steps_per_epoch=per_epoch,
-        epochs=epochs,
+        epochs=config.train.epochs,
         steps=steps,
         peak_learning_rate=scaled_learning_rate(config.optimizer, batch.global_size),
         learning_rates=[(step, rate(step)) for step in sampled],

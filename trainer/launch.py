@@ -23,7 +23,6 @@ from trainer.hardware_faults import check_gpus
 from trainer.launch_environment import (
     LAUNCHER_PID,
     RUN_ID_FILE,
-    UNFINISHED_FOLDER,
     check_single_node,
     check_working_directory,
     cpus,
@@ -37,7 +36,7 @@ from trainer.resolve import resolve, tracking_uri
 from trainer.run_status import end_unfinished_run
 from trainer.stop_signals import StopSignals
 from trainer.streams import secure_standard_streams
-from trainer.supervise import STOP_SECONDS, exit_code, python_command, run_ranks, unfinished_file
+from trainer.supervise import STOP_SECONDS, UnfinishedRanks, exit_code, python_command, run_ranks
 
 _JOIN_SECONDS = 24 * 3600  # the others may wait for nodes for long
 
@@ -111,7 +110,11 @@ def _launch_pod(pod: Pod, config: RunConfig, arguments: list[str], signals: Stop
     print(f"rendezvous of {pod.nodes} pods at {pod.host}:{pod.port}", flush=True)
     with _run_id_file(config, signals) as file:
         os.environ |= {LAUNCHER_PID: str(os.getpid()), RUN_ID_FILE: str(file)}
+        unfinished = UnfinishedRanks(file, pod.procs)
         code = _run_pod_ranks(pod, arguments, signals)
+        if code == 0 and any(local_rank in unfinished for local_rank in range(pod.procs)):
+            print("convoy: a rank ended with exit code 0, but before its work was done", file=sys.stderr, flush=True)
+            code = EXIT_RETRY
     if code == 0:
         signals.defer(lambda number: sys.exit(0))
         if signals.received is None:
@@ -159,13 +162,7 @@ def _run_pod_ranks(pod: Pod, arguments: list[str], signals: StopSignals) -> int:
                 logs_specs=Logs(log_dir=folder),
             )
             command = python_command("trainer.__main__")
-            os.environ[UNFINISHED_FOLDER] = folder
-            for local_rank in range(pod.procs):
-                unfinished_file(folder, local_rank).touch()
             elastic_launch(config, command[0])(*command[1:], *arguments)
-            if any(unfinished_file(folder, local_rank).exists() for local_rank in range(pod.procs)):
-                print("convoy: a rank ended with exit code 0, but before its work was done", file=sys.stderr, flush=True)
-                return EXIT_RETRY
     except ChildFailedError as error:
         return exit_code([failure.exitcode for failure in error.failures.values()], signals.received)
     except (RendezvousError, DistError, ConnectionError, TimeoutError) as error:

@@ -14,20 +14,15 @@ LAUNCHER_PID = "CONVOY_LAUNCHER_PID"
 """Process id of the launcher that started this rank and ends it."""
 STORE_FD = "CONVOY_STORE_FD"
 """Rank 0's listening socket of the rendezvous store, at MASTER_ADDR:MASTER_PORT; empty for other ranks on this machine."""
-FINISHED_FD = "CONVOY_FINISHED_FD"
-"""Pipe in which a rank reports that it has done its work; the launcher reads it."""
-UNFINISHED_FOLDER = "CONVOY_UNFINISHED_FOLDER"
-"""Folder that holds a file for each local rank of a pod, which the rank removes when its work is done. Torch's agent passes no
-pipe on, and removing a file needs no space."""
 RUN_ID_FILE = "CONVOY_RUN_ID_FILE"
-"""File in which rank 0 keeps the id of an MLflow run that it has not ended yet."""
+"""File in which rank 0 keeps the id of an MLflow run that it has not ended yet. Its folder also holds a file for each local
+rank, which the rank removes when its work is done."""
 
 _LAUNCHER_PREFIXES = (
     "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCHCOMM_", "TORCH_DIST_", "TORCH_DISTRIBUTED_", "PET_",
     "OMPI_", "PMI_", "PMI2_", "PMIX_", "MV2_", "MPICH_", "I_MPI_", "HYDRA_", "HYDI_", "ORTE_", "PRTE_", "MPI_",
     "SLURM_", "SLURMD_", "LSB_", "PBS_", "FLUX_", "JSM_", "PALS_", "HOROVOD_", "ACCELERATE_", "FSDP_",
-    "DEEPSPEED_", "DS_", "DLTS_", "AZ_BATCH", "AZUREML_", "CONVOY_LAUNCHER", "CONVOY_STORE", "CONVOY_RUN_ID", "CONVOY_FINISHED",
-    "CONVOY_UNFINISHED",
+    "DEEPSPEED_", "DS_", "DLTS_", "AZ_BATCH", "AZUREML_", "CONVOY_LAUNCHER", "CONVOY_STORE", "CONVOY_RUN_ID",
 )  # fmt: skip
 _LAUNCHER_NAMES = frozenset(
     {

@@ -69,11 +69,7 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
             raise UserError(f"model.num_classes: {num_classes} is less than the {len(index.classes)} classes of {url}")
     _check_splits(config, train, val, num_classes)
     batch = split_ranks(config, world_size, train.samples)
-    per_epoch = steps_per_epoch(train.samples, batch.global_size, config.data.tail)
-    epochs, max_steps = config.train.epochs, config.train.max_steps
-    total = epochs * per_epoch if epochs is not None else max_steps
-    assert total is not None, "the configuration refuses a run without a length"
-    stop = total if max_steps is None else min(total, max_steps)
+    per_epoch, total, stop = run_length(config, batch.global_size, train.samples)
     learning_rate_schedule(config.schedule, config.optimizer, batch.global_size, per_epoch, total)
     if uri := tracking_uri(config):
         named = "tracking.uri" if config.tracking.uri else "MLFLOW_TRACKING_URI"
@@ -85,6 +81,15 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
         if val is not None and val_store is not None:
             check_shards(val, val_store)
     return Resolved(config, train, train_store, val, val_store, world_size, batch, per_epoch, total, stop, num_classes)
+
+
+def run_length(config: RunConfig, global_size: int, samples: int) -> tuple[int, int, int]:
+    """Optimizer steps: per epoch, that the learning-rate schedule spans, and after which the run stops."""
+    per_epoch = steps_per_epoch(samples, global_size, config.data.tail)
+    epochs, max_steps = config.train.epochs, config.train.max_steps
+    total = epochs * per_epoch if epochs is not None else max_steps
+    assert total is not None, "the configuration refuses a run without a length"
+    return per_epoch, total, total if max_steps is None else min(total, max_steps)
 
 
 def check_config(config: RunConfig) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
-from trainer.launch_environment import FINISHED_FD, LAUNCHER_PID, RUN_ID_FILE, STORE_FD, UNFINISHED_FOLDER, local_rank_environment
+from trainer.launch_environment import LAUNCHER_PID, RUN_ID_FILE, STORE_FD, local_rank_environment
 from trainer.stop_signals import StopSignals
 
 STOP_SECONDS = 100.0
@@ -37,18 +37,17 @@ def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: Stop
     """
     signals.defer()
     ranks: list[subprocess.Popen[bytes]] = []
-    finished = _FinishedRanks()
+    unfinished = UnfinishedRanks(run_id_file, procs)
     try:
-        _start(ranks, procs, arguments, run_id_file, finished.writer)
+        _start(ranks, procs, arguments, run_id_file)
         with _suspended_together(ranks):
-            asked = _watch(ranks, finished, signals)
+            asked = _watch(ranks, unfinished, signals)
     finally:
         for process in ranks:
             if process.returncode is None:
                 _kill_group(process)
                 process.wait()
-    codes = [finished.code_of(rank, process) or 0 for rank, process in enumerate(ranks)]
-    finished.close()
+    codes = [unfinished.code_of(rank, process.returncode) or 0 for rank, process in enumerate(ranks)]
     for rank, code in enumerate(codes):
         if ranks[rank].returncode == 0 and code and signals.received is None:
             print(f"convoy: rank {rank} ended with exit code 0, but before its work was done", file=sys.stderr, flush=True)
@@ -75,42 +74,37 @@ def exit_code(codes: Iterable[int], received: int | None) -> int:
     return EXIT_PREEMPTED if failed == {EXIT_PREEMPTED} else EXIT_RETRY  # one that was killed is a lost peer
 
 
-def unfinished_file(folder: str, local_rank: int | str) -> Path:
-    """The file in ``UNFINISHED_FOLDER`` that stands for a rank whose work is not done."""
-    return Path(folder, f"unfinished-{local_rank}")
+class UnfinishedRanks:
+    """The local ranks that have not called ``report_finished``: an exit code of 0 alone does not prove that the work is done.
+
+    A file stands for each, since torch's agent passes no pipe on; removing it needs no space.
+    """
+
+    def __init__(self, run_id_file: Path, procs: int) -> None:
+        self._files = [_unfinished_file(run_id_file, local_rank) for local_rank in range(procs)]
+        for file in self._files:
+            file.touch()
+
+    def __contains__(self, local_rank: int) -> bool:
+        return self._files[local_rank].exists()
+
+    def code_of(self, local_rank: int, code: int | None) -> int | None:
+        """What the exit code of a rank means, None while it runs. A rank that ended early with 0 is a lost peer."""
+        return EXIT_RETRY if code == 0 and local_rank in self else code
+
+
+def _unfinished_file(run_id_file: Path, local_rank: int | str) -> Path:
+    return run_id_file.with_name(f"unfinished-{local_rank}")
 
 
 def report_finished() -> None:
-    """Let the launcher know that this rank has done its work: an exit code of 0 alone does not prove it."""
-    with suppress(OSError):  # the launcher is gone
-        if descriptor := os.environ.get(FINISHED_FD):
-            os.write(int(descriptor), f"{os.environ['RANK']}\n".encode())
-        if folder := os.environ.get(UNFINISHED_FOLDER):
-            unfinished_file(folder, os.environ["LOCAL_RANK"]).unlink(missing_ok=True)
+    """Let the launcher know that this rank has done its work."""
+    if file := os.environ.get(RUN_ID_FILE):
+        with suppress(OSError):  # the launcher is gone
+            _unfinished_file(Path(file), os.environ["LOCAL_RANK"]).unlink(missing_ok=True)
 
 
-class _FinishedRanks:
-    """The ranks that called ``report_finished``, through a pipe that they inherit."""
-
-    def __init__(self) -> None:
-        self._reader, self.writer = os.pipe()
-        os.set_blocking(self._reader, False)
-        self._received = b""
-
-    def code_of(self, rank: int, process: "subprocess.Popen[bytes]") -> int | None:
-        """The exit code of a rank that has ended, else None. One that ended early with 0 is a lost peer."""
-        if process.returncode != 0:
-            return process.returncode
-        with suppress(BlockingIOError):
-            self._received += os.read(self._reader, 65536)
-        return 0 if str(rank).encode() in self._received.split() else EXIT_RETRY
-
-    def close(self) -> None:
-        os.close(self._reader)
-        os.close(self.writer)
-
-
-def _start(ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[str], run_id_file: Path, finished_fd: int) -> None:
+def _start(ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[str], run_id_file: Path) -> None:
     """Rank 0 inherits the listening socket of the rendezvous store, so that no other process can take its port."""
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, procs)) as listener:
         port = listener.getsockname()[1]
@@ -119,19 +113,18 @@ def _start(ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[s
             environment = local_rank_environment(os.environ, rank, procs, port) | launcher
             store = (listener.fileno(),) if rank == 0 else ()
             environment[STORE_FD] = "".join(map(str, store))
-            environment[FINISHED_FD] = str(finished_fd)
             ranks.append(
                 subprocess.Popen(
                     [*python_command("trainer.__main__"), *arguments],
                     env=environment,
                     stdin=subprocess.DEVNULL,
-                    pass_fds=(*store, finished_fd),
+                    pass_fds=store,
                     start_new_session=True,
                 )
             )
 
 
-def _watch(ranks: list["subprocess.Popen[bytes]"], finished: _FinishedRanks, signals: StopSignals) -> set[int]:
+def _watch(ranks: list["subprocess.Popen[bytes]"], unfinished: UnfinishedRanks, signals: StopSignals) -> set[int]:
     """Until all have ended. Returns the ranks that were asked to end or killed.
 
     Ranks that lose a peer get a moment to report it and end by themselves.
@@ -140,7 +133,7 @@ def _watch(ranks: list["subprocess.Popen[bytes]"], finished: _FinishedRanks, sig
     ask_at = give_up = math.inf
     while running := [rank for rank, process in enumerate(ranks) if not _has_ended(process)]:
         now = time.monotonic()
-        failed = {code for rank, process in enumerate(ranks) if (code := finished.code_of(rank, process))}
+        failed = {code for rank, process in enumerate(ranks) if (code := unfinished.code_of(rank, process.returncode))}
         if signals.received is not None:
             ask_at = min(ask_at, now)
             give_up = min(give_up, now + STOP_SECONDS)
