@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 if "CONVOY_GPU" not in os.environ:  # `make test-gpu`; all others are the same with a GPU and without
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# A shell that starts tests in the background lets them ignore these, and so all that they start.
+for _number, _action in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGQUIT, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _action)
 
 # The same examples in every run, so that a change is judged by what it did; other ones with CONVOY_EXPLORE=1.
 settings.register_profile("convoy", derandomize="CONVOY_EXPLORE" not in os.environ)
