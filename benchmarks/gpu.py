@@ -1,11 +1,13 @@
 """A training step on one GPU: our engine against a plain torch loop, its memory against what we compute, and the whole pipeline.
 
-    python benchmarks/gpu.py [--json FILE] [--rows NAME ...] [--images 256] [--rounds 7] [--pipeline-images 12288]
+    python benchmarks/gpu.py [--json FILE] [--rows NAME ...] [--rounds 7] [--pipeline-images 12288]
 
 The loop is what torchvision's and timm's training scripts do: autocast and, in fp16, a gradient scaler, channels-last, fused SGD
-with momentum, pinned uint8 images copied beside the computation. Both take turns of ten steps on the same random images, in
-another order each round; a round's ratio is the loop's time over the engine's (above 1: the engine is faster). ``pipeline``: our
-loader feeds the engine from JPEG shards on disk; the rate is compared with that of either alone.
+with momentum, pinned uint8 images copied beside the computation. "eager" is our engine without CUDA graphs. All three alternate,
+ten steps each (40 with few images), on the same random images and in another order each round; a round's ratio is the loop's time
+over the engine's (above 1: the engine is faster). Rows are named network, precision and images per step; the most important come
+first, and each is written to the JSON file at once. ``pipeline``: our loader feeds the engine from JPEG shards on disk; the rate is
+compared with that of either alone.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,20 +42,33 @@ ROOT = Path(__file__).parents[1]
 SIDE, RATE, STEPS = 224, 1e-4, 10
 _AHEAD = 2
 ROWS: dict[str, dict[str, Any]] = {
-    "resnet50 bf16": {"model": "resnet50", "precision": "bf16"},
-    "resnet50 fp16": {"model": "resnet50", "precision": "fp16"},
-    "resnet50 fp32": {"model": "resnet50", "precision": "fp32", "zero": 0},
-    "resnet50 bf16 compiled": {"model": "resnet50", "precision": "bf16", "compile": True},
-    "resnet152 bf16": {"model": "resnet152", "precision": "bf16"},
-    "vgg16 bf16": {"model": "vgg16", "precision": "bf16"},
-    "googlenet bf16": {"model": "googlenet", "precision": "bf16"},
-    "alexnet bf16": {"model": "alexnet", "precision": "bf16"},
+    f"{model} {precision} {images}": {"model": model, "precision": precision, "images": images}
+    for model, precision, images in (
+        ("resnet50", "fp16", 32),
+        ("resnet50", "fp16", 256),
+        ("resnet50", "bf16", 32),
+        ("resnet50", "bf16", 256),
+        ("resnet50", "fp16", 16),
+        ("googlenet", "bf16", 256),
+        ("resnet50", "bf16", 16),
+        ("googlenet", "bf16", 32),
+        ("vgg16", "bf16", 32),
+        ("alexnet", "bf16", 32),
+        ("alexnet", "bf16", 256),
+        ("vgg16", "bf16", 256),
+        ("resnet152", "bf16", 32),
+        ("resnet50", "fp32", 32),
+        ("resnet50", "fp32", 256),
+    )
+} | {
+    "resnet50 bf16 32 compiled": {"model": "resnet50", "precision": "bf16", "images": 32, "compile": True},
+    "resnet50 bf16 256 compiled": {"model": "resnet50", "precision": "bf16", "images": 256, "compile": True},
 }
 """fp32: convolutions in TF32, as torch sets it. ``zero``: DeepSpeed's stage, 1 where none is given."""
 
 
-def row_of(name: str, images: int) -> dict[str, Any]:
-    return ROWS[name] | {"side": SIDE, "images": images, "rate": RATE}
+def row_of(name: str) -> dict[str, Any]:
+    return ROWS[name] | {"side": SIDE, "rate": RATE}
 
 
 def engine_step(row: dict[str, Any], device: torch.device) -> tuple[Engine, Step]:
@@ -92,56 +108,66 @@ def loop_step(row: dict[str, Any], device: torch.device) -> Step:
 
 def ready(build: Callable[[], Step]) -> tuple[Step, float, int, float]:
     """A step that has been made five times, the loss of the first, bytes at the peak of the last two, seconds that all took."""
-    held, started = torch.cuda.memory_allocated(), time.perf_counter()
+    torch.cuda.empty_cache()
+    held, started = torch.cuda.memory_reserved(), time.perf_counter()
     step = build()
     loss = float(step())
     for _ in range(2):
         step()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()  # what trying cuDNN's algorithms took
     for _ in range(2):
         step()
     torch.cuda.synchronize()
-    return step, loss, torch.cuda.max_memory_allocated() - held, time.perf_counter() - started
+    return step, loss, torch.cuda.memory_reserved() - held, time.perf_counter() - started
 
 
-def seconds_of(step: Step) -> float:
+def seconds_of(step: Step, steps: int = STEPS) -> tuple[float, float]:
+    """Seconds per step, and those of them until its kernels were launched."""
     torch.cuda.synchronize()
     started = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(steps):
         step()
+    launched = time.perf_counter() - started
     torch.cuda.synchronize()
-    return (time.perf_counter() - started) / STEPS
+    return (time.perf_counter() - started) / steps, launched / steps
 
 
-def measure(name: str, images: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    row = row_of(name, images)
-    ours, our_loss, our_peak, our_start = ready(lambda: engine_step(row, device)[1])
-    loop, loop_loss, loop_peak, loop_start = ready(lambda: loop_step(row, device))
-    assert abs(our_loss - loop_loss) < 0.3, f"they do not train the same: {our_loss}, {loop_loss}"
-    seconds: dict[Step, list[float]] = {ours: [], loop: []}
+def measure(name: str, rounds: int, device: torch.device) -> dict[str, Any]:
+    row = row_of(name)
+    images = row["images"]
+    eager_row = row | {"cuda_graphs": "off"}
+    makers: dict[str, Callable[[], Step]] = {
+        "ours": lambda: engine_step(row, device)[1],
+        "eager": lambda: engine_step(eager_row, device)[1],
+        "loop": lambda: loop_step(row, device),
+    }
+    made = {contender: ready(make) for contender, make in makers.items()}
+    losses = [loss for _, loss, *_ in made.values()]
+    assert max(losses) - min(losses) < 0.3, f"they do not train the same: {losses}"
+    times: dict[str, list[tuple[float, float]]] = {contender: [] for contender in made}
     for number in range(rounds):
-        for step in (ours, loop) if number % 2 == 0 else (loop, ours):
-            seconds[step].append(seconds_of(step))
-    ratios = [theirs / our for our, theirs in zip(seconds[ours], seconds[loop], strict=True)]
+        for contender in list(made) if number % 2 == 0 else reversed(made):
+            times[contender].append(seconds_of(made[contender][0], STEPS if images > 64 else 4 * STEPS))
+    seconds = {contender: [whole for whole, _ in found] for contender, found in times.items()}
+    ratios = [theirs / our for our, theirs in zip(seconds["ours"], seconds["loop"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     with torch.device("meta"):
         network = build_model(row["model"], CLASSES)
     multiply_adds, kept = forward_costs(network, SIDE)
-    best = statistics.median(seconds[ours])
+    medians = {contender: statistics.median(found) for contender, found in seconds.items()}
     return {
         "row": name,
         "images": images,
-        "ours_images_per_second": images / best,
-        "loop_images_per_second": images / statistics.median(seconds[loop]),
+        "images_per_second": {contender: images / median for contender, median in medians.items()},
+        "launch_ms": {c: 1e3 * statistics.median(launched for _, launched in found) for c, found in times.items()},
         "ratio": middle,
         "quartiles": [low, high],
-        "ours_peak_bytes": our_peak,
-        "loop_peak_bytes": loop_peak,
+        "peak_bytes": {contender: peak for contender, (_, _, peak, _) in made.items()},
         "predicted_bytes": predicted(network, kept, row, images),
-        "teraflops": 6 * multiply_adds * images / best / 1e12,
-        "start_seconds": [our_start, loop_start],
-        "losses": [our_loss, loop_loss],
+        "teraflops": 6 * multiply_adds * images / medians["ours"] / 1e12,
+        "start_seconds": {contender: start for contender, (*_, start) in made.items()},
+        "losses": losses,
     }
 
 
@@ -153,9 +179,9 @@ def predicted(network: nn.Module, kept: int, row: dict[str, Any], images: int) -
     return weights * a_weight + images * (kept * width // 4 + 3 * SIDE * SIDE)
 
 
-def profile_of(name: str, images: int, device: torch.device) -> str:
+def profile_of(name: str, device: torch.device) -> str:
     """Where the GPU's time goes in three steps of ours."""
-    step, *_ = ready(lambda: engine_step(row_of(name, images), device)[1])
+    step, *_ = ready(lambda: engine_step(row_of(name), device)[1])
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as trace:
         started = time.perf_counter()
@@ -168,20 +194,20 @@ def profile_of(name: str, images: int, device: torch.device) -> str:
     return f"3 steps: {launched * 1e3:.0f} ms until launched, {whole * 1e3:.0f} ms until done\n{table}"
 
 
-def pipeline(name: str, images: int, workers: int, folder: Path, device: torch.device) -> dict[str, Any]:
+def pipeline(name: str, workers: int, folder: Path, device: torch.device) -> dict[str, Any]:
     """Images/s of our engine fed by our loader from JPEG shards below ``folder``, in the middle of an epoch, of the same engine on
     one batch that is there already, and of the loader alone."""
-    url = f"data.train={folder}/packed/train"
+    url, images = f"data.train={folder}/packed/train", int(ROWS[name]["images"])
     config = load_config("resnet50", [url, "data.val=null", f"data.workers={workers}", f"batch.global_size={images}"])
     index, store = open_index(f"{folder}/packed/train")
 
     def batches() -> Iterator[Batch]:
         return train_loader(config, index, store, 0, 1, 0, 1, allocate=pinned)
 
-    engine, step = engine_step(row_of(name, images), device)
+    engine, step = engine_step(row_of(name), device)
     for _ in range(5):
         step()
-    without = images / seconds_of(step)
+    without = images / seconds_of(step)[0]
     meter = Meter()
     coming = meter.timed(batches())
     first = _AHEAD * (config.data.prefetch_batches + 1)  # what is ready before the first step
@@ -221,7 +247,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures to this file, after each row")
     parser.add_argument("--rows", nargs="+", default=[*ROWS, "pipeline"], choices=[*ROWS, "pipeline"])
-    parser.add_argument("--images", type=int, default=256, help="of a step")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--pipeline-images", type=int, default=12288)
     parser.add_argument("--workers", type=int, nargs="+", default=[os.cpu_count() or 1], help="of the pipeline")
@@ -233,13 +258,27 @@ def main() -> None:
         parallel.leave()
         sys.exit("no GPU here")
     if arguments.profile:
-        print(profile_of(arguments.profile, arguments.images, device))
+        print(profile_of(arguments.profile, device))
         parallel.leave()
         return
     gpu = torch.cuda.get_device_name()
-    print(f"{gpu}, torch {torch.__version__}, {os.cpu_count()} cores, {SIDE} pixels, {arguments.images} a step")
-    head = ("", "images/s", "loop", "ratio", "quartiles", "TFLOP/s", "GiB", "computed", "loop")
-    print("{:24} {:>8} {:>7} {:>6} {:>13} {:>8} {:>6} {:>8} {:>6}".format(*head))
+    print(f"{gpu}, torch {torch.__version__}, {os.cpu_count()} cores, {SIDE} pixels")
+    head = (
+        "",
+        "ours",
+        "eager",
+        "loop",
+        "ratio",
+        "quartiles",
+        "ms to launch",
+        "eager",
+        "loop",
+        "TFLOP/s",
+        "GiB",
+        "computed",
+        "loop",
+    )
+    print("{:26} {:>7} {:>7} {:>7} {:>6} {:>13} {:>12} {:>6} {:>6} {:>8} {:>6} {:>8} {:>6}".format(*head))
     results: dict[str, Any] = {"gpu": gpu, "torch": torch.__version__, "rows": [], "pipeline": []}
 
     def keep() -> None:
@@ -248,13 +287,20 @@ def main() -> None:
         torch.cuda.empty_cache()
 
     for name in (name for name in arguments.rows if name != "pipeline"):
-        found = measure(name, arguments.images, arguments.rounds, device)
+        try:
+            found = measure(name, arguments.rounds, device)
+        except (RuntimeError, AssertionError) as error:
+            traceback.print_exc()
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+            continue
         results["rows"].append(found)
-        gib = [found[key] / 2**30 for key in ("ours_peak_bytes", "predicted_bytes", "loop_peak_bytes")]
+        speed, launch, peak = found["images_per_second"], found["launch_ms"], found["peak_bytes"]
         low, high = found["quartiles"]
+        gib = [value / 2**30 for value in (peak["ours"], found["predicted_bytes"], peak["loop"])]
         print(
-            f"{name:24} {found['ours_images_per_second']:8,.0f} {found['loop_images_per_second']:7,.0f} {found['ratio']:6.3f} "
-            f"{low:6.3f}-{high:.3f} {found['teraflops']:8.0f} {gib[0]:6.1f} {gib[1]:8.1f} {gib[2]:6.1f}",
+            f"{name:26} {speed['ours']:7,.0f} {speed['eager']:7,.0f} {speed['loop']:7,.0f} {found['ratio']:6.3f} "
+            f"{low:6.3f}-{high:.3f} {launch['ours']:12.1f} {launch['eager']:6.1f} {launch['loop']:6.1f} "
+            f"{found['teraflops']:8.0f} {gib[0]:6.1f} {gib[1]:8.1f} {gib[2]:6.1f}",
             flush=True,
         )
         keep()
@@ -267,7 +313,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             make_shards(Path(folder), arguments.pipeline_images)
             for workers in arguments.workers:
-                found = pipeline("resnet50 fp16", arguments.images, workers, Path(folder), device)
+                found = pipeline("resnet50 fp16 256", workers, Path(folder), device)
                 results["pipeline"].append(found)
                 print(
                     f"{found['row']:24} {workers:8} {found['images_per_second']:9,.0f} {found['waiting_for_data']:8.1%} "

@@ -55,7 +55,7 @@ def config_of(row: dict[str, Any], stage: int, ranks: int) -> RunConfig:
             "optimizer": {"weight_decay": 1e-4, "momentum": 0.9},
             "precision": row.get("precision", "fp32"),
             "parallel": {"zero_stage": stage},
-            "train": {"max_steps": 1, "compile": row.get("compile", False)},
+            "train": {"max_steps": 1, "compile": row.get("compile", False), "cuda_graphs": row.get("cuda_graphs", "auto")},
         }
     )
 

@@ -315,6 +315,8 @@ class TrainConfig(_Section):
     """Keep the activations of a few layers only and compute the others again in the backward pass (Chen et al. 2016)."""
     compile: bool = False
     """Compile each layer with torch.compile; needs a C++ compiler where it runs, with a GPU too."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """auto: on a GPU, layers are replayed as CUDA graphs where they can be captured."""
     hang_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = 15.0
     """Minutes without a step or a batch of evaluation, after which a rank writes the stacks of all its threads and ends as one
     that lost a peer does; null: never."""

@@ -38,9 +38,11 @@ class Gradients:
     def __init__(self, module: nn.Module, buffers: Sequence[Tensor], places: Sequence[Places], ranks: int) -> None:
         self.buffers, self._ranks = list(buffers), ranks
         self._views: dict[nn.Parameter, Tensor] = {}
-        self._filled: set[nn.Parameter] = set()
+        self._filled: set[int] = set()  # identities: hashing a tensor is a call of a Python function
         self._handles: list[Any] = []
         self._last = True
+        self.zero_before_step = False
+        """CUDA graphs add to the buffers, whichever micro-batch of a step they run for."""
         self._buckets: list[_Bucket] = []
         for buffer, offsets in zip(buffers, places, strict=True):
             for parameter, offset in offsets.items():
@@ -49,12 +51,15 @@ class Gradients:
             self._buckets += _cut(buffer, offsets)
         number = {parameter: i for i, parameter in enumerate(module.parameters())}
         self._buckets.sort(key=lambda bucket: -min(number[p] for p in bucket.parameters))  # as backward passes fill them
-        self._bucket_of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
+        self._bucket_of = {id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters}
         self._waiting: list[_Bucket] = []
 
     def expect(self, last: bool) -> None:
         """Before a backward pass. ``last``: of those whose gradients make one step, and so the one that reduces."""
         self._last = last
+        if self.zero_before_step and not self._filled:
+            for buffer in self.buffers:
+                buffer.zero_()
         self._waiting = list(self._buckets)
         for bucket in self._buckets:
             bucket.missing = len(bucket.parameters)
@@ -64,16 +69,29 @@ class Gradients:
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
         view = self._views[parameter]
-        if parameter in self._filled:
+        if id(parameter) in self._filled:
             view.add_(parameter.grad, alpha=1 / self._ranks)
         elif self._ranks == 1:
             view.copy_(parameter.grad)
         else:
             torch.mul(parameter.grad, 1 / self._ranks, out=view)
-        self._filled.add(parameter)
         parameter.grad = None
+        self.arrived([parameter])
+
+    def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients to the buffers, which ``expect`` has set to zero; ``arrived`` must follow."""
+        came = [(self._views[p], g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        if came:
+            views, values = zip(*came, strict=True)
+            torch._foreach_add_(views, values, alpha=1 / self._ranks)
+
+    def arrived(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The gradients of ``parameters`` are in the buffers: reduce what is full."""
+        arrived = [id(parameter) for parameter in parameters]
+        self._filled.update(arrived)
         if self._last:
-            self._bucket_of[parameter].missing -= 1
+            for identity in arrived:
+                self._bucket_of[identity].missing -= 1
             while self._waiting and not self._waiting[0].missing:  # in one order on all ranks
                 self._reduce(self._waiting.pop(0))
 
@@ -84,7 +102,7 @@ class Gradients:
     def finish(self) -> None:
         """After the last backward pass: every parameter's ``grad`` is the mean over ranks; zero where there was none."""
         for parameter, view in self._views.items():
-            if parameter not in self._filled:
+            if id(parameter) not in self._filled:
                 view.zero_()
             parameter.grad = view
         for bucket in self._waiting:
@@ -109,11 +127,9 @@ def _cut(buffer: Tensor, offsets: Places) -> list[_Bucket]:
     return buckets
 
 
-def whole_gradients(module: nn.Module, ranks: int) -> Gradients | None:
-    """For an optimizer that updates the module's own parameters (ZeRO 0); None where there is nothing to reduce."""
+def whole_gradients(module: nn.Module, ranks: int) -> Gradients:
+    """For an optimizer that updates the module's own parameters (ZeRO 0)."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if ranks == 1:
-        return None
     places: Places = {}
     size = 0
     for parameter in parameters:
@@ -164,7 +180,7 @@ def arrange_partitioned_weights(optimizer: Any, channels_last: bool) -> None:
     if not single:
         optimizer.refresh_fp32_params()
     optimizer._update_model_bit16_weights = lambda group: None  # it would view them all again, each step, in its own layout
-    if dist.get_backend() == "gloo":
+    if dist.get_backend() == "gloo" or dist.get_world_size() == 1:
         from deepspeed.runtime.zero import stage_1_and_2
 
         stage_1_and_2.all_gather_dp_groups = _share_out
@@ -176,7 +192,8 @@ def arrange_partitioned_weights(optimizer: Any, channels_last: bool) -> None:
 def _share_out(
     groups_flat: Sequence[Tensor], partitioned_param_groups: Sequence[Sequence[Tensor]], dp_process_group: Sequence[Any], **_: Any
 ) -> None:
-    """What each rank updated goes to all: gloo's broadcasts in place take a third of the time of its all-gather."""
+    """What each rank updated goes to all: gloo's broadcasts in place take a third of the time of its all-gather. With one rank
+    nothing is sent, where DeepSpeed gathers all the same."""
     handles: list[Any] = [
         dist.broadcast(part, group=group, group_src=owner, async_op=True)
         for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)

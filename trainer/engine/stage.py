@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config import TrainConfig
+from trainer.engine.cuda_graphs import GraphedLayers
+from trainer.engine.gradients import Gradients
 from trainer.models.layers import Value
 
 _DROPOUT = 3  # a random stream of its own, beside those of the data's order
@@ -58,6 +60,7 @@ class Stage(nn.Sequential):
         super().__init__(layers)
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self._draws = draws
+        self._graphs: GraphedLayers | None = None
         length = max(1, isqrt(len(layers))) if config.activation_checkpointing else len(layers)
         row = list(layers.values())
         self._segments = [row[start : start + length] for start in range(0, len(row), length)]
@@ -73,12 +76,22 @@ class Stage(nn.Sequential):
     def forward(self, value: Value) -> Value:
         value = _laid_out(value, self._layout)
         position = self._draws.advance() if self.training else (0, 0)
+        if self.training and self._graphs is not None and isinstance(value, Tensor):
+            return _laid_out(self._graphs(value), torch.contiguous_format)
         again = self._segments[:-1] if self.training else []  # the last one's backward pass comes at once
         for layers in again:
             value = checkpoint(self._run, layers, position, value, use_reentrant=False, context_fn=partial(_recomputing, layers))
         for layers in self._segments[len(again) :]:
             value = self._run(layers, position, value)
         return _laid_out(value, torch.contiguous_format)
+
+    def use_graphs(self, gradients: Gradients, ranks: int) -> None:
+        """Train with CUDA graphs, where this is the whole model and no activation is recomputed."""
+
+        def run(layers: Sequence[nn.Module], value: Value) -> Value:
+            return self._run(layers, self._draws.position, value)
+
+        self._graphs = GraphedLayers(list(self), run, gradients, ranks)
 
     def _run(self, layers: Sequence[nn.Module], position: tuple[int, int], value: Value) -> Value:
         self._draws.position = position
