@@ -24,7 +24,7 @@ LAYERS = [
     ["trainer.models"],
     ["trainer.engine.batch", "trainer.engine.schedule", "trainer.engine.optimizer", "trainer.engine.objective"],
     ["trainer.engine.deepspeed_config", "trainer.engine.parallel"],
-    ["trainer.engine.stage", "trainer.engine.state", "trainer.engine.gradients"],
+    ["trainer.engine.stage", "trainer.engine.state", "trainer.engine.gradients", "trainer.engine.cuda_graphs"],
     ["trainer.engine.grad_norm", "trainer.engine.loss_scale"],
     ["trainer.engine.base"],
     ["trainer.engine.data_parallel", "trainer.engine.pipeline_parallel"],
