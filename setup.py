@@ -33,8 +33,8 @@ class BuildNative(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "trainer.data.native",
-            ["trainer/data/native.c"],
+            "trainer.data._native",
+            ["trainer/data/_native.c"],
             define_macros=[("Py_LIMITED_API", "0x030b0000")],
             extra_compile_args=["-O3", "-g0", "-ffp-contract=off"],  # the same sums on every processor
             py_limited_api=True,

@@ -22,15 +22,16 @@ import torch.distributed as dist
 from ranks import run_ranks
 from step import ROWS, engine_of
 
-from trainer.checkpoint import Checkpoint, Checkpoints
-from trainer.engine import parallel
+from trainer.distributed import process_group
+from trainer.distributed.env import ranks_from_environment
+from trainer.training.checkpoint import Checkpoint, Checkpoints
 
 
 def rank_main(task: dict[str, Any]) -> None:
     """One rank."""
     torch.set_num_threads(1)
-    ranks = parallel.ranks_from_environment()
-    device = parallel.join(ranks)
+    ranks = ranks_from_environment()
+    device = process_group.join(ranks)
     engine, step = engine_of(ROWS["64"], task["zero_stage"], device)
     for _ in range(3):
         step()
@@ -55,7 +56,7 @@ def rank_main(task: dict[str, Any]) -> None:
         result = {"pause_seconds": pauses, "plain_step_seconds": plain, "step_seconds": written, "bytes": size // 2}
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()
-    parallel.leave()
+    process_group.leave()
 
 
 def main() -> None:

@@ -96,9 +96,9 @@ def breakdown(folder: Path, workers: int) -> None:
     """Print where an epoch of ours goes: processor seconds by what the threads were doing, and the rates of the parts."""
     import numpy as np
 
-    from trainer.data.decode import decode_crop, decoder_in_use
+    from trainer.data.decode.decoder import decode_crop, decoder_in_use
     from trainer.data.index import open_index
-    from trainer.data.reader import read_samples
+    from trainer.data.shards.sample_reader import read_samples
 
     epoch = CONTESTANTS[OURS][0](folder, workers)
     sum(epoch())

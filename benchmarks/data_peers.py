@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from trainer.config import RunConfig
+    from trainer.config.schema import RunConfig
 
 BATCH, SIDE, MIN_AREA = 64, 224, 0.08
 
@@ -67,7 +67,7 @@ def _pillow_view() -> Callable[[bytes], Any]:
 
 def our_config(url: str, workers: int, **data: Any) -> "RunConfig":
     """The recipe by which our loader makes the benchmarks' batches."""
-    from trainer.config import RunConfig
+    from trainer.config.schema import RunConfig
 
     values = {"train": url, "image_size": SIDE, "workers": workers, "tail": "drop", **data}
     return RunConfig.model_validate(
@@ -93,7 +93,7 @@ def ours(folder: Path, workers: int) -> Epoch:
 
 def ours_decode_alone(folder: Path, workers: int) -> Epoch:
     """What ``decode_crop`` in threads reaches with the files in memory: the ceiling of any loader around it."""
-    from trainer.data.decode import decode_crop
+    from trainer.data.decode.decoder import decode_crop
 
     contents = [path.read_bytes() for path in sorted((folder / "images").rglob("*.JPEG"))]
 

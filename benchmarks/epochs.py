@@ -20,10 +20,10 @@ import numpy as np
 from pack import make_images
 from ranks import status
 
-from trainer.config import RunConfig
+from trainer.config.schema import RunConfig
 from trainer.data.index import INDEX_NAME, Index, Shard, open_index
 from trainer.data.loader import train_loader
-from trainer.data.order import epoch_order, rank_slots
+from trainer.data.sampler import epoch_order, rank_slots
 
 
 def config_of(train: Path) -> RunConfig:

@@ -28,15 +28,17 @@ from pack import make_images
 from step import CLASSES, Step, data_of, engine_of
 from torch import nn
 
-from trainer.config import load_config
+from trainer.config.schema import load_config
+from trainer.data.batch import Batch
 from trainer.data.index import open_index
 from trainer.data.loader import train_loader
-from trainer.data.stages import Batch
-from trainer.engine import parallel
-from trainer.engine.base import Engine, pinned
-from trainer.engine.loop import Meter
+from trainer.distributed import process_group
+from trainer.distributed.env import ranks_from_environment
+from trainer.engine.engine import Engine
+from trainer.engine.input_transfer import pinned
 from trainer.models import build_model
-from trainer.models.catalogue import forward_costs
+from trainer.models.model_info import forward_costs
+from trainer.training.metrics import Meter
 
 ROOT = Path(__file__).parents[1]
 SIDE, RATE, STEPS = 224, 1e-4, 10
@@ -252,14 +254,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[os.cpu_count() or 1], help="of the pipeline")
     parser.add_argument("--profile", choices=ROWS, help="tell where the GPU's time goes in this row, instead")
     arguments = parser.parse_args()
-    ranks = parallel.ranks_from_environment()
-    device = parallel.join(ranks)
+    ranks = ranks_from_environment()
+    device = process_group.join(ranks)
     if device.type != "cuda":
-        parallel.leave()
+        process_group.leave()
         sys.exit("no GPU here")
     if arguments.profile:
         print(profile_of(arguments.profile, device))
-        parallel.leave()
+        process_group.leave()
         return
     gpu = torch.cuda.get_device_name()
     print(f"{gpu}, torch {torch.__version__}, {os.cpu_count()} cores, {SIDE} pixels")
@@ -321,7 +323,7 @@ def main() -> None:
                     flush=True,
                 )
                 keep()
-    parallel.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

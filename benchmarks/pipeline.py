@@ -27,14 +27,16 @@ import torch.distributed as dist
 from ranks import peak_of, run_ranks
 from torch import nn
 
-from trainer.config import RunConfig
-from trainer.data.stages import Batch
-from trainer.engine import parallel
-from trainer.engine.base import Engine
-from trainer.engine.batch import BatchPlan
+from trainer.config.schema import RunConfig
+from trainer.data.batch import Batch
+from trainer.distributed import process_group
+from trainer.distributed.env import ranks_from_environment
 from trainer.engine.data_parallel import DataParallel
+from trainer.engine.dropout_rng import Draws
+from trainer.engine.engine import Engine
+from trainer.engine.model_chunk import Stage
 from trainer.engine.pipeline_parallel import PipelineParallel
-from trainer.engine.stage import Draws, Stage
+from trainer.training.batch_plan import BatchPlan
 
 CHANNELS, SIDE, CLASSES, RATE = 128, 16, 10, 1e-6
 TIMED, MEASURED = 96, 24
@@ -168,8 +170,8 @@ def plain_step(micro_size: int) -> Callable[[], None]:
 
 def rank_main(task: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    ranks = parallel.ranks_from_environment()
-    device = parallel.join(ranks)
+    ranks = ranks_from_environment()
+    device = process_group.join(ranks)
     size = task["micro_size"]
     result: Any
     if "memory_of" in task:
@@ -182,7 +184,7 @@ def rank_main(task: dict[str, Any]) -> None:
     if ranks.is_first:
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()
-    parallel.leave()
+    process_group.leave()
 
 
 # --- around them ------------------------------------------------------------------------------------------------------

@@ -24,14 +24,15 @@ from ranks import peak_of, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.config import RunConfig
-from trainer.data.stages import Allocate, Batch
-from trainer.engine import parallel
-from trainer.engine.base import Engine
-from trainer.engine.batch import plan_batches
+from trainer.config.schema import RunConfig
+from trainer.data.batch import Allocate, Batch
+from trainer.distributed import process_group
+from trainer.distributed.env import ranks_from_environment
 from trainer.engine.data_parallel import DataParallel
-from trainer.engine.deepspeed_config import BUCKET, KEPT
+from trainer.engine.deepspeed.config import BUCKET, KEPT
+from trainer.engine.engine import Engine
 from trainer.models import build_model
+from trainer.training.batch_plan import plan_batches
 
 NETWORK, CLASSES, RATE = "resnet18", 1000, 0.01
 ROWS: dict[str, dict[str, Any]] = {
@@ -143,8 +144,8 @@ def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 def rank_main(task: dict[str, Any]) -> None:
     """One rank of a row, or of a measurement of memory."""
     torch.set_num_threads(1)
-    ranks = parallel.ranks_from_environment()
-    device = parallel.join(ranks)
+    ranks = ranks_from_environment()
+    device = process_group.join(ranks)
     row = ROWS[task["row"]]
     if "memory_of" in task:
         makers: dict[Any, Callable[[], Any]] = {"loop": lambda: loop_step(row), "forward": lambda: forward_pass(row)}
@@ -154,7 +155,7 @@ def rank_main(task: dict[str, Any]) -> None:
     if ranks.is_first:
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()
-    parallel.leave()
+    process_group.leave()
 
 
 # --- around them ------------------------------------------------------------------------------------------------------

@@ -31,10 +31,10 @@ from data import in_own_process
 from data_peers import our_config
 from pack import make_images
 
-from pipelines import local
-from trainer.data.cache import cached
+from pipelines.local import servers
 from trainer.data.index import open_index
 from trainer.data.loader import train_loader
+from trainer.data.storage.cache import cached
 
 ROOT = Path(__file__).parents[1]
 DISK, S3, CACHED = "local disk", "S3 on loopback", "S3, data.cache_dir"
@@ -57,7 +57,7 @@ def measure(url: str, cache_dir: str | None, workers: int, window: int) -> None:
     print(json.dumps(figures))
 
 
-def server_seconds(services: local.Services) -> float:
+def server_seconds(services: servers.Services) -> float:
     """Processor seconds that the S3 server has taken so far."""
     times = psutil.Process(services.processes["s3"].pid).cpu_times()
     return times.user + times.system
@@ -73,8 +73,8 @@ def set_apart(server: psutil.Process) -> None:
     os.sched_setaffinity(0, ours)
 
 
-def compete(folder: Path, services: local.Services, rounds: int, workers: int, window: int) -> dict[str, list[dict[str, float]]]:
-    bucket = f"s3://{local.BUCKET}/shards/train"
+def compete(folder: Path, services: servers.Services, rounds: int, workers: int, window: int) -> dict[str, list[dict[str, float]]]:
+    bucket = f"s3://{servers.BUCKET}/shards/train"
     sources = {DISK: (str(folder / "shards" / "train"), ""), S3: (bucket, ""), CACHED: (bucket, str(folder / "cache"))}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
     for number in range(rounds):
@@ -107,16 +107,16 @@ def report(options: argparse.Namespace) -> None:
         folder = Path(temporary)
         (folder / "images").mkdir()
         make_images(folder / "images", options.images)
-        services = local.up(folder / "services")
+        services = servers.up(folder / "services")
         try:
             os.environ.update(services.environment())
-            for destination in (str(folder / "shards"), f"s3://{local.BUCKET}/shards"):
+            for destination in (str(folder / "shards"), f"s3://{servers.BUCKET}/shards"):
                 command = [sys.executable, "-m", "pipelines.cli", "pack", str(folder / "images"), destination, "--shard-mb", "8"]
                 subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
             set_apart(psutil.Process(services.processes["s3"].pid))
             results = compete(folder, services, options.rounds, options.workers, options.window)
         finally:
-            local.down(folder / "services")
+            servers.down(folder / "services")
     rows = summary(results, options.images)
     work = f"{options.images:,} JPEGs, {options.workers} workers, shuffled within {options.window:,}, {options.rounds} rounds"
     machine = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, Python {platform.python_version()}"

@@ -57,7 +57,7 @@ for _name in ("trainer", "pipelines"):
 def main() -> None:
     """The ``convoy`` command."""
     try:
-        from pipelines.cli import main as command
+        from pipelines.cli.main import main as command
     except KeyboardInterrupt:
         sys.exit(130)
     command()

@@ -14,7 +14,7 @@ from hypothesis import settings
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from pipelines import local
+from pipelines.local import servers
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -96,30 +96,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Services]:
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Services]:
     """A real S3 server and a real MLflow server."""
     folder = tmp_path_factory.mktemp("services")
     try:
-        yield local.up(folder)
+        yield servers.up(folder)
     finally:
-        local.down(folder, grace_seconds=0)  # their data is of no use to anybody
+        servers.down(folder, grace_seconds=0)  # their data is of no use to anybody
 
 
 @pytest.fixture
-def client(services: local.Services) -> "MlflowClient":
+def client(services: servers.Services) -> "MlflowClient":
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=services.mlflow_url)
 
 
 @pytest.fixture(scope="session")
-def service_env(services: local.Services) -> dict[str, str]:
+def service_env(services: servers.Services) -> dict[str, str]:
     return services.environment()
 
 
 @pytest.fixture(scope="session")
-def bucket(services: local.Services) -> str:
-    return f"s3://{local.BUCKET}"
+def bucket(services: servers.Services) -> str:
+    return f"s3://{servers.BUCKET}"
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import psutil
 from gotools import go_program
 
-from pipelines import local
+from pipelines.local import servers
 
 TOXIPROXY = "github.com/Shopify/toxiproxy/v2/cmd/server"
 TOXIPROXY_VERSION = "v2.12.0"
@@ -33,19 +33,19 @@ class S3Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "s3").mkdir(parents=True)
-        self.port, *self._others = local._free_ports(1 + 7)
-        self._process: local.Process | None = None
+        self.port, *self._others = servers._free_ports(1 + 7)
+        self._process: servers.Process | None = None
         self.start()
 
     @property
     def credentials(self) -> tuple[str, str]:
-        return local._credentials(self.folder)
+        return servers._credentials(self.folder)
 
     def start(self) -> None:
         """Returns when a signed request is answered."""
-        self._process = local._start_s3(self.folder, self.port, self._others)
-        services = local.Services(self.folder, f"http://127.0.0.1:{self.port}", "", *self.credentials, {"s3": self._process})
-        local._wait(services, "s3", lambda: local._make_bucket(services))
+        self._process = servers._start_s3(self.folder, self.port, self._others)
+        services = servers.Services(self.folder, f"http://127.0.0.1:{self.port}", "", *self.credentials, {"s3": self._process})
+        servers._wait(services, "s3", lambda: servers._make_bucket(services))
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -207,7 +207,7 @@ class Toxiproxy:
     """A proxy below HTTP, with Shopify's toxics between ``port`` and ``upstream``."""
 
     def __init__(self, program: Path, upstream: int) -> None:
-        self._api, self.port = local._free_ports(2)
+        self._api, self.port = servers._free_ports(2)
         self._process = subprocess.Popen(
             [program, "-host", "127.0.0.1", "-port", str(self._api)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -56,7 +56,7 @@ def until(true: Callable[[], bool], seconds: float = 120, explain: Callable[[], 
 
 def copy_manifests(folder: Path) -> Path:
     """A copy of k8s/ below ``folder`` with the files that `convoy secrets` makes, as a user has it."""
-    from pipelines.secret_files import write_secrets
+    from pipelines.cluster.secrets import write_secrets
 
     copy = folder / "k8s"
     shutil.copytree(Path(__file__).parents[1] / "k8s", copy, ignore=shutil.ignore_patterns("*.env"))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from trainer.tracking.spool import SpoolWriter, new_run_key, now_ms
+from trainer.tracking.spool.spool import SpoolWriter, new_run_key, now_ms
 
 LOSSES = [(step, 1 / step) for step in range(1, 6)]
 

@@ -26,7 +26,7 @@ case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 STAMP=""
 if [ "$PRINT_UV$NATIVE_TOOLS$PEERS" = 000 ]; then
     SOURCES=("${LOCKS[@]}" pyproject.toml tools/setup.sh)
-    [ "$PROJECT" = 0 ] || SOURCES+=(setup.py trainer/data/native.c)
+    [ "$PROJECT" = 0 ] || SOURCES+=(setup.py trainer/data/_native.c)
     STAMP="$VENV/.convoy-$(cat "${SOURCES[@]}" | sha256sum | cut -c1-16)"
     [ -e "$STAMP" ] && exit 0
 fi
@@ -134,9 +134,9 @@ COMPILE=()  # to bytecode, which halves the time to import torch; an image compi
 "$UV" pip install --quiet "${COMPILE[@]}" --require-hashes --no-deps --no-build-isolation-package deepspeed "${REQUIRES[@]}"
 if [ "$PROJECT" = 1 ]; then
     install_native_tools
-    rm -f trainer/data/native.*.so  # an older one must not stay where this one cannot be built
+    rm -f trainer/data/_native.*.so  # an older one must not stay where this one cannot be built
     "$UV" pip install --quiet --no-deps --no-build-isolation -e .
-    say "JPEGs are decoded by: $("$VENV/bin/python" -c 'from trainer.data.decode import decoder_in_use; print(decoder_in_use())')"
+    say "JPEGs are decoded by: $("$VENV/bin/python" -c 'from trainer.data.decode.decoder import decoder_in_use; print(decoder_in_use())')"
 fi
 touch "$STAMP"
 say "done"

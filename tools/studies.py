@@ -7,13 +7,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from pipelines.study.catalogue import NAMES
-from pipelines.study.command import heading, markdown
+from pipelines.studies.framework.catalog import NAMES
+from pipelines.studies.framework.command import heading, markdown
 
 HEAD = """# The statements, put to the test
 
 Each section is a study: a question, what was measured, and a verdict by a rule that stands in the study's file
-(`pipelines/study/`) since before the results. A verdict is what was measured, here and on this scale: small networks on
+(`pipelines/studies/`) since before the results. A verdict is what was measured, here and on this scale: small networks on
 28x28 images of Fashion-MNIST. Where trained networks are compared, fewer than three seeds decide nothing, so that a quick
 run says little; it is marked as such. Bands go from the least seed to the greatest. Where a study was changed after it had
 been run, [the log](log.md) says how and why.

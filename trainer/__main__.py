@@ -14,40 +14,46 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.checkpoint import Checkpoint, begin
-from trainer.console import TrainingProgress
-from trainer.credentials import take_credentials
-from trainer.data.cache import cached
-from trainer.data.decode import decoder_in_use
+from trainer.config.preflight import check_result_fits, check_run
+from trainer.config.run_plan import Resolved, resolve, tracking_uri
+from trainer.data.batch import Allocate
+from trainer.data.decode.decoder import decoder_in_use
 from trainer.data.index import check_digests
 from trainer.data.loader import eval_loader, room_wanted, train_loader
-from trainer.data.stages import Allocate
-from trainer.engine import parallel
-from trainer.engine.base import Engine, pinned
+from trainer.data.storage.cache import cached
+from trainer.distributed import process_group
+from trainer.distributed.collectives import from_first
+from trainer.distributed.env import Ranks, ranks_from_environment
+from trainer.distributed.process_group import describe_gpu
 from trainer.engine.data_parallel import DataParallel
-from trainer.engine.loop import Job, Result, fit
-from trainer.engine.parallel import Ranks, StopRequest, describe_gpu, from_first, ranks_from_environment
-from trainer.engine.pipeline_parallel import PipelineParallel, check_stages, layer_costs, split
-from trainer.engine.schedule import learning_rate_schedule
-from trainer.engine.state import TrainingState
+from trainer.engine.deepspeed.optimizer_state import TrainingState
+from trainer.engine.engine import Engine
+from trainer.engine.input_transfer import pinned
+from trainer.engine.partition import check_stages, layer_costs, split
+from trainer.engine.pipeline_parallel import PipelineParallel
 from trainer.errors import EXIT_PREEMPTED, FoundByAll, Terminated, UserError, report
-from trainer.export import ModelFacts, save_model
-from trainer.fault_log import record_fault
-from trainer.hardware_faults import HardwareFault, LostPeer, check_gpus, classify_fault, describe_place, memory_advice
-from trainer.launch_environment import LAUNCHER_PID, become_only_rank
-from trainer.preflight import check_result_fits, check_run
-from trainer.proxies import bypass_proxies_for_local_services
-from trainer.records import KeyLog, finish, start_tracking
-from trainer.redaction import redact_credentials
-from trainer.resolve import Resolved, resolve, tracking_uri
-from trainer.run_lock import RunLocks
-from trainer.run_status import UnfinishedRun
-from trainer.stop_signals import StopSignals
-from trainer.streams import secure_standard_streams
-from trainer.supervise import STOP_SECONDS, report_finished
+from trainer.export.exported_model import ModelFacts, save_model
+from trainer.faults.hardware_errors import HardwareFault, LostPeer, check_gpus, classify_fault, describe_place, memory_advice
+from trainer.faults.node_fault_log import record_fault
+from trainer.locks.run_lock import RunLocks
+from trainer.process.console import TrainingProgress
+from trainer.process.launch_environment import LAUNCHER_PID, become_only_rank
+from trainer.process.proxies import bypass_proxies_for_local_services
+from trainer.process.standard_streams import secure_standard_streams
+from trainer.process.stop_signals import StopSignals
+from trainer.process.supervisor import STOP_SECONDS, report_finished
+from trainer.secrets.credentials import take_credentials
+from trainer.secrets.redaction import redact_credentials
 from trainer.tracking import SystemMetrics, Tracker
-from trainer.watchdog import Watchdog
-from trainer.weights import load_weights
+from trainer.tracking.run_record import KeyLog, finish, start_tracking
+from trainer.tracking.run_status import UnfinishedRun
+from trainer.training.checkpoint import Checkpoint, begin
+from trainer.training.lr_schedule import learning_rate_schedule
+from trainer.training.metrics import Result
+from trainer.training.preemption import StopRequest
+from trainer.training.trainer import Job, fit
+from trainer.training.watchdog import Watchdog
+from trainer.weights.pretrained import load_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +97,7 @@ def _run(arguments: list[str]) -> int:
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
         return report(found, program, quiet=isinstance(found, FoundByAll) and not ranks.is_first)
     finally:
-        parallel.leave()  # its threads would abort a process that ends around them
+        process_group.leave()  # its threads would abort a process that ends around them
     return 0
 
 
@@ -169,7 +175,7 @@ def train(run: Resolved, network: Network, recipe: str, ranks: Ranks, checked: S
 
     ``checked``: notes of the checks before it.
     """
-    device = parallel.join(ranks, fp16=run.config.precision == "fp16")
+    device = process_group.join(ranks, fp16=run.config.precision == "fp16")
     locks = RunLocks()
     try:
         from_first(lambda: locks.acquire(str(run.config.output_dir), run.config.checkpoint_url, run.config.name))
@@ -251,7 +257,7 @@ def _train(
             system.close()
         tracker.close(status)
         unfinished.clear()
-        parallel.leave()
+        process_group.leave()
     _STOP.resume()
     if ranks.is_first:
         locks.check()

@@ -7,8 +7,8 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from trainer.disk_faults import disk_fault
-from trainer.redaction import redact
+from trainer.faults.disk_errors import disk_fault
+from trainer.secrets.redaction import redact
 
 EXIT_BUG = 1
 EXIT_USER = 2

@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.config import RunConfig, load_config
-from trainer.credentials import take_credentials
+from trainer.config.preflight import check_outputs
+from trainer.config.run_plan import resolve, tracking_uri
+from trainer.config.schema import RunConfig, load_config
+from trainer.distributed.pod_startup import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
 from trainer.errors import EXIT_RETRY, ServiceLost, Terminated, UserError, report
-from trainer.file_limit import raise_open_file_limit
-from trainer.hardware_faults import check_gpus
-from trainer.launch_environment import (
+from trainer.faults.hardware_errors import check_gpus
+from trainer.process.file_limit import raise_open_file_limit
+from trainer.process.launch_environment import (
     LAUNCHER_PID,
     RUN_ID_FILE,
     check_single_node,
@@ -29,14 +31,12 @@ from trainer.launch_environment import (
     drop_leftovers,
     leftovers,
 )
-from trainer.pod import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
-from trainer.preflight import check_outputs
-from trainer.proxies import bypass_proxies_for_local_services
-from trainer.resolve import resolve, tracking_uri
-from trainer.run_status import end_unfinished_run
-from trainer.stop_signals import StopSignals
-from trainer.streams import secure_standard_streams
-from trainer.supervise import STOP_SECONDS, UnfinishedRanks, exit_code, python_command, run_ranks
+from trainer.process.proxies import bypass_proxies_for_local_services
+from trainer.process.standard_streams import secure_standard_streams
+from trainer.process.stop_signals import StopSignals
+from trainer.process.supervisor import STOP_SECONDS, UnfinishedRanks, exit_code, python_command, run_ranks
+from trainer.secrets.credentials import take_credentials
+from trainer.tracking.run_status import end_unfinished_run
 
 _JOIN_SECONDS = 24 * 3600  # the others may wait for nodes for long
 

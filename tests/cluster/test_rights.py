@@ -11,7 +11,7 @@ import pytest
 from helpers import Run, until
 from kubectl import Kubectl
 
-from trainer.recipe import RECIPES
+from trainer.config.load import RECIPES
 
 Rights = dict[str, set[str]]  # a resource or a path, and the verbs
 EVERYONE = "every account"

@@ -22,17 +22,21 @@ from distances import distance
 from options import OPTIONS, option_of, recipe_keys
 from torch.distributed import distributed_c10d
 
-from trainer.checkpoint import Checkpoint, begin
-from trainer.config import RunConfig
-from trainer.data.augment import Mix, draw_mix
-from trainer.data.order import mix_generator, rank_slots
-from trainer.data.stages import Batch
-from trainer.engine import deepspeed_config, parallel
-from trainer.engine.base import Engine
-from trainer.engine.batch import BatchPlan, plan_batches
+from trainer.config.schema import RunConfig
+from trainer.data.batch import Batch
+from trainer.data.sampler import mix_generator, rank_slots
+from trainer.data.transforms.mixup import Mix, draw_mix
+from trainer.distributed import process_group
+from trainer.distributed.collectives import averaged
+from trainer.distributed.env import ranks_from_environment
 from trainer.engine.data_parallel import DataParallel
-from trainer.engine.pipeline_parallel import PipelineParallel, layer_costs, split
+from trainer.engine.deepspeed import config as deepspeed_config
+from trainer.engine.engine import Engine
+from trainer.engine.partition import layer_costs, split
+from trainer.engine.pipeline_parallel import PipelineParallel
 from trainer.models import build_model
+from trainer.training.batch_plan import BatchPlan, plan_batches
+from trainer.training.checkpoint import Checkpoint, begin
 
 GLOBAL, STEPS, SIZE = 16, 20, 16
 deepspeed_config.BUCKET = 2**12  # so that even these networks fill several, and have layers that exceed one
@@ -123,7 +127,7 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
                 yield Batch(pixels[step, chosen], labels[step, chosen], weights[chosen], float(weights.sum()), keys, mix)
 
         outcome = engine.step(batches(), config.optimizer.base_lr)
-        losses[step] = parallel.averaged(outcome.loss.float()).item()
+        losses[step] = averaged(outcome.loss.float()).item()
         skipped += [step] if outcome.skipped else []
         norms[step] = engine.grad_norm()
         if cell.get("save") and step + 1 == STEPS // 2:
@@ -166,8 +170,8 @@ def norms_apart(got: dict[int, float | None], want: dict[int, float | None], ste
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     cells = sorted(json.loads(path.read_text()), key=lambda cell: cell["stages"])  # a pipeline leaves its grid in DeepSpeed
-    ranks = parallel.ranks_from_environment()
-    device = parallel.join(ranks, fp16=True)
+    ranks = ranks_from_environment()
+    device = process_group.join(ranks, fp16=True)
     # TF32, and convolutions by transforms, round more than these tests allow
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, False, True
     references: dict[tuple, dict] = {}
@@ -208,7 +212,7 @@ def main(path: Path) -> None:
             results.append(cell | figures)
     if ranks.is_first:
         path.with_suffix(".out").write_text(json.dumps(results))
-    parallel.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from distances import distance
 
-from trainer.config import RunConfig
-from trainer.data.stages import Batch
-from trainer.engine import parallel
-from trainer.engine.batch import BatchPlan
+from trainer.config.schema import RunConfig
+from trainer.data.batch import Batch
+from trainer.distributed import process_group
+from trainer.distributed.env import ranks_from_environment
 from trainer.engine.data_parallel import DataParallel
-from trainer.engine.state import MasterState
+from trainer.engine.deepspeed.optimizer_state import MasterState
 from trainer.models import build_model
 from trainer.models.layers import normalize
+from trainer.training.batch_plan import BatchPlan
 
 STEPS, MICRO, RANKS, ACCUMULATION, SIZE, RATE = 4, 4, 2, 2, 16, 0.001
 GLOBAL = MICRO * RANKS * ACCUMULATION
@@ -91,13 +92,13 @@ def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> 
 
 def main(file: Path) -> None:
     torch.set_num_threads(1)
-    ranks = parallel.ranks_from_environment()
-    device = parallel.join(ranks, fp16=True)
+    ranks = ranks_from_environment()
+    device = process_group.join(ranks, fp16=True)
     ways = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (1, "fp16")]
     results = [with_engine(stage, precision, device, ranks.rank) for stage, precision in ways]
     if ranks.is_first:
         file.write_text(json.dumps(results))
-    parallel.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

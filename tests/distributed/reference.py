@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config import RunConfig
-from trainer.data.augment import Mix
-from trainer.engine.stage import dropout_seed
+from trainer.config.schema import RunConfig
+from trainer.data.transforms.mixup import Mix
+from trainer.engine.dropout_rng import dropout_seed
 
 
 class Lars(torch.optim.Optimizer):

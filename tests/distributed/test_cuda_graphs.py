@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.config import TrainConfig
-from trainer.engine import stage as stage_module
+from trainer.config.schema import TrainConfig
+from trainer.engine import model_chunk as stage_module
 from trainer.engine.cuda_graphs import GraphedLayers
-from trainer.engine.gradients import whole_gradients
-from trainer.engine.stage import Draws, Stage
+from trainer.engine.deepspeed.grad_reducer import whole_gradients
+from trainer.engine.dropout_rng import Draws
+from trainer.engine.model_chunk import Stage
 from trainer.models import build_model
 
 

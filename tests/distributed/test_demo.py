@@ -8,7 +8,7 @@ import pytest
 from helpers import Run
 from PIL import Image
 
-from pipelines import demo
+from pipelines.local import demo
 
 
 def test_the_whole_line_in_one_command(convoy_ok: Run, tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from helpers import run_convoy, until
 from mlflow.tracking import MlflowClient
 
-from trainer.config import find_recipe
-from trainer.engine import loop
+from trainer.config.schema import find_recipe
 from trainer.errors import Terminated
-from trainer.run_status import end_unfinished_run
-from trainer.supervise import python_command
-from trainer.tracking.spool import SpoolWriter, new_run_key
-from trainer.tracking.spool_reader import SpoolReader
+from trainer.process.supervisor import python_command
+from trainer.tracking.run_status import end_unfinished_run
+from trainer.tracking.spool.spool import SpoolWriter, new_run_key
+from trainer.tracking.spool.spool_reader import SpoolReader
+from trainer.training.evaluator import evaluate
 
 RECIPE = "digits-resnet8"
 
@@ -32,7 +32,7 @@ def _settings(digits: Path, out: Path, *more: str) -> list[str]:
 
 def _start(arguments: list[object], environment: dict[str, str], **options: object) -> subprocess.Popen:
     plain = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*python_command("pipelines.cli"), "train", RECIPE, *map(str, arguments)]
+    command = [*python_command("pipelines.cli.main"), "train", RECIPE, *map(str, arguments)]
     return subprocess.Popen(
         command, env=plain | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
@@ -60,7 +60,7 @@ def test_a_local_run_depends_on_nothing_in_its_directory_and_environment(digits:
     }  # fmt: skip
     (place / "my recipe.yaml").write_text(find_recipe(RECIPE).read_text())
     arguments = ["--procs", "2", *_settings(digits, Path("aus gabe"), "name=hostile", "train.max_steps=2")]
-    command = [*python_command("pipelines.cli"), "train", "my recipe.yaml", *arguments]
+    command = [*python_command("pipelines.cli.main"), "train", "my recipe.yaml", *arguments]
     isolate = ["unshare", "--uts", "sh", "-c", 'hostname node17.corp.invalid && exec "$@"', "sh"]
     if subprocess.run([*isolate[:2], "true"], capture_output=True, check=False).returncode == 0:  # needs root
         command = [*isolate, *command]
@@ -147,13 +147,10 @@ def test_evaluation_ends_when_a_rank_was_told_to_stop() -> None:
     class Stop:
         told = True
 
-    class Job:
-        stop, device, mean, std = Stop(), torch.device("cpu"), [0.0], [1.0]
-
     dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(Terminated):
-            loop.evaluate(torch.nn.Identity(), Job(), iter([object()]))  # type: ignore[arg-type]
+            evaluate(torch.nn.Identity(), iter([object()]), torch.device("cpu"), [0.0], [1.0], Stop(), lambda: None)  # type: ignore[arg-type]
     finally:
         dist.destroy_process_group()
 
@@ -184,7 +181,7 @@ def test_the_status_of_a_killed_run_waits_in_the_spool_for_a_server_that_is_away
 
 
 def test_a_deleted_working_directory_is_refused_by_every_command(tmp_path: Path) -> None:
-    command = f"rmdir {tmp_path}; exec {' '.join(python_command('pipelines.cli'))} pack a b"
+    command = f"rmdir {tmp_path}; exec {' '.join(python_command('pipelines.cli.main'))} pack a b"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "the working directory does not exist any more" in done.stderr

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainer.config import OptimizerConfig
-from trainer.engine.gradients import _cut
-from trainer.engine.optimizer import build_optimizer
+from trainer.config.schema import OptimizerConfig
+from trainer.engine.deepspeed.grad_reducer import _cut
+from trainer.training.optimizers import build_optimizer
 
 
 def test_channels_last_weights_follow_the_plain_loop(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from helpers import Run, ranks_of, started, until
 
-from trainer.run_lock import LOCK_NAME
+from trainer.locks.run_lock import LOCK_NAME
 
 RECIPE = "digits-resnet8"
 

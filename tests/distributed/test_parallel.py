@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from options import OPTIONS, SWITCHES, is_plain, option_of, values_of
 from topologies import Trainings, allowed_cells, covering, deviation, refusal
 
-from trainer.engine.pipeline_parallel import check_stages, layer_costs, split
+from trainer.engine.partition import check_stages, layer_costs, split
 from trainer.errors import UserError
 from trainer.models import build_model
-from trainer.models.catalogue import forward_costs
+from trainer.models.model_info import forward_costs
 
 
 @pytest.mark.timeout(3600)

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from helpers import ranks_of, until
 
-from pipelines.local import _free_ports
-from trainer.pod import STARTS
+from pipelines.local.servers import _free_ports
+from trainer.distributed.pod_startup import STARTS
 
 RECIPE = "digits-resnet8"
 

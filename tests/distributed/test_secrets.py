@@ -10,7 +10,7 @@ import psutil
 import pytest
 from helpers import run_convoy
 
-from pipelines import local
+from pipelines.local import servers
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -46,7 +46,7 @@ class _CommandLines(threading.Thread):
 
 
 def test_no_password_is_in_anything_that_a_run_makes(
-    services: local.Services, client: "MlflowClient", digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    services: servers.Services, client: "MlflowClient", digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 

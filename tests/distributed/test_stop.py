@@ -14,7 +14,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from trainer.data.storage import open_store
+from trainer.data.storage.store import open_store
 
 RECIPE = "digits-resnet8"
 STEPS = 60

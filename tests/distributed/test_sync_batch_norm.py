@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from trainer.models.layers import BatchNorm2d, synchronize_batch_norm
+from trainer.models.batch_norm import BatchNorm2d, synchronize_batch_norm
 
 CHANNELS, STEPS = 5, 3
 SHARES = (slice(0, 3), slice(3, 8))  # not of equal size

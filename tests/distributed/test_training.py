@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from trainer.config import load_config
+from trainer.config.schema import load_config
 from trainer.data.index import open_index
-from trainer.data.order import epoch_order
+from trainer.data.sampler import epoch_order
 from trainer.models import build_model
 
 RECIPE = "digits-resnet8"
@@ -277,7 +277,7 @@ def test_a_name_that_the_registry_rejects_ends_the_run_before_anything_is_change
 def test_a_version_becomes_champion_when_it_is_not_worse(
     convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, digits: Path, tmp_path: Path
 ) -> None:
-    from trainer.registration import register
+    from trainer.export.model_registry import register
 
     out = tmp_path / "out"
     settings = [f"data.train={digits}/train", f"data.val={digits}/val", "train.max_steps=2", f"train.output_dir={out}"]

@@ -17,8 +17,8 @@ import numpy as np
 from options import OPTIMIZERS, OPTIONS, PRESETS, SWITCHES, Cell, is_plain, option_of
 from sklearn.datasets import load_digits
 
-from trainer.config import RunConfig
-from trainer.engine.deepspeed_config import check_engine
+from trainer.config.schema import RunConfig
+from trainer.engine.deepspeed.config import check_engine
 from trainer.errors import UserError
 
 HERE = Path(__file__).parent

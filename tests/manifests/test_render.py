@@ -12,10 +12,10 @@ from kubeflow.training import ApiClient
 from kubeflow.training.utils.utils import FakeResponse
 from restricted import ROOT, faults, templates
 
-from pipelines.cli import app
-from pipelines.render import JobOptions, render, to_yaml
+from pipelines.cli.main import app
+from pipelines.cluster.pytorchjob import JobOptions, render, to_yaml
+from trainer.config.load import RECIPES
 from trainer.errors import UserError
-from trainer.recipe import RECIPES
 
 GPU = JobOptions(nodes=2, gpus_per_node=8)
 DIGEST = "a/b@sha256:" + "0" * 64

@@ -12,7 +12,7 @@ import pytest
 from helpers import Run as Command
 from mlflow.tracking import MlflowClient
 
-from pipelines.study.catalogue import NAMES, load
+from pipelines.studies.framework.catalog import NAMES, load
 
 VERDICTS = {"borne out", "not borne out", "undecided"}
 

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.adopt import IndexOptions, index_shards
-from pipelines.shard_set import missing_shards, split_of
-from pipelines.verify import verify
+from pipelines.datasets.index_shards import IndexOptions, index_shards
+from pipelines.datasets.shard_set import missing_shards, split_of
+from pipelines.datasets.verify import verify
 from trainer.data.index import open_index
-from trainer.data.reader import read_samples
-from trainer.data.shard import encoded_image, label_of
-from trainer.data.storage import open_store
+from trainer.data.shards.sample_reader import read_samples
+from trainer.data.shards.tar import encoded_image, label_of
+from trainer.data.storage.store import open_store
 from trainer.errors import UserError
 
 LONG = "folder.with.dots/" + "a_long_name_" * 12  # longer than a plain header takes

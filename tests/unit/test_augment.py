@@ -9,11 +9,12 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from trainer.config import RunConfig
-from trainer.data.augment import UNIFORMS, erase, eval_transform, padded_crop
-from trainer.data.decode import DecodeError, decode_rgb, to_array
+from trainer.config.schema import RunConfig
+from trainer.data.decode.decoder import DecodeError, decode_rgb, to_array
 from trainer.data.loader import train_view
-from trainer.data.randaugment import CHANGES, change, rand_augment, trivial_augment
+from trainer.data.transforms.auto_augment import CHANGES, change, rand_augment, trivial_augment
+from trainer.data.transforms.build import UNIFORMS, erase
+from trainer.data.transforms.crop import eval_transform, padded_crop
 from trainer.models.layers import normalize
 
 
@@ -154,7 +155,9 @@ def test_each_change_is_torchvisions(photographs: list[Image.Image], name: str) 
 def test_changes_are_drawn_as_torchvisions(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The strengths that each change gets, against the table that torchvision's transform draws from."""
     drawn: dict[str, set[float]] = {name: set() for name in CHANGES}
-    monkeypatch.setattr("trainer.data.randaugment.change", lambda image, name, value: (drawn[name].add(round(value, 3)), image)[1])
+    monkeypatch.setattr(
+        "trainer.data.transforms.auto_augment.change", lambda image, name, value: (drawn[name].add(round(value, 3)), image)[1]
+    )
     image, random = Image.new("RGB", (224, 224)), np.random.default_rng(0)
     for _ in range(20_000):
         if policy == "rand":

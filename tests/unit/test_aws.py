@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from trainer.data.aws import bucket_endpoint, parse_endpoint, s3_settings
-from trainer.data.storage import open_store
-from trainer.data.transfer import Patience
+from trainer.data.storage.aws_credentials import bucket_endpoint, parse_endpoint, s3_settings
+from trainer.data.storage.retry import Patience
+from trainer.data.storage.store import open_store
 from trainer.errors import UserError
 
 BRIEF = Patience(tries=2, seconds=1, first_wait=0.01, longest_wait=0.05, refusals=1, connect_seconds=1, silent_seconds=1)
@@ -278,7 +278,7 @@ def test_the_bundle_of_a_private_ca_is_used(
 
 def test_a_certificate_that_is_not_accepted_is_named(keys: None, certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = (certificates / "server.pem", certificates / "server.key")
-    monkeypatch.setattr("trainer.data.connect._QUIET_RETRIES", {"max_retries": 0})
+    monkeypatch.setattr("trainer.data.storage.client._QUIET_RETRIES", {"max_retries": 0})
     with serving(constant(200), pair) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         with pytest.raises(UserError, match=r"certificate of the object store at https://.*set AWS_CA_BUNDLE"):

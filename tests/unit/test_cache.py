@@ -22,10 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.data import blocks
-from trainer.data.cache import Cache
 from trainer.data.index import Index, Shard, check_digests, digest_of
-from trainer.data.storage import Store, open_store
+from trainer.data.storage import block_cache
+from trainer.data.storage.cache import Cache
+from trainer.data.storage.store import Store, open_store
 from trainer.errors import UserError
 
 BLOCK = 64 * 1024
@@ -171,7 +171,7 @@ def test_a_damaged_block_is_fetched_again_and_told(
     (line,) = [record.getMessage() for record in caplog.records]
     assert "a.tar.000001: has " in line
     assert "it is fetched again" in line
-    assert int((tmp_path / "convoy-blocks.total").read_text()) >= sum(path.stat().st_size for path in files(tmp_path))
+    assert int((tmp_path / "convoy-block_cache.total").read_text()) >= sum(path.stat().st_size for path in files(tmp_path))
 
 
 def test_what_the_store_refuses_is_refused(shards: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_threads_that_want_the_same_fetch_it_once(shards: Path, tmp_path: Path) 
 # Processes -----------------------------------------------------------------------------------------------------------------------
 
 _FORKS = multiprocessing.get_context("forkserver")  # of a process without threads, which has imported what takes long
-_FORKS.set_forkserver_preload(["trainer.data.cache", "trainer.data.index", "hypothesis", "pytest"])
+_FORKS.set_forkserver_preload(["trainer.data.storage.cache", "trainer.data.index", "hypothesis", "pytest"])
 
 
 def _read_all(shards: Path, folder: Path, start: Any, fetched: Any) -> None:
@@ -294,7 +294,7 @@ def test_a_part_of_a_living_process_stays_and_of_a_dead_one_goes(shards: Path, t
     folder = tmp_path / ("5" * 64)
     folder.mkdir()
     (folder / "a.tar.000000.convoy-part").write_bytes(b"left behind")
-    held = blocks.Blocks(tmp_path, 2**30)
+    held = block_cache.Blocks(tmp_path, 2**30)
     with held.claimed([f"{folder.name}/b.tar.000000"]):
         cached(shards, tmp_path)
         assert [path.name for path in folder.iterdir()] == ["b.tar.000000.convoy-part"]
@@ -302,9 +302,9 @@ def test_a_part_of_a_living_process_stays_and_of_a_dead_one_goes(shards: Path, t
 
 
 def test_a_writer_that_stands_still_blocks_nobody(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(block_cache, "_LOCK_SECONDS", 0.2)
     cache, store = cached(shards, tmp_path)
-    with blocks.Blocks(tmp_path, 2**30).claimed(["5" * 64 + "/a.tar.000000"]):
+    with block_cache.Blocks(tmp_path, 2**30).claimed(["5" * 64 + "/a.tar.000000"]):
         check(cache, "a.tar", [(10, 20), (BLOCK, BLOCK + 5)])
         assert store.counts.bytes == 10 + BLOCK, "of the block that is held, what was asked for and no more"
     check(cache, "a.tar", [(10, 20)])

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.checkpoint import Checkpoint, Checkpoints
-from trainer.data.storage import open_store
-from trainer.engine.state import TrainingState
+from trainer.data.storage.store import open_store
+from trainer.engine.deepspeed.optimizer_state import TrainingState
 from trainer.errors import UserError
+from trainer.training.checkpoint import Checkpoint, Checkpoints
 
 COURSE = {"model.name": "resnet8", "optimizer.base_lr": 0.1, "optimizer.betas": [0.9, 0.999], "data.train": "sha256:1"}
 

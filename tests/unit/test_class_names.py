@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from helpers import Run
 
-from pipelines.class_names import names_by_id, names_by_label, synsets
-from pipelines.sources import ListOptions, list_source
+from pipelines.datasets.class_names import names_by_id, names_by_label, synsets
+from pipelines.datasets.sources.list_source import ListOptions, list_source
 from trainer.errors import UserError
 
 IDS = ["cat", "dog"]

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers import Run
 
-from pipelines.local import _free_ports
+from pipelines.local.servers import _free_ports
 
 SUBMIT = ["submit", "fashion-resnet8", "--nodes", 2, "--gpus-per-node", 0]
 COMMANDS = [SUBMIT, ["status"], ["status", "x"], ["logs", "x"], ["cancel", "x"], ["suspend", "x"], ["list"]]

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config import RunConfig, known_keys, load_config
+from trainer.config.load import RECIPES
+from trainer.config.schema import RunConfig, known_keys, load_config
 from trainer.errors import UserError
-from trainer.recipe import RECIPES
 
 GOOD = "model: {name: resnet8}\ndata: {train: /data/train}\ntrain: {epochs: 1}\n"
 

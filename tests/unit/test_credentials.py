@@ -13,11 +13,11 @@ from helpers import Run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipelines.render import JobOptions, render
-from trainer.config import load_config
-from trainer.credentials import take_credentials, without_credentials
+from pipelines.cluster.pytorchjob import JobOptions, render
+from trainer.config.schema import load_config
 from trainer.errors import UserError, report
-from trainer.redaction import redact, redact_credentials
+from trainer.secrets.credentials import take_credentials, without_credentials
+from trainer.secrets.redaction import redact, redact_credentials
 
 TAKEN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "PGUSER", "PGPASSWORD", "CONVOY_CREDENTIALS_HOST")
 URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
@@ -256,7 +256,7 @@ def test_credentials_of_an_override_are_in_no_command_line_after_the_command_has
     code = (
         "import os, sys; os.execv = lambda program, command: sys.exit(' '.join(command));"
         "sys.argv[1:] = ['train', 'digits-resnet8', 'tracking.uri=http://me:hunter2@host'];"
-        "import pipelines.cli; pipelines.cli.main()"
+        "import pipelines.cli.main; pipelines.cli.main.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "tracking.uri=http://host" in done.stderr

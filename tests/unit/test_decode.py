@@ -21,12 +21,12 @@ from sklearn.datasets import load_sample_images
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from trainer.data import decode
-from trainer.data.decode import MAX_PIXELS, Box, DecodeError, crop_by_pillow, decode_crop, decode_rgb, decoder_in_use
+from trainer.data.decode import decoder
+from trainer.data.decode.decoder import MAX_PIXELS, Box, DecodeError, crop_by_pillow, decode_crop, decode_rgb, decoder_in_use
 
 PHOTOGRAPH = load_sample_images().images[0]  # uint8 [427, 640, 3]
 SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
-native_only = pytest.mark.skipif(decode.native is None, reason="the native decoder was not built")
+native_only = pytest.mark.skipif(decoder._native is None, reason="the native decoder was not built")
 
 
 def photograph(width: int, height: int, left: int = 0, top: int = 0) -> Image.Image:
@@ -227,11 +227,11 @@ def test_a_cut_file_is_refused_even_if_the_crop_is_whole(name: str) -> None:
 @pytest.mark.parametrize("name", TO_CUT)
 def test_the_native_decoder_leaves_every_cut_file_to_pillow(name: str) -> None:
     content, out = TO_CUT[name], np.empty((8, 8, 3), np.uint8)
-    decode.native.decode_crop(content, (10, 0, 20, 8), out, False)
+    decoder._native.decode_crop(content, (10, 0, 20, 8), out, False)
     for length in range(len(content)):
         for box in ((10, 0, 20, 8), (10, 40, 20, 20)):
             with pytest.raises(ValueError, match=r"."):
-                decode.native.decode_crop(content[:length], box, out, False)
+                decoder._native.decode_crop(content[:length], box, out, False)
 
 
 def test_broken_bytes_never_crash() -> None:
@@ -279,8 +279,8 @@ def test_memory_is_given_back() -> None:
 
 def test_pillow_takes_over_where_nothing_was_built() -> None:
     code = (
-        "import sys, io\nsys.modules['trainer.data.native'] = None\n"
-        "import numpy as np\nfrom trainer.data.decode import decode_crop, decoder_in_use\n"
+        "import sys, io\nsys.modules['trainer.data._native'] = None\n"
+        "import numpy as np\nfrom trainer.data.decode.decoder import decode_crop, decoder_in_use\n"
         "out = np.empty((16, 16, 3), np.uint8)\n"
         "decode_crop(sys.stdin.buffer.read(), lambda width, height: (3, 4, 50, 40), out, True)\n"
         "print(decoder_in_use(), out.tobytes().hex(), sep='|')\n"
@@ -302,22 +302,22 @@ def test_the_python_decoder_is_pillows_to_the_bit() -> None:
 
 @native_only
 def test_headers() -> None:
-    assert decode.native.header(encoded(photograph(90, 60))) == (90, 60, True)
-    assert decode.native.header(ODD["grey"]) == (90, 60, True)
-    assert decode.native.header(TO_CUT["progressive"]) == (90, 60, True)
-    assert decode.native.header(ODD["cmyk"]) == (90, 60, False)
-    assert decode.native.header(ODD["rgb-coded"]) == (90, 60, False)
-    assert decode.native.header(ODD["png"]) is None
-    assert decode.native.header(b"") is None
+    assert decoder._native.header(encoded(photograph(90, 60))) == (90, 60, True)
+    assert decoder._native.header(ODD["grey"]) == (90, 60, True)
+    assert decoder._native.header(TO_CUT["progressive"]) == (90, 60, True)
+    assert decoder._native.header(ODD["cmyk"]) == (90, 60, False)
+    assert decoder._native.header(ODD["rgb-coded"]) == (90, 60, False)
+    assert decoder._native.header(ODD["png"]) is None
+    assert decoder._native.header(b"") is None
 
 
 @native_only
 @pytest.mark.parametrize("shape", [(8, 9, 3), (8, 8, 4), (8, 8), (0, 0, 3)])
 def test_the_native_decoder_writes_into_squares_only(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="size, size"):
-        decode.native.decode_crop(encoded(photograph(90, 60)), (0, 0, 9, 9), np.empty(shape, np.uint8), False)
+        decoder._native.decode_crop(encoded(photograph(90, 60)), (0, 0, 9, 9), np.empty(shape, np.uint8), False)
     with pytest.raises((ValueError, BufferError)):
-        decode.native.decode_crop(encoded(photograph(90, 60)), (0, 0, 9, 9), np.empty((8, 16, 3), np.uint8)[:, ::2], False)
+        decoder._native.decode_crop(encoded(photograph(90, 60)), (0, 0, 9, 9), np.empty((8, 16, 3), np.uint8)[:, ::2], False)
 
 
 def test_the_native_decoder_was_built_where_it_can_be() -> None:

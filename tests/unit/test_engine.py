@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import OptimizerConfig, ScheduleConfig
-from trainer.engine.batch import plan_batches
-from trainer.engine.objective import count_correct, weighted_loss
-from trainer.engine.optimizer import build_optimizer, weight_groups
-from trainer.engine.schedule import learning_rate_schedule, scaled_learning_rate
+from trainer.config.schema import OptimizerConfig, ScheduleConfig
 from trainer.errors import UserError
 from trainer.models import build_model
+from trainer.training.batch_plan import plan_batches
+from trainer.training.loss import count_correct, weighted_loss
+from trainer.training.lr_schedule import learning_rate_schedule, scaled_learning_rate
+from trainer.training.optimizers import build_optimizer, weight_groups
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 16))

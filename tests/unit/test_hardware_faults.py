@@ -14,12 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainer import fault_log
-from trainer.config import RunConfig
-from trainer.data.storage import open_store
+from trainer.config.schema import RunConfig
+from trainer.data.storage.store import open_store
+from trainer.distributed.pod_startup import count_start
 from trainer.errors import EXIT_BUG, EXIT_RETRY, EXIT_USER, UserError, report
-from trainer.fault_log import FOLDER, record_fault, repeated_faults
-from trainer.hardware_faults import (
+from trainer.faults import node_fault_log
+from trainer.faults.hardware_errors import (
     GPUS_VARIABLE,
     NODE_VARIABLE,
     HardwareFault,
@@ -29,7 +29,7 @@ from trainer.hardware_faults import (
     describe_place,
     memory_advice,
 )
-from trainer.pod import count_start
+from trainer.faults.node_fault_log import FOLDER, record_fault, repeated_faults
 
 PLACE = "node gpu-17, GPU 3"
 _NCCL = "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.27.5\n{}"
@@ -307,7 +307,7 @@ def test_the_next_start_and_the_last_refusal_name_the_failing_node(
 
 
 def test_records_do_not_count_as_checkpoints_and_corrupt_ones_are_skipped(node: str, tmp_path: Path) -> None:
-    from trainer.checkpoint import Checkpoints
+    from trainer.training.checkpoint import Checkpoints
 
     url = str(tmp_path)
     record_fault(url, 0, "CUDA error: unknown error")
@@ -324,7 +324,7 @@ def test_a_store_that_cannot_be_written_does_not_hold_up_the_end(node: str, tmp_
 
 
 def test_records_are_bounded(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fault_log, "_MOST_RECORDS", 5)
+    monkeypatch.setattr(node_fault_log, "_MOST_RECORDS", 5)
     for number in range(9):
         _write(str(tmp_path), node, 1000.0 * (9 - number), number)
     assert "5 hardware faults" in repeated_faults(open_store(str(tmp_path)))[0]

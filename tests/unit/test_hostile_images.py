@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from pipelines.evaluate import evaluate, predict_files
-from trainer.data.augment import eval_transform
-from trainer.data.decode import DecodeError, decode_crop, decode_rgb, to_array
-from trainer.data.shard import end_mark, write_sample
+from pipelines.registry.evaluate import evaluate, predict_files
+from trainer.data.decode.decoder import DecodeError, decode_crop, decode_rgb, to_array
+from trainer.data.shards.tar import end_mark, write_sample
+from trainer.data.transforms.crop import eval_transform
 from trainer.errors import UserError
-from trainer.export import ModelFacts, save_model
+from trainer.export.exported_model import ModelFacts, save_model
 
 
 def _encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -69,7 +69,7 @@ def test_decoding_keeps_one_copy_of_the_pixels() -> None:
         """
         import io, resource, sys
         from PIL import Image
-        from trainer.data.decode import decode_rgb
+        from trainer.data.decode.decoder import decode_rgb
         file = io.BytesIO(); Image.new("RGB", (10_000, 8_000)).save(file, "PNG")
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 420 * 2**20, resource.RLIM_INFINITY))

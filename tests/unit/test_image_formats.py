@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from images import NOT_SUPPORTED, encode, jpeg, pixels, png
 from PIL import Image
 
-from trainer.data.image_formats import EXTENSIONS, MAX_PIXELS, ImageFault, identify, open_supported
+from trainer.data.decode.image_formats import EXTENSIONS, MAX_PIXELS, ImageFault, identify, open_supported
 
 
 def identified(content: bytes) -> str:

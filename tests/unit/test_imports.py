@@ -11,30 +11,34 @@ ROOT = Path(__file__).parents[2]
 
 # Each module may import those above it.
 LAYERS = [
-    ["trainer.redaction", "trainer.disk_faults"],
-    ["trainer.errors", "trainer.console", "trainer.watchdog", "trainer.lock_owner", "trainer.credentials"],
-    ["trainer.streams", "trainer.proxies", "trainer.file_limit", "trainer.stop_signals", "trainer.launch_environment"],
-    ["trainer.supervise"],
-    ["trainer.recipe", "trainer.fields", "trainer.disk"],
-    ["trainer.config"],
-    ["trainer.hardware_faults"],
+    ["trainer.secrets.redaction", "trainer.faults.disk_errors"],
+    ["trainer.errors", "trainer.process.console", "trainer.training.watchdog"],
+    ["trainer.locks.lock_owner", "trainer.secrets.credentials"],
+    ["trainer.process"],
+    ["trainer.config.load", "trainer.config.field_types", "trainer.faults.disk_space"],
+    ["trainer.config.schema"],
+    ["trainer.faults.hardware_errors"],
     ["trainer.data"],
-    ["trainer.lock_file"],
-    ["trainer.run_lock"],
+    ["trainer.locks.lock_file"],
+    ["trainer.locks.run_lock"],
     ["trainer.models"],
-    ["trainer.engine.batch", "trainer.engine.schedule", "trainer.engine.optimizer", "trainer.engine.objective"],
-    ["trainer.engine.deepspeed_config", "trainer.engine.parallel"],
-    ["trainer.engine.stage", "trainer.engine.state", "trainer.engine.gradients", "trainer.engine.cuda_graphs"],
-    ["trainer.engine.grad_norm", "trainer.engine.loss_scale"],
-    ["trainer.engine.base"],
+    ["trainer.training.batch_plan", "trainer.training.lr_schedule"],
+    ["trainer.training.optimizers", "trainer.training.loss"],
+    ["trainer.distributed.env", "trainer.distributed.collectives", "trainer.distributed.process_group"],
+    ["trainer.training.preemption", "trainer.engine.dropout_rng", "trainer.engine.partition"],
+    ["trainer.engine.input_transfer", "trainer.engine.deepspeed"],
+    ["trainer.engine.cuda_graphs", "trainer.engine.model_chunk"],
+    ["trainer.engine.engine"],
     ["trainer.engine.data_parallel", "trainer.engine.pipeline_parallel"],
-    ["trainer.tracking", "trainer.checkpoint"],
-    ["trainer.engine.loop"],
-    ["trainer.resolve", "trainer.export", "trainer.serving", "trainer.packaged_code", "trainer.fault_log"],
-    ["trainer.pod", "trainer.run_status"],
-    ["trainer.class_matching", "trainer.weights_file"],
-    ["trainer.preflight", "trainer.registration", "trainer.launch", "trainer.weights"],
-    ["trainer.records"],
+    ["trainer.tracking"],
+    ["trainer.training.checkpoint", "trainer.training.metrics", "trainer.training.evaluator"],
+    ["trainer.training.trainer"],
+    ["trainer.config.run_plan", "trainer.export.exported_model", "trainer.export.pyfunc_model"],
+    ["trainer.export.packaged_code", "trainer.faults.node_fault_log"],
+    ["trainer.distributed.pod_startup", "trainer.tracking.run_status"],
+    ["trainer.weights.class_matching", "trainer.weights.state_dict_file"],
+    ["trainer.config.preflight", "trainer.export.model_registry", "trainer.launch", "trainer.weights.pretrained"],
+    ["trainer.tracking.run_record"],
     ["trainer.__main__"],
     ["pipelines"],
 ]
@@ -65,24 +69,27 @@ def _imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(("module", "path"), _modules(), ids=lambda value: value if isinstance(value, str) else "")
 def test_imports_go_one_way(module: str, path: Path) -> None:
-    if module == "trainer":
-        assert not _imported(path)
+    if path.name == "__init__.py":
+        outside = {name for name in _imported(path) if not name.startswith(module)}
+        assert not outside, "a package imports only its own modules"
         return
     known = {name for name, _ in _modules()}
-    for imported in _imported(path) & known - {"trainer", "trainer.engine"}:
+    packages = {name for name, path in _modules() if path.name == "__init__.py"}
+    for imported in _imported(path) & known - packages:
         assert _level(imported) <= _level(module), f"{module} imports {imported}, which comes after it"
 
 
 @pytest.mark.parametrize("heavy", ["torch", "mlflow", "deepspeed", "pandas"])
 def test_the_command_line_starts_without_heavy_packages(heavy: str) -> None:
-    code = f"import sys, pipelines.cli, trainer.resolve; sys.exit({heavy!r} in sys.modules)"
+    code = f"import sys, pipelines.cli.main, trainer.config.run_plan; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_rank_that_tracks_nothing_does_not_load_mlflow() -> None:
     """DeepSpeed would, where it is installed. It can be loaded afterwards."""
     code = (
-        "import sys; from trainer.engine import parallel; parallel.join(parallel.ranks_from_environment()); parallel.leave();"
+        "import sys; from trainer.distributed import env, process_group as group;"
+        "group.join(env.ranks_from_environment()); group.leave();"
         "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules and 'pandas' not in sys.modules; import mlflow"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

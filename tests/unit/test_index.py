@@ -8,7 +8,7 @@ import pytest
 from helpers import Run
 
 from trainer.data.index import Index, Shard, open_index, parse_index, write_index
-from trainer.data.storage import open_store
+from trainer.data.storage.store import open_store
 from trainer.errors import UserError
 
 

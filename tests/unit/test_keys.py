@@ -6,8 +6,8 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.sources.keys import has_equal_keys, sample_keys
-from trainer.data.shard import header, split_name
+from pipelines.datasets.sources.keys import has_equal_keys, sample_keys
+from trainer.data.shards.tar import header, split_name
 
 names = st.lists(st.tuples(st.sampled_from(["cat", "Cat", "猫", "狗", "-c", "a.b", "x" * 60]), st.text(min_size=1, max_size=8)))
 

@@ -14,17 +14,12 @@ from botocore.utils import should_bypass_proxies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.distributed.pod_startup import pod_from_environment
 from trainer.errors import Terminated, UserError
-from trainer.launch_environment import (
-    check_rank_environment,
-    check_single_node,
-    local_rank_environment,
-    loopback_interface,
-)
-from trainer.pod import pod_from_environment
-from trainer.proxies import bypass_proxies_for_local_services
-from trainer.stop_signals import StopSignals
-from trainer.supervise import exit_code
+from trainer.process.launch_environment import check_rank_environment, check_single_node, local_rank_environment, loopback_interface
+from trainer.process.proxies import bypass_proxies_for_local_services
+from trainer.process.stop_signals import StopSignals
+from trainer.process.supervisor import exit_code
 
 _NAMES = [
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
@@ -184,7 +179,7 @@ def test_nothing_changes_without_a_proxy() -> None:
 
 
 def _signalled(code: str) -> subprocess.CompletedProcess:
-    program = "import os, signal, sys, time\nfrom trainer.stop_signals import StopSignals\nfrom trainer.errors import Terminated\n"
+    program = "import os, signal, sys, time\nfrom trainer.process.stop_signals import StopSignals\nfrom trainer.errors import Terminated\n"
     return subprocess.run([sys.executable, "-c", program + code], capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -209,7 +204,7 @@ except Terminated as error:
 def test_a_process_that_is_blocked_in_native_code_ends_all_the_same() -> None:
     """A mutex that is locked twice does not return on a signal, nor does a connection attempt inside a library."""
     done = _signalled("""
-import ctypes, threading, trainer.stop_signals as module
+import ctypes, threading, trainer.process.stop_signals as module
 module._STUCK_SECONDS = 0.5
 StopSignals().install()
 mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock

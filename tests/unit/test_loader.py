@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.config import RunConfig
+from trainer.config.schema import RunConfig
+from trainer.data.batch import Batch
 from trainer.data.index import Index, open_index
 from trainer.data.loader import eval_loader, room_wanted, step_windows, train_loader
-from trainer.data.order import EpochOrder, epoch_order
-from trainer.data.stages import Batch
-from trainer.data.storage import Store
+from trainer.data.sampler import EpochOrder, epoch_order
+from trainer.data.storage.store import Store
 from trainer.errors import UserError
 
 MB = 2**20

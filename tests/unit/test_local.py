@@ -12,7 +12,7 @@ from botocore.client import Config
 from botocore.exceptions import ClientError
 from helpers import Run
 
-from pipelines import local
+from pipelines.local import servers
 
 
 def test_up_twice_status_and_down(convoy: Run, convoy_ok: Run, convoy_refuses: Run, tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_up_twice_status_and_down(convoy: Run, convoy_ok: Run, convoy_refuses: R
         for process in family:
             for connection in process.net_connections("tcp"):
                 assert connection.status != psutil.CONN_LISTEN or connection.laddr.ip in ("127.0.0.1", "::1"), "loopback only"
-        services = local.load(folder)
+        services = servers.load(folder)
         assert services is not None
         secret = services.secret_key
         assert not any(secret in part for process in family for part in process.cmdline()), "no secret on a command line"
@@ -41,7 +41,7 @@ def test_up_twice_status_and_down(convoy: Run, convoy_ok: Run, convoy_refuses: R
     assert convoy_ok("local", "down", "--dir", folder).strip() == "nothing was running"
     assert "not all services run" in convoy_refuses("local", "status", "--dir", folder)
     assert "no services run there" in convoy_refuses("local", "env", "--dir", folder)
-    assert local._credentials(folder)[1] == secret, "credentials stay with the data"
+    assert servers._credentials(folder)[1] == secret, "credentials stay with the data"
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -50,12 +50,12 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("how", ["unsigned", "wrong secret"])
-def test_the_object_store_lets_no_stranger_in(services: local.Services, how: str) -> None:
+def test_the_object_store_lets_no_stranger_in(services: servers.Services, how: str) -> None:
     config = Config(signature_version=UNSIGNED) if how == "unsigned" else Config()
     client = boto3.client(
         "s3", endpoint_url=services.s3_url, region_name="us-east-1", config=config,
         aws_access_key_id=services.access_key, aws_secret_access_key="wrong",
     )  # fmt: skip
     with pytest.raises(ClientError) as error:
-        client.list_objects_v2(Bucket=local.BUCKET)
+        client.list_objects_v2(Bucket=servers.BUCKET)
     assert error.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403

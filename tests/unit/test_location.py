@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipelines import local
-from trainer.data.location import Location, is_remote, parse_storage_url
-from trainer.data.storage import open_store
+from pipelines.local import servers
+from trainer.data.storage.location import Location, is_remote, parse_storage_url
+from trainer.data.storage.store import open_store
 from trainer.errors import UserError
 
 LITERAL = ["run#1", "run#2", "run", "run?v=1", "a%20b", "a b", "a%2Fb", "100%", "é", "e\u0301", "日本", "a+b", "a&b=c"]
@@ -184,25 +184,25 @@ def test_different_texts_denote_different_locations(first: str, second: str) -> 
 
 @pytest.mark.parametrize("name", ["run#1", "run?v=1", "a%20b", "a b", "é+&=;'日本"])
 def test_a_real_store_holds_the_key_that_the_url_spells(
-    services: local.Services, monkeypatch: pytest.MonkeyPatch, name: str
+    services: servers.Services, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for variable, value in services.environment().items():
         monkeypatch.setenv(variable, value)
-    store = open_store(f"s3://{local.BUCKET}/literal/{name}")
+    store = open_store(f"s3://{servers.BUCKET}/literal/{name}")
     store.write("x y#%41.tar", b"abc")
     client = boto3.client(
         "s3", endpoint_url=services.s3_url, region_name="us-east-1",
         aws_access_key_id=services.access_key, aws_secret_access_key=services.secret_key,
     )  # fmt: skip
     key = f"literal/{name}/x y#%41.tar"
-    assert client.get_object(Bucket=local.BUCKET, Key=key)["Body"].read() == b"abc"
-    client.put_object(Bucket=local.BUCKET, Key=f"literal/{name}2/x", Body=b"of another run")
-    client.put_object(Bucket=local.BUCKET, Key=f"literal/{quote(name)}-other/x", Body=b"of another run")
+    assert client.get_object(Bucket=servers.BUCKET, Key=key)["Body"].read() == b"abc"
+    client.put_object(Bucket=servers.BUCKET, Key=f"literal/{name}2/x", Body=b"of another run")
+    client.put_object(Bucket=servers.BUCKET, Key=f"literal/{quote(name)}-other/x", Body=b"of another run")
     assert store.sizes() == {"x y#%41.tar": 3}
     assert bytes(store.read_ranges("x y#%41.tar", [1], [3])[0]) == b"bc"
     store.delete(["x y#%41.tar"])
     assert store.sizes() == {}
-    assert client.get_object(Bucket=local.BUCKET, Key=f"literal/{name}2/x")["Body"].read() == b"of another run"
+    assert client.get_object(Bucket=servers.BUCKET, Key=f"literal/{name}2/x")["Body"].read() == b"of another run"
 
 
 @pytest.mark.parametrize("name", ["run#1", "a%20b", "a?b", "日本"])

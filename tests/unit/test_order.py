@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.index import open_index
-from trainer.data.order import epoch_order, eval_portion, rank_slots
+from trainer.data.sampler import epoch_order, eval_portion, rank_slots
 
 SHARDS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 

@@ -22,7 +22,7 @@ from helpers import Run
 from PIL import Image
 
 from trainer.data.index import Index, open_index
-from trainer.data.shard import header
+from trainer.data.shards.tar import header
 
 
 def _with_webdataset(split: Path | str) -> list[dict]:

@@ -17,11 +17,12 @@ from helpers import Run
 from images import NOT_SUPPORTED, encode, jpeg, pixels, png
 from PIL import Image
 
-from pipelines import pack as packing
-from pipelines import verify as verifying
-from pipelines.pack import PackOptions, pack
-from pipelines.sources import Item, read_item
-from pipelines.verify import verify
+from pipelines.datasets import pack as packing
+from pipelines.datasets import verify as verifying
+from pipelines.datasets.pack import PackOptions, pack
+from pipelines.datasets.sources.item import Item
+from pipelines.datasets.sources.list_source import read_item
+from pipelines.datasets.verify import verify
 from trainer.data.index import INDEX_NAME, open_index
 from trainer.errors import ServiceLost, UserError
 
@@ -288,7 +289,7 @@ def test_a_corrupt_record_costs_its_shard_only(source: Path, tmp_path: Path, cap
 
 
 def test_verify_bounds_its_lines_and_lists_all_faults_as_json(convoy: Run, convoy_refuses: Run, tmp_path: Path) -> None:
-    from pipelines.adopt import IndexOptions, index_shards
+    from pipelines.datasets.index_shards import IndexOptions, index_shards
 
     folder = tmp_path / "theirs"
     folder.mkdir()

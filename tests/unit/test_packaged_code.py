@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainer.packaged_code import packaged_code
+from trainer.export.packaged_code import packaged_code
 
 
 def test_packaged_code_predicts_in_a_program_that_has_its_own_trainer(tmp_path: Path) -> None:

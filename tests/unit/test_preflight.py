@@ -10,17 +10,17 @@ import pytest
 import torch
 from helpers import Run
 
-from trainer.checkpoint import Checkpoint, Checkpoints
-from trainer.config import load_config
+from trainer.config.preflight import check_model, check_run
+from trainer.config.run_plan import Resolved, check_config, resolve
+from trainer.config.schema import load_config
 from trainer.data.index import Index, open_index
-from trainer.data.storage import open_store
-from trainer.disk import AppendLog, write_file
-from trainer.engine.batch import plan_batches
-from trainer.engine.state import TrainingState
+from trainer.data.storage.store import open_store
+from trainer.engine.deepspeed.optimizer_state import TrainingState
 from trainer.errors import EXIT_USER, UserError, report
+from trainer.faults.disk_space import AppendLog, write_file
 from trainer.models.registry import build_model
-from trainer.preflight import check_model, check_run
-from trainer.resolve import Resolved, check_config, resolve
+from trainer.training.batch_plan import plan_batches
+from trainer.training.checkpoint import Checkpoint, Checkpoints
 
 ENDLESS = "train.epochs=2147483647"
 
@@ -123,7 +123,7 @@ def test_checkpoints_that_do_not_fit_are_refused_with_both_sizes(digits: Path, t
 
 def test_space_is_needed_for_what_the_run_will_write(digits: Path, tmp_path: Path) -> None:
     """Against the bytes of real checkpoints, for each optimizer's state."""
-    from trainer.preflight import _checkpoint_bytes, _most_checkpoints
+    from trainer.config.preflight import _checkpoint_bytes, _most_checkpoints
 
     for setting, tensors in (
         (["optimizer.name=sgd"], 2),
@@ -142,7 +142,7 @@ def test_space_is_needed_for_what_the_run_will_write(digits: Path, tmp_path: Pat
 
 
 def test_checkpoints_that_exist_need_no_more_space(digits: Path, tmp_path: Path) -> None:
-    from trainer.preflight import _needs
+    from trainer.config.preflight import _needs
 
     run = _resolved(digits, tmp_path, "train.epochs=2")
     size = check_model(run)

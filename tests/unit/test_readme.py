@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from pipelines.cli import app
-from pipelines.models import markdown
-from trainer.config import known_keys
+from pipelines.cli.main import app
+from pipelines.cli.model_table import markdown
+from trainer.config.schema import known_keys
 from trainer.models import variants
-from trainer.models.catalogue import describe
+from trainer.models.model_info import describe
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,10 +9,10 @@ import torchvision
 from helpers import Run
 from jsonschema import Draft202012Validator
 
-from pipelines.recipe_info import plan_recipe, recipe_keys, recipe_schema, shipped_recipes
-from trainer.config import known_keys, load_config
+from pipelines.cli.recipe_info import plan_recipe, recipe_keys, recipe_schema, shipped_recipes
+from trainer.config.load import RECIPES, read_recipe
+from trainer.config.schema import known_keys, load_config
 from trainer.errors import UserError
-from trainer.recipe import RECIPES, read_recipe
 
 IMAGENET = 1_281_167
 

@@ -18,17 +18,18 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 from torchvision.transforms import v2
 
-from trainer.config import RunConfig, load_config
-from trainer.data.augment import Mix, draw_mix
+from trainer.config.run_plan import resolve
+from trainer.config.schema import RunConfig, load_config
+from trainer.data.batch import Batch
 from trainer.data.index import open_index
 from trainer.data.loader import train_loader
-from trainer.data.order import mix_generator
-from trainer.data.stages import Batch
-from trainer.engine.base import Engine, Step, mixed
-from trainer.engine.batch import BatchPlan
-from trainer.engine.objective import weighted_loss
+from trainer.data.sampler import mix_generator
+from trainer.data.transforms.mixup import Mix, draw_mix
+from trainer.engine.engine import Engine, Step
+from trainer.engine.input_transfer import mixed
 from trainer.errors import UserError
-from trainer.resolve import resolve
+from trainer.training.batch_plan import BatchPlan
+from trainer.training.loss import weighted_loss
 
 CLASSES = 7
 

@@ -18,15 +18,16 @@ import pytest
 import torch
 from helpers import until
 
-from pipelines import cli, demo
-from pipelines.pack import PackOptions, pack
-from trainer.checkpoint import Checkpoint, Checkpoints
-from trainer.data.storage import Store, Version, open_store
-from trainer.engine.state import TrainingState
+from pipelines.cli import main as cli
+from pipelines.datasets.pack import PackOptions, pack
+from pipelines.local import demo
+from trainer.data.storage.store import Store, Version, open_store
+from trainer.engine.deepspeed.optimizer_state import TrainingState
 from trainer.errors import UserError
-from trainer.lock_owner import is_of_another_job, pod_identity
-from trainer.run_lock import LOCK_NAME, LockHeld, LockLost, RunLock, RunLocks, owner_of
+from trainer.locks.lock_owner import is_of_another_job, pod_identity
+from trainer.locks.run_lock import LOCK_NAME, LockHeld, LockLost, RunLock, RunLocks, owner_of
 from trainer.tracking import MlflowTracker
+from trainer.training.checkpoint import Checkpoint, Checkpoints
 
 LEASE = 0.6
 LONG = 60.0
@@ -161,7 +162,7 @@ def test_exactly_one_process_takes_over_the_lock_of_a_dead_one(tmp_path: Path) -
 
 KILLED = """
 import os, signal, sys
-from trainer.run_lock import RunLock
+from trainer.locks.run_lock import RunLock
 RunLock(sys.argv[1], "convoy train", "killed", "").acquire()
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -229,7 +230,7 @@ def test_outside_of_a_job_there_is_no_pod() -> None:
 
 
 def test_a_start_is_counted_for_the_job_that_owns_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.pod import STARTS, count_start
+    from trainer.distributed.pod_startup import STARTS, count_start
 
     monkeypatch.setenv("PET_RDZV_ENDPOINT", "b-worker-0:1")
     monkeypatch.setenv("PET_RDZV_ID", "b")
@@ -356,7 +357,7 @@ def _unreachable(lock: RunLock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 WRITER = """
 import sys, time
-from trainer.run_lock import RunLock
+from trainer.locks.run_lock import RunLock
 lock = RunLock(sys.argv[1], "convoy train", "stopped", "", lease_seconds=float(sys.argv[2]))
 lock.acquire()
 while True:

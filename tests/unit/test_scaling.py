@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from pipelines.study import linear_scaling, warmup
-from pipelines.study.base import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, spread
-from trainer.config import RunConfig, load_config
-from trainer.engine.schedule import learning_rate_schedule
-from trainer.recipe import RECIPES
+from pipelines.studies.experiments import linear_scaling, warmup
+from pipelines.studies.framework.study import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, spread
+from trainer.config.load import RECIPES
+from trainer.config.schema import RunConfig, load_config
+from trainer.training.lr_schedule import learning_rate_schedule
 
 IMAGES, EPOCHS = 60_000, 4
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from images import DDS, jpeg, png
 from PIL import Image
 
-from pipelines.sources import Layout, ListOptions, Source, Split, list_source, read_item
-from pipelines.sources.check import check_items
-from pipelines.sources.layout import split_kind
+from pipelines.datasets.sources.check import check_items
+from pipelines.datasets.sources.item import Source, Split
+from pipelines.datasets.sources.layout import Layout, split_kind
+from pipelines.datasets.sources.list_source import ListOptions, list_source, read_item
 from trainer.errors import UserError
 
 PNG = png()
@@ -210,8 +211,8 @@ def test_the_order_of_a_listing_does_not_matter(tmp_path: Path, monkeypatch: pyt
         with scandir(folder) as entries:
             yield list(entries)[::-1]
 
-    monkeypatch.setattr("pipelines.sources.walk.os.scandir", reversed_scandir)
-    monkeypatch.setattr("pipelines.sources.check_root", lambda source: Path(source))
+    monkeypatch.setattr("pipelines.datasets.sources.walk.os.scandir", reversed_scandir)
+    monkeypatch.setattr("pipelines.datasets.sources.check_root", lambda source: Path(source))
     assert listed(root).splits[0].items == expected
 
 

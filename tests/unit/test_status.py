@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.status import Status, judge
-from trainer.console import TrainingProgress
+from pipelines.cluster.status import Status, judge
+from trainer.process.console import TrainingProgress
 
 Object = dict[str, Any]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from answers import FULL, PAGE, MemoryS3, constant, s3_error, serving
 
-from pipelines.pack import PackOptions, pack
+from pipelines.datasets.pack import PackOptions, pack
 from trainer.data.index import open_index
-from trainer.data.storage import open_store, parse_record
-from trainer.data.transfer import Patience
+from trainer.data.storage.retry import Patience
+from trainer.data.storage.store import open_store, parse_record
 from trainer.errors import ServiceLost, UserError
 
 BRIEF = Patience(tries=2, seconds=1, first_wait=0.01, longest_wait=0.05, refusals=1, connect_seconds=1, silent_seconds=1)
@@ -23,7 +23,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    monkeypatch.setattr("trainer.data.connect._QUIET_RETRIES", {"max_retries": 0})
+    monkeypatch.setattr("trainer.data.storage.client._QUIET_RETRIES", {"max_retries": 0})
 
 
 ANSWERS = {
@@ -150,7 +150,7 @@ def test_records_of_a_data_set_that_are_not_json_are_refused(tmp_path: Path, jpe
 
 def test_a_panic_of_the_client_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings are checked, so that none is known; this one goes past the check."""
-    monkeypatch.setattr("trainer.data.aws.parse_endpoint", lambda text, source: text)
+    monkeypatch.setattr("trainer.data.storage.aws_credentials.parse_endpoint", lambda text, source: text)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9")
     with pytest.raises(UserError, match=r"s3://b/run.*the storage client failed"):
         open_store("s3://b/run", patience=BRIEF).sizes()

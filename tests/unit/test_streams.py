@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-_PROGRAM = "import sys\nfrom trainer.streams import secure_standard_streams\nsecure_standard_streams()\n"
+_PROGRAM = "import sys\nfrom trainer.process.standard_streams import secure_standard_streams\nsecure_standard_streams()\n"
 
 
 def test_output_that_nobody_reads_is_discarded() -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from trainer.data import shard
+from trainer.data.shards import tar as shard
 
-pytestmark = pytest.mark.skipif(shard.native is None, reason="the native code was not built")
+pytestmark = pytest.mark.skipif(shard._native is None, reason="the native code was not built")
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 NAMES = st.text(st.sampled_from("abc/.-_ é"), min_size=1, max_size=12).filter(lambda name: not name.strip("/.").isspace())
@@ -51,7 +51,7 @@ def by_tarfile(content: bytes) -> list[tuple[str, int, int]] | None:
 @given(FILES, st.sampled_from(FORMATS), KINDS)
 def test_it_finds_what_tarfile_finds_or_leaves_it_to_it(files: list[tuple[str, bytes]], form: int, kind: bytes) -> None:
     content = stretch(files, form, kind)
-    found = shard.native.members(content)
+    found = shard._native.members(content)
     plain = all(name.isascii() and len(name) <= 100 for name, _ in files) and kind in (tarfile.REGTYPE, tarfile.AREGTYPE)
     if plain and not any(name.endswith("/") for name, _ in files):
         assert found is not None
@@ -70,12 +70,12 @@ def test_of_changed_bytes_it_finds_no_other_files_than_tarfile(
         content[148:156] = b" " * 8
         content[148:156] = b"%06o\0 " % sum(content[:512])
     cut = bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
-    found = shard.native.members(cut)
+    found = shard._native.members(cut)
     assert found is None or found == by_tarfile(cut)
 
 
 def test_a_header_with_a_wrong_sum_is_left_to_tarfile() -> None:
     content = bytearray(stretch([("a.jpg", b"abc")], tarfile.USTAR_FORMAT))
-    assert shard.native.members(content) == [("a.jpg", 512, 515)]
+    assert shard._native.members(content) == [("a.jpg", 512, 515)]
     content[3] = ord("x")
-    assert shard.native.members(content) is None
+    assert shard._native.members(content) is None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.tar_reader import TarError, list_members, members_in, read_members
+from trainer.data.shards.tar_reader import TarError, list_members, members_in, read_members
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 NAMES = {"plain": "a/{}", "long": "é/" + "x" * 120 + "{}"}

@@ -18,9 +18,9 @@ from helpers import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines import local
-from trainer.data.storage import Store, open_store
-from trainer.data.transfer import Patience
+from pipelines.local import servers
+from trainer.data.storage.retry import Patience
+from trainer.data.storage.store import Store, open_store
 from trainer.errors import ServiceLost, UserError
 
 SIZE = 8 * 2**20 + 12_345
@@ -68,7 +68,7 @@ def _put(server: S3Server, name: str, content: bytes) -> None:
         "s3", endpoint_url=f"http://127.0.0.1:{server.port}", region_name="us-east-1",
         aws_access_key_id=access_key, aws_secret_access_key=secret_key,
     )  # fmt: skip
-    client.put_object(Bucket=local.BUCKET, Key=f"x/{name}", Body=content)
+    client.put_object(Bucket=servers.BUCKET, Key=f"x/{name}", Body=content)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def opened(server: S3Server, content: bytes, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", access_key)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret_key)
-        return open_store(f"s3://{local.BUCKET}/x", patience=patience)
+        return open_store(f"s3://{servers.BUCKET}/x", patience=patience)
 
     return opened
 
@@ -167,7 +167,7 @@ def test_a_fault_is_outlasted(
     assert store.counts.bytes == 2 * 7_999_990
     unread = fault.after if fault.kind == "reset" else 0  # a reset throws away what the kernel holds
     assert proxy.bytes <= 2 * 8_000_000 + 3 * (256 * 1024 + MISSES + unread)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "trainer.data.transfer"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "trainer.data.storage.retry"]
     assert line.startswith("s3://convoy/x/object: byte "), "one line, though there were three retries"
     assert "; try 2 of 13 in " in line
 
@@ -342,7 +342,7 @@ def test_rotated_credentials_are_picked_up(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
     _write_credentials(path, *server.credentials)
     patience = Patience(tries=100, seconds=30, first_wait=0.05, longest_wait=0.2, refusals=300, silent_seconds=2)
-    store = open_store(f"s3://{local.BUCKET}/x", patience=patience)
+    store = open_store(f"s3://{servers.BUCKET}/x", patience=patience)
     check(store, content, [(0, 1000)])
     server.rotate()
     with ThreadPoolExecutor(1) as thread:
@@ -354,7 +354,7 @@ def test_rotated_credentials_are_picked_up(
     assert store.size("object") == SIZE
     _write_credentials(path, "old", "wrong")
     with pytest.raises(UserError, match="permission denied; check the credentials"):
-        open_store(f"s3://{local.BUCKET}/x", patience=patience).read_ranges("object", [0], [10])
+        open_store(f"s3://{servers.BUCKET}/x", patience=patience).read_ranges("object", [0], [10])
 
 
 def test_credentials_that_stay_refused(opened: Open, server: S3Server, proxy: HttpProxy, content: bytes) -> None:
@@ -399,7 +399,7 @@ def test_the_true_object_is_what_was_put(server: S3Server, content: bytes) -> No
     """Of the reference itself."""
     access_key, secret_key = server.credentials
     direct = obstore.store.S3Store(
-        local.BUCKET, endpoint=f"http://127.0.0.1:{server.port}", access_key_id=access_key, secret_access_key=secret_key,
+        servers.BUCKET, endpoint=f"http://127.0.0.1:{server.port}", access_key_id=access_key, secret_access_key=secret_key,
         region="us-east-1", client_options={"allow_http": True},
     )  # fmt: skip
     assert obstore.get(direct, "x/object").bytes() == content

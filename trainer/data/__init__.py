@@ -1,0 +1,1 @@
+"""Samples: index, order, fetching, decoding, augmentation, batches."""

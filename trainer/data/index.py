@@ -13,9 +13,9 @@ from typing import Annotated, Final, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer.data.connect import folder_of
-from trainer.data.location import is_remote
-from trainer.data.storage import Store, not_json, open_store, read_whole
+from trainer.data.storage.client import folder_of
+from trainer.data.storage.location import is_remote
+from trainer.data.storage.store import Store, not_json, open_store, read_whole
 from trainer.errors import UserError, shortened
 
 INDEX_NAME = "index.json"

@@ -10,11 +10,13 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from trainer.config import RunConfig
-from trainer.data.augment import UNIFORMS, Mix, crop_box, draw_mix, erase, eval_transform, padded_crop
-from trainer.data.decode import decode_crop, decode_rgb
+from trainer.config.schema import RunConfig
+from trainer.data.batch import Allocate, Batch, MicroBatch, Window
+from trainer.data.collate import Decoder, View, decoded, threads
+from trainer.data.decode.decoder import decode_crop, decode_rgb
+from trainer.data.fetch import fetched
 from trainer.data.index import Index
-from trainer.data.order import (
+from trainer.data.sampler import (
     EpochOrder,
     augment_uniforms,
     block_steps,
@@ -24,9 +26,11 @@ from trainer.data.order import (
     rank_slots,
     steps_per_epoch,
 )
-from trainer.data.randaugment import rand_augment, trivial_augment
-from trainer.data.stages import Allocate, Batch, Decoder, MicroBatch, View, Window, decoded, fetched, threads
-from trainer.data.storage import Source, is_remote
+from trainer.data.storage.store import Source, is_remote
+from trainer.data.transforms.auto_augment import rand_augment, trivial_augment
+from trainer.data.transforms.build import UNIFORMS, erase
+from trainer.data.transforms.crop import crop_box, eval_transform, padded_crop
+from trainer.data.transforms.mixup import Mix, draw_mix
 
 _LONG = 8 * 2**20  # bytes of a lane's stretch from which on a longer one is no faster to read
 _SLOW = 64 * 2**20  # bytes that are worth waiting for before the first step of an epoch

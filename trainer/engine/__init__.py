@@ -1,0 +1,1 @@
+"""Optimizer steps on one or many ranks: data parallelism, pipeline stages, CUDA graphs."""

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from trainer.engine.gradients import Gradients
-from trainer.models.layers import BatchNorm2d, Value, on_image
+from trainer.engine.deepspeed.grad_reducer import Gradients
+from trainer.models.batch_norm import BatchNorm2d
+from trainer.models.layers import Value, on_image
 
 _WARMUP_RUNS = 3  # cuDNN tries its algorithms, libraries allocate their workspaces
 _SEGMENTS = 6  # with several ranks: enough for communication to overlap with the backward pass

@@ -9,17 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.config import RunConfig
-from trainer.data.stages import Batch
-from trainer.engine.base import Engine, Step, parameters_of, to_device
-from trainer.engine.batch import BatchPlan
-from trainer.engine.deepspeed_config import deepspeed_config
-from trainer.engine.grad_norm import GradNorm
-from trainer.engine.gradients import Gradients, PartitionedGradients, arrange_partitioned_weights, whole_gradients
-from trainer.engine.objective import weighted_loss
-from trainer.engine.optimizer import build_optimizer
-from trainer.engine.stage import Draws, Stage
-from trainer.models.layers import synchronize_batch_norm
+from trainer.config.schema import RunConfig
+from trainer.data.batch import Batch
+from trainer.engine.deepspeed.config import deepspeed_config
+from trainer.engine.deepspeed.grad_norm import GradNorm
+from trainer.engine.deepspeed.grad_reducer import Gradients, PartitionedGradients, whole_gradients
+from trainer.engine.deepspeed.zero1_layout import arrange_partitioned_weights
+from trainer.engine.dropout_rng import Draws
+from trainer.engine.engine import Engine, Step, parameters_of
+from trainer.engine.input_transfer import to_device
+from trainer.engine.model_chunk import Stage
+from trainer.models.batch_norm import synchronize_batch_norm
+from trainer.training.batch_plan import BatchPlan
+from trainer.training.loss import weighted_loss
+from trainer.training.optimizers import build_optimizer
 
 
 class DataParallel(Engine):

@@ -6,90 +6,27 @@ the time (Huang et al. 2019, 2.3).
 """
 
 import contextlib
-import copy
 import io
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.config import RunConfig
-from trainer.data.stages import Batch
-from trainer.engine.base import Engine, Step, parameters_of, to_device
-from trainer.engine.batch import BatchPlan
-from trainer.engine.deepspeed_config import deepspeed_config
-from trainer.engine.grad_norm import GradNorm
-from trainer.engine.objective import weighted_loss
-from trainer.engine.optimizer import build_optimizer
-from trainer.engine.stage import Draws, Stage
-from trainer.errors import UserError
-from trainer.models.layers import synchronize_batch_norm
-
-
-def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
-    """Work of each layer's forward pass on one image: multiply-adds, and one for each number that it puts out."""
-    costs = dict.fromkeys((name for name, _ in model.named_children()), 0)
-
-    def count(name: str, layer: nn.Module, output: Tensor) -> None:
-        costs[name] += output[0].numel() * (1 + (layer.weight[0].numel() if isinstance(layer, nn.Conv2d | nn.Linear) else 0))
-
-    meta = copy.deepcopy(model).to("meta").eval()
-    for name, layer in meta.named_modules():
-        if not list(layer.children()):
-            owner = name.partition(".")[0]
-            layer.register_forward_hook(lambda layer, _, output, owner=owner: count(owner, layer, output))
-    meta(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return costs
-
-
-def split(costs: dict[str, int], stages: int, given: Sequence[str] | None = None) -> list[list[str]]:
-    """The layers' names, stage by stage: cut where the costliest stage costs least, or before the layers ``given``.
-
-    Raises UserError for more stages than layers, and for a given split that is none.
-    """
-    names = list(costs)
-    if stages > len(names):
-        raise UserError(f"parallel.pipeline_stages: {stages} is more than the {len(names)} layers of the model")
-    if given is not None:
-        unknown = [name for name in given if name not in names[1:]]
-        if unknown:
-            able = ", ".join(names[1:])
-            raise UserError(f"parallel.split: {unknown[0]!r} is no layer that a stage can begin with; those: {able}")
-        cuts = [0, *(names.index(name) for name in given), len(names)]
-        if cuts != sorted(set(cuts)) or len(cuts) != stages + 1:
-            raise UserError(f"parallel.split: must name {stages - 1} layers in their order, for {stages} stages")
-    else:
-        cuts = _balanced(list(costs.values()), stages)
-    return [names[start:stop] for start, stop in pairwise(cuts)]
-
-
-def check_stages(model: nn.Sequential, parts: list[list[str]], given: Sequence[str] | None) -> None:
-    """Raises UserError if a stage has no weights to train: ZeRO and bf16 optimizers cannot be made for such a stage."""
-    layers = dict(model.named_children())
-    for number, names in enumerate(parts):
-        if not any(True for name in names for _ in layers[name].parameters()):
-            key = "parallel.pipeline_stages" if given is None else "parallel.split"
-            value = len(parts) if given is None else list(given)
-            row = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            advice = "use fewer stages or set parallel.split" if given is None else "move the layers at which its stages begin"
-            raise UserError(f"{key}: {value} leaves stage {number} ({row}) without weights; {advice}")
-
-
-def _balanced(costs: Sequence[int], parts: int) -> list[int]:
-    """Where to cut a row of ``costs`` into ``parts``, none empty, so that the largest sum is least; with both ends."""
-    sums = [0, *accumulate(costs)]
-    best = {(1, stop): (sums[stop], [0, stop]) for stop in range(1, len(costs) + 1)}
-    for count in range(2, parts + 1):
-        for stop in range(count, len(costs) + 1):
-            best[count, stop] = min(
-                (max(best[count - 1, cut][0], sums[stop] - sums[cut]), [*best[count - 1, cut][1], stop])
-                for cut in range(count - 1, stop)
-            )
-    return best[parts, len(costs)][1]
+from trainer.config.schema import RunConfig
+from trainer.data.batch import Batch
+from trainer.engine.deepspeed.config import deepspeed_config
+from trainer.engine.deepspeed.grad_norm import GradNorm
+from trainer.engine.dropout_rng import Draws
+from trainer.engine.engine import Engine, Step, parameters_of
+from trainer.engine.input_transfer import to_device
+from trainer.engine.model_chunk import Stage
+from trainer.models.batch_norm import synchronize_batch_norm
+from trainer.training.batch_plan import BatchPlan
+from trainer.training.loss import weighted_loss
+from trainer.training.optimizers import build_optimizer
 
 
 class PipelineParallel(Engine):

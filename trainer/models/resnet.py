@@ -5,7 +5,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.models.layers import Activation, BatchNorm2d, ShortcutA, Stem, conv_norm, nonlinearity, stack
+from trainer.models.batch_norm import BatchNorm2d
+from trainer.models.layers import Activation, ShortcutA, Stem, conv_norm, nonlinearity, stack
 from trainer.models.registry import Variant, register
 
 StrideIn = Literal["1x1", "3x3"]

@@ -4,7 +4,8 @@ from typing import Literal
 
 from torch import nn
 
-from trainer.models.layers import Activation, BatchNorm2d, HeadKind, Stem, average_head, nonlinearity, scaled, stack
+from trainer.models.batch_norm import BatchNorm2d
+from trainer.models.layers import Activation, HeadKind, Stem, average_head, nonlinearity, scaled, stack
 from trainer.models.registry import Variant, register
 
 _FULL = 4096

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.tracking.delivery_record import DeliveryRecord
-from trainer.tracking.faults import Fault, RunMissing, RunUnavailable
-from trainer.tracking.spool import Entry, start_ms
+from trainer.tracking.errors import Fault, RunMissing, RunUnavailable
+from trainer.tracking.spool.delivery_record import DeliveryRecord
+from trainer.tracking.spool.spool import Entry, start_ms
 
 RUN_KEY_TAG = "convoy.run_key"
 _MAX_NAME = 250

@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from trainer.errors import UserError
-from trainer.redaction import redact_credentials
-from trainer.tracking.faults import DeliveryStopped, Fault, classify
+from trainer.secrets.redaction import redact_credentials
+from trainer.tracking.errors import DeliveryStopped, Fault, classify
 from trainer.tracking.mlflow_run import ensure_experiment
 
 _CHECK_SECONDS = 10.0

@@ -5,7 +5,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from trainer.tracking.spool import start_ms
+from trainer.tracking.spool.spool import start_ms
 from trainer.tracking.tracker import Tracker
 
 

@@ -11,22 +11,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.redaction import redact_credentials
-from trainer.run_lock import LockLost
-from trainer.tracking.artifact_uploader import ArtifactUploader
-from trainer.tracking.delivery_record import DeliveryRecord, RejectedEntries
-from trainer.tracking.faults import DeliveryStopped, Fault, classify
-from trainer.tracking.run_uploader import RunUploader
+from trainer.locks.run_lock import LockLost
+from trainer.secrets.redaction import redact_credentials
+from trainer.tracking.errors import DeliveryStopped, Fault, classify
 from trainer.tracking.server import connect, refusal
-from trainer.tracking.spool import (
-    SpoolWriter,
-    new_run_key,
-    now_ms,
-    record_path,
-    rejected_path,
-    set_aside,
-)
-from trainer.tracking.spool_reader import SpoolReader, is_spool_of
+from trainer.tracking.spool.artifact_uploader import ArtifactUploader
+from trainer.tracking.spool.delivery_record import DeliveryRecord, RejectedEntries
+from trainer.tracking.spool.run_uploader import RunUploader
+from trainer.tracking.spool.spool import SpoolWriter, new_run_key, now_ms, record_path, rejected_path, set_aside
+from trainer.tracking.spool.spool_reader import SpoolReader, is_spool_of
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
 _START_WAIT, _CLOSE_WAIT = 20.0, 30.0  # seconds that a run's start and end wait for the server

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.demo import _find_data
-from pipelines.sources import list_source, read_item
+from pipelines.datasets.sources.list_source import list_source, read_item
+from pipelines.local.demo import _find_data
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,8 +11,8 @@ from torchvision.models import get_model_weights
 
 from trainer.errors import UserError
 from trainer.models import build_model, variants
-from trainer.models.catalogue import describe, forward_costs
-from trainer.models.naming import schemes_of
+from trainer.models.model_info import describe, forward_costs
+from trainer.models.state_dict_adapter import schemes_of
 
 
 @pytest.mark.parametrize("name", [v.name for v in variants() if "torchvision" in schemes_of(v.name)])

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.engine.objective import weighted_loss
 from trainer.models import build_model
+from trainer.models.batch_norm import BatchNorm2d
 from trainer.models.googlenet import AuxiliaryHead, Inception
-from trainer.models.layers import BatchNorm2d, LocalResponseNorm, ShortcutA
+from trainer.models.layers import LocalResponseNorm, ShortcutA
 from trainer.models.resnet import Block, Bottleneck
+from trainer.training.loss import weighted_loss
 
 
 def test_local_response_norm_is_the_papers_sum() -> None:

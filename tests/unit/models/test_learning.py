@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.engine.objective import weighted_loss
 from trainer.models import build_model
+from trainer.training.loss import weighted_loss
 
 STEPS = 400
 

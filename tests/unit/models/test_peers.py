@@ -6,9 +6,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from trainer.engine.objective import weighted_loss
 from trainer.models import build_model, find_variant, variants
-from trainer.models.naming import export_state, own_state, schemes_of
+from trainer.models.state_dict_adapter import export_state, own_state, schemes_of
+from trainer.training.loss import weighted_loss
 
 IN_TORCHVISION = [v.name for v in variants() if "torchvision" in schemes_of(v.name)]
 IN_TIMM = [v.name for v in variants() if "timm" in schemes_of(v.name)]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.engine.objective import weighted_loss
 from trainer.errors import UserError
 from trainer.models import build_model, find_variant, variants
-from trainer.models.layers import BatchNorm2d
+from trainer.models.batch_norm import BatchNorm2d
+from trainer.training.loss import weighted_loss
 
 NAMES = [v.name for v in variants()]
 ONE_A_FAMILY = ["alexnet2012", "vgg11_bn", "googlenet2014", "resnet50", "resnet8", "plain18"]

@@ -15,14 +15,14 @@ from timm.data.imagenet_info import ImageNetInfo
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from pipelines.evaluate import evaluate, predict_files
-from pipelines.weights import import_weights
-from trainer.class_matching import imagenet_output_names, match_classes, output_names
+from pipelines.registry.evaluate import evaluate, predict_files
+from pipelines.registry.weights import import_weights
 from trainer.data.index import open_index
 from trainer.errors import UserError
-from trainer.export import ModelFacts, save_model
+from trainer.export.exported_model import ModelFacts, save_model
 from trainer.models import build_model
-from trainer.weights import load_weights, select_weights
+from trainer.weights.class_matching import imagenet_output_names, match_classes, output_names
+from trainer.weights.pretrained import load_weights, select_weights
 
 CLASSES = 7
 

@@ -11,14 +11,14 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipelines.weights import export_weights, import_weights
-from trainer.config import load_config
-from trainer.data.storage import open_store
+from pipelines.registry.weights import export_weights, import_weights
+from trainer.config.schema import load_config
+from trainer.data.storage.store import open_store
 from trainer.errors import UserError
-from trainer.export import ModelFacts, Predictor, save_model
+from trainer.export.exported_model import ModelFacts, Predictor, save_model
 from trainer.models import build_model
-from trainer.weights import load_weights
-from trainer.weights_file import read_weight_sets
+from trainer.weights.pretrained import load_weights
+from trainer.weights.state_dict_file import read_weight_sets
 
 
 @pytest.fixture

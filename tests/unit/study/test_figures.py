@@ -8,10 +8,20 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
-from pipelines.study import activation, batch_norm, depth, gradient_path, identity, inception, measure, pool_head, small_filters
-from pipelines.study import then_and_now as then
-from pipelines.study.base import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, Figures, spread
-from pipelines.study.plots import smooth, thinned
+from pipelines.studies.experiments import (
+    activation,
+    batch_norm,
+    depth,
+    gradient_path,
+    identity,
+    inception,
+    pool_head,
+    small_filters,
+)
+from pipelines.studies.experiments import then_and_now as then
+from pipelines.studies.framework import measure
+from pipelines.studies.framework.plots import smooth, thinned
+from pipelines.studies.framework.study import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, Figures, spread
 from trainer.models import build_model
 
 

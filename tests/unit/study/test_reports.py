@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.demo import find_fashion
-from pipelines.study import identity, measure
-from pipelines.study.base import Scale, Study, Training, overall
-from pipelines.study.catalogue import studies
-from pipelines.study.command import run_study
-from pipelines.study.runner import Run, Runs
-from trainer.export import ModelFacts, save_model
+from pipelines.local.demo import find_fashion
+from pipelines.studies.experiments import identity
+from pipelines.studies.framework import measure
+from pipelines.studies.framework.catalog import studies
+from pipelines.studies.framework.command import run_study
+from pipelines.studies.framework.runner import Run, Runs
+from pipelines.studies.framework.study import Scale, Study, Training, overall
+from trainer.export.exported_model import ModelFacts, save_model
 
 CLASSES = [str(number) for number in range(10)]
 

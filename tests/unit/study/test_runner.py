@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from helpers import Run as Command
 
-from pipelines.demo import _INSTALLED
-from pipelines.study.base import Training
-from pipelines.study.data import first_of_idx
-from pipelines.study.progress import StudyProgress
-from pipelines.study.runner import Run, check_room
+from pipelines.local.demo import _INSTALLED
+from pipelines.studies.experiments.data import first_of_idx
+from pipelines.studies.framework.progress import StudyProgress
+from pipelines.studies.framework.runner import Run, check_room
+from pipelines.studies.framework.study import Training
 from trainer.errors import UserError
 
 

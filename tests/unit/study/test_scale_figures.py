@@ -6,8 +6,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from pipelines.study import accumulation, data_parallel, measure, mixed_precision, model_parallel, size_and_skill
-from trainer.models.catalogue import describe
+from pipelines.studies.experiments import accumulation, data_parallel, mixed_precision, model_parallel, size_and_skill
+from pipelines.studies.framework import measure
+from trainer.models.model_info import describe
 
 
 @pytest.mark.parametrize("name", model_parallel.NETWORKS)

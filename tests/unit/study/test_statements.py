@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from pipelines.study.catalogue import studies
+from pipelines.studies.framework.catalog import studies
 
 PAGE = Path(__file__).parents[3] / "docs/statements.md"
 

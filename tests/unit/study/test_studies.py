@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipelines.study.base import (
+from pipelines.studies.framework.catalog import NAMES, load, studies
+from pipelines.studies.framework.study import (
     BORNE_OUT,
     NOT_BORNE_OUT,
     UNDECIDED,
@@ -15,8 +16,7 @@ from pipelines.study.base import (
     spread,
     verdict_by_seeds,
 )
-from pipelines.study.catalogue import NAMES, load, studies
-from trainer.config import load_config
+from trainer.config.schema import load_config
 from trainer.errors import UserError
 
 IDS = {

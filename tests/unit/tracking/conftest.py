@@ -10,8 +10,9 @@ from mlflow.tracking import MlflowClient
 from mlflow_proxy import MlflowProxy
 from spools import write_run
 
-from pipelines import local
-from trainer.tracking import spool_uploader, tracker
+from pipelines.local import servers
+from trainer.tracking import tracker
+from trainer.tracking.spool import spool_uploader
 
 _numbers = itertools.count()
 
@@ -23,7 +24,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def proxy(services: local.Services) -> Iterator[MlflowProxy]:
+def proxy(services: servers.Services) -> Iterator[MlflowProxy]:
     proxy = MlflowProxy(services.mlflow_url)
     yield proxy
     proxy.close()

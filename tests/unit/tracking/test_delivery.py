@@ -17,8 +17,8 @@ from mlflow_proxy import JSON, LOST, Answer, MlflowProxy, Request
 from spools import LOSSES, describe_run, write_run
 
 from trainer.errors import UserError
-from trainer.tracking.spool import SpoolWriter, now_ms
-from trainer.tracking.spool_uploader import RunReport, SpoolUploader, sync_spool
+from trainer.tracking.spool.spool import SpoolWriter, now_ms
+from trainer.tracking.spool.spool_uploader import RunReport, SpoolUploader, sync_spool
 
 Losses = Callable[..., list[tuple[int, float]]]
 Spool = Callable[..., Path]

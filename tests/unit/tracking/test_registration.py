@@ -11,13 +11,13 @@ from mlflow_proxy import LOST, Answer, MlflowProxy, Request
 from PIL import Image
 from spools import write_run
 
-from pipelines.register import ensure_run, sync
-from trainer import registration
-from trainer.config import load_config
+from pipelines.registry.register import ensure_run, sync
+from trainer.config.schema import load_config
 from trainer.data.index import open_index
 from trainer.errors import ServiceLost, UserError
-from trainer.export import ModelFacts, save_model
-from trainer.registration import Registered, register
+from trainer.export import model_registry
+from trainer.export.exported_model import ModelFacts, save_model
+from trainer.export.model_registry import Registered, register
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def output(tmp_path: Path, digits: Path) -> Path:
 def add(
     output: Path, proxy: MlflowProxy, client: MlflowClient, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], Registered]:
-    monkeypatch.setattr(registration, "_WAITS", (0.01, 0.01))
+    monkeypatch.setattr(model_registry, "_WAITS", (0.01, 0.01))
     run = client.create_run(client.create_experiment(experiment))
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from mlflow_proxy import JSON, LOST, Answer, MlflowProxy, Request
 from spools import LOSSES, describe_run, write_run
 
-from trainer.tracking.spool_uploader import sync_spool
+from trainer.tracking.spool.spool_uploader import sync_spool
 from trainer.tracking.tracker import MlflowTracker
 
 Losses = Callable[..., list[tuple[int, float]]]

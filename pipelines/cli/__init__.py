@@ -1,0 +1,1 @@
+"""The `convoy` command: arguments and printing, one file per group of commands."""

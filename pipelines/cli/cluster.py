@@ -1,0 +1,233 @@
+"""The commands of ``convoy`` that make jobs for a cluster and follow them there."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.cluster.client import Cluster
+    from pipelines.cluster.pytorchjob import JobOptions
+
+Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")]
+Nodes = Annotated[int, typer.Option(help="Pods.")]
+Gpus = Annotated[int, typer.Option(help="GPUs of a pod, one a rank; 0: ranks without GPUs.")]
+Procs = Annotated[int | None, typer.Option(help="Ranks of a pod without GPUs; 1 when not given.")]
+Name = Annotated[str | None, typer.Option(help="Of the job; the recipe's own when not given.")]
+Namespace = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="The kubeconfig's own when not given.", show_default=False)
+]
+Image = Annotated[str, typer.Option(help="With a fixed tag or a digest.", envvar="CONVOY_IMAGE")]
+Cpu = Annotated[str | None, typer.Option(help="Of a pod; 8 a GPU, or 1 a rank without.", show_default=False)]
+Memory = Annotated[str | None, typer.Option(help="Of a pod; 32Gi a GPU, or 4Gi a rank without.", show_default=False)]
+Shm = Annotated[str | None, typer.Option(help="Of /dev/shm, part of the memory; 2Gi a GPU, or 1Gi a rank.", show_default=False)]
+Scratch = Annotated[str, typer.Option(help="Most that /tmp holds.")]
+StoreSecret = Annotated[str, typer.Option(help="Secret of the AWS_* (or other store's) variables; empty: none.")]
+MlflowSecret = Annotated[str, typer.Option(help="Secret with MLFLOW_TRACKING_URI; empty: none.")]
+Account = Annotated[str, typer.Option(help="Service account of the pods; the namespace's default when empty.")]
+Priority = Annotated[str, typer.Option(help="Priority class of the pods.")]
+Spread = Annotated[str, typer.Option(help="Node label over whose values the pods are spread, such as kubernetes.io/hostname.")]
+Selector = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label of the nodes that the pods may run on; repeatable.")
+]
+Toleration = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY[=VALUE][:EFFECT]", help="Taint of those nodes; repeatable. GPU jobs tolerate nvidia.com/gpu anyway."),
+]
+Gang = Annotated[bool, typer.Option("--gang", help="All pods start, or none; needs k8s/components/gang.")]
+Suspend = Annotated[bool, typer.Option("--suspend", help="Make it suspended: convoy resume starts it.")]
+_IMAGE = "localhost/convoy:dev"
+_STORE_SECRET, _MLFLOW_SECRET = "convoy-object-store", "convoy-mlflow"  # names, no secrets
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make the commands of this file ``app``'s."""
+    for command in (render, submit, status, logs, cancel, suspend, resume, secrets):
+        app.command()(command)
+    app.command(name="list")(list_jobs)
+
+
+def render(
+    recipe: Recipe,
+    nodes: Nodes,
+    gpus_per_node: Gpus,
+    overrides: Overrides = None,
+    procs_per_node: Procs = None,
+    name: Name = None,
+    namespace: Namespace = None,
+    image: Image = _IMAGE,
+    cpu: Cpu = None,
+    memory: Memory = None,
+    shm: Shm = None,
+    scratch: Scratch = "20Gi",
+    object_store_secret: StoreSecret = _STORE_SECRET,
+    mlflow_secret: MlflowSecret = _MLFLOW_SECRET,
+    service_account: Account = "",
+    priority_class: Priority = "",
+    spread: Spread = "",
+    node_selector: Selector = None,
+    toleration: Toleration = None,
+    gang: Gang = False,
+    suspend: Suspend = False,
+) -> None:
+    """Print the PyTorchJob of a recipe, ready for kubectl apply -f -."""
+    from pipelines.cluster.pytorchjob import render as run
+    from pipelines.cluster.pytorchjob import to_yaml
+
+    options = _options(locals())
+    command = shlex.join(["convoy", *sys.argv[1:]])
+    print(to_yaml(run(recipe, overrides or [], options), command), end="")
+
+
+def submit(
+    recipe: Recipe,
+    nodes: Nodes,
+    gpus_per_node: Gpus,
+    overrides: Overrides = None,
+    procs_per_node: Procs = None,
+    name: Name = None,
+    namespace: Namespace = None,
+    image: Image = _IMAGE,
+    cpu: Cpu = None,
+    memory: Memory = None,
+    shm: Shm = None,
+    scratch: Scratch = "20Gi",
+    object_store_secret: StoreSecret = _STORE_SECRET,
+    mlflow_secret: MlflowSecret = _MLFLOW_SECRET,
+    service_account: Account = "",
+    priority_class: Priority = "",
+    spread: Spread = "",
+    node_selector: Selector = None,
+    toleration: Toleration = None,
+    gang: Gang = False,
+    suspend: Suspend = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end; the exit code is the job's.")] = False,
+    dry_run: Annotated[str, typer.Option(help="server: the API server checks it; client: only what render checks.")] = "none",
+) -> int:
+    """Start a training job in the cluster."""
+    from pipelines.cluster.pytorchjob import render as run
+
+    if dry_run not in ("none", "client", "server"):
+        raise UserError(f"--dry-run: {dry_run!r} is neither client nor server")
+    documents = run(recipe, overrides or [], _options(locals()))
+    job = documents[-1]["metadata"]["name"]
+    if dry_run == "client":
+        print(f"{job}: good, as far as can be told without the cluster")
+        return 0
+    from pipelines.cluster.client import Cluster
+
+    cluster = Cluster(namespace)
+    cluster.submit(documents, dry_run == "server")
+    place = f" --namespace {namespace}" if namespace else ""
+    if dry_run == "server":
+        print(f"{job}: the API server would take it into namespace {cluster.namespace}")
+        return 0
+    print(f"{job}: submitted to namespace {cluster.namespace}; convoy status {job}{place}")
+    return cluster.follow(job, _say).exit_code or 0 if wait else 0
+
+
+def _options(given: dict[str, object]) -> "JobOptions":
+    from dataclasses import fields
+
+    from pipelines.cluster.pytorchjob import JobOptions
+
+    known = {field.name for field in fields(JobOptions)}
+    return JobOptions(**{key: value for key, value in given.items() if key in known and value is not None})  # type: ignore[arg-type]
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def status(
+    name: Annotated[str | None, typer.Argument(help="A job; all of them when not given.", show_default=False)] = None,
+    namespace: Namespace = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Tell each change until the job is finished.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Tell in one line what a job does, or why it does not, and what to do."""
+    from pipelines.cluster.client import Cluster
+
+    cluster = Cluster(namespace)
+    if name is None:
+        return _list(cluster)
+    if follow:
+        return cluster.follow(name, _say).exit_code or 0
+    found = cluster.status(name)
+    print(json.dumps(vars(found), indent=1) if as_json else found.line())
+    return 0
+
+
+def logs(
+    name: str,
+    namespace: Namespace = None,
+    rank: Annotated[int, typer.Option(help="Whose pod; rank 0 tells the progress.", min=0)] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on, in the pod that takes its place too.")] = False,
+) -> None:
+    """Print the log of a job."""
+    from pipelines.cluster.client import Cluster
+
+    for line in Cluster(namespace).logs(name, rank, follow):
+        _say(line)
+
+
+def cancel(name: str, namespace: Namespace = None) -> None:
+    """Stop and remove a job. Its checkpoints stay: the same job submitted again goes on from them."""
+    from pipelines.cluster.client import Cluster
+
+    Cluster(namespace).cancel(name)
+    print(f"{name}: cancelled")
+
+
+def suspend(name: str, namespace: Namespace = None) -> None:
+    """Take a job's pods away for a while; they leave a checkpoint."""
+    from pipelines.cluster.client import Cluster
+
+    Cluster(namespace).suspend(name, True)
+    print(f"{name}: suspended; convoy resume {name}")
+
+
+def resume(name: str, namespace: Namespace = None) -> None:
+    """Go on with a suspended job, from its newest checkpoint."""
+    from pipelines.cluster.client import Cluster
+
+    Cluster(namespace).suspend(name, False)
+    print(f"{name}: resumed")
+
+
+def list_jobs(namespace: Namespace = None) -> None:
+    """List the training jobs of a namespace."""
+    from pipelines.cluster.client import Cluster
+
+    _list(Cluster(namespace))
+
+
+def _list(cluster: "Cluster") -> int:
+    found = cluster.statuses()
+    if not found:
+        print(f"no jobs in namespace {cluster.namespace}")
+        return 0
+    table = Table("job", "state", "since", "", box=None)
+    for status, since in found:
+        table.add_row(status.name, status.state, since, status.says)
+    Console().print(table)
+    return 0
+
+
+def secrets(
+    file: Annotated[Path, typer.Argument(help="What to write, such as k8s/overlays/local/secrets.env.")],
+    endpoint: Annotated[str, typer.Option(help="Of the object store.")] = "http://convoy-object-store:8333",
+) -> None:
+    """Make the credentials of the services in k8s/base/services: FILE and, beside it, those of the database."""
+    from pipelines.cluster.secrets import write_secrets
+
+    for path in write_secrets(file, endpoint):
+        print(f"wrote {path}; keep it out of version control")

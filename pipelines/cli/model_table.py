@@ -1,0 +1,61 @@
+"""The table of ``convoy models``."""
+
+from collections.abc import Iterable
+
+from rich.table import Table
+
+from trainer.models.model_info import Entry
+
+_COLUMNS = ("model", "year", "layers", "params M", "pixels", "MACs G", "act. MiB", "top-5", "tv top-1/5")
+
+
+def rows(entries: Iterable[Entry]) -> list[tuple[str, ...]]:
+    """A line of text cells for each network."""
+    return [
+        (
+            e.name,
+            str(e.year),
+            str(e.layers),
+            f"{e.parameters / 1e6:.2f}" + (f" +{e.auxiliary_parameters / 1e6:.2f}" if e.auxiliary_parameters else ""),
+            str(e.image_size),
+            f"{e.multiply_adds / 1e9:.3f}",
+            f"{e.activation_bytes / 2**20:.1f}",
+            f"{e.top5_error:.2f}" if e.top5_error else "",
+            f"{e.torchvision_top1:.2f}/{e.torchvision_top5:.2f}" if e.torchvision_top1 else "",
+        )
+        for e in entries
+    ]
+
+
+def table(entries: Iterable[Entry]) -> Table:
+    """For a terminal."""
+    entries = list(entries)
+    made = Table(*_COLUMNS, box=None, padding=(0, 1, 0, 0), caption=_caption(entries), caption_justify="left")
+    for cells in rows(entries):
+        made.add_row(*cells)
+    made.columns[0].no_wrap = True
+    for column in made.columns[1:]:
+        column.justify = "right"
+    return made
+
+
+def markdown(entries: Iterable[Entry]) -> str:
+    """For the documentation: the same table and its sources."""
+    entries = list(entries)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (_COLUMNS, ["---", *["--:"] * (len(_COLUMNS) - 1)], *rows(entries))]
+    return "\n".join(lines) + "\n\n" + _caption(entries).replace("\n", "\n\n") + "\n"
+
+
+def _caption(entries: list[Entry]) -> str:
+    sources: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.top5_source:
+            sources.setdefault(entry.top5_source, []).append(entry.name)
+    lines = [f"top-5 error of {', '.join(names)}: {source}" for source, names in sources.items()]
+    lines += [
+        "layers: with weights, on the longest path. params: after the +, those of the auxiliary heads.",
+        "MACs: multiply-adds of an image's evaluation. act.: what autograd keeps of an image in training, fp32.",
+        "top-5: error on ImageNet that the paper published, percent.",
+        "tv: accuracy on ImageNet of torchvision's first weights of that name (IMAGENET1K_V1), percent, published by torchvision.",
+    ]
+    return "\n".join(lines)

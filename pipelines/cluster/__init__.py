@@ -1,0 +1,1 @@
+"""Kubernetes jobs: rendering, submitting, status, secrets."""

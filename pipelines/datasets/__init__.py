@@ -1,0 +1,1 @@
+"""Datasets: sources, packing into shards, indexing existing shards, verification."""

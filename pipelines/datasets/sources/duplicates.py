@@ -1,0 +1,33 @@
+"""Images of val that are in train too: validation would measure what was trained on."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+from pipelines.datasets.sources.item import Item
+
+_COMPARED = 10_000  # candidates whose content is read; they are nearly always equal
+
+Marked = tuple[Item, int]
+"""An item and the checksum of its beginning."""
+
+
+def leak_note(train: Sequence[Marked], val: Sequence[Marked], read: Callable[[Item], bytes]) -> str | None:
+    """A line about images of ``val`` with the same bytes as one of ``train``, if there are any."""
+    marks = {(item.size, mark) for item, mark in val}
+    candidates: dict[tuple[int, int], list[Item]] = {}
+    for item, mark in train:
+        if (item.size, mark) in marks:
+            candidates.setdefault((item.size, mark), []).append(item)
+    digests: dict[tuple[int, int], dict[bytes, Item]] = {}
+    equal: list[tuple[Item, Item]] = []
+    doubtful = [(item, (item.size, mark)) for item, mark in val if (item.size, mark) in candidates]
+    for item, key in doubtful[:_COMPARED]:
+        if key not in digests:
+            digests[key] = {hashlib.sha256(read(other)).digest(): other for other in candidates[key]}
+        if other := digests[key].get(hashlib.sha256(read(item)).digest()):
+            equal.append((item, other))
+    if not equal:
+        return None
+    least = "at least " if len(doubtful) > _COMPARED else ""
+    item, other = equal[0]
+    return f"warning: {least}{len(equal):,} of the {len(val):,} images of val are in train too: {item.source} equals {other.source}"

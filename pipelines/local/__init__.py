@@ -1,0 +1,1 @@
+"""Everything on this machine: an object store, MLflow, the demo."""

@@ -1,0 +1,1 @@
+"""Trained models: evaluation, registration, weights for other programs."""

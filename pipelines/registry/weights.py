@@ -1,0 +1,170 @@
+"""``convoy weights``: pretrained weights into our form, and trained models out of it."""
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pipelines.registry.evaluate import downloaded
+from trainer.data.index import open_index
+from trainer.errors import UserError
+from trainer.export.exported_model import FACTS_NAME, WEIGHTS_NAME, ModelFacts, save_model
+from trainer.models import build_model
+from trainer.models.registry import find_variant
+from trainer.models.state_dict_adapter import Scheme, export_state
+from trainer.weights.class_matching import imagenet_output_names, match_classes
+from trainer.weights.pretrained import classes_in, load_weights, select_weights
+from trainer.weights.state_dict_file import classes_beside
+
+_IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+_PUBLISHED = {"activation": "relu", "head": "tower", "filters": "stacked", "reduction": True}
+"""Options that other libraries' networks do not have, with what theirs are; with another value the weights would fit and mean
+something else, or have no name."""
+_SUFFIXES = {"torchvision": (".pth", ".pt", ".safetensors"), "timm": (".safetensors", ".pth", ".pt"), "onnx": (".onnx",)}
+
+
+def import_weights(
+    file: str,
+    name: str,
+    output: Path,
+    image_size: int,
+    data_url: str | None,
+    half_range: bool | None,
+    key: str | None = None,
+) -> list[str]:
+    """Write the weights of ``file`` as a model folder that evaluate, export and ``model.init`` take; returns lines on it.
+
+    ``data_url``: a split whose classes the model gets. Weights with 1,000 outputs are ImageNet's: the split's classes are
+    matched with them by name, and the head keeps the outputs of these classes, in their order. Other weights must have as
+    many outputs as the split has classes. Without it, names are ImageNet's for 1,000 outputs, else numbers.
+    ``half_range``: the weights expect pixels from -1 to 1 instead of ImageNet's mean and deviation; when not given,
+    those of torchvision's GoogLeNet do, since its published weights were trained so (its ``transform_input``).
+    ``key``: the set of weights to take from a file that holds several; see ``select_weights``.
+    """
+    if (output / WEIGHTS_NAME).exists():
+        raise UserError(f"{output}: holds a model already; choose another --output or delete it")
+    find_variant(name)
+    if classes_beside(file) is not None:
+        raise UserError(
+            f"{file}: is a model that Convoy saved, with its class names; `convoy evaluate`, `convoy weights export` and "
+            "model.init take its folder as it is"
+        )
+    weights = select_weights(file, name, key)
+    num_outputs = classes_in(weights, name) or 1000
+    classes, outputs, notes = _classes_of(file, num_outputs, data_url)
+    model = build_model(name, len(classes), image_size)
+    loaded = load_weights(model, name, file, weights, outputs)
+    notes = [*loaded.notes, *notes]
+    if half_range is None:
+        half_range = name == "googlenet" and loaded.scheme == "torchvision"
+    mean, std = ([0.5] * 3, [0.5] * 3) if half_range else _IMAGENET
+    if half_range:
+        notes.append("pixels are scaled to -1..1 (mean and std 0.5), as torchvision's published GoogLeNet weights expect")
+    facts = ModelFacts(name, {}, classes, len(classes), image_size, 0.875, mean, std, channels_last=True)
+    save_model(output, model, facts)
+    return [f"{name} from {loaded.scheme}'s names: {sum(p.numel() for p in model.parameters()):,} parameters in {output}", *notes]
+
+
+def _classes_of(file: str, num_outputs: int, data_url: str | None) -> tuple[list[str], list[int] | None, list[str]]:
+    """The model's class names, the file's output for each where they differ, and notes. Raises UserError."""
+    if data_url is None:
+        return _class_names(num_outputs), None, []
+    index = open_index(data_url)[0]
+    count = len(index.classes)
+    if num_outputs == 1000:
+        outputs = match_classes(imagenet_output_names(), index, f"{file} (ImageNet)", data_url)
+        if outputs == list(range(num_outputs)):
+            return index.classes, None, []
+        return index.classes, outputs, [f"the head has the outputs of {count:,} of ImageNet's 1,000 classes, matched by name"]
+    if count != num_outputs:
+        raise UserError(
+            f"--data: {data_url} has {count:,} classes, but the weights in {file} have {num_outputs:,} outputs without "
+            "names; use the dataset that they were trained on, or train a new head: model.init"
+        )
+    return index.classes, None, [f"{file}: names no classes; its outputs are taken in the order of {data_url}"]
+
+
+def _class_names(num_classes: int) -> list[str]:
+    if num_classes != 1000:
+        return [str(number) for number in range(num_classes)]
+    import torchvision
+
+    return list(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+def export_weights(source: str, file: Path, form: str) -> str:
+    """Write a model of ours, a run's output folder or a model of MLflow's, for others; returns a line on it.
+
+    torchvision, timm: a state dict with their names, .pth or .safetensors. onnx: a graph from normalized images
+    [N, 3, S, S] to logits [N, num_classes], for any N; its metadata hold mean, std and class names.
+    """
+    if form not in _SUFFIXES:
+        raise UserError(f"--format: {form!r} is none of {', '.join(_SUFFIXES)}")
+    if file.suffix not in _SUFFIXES[form]:
+        raise UserError(f"{file}: the file of --format {form} ends with {' or '.join(_SUFFIXES[form])}")
+    with _model_folder(source) as folder:
+        facts = ModelFacts(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
+        for key, value in facts.options.items():
+            if form != "onnx" and value != _PUBLISHED.get(key, value):
+                raise UserError(f"model.{key}: {form}'s {facts.name} has {_PUBLISHED[key]!r} alone, not {value!r}; export as onnx")
+        model = facts.build()
+        load_weights(model, facts.name, str(folder))
+    state = {} if form == "onnx" else export_state(cast(Scheme, form), facts.name, model)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.stem}.part{file.suffix}")
+    try:
+        if form == "onnx":
+            _write_onnx(model.eval(), facts, part)
+        else:
+            save = save_file if file.suffix == ".safetensors" else torch.save
+            save({name: value.contiguous() for name, value in state.items()}, part)
+        part.replace(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return f"{facts.name} as {form}: {file}, {file.stat().st_size / 2**20:,.1f} MiB"
+
+
+def _write_onnx(model: nn.Module, facts: ModelFacts, path: Path) -> None:
+    images = torch.zeros(2, 3, facts.image_size, facts.image_size)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (images,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    meta = {"mean": facts.mean, "std": facts.std, "classes": facts.classes, "eval_crop": facts.eval_crop}
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in meta.items()})
+    program.save(path, external_data=False)
+
+
+@contextlib.contextmanager
+def _model_folder(source: str) -> Iterator[Path]:
+    """The folder with our two files: a run's output, or what MLflow holds of a model (``models:/NAME@champion``, ...)."""
+    folder = Path(source)
+    if (folder / WEIGHTS_NAME).is_file() and (folder / FACTS_NAME).is_file():
+        yield folder
+        return
+    if ":/" not in source:
+        raise UserError(f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model of MLflow's")
+    with downloaded(source) as copy:
+        found = next(Path(copy).rglob(WEIGHTS_NAME), None)
+        if found is None or not (found.parent / FACTS_NAME).is_file():
+            raise UserError(f"{source}: was not registered by Convoy: it has no {WEIGHTS_NAME} beside a {FACTS_NAME}")
+        yield found.parent

@@ -1,0 +1,1 @@
+"""`convoy study`: common claims about these networks, each tested by a small experiment whose rule was written beforehand."""

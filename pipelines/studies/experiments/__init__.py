@@ -1,0 +1,1 @@
+"""The studies, one per file; each file defines `STUDY`."""

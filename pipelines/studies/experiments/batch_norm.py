@@ -1,0 +1,111 @@
+"""How wide is the range of learning rates that train VGG-11, with batch norm and without?"""
+
+import math
+from pathlib import Path
+
+from pipelines.studies.framework import plots
+from pipelines.studies.framework.runner import Runs
+from pipelines.studies.framework.study import (
+    Claim,
+    Figures,
+    Scale,
+    Study,
+    Training,
+    differences_text,
+    shown,
+    spread,
+    verdict_by_seeds,
+)
+
+KINDS = {"with": "vgg11_bn", "without": "vgg11"}
+LEARNED = math.log(10) / 2
+"""A network has learned something where its training loss is below half of what guessing gives, nats."""
+
+
+def rates(scale: Scale) -> tuple[float, ...]:
+    return scale.pick((0.01, 0.1, 1.0), (0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
+
+
+def training_of(scale: Scale, kind: str, rate: float, seed: int) -> Training:
+    keys = (
+        f"model.name={KINDS[kind]}", "model.stem=small", "model.width=8", "model.dropout=0.0", f"optimizer.base_lr={rate}",
+        "schedule.name=constant", f"train.epochs={scale.pick(2, 3)}",
+    )  # fmt: skip
+    return Training(f"vgg11-{kind}-norm-{rate:g}", seed, scale.pick(2048, 4096), 2000, keys, may_diverge=True)
+
+
+def trainings(scale: Scale) -> list[Training]:
+    return [training_of(scale, kind, rate, seed) for seed in range(scale.seeds) for kind in KINDS for rate in rates(scale)]
+
+
+def last_loss(runs: Runs, training: Training) -> float | None:
+    """Mean of the last fifth of the steps; None of a training that diverged."""
+    if runs.outcome(training)["diverged"]:
+        return None
+    losses = runs.losses(training)
+    return round(float(losses[-max(1, len(losses) // 5) :].mean()), 4)
+
+
+def decades(tried: list[float], losses: list[float | None]) -> float:
+    """Orders of magnitude from the least to the greatest rate that trains; a step of the grid for one alone, 0 for none."""
+    good = [rate for rate, loss in zip(tried, losses, strict=True) if loss is not None and loss < LEARNED]
+    step = math.log10(tried[-1] / tried[0]) / (len(tried) - 1)
+    return round(math.log10(max(good) / min(good)) + step, 3) if good else 0.0
+
+
+def measured(runs: Runs, scale: Scale) -> Figures:
+    tried = list(rates(scale))
+    figures: Figures = {"rates": tried}
+    for kind in KINDS:
+        losses = [[last_loss(runs, training_of(scale, kind, rate, seed)) for rate in tried] for seed in range(scale.seeds)]
+        figures[kind] = {"losses": losses, "decades": spread([decades(tried, row) for row in losses], 3)}
+    return figures
+
+
+def judge(figures: Figures) -> list[Claim]:
+    wider = [a - b for a, b in zip(figures["with"]["decades"]["each"], figures["without"]["decades"]["each"], strict=True)]
+    text = "the range of rates that train is wider with batch norm"
+    return [Claim("I7", text, verdict_by_seeds(wider), differences_text(wider, 2, " orders of magnitude"))]
+
+
+def plot(figures: Figures, file: Path) -> None:
+    highest = 2 * LEARNED * 1.3
+    with plots.panels(1, "VGG-11's small form: training loss by learning rate", file, 4.6) as (axes,):
+        for kind, colour in (("with", plots.BLUE), ("without", plots.ORANGE)):
+            rows = [[highest if loss is None else min(loss, highest) for loss in row] for row in figures[kind]["losses"]]
+            plots.band(axes, figures["rates"], rows, colour, f"{kind} batch norm", marker="o")
+        axes.axhline(LEARNED, color=plots.BLACK, linestyle=":", linewidth=0.9)
+        axes.annotate("below: it trains", (figures["rates"][0], LEARNED), textcoords="offset points", xytext=(0, -12), fontsize=9)
+        axes.set(xscale="log", xlabel="learning rate (batch 64)", ylabel="training loss at the end (nats); at the top: diverged")
+        axes.legend(frameon=False)
+
+
+def paragraph(figures: Figures) -> str:
+    cells = []
+    for kind in KINDS:
+        rows = figures[kind]["losses"]
+        good = [r for i, r in enumerate(figures["rates"]) if all(row[i] is not None and row[i] < LEARNED for row in rows)]
+        gone = [r for i, r in enumerate(figures["rates"]) if any(row[i] is None for row in rows)]
+        named = f"{min(good):g} to {max(good):g}" if good else "none"
+        end = f", diverged at {', '.join(f'{rate:g}' for rate in gone)}" if gone else ""
+        cells.append(f"{kind} batch norm {named} in every seed ({shown(figures[kind]['decades'])} orders of magnitude){end}")
+    return (
+        f"VGG-11's small form (8 to 64 channels, no dropout) on Fashion-MNIST at {len(figures['rates'])} rates from "
+        f"{figures['rates'][0]:g} to {figures['rates'][-1]:g}. Rates that train, by a training loss below half of what guessing "
+        f"gives ({LEARNED:.2f} nats): {'; '.join(cells)}. A rate that trains alone counts as one step of the grid."
+    )
+
+
+STUDY = Study(
+    name="batch-norm",
+    statements=("I7",),
+    question="Does batch norm widen the range of learning rates that train?",
+    rule="A rate trains where the mean training loss of the last fifth of the steps is below ln(10)/2. The range is the orders of "
+    "magnitude from the least such rate to the greatest, plus one step of the grid. Borne out where it is wider with batch norm in "
+    "each of at least 3 seeds, not borne out where in none, else undecided.",
+    trainings=trainings,
+    measure=measured,
+    judge=judge,
+    plot=plot,
+    paragraph=paragraph,
+)

@@ -1,0 +1,171 @@
+"""Stacks of plain and of residual blocks asked to be the identity, and one residual block asked for a map near it.
+
+This is a regression of feature maps, which the trainer's classification cannot express: ``fit`` is a measurement of its blocks,
+with its update rule, and trains no network.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.studies.framework import measure, plots
+from pipelines.studies.framework.runner import Runs
+from pipelines.studies.framework.study import (
+    Claim,
+    Figures,
+    Scale,
+    Study,
+    differences_text,
+    shown,
+    spread,
+    verdict_by_seeds,
+    verdict_if,
+)
+from trainer.config.schema import OptimizerConfig
+from trainer.models import build_model
+from trainer.models.resnet import Block
+from trainer.training.optimizers import build_optimizer
+
+DEPTHS = {1: 8, 3: 20, 9: 56}
+"""Blocks, and the layers of the CIFAR network whose first stage has that many."""
+CHANNELS = 8
+RATES = (1e-3, 1e-2)
+EXPLAINED = 0.9
+PLAIN, RESIDUAL, ZERO_GAIN = "plain", "residual", "residual, last gain 0"
+KINDS = {
+    PLAIN: ("plain", {}),
+    RESIDUAL: ("resnet", {}),
+    ZERO_GAIN: ("resnet", {"zero_init_gamma": True}),
+}
+
+
+def stack_of(kind: str, blocks: int, seed: int) -> nn.Sequential:
+    """``blocks`` blocks of a network's first stage with their first weights: [N, 8, H, W] to the same."""
+    family, options = KINDS[kind]
+    torch.manual_seed(seed)
+    network = build_model(f"{family}{DEPTHS[blocks]}", 10, width=CHANNELS, **options)
+    return nn.Sequential(*(layer for name, layer in network.named_children() if name.startswith("stage1_")))
+
+
+def feature_maps(images: Tensor) -> Tensor:
+    """Eight maps from 0.25 to 1 of each image [N, 3, 28, 28]: its four mirror images at half the size, and their negatives.
+
+    Above 0 the last ReLU is open, so that a block's residual branch is what it must be; where y = 0 any negative one would do.
+    """
+    grey = F.avg_pool2d(images.mean(1, keepdim=True), 2)
+    grey = 0.25 + 0.75 * (grey - grey.amin()) / (grey.amax() - grey.amin())
+    four = torch.cat([grey, grey.flip(2), grey.flip(3), grey.transpose(2, 3)], 1)
+    return torch.cat([four, 1.25 - four], 1).contiguous()
+
+
+def fit(blocks: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float) -> list[float]:
+    """Of each step: squared error as a part of the variance of ``y``; 1 is what its mean would give."""
+    optimizer = build_optimizer(blocks, OptimizerConfig(name="adamw", weight_decay=0.0), rate)
+    losses = []
+    blocks.train()
+    for step in range(steps):
+        part = slice(step * 64 % len(x), step * 64 % len(x) + 64)
+        loss = F.mse_loss(blocks(x[part]), y[part]) / y.var()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _best(kind: str, blocks: int, seed: int, x: Tensor, steps: int) -> list[float]:
+    """The curve of the rate that ends lowest: each kind gets its own."""
+    curves = [fit(stack_of(kind, blocks, seed), x, x, steps, rate) for rate in RATES]
+    return min(curves, key=lambda curve: sum(curve[-10:]))
+
+
+def explained(kind: str, x: Tensor, seed: int, steps: int) -> float:
+    """Part of H(x) - x that the residual branch F of one block comes to be, where it was asked for H = the 3x3 mean of x."""
+    wanted = F.avg_pool2d(x, 3, 1, 1)
+    blocks = stack_of(kind, 1, seed)
+    fit(blocks, x, wanted, steps, RATES[1])
+    block = blocks[0]
+    assert isinstance(block, Block)
+    with torch.no_grad():
+        rest = (block.residual(x) - (wanted - x)).square().mean() / (wanted - x).square().mean()
+    return 1 - float(rest)
+
+
+def measured(runs: Runs, scale: Scale) -> Figures:
+    images, _ = measure.some_images(runs, 256)
+    x, steps = feature_maps(images), scale.pick(60, 200)
+    figures: Figures = {"steps": steps, "kinds": {}}
+    for kind in KINDS:
+        curves: dict[int, Any] = {n: [_best(kind, n, seed, x, steps) for seed in range(scale.seeds)] for n in DEPTHS}
+        figures["kinds"][kind] = {
+            "last_loss": {n: spread([sum(c[-10:]) / 10 for c in curves[n]], 6) for n in DEPTHS},
+            "curves": {n: [[float(f"{v:.4g}") for v in c] for c in curves[n]] for n in DEPTHS},
+        }
+    figures["explained"] = {
+        kind: spread([explained(kind, x, seed, 2 * steps) for seed in range(scale.seeds)]) for kind in (RESIDUAL, ZERO_GAIN)
+    }
+    return figures
+
+
+def judge(figures: Figures) -> list[Claim]:
+    claims = []
+    for n in map(str, DEPTHS):
+        plain, residual = (figures["kinds"][kind]["last_loss"][n]["each"] for kind in (PLAIN, RESIDUAL))
+        ratios = [p / max(r, 1e-12) for p, r in zip(plain, residual, strict=True)]
+        told = "times the residual ones' error: " + differences_text(ratios, 1)
+        claims.append(
+            Claim("R1", f"{n} plain block{'s' if n != '1' else ''} err twice as much", verdict_by_seeds(ratios, 2.0), told)
+        )
+    starts = [curve[0] for curves in figures["kinds"][ZERO_GAIN]["curves"].values() for curve in curves]
+    text = "a residual block whose last gain is 0 is the identity before it has learned anything"
+    claims.append(Claim("R1", text, verdict_if(max(starts) == 0), f"error of the first step {max(starts):g} for 1, 3 and 9 blocks"))
+    parts = figures["explained"][ZERO_GAIN]["each"]
+    text = f"a residual block (last gain 0) asked for H learns F(x) = H(x) - x, at least {EXPLAINED:.0%} of it"
+    return [*claims, Claim("R2", text, verdict_by_seeds(parts, EXPLAINED), differences_text(parts))]
+
+
+def plot(figures: Figures, file: Path) -> None:
+    deepest = str(max(DEPTHS))
+    with plots.panels(2, "Blocks asked to be the identity", file) as (by_step, by_depth):
+        for (kind, entry), colour in zip(figures["kinds"].items(), (plots.ORANGE, plots.BLUE, plots.GREEN), strict=True):
+            rows = [[value + 1e-9 for value in row] for row in entry["curves"][deepest]]
+            plots.band(by_step, range(1, figures["steps"] + 1), rows, colour, kind)
+            each = [[entry["last_loss"][n]["each"][i] + 1e-9 for n in entry["last_loss"]] for i in range(len(rows))]
+            plots.band(by_depth, list(DEPTHS), each, colour, kind, marker="o")
+        by_step.set(title=f"{deepest} blocks", xlabel="optimizer step", ylabel="squared error / variance of x", yscale="log")
+        by_depth.set(title="At the end", xlabel="blocks", ylabel="squared error / variance of x", yscale="log", xticks=list(DEPTHS))
+        by_step.legend(frameon=False)
+
+
+def paragraph(figures: Figures) -> str:
+    cells = "; ".join(
+        f"{kind}: " + ", ".join(f"{n} blocks {values['mean']:.2g}" for n, values in entry["last_loss"].items())
+        for kind, entry in figures["kinds"].items()
+    )
+    parts = figures["explained"]
+    return (
+        f"After {figures['steps']} steps of AdamW, each at the better of the rates {RATES[0]:g} and {RATES[1]:g}, the error in "
+        f"giving back their input, as a part of its variance: {cells}. One residual block that was asked for the 3x3 mean H of its "
+        f"input: its branch F came to be {shown(parts[ZERO_GAIN], 3)} of H(x) - x (1: all of it) where its last gain "
+        f"was 0 at first, and {shown(parts[RESIDUAL], 1)} where it was 1, as usual: there a random F "
+        "closes the last ReLU of some maps for good, and below that F may be anything. Blocks are those of the first stage of the "
+        "CIFAR networks, 8 channels, batch norm in training mode; inputs are small Fashion-MNIST images."
+    )
+
+
+STUDY = Study(
+    name="identity",
+    statements=("R1", "R2"),
+    question="How well, and how fast, do plain and residual blocks learn to give back their input?",
+    rule="R1, for 1, 3 and 9 blocks: borne out where the plain stack's error at the end is more than twice the residual one's in "
+    "each of at least 3 seeds, not borne out where in none, else undecided; F = 0: borne out where the first step's error is 0. "
+    f"R2: borne out where F explains more than {EXPLAINED:.0%} of H(x) - x in each of at least 3 seeds, not borne out where in "
+    "none.",
+    measure=measured,
+    judge=judge,
+    plot=plot,
+    paragraph=paragraph,
+)

@@ -1,0 +1,169 @@
+"""VGG-16 and ResNet-152 over 1, 2 and 4 pipeline stages: memory of each stage, the bubble, what fits where; and the same curve."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines.studies.framework import plots
+from pipelines.studies.framework.runner import Runs
+from pipelines.studies.framework.study import (
+    LEAST_FALL,
+    SAME,
+    Claim,
+    Figures,
+    Scale,
+    Study,
+    Training,
+    fall_of,
+    same_curves,
+    spread,
+    verdict_if,
+)
+from trainer.engine.partition import layer_costs, split
+from trainer.models import build_model
+from trainer.models.model_info import IMAGES_TRACED, kept_bytes
+
+NETWORKS = ("vgg16", "resnet152")
+STAGES = (1, 2, 4)
+MICRO, MICRO_BATCHES = 32, 8
+"""Images in a micro-batch, and how many of them make an optimizer step."""
+BYTES_A_PARAMETER = 12
+"""fp32 weight, gradient and momentum."""
+GPUS = {"GTX 580, 3 GiB": 3, "P100, 16 GiB": 16, "H100, 80 GiB": 80}
+
+
+def training_of(scale: Scale, stages: int, seed: int) -> Training:
+    keys = (
+        "model.name=resnet8", "model.batch_norm=false", "optimizer.base_lr=0.02",
+        "batch.global_size=128", "batch.micro_size=32", f"parallel.pipeline_stages={stages}", "train.epochs=3",
+    )  # fmt: skip
+    return Training(f"resnet8-stages-{stages}", seed, scale.pick(2048, 10_000), 2000, keys, procs=stages)
+
+
+def trainings(scale: Scale) -> list[Training]:
+    return [training_of(scale, stages, seed) for seed in range(scale.seeds) for stages in (1, 2)]
+
+
+def stage_memory(name: str, stages: int, image_size: int = 224, micro: int = MICRO) -> list[dict[str, Any]]:
+    """Of each stage: parameters, and MiB of weights with what belongs to them and of activations.
+
+    Stage s of S holds the activations of up to S - s micro-batches at a time (one forward, one backward by turns: Narayanan et al.
+    2019, 3.2), and one stage alone those of one. Layers are cut where the trainer cuts them, by multiply-adds.
+    """
+    with torch.device("meta"):
+        model = build_model(name, 1000, image_size)
+    layers = dict(model.named_children())
+    value: Any = torch.empty(IMAGES_TRACED, 3, image_size, image_size, device="meta")
+    found = []
+    for place, names in enumerate(split(layer_costs(model, image_size), stages)):
+        part = nn.Sequential(*(layers[layer] for layer in names))
+        kept, value = kept_bytes(part, value)
+        parameters = sum(p.numel() for p in part.parameters())
+        found.append(
+            {
+                "layers": f"{names[0]} to {names[-1]}",
+                "parameters": parameters,
+                "weights_mib": round(parameters * BYTES_A_PARAMETER / 2**20, 1),
+                "activations_mib": round(kept * micro * min(stages - place, MICRO_BATCHES) / 2**20, 1),
+            }
+        )
+        value = value.detach()
+    return found
+
+
+def bubble(stages: int, micro_batches: int = MICRO_BATCHES) -> float:
+    """Part of the time that a stage waits: (S - 1) / (m + S - 1), where all stages take equally long (Huang et al. 2019, 2.3)."""
+    return (stages - 1) / (micro_batches + stages - 1)
+
+
+def measured(runs: Runs, scale: Scale) -> Figures:
+    networks = {name: {stages: stage_memory(name, stages) for stages in STAGES} for name in NETWORKS}
+    apart, fall = [], []
+    for seed in range(scale.seeds):
+        whole, halves = (runs.losses(training_of(scale, stages, seed)) for stages in (1, 2))
+        apart.append(float(abs(whole - halves).max()))
+        fall.append(min(fall_of(whole.tolist()), fall_of(halves.tolist())))
+    return {
+        "networks": networks,
+        "bubble": {stages: round(bubble(stages), 4) for stages in STAGES},
+        "fullest_mib": {name: {stages: _fullest(rows) for stages, rows in by.items()} for name, by in networks.items()},
+        "fullest_mib_small_micro": {
+            name: {stages: _fullest(stage_memory(name, stages, micro=MICRO // stages)) for stages in STAGES} for name in NETWORKS
+        },
+        "largest_difference_nats": spread(apart, 6),
+        "fall_nats": min(fall),
+    }
+
+
+def _fullest(rows: list[dict[str, Any]]) -> float:
+    return max(float(row["weights_mib"]) + float(row["activations_mib"]) for row in rows)
+
+
+def judge(figures: Figures) -> list[Claim]:
+    claims = []
+    for name, fullest in figures["fullest_mib"].items():
+        alone, four = fullest["1"], fullest["4"]
+        told = f"{alone / 1024:.1f} GiB alone, {four / 1024:.1f} on the fullest of four"
+        text = f"over four stages {name} needs less memory on the fullest GPU"
+        claims.append(Claim("T2", text, verdict_if(four < alone), told))
+        small = figures["fullest_mib_small_micro"][name]["4"]
+        told = f"{alone / 1024:.1f} GiB alone, {small / 1024:.1f} on the fullest of four with micro-batches of {MICRO // 4}"
+        claims.append(Claim("T2", f"and does where {name}'s micro-batches are a quarter as large", verdict_if(small < alone), told))
+    apart = max(figures["largest_difference_nats"]["each"])
+    return [*claims, same_curves("T2", "two stages give the losses of one", apart, figures["fall_nats"])]
+
+
+def plot(figures: Figures, file: Path) -> None:
+    with plots.panels(len(NETWORKS), f"Memory by stage, {MICRO_BATCHES} micro-batches of {MICRO}, fp32", file, 4.8) as row:
+        for axes, (name, by_stages) in zip(row, figures["networks"].items(), strict=True):
+            labels: list[str] = []
+            for stages, rows in by_stages.items():
+                for place, entry in enumerate(rows):
+                    weights, activations = entry["weights_mib"] / 1024, entry["activations_mib"] / 1024
+                    first = not labels
+                    axes.bar(len(labels), weights, color=plots.BLUE, label="weights, gradients, momentum" if first else None)
+                    axes.bar(len(labels), activations, bottom=weights, color=plots.ORANGE, label="activations" if first else None)
+                    labels.append(f"{place + 1}/{stages}")
+            axes.set_xticks(range(len(labels)), labels)
+            axes.set(title=name, xlabel="stage / of how many", ylabel="memory (GiB)")
+            axes.margins(y=0.25)  # room for the legend
+            axes.legend(frameon=False)
+
+
+def fits(gib: float) -> str:
+    return ", ".join(name for name, size in GPUS.items() if gib <= size) or "none of them"
+
+
+def paragraph(figures: Figures) -> str:
+    cells = []
+    for name, fullest in figures["fullest_mib"].items():
+        each = "; ".join(
+            f"{stages} stage{'s' if stages != '1' else ''}: {mib / 1024:.1f} GiB on the fullest (fits {fits(mib / 1024)})"
+            for stages, mib in fullest.items()
+        )
+        cells.append(f"{name}: {each}")
+    bubbles = ", ".join(f"{stages}: {part:.0%}" for stages, part in figures["bubble"].items())
+    return (
+        f"Computed for fp32, SGD with momentum, {MICRO_BATCHES} micro-batches of {MICRO} images of 224 pixels: {'. '.join(cells)}. "
+        "An early stage keeps the activations of as many micro-batches as there are stages from it on, so memory falls by less "
+        "than the number of stages, or rises; smaller micro-batches bring it down. The bubble, where all stages take equally "
+        f"long: {bubbles}. The trainer's own two stages and one, on ResNet-8: no step's loss is more than "
+        f"{max(figures['largest_difference_nats']['each']):.2g} nats apart."
+    )
+
+
+STUDY = Study(
+    name="model-parallel",
+    statements=("T2",),
+    question="What does a GPU hold where a network's layers are spread over 1, 2 or 4, and does that change what is learned?",
+    rule="Memory: borne out where the fullest of four stages is computed to need less than one GPU alone, else not. Curve: borne "
+    f"out where no step's loss differs by {SAME} nats or more between one stage and two in any seed, else not; undecided where "
+    f"the loss falls by less than {LEAST_FALL}.",
+    trainings=trainings,
+    measure=measured,
+    judge=judge,
+    plot=plot,
+    paragraph=paragraph,
+)

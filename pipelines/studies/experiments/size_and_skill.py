@@ -1,0 +1,166 @@
+"""Published accuracy against size, over all families; and how much of a small difference is the seed's and the protocol's."""
+
+import math
+from pathlib import Path
+
+from pipelines.studies.framework import measure, plots
+from pipelines.studies.framework.runner import Runs
+from pipelines.studies.framework.study import LEAST_SEEDS, UNDECIDED, Claim, Figures, Scale, Study, Training, spread, verdict_if
+from trainer.models import variants
+from trainer.models.model_info import describe
+
+SMALL = {
+    "alexnet": ("model.name=alexnet", "model.stem=small", "model.width=8", "optimizer.base_lr=0.02"),
+    "vgg11_bn": ("model.name=vgg11_bn", "model.stem=small", "model.width=8"),
+    "resnet8": ("model.name=resnet8", "model.width=8"),
+}
+PROTOCOLS = ("one view", "two views")
+"""One view: the image. Two views: the mean of its probabilities and its mirror image's, as papers average crops."""
+
+
+def training_of(scale: Scale, name: str, seed: int) -> Training:
+    return Training(
+        f"size-{name}", seed, scale.pick(2048, 12_000), scale.val_samples, (*SMALL[name], f"train.epochs={scale.pick(2, 3)}")
+    )
+
+
+def seeds(scale: Scale) -> range:
+    """Five at least in a full run: it is the spread that is asked for."""
+    return range(scale.pick(scale.seeds, max(5, scale.seeds)))
+
+
+def trainings(scale: Scale) -> list[Training]:
+    return [training_of(scale, name, seed) for seed in seeds(scale) for name in SMALL]
+
+
+def published() -> dict[str, dict[str, float | int | None]]:
+    """Networks whose top-5 error on ImageNet a paper or torchvision published, percent; parameters and multiply-adds computed."""
+    found: dict[str, dict[str, float | int | None]] = {}
+    for variant in variants():
+        entry = describe(variant.name)
+        if entry.top5_error is None and entry.torchvision_top5 is None:
+            continue
+        theirs = None if entry.torchvision_top5 is None else round(100 - entry.torchvision_top5, 3)
+        found[variant.name] = {
+            "parameters": entry.parameters,
+            "multiply_adds": entry.multiply_adds,
+            "paper_top5_error": entry.top5_error,
+            "torchvision_top5_error": theirs,
+        }
+    return found
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    """Spearman's, of values without ties worth speaking of: the correlation of their ranks."""
+
+    def ranks(values: list[float]) -> list[int]:
+        order = sorted(range(len(values)), key=lambda i: values[i])
+        return [order.index(i) for i in range(len(values))]
+
+    x, y = ranks(a), ranks(b)
+    mean = (len(a) - 1) / 2
+    covariance = sum((i - mean) * (j - mean) for i, j in zip(x, y, strict=True))
+    return covariance / math.sqrt(sum((i - mean) ** 2 for i in x) * sum((j - mean) ** 2 for j in y))
+
+
+def measured(runs: Runs, scale: Scale) -> Figures:
+    small = {}
+    for name in SMALL:
+        own = [training_of(scale, name, seed) for seed in seeds(scale)]
+        small[name] = {
+            "parameters": measure.count_parameters(measure.trained(runs, own[0])),
+            "top1_percent": {
+                "one view": spread([runs.top1(training) for training in own], 2),
+                "two views": spread([measure.mirrored_top1(runs, training) for training in own], 2),
+            },
+        }
+    table = published()
+    theirs = {name: row for name, row in table.items() if row["torchvision_top5_error"] is not None}
+    sizes, errors = ([float(row[key] or 0) for row in theirs.values()] for key in ("parameters", "torchvision_top5_error"))
+    return {"published": table, "rank_correlation": round(rank_correlation(sizes, errors), 3), "small": small}
+
+
+def judge(figures: Figures) -> list[Claim]:
+    table = figures["published"]
+    vgg, google = table["vgg16"], table["googlenet2014"]
+    ratio = vgg["parameters"] / google["parameters"]
+    correlation = figures["rank_correlation"]
+    told = f"Spearman's rho {correlation:+.2f} between parameters and error; -1 would be size alone"
+    claims = [
+        Claim("P1", "the order by parameters is not the order by accuracy", verdict_if(abs(correlation) < 0.5), told),
+        Claim(
+            "P1",
+            "GoogLeNet beats VGG-16 in single-network figures, at a 35th of the parameters",
+            verdict_if(google["paper_top5_error"] < vgg["paper_top5_error"] and ratio >= 35),
+            f"top-5 error {google['paper_top5_error']}% (one crop) and {vgg['paper_top5_error']}% (one scale); {ratio:.0f} times "
+            "fewer",
+        ),
+    ]
+    forms = [(n, t["paper_top5_error"], t["torchvision_top5_error"]) for n, t in table.items()]
+    protocols = {n: abs(a - b) for n, a, b in forms if a is not None and b is not None}
+    name, apart = max(protocols.items(), key=lambda item: item[1])
+    text = "the same network's published error differs by more than half a point from source to source"
+    claims.append(Claim("P5", text, verdict_if(apart > 0.5), f"{name}: {apart:.2f} points of top-5 between paper and torchvision"))
+    spreads = [entry["top1_percent"]["one view"] for entry in figures["small"].values()]
+    ranges = [max(values["each"]) - min(values["each"]) for values in spreads]
+    enough = len(spreads[0]["each"]) >= LEAST_SEEDS
+    verdict = verdict_if(max(ranges) > 0.3) if enough else UNDECIDED
+    told = "range over seeds " + ", ".join(f"{r:.2f}" for r in ranges) + " points" + ("" if enough else "; too few seeds")
+    return [*claims, Claim("P5", "our own networks' seeds alone differ by more than 0.3 points", verdict, told)]
+
+
+def plot(figures: Figures, file: Path) -> None:
+    with plots.panels(3, "Size and skill", file, 4.8) as (size, work, own):
+        for axes, key, label in (
+            (size, "parameters", "parameters (millions)"),
+            (work, "multiply_adds", "multiply-adds (millions)"),
+        ):
+            for source, colour in (("paper_top5_error", plots.ORANGE), ("torchvision_top5_error", plots.BLUE)):
+                rows = [(n, row[key] / 1e6, row[source]) for n, row in figures["published"].items() if row[source] is not None]
+                axes.plot([x for _, x, _ in rows], [y for _, _, y in rows], "o", color=colour, label=source.partition("_")[0])
+                for name, x, y in rows if source == "torchvision_top5_error" else []:
+                    if not name.endswith("_bn"):
+                        axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6.5)
+            axes.set(xscale="log", xlabel=label, ylabel="published top-5 error on ImageNet (%)")
+            axes.legend(frameon=False)
+        for place, entry in enumerate(figures["small"].values()):
+            for shift, protocol, colour in ((-0.12, "one view", plots.BLUE), (0.12, "two views", plots.GREEN)):
+                each = entry["top1_percent"][protocol]["each"]
+                own.plot([place + shift] * len(each), each, "o", color=colour, label=protocol if place == 0 else None)
+            own.annotate(
+                f"{entry['parameters']:,}\nparameters", (place, min(each)), textcoords="offset points", xytext=(0, -34), ha="center"
+            )
+        own.set_xticks(range(len(SMALL)), list(SMALL))
+        own.set(title="Our small forms, a dot a seed", ylabel="top-1 on Fashion-MNIST (%)")
+        own.margins(x=0.3, y=0.35)
+        own.legend(frameon=False)
+
+
+def paragraph(figures: Figures) -> str:
+    cells = []
+    for name, entry in figures["small"].items():
+        one, two = (entry["top1_percent"][protocol] for protocol in PROTOCOLS)
+        cells.append(f"{name}, {entry['parameters']:,} parameters: {one['mean']:.2f}% in one view, {two['mean']:.2f}% in two")
+    count = sum(row["torchvision_top5_error"] is not None for row in figures["published"].values())
+    return (
+        f"Over the {count} networks whose error torchvision publishes, by one recipe's protocol, parameters and top-5 error have a "
+        f"rank correlation of {figures['rank_correlation']:+.2f}. GoogLeNet's figure is of one crop and VGG's of one scale, so "
+        "between the papers neither is shown to beat the other by them; what won in 2014 were ensembles. Our own small forms, mean "
+        f"over seeds: {'; '.join(cells)}. The second protocol changes no weight."
+    )
+
+
+STUDY = Study(
+    name="size-and-skill",
+    statements=("P1", "P5"),
+    question="Do more parameters mean more accuracy, and how precise are the published figures that say so?",
+    rule="P1: borne out where the rank correlation of parameters and torchvision's published top-5 error is within 0.5 of none; "
+    "GoogLeNet and VGG-16 by the papers' single networks, and by the ratio of computed parameters. P5: borne out where a network's "
+    "error differs by more than half a point between paper and torchvision; and where at least 3 seeds of one of our own networks "
+    "range over more than 0.3 points of top-1.",
+    trainings=trainings,
+    measure=measured,
+    judge=judge,
+    plot=plot,
+    paragraph=paragraph,
+)

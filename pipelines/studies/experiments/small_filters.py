@@ -1,0 +1,125 @@
+"""Stacked 3x3 convolutions against one large filter that sees as much (Simonyan, Zisserman 2015, sections 2.3 and 4)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines.studies.framework import measure, plots
+from pipelines.studies.framework.runner import Runs
+from pipelines.studies.framework.study import (
+    Claim,
+    Figures,
+    Scale,
+    Study,
+    Training,
+    differences_text,
+    shown,
+    spread,
+    verdict_by_seeds,
+    verdict_if,
+)
+from trainer.models import build_model
+from trainer.models.model_info import forward_costs
+
+KINDS = ("stacked", "single")
+_STAGE = "3"  # the first of VGG-16's with three convolutions
+
+
+def trainings(scale: Scale) -> list[Training]:
+    keys = ("model.name=vgg16_bn", "model.stem=small", "model.width=8", f"train.epochs={scale.pick(3, 6)}")
+    return [
+        Training(f"vgg16-{kind}", seed, scale.train_samples, scale.val_samples, (*keys, f"model.filters={kind}"))
+        for seed in range(scale.seeds)
+        for kind in KINDS
+    ]
+
+
+def stage_layers(kind: str, width: int) -> nn.Sequential:
+    """The convolutions of VGG-16's third stage and their non-linearities, ``width`` channels in the first stage."""
+    model = build_model("vgg16", 10, width=width, filters=kind)
+    return nn.Sequential(*(layer for name, layer in model.named_children() if name.startswith((f"conv{_STAGE}_", f"act{_STAGE}_"))))
+
+
+def computed(kind: str) -> dict[str, Any]:
+    """Of the stage, measured and counted; and of the whole VGG-16 at 224 pixels."""
+    torch.manual_seed(0)
+    layers = stage_layers(kind, 16)
+    side = measure.receptive_field(layers, layers[0].in_channels, 15)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        stage, whole = stage_layers(kind, 64), build_model("vgg16", 1000, filters=kind)
+        multiply_adds, _ = forward_costs(whole, 224)
+    square = sum(layer.weight[0, 0].numel() for layer in stage if isinstance(layer, nn.Conv2d))
+    return {
+        "receptive_field_pixels": side,
+        "weights_per_channel_pair": square,
+        "non_linearities": sum(isinstance(layer, nn.ReLU) for layer in stage),
+        "vgg16_convolution_parameters": measure.parameter_share(whole, nn.Conv2d),
+        "vgg16_multiply_adds": multiply_adds,
+    }
+
+
+def measured(runs: Runs, scale: Scale) -> Figures:
+    figures: Figures = {kind: computed(kind) for kind in KINDS}
+    for kind in KINDS:
+        own = [training for training in trainings(scale) if training.name == f"vgg16-{kind}"]
+        figures[kind]["top1_percent"] = spread([runs.top1(training) for training in own])
+    return figures
+
+
+def judge(figures: Figures) -> list[Claim]:
+    stacked, single = figures["stacked"], figures["single"]
+    fields = (stacked["receptive_field_pixels"], single["receptive_field_pixels"])
+    weights = (stacked["weights_per_channel_pair"], single["weights_per_channel_pair"])
+    bends = (stacked["non_linearities"], single["non_linearities"])
+    gains = [a - b for a, b in zip(stacked["top1_percent"]["each"], single["top1_percent"]["each"], strict=True)]
+    return [
+        Claim("I3", "three 3x3 see what one 7x7 sees", verdict_if(fields == (7, 7)), f"{fields[0]} and {fields[1]} pixels"),
+        Claim("I3", "with fewer weights", verdict_if(weights[0] < weights[1]), f"{weights[0]} C² and {weights[1]} C²"),
+        Claim("I3", "and more non-linearities", verdict_if(bends[0] > bends[1]), f"{bends[0]} and {bends[1]}"),
+        Claim("I3", "and the network is more accurate", verdict_by_seeds(gains), differences_text(gains, unit=" points")),
+    ]
+
+
+def plot(figures: Figures, file: Path) -> None:
+    with plots.panels(3, "VGG-16, its stages of 3x3 filters against one large filter a stage", file) as (weights, size, accuracy):
+        colours = (plots.BLUE, plots.ORANGE)
+        for axes, key, scale, label in (
+            (weights, "weights_per_channel_pair", 1, "weights in a stage / channels²"),
+            (size, "vgg16_convolution_parameters", 1e-6, "parameters of all convolutions (millions)"),
+        ):
+            values = [{"mean": figures[kind][key] * scale, "each": [figures[kind][key] * scale]} for kind in KINDS]
+            plots.bars(axes, ("three 3x3", "one 7x7") if axes is weights else KINDS, values, colours)
+            axes.set_ylabel(label)
+        plots.points(accuracy, KINDS, [figures[kind]["top1_percent"] for kind in KINDS], colours)
+        accuracy.set_ylabel("top-1 on Fashion-MNIST (%)")
+
+
+def paragraph(figures: Figures) -> str:
+    stacked, single = figures["stacked"], figures["single"]
+    return (
+        f"The middle pixel of what three 3x3 convolutions put out depends on a square of {stacked['receptive_field_pixels']} "
+        f"pixels (measured: where its gradient in the input is not zero), that of one 7x7 on {single['receptive_field_pixels']}. "
+        f"From C to C channels the first hold {stacked['weights_per_channel_pair']} C² weights and {stacked['non_linearities']} "
+        f"non-linearities, the second {single['weights_per_channel_pair']} C² and {single['non_linearities']}. Over all of VGG-16 "
+        f"the convolutions have {stacked['vgg16_convolution_parameters'] / 1e6:.1f}M parameters and "
+        f"{stacked['vgg16_multiply_adds'] / 1e9:.1f}G multiply-adds, with one large filter a stage "
+        f"{single['vgg16_convolution_parameters'] / 1e6:.1f}M and {single['vgg16_multiply_adds'] / 1e9:.1f}G. "
+        f"Trained with an eighth of the channels on Fashion-MNIST: top-1 {shown(stacked['top1_percent'])}% and "
+        f"{shown(single['top1_percent'])}%."
+    )
+
+
+STUDY = Study(
+    name="small-filters",
+    statements=("I3",),
+    question="Do three 3x3 convolutions see what one 7x7 sees, with fewer weights and more non-linearities, and do they do better?",
+    rule="Receptive field: both measured as 7 pixels. Weights, non-linearities: counted, fewer and more. Accuracy: borne out where "
+    "the stacked network has the higher top-1 in each of at least 3 seeds, not borne out where in none, else undecided.",
+    trainings=trainings,
+    measure=measured,
+    judge=judge,
+    plot=plot,
+    paragraph=paragraph,
+)

@@ -1,0 +1,1 @@
+"""What all studies share: their form, running trainings, statistics, plots."""

@@ -1,0 +1,296 @@
+"""Checks on the machine of rank 0 before a training starts: shapes, memory, outputs, disk space.
+
+No torch is imported before ``check_run`` is called.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.config.run_plan import Resolved, tracking_uri
+from trainer.data.storage.block_cache import CACHE_TOTAL
+from trainer.data.storage.location import is_remote, local_path
+from trainer.data.storage.store import open_store
+from trainer.errors import NeverAnswered, UserError
+from trainer.faults.disk_space import FileSystem, cannot_write, file_system, mib, probe_folder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROBE_NAME = ".convoy-probe"
+_FILES_OF_A_RUN = (
+    *("model.safetensors", "model.json", "result.json", "tracking.jsonl"),
+    *("recipe.yaml", "config.json", "environment.txt"),
+)
+_SMALL_FILES_BYTES = 128 * 1024  # the recipe, the configuration, the environment, the result
+_SPOOL_BYTES_PER_STEP, _SPOOL_MOST_BYTES = 160, 2**30
+_MANIFEST_BYTES = 64 * 1024
+_FAILED_CHECKPOINTS = 3  # in a row, from which on the result is in danger
+_SLOTS = {"sgd": 1, "lars": 1, "adamw": 2, "lamb": 2}
+_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bytes in fp32: of the parameters alone, and of the state dict."""
+
+    parameters: int
+    state: int
+
+
+@dataclass(frozen=True)
+class _Need:
+    """``bytes`` that will be written below ``path``, in addition to what exists there."""
+
+    key: str
+    path: Path
+    what: str
+    bytes: int
+    files: int
+
+
+def check_run(run: Resolved, local_ranks: int) -> list[str]:
+    """Find everything that would end the run later; returns notes for the user, one line each.
+
+    ``local_ranks``: ranks on this machine. Leaves nothing behind. Raises UserError, and ServiceLost
+    where the object store of the checkpoints was reached and is lost.
+    """
+    check_outputs(run)
+    size = check_model(run)
+    _check_memory(run, size, local_ranks)
+    needs = list(_needs(run, size, local_ranks))
+    _check_space(needs)
+    return list(_notes(run))
+
+
+def check_outputs(run: Resolved) -> None:
+    """Create and remove a file in each place that the run writes to; needs no torch, so that the
+    launcher can do it before it starts ranks. Raises UserError with each fault."""
+    _check_temporary_folder()
+    _probe_outputs(run)
+
+
+def check_model(run: Resolved) -> ModelSize:
+    """Build the model without memory. Raises UserError for options and image sizes that it cannot
+    process, and where batch norm would get one value per channel in training."""
+    import torch
+
+    from trainer.export.exported_model import ModelFacts
+    from trainer.models.registry import build_model
+
+    facts, data = ModelFacts.of(run.config, run.train.classes, run.num_classes), run.config.data
+    side = data.size_in(0)  # the smallest: it never shrinks
+    with torch.device("meta"):
+        model = facts.build()
+        if side < data.image_size:
+            try:
+                build_model(facts.name, facts.num_classes, side, **facts.options)
+            except UserError as error:
+                raise UserError(str(error).replace("data.image_size", "data.initial_size")) from None
+    shared = run.batch.ranks if run.config.train.sync_batch_norm else 1
+    if run.batch.micro_size * shared == 1:
+        _check_batch_norm(model, run, side)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4
+    state = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    return ModelSize(weights, state)
+
+
+def _check_batch_norm(model: "nn.Module", run: Resolved, side: int) -> None:
+    """For micro-batches of one sample: raises UserError where a layer sees a single pixel."""
+    import torch
+
+    single: list[str] = []
+
+    def note(name: str, shape: torch.Size) -> None:
+        if shape[2:].numel() == 1:
+            single.append(name)
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0].shape))
+    model.train()
+    model(torch.empty(2, 3, side, side, device="meta"))
+    if single:
+        key = "data.initial_size" if side < run.config.data.image_size else "data.image_size"
+        raise UserError(
+            f"batch.micro_size: 1 sample at {key} {side} leaves batch norm ({single[0]} of "
+            f"{run.config.model.name}) one value per channel, whose variance is undefined; "
+            f"use batch.micro_size 2 or more, or larger images"
+        )
+
+
+def _check_memory(run: Resolved, size: ModelSize, local_ranks: int) -> None:
+    """Raises UserError where not even the weights and two micro-batches of pixels fit into memory."""
+    config = run.config
+    side, largest = config.data.image_size, run.batch.micro_size
+    if run.val is not None:
+        largest = max(largest, min(config.batch.eval_size, -(-run.val.samples // run.world_size)))
+    per_rank = 2 * size.state + 2 * largest * side * side * 3
+    limit = _memory_limit()
+    if per_rank * local_ranks > limit:
+        raise UserError(
+            f"memory: the run needs at least {mib(per_rank * local_ranks)} on this machine "
+            f"({local_ranks} x {mib(2 * size.state)} for two copies of the weights and "
+            f"{mib(per_rank - 2 * size.state)} for {largest} images of {side} x {side} pixels), "
+            f"but it has {mib(limit)}; use a smaller model.width, model.num_classes, "
+            "data.image_size, batch.micro_size or batch.eval_size"
+        )
+
+
+def _memory_limit() -> int:
+    """Bytes that this container, or else this machine, has."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in _MEMORY_LIMITS:
+        if Path(name).is_file() and (text := Path(name).read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+def _check_temporary_folder() -> None:
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(f"TMPDIR: {error.strerror}; set it to a folder that can be written") from None
+
+
+def _local(url: str) -> Path | None:
+    return None if is_remote(url) else local_path(url)
+
+
+def _probe_outputs(run: Resolved) -> None:
+    config, url = run.config, run.config.checkpoint_url
+    folders = {"train.output_dir": config.output_dir}
+    local = _local(url)
+    if local is not None and config.checkpoint.url is not None:
+        folders["checkpoint.url"] = local
+    cache = config.data.cache_dir
+    if cache is not None and not os.path.exists(Path(cache) / CACHE_TOTAL):  # a filled one may be read-only
+        folders["data.cache_dir"] = Path(cache)
+    faults = []
+    for key, folder in folders.items():
+        try:
+            probe_folder(folder)
+        except OSError as error:
+            faults.append(f"{key}: {cannot_write(folder, error)}; use another folder")
+    for name in _FILES_OF_A_RUN:
+        if os.path.isdir(config.output_dir / name):
+            faults.append(
+                f"train.output_dir: {config.output_dir / name} is a folder, but a file of "
+                "this name will be written; use another folder"
+            )
+    if faults:
+        raise UserError(*faults)
+    if local is None:
+        _probe_object_store(url)
+
+
+def _probe_object_store(url: str) -> None:
+    try:
+        store = open_store(url, create=True)
+        store.write(PROBE_NAME, b"")
+        store.delete([PROBE_NAME])
+    except NeverAnswered:
+        raise
+    except UserError as error:
+        raise UserError(f"checkpoint.url: {error}") from None
+
+
+def _needs(run: Resolved, size: ModelSize, local_ranks: int) -> Iterator[_Need]:
+    config = run.config
+    output = config.output_dir
+    yield _Need("train.output_dir", output, "the trained model", size.state + _SMALL_FILES_BYTES, 10)
+    if tracking_uri(config):
+        spool = min(run.stop_step * _SPOOL_BYTES_PER_STEP, _SPOOL_MOST_BYTES)
+        left = max(0, spool - _bytes_in(output, "*tracking.jsonl"))
+        yield _Need("train.output_dir", output, "what MLflow has not accepted yet", left, 2)
+    if config.data.log_keys:
+        yield _Need("train.output_dir", output, "data.log_keys", _key_bytes(run, local_ranks), local_ranks)
+    if (folder := _local(run.config.checkpoint_url)) is not None:
+        count, one = _most_checkpoints(run), _checkpoint_bytes(run, size)
+        left = max(0, count * one - _bytes_in(folder, "step-*/*"))
+        what = f"{count} checkpoints of {mib(one)} (checkpoint.keep={config.checkpoint.keep})"
+        yield _Need("checkpoint.url", folder, what, left, 4 * count)
+
+
+def _checkpoint_bytes(run: Resolved, size: ModelSize) -> int:
+    optimizer = run.config.optimizer
+    slots = _SLOTS[optimizer.name]
+    if optimizer.name == "sgd" and not optimizer.momentum:
+        slots = 0
+    averages = size.state if run.config.ema is not None else 0
+    return size.state + slots * size.parameters + averages + _MANIFEST_BYTES
+
+
+def _most_checkpoints(run: Resolved) -> int:
+    """How many exist at a time: those that are kept, the best one, and the one being written."""
+    every = run.config.checkpoint.every_steps
+    in_total = -(-run.stop_step // run.steps_per_epoch) + (run.stop_step // every if every else 0)
+    return min(in_total, run.config.checkpoint.keep + (run.val is not None) + 1)
+
+
+def _key_bytes(run: Resolved, local_ranks: int) -> int:
+    """Of the logs of this machine's ranks: the mean length of a key, its quotes and its comma."""
+    shard = run.train.shards[0]
+    key = sum(map(len, shard.keys)) / max(1, len(shard.keys)) + 4
+    samples = run.stop_step * run.batch.global_size * local_ranks / run.world_size
+    return max(0, int(samples * key) - _bytes_in(run.config.output_dir, "samples/*"))
+
+
+def _bytes_in(folder: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(pattern) if path.is_file())
+
+
+def _check_space(needs: list[_Need]) -> None:
+    """Raises UserError where a file system has less free space than all that will be written to it."""
+    systems: dict[int, tuple[FileSystem, list[_Need]]] = {}
+    for need in needs:
+        found = file_system(need.path)
+        systems.setdefault(found.device, (found, []))[1].append(need)
+    for found, wanted in systems.values():
+        space, files = sum(need.bytes for need in wanted), sum(need.files for need in wanted)
+        listed = ", ".join(f"{mib(need.bytes)} for {need.what}" for need in wanted)
+        where = " and ".join(dict.fromkeys(f"{need.key}: {need.path}" for need in wanted))
+        if found.free_bytes is not None and space > found.free_bytes:
+            raise UserError(
+                f"{where}: {mib(space)} needed, {mib(found.free_bytes)} free ({listed}); free some "
+                "space, keep fewer checkpoints, or use another folder"
+            )
+        if found.free_files is not None and files > found.free_files:
+            raise UserError(
+                f"{where}: {files} files needed, {found.free_files} inodes free; remove some files or use another folder"
+            )
+
+
+def check_result_fits(run: Resolved, model: "nn.Module", failed_checkpoints: int) -> None:
+    """Raises UserError where the trained model could not be written either: a training that goes on
+    would be lost as a whole."""
+    if failed_checkpoints < _FAILED_CHECKPOINTS:
+        return
+    folder = run.config.output_dir
+    needed = sum(value.nbytes for value in model.state_dict().values())
+    free = file_system(folder).free_bytes
+    if free is not None and free < needed:
+        raise UserError(
+            f"train.output_dir: {folder}: {mib(needed)} needed, {mib(free)} free: neither the last "
+            f"{failed_checkpoints} checkpoints nor the trained model can be written, so the run ends; "
+            "free some space and start it again: it resumes from its newest checkpoint"
+        )
+
+
+def _notes(run: Resolved) -> Iterator[str]:
+    data = run.config.data
+    if run.val is not None and run.val.digest == run.train.digest:
+        yield "data.val is the same data as data.train, so top1 does not measure generalization"
+    if data.cache_dir is not None:
+        folder = Path(data.cache_dir)
+        total = run.train.bytes + (run.val.bytes if run.val is not None else 0)
+        wanted = int(min(data.cache_gb * 2**30, total)) - _bytes_in(folder, "*/*.convoy-block")
+        free = file_system(folder).free_bytes
+        if free is not None and wanted > free:
+            yield (
+                f"data.cache_gb: {mib(wanted)} would be kept in {folder}, which has {mib(free)} free; "
+                "once it is full, shards are read from the store"
+            )

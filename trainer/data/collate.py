@@ -1,0 +1,111 @@
+"""The stages between a sample's number and a batch of pixels. Each is a generator over a plain iterator; threads do the work.
+
+``Window`` (which samples) - ``fetched`` - a micro-batch and its samples' bytes - ``decoded`` - ``Batch`` (pixels).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trainer.data.batch import Allocate, Batch, Fetched, MicroBatch
+from trainer.data.decode.decoder import DecodeError
+from trainer.data.shards.tar import Sample, encoded_image, label_of
+from trainer.errors import UserError
+
+_TASK = 8  # samples that a thread decodes before it looks for other work
+
+
+View = Callable[[memoryview, np.ndarray | None, np.ndarray], None]
+"""Decodes an image, given its random numbers, into uint8 [side, side, 3]. Raises DecodeError."""
+
+
+@contextmanager
+def threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(count, name)
+    try:
+        yield pool
+    finally:  # an abandoned epoch does not finish what is queued
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass
+class _Begun:
+    """A batch whose samples are being decoded."""
+
+    part: MicroBatch
+    samples: list[Sample]
+    pixels: np.ndarray
+    labels: np.ndarray
+    tasks: list[Future[list[tuple[int, str]]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How samples become pixels and labels. ``view`` None: labels alone, the pixels are left as they are."""
+
+    view: View | None
+    num_classes: int
+    skip_bad: bool
+    """A sample that cannot be decoded gets weight 0 and the colour ``grey``; otherwise it stops the run."""
+    grey: np.ndarray  # uint8 [3]
+    allocate: Allocate = np.empty
+    """Makes the arrays for pixels."""
+
+    def begin(self, part: MicroBatch, samples: list[Sample]) -> _Begun:
+        size = len(samples)
+        return _Begun(part, samples, self.allocate((size, part.side, part.side, 3), np.uint8), np.zeros(size, np.int64))
+
+    def work(self, batch: _Begun, first: int) -> list[tuple[int, str]]:
+        """Decode some samples from number ``first`` on; returns those that are bad, each with a line that says why."""
+        bad = []
+        for i in range(first, min(first + _TASK, len(batch.samples))):
+            sample, part = batch.samples[i], batch.part
+            try:
+                if self.view is not None:
+                    self.view(encoded_image(sample), None if part.uniforms is None else part.uniforms[i], batch.pixels[i])
+            except DecodeError as error:
+                line = f"{sample['__where__']}: cannot be decoded: {error}"
+                if not self.skip_bad:
+                    raise UserError(line) from None
+                batch.pixels[i] = self.grey
+                bad.append((i, line))
+                continue
+            except MemoryError:
+                raise UserError(f"{sample['__where__']}: there is not enough memory to decode this image") from None
+            batch.labels[i] = label_of(sample, self.num_classes)
+        return bad
+
+    def end(self, batch: _Begun, bad: list[tuple[int, str]]) -> Batch:
+        part, weights = batch.part, batch.part.weights
+        keys = [sample["__key__"] for sample, weight in zip(batch.samples, weights, strict=True) if weight > 0]
+        lines = [line for i, line in bad if weights[i] > 0]
+        if bad:
+            weights = weights.copy()
+            weights[[i for i, _ in bad]] = 0.0
+        return Batch(batch.pixels, batch.labels, weights, part.global_weight, keys, part.mix, lines)
+
+
+def decoded(items: Iterable[Fetched], decoder: Decoder, pool: ThreadPoolExecutor | None, ahead: int) -> Iterator[Batch]:
+    """Batches in order, ``ahead`` of the consumer, their samples decoded by all threads; without a pool, at once."""
+    queue: deque[_Begun] = deque()
+
+    def finish() -> Batch:
+        batch = queue.popleft()
+        return decoder.end(batch, [fault for task in batch.tasks for fault in task.result()])
+
+    for part, samples in items:
+        batch = decoder.begin(part, samples)
+        firsts = range(0, len(samples), _TASK)
+        if pool is None:
+            yield decoder.end(batch, [fault for first in firsts for fault in decoder.work(batch, first)])
+            continue
+        batch.tasks = [pool.submit(decoder.work, batch, first) for first in firsts]
+        queue.append(batch)
+        if len(queue) > ahead:
+            yield finish()
+    while queue:
+        yield finish()

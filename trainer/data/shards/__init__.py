@@ -1,0 +1,1 @@
+"""Tar shards: reading, writing and rejecting what is not exactly representable."""

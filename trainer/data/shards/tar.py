@@ -1,0 +1,127 @@
+"""A sample in a shard: neighbouring tar members, an image and its label (``.cls``, decimal text), as plain WebDataset has it."""
+
+import re
+import tarfile
+from collections.abc import Callable
+from typing import Any
+
+from trainer.data.shards.tar_reader import BLOCK as BLOCK
+from trainer.data.shards.tar_reader import TarError, members_in
+from trainer.errors import UserError
+
+try:
+    from trainer.data import _native
+except ImportError:  # it was not built
+    _native = None  # type: ignore[assignment]
+
+_RECORD = 10240  # bytes; a tar's length is a multiple
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "gif")
+"""Extensions of the members that are taken for the image, in small letters."""
+
+MAX_CLASSES = 2**20
+"""Classes of a data set at most; each costs a line of the index and a row of the classifier. Real sets have up to 2**18."""
+
+SIDE_FILES = frozenset(
+    ("json", "jsonl", "txt", "md", "rst", "csv", "tsv", "yaml", "yml", "toml", "xml", "html", "log", "md5", "sha1", "sha256")
+)
+"""Last extensions of members that describe samples or the archive, and are not part of the training data."""
+_META = re.compile(r"__[^/]*__($|/)|(.*/)?(__MACOSX|@eaDir)/")  # webdataset's rule for metadata; macOS; Synology
+
+Sample = dict[str, Any]
+"""``__key__``, ``__where__`` (for messages) and the members' bytes by extension."""
+
+
+_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_NAME, _SIZE, _SUM = slice(0, 100), slice(124, 136), slice(148, 156)  # fields of a header (POSIX.1-1988)
+
+
+def header(name: str, size: int) -> bytes:
+    """A member's header with neither time nor owner, as tarfile writes it, which takes ten times as long.
+
+    ``name``: ASCII, at most 100 characters.
+    """
+    block = bytearray(_HEADER)
+    block[_NAME] = name.encode("ascii").ljust(100, b"\0")
+    block[_SIZE] = b"%011o\0" % size
+    block[_SUM] = b" " * 8
+    block[_SUM] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def write_sample(write: Callable[[bytes], Any], key: str, extension: str, image: bytes, label: int) -> None:
+    """Append a sample to a tar."""
+    text = str(label).encode()
+    write(header(f"{key}.{extension}", len(image)))
+    write(image)
+    write(bytes(-len(image) % BLOCK) + header(f"{key}.cls", len(text)) + text + bytes(-len(text) % BLOCK))
+
+
+def end_mark(length: int) -> bytes:
+    """What closes a tar that is ``length`` bytes long so far."""
+    return bytes(2 * BLOCK + -(length + 2 * BLOCK) % _RECORD)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's key and its extension in small letters, by webdataset's rule: the first dot of the last path component parts
+    them. The extension of what has none is empty."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a member is ignored by its name, as webdataset ignores it: hidden files (macOS writes ``._NAME`` before each
+    file), ``__NAME__`` metadata, names without an extension, and what desktop systems leave in folders."""
+    base = name.rpartition("/")[2]
+    return base.startswith(".") or "." not in base.rstrip(".") or base in ("Thumbs.db", "desktop.ini") or bool(_META.match(name))
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a member with a key of its own may be ignored: text that describes the archive."""
+    return name.rpartition(".")[2].lower() in SIDE_FILES
+
+
+def parse_label(content: bytes) -> int | None:
+    """The class number in a ``.cls`` member, decimal ASCII digits and white space; None for anything else."""
+    text = bytes(content).strip()
+    return int(text) if text.isdigit() and len(text) <= 20 else None
+
+
+def read_sample(content: memoryview, key: str, where: str) -> Sample:
+    """Take a sample's stretch of a tar apart. Raises UserError, which begins with ``where``, for bytes that are not it."""
+    sample: Sample = {"__key__": key, "__where__": where}
+    found = _native.members(content) if _native is not None else None
+    if found is None:  # other headers than plain ones: long names, folders, pax
+        try:
+            found = members_in(content)
+        except TarError as error:
+            raise UserError(f"{where}: the shard is not the one that was indexed; it {error}") from None
+    for name, start, end in found:
+        _add(sample, name, content[start:end], where)
+    if "cls" not in sample or not any(extension in IMAGES for extension in sample):
+        raise UserError(f"{where}: an image and its label should stand there, but there is: {', '.join(list(sample)[2:])}")
+    return sample
+
+
+def _add(sample: Sample, name: str, content: memoryview, where: str) -> None:
+    key, extension = split_name(name)
+    if key == sample["__key__"] and extension not in sample and extension:
+        sample[extension] = content
+    elif not is_system_file(name) and (key == sample["__key__"] or not is_side_file(name)):
+        raise UserError(f"{where}: {name} stands there; the shard is not the one that was indexed")
+
+
+def encoded_image(sample: Sample) -> memoryview:
+    """The first member that is an image."""
+    image: memoryview = next(content for extension, content in sample.items() if extension in IMAGES)
+    return image
+
+
+def label_of(sample: Sample, num_classes: int) -> int:
+    """The class number. Raises UserError where it is none of ``num_classes``."""
+    label = parse_label(sample["cls"])
+    if label is None or label >= num_classes:
+        text = bytes(sample["cls"][:20])
+        raise UserError(f"{sample['__where__']}: label {text!r} is none of the {num_classes} classes of the index")
+    return label

@@ -1,0 +1,1 @@
+"""Bytes of objects, wherever they are: stores, retries, caches, credentials."""

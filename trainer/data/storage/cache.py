@@ -1,0 +1,163 @@
+"""Shards' bytes kept on a disk of the node, before the store: ``data.cache_dir`` and ``data.cache_gb``."""
+
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from trainer.data.index import Index
+from trainer.data.storage.block_cache import Blocks, Damaged
+from trainer.data.storage.store import Source
+from trainer.errors import UserError
+
+BLOCK_BYTES = 4 * 2**20
+_FETCHED_AT_ONCE = 8  # blocks
+
+_LOG = logging.getLogger(__name__)
+
+
+def cached(store: Source, index: Index, folder: str | None, gigabytes: float) -> Source:
+    """``store``, behind a cache of at most so many GiB where there is a ``folder`` for one."""
+    if folder is None:
+        return store
+    return Cache(store, folder, int(gigabytes * 2**30), index.digest, {shard.name: shard.bytes for shard in index.shards})
+
+
+class Cache:
+    """A source before another: what was read once is read from ``folder`` from then on.
+
+    Shards are cut into blocks of ``block_bytes``; a block that is needed and not there is fetched whole, once over all processes
+    that share ``folder``. A disk that is full or cannot be written to is told once; reads then go to the store. Raises UserError
+    where ``folder`` cannot be a folder.
+
+    ``max_bytes``: of everything in ``folder``, other data sets too. ``digest``: of the index. ``sizes``: bytes of each shard, by
+    name.
+    """
+
+    def __init__(
+        self,
+        store: Source,
+        folder: Path | str,
+        max_bytes: int,
+        digest: str,
+        sizes: Mapping[str, int],
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self.hit_bytes, self.missed_bytes = 0, 0
+        """Of what was asked for: read from the disk, and from the store."""
+        self._store = store
+        self._folder = Path(folder)
+        self._blocks = Blocks(self._folder, max_bytes)
+        self._digest = quote(digest.removeprefix("sha256:"), safe="")
+        self._sizes = sizes
+        self._block_bytes = block_bytes
+        self._writes = True
+        self._told: set[str] = set()
+        """Damaged blocks."""
+        self._lock = threading.Lock()
+        try:
+            self._blocks.clean()
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{folder}: is not a folder, so shards cannot be cached in it (data.cache_dir)") from None
+        except OSError as error:
+            self._give_up(error)
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:
+        """The bytes ``[start, end)`` of a shard, each pair. Raises what the store raises."""
+        size = self._sizes.get(name)
+        if size is None or max(ends, default=0) > size:
+            return self._store.read_ranges(name, starts, ends)  # which says what is wrong
+        parts = [np.empty(max(0, end - start), np.uint8) for start, end in zip(starts, ends, strict=True)]
+        wanted: dict[int, list[tuple[np.ndarray, int, int]]] = {}  # by block: where to, first and last byte in the block
+        for part, start, end in zip(parts, starts, ends, strict=True):
+            for number in range(start // self._block_bytes, -(-end // self._block_bytes) if end > start else 0):
+                base = number * self._block_bytes
+                first, last = max(start, base), min(end, base + self._block_bytes)
+                wanted.setdefault(number, []).append((part[first - start : last - start], first - base, last - base))
+        missing = [number for number in sorted(wanted) if not self._read(name, number, wanted[number], tell=True)]
+        for at in range(0, len(missing), _FETCHED_AT_ONCE):
+            group = {number: wanted[number] for number in missing[at : at + _FETCHED_AT_ONCE]}
+            self._fetch(name, group)
+        return [part.data.toreadonly() for part in parts]
+
+    def _read(self, name: str, number: int, pieces: list[tuple[np.ndarray, int, int]], tell: bool = False) -> bool:
+        """Fill the pieces from the disk; False where the block is not there, or is damaged."""
+        block, length = self._name(name, number), self._length(name, number)
+        try:
+            for piece, first, last in pieces:
+                content = self._blocks.read(block, length, first, last)
+                if content is None:
+                    return False
+                piece[:] = np.frombuffer(content, np.uint8)
+        except (Damaged, OSError) as error:
+            if tell and block not in self._told:
+                self._told.add(block)
+                _LOG.warning("%s/%s: %s; it is fetched again", self._folder, block, error)
+            return False
+        self._count(hit=sum(len(piece) for piece, _, _ in pieces))
+        return True
+
+    def _fetch(self, name: str, wanted: Mapping[int, list[tuple[np.ndarray, int, int]]]) -> None:
+        """Fill what is missing from the store, and keep it; by then another process may have."""
+        if not self._writes:
+            self._pass_by(name, wanted)
+            return
+        of_name = {self._name(name, number): number for number in wanted}
+        left = dict(wanted)
+        try:
+            with self._blocks.claimed(list(of_name)) as claims:
+                for number in wanted:
+                    if self._read(name, number, wanted[number]):
+                        del left[number]
+                whole = {number: block for block, number in of_name.items() if number in left and block in claims}
+                contents = self._whole(name, whole)
+                for number, content in contents.items():
+                    self._fill(content, left.pop(number))
+                for number, content in contents.items():
+                    self._blocks.write(whole[number], claims[whole[number]], content)
+        except OSError as error:
+            self._give_up(error)
+        if left:
+            self._pass_by(name, left)
+
+    def _whole(self, name: str, numbers: Iterable[int]) -> dict[int, memoryview]:
+        starts = [number * self._block_bytes for number in numbers]
+        ends = [start + self._length(name, number) for start, number in zip(starts, numbers, strict=True)]
+        return dict(zip(numbers, self._store.read_ranges(name, starts, ends), strict=True)) if starts else {}
+
+    def _fill(self, content: memoryview, pieces: list[tuple[np.ndarray, int, int]]) -> None:
+        for piece, first, last in pieces:
+            piece[:] = np.frombuffer(content[first:last], np.uint8)
+            self._count(missed=len(piece))
+
+    def _pass_by(self, name: str, wanted: Mapping[int, list[tuple[np.ndarray, int, int]]]) -> None:
+        """Read from the store what is needed and no more, and keep nothing."""
+        pieces = [(piece, number * self._block_bytes + first) for number in wanted for piece, first, _ in wanted[number]]
+        contents = self._store.read_ranges(name, [start for _, start in pieces], [start + len(piece) for piece, start in pieces])
+        for (piece, _), content in zip(pieces, contents, strict=True):
+            piece[:] = np.frombuffer(content, np.uint8)
+            self._count(missed=len(piece))
+
+    def _give_up(self, error: OSError) -> None:
+        with self._lock:
+            told, self._writes = not self._writes, False
+        if not told:
+            _LOG.warning("%s: %s; shards are no longer cached there", self._folder, error.strerror or error)
+
+    def _count(self, hit: int = 0, missed: int = 0) -> None:
+        with self._lock:
+            self.hit_bytes += hit
+            self.missed_bytes += missed
+
+    def _name(self, name: str, number: int) -> str:
+        return f"{self._digest}/{quote(name, safe='')}.{number:06d}"
+
+    def _length(self, name: str, number: int) -> int:
+        return min(self._block_bytes, self._sizes[name] - number * self._block_bytes)

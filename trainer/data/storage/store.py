@@ -1,0 +1,349 @@
+"""Object storage and folders as one thing: byte ranges in, whole objects out, faults outlasted with a bound, errors in one line."""
+
+import json
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+import numpy as np
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
+from obstore.store import LocalStore, ObjectStore
+
+from trainer.data.storage.client import Connections, connector, folder_of
+from trainer.data.storage.location import is_remote, parse_storage_url
+from trainer.data.storage.retry import Counts, Endurance, Link, Patience, read_piece
+from trainer.data.storage.store_errors import (
+    CHECK_ENDPOINT,
+    Foreign,
+    Interrupted,
+    Kind,
+    kind_of,
+    panics_as_errors,
+    reason,
+    status_of,
+)
+from trainer.errors import NeverAnswered, UserError
+
+__all__ = ["Source", "Store", "Version", "is_remote", "not_json", "open_store", "parse_record", "parse_storage_url", "read_whole"]
+
+_PIECE = 8 * 2**20  # bytes of one request at most
+_REQUESTS = 8  # at once
+_PATIENCE = Patience()
+_NOT_FOUND = (NotFoundError, FileNotFoundError)
+
+A = TypeVar("A")
+
+Version = dict[str, str]
+"""ETag, and where the store counts them the version, of an object's content."""
+
+
+class Source(Protocol):
+    """What byte ranges of shards are read from: a store, or a cache before one."""
+
+    @property
+    def url(self) -> str: ...
+
+    def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]: ...
+
+
+def read_whole(source: Source, name: str, size: int) -> Iterator[memoryview]:
+    """An object of ``size`` bytes from its beginning to its end, in pieces of at most 8 MiB. Raises as ``read_ranges``."""
+    for start in range(0, size, _PIECE):
+        yield from source.read_ranges(name, [start], [min(start + _PIECE, size)])
+
+
+class Store:
+    """The objects below one URL. Safe to use from several threads. ``counts`` grow with its use."""
+
+    def __init__(self, url: str, connect: Callable[[], Connections], patience: Patience = _PATIENCE) -> None:
+        self.url = url.rstrip("/")
+        self._link = Link(self.url, connect, patience)
+        self._seen: dict[str, tuple[str | None, int]] = {}
+        """ETag and size of each object that ranges were read from: they must stay."""
+        self._lock = threading.Lock()
+        self._threads: ThreadPoolExecutor | None = None
+
+    @property
+    def counts(self) -> Counts:
+        return self._link.counts
+
+    def close(self) -> None:
+        """End every wait for a store that is away; those who wait get ServiceLost."""
+        self._link.closed.set()
+
+    def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:
+        """The bytes ``[start, end)`` of an object, each pair. Those that touch or overlap are fetched as one, and no others.
+
+        Raises ServiceLost after the bounds of ``Patience``; UserError where there is no such object, where it ends before, and
+        where it is another one than at the first read.
+        """
+        if isinstance(self._link.for_ranges, LocalStore):
+            return self._read_local(name, starts, ends)
+        spans = _merged(starts, ends)
+        buffers = [np.empty(end - start, np.uint8) for start, end in spans]
+        pieces = [
+            (start + at, buffer[at : at + _PIECE].data)
+            for (start, _), buffer in zip(spans, buffers, strict=True)
+            for at in range(0, len(buffer), _PIECE)
+        ]
+        self._read_pieces(name, pieces)
+        firsts = [start for start, _ in spans]
+        parts = []
+        for start, end in zip(starts, ends, strict=True):
+            number = int(np.searchsorted(firsts, start, side="right")) - 1
+            part = buffers[number][start - firsts[number] : end - firsts[number]] if end > start else np.empty(0, np.uint8)
+            parts.append(part.data.toreadonly())
+        return parts
+
+    def _read_pieces(self, name: str, pieces: list[tuple[int, memoryview]]) -> None:
+        def read(piece: tuple[int, memoryview]) -> None:
+            read_piece(self._link, name, *piece, lambda etag, size: self._check_same(name, etag, size))
+
+        if len(pieces) <= 1:
+            for piece in pieces:
+                read(piece)
+            return
+        with self._lock:
+            self._threads = self._threads or ThreadPoolExecutor(_REQUESTS, "storage")
+        futures = [self._threads.submit(read, piece) for piece in pieces]
+        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in waiting:
+            future.cancel()
+        for future in done:
+            future.result()
+
+    def _check_same(self, name: str, etag: str | None, size: int) -> None:
+        with self._lock:
+            before = self._seen.setdefault(name, (etag, size))
+        if before != (etag, size):
+            raise UserError(
+                f"{self.url}/{name}: was changed while it was read: {before[1]:,} bytes with ETag {before[0]} before, "
+                f"{size:,} bytes with ETag {etag} now"
+            )
+
+    def _read_local(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:
+        endurance = Endurance(self._link)
+        while True:
+            try:
+                with panics_as_errors():
+                    size = obstore.head(self._link.for_ranges, name)["size"]
+                    if max(ends, default=0) > size:
+                        raise UserError(f"{self.url}/{name}: has {size:,} bytes, but bytes up to {max(ends):,} are needed")
+                    parts = obstore.get_ranges(self._link.for_ranges, name, starts=starts, ends=ends, coalesce=0)
+                if [len(part) for part in parts] != [end - start for start, end in zip(starts, ends, strict=True)]:
+                    raise Interrupted("the file was cut short while it was read")
+            except (BaseError, OSError) as error:
+                endurance.failed(error, f"{self.url}/{name}")
+            else:
+                self.counts.add(bytes=sum(map(len, parts)), requests=len(parts))
+                return [memoryview(part) for part in parts]
+
+    def _outlast(self, work: Callable[[ObjectStore], A], where: str, missing: Callable[[], A] | None = None) -> A:
+        """``work`` through the faults of the world. ``missing``: what a missing object gives, instead of an error.
+
+        An address that never answered is the user's to look at: NeverAnswered, after object_store's own retries (20 s).
+        """
+        endurance = Endurance(self._link)
+        while True:
+            try:
+                with panics_as_errors():
+                    result = work(self._link.for_all_else)
+            except (BaseError, OSError) as error:
+                kind = kind_of(error)
+                if kind is Kind.MISSING and missing is not None:
+                    self._link.succeeded()
+                    return missing()
+                if kind is Kind.PASSING and status_of(error) is None and not self._link.met:
+                    raise NeverAnswered(f"{where}: {reason(error, self._link.address)}") from None
+                endurance.failed(error, where)
+            else:
+                self._link.succeeded()
+                return result
+
+    def read_small(self, name: str) -> bytes | None:
+        """A whole object, or None where there is none. Raises UserError where the store cannot be read at all, ServiceLost."""
+        return self._outlast(lambda objects: obstore.get(objects, name).bytes().to_bytes(), f"{self.url}/{name}", lambda: None)
+
+    def read_record(self, name: str) -> dict[str, Any] | None:
+        """A JSON object that Convoy wrote, or None if it is missing. Raises UserError in one line for anything else,
+        such as a truncated file or a web page. Errors else as ``read_small``.
+        """
+        content = self.read_small(name)
+        return None if content is None else parse_record(content, f"{self.url}/{name}")
+
+    def _prove(self) -> None:
+        """Raise UserError if something other than an object store answers. A web page (a console, a captive portal)
+        answers every request with success: an empty listing and a write that is lost.
+        """
+        if self._link.proven or isinstance(self._link.for_all_else, LocalStore):
+            return
+
+        def ask(objects: ObjectStore) -> Kind:
+            try:
+                obstore.get(objects, f".convoy-{uuid.uuid4().hex}")
+            except (BaseError, OSError) as error:
+                if (kind := kind_of(error)) in (Kind.MISSING, Kind.REFUSED):
+                    return kind
+                raise
+            raise Foreign("it has an object of every name")
+
+        accepted = self._link.accepted
+        kind = self._outlast(ask, self.url)
+        self._link.accepted = accepted or kind is Kind.MISSING
+        self._link.proven = True
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, or None where there is none."""
+
+        def ask(objects: ObjectStore) -> int | None:
+            return obstore.head(objects, name)["size"]
+
+        return self._outlast(ask, f"{self.url}/{name}", lambda: None)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every object, by name. The empty object that consoles make for a folder is not one."""
+
+        def ask(objects: ObjectStore) -> dict[str, int]:
+            return {meta["path"]: meta["size"] for batch in obstore.list(objects) for meta in batch if meta["path"]}
+
+        found: dict[str, int] = self._outlast(ask, self.url, dict)
+        if not found:
+            self._prove()
+        self._link.proven = True
+        return found
+
+    def write(self, name: str, content: bytes | IO[bytes]) -> None:
+        """Write a whole object; it appears at once or not at all."""
+        self._prove()
+        first = 0 if isinstance(content, bytes) else content.tell()
+
+        def put(objects: ObjectStore) -> None:
+            if not isinstance(content, bytes):
+                content.seek(first)
+            obstore.put(objects, name, content)
+
+        self._outlast(put, f"{self.url}/{name} cannot be written")
+
+    def read_versioned(self, name: str) -> tuple[bytes, Version, float] | None:
+        """An object, its version and its time of modification (seconds since 1970), or None if there is none."""
+
+        def ask(objects: ObjectStore) -> tuple[bytes, Version, float]:
+            found = obstore.get(objects, name)
+            return found.bytes().to_bytes(), _version(found.meta), found.meta["last_modified"].timestamp()
+
+        return self._outlast(ask, f"{self.url}/{name}", lambda: None)
+
+    def write_if(self, name: str, content: bytes, version: Version | None) -> Version | None:
+        """Write an object if it still has ``version`` (None: if it does not exist); returns its new version.
+
+        Returns None, and writes nothing, otherwise. Raises NotImplementedError if the store cannot do this.
+        """
+
+        def put(objects: ObjectStore) -> Version | None:
+            try:
+                return _version(obstore.put(objects, name, content, mode=version or "create"))  # type: ignore[arg-type]
+            except (AlreadyExistsError, PreconditionError):
+                return None
+            except BaseError as error:
+                if isinstance(error, NotFoundError) and version is not None:
+                    return None
+                if status_of(error) == 501:
+                    raise NotImplementedError from None
+                raise
+
+        self._prove()
+        return self._outlast(put, f"{self.url}/{name} cannot be written")
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[IO[bytes]]:
+        """A file to write a large object into; it appears whole when the block ends, and not at all when that fails."""
+        folder = self._folder()
+        if folder is None:
+            with tempfile.TemporaryFile() as file:
+                yield file
+                file.seek(0)
+                self.write(name, file)
+            return
+        path = folder / name
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                yield file
+            part.replace(path)
+        except OSError as error:
+            raise UserError(f"{self.url}/{name} cannot be written: {error.strerror}") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def remove_empty_folder(self, name: str) -> None:
+        """Object stores have no folders; on a disk they stay behind."""
+        if folder := self._folder():
+            with suppress(OSError):
+                (folder / name).rmdir()
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete objects; one that is not there is no error."""
+        for name in names:
+            self._outlast(
+                lambda objects, name=name: obstore.delete(objects, name),  # type: ignore[misc]
+                f"{self.url}/{name} cannot be deleted",
+                lambda: None,
+            )
+
+    def _folder(self) -> Path | None:
+        objects = self._link.for_all_else
+        return Path(str(objects.prefix)) if isinstance(objects, LocalStore) else None
+
+
+def _version(meta: Mapping[str, Any]) -> Version:
+    return {key: meta[key] for key in ("e_tag", "version") if meta.get(key) is not None}
+
+
+def _merged(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]:
+    """The ranges in order, those that touch or overlap as one; empty ones left out."""
+    spans: list[tuple[int, int]] = []
+    for start, end in sorted(zip(starts, ends, strict=True)):
+        if end <= start:
+            continue
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        else:
+            spans.append((start, end))
+    return spans
+
+
+def parse_record(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object. Every record that Convoy reads back goes through here. Raises UserError that names ``where``."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        raise not_json(content, where) from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: holds a JSON {type(record).__name__} instead of an object; Convoy did not write it")
+    return record
+
+
+def not_json(content: bytes, where: str, advice: str = "remove it, or restore it from a copy") -> UserError:
+    """The error for ``content`` that is not JSON."""
+    start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")) and is_remote(where):
+        return UserError(f"{where}: is a web page, not JSON; {CHECK_ENDPOINT}")
+    what = "is empty" if not content.strip() else "is not JSON: it is truncated or was changed"
+    return UserError(f"{where}: {what}; {advice}")
+
+
+def open_store(url: str, create: bool = False, patience: Patience = _PATIENCE) -> Store:
+    """The store at ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path. ``create`` makes a missing folder.
+
+    Raises UserError.
+    """
+    if create and not is_remote(url):
+        folder_of(url, create=True)
+    return Store(url, connector(url, patience.connect_seconds, patience.silent_seconds), patience)

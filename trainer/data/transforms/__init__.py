@@ -1,0 +1,1 @@
+"""Augmentations: each draws from random streams that depend on the sample only."""

@@ -1,0 +1,1 @@
+"""Several ranks: process group, collectives, environment variables, start-up of a pod."""

@@ -1,0 +1,59 @@
+"""Collectives; all ranks take part in each."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.errors import ServiceLost, UserError
+
+T = TypeVar("T")
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What ``work`` gives on the first rank, or its UserError or ServiceLost, on every rank; told by the first alone."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except (UserError, ServiceLost) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        outcome[1].told = dist.get_rank() > 0
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def tensors_from_first(tensors: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
+    """Those of the first rank, on every rank. All ranks take part."""
+    first = dist.get_rank() == 0
+    described = from_first(lambda: {name: (value.shape, value.dtype) for name, value in (tensors or {}).items()})
+    received = {}
+    for name, (shape, dtype) in described.items():
+        value = tensors[name].to(device) if first and tensors else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(value, src=0)
+        received[name] = value
+    return received
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over ranks. All ranks take part."""
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
+
+
+def averaged(values: Tensor) -> Tensor:
+    """The mean over ranks. All ranks take part."""
+    return summed(values) / dist.get_world_size()
+
+
+def gathered(values: list[str]) -> list[str]:
+    """The lists of all ranks as one. All ranks take part."""
+    parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]

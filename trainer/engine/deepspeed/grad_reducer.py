@@ -1,0 +1,154 @@
+"""Averaging gradients over data-parallel ranks, in place of DeepSpeed's own way at ZeRO 0 and 1.
+
+DeepSpeed copies all gradients into a flat tensor after the backward pass, reduces it, and copies them back, with one rank too;
+at ZeRO 1 it copies each of them four times. Here a gradient is copied once, while it is still in the cache, to its place in a flat
+buffer that stays, and a part of the buffer is reduced as soon as it is full, while the backward pass computes the gradients
+before it (Li et al. 2020, "PyTorch Distributed", 3.2). The optimizer then takes pieces of the buffer as its gradients.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.engine.deepspeed.zero1_layout import Places, _places
+
+BUCKET_BYTES = 25 * 2**20
+FIRST_BUCKET_BYTES = 2**20
+"""The first to be full is small, so that communication begins early."""
+
+
+@dataclass
+class _Bucket:
+    """Neighbouring gradients that are reduced together. ``missing``: those that the backward pass did not bring yet."""
+
+    part: Tensor
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    missing: int = 0
+
+
+class Gradients:
+    """The gradients of one model on one rank. All ranks take part in each backward pass and in ``finish``."""
+
+    def __init__(self, module: nn.Module, buffers: Sequence[Tensor], places: Sequence[Places], ranks: int) -> None:
+        self.buffers, self._ranks = list(buffers), ranks
+        self._views: dict[nn.Parameter, Tensor] = {}
+        self._filled: set[int] = set()  # identities: hashing a tensor is a call of a Python function
+        self._handles: list[Any] = []
+        self._last = True
+        self.zero_before_step = False
+        """CUDA graphs add to the buffers, whichever micro-batch of a step they run for."""
+        self._buckets: list[_Bucket] = []
+        for buffer, offsets in zip(buffers, places, strict=True):
+            for parameter, offset in offsets.items():
+                self._views[parameter] = buffer.as_strided(parameter.shape, parameter.stride(), offset)
+                parameter.register_post_accumulate_grad_hook(self._came)  # type: ignore[no-untyped-call]
+            self._buckets += _cut(buffer, offsets)
+        number = {parameter: i for i, parameter in enumerate(module.parameters())}
+        self._buckets.sort(key=lambda bucket: -min(number[p] for p in bucket.parameters))  # as backward passes fill them
+        self._bucket_of = {id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters}
+        self._waiting: list[_Bucket] = []
+
+    def expect(self, last: bool) -> None:
+        """Before a backward pass. ``last``: of those whose gradients make one step, and so the one that reduces."""
+        self._last = last
+        if self.zero_before_step and not self._filled:
+            for buffer in self.buffers:
+                buffer.zero_()
+        self._waiting = list(self._buckets)
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.parameters)
+
+    def _came(self, parameter: Tensor) -> None:
+        """Take a gradient that the backward pass has just computed."""
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        view = self._views[parameter]
+        if id(parameter) in self._filled:
+            view.add_(parameter.grad, alpha=1 / self._ranks)
+        elif self._ranks == 1:
+            view.copy_(parameter.grad)
+        else:
+            torch.mul(parameter.grad, 1 / self._ranks, out=view)
+        parameter.grad = None
+        self.arrived([parameter])
+
+    def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients to the buffers, which ``expect`` has set to zero; ``arrived`` must follow."""
+        came = [(self._views[p], g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        if came:
+            views, values = zip(*came, strict=True)
+            torch._foreach_add_(views, values, alpha=1 / self._ranks)
+
+    def arrived(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The gradients of ``parameters`` are in the buffers: reduce what is full."""
+        arrived = [id(parameter) for parameter in parameters]
+        self._filled.update(arrived)
+        if self._last:
+            for identity in arrived:
+                self._bucket_of[identity].missing -= 1
+            while self._waiting and not self._waiting[0].missing:  # in one order on all ranks
+                self._reduce(self._waiting.pop(0))
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        if self._ranks > 1:
+            self._handles.append(dist.all_reduce(bucket.part, async_op=True))
+
+    def finish(self) -> None:
+        """After the last backward pass: every parameter's ``grad`` is the mean over ranks; zero where there was none."""
+        for parameter, view in self._views.items():
+            if id(parameter) not in self._filled:
+                view.zero_()
+            parameter.grad = view
+        for bucket in self._waiting:
+            self._reduce(bucket)
+        for handle in self._handles:
+            handle.wait()
+        self._waiting, self._handles = [], []
+        self._filled.clear()
+
+
+def _cut(buffer: Tensor, offsets: Places) -> list[_Bucket]:
+    """Buckets of a buffer from its end, since a backward pass begins with the last layers."""
+    buckets: list[_Bucket] = []
+    stop, limit, parameters = buffer.numel(), FIRST_BUCKET_BYTES, []
+    for parameter, offset in reversed(offsets.items()):
+        parameters.append(parameter)
+        if (stop - offset) * buffer.element_size() >= limit:
+            buckets.append(_Bucket(buffer[offset:stop], parameters))
+            stop, limit, parameters = offset, BUCKET_BYTES, []
+    if parameters:
+        buckets.append(_Bucket(buffer[:stop], parameters))
+    return buckets
+
+
+def whole_gradients(module: nn.Module, ranks: int) -> Gradients:
+    """For an optimizer that updates the module's own parameters (ZeRO 0)."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    places: Places = {}
+    size = 0
+    for parameter in parameters:
+        places[parameter] = size
+        size += parameter.numel()
+    return Gradients(module, [parameters[0].new_zeros(size)], [places], ranks)
+
+
+class PartitionedGradients(Gradients):
+    """For DeepSpeed's ZeRO 1, whose optimizer updates one flat piece of the weights a rank."""
+
+    def __init__(self, module: nn.Module, optimizer: Any, ranks: int) -> None:
+        self._optimizer = optimizer
+        places = _places(optimizer)
+        super().__init__(module, [torch.zeros_like(flat) for flat in optimizer.bit16_groups_flat], places, ranks)
+        self._rank = dist.get_rank()
+
+    def finish(self) -> None:
+        from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+
+        super().finish()
+        for number, (buffer, size) in enumerate(zip(self.buffers, self._optimizer.partition_size, strict=True)):
+            part = buffer.narrow(0, self._rank * size, size)
+            self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([part], part)

@@ -1,0 +1,172 @@
+"""What the loop may ask of an engine, whichever way a model is spread over the ranks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.config.schema import RunConfig
+from trainer.data.batch import Batch
+from trainer.engine.deepspeed.grad_norm import GradNorm
+from trainer.engine.deepspeed.loss_scaler import grow_after_update
+from trainer.engine.deepspeed.optimizer_state import EMA, MasterState, TrainingState
+from trainer.engine.dropout_rng import Draws
+from trainer.engine.input_transfer import mixed, to_device
+from trainer.models.layers import normalize
+from trainer.training.batch_plan import BatchPlan
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of an optimizer step.
+
+    ``loss``: scalar on the device; its mean over ranks is the mean over the global batch's samples.
+    ``images``, ``keys``: of the global batch, and of this rank's part of it; 0 and none on a rank that reads no data.
+    ``skipped``: the gradients overflowed fp16, so that the weights stayed as they were.
+    """
+
+    loss: Tensor
+    images: int
+    keys: list[str]
+    skipped: bool
+
+
+class Engine(ABC):
+    """A model and its optimizer in one of DeepSpeed's engines. All ranks take part in every call.
+
+    A model that was trained before must hold its weights when the engine is made of it; ``restore`` then gives the rest.
+    """
+
+    _engine: Any
+    _masters: MasterState
+    _draws: Draws
+    _grad_norm: GradNorm
+
+    def __init__(self, model: nn.Module, config: RunConfig, batch: BatchPlan, device: torch.device) -> None:
+        self._shapes = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+        self._trained = [name for name, _ in model.named_parameters()]
+        self._batch, self._device = batch, device
+        self._mean, self._std = config.data.mean, config.data.std
+        self._type = _TYPES[config.precision]
+        self._optimizer_name, self._decay = config.optimizer.name, config.ema
+        self._smoothing = config.train.label_smoothing
+        self._averages: dict[str, Tensor] = {}
+        self._done = 0
+
+    def _adopt(self, engine: Any, weights: dict[str, Tensor], grad_norm: GradNorm) -> None:
+        """Take over an engine; ``weights``: the fp32 parameters that it was given, before it rounded them."""
+        self._engine, self._grad_norm = engine, grad_norm
+        if self._type == torch.float16:
+            grow_after_update(engine.optimizer)
+        self._masters = MasterState(engine, self._optimizer_name)
+        if self._type != torch.float32:
+            self._masters.set_weights(weights)
+        if self._decay is not None:
+            self._masters.begin_average()
+            self._averages = {name: buffer.clone() for name, buffer in self._statistics()}
+
+    @abstractmethod
+    def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
+        """One optimizer step of the next ``accumulation_steps`` micro-batches."""
+
+    @abstractmethod
+    def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        """The tensors ``names`` of the whole model, of which ``own`` are this rank's part."""
+
+    @abstractmethod
+    def _data_group(self) -> Any:
+        """The ranks that hold the same part of the model."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The whole model on this rank: fp32 master weights, and batch norm's running statistics as their mean over the
+        data-parallel ranks, each of which saw other samples; from here on each has that mean."""
+        module, own = self._engine.module, self._masters.weights()
+        for _, buffer in self._statistics():
+            buffer.copy_(self._mean_over_ranks(buffer))
+        own |= {name: buffer.clone() for name, buffer in module.named_buffers()}
+        return self._whole({self._public(name): value for name, value in own.items()}, list(self._shapes))
+
+    def averaged_state(self) -> dict[str, Tensor] | None:
+        """The same of the moving averages; None where the run keeps none."""
+        if self._decay is None:
+            return None
+        return self.state() | self._slot(EMA)
+
+    def snapshot(self) -> TrainingState:
+        """All that is needed to go on from here, on any number of ranks."""
+        return TrainingState(self.state(), self._slots(), self._done, self._masters.updates(), self._masters.scaler())
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on from ``state``, whose ``model`` this engine was made of, so that the masters are its weights already."""
+        own = {self._public(name): name for name in self._engine.module.state_dict()}
+        slots = [(slot.partition("/"), value) for slot, value in state.slots.items()]
+        self._masters.set_slots({f"{slot}/{own[name]}": v for (slot, _, name), v in slots if name in own}, state.updates)
+        for (slot, _, name), value in slots:
+            if slot == EMA and own.get(name) in self._averages:
+                self._averages[own[name]].copy_(value)
+        self._masters.set_scaler(state.scaler)
+        self._done = state.step
+
+    def _slots(self) -> dict[str, Tensor]:
+        """By ``slot/name``, of the whole model."""
+        return {f"{slot}/{name}": value for slot in self._masters.names for name, value in self._slot(slot).items()}
+
+    def _slot(self, slot: str) -> dict[str, Tensor]:
+        """One slot of the whole model, by name."""
+        own, names = self._masters.slot(slot), self._trained
+        if slot == EMA:
+            own |= {name: self._mean_over_ranks(value) for name, value in self._averages.items()}
+            names = [name for name, (_, dtype) in self._shapes.items() if dtype.is_floating_point]
+        return self._whole({self._public(name): value for name, value in own.items()}, names)
+
+    def _statistics(self) -> list[tuple[str, Tensor]]:
+        return [(name, buffer) for name, buffer in self._engine.module.named_buffers() if buffer.is_floating_point()]
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total, group=self._data_group())
+        return total / self._batch.ranks
+
+    def _public(self, name: str) -> str:
+        """The whole model's name of what the engine's module calls ``name``."""
+        return name
+
+    def _finish(self, skipped: bool) -> None:
+        """After each step: the moving averages follow, and the step is counted."""
+        self._done += 1
+        if self._decay is not None and not skipped:
+            self._masters.average(self._decay)
+            for name, buffer in self._statistics():
+                self._averages[name].lerp_(buffer, 1 - self._decay)
+
+    def grad_norm(self) -> float | None:
+        """Euclidean norm of the last step's gradient over all weights, before clipping; None if the step was skipped."""
+        return self._grad_norm.value()
+
+    def loss_scale(self) -> float | None:
+        """The factor that keeps fp16 gradients from vanishing; None in other precisions."""
+        return float(self._engine.optimizer.cur_scale) if self._type == torch.float16 else None
+
+    def _prepare(self, learning_rate: float) -> None:
+        self._draws.begin(self._done)
+        self._grad_norm.begin_step(self.loss_scale() or 1.0)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def _skipped(self) -> bool:
+        return bool(getattr(self._engine.optimizer, "overflow", False))
+
+    def _images(self, batch: Batch) -> Tensor:
+        """[N, 3, size, size] in the training type, made on the device."""
+        return mixed(normalize(to_device(batch.pixels, self._device), self._mean, self._std), batch.mix).to(self._type)
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -1,0 +1,33 @@
+"""Batches on their way to the device: pinned memory, copies, mixing."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.data.transforms.mixup import Mix
+
+
+def mixed(images: Tensor, mix: Mix | None) -> Tensor:
+    """[N, C, H, W], each mixed with the one at its place in the reversed batch. Overwrites them."""
+    if mix is None:
+        return images
+    if mix.box is None:
+        others = images.flip(0)
+        return images.mul_(mix.lam).add_(others, alpha=1 - mix.lam)
+    top, bottom, left, right = mix.box
+    part = images[:, :, top:bottom, left:right]
+    part.copy_(part.flip(0))
+    return images
+
+
+def to_device(array: Any, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def pinned(shape: tuple[int, ...], dtype: type[np.uint8]) -> np.ndarray:
+    """An array of bytes that a GPU copies by itself, while this process goes on to launch what comes next. Its memory is used
+    again only after the copies from it."""
+    assert dtype is np.uint8
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()

@@ -1,0 +1,96 @@
+"""A row of layers as an engine runs them: the whole model, or one pipeline stage of it."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from math import isqrt
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.config.schema import TrainConfig
+from trainer.engine.cuda_graphs import GraphedLayers
+from trainer.engine.deepspeed.grad_reducer import Gradients
+from trainer.engine.dropout_rng import Draws
+from trainer.models.layers import Value
+
+
+class Stage(nn.Sequential):
+    """Neighbouring layers of a model. What enters and leaves is contiguous, as a transport needs; inside, activations have the
+    layout of ``train.channels_last``."""
+
+    def __init__(self, layers: "OrderedDict[str, nn.Module]", config: TrainConfig, draws: Draws) -> None:
+        super().__init__(layers)
+        self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self._draws = draws
+        self._graphs: GraphedLayers | None = None
+        length = max(1, isqrt(len(layers))) if config.activation_checkpointing else len(layers)
+        row = list(layers.values())
+        self._segments = [row[start : start + length] for start in range(0, len(row), length)]
+        for first, *_ in self._segments:
+            if isinstance(first, nn.ReLU):
+                first.inplace = False  # its input belongs to another rank, or is kept to compute from again
+        if config.compile:
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of block in a deep network
+            for layer in self:
+                if not any(isinstance(module, nn.Dropout) for module in layer.modules()):  # whose hook is not to be traced
+                    layer.compile(dynamic=False)  # else those of one kind share code for any size, slow to make and to run
+
+    def forward(self, value: Value) -> Value:
+        value = _laid_out(value, self._layout)
+        position = self._draws.advance() if self.training else (0, 0)
+        if self.training and self._graphs is not None and isinstance(value, Tensor):
+            return _laid_out(self._graphs(value), torch.contiguous_format)
+        again = self._segments[:-1] if self.training else []  # the last one's backward pass comes at once
+        for layers in again:
+            value = checkpoint(self._run, layers, position, value, use_reentrant=False, context_fn=partial(_recomputing, layers))
+        for layers in self._segments[len(again) :]:
+            value = self._run(layers, position, value)
+        return _laid_out(value, torch.contiguous_format)
+
+    def use_graphs(self, gradients: Gradients, ranks: int) -> None:
+        """Train with CUDA graphs, where this is the whole model and no activation is recomputed."""
+
+        def run(layers: Sequence[nn.Module], value: Value) -> Value:
+            return self._run(layers, self._draws.position, value)
+
+        self._graphs = GraphedLayers(list(self), run, gradients, ranks)
+
+    def _run(self, layers: Sequence[nn.Module], position: tuple[int, int], value: Value) -> Value:
+        self._draws.position = position
+        for layer in layers:
+            value = layer(value)
+        return value
+
+
+def _recomputing(layers: Sequence[nn.Module]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the forward pass and for its repetition, in which batch norm must not count the same batch again."""
+    return nullcontext(), _StatisticsKept(layers)
+
+
+class _StatisticsKept(AbstractContextManager[None]):
+    """Keeps the running statistics of batch norm as they are. It can be entered more than once, as torch does if a backward pass
+    is split into several, which ZeRO 3 does."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        modules = (module for layer in layers for module in layer.modules())
+        self._norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self._kept: list[tuple[float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self._kept = [(norm.momentum, norm.num_batches_tracked) for norm in self._norms]
+        for norm in self._norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *error: object) -> None:
+        for norm, (momentum, tracked) in zip(self._norms, self._kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
+
+
+def _laid_out(value: Value, layout: torch.memory_format) -> Value:
+    def one(part: Tensor) -> Tensor:
+        return part.contiguous(memory_format=layout) if part.dim() == 4 else part.contiguous()
+
+    return tuple(map(one, value)) if isinstance(value, tuple) else one(value)

@@ -1,0 +1,1 @@
+"""Trained models for others: the exported file, the MLflow model, the registry."""

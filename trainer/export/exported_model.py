@@ -1,0 +1,88 @@
+"""A trained model as two plain files: master weights (safetensors) and what is needed to use them (JSON)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from trainer.config.schema import RunConfig
+from trainer.data.decode.decoder import decode_rgb, to_array
+from trainer.data.transforms.crop import eval_transform
+from trainer.errors import UserError
+from trainer.faults.disk_space import write_file
+from trainer.models import build_model
+from trainer.models.layers import normalize
+
+WEIGHTS_NAME, FACTS_NAME = "model.safetensors", "model.json"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """All that turns image bytes into probabilities, beside the weights."""
+
+    name: str
+    options: dict[str, Any]
+    classes: list[str]
+    num_classes: int
+    image_size: int
+    eval_crop: float
+    mean: list[float]
+    std: list[float]
+    channels_last: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, classes: list[str], num_classes: int) -> "ModelFacts":
+        options = config.model.model_dump(exclude={"name", "num_classes", "init"}, exclude_none=True)
+        data = config.data
+        return cls(
+            config.model.name,
+            options,
+            classes,
+            num_classes,
+            data.image_size,
+            config.augment.eval_crop,
+            data.mean,
+            data.std,
+            config.train.channels_last,
+        )
+
+    def build(self) -> nn.Sequential:
+        return build_model(self.name, self.num_classes, self.image_size, **self.options)
+
+
+def save_model(folder: Path, model: nn.Module, facts: ModelFacts) -> None:
+    """Write both files; each appears whole or not at all. Raises UserError where the disk is full."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    write_file(folder / WEIGHTS_NAME, save(weights))
+    write_file(folder / FACTS_NAME, json.dumps(vars(facts), indent=1, ensure_ascii=False) + "\n")
+
+
+class Predictor:
+    """A saved model in use: encoded images in, class probabilities out, through the same steps as in evaluation."""
+
+    def __init__(self, weights: Path, facts: Path) -> None:
+        self.facts = ModelFacts(**json.loads(facts.read_text(encoding="utf-8")))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = self.facts.build()
+        try:
+            model.load_state_dict(load_file(weights))
+        except (SafetensorError, RuntimeError) as error:
+            raise UserError(f"{weights}: does not hold the weights of {self.facts.name}: {str(error).splitlines()[0]}") from None
+        layout = torch.channels_last if self.facts.channels_last else torch.contiguous_format
+        self.model = model.eval().to(self.device).to(memory_format=layout)
+
+    @torch.inference_mode()
+    def predict(self, images: list[bytes]) -> np.ndarray:
+        """Probabilities, float32 [N, num_classes]. Raises DecodeError for bytes that are no image."""
+        facts = self.facts
+        views = [to_array(eval_transform(decode_rgb(image), facts.image_size, facts.eval_crop)) for image in images]
+        pixels = torch.from_numpy(np.stack(views)).to(self.device)
+        logits = self.model(normalize(pixels, facts.mean, facts.std))
+        probabilities: np.ndarray = torch.softmax(logits.float(), dim=1).cpu().numpy()
+        return probabilities

@@ -1,0 +1,94 @@
+"""Records of hardware faults beside a run's checkpoints: which node failed, how often, and how.
+
+A job restarts its pods on any node, and a node with a failing GPU passes every readiness check, so
+it gets the next pod too. Each fault is one small object ``faults/TIME-NODE-rank-N.json``, so that
+ranks write without coordination.
+"""
+
+import json
+import os
+import re
+import threading
+import time
+from collections import defaultdict
+from contextlib import suppress
+from typing import Any
+
+from trainer.data.storage.store import Store, open_store
+from trainer.errors import NeverAnswered, ServiceLost, UserError
+from trainer.faults.hardware_errors import NODE_VARIABLE, node_name
+
+FOLDER = "faults"
+_MOST_RECORDS = 200
+_WRITE_SECONDS = 10.0
+"""A rank with a failed device waits this long for its record; until it ends, the others wait."""
+
+
+def record_fault(url: str, rank: int, fault: str) -> str:
+    """Write a record below the checkpoint URL; returns advice on the node, empty for its first fault.
+
+    Never raises and returns within seconds, even when the store is unreachable.
+    """
+    advice: list[str] = []
+
+    def work() -> None:
+        with suppress(UserError, ServiceLost, NeverAnswered, OSError):
+            store = open_store(url, create=True)
+            node = node_name()
+            now = time.time()
+            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+            name = f"{FOLDER}/{stamp}-{re.sub(r'[^A-Za-z0-9._-]', '_', node)[:100]}-rank-{rank}.json"
+            record = {"node": node, "rank": rank, "time": now, "fault": fault}
+            store.write(name, (json.dumps(record) + "\n").encode())
+            # Ranks of one node fail together: incidents, not records, are counted.
+            incidents = _incidents(_read(store)).get(node, [])
+            if len(incidents) > 1:
+                advice.append(f"this is hardware fault {len(incidents)} of node {node} in this run; {_what_to_do(node)}")
+
+    thread = threading.Thread(target=work, name="fault-record", daemon=True)
+    thread.start()
+    thread.join(_WRITE_SECONDS)
+    return advice[0] if advice else ""
+
+
+def repeated_faults(store: Store) -> list[str]:
+    """One line for each node with more than one hardware fault, the most faults first."""
+    lines = []
+    for node, incidents in sorted(_incidents(_read(store)).items(), key=lambda item: -len(item[1])):
+        if len(incidents) > 1:
+            last = incidents[-1]
+            when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last["time"]))
+            lines.append(
+                f"node {node}: {len(incidents)} hardware faults in this run, the last one at {when} "
+                f"({str(last['fault'])[:200]}); {_what_to_do(node)}"
+            )
+    return lines
+
+
+def _what_to_do(node: str) -> str:
+    if os.environ.get(NODE_VARIABLE):
+        return f"take it out of service: kubectl cordon {node}"
+    return "have it checked before it is used again"
+
+
+def _read(store: Store) -> list[dict[str, Any]]:
+    """The newest records, oldest first; older ones than the newest 200 are deleted."""
+    names = sorted(name for name in store.sizes() if name.startswith(f"{FOLDER}/"))
+    if len(names) > _MOST_RECORDS:
+        store.delete(names[:-_MOST_RECORDS])
+    records = []
+    for name in names[-_MOST_RECORDS:]:
+        with suppress(ValueError, KeyError, TypeError):  # a record is advice: one that is corrupt is none
+            record = json.loads(store.read_small(name) or b"")
+            records.append({"node": str(record["node"]), "time": float(record["time"]), "fault": str(record["fault"])})
+    return records
+
+
+def _incidents(records: list[dict[str, Any]], seconds: float = 60.0) -> dict[str, list[dict[str, Any]]]:
+    """The records of each node, where those within ``seconds`` of one another count once."""
+    nodes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in sorted(records, key=lambda record: record["time"]):
+        known = nodes[record["node"]]
+        if not known or record["time"] - known[-1]["time"] > seconds:
+            known.append(record)
+    return dict(nodes)

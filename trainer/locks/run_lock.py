@@ -1,0 +1,349 @@
+"""One writer per place: a lock with a lease on an output folder or a checkpoint URL.
+
+The owner renews the lease from a thread. Others never compare clocks: a lock is expired when its
+version has not changed for a full lease while it was watched. An owner that cannot renew stops
+writing before that, and ends when it finds another owner.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from trainer.errors import EXIT_RETRY, ServiceLost, UserError, report
+from trainer.locks.lock_file import LockFile, Seen, lock_file
+from trainer.locks.lock_owner import Owner, parse_owner
+from trainer.secrets.redaction import redact_credentials
+
+LOCK_NAME = "run.lock"
+LEASE_SECONDS = 60.0
+OUTAGE_SECONDS = 120.0
+"""How long an owner waits for storage that is unreachable, writing nothing once its lease is over."""
+_RENEWALS_PER_LEASE = 6
+_WATCH_FACTOR = 1.1
+"""Others wait for this many leases: their clocks may run faster than the owner's."""
+_ENDING_SECONDS = 130.0
+"""How long ranks without a launcher may take to write a checkpoint and end."""
+_RELEASE_SECONDS = 10.0
+_MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.02, 1.0
+
+
+class LockHeld(UserError):
+    """Another live process owns the lock."""
+
+
+class LockLost(ServiceLost):
+    """The lease could not be renewed in time; nothing may be written any more."""
+
+
+def _clock() -> float:
+    """Seconds that also count while the machine is suspended, where the system has such a clock."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _end_process(error: LockLost) -> None:
+    """End at once: whatever this process still did, it would do to the new owner's files."""
+    code = report(error, "convoy")
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code or EXIT_RETRY)
+
+
+class RunLock:
+    """The lock of one place. ``advice``: what the user can do if another process owns it.
+
+    ``lease_seconds`` and ``on_taken_over`` are for tests; the latter is called from any thread.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        program: str,
+        run: str | None,
+        advice: str,
+        name: str = LOCK_NAME,
+        lease_seconds: float = LEASE_SECONDS,
+        on_taken_over: Callable[[LockLost], None] = _end_process,
+    ) -> None:
+        self._file: LockFile = lock_file(url, name)
+        self._name, self._advice = name, advice
+        self._where = redact_credentials(url)
+        self._lease = lease_seconds
+        self._outage = lease_seconds * OUTAGE_SECONDS / LEASE_SECONDS
+        self._poll = min(max(lease_seconds / 60, _MIN_POLL_SECONDS), _MAX_POLL_SECONDS)
+        self.owner = Owner.current(redact_credentials(self._file.location), program, run, lease_seconds)
+        self._on_taken_over = on_taken_over
+        self._watch: _Watch | None = None
+        self._seen: Seen | None = None
+        self._renewed = 0.0
+        self._renewals = 0
+        self._is_failing = False
+        self._lost: LockLost | None = None
+        self._mutex = threading.Lock()
+        self._stop = threading.Event()
+
+    def acquire(self) -> None:
+        """Become the owner, waiting for at most a lease to find out whether another owner still lives.
+
+        Raises LockHeld (a UserError that names the owner) if it does, UserError if the lock cannot be
+        written, ServiceLost if the storage is unreachable.
+        """
+        try:
+            self._acquire()
+        except OSError as error:
+            raise UserError(
+                f"{self._where}: {self._name} cannot be written: {error.strerror or error}; use a place that can be written"
+            ) from None
+        threading.Thread(target=self._keep, name="run-lock", daemon=True).start()
+
+    def watch(self) -> None:
+        """Start to watch another owner's lock, so that a later ``acquire`` has less time to wait."""
+        seen = self._file.read()
+        if seen is not None:
+            self._watch = _Watch(seen, parse_owner(seen.content), _clock())
+
+    def _acquire(self) -> None:
+        watch = self._watch
+        while True:
+            seen = self._file.read()
+            if seen is None:
+                if self._take(None):
+                    return
+                continue
+            holder = parse_owner(seen.content)
+            if watch is None or watch.token != _token(holder, seen):
+                watch = _Watch(seen, holder, _clock())
+            if self._may_take(seen, holder, watch):
+                if self._take(seen):
+                    return
+                continue
+            if not watch.is_announced:
+                watch.is_announced = True
+                print(f"waiting: {self._where}: {self._waiting_for(holder)}", flush=True)
+            time.sleep(self._poll)
+
+    def _may_take(self, seen: Seen, holder: Owner | None, watch: "_Watch") -> bool:
+        """Whether the owner is gone. Raises LockHeld if it lives; False while that is not known."""
+        lease = holder.lease_seconds if holder is not None else self._lease
+        waited = _clock() - watch.since
+        if holder is not None:
+            if self.owner.process.shares_pids_with(holder.process):
+                if not holder.process.is_alive():
+                    return True
+                if self._is_ending(holder):
+                    if waited > _ENDING_SECONDS:
+                        raise self._held(holder, seen)
+                    return False
+                if holder.location == self.owner.location and time.time() - seen.written_at < lease:
+                    raise self._held(holder, seen)
+            elif holder.pod is not None and holder.pod == self.owner.pod:
+                return True
+        if seen.version != watch.version:
+            raise self._held(holder, seen)
+        return waited >= lease * _WATCH_FACTOR
+
+    def _is_ending(self, holder: Owner) -> bool:
+        """Whether the launcher of its ranks was killed, so that they end by themselves."""
+        launcher = holder.launcher
+        return launcher is not None and self.owner.process.shares_pids_with(launcher) and not launcher.is_alive()
+
+    def _waiting_for(self, holder: Owner | None) -> str:
+        if holder is None:
+            return f"{self._name} is corrupt; it is replaced if nobody renews it within {self._lease * _WATCH_FACTOR:.0f} s"
+        if self._is_ending(holder) and self.owner.process.shares_pids_with(holder.process):
+            return f"{holder.describe()} lost its launcher and is ending"
+        seconds = holder.lease_seconds * _WATCH_FACTOR
+        return f"owned by {holder.describe()}; its lock expires if it is not renewed within {seconds:.0f} s"
+
+    def _held(self, holder: Owner | None, seen: Seen) -> LockHeld:
+        who = holder.describe() if holder is not None else "an unknown process"
+        lease = holder.lease_seconds if holder is not None else self._lease
+        age = max(0.0, time.time() - seen.written_at)
+        return LockHeld(
+            f"{self._where}: in use by {who}, whose lock was renewed {age:.0f} s ago; {self._advice} (a lock that is not "
+            f"renewed expires after {lease * _WATCH_FACTOR:.0f} s)"
+        )
+
+    def _take(self, seen: Seen | None) -> bool:
+        """Write our record, over ``seen`` or where there is none. False if another process was faster."""
+        before = _clock()
+        content = self.owner.to_json(self._renewals)
+        new = self._file.create(content) if seen is None else self._file.replace(seen, content)
+        if new is not None and not self._file.is_atomic:
+            print(
+                f"convoy: {self._where}: the storage has no conditional writes; two runs that start there at the same "
+                "moment are told apart by waiting",
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(self._lease / _RENEWALS_PER_LEASE)
+            before = _clock()
+            new = self._file.read()
+            if new is None or new.content != content:
+                return False
+        if new is None:
+            return False
+        self._seen, self._renewed = new, before
+        return True
+
+    def check(self) -> None:
+        """Return if this process is still the only writer; wait while that is unknown. Raises LockLost if it is not."""
+        while self._lost is None and self._age() > self._lease:
+            self._renew()
+            if self._age() > self._outage or self._stop.is_set():
+                self._lose(f"could not be renewed for {self._age():.0f} s", taken_over=False)
+            elif self._age() > self._lease:
+                self._stop.wait(self._poll)
+        if self._lost is not None:
+            raise self._lost
+
+    def _age(self) -> float:
+        """Seconds since the last renewal began."""
+        return _clock() - self._renewed
+
+    def _keep(self) -> None:
+        while not self._stop.wait(self._lease / _RENEWALS_PER_LEASE):
+            self._renew()
+
+    def _renew(self) -> None:
+        with self._mutex:
+            if self._seen is None or self._stop.is_set():
+                return
+            before = _clock()
+            self._renewals += 1
+            try:
+                self._renew_from(self._seen, before)
+            except (UserError, ServiceLost, OSError) as error:
+                self._note_failure(str(error))
+
+    def _renew_from(self, seen: Seen, before: float) -> None:
+        new = self._file.renew(seen, self.owner.to_json(self._renewals))
+        if new is None:
+            found = self._file.read()
+            holder = parse_owner(found.content) if found is not None else None
+            if found is not None and holder is not None and holder.token == self.owner.token:
+                self._seen = found  # someone touched the file, or copied it back
+                new = self._file.renew(found, self.owner.to_json(self._renewals))
+                if new is None:
+                    return  # and again: the next renewal tries from what it finds then
+            elif found is None and self._can_write_again(before):
+                new = self._file.create(self.owner.to_json(self._renewals))
+            if new is None:
+                who = holder.describe() if holder is not None else "another process"
+                self._lose(f"was taken over by {who}", taken_over=True)
+                return
+        self._seen, self._renewed = new, before
+        if self._is_failing:
+            self._is_failing = False
+            print(f"convoy: {self._where}: {self._name} is renewed again", file=sys.stderr, flush=True)
+
+    def _can_write_again(self, now: float) -> bool:
+        """Whether a lock that is gone was just deleted. No other owner can have come and gone within the lease, unless it
+        took over at once: a pod of the same job."""
+        return now - self._renewed <= self._lease and self.owner.pod is None
+
+    def _note_failure(self, reason: str) -> None:
+        if not self._is_failing and self._lost is None:
+            self._is_failing = True
+            left = max(0.0, self._outage - self._age())
+            line = redact_credentials(reason).splitlines()[0][:200]
+            print(
+                f"convoy: {self._where}: {self._name} could not be renewed ({line}); unless it is, this process ends in "
+                f"{left:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _lose(self, what: str, taken_over: bool) -> None:
+        if self._lost is None or taken_over:
+            self._lost = LockLost(f"{self._where}: {self._name} {what}; this process stops writing there and ends")
+            if taken_over:
+                self._on_taken_over(self._lost)
+
+    def release(self) -> None:
+        """Remove the lock if it is still ours. Waits a bounded time for storage that is unreachable."""
+        if self._seen is None:
+            return
+        self._stop.set()
+        timer = threading.Timer(_RELEASE_SECONDS, self._file.close)
+        timer.daemon = True
+        timer.start()
+        try:
+            with self._mutex:
+                if self._lost is None and self._age() <= self._lease:
+                    self._file.delete(self._seen)
+        except (UserError, ServiceLost, OSError) as error:
+            reason = redact_credentials(str(error)).splitlines()[0][:200]
+            print(f"convoy: {self._where}: {self._name} could not be removed ({reason}); it expires", file=sys.stderr, flush=True)
+        finally:
+            timer.cancel()
+            self._seen = None
+
+
+class RunLocks:
+    """The locks of a run: its output folder's and its checkpoint URL's. Without any on ranks other than the first."""
+
+    def __init__(self) -> None:
+        self._locks: list[RunLock] = []
+
+    def acquire(self, output_dir: str, checkpoint_url: str, run: str) -> None:
+        """Own both. Raises as ``RunLock.acquire``; ``release`` is needed then too."""
+        for url, key in ((output_dir, "name or train.output_dir"), (checkpoint_url, "checkpoint.url")):
+            lock = RunLock(url, "convoy train", run, f"use another {key}, or wait until that ends")
+            if lock.owner.location not in [held.owner.location for held in self._locks]:
+                self._locks.append(lock)
+        for lock in self._locks[1:]:
+            lock.watch()
+        for lock in self._locks:
+            lock.acquire()
+
+    def check(self) -> None:
+        """Raises LockLost if any is lost."""
+        for lock in self._locks:
+            lock.check()
+
+    def check_output(self) -> None:
+        """Raises LockLost if the output folder's is lost."""
+        for lock in self._locks[:1]:
+            lock.check()
+
+    def release(self) -> None:
+        for lock in reversed(self._locks):
+            lock.release()
+
+
+class _Watch:
+    """When a lock was first seen in this state."""
+
+    def __init__(self, seen: Seen, holder: Owner | None, since: float) -> None:
+        self.token = _token(holder, seen)
+        self.version = seen.version
+        self.since = since
+        self.is_announced = False
+
+
+def _token(holder: Owner | None, seen: Seen) -> object:
+    """What stays the same while an owner renews its lock."""
+    return holder.token if holder is not None else seen.content
+
+
+@contextmanager
+def exclusive(url: str, program: str, advice: str, name: str = LOCK_NAME) -> Iterator[None]:
+    """Own a place while the command ``program`` works there. Raises LockHeld if a run or another command does."""
+    lock = RunLock(url, program, None, advice, name)
+    try:
+        lock.acquire()
+        yield
+    finally:
+        lock.release()
+
+
+def owner_of(url: str) -> Owner | None:
+    """The owner that the lock of a place records, whether it still lives or not. None if no lock can be read."""
+    try:
+        seen = lock_file(url, LOCK_NAME).read()
+    except OSError:
+        return None
+    return parse_owner(seen.content) if seen is not None else None

@@ -1,0 +1,166 @@
+"""What each network is and costs, computed from the network itself, beside the figures that were published of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.models.registry import build_model, find_variant
+from trainer.models.state_dict_adapter import auxiliary_names, schemes_of
+
+_ALEXNET = "Krizhevsky et al. 2012, table 2: one network, validation"
+_VGG = "Simonyan, Zisserman 2015, table 3: one network, one scale, validation"
+_GOOGLENET = "Szegedy et al. 2014, table 3: one network, one crop, validation"
+_RESNET = "He et al. 2015, table 3: one network, 10 crops, validation"
+_CIFAR = "He et al. 2015, table 6: CIFAR-10 test, top-1"
+_TOP5 = {
+    "alexnet2012": (18.2, _ALEXNET),
+    "vgg11": (10.4, _VGG),
+    "vgg13": (9.9, _VGG),
+    "vgg16": (8.1, _VGG),
+    "vgg19": (8.0, _VGG),
+    "googlenet2014": (10.07, _GOOGLENET),
+    "resnet34": (7.46, _RESNET + ", option B"),
+    "resnet50": (6.71, _RESNET),
+    "resnet101": (6.05, _RESNET),
+    "resnet152": (5.71, _RESNET),
+    "plain34": (10.02, _RESNET),
+}
+"""Published top-5 error on ImageNet, percent, with its source; a form that no paper measured has none."""
+_CIFAR_ERROR = {"resnet20": 8.75, "resnet32": 7.51, "resnet44": 7.17, "resnet56": 6.97, "resnet110": 6.43}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of ``convoy models``. Errors and accuracies are percent; an unpublished one is None."""
+
+    name: str
+    family: str
+    year: int
+    layers: int
+    """Weight layers: convolutions and fully connected layers on the longest path that an image takes."""
+    parameters: int
+    """Those that evaluation uses."""
+    auxiliary_parameters: int
+    """Of the auxiliary heads, which training uses too."""
+    num_classes: int
+    image_size: int
+    multiply_adds: int
+    """Of one image's evaluation, convolutions and fully connected layers."""
+    activation_bytes: int
+    """Kept for the backward pass of one image in training, fp32, inputs included and weights not."""
+    top5_error: float | None
+    top5_source: str | None
+    cifar10_error: float | None
+    cifar10_source: str | None
+    torchvision_weights: str | None
+    torchvision_top1: float | None
+    torchvision_top5: float | None
+
+
+def describe(name: str, image_size: int | None = None) -> Entry:
+    """Compute and look up everything of one network. The network has shapes and no numbers, so this takes milliseconds.
+
+    ``image_size``: pixels; when not given, ImageNet's 224, or CIFAR-10's 32 for the networks made for it, which get its 10
+    classes in place of 1,000. Raises UserError where it is too small.
+    """
+    variant = find_variant(name)
+    num_classes, usual_size = (1000, 224) if variant.default_stem == "imagenet" else (10, 32)
+    image_size = image_size or usual_size
+    with torch.device("meta"):
+        model = build_model(name, num_classes, image_size)
+    auxiliary = set(auxiliary_names(model))
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    of_heads = sum(size for key, size in sizes.items() if key in auxiliary)
+    top5_error, top5_source = _TOP5.get(name, (None, None))
+    cifar10_error = _CIFAR_ERROR.get(name)
+    weights, top1, top5 = _torchvision(name)
+    return Entry(
+        name,
+        variant.family,
+        variant.year,
+        weight_layers(model),
+        sum(sizes.values()) - of_heads,
+        of_heads,
+        num_classes,
+        image_size,
+        *forward_costs(model, image_size),
+        top5_error,
+        top5_source,
+        cifar10_error,
+        _CIFAR if cifar10_error else None,
+        weights,
+        top1,
+        top5,
+    )
+
+
+def weight_layers(layer: nn.Module) -> int:
+    """Convolutions and fully connected layers on the longest path; shortcuts' projections and auxiliary heads are beside it."""
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        return 1
+    own = getattr(layer, "weight_layers", None)
+    return own if own is not None else sum(weight_layers(child) for child in layer.children())
+
+
+IMAGES_TRACED = 3
+
+
+class _BatchNormStandIn(torch.autograd.Function):
+    """Keeps what batch norm keeps, its input; torch's own takes milliseconds a layer on the meta device."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+
+def forward_costs(model: nn.Module, image_size: int) -> tuple[int, int]:
+    """Multiply-adds of an image's evaluation, and bytes that autograd keeps of it in training; a model on the meta device.
+
+    Multiply-adds are those of convolutions and fully connected layers outside auxiliary heads, biases not counted.
+    """
+    counts = []
+
+    def count(layer: nn.Conv2d | nn.Linear, _: Any, output: Tensor) -> None:
+        counts.append(output[0].numel() * layer.weight[0].numel())
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not name.startswith("aux"):
+            layer.register_forward_hook(count)
+    kept, _ = kept_bytes(model, torch.empty(IMAGES_TRACED, 3, image_size, image_size, device="meta"))
+    return sum(counts), kept
+
+
+def kept_bytes(model: nn.Module, value: Any) -> tuple[int, Any]:
+    """Bytes an image that autograd keeps for the backward pass through a model, or a part of one, on the meta device; and what it
+    puts out. ``value``: what goes in, of IMAGES_TRACED images, without numbers.
+
+    Of what the forward pass saves each storage counts once; weights and batch norm's few statistics a channel do not.
+    """
+    weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape[:1] == (IMAGES_TRACED,) and tensor.untyped_storage()._cdata not in weights:
+            saved[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage gets its place
+        return tensor
+
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.forward = _BatchNormStandIn.apply  # type: ignore[method-assign]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model.train()(value)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) // IMAGES_TRACED, out
+
+
+def _torchvision(name: str) -> tuple[str | None, float | None, float | None]:
+    """torchvision's first published weights and their ImageNet top-1 and top-5 accuracy, percent (its own figures)."""
+    if "torchvision" not in schemes_of(name):
+        return None, None, None
+    from torchvision.models import get_model_weights
+
+    weights: Any = next(iter(get_model_weights(name)))
+    metrics = weights.meta["_metrics"]["ImageNet-1K"]
+    return weights.name, metrics["acc@1"], metrics["acc@5"]

@@ -1,0 +1,1 @@
+"""One operating system process: its environment, standard streams, signals, limits, child processes."""

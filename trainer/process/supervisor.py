@@ -1,0 +1,191 @@
+"""Run the ranks of one machine as child processes: start, watch, stop and clean up."""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
+from trainer.process.launch_environment import LAUNCHER_PID, RUN_ID_FILE, STORE_FD, local_rank_environment
+from trainer.process.stop_signals import StopSignals
+
+STOP_SECONDS = 100.0
+"""That ranks have for a checkpoint after a stop signal; less than the pods' grace period."""
+_LOST_PEER_SECONDS = 30.0  # that ranks have to end after one has failed
+_REPORT_SECONDS = 2.0  # until those that have not ended by themselves are asked to
+_POLL_SECONDS = 0.1
+_ENTRY = Path(__file__).parents[2] / "convoy_entry" / "run.py"
+
+
+def python_command(module: str) -> list[str]:
+    """The command that calls ``main`` of a module of this installation, whatever the working directory contains."""
+    return [sys.executable, "-P", str(_ENTRY), module]
+
+
+def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: StopSignals) -> int:
+    """Run ``procs`` ranks on this machine until all have ended; returns the exit code of the run.
+
+    A stop signal is forwarded once, as SIGTERM; a rank that fails ends the others. No process that a
+    rank started outlives this. From here on ``signals`` are deferred.
+    """
+    signals.defer()
+    ranks: list[subprocess.Popen[bytes]] = []
+    unfinished = UnfinishedRanks(run_id_file, procs)
+    try:
+        _start(ranks, procs, arguments, run_id_file)
+        with _suspended_together(ranks):
+            asked = _watch(ranks, unfinished, signals)
+    finally:
+        for process in ranks:
+            if process.returncode is None:
+                _kill_group(process)
+                process.wait()
+    codes = [unfinished.code_of(rank, process.returncode) or 0 for rank, process in enumerate(ranks)]
+    for rank, code in enumerate(codes):
+        if ranks[rank].returncode == 0 and code and signals.received is None:
+            print(f"convoy: rank {rank} ended with exit code 0, but before its work was done", file=sys.stderr, flush=True)
+        if code < 0 and rank not in asked and signals.received is None:
+            name = signal.Signals(-code).name
+            hint = "; the kernel does that when memory runs out" if code == -signal.SIGKILL else ""
+            print(f"convoy: rank {rank} was killed by {name}{hint}", file=sys.stderr, flush=True)
+    return exit_code(codes, signals.received)
+
+
+def exit_code(codes: Iterable[int], received: int | None) -> int:
+    """The run's exit code by those of its ranks (negative: killed by a signal) and the launcher's stop signal.
+
+    0 if all succeeded; else the most telling: the user's mistake, a bug, a stop, else "retry".
+    """
+    failed = {code for code in codes if code != 0}
+    for code in (EXIT_USER, EXIT_BUG):
+        if code in failed:
+            return code
+    if not failed:
+        return 0
+    if received is not None:
+        return 128 + received
+    return EXIT_PREEMPTED if failed == {EXIT_PREEMPTED} else EXIT_RETRY  # one that was killed is a lost peer
+
+
+class UnfinishedRanks:
+    """The local ranks that have not called ``report_finished``: an exit code of 0 alone does not prove that the work is done.
+
+    A file stands for each, since torch's agent passes no pipe on; removing it needs no space.
+    """
+
+    def __init__(self, run_id_file: Path, procs: int) -> None:
+        self._files = [_unfinished_file(run_id_file, local_rank) for local_rank in range(procs)]
+        for file in self._files:
+            file.touch()
+
+    def __contains__(self, local_rank: int) -> bool:
+        return self._files[local_rank].exists()
+
+    def code_of(self, local_rank: int, code: int | None) -> int | None:
+        """What the exit code of a rank means, None while it runs. A rank that ended early with 0 is a lost peer."""
+        return EXIT_RETRY if code == 0 and local_rank in self else code
+
+
+def _unfinished_file(run_id_file: Path, local_rank: int | str) -> Path:
+    return run_id_file.with_name(f"unfinished-{local_rank}")
+
+
+def report_finished() -> None:
+    """Let the launcher know that this rank has done its work."""
+    if file := os.environ.get(RUN_ID_FILE):
+        with suppress(OSError):  # the launcher is gone
+            _unfinished_file(Path(file), os.environ["LOCAL_RANK"]).unlink(missing_ok=True)
+
+
+def _start(ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[str], run_id_file: Path) -> None:
+    """Rank 0 inherits the listening socket of the rendezvous store, so that no other process can take its port."""
+    with socket.create_server(("127.0.0.1", 0), backlog=max(128, procs)) as listener:
+        port = listener.getsockname()[1]
+        launcher = {LAUNCHER_PID: str(os.getpid()), RUN_ID_FILE: str(run_id_file)}
+        for rank in range(procs):
+            environment = local_rank_environment(os.environ, rank, procs, port) | launcher
+            store = (listener.fileno(),) if rank == 0 else ()
+            environment[STORE_FD] = "".join(map(str, store))
+            ranks.append(
+                subprocess.Popen(
+                    [*python_command("trainer.__main__"), *arguments],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=store,
+                    start_new_session=True,
+                )
+            )
+
+
+def _watch(ranks: list["subprocess.Popen[bytes]"], unfinished: UnfinishedRanks, signals: StopSignals) -> set[int]:
+    """Until all have ended. Returns the ranks that were asked to end or killed.
+
+    Ranks that lose a peer get a moment to report it and end by themselves.
+    """
+    asked: set[int] = set()
+    ask_at = give_up = math.inf
+    while running := [rank for rank, process in enumerate(ranks) if not _has_ended(process)]:
+        now = time.monotonic()
+        failed = {code for rank, process in enumerate(ranks) if (code := unfinished.code_of(rank, process.returncode))}
+        if signals.received is not None:
+            ask_at = min(ask_at, now)
+            give_up = min(give_up, now + STOP_SECONDS)
+        elif failed:
+            ask_at = min(ask_at, now + _REPORT_SECONDS)
+            give_up = min(give_up, now + (STOP_SECONDS if failed == {EXIT_PREEMPTED} else _LOST_PEER_SECONDS))
+        for rank in running:
+            if signals.forced or now >= give_up:
+                asked.add(rank)
+                _kill_group(ranks[rank])
+            elif now >= ask_at and rank not in asked:
+                asked.add(rank)
+                with suppress(ProcessLookupError):
+                    ranks[rank].terminate()
+        time.sleep(_POLL_SECONDS)
+    return asked
+
+
+def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
+    """Kills what an ended rank left, before its process id, which is also its group's, becomes free."""
+    if process.returncode is None:
+        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return False
+        _kill_group(process)
+        process.wait()
+    return True
+
+
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
+    """The rank, if it still runs, and what it started: it leads a session of its own."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def _suspended_together(ranks: list["subprocess.Popen[bytes]"]) -> Iterator[None]:
+    """Ctrl-Z stops the ranks with this process, and ``fg`` continues them: they are not in the terminal's group."""
+
+    def suspend(number: int, frame: Any) -> None:
+        for process in ranks:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for process in ranks:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+
+    if signal.getsignal(signal.SIGTSTP) == signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGTSTP, suspend)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)

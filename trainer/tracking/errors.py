@@ -1,0 +1,138 @@
+"""Classifies the errors of MLflow's client: try again, fix the credentials, or give the entry up."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.secrets.redaction import redact_credentials
+
+_STATUS = re.compile(r"failed with error code (\d{3}) !=")
+_DATABASE_REFUSALS = (
+    "unable to open database file",
+    "readonly database",
+    "not a database",
+    "authentication failed",
+    "access denied",
+    "does not exist",
+    "unknown database",
+)
+_REASON_LENGTH = 300
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a request to MLflow failed.
+
+    ``unreachable``: the network, the server's load or its own fault, a retry may succeed;
+    ``unauthorized``: the credentials are missing, wrong or insufficient; ``rejected``: the same
+    request will fail again.
+    """
+
+    kind: Literal["unreachable", "unauthorized", "rejected"]
+    reason: str
+    status: int | None = None
+    """The HTTP status, if there was an answer."""
+
+    @property
+    def may_succeed_later(self) -> bool:
+        return self.kind == "unreachable"
+
+
+class DeliveryStopped(Exception):
+    """The server as a whole, or the run, takes no entries. ``fault`` says why."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.reason)
+        self.fault = fault
+
+
+class ServerUnavailable(DeliveryStopped):
+    """The server cannot be reached, refuses the credentials, or is not an MLflow server."""
+
+
+class RunUnavailable(DeliveryStopped):
+    """The run or its experiment was deleted, or the run cannot be created."""
+
+
+class RunMissing(Exception):
+    """The server does not know the run."""
+
+
+def classify(error: BaseException) -> Fault:
+    """The fault behind an exception of MLflow's client, requests, botocore or SQLAlchemy."""
+    status = None
+    for cause in _chain(error):
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        response = getattr(cause, "response", None)
+        if "ClientError" in names and isinstance(response, dict):  # botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        elif "HTTPError" in names and response is not None:  # requests
+            status = response.status_code
+        if status is not None:
+            break
+        if "SSLError" in names:
+            return Fault("rejected", f"the TLS connection failed: {_text(cause)}")
+        if names & {"InvalidURL", "InvalidSchema", "MissingSchema", "InvalidUrlException"}:
+            return Fault("rejected", _text(cause))
+        if names & _NETWORK_ERRORS:
+            return Fault("unreachable", _text(cause))
+        if "OperationalError" in names or getattr(cause, "error_code", "") == _UNAVAILABLE:
+            refused = any(words in str(cause).lower() for words in _DATABASE_REFUSALS)
+            return Fault("rejected" if refused else "unreachable", _text(cause))
+    if status is None:
+        status = _mlflow_status(error)
+    return Fault(_kind(status), _text(error), status)
+
+
+def is_service_error(error: BaseException) -> bool:
+    """Whether MLflow, its stores or the network raised it, rather than a bug of the caller."""
+    packages = {"mlflow", "requests", "urllib3", "boto3", "botocore", "sqlalchemy", "google", "azure"}
+    return any(isinstance(cause, OSError) or type(cause).__module__.partition(".")[0] in packages for cause in _chain(error))
+
+
+_UNAVAILABLE = "TEMPORARILY_UNAVAILABLE"
+_NETWORK_ERRORS = {
+    "ConnectionError",  # of Python, requests and botocore
+    "Timeout",
+    "TimeoutError",
+    "RetryError",  # requests: the server answered 408, 429 or 5xx until the retries ended
+    "ChunkedEncodingError",
+    "HTTPClientError",
+    "EndpointConnectionError",
+    "NameResolutionError",
+    "MaxRetryError",
+    "ProtocolError",
+}
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception and those that led to it; MLflow raises its own without ``from``."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _mlflow_status(error: BaseException) -> int | None:
+    """The HTTP status of an MlflowException that came from an answer of the server."""
+    if match := _STATUS.search(str(error)):
+        return int(match[1])
+    status = getattr(error, "get_http_status_code", None)
+    # without a known code it says 500, but a real 500 is a RetryError
+    return None if status is None or status() == 500 else int(status())
+
+
+def _kind(status: int | None) -> Literal["unreachable", "unauthorized", "rejected"]:
+    if status in (401, 403):
+        return "unauthorized"
+    if status is not None and (status in (408, 425, 429) or status >= 500):
+        return "unreachable"
+    return "rejected"
+
+
+def _text(error: BaseException) -> str:
+    """One line of bounded length without credentials."""
+    text = " ".join(re.sub(r"<[^>]*>", " ", str(error)).split()) or type(error).__name__
+    return redact_credentials(text)[:_REASON_LENGTH]

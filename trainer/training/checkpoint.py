@@ -1,0 +1,279 @@
+"""Checkpoints: all that a run needs to go on, in a form that knows nothing of ranks, stages or precision, and no pickle.
+
+A checkpoint is a folder ``step-000001200`` below the URL: ``model.safetensors`` (fp32 master weights and batch norm's
+statistics), ``optimizer.safetensors`` (the update rule's tensors by ``slot/parameter``) and ``checkpoint.json``, which holds the
+numbers and the size and SHA-256 of the other two. That file is written last: without it there is no checkpoint, so that one
+half-written is none, on a disk and in an object store alike.
+"""
+
+import hashlib
+import json
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from trainer.data.storage.location import local_path
+from trainer.data.storage.store import is_remote, open_store
+from trainer.distributed.collectives import from_first, tensors_from_first
+from trainer.engine.deepspeed.optimizer_state import TrainingState
+from trainer.errors import ServiceLost, UserError
+from trainer.faults.disk_space import file_system, mib
+from trainer.locks.run_lock import LockLost
+
+MANIFEST = "checkpoint.json"
+_FORMAT = 1
+_MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+_SHOWN = 5
+"""Differing recipe keys that a refusal names."""
+
+
+class _Damaged(Exception):
+    """What is wrong with a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``course``: the keys that shape the training, which a run that goes on must share; ``result``: figures of the run so far;
+    ``run_id``: in MLflow; ``run_key``: names the run in the spool of its tracker."""
+
+    state: TrainingState
+    course: dict[str, Any]
+    result: dict[str, Any]
+    run_id: str | None
+    run_key: str | None = None
+
+
+def begin(
+    url: str,
+    keep: int,
+    resume: bool,
+    course: Mapping[str, Any],
+    device: torch.device,
+    check_lock: Callable[[], None] = lambda: None,
+) -> tuple["Checkpoints | None", Checkpoint | None, list[str]]:
+    """Where the first rank keeps checkpoints; on every rank the newest good one, where the run is to go on; what to say of it.
+
+    All ranks take part. Raises UserError on every rank, told by the first, for a URL that cannot be written and for a checkpoint
+    of another recipe.
+    """
+    kept = read = None
+
+    def look() -> tuple[Checkpoint | None, list[str]]:
+        nonlocal kept, read
+        kept = Checkpoints(url, keep, check_lock)
+        if not resume:
+            return None, []  # ``clear`` is for when nothing can be refused any more
+        notes: list[str] = []
+        read = kept.newest(course, notes.append)
+        if read is None:
+            return None, notes
+        notes.append(f"goes on from {url}/{_folder(read.state.step)}")
+        return replace(read, state=replace(read.state, model={}, slots={})), notes
+
+    found, notes = from_first(look)
+    if found is not None:
+        own = read.state if read is not None else None
+        model = tensors_from_first(own.model if own else None, device)
+        slots = tensors_from_first(own.slots if own else None, device)
+        found = replace(found, state=replace(found.state, model=model, slots=slots))
+    return kept, found, notes
+
+
+class Checkpoints:
+    """Those of one run, below one URL. For rank 0 alone.
+
+    ``check_lock`` raises LockLost if another run may write there; it is called before each change.
+    """
+
+    def __init__(self, url: str, keep: int, check_lock: Callable[[], None] = lambda: None) -> None:
+        self._check_lock = check_lock
+        self._store = open_store(url, create=True)
+        self._keep = keep
+        self.failures = self.failures_in_a_row = 0
+        """Checkpoints that could not be written: in all, and since the last one that could."""
+        self._writer: threading.Thread | None = None
+        self._top1: dict[int, float] = {}
+        """Of the steps whose checkpoint says it."""
+
+    def newest(self, course: Mapping[str, Any], tell: Callable[[str], None]) -> Checkpoint | None:
+        """The newest good one. One that is torn or changed is passed over, and told.
+
+        Raises UserError where it is of another recipe, ServiceLost where the store cannot be read.
+        """
+        found = None
+        for step in sorted(self._steps(), reverse=True):
+            try:
+                manifest = self._manifest(step)
+                self._note(step, manifest)
+                found = found or self._read(step, manifest)
+            except _Damaged as error:
+                tell(f"checkpoint {self._name(step)} is passed over: {error}")
+        if found is not None:
+            _check_course(self._name(found.state.step), found.course, course)
+        return found
+
+    def clear(self) -> None:
+        """Remove every checkpoint."""
+        for step in self._steps():
+            self._delete(step)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copy it and write it from a thread; waits for the write before. A failure is told, and what stands stays."""
+        self.wait()
+        state = checkpoint.state
+        model, slots = _copied(state.model), _copied(state.slots)
+        self._writer = threading.Thread(target=self._write, args=(checkpoint, model, slots), name="checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Until the last one is written, or has failed."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _write(self, checkpoint: Checkpoint, model: dict[str, Tensor], slots: dict[str, Tensor]) -> None:
+        state, step = checkpoint.state, checkpoint.state.step
+        try:
+            files = {}
+            for name, tensors in ((_MODEL, model), (_OPTIMIZER, slots)):
+                content = save(tensors)
+                files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                self._check_lock()
+                self._store.write(f"{_folder(step)}/{name}", content)
+            manifest = {
+                "format": _FORMAT,
+                "step": step,
+                "updates": state.updates,
+                "scaler": state.scaler,
+                "result": checkpoint.result,
+                "mlflow_run_id": checkpoint.run_id,
+                "run_key": checkpoint.run_key,
+                "course": checkpoint.course,
+                "files": files,
+            }
+            self._check_lock()
+            self._store.write(f"{_folder(step)}/{MANIFEST}", (json.dumps(manifest, indent=1) + "\n").encode())
+            self.failures_in_a_row = 0
+            self._note(step, manifest)
+            self._prune(step)
+        except LockLost:
+            return  # the training loop ends by the same error
+        except (UserError, ServiceLost, OSError) as error:
+            self.failures += 1
+            self.failures_in_a_row += 1
+            print(
+                f"convoy: no checkpoint of step {step}, training goes on: {error}{self._space(model, slots)}",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._discard(step)
+
+    def _prune(self, newest: int) -> None:
+        """Keep the last ones and the best, and remove the others, torn ones too."""
+        steps = sorted((step for step in self._steps() if step <= newest), reverse=True)
+        kept = set(steps[: self._keep])
+        if self._top1:
+            kept.add(max(self._top1, key=lambda step: (self._top1[step], step)))
+        for step in set(self._folders()) - kept:
+            if step < newest:
+                self._discard(step)
+
+    def _space(self, *tensors: Mapping[str, Tensor]) -> str:
+        """Needed and free bytes of a local disk, for the line of a failed write."""
+        if is_remote(self._store.url):
+            return ""
+        needed = sum(value.nbytes for part in tensors for value in part.values())
+        free = file_system(local_path(self._store.url)).free_bytes
+        return "" if free is None else f" ({mib(needed)} needed, {mib(free)} free)"
+
+    def _discard(self, step: int) -> None:
+        with suppress(UserError, ServiceLost, OSError):  # what stays behind is no checkpoint, or one too many
+            self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        self._check_lock()
+        self._top1.pop(step, None)
+        self._store.delete([f"{_folder(step)}/{name}" for name in (MANIFEST, _MODEL, _OPTIMIZER)])
+        self._store.remove_empty_folder(_folder(step))
+
+    def _folders(self) -> dict[int, set[str]]:
+        """The files of each step's folder."""
+        folders: dict[int, set[str]] = {}
+        for name in self._store.sizes():
+            folder, _, file = name.partition("/")
+            number = folder.removeprefix("step-")
+            if file and folder != number and number.isdigit():
+                folders.setdefault(int(number), set()).add(file)
+        return folders
+
+    def _steps(self) -> list[int]:
+        return [step for step, files in self._folders().items() if MANIFEST in files]
+
+    def _name(self, step: int) -> str:
+        return f"{self._store.url}/{_folder(step)}"
+
+    def _note(self, step: int, manifest: Mapping[str, Any]) -> None:
+        result = manifest["result"]
+        if result.get("top1") is not None and result.get("evaluated_step") == step:
+            self._top1[step] = result["top1"]
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        content = self._store.read_small(f"{_folder(step)}/{MANIFEST}") or b""
+        try:
+            manifest = json.loads(content)
+            if manifest["format"] != _FORMAT or manifest["step"] != step:
+                raise _Damaged(f"{MANIFEST} is of format {manifest['format']} and step {manifest['step']}")
+            if not {"updates", "scaler", "result", "mlflow_run_id", "course", "files"} <= set(manifest):
+                raise _Damaged(f"{MANIFEST} lacks keys")
+        except (ValueError, KeyError, TypeError):
+            raise _Damaged(f"{MANIFEST} cannot be read") from None
+        else:
+            return dict(manifest)
+
+    def _read(self, step: int, manifest: Mapping[str, Any]) -> Checkpoint:
+        tensors = []
+        for name in (_MODEL, _OPTIMIZER):
+            content, stated = self._store.read_small(f"{_folder(step)}/{name}"), manifest["files"].get(name, {})
+            if content is None:
+                raise _Damaged(f"{name} is missing")
+            if len(content) != stated.get("bytes"):
+                raise _Damaged(f"{name} has {len(content):,} bytes instead of {stated.get('bytes'):,}")
+            if hashlib.sha256(content).hexdigest() != stated.get("sha256"):
+                raise _Damaged(f"{name} has another SHA-256 than {MANIFEST} says")
+            try:
+                tensors.append(load(content))
+            except SafetensorError as error:
+                raise _Damaged(f"{name}: {error}") from None
+        model, slots = tensors
+        state = TrainingState(model, slots, step, manifest["updates"], manifest["scaler"])
+        return Checkpoint(state, manifest["course"], manifest["result"], manifest["mlflow_run_id"], manifest.get("run_key"))
+
+
+def _folder(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, apart from what training goes on to change."""
+    plain = torch.contiguous_format
+    return {name: torch.empty_like(value, device="cpu", memory_format=plain).copy_(value) for name, value in tensors.items()}
+
+
+def _check_course(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises UserError that names the keys that differ."""
+    differing = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
+    if differing:
+        told = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differing[:_SHOWN]]
+        more = f", and {len(differing) - _SHOWN} keys more" if len(differing) > _SHOWN else ""
+        raise UserError(
+            f"checkpoint {name} is of another recipe: {', '.join(told)}{more}; use another checkpoint.url, or begin anew with "
+            "checkpoint.resume=never"
+        )

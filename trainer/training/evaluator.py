@@ -1,0 +1,43 @@
+"""Top-1 and top-5 accuracy of a validation split, counted exactly over all ranks."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from trainer.data.batch import Batch
+from trainer.distributed.collectives import summed
+from trainer.engine.input_transfer import to_device
+from trainer.errors import Terminated
+from trainer.models.layers import normalize
+from trainer.training.loss import count_correct
+from trainer.training.preemption import StopRequest
+
+
+@torch.inference_mode()
+def evaluate(
+    model: torch.nn.Module,
+    batches: Iterator[Batch],
+    device: torch.device,
+    mean: list[float],
+    std: list[float],
+    stop: StopRequest,
+    alive: Callable[[], None],
+) -> tuple[float, float, int]:
+    """top1, top5 (fractions) and the number of samples, counted exactly over all ranks, all of which take part.
+
+    ``alive`` is called after each batch. Raises Terminated on all ranks if any rank received a stop signal
+    before it had read all its samples.
+    """
+    model.eval()
+    counts = torch.zeros(4, dtype=torch.int64, device=device)  # top1, top5, samples, ranks that stopped
+    for batch in batches:
+        if stop.told:
+            counts[3] = 1
+            break
+        images = normalize(to_device(batch.pixels, device), mean, std)
+        counts[:3] += count_correct(model(images), to_device(batch.labels, device))
+        alive()
+    top1, top5, samples, stopped = summed(counts).tolist()
+    if stopped:
+        raise Terminated
+    return top1 / max(samples, 1), top5 / max(samples, 1), samples

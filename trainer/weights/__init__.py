@@ -1,0 +1,1 @@
+"""Pretrained and external weights: reading state dicts, matching their names and classes."""

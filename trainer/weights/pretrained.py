@@ -1,0 +1,273 @@
+"""A network's weights from a file: the set that fits, in the network's own names, checked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.data.index import Index
+from trainer.errors import UserError
+from trainer.models.registry import Variant, build_model, find_variant, variants
+from trainer.models.state_dict_adapter import Scheme, State, auxiliary_names, head_names, names_in, own_state, schemes_of
+from trainer.weights.class_matching import match_classes, output_names
+from trainer.weights.state_dict_file import WeightSet, classes_beside, is_average, read_weight_sets
+
+_SHOWN = 10
+"""Keys of each kind that a refusal names."""
+_COUNTER = "num_batches_tracked"
+"""Of batch norm, which files of before 2018 lack."""
+_PREFIX_DEPTH = 3
+"""Components before the names, such as ``state.model.module.``, that are tried."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The library whose names a weights file has, and what it did not give, one line each."""
+
+    scheme: Scheme
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A set's tensors below one prefix, and how many of the network's names are among them."""
+
+    path: str
+    state: State
+    scheme: Scheme
+    score: int
+    others: tuple[str, ...]
+    """Names of the same set outside the prefix."""
+
+    @property
+    def name(self) -> str:
+        return self.path or "the top level"
+
+
+@dataclass(frozen=True)
+class FittingWeights:
+    """The weights in a file that are for one network, in the file's names without any prefix."""
+
+    state: State
+    scheme: Scheme
+    notes: list[str]
+
+
+def select_weights(url: str, name: str, key: str | None = None) -> FittingWeights:
+    """The set of weights at ``url`` whose names fit the network ``name`` best.
+
+    Prefixes (``module.``, ``model.``) are removed. Averaged (EMA) weights are preferred, and the
+    notes say which set was taken and what was ignored. ``key``: the set to take, as the notes name
+    it. Raises UserError for two sets that fit equally well, and for a ``key`` that is missing.
+    """
+    variant = find_variant(name)
+    with torch.device("meta"):
+        model = build_model(name, 1)
+    sets = read_weight_sets(url)
+    candidates = [candidate for one in sets for candidate in _candidates(one, variant, model)]
+    if key is not None:
+        chosen = [candidate for candidate in candidates if candidate.path == key]
+        if not chosen:
+            most = max(candidate.score for candidate in candidates)
+            keys = sorted({candidate.path for candidate in candidates if candidate.score == most})
+            raise UserError(f"--key: {url} has no weights at {key!r}; it has: {', '.join(map(repr, keys))}")
+        return _selected(chosen[0], [], url)
+    best = max(candidate.score for candidate in candidates)
+    if best < len(names_in("convoy", variant, model)) // 4:  # another network's: the caller says what differs
+        complete = [candidate for candidate in candidates if not candidate.others]
+        closest = max(complete, key=lambda candidate: (len(candidate.state), len(candidate.path)))
+        return FittingWeights(closest.state, closest.scheme, [])
+    fitting = _without_copies([candidate for candidate in candidates if candidate.score == best])
+    averages = [candidate for candidate in fitting if is_average(candidate.path)]
+    if len(averages or fitting) > 1:
+        names = ", ".join(candidate.name for candidate in averages or fitting)
+        raise UserError(f"{url}: holds several sets of weights for {name}: {names}; choose one: convoy weights import --key KEY")
+    chosen = averages or fitting
+    unfit = [c for c in candidates if is_average(c.path) and not averages and c.score > best // 2]
+    return _selected(chosen[0], [c for c in [*fitting, *unfit] if c is not chosen[0]], url)
+
+
+def _selected(chosen: _Candidate, rest: list[_Candidate], url: str) -> FittingWeights:
+    notes = []
+    if rest:
+        kind = "averaged (EMA) weights" if is_average(chosen.path) else "weights"
+        unused = ", ".join(dict.fromkeys(candidate.name for candidate in rest))
+        notes.append(f"{url}: takes the {kind} at {chosen.name}, not those at {unused}; --key selects others")
+    elif is_average(chosen.path):
+        notes.append(f"{url}: the averaged (EMA) weights at {chosen.name}")
+    others = [key for key in chosen.others if key != "n_averaged"]  # the counter of torch's AveragedModel
+    if others:
+        more = f" and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
+        notes.append(f"{url}: ignores {len(others):,} tensors outside {chosen.name}: {', '.join(others[:_SHOWN])}{more}")
+    return FittingWeights(chosen.state, chosen.scheme, notes)
+
+
+def _candidates(one: WeightSet, variant: Variant, model: nn.Sequential) -> list[_Candidate]:
+    """Each prefix of the set's names, with the scheme of names that fits best below it."""
+    names = {
+        scheme: {n for n in names_in(scheme, variant, model).values() if _COUNTER not in n} for scheme in schemes_of(variant.name)
+    }
+    prefixes = {""}
+    for key in one.tensors:
+        parts = key.split(".")
+        prefixes |= {".".join(parts[:depth]) + "." for depth in range(1, min(_PREFIX_DEPTH, len(parts) - 1) + 1)}
+    found = []
+    for prefix in sorted(prefixes):
+        state = {key[len(prefix) :]: value for key, value in one.tensors.items() if key.startswith(prefix)}
+        score, scheme = max(((len(names[scheme] & set(state)), scheme) for scheme in names), key=lambda pair: pair[0])
+        others = tuple(key for key in one.tensors if not key.startswith(prefix))
+        path = ".".join(filter(None, (one.key, prefix.removesuffix("."))))
+        found.append(_Candidate(path, state, scheme, score, others))
+    return found
+
+
+def _without_copies(candidates: list[_Candidate]) -> list[_Candidate]:
+    """Without those that hold the same tensors as an earlier one."""
+    kept: list[_Candidate] = []
+    for candidate in candidates:
+        if not any(_same_tensors(candidate.state, other.state) for other in kept):
+            kept.append(candidate)
+    return kept
+
+
+def _same_tensors(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def load_weights(
+    model: nn.Sequential,
+    name: str,
+    url: str,
+    weights: FittingWeights | None = None,
+    outputs: Sequence[int] | None = None,
+    data: Index | None = None,
+) -> LoadReport:
+    """Fill ``model``, built as ``name``, from the weights file at ``url``: .safetensors, or .pth with tensors alone.
+
+    Names may be ours, torchvision's or timm's. A file for another number of classes leaves the heads as they are, new; so
+    does one without auxiliary heads. ``weights``: the file's content where it was read already. ``outputs``: the file's
+    output for each of the model's classes, where they differ. ``data``: the dataset whose classes the model has; those of a
+    run's output folder at ``url`` are matched with them by name, and a head for other classes is left as it is, too.
+
+    Raises UserError for all else that does not fit, and for NaN or infinite weights.
+    """
+    weights = select_weights(url, name) if weights is None else weights
+    variant, state, scheme = find_variant(name), weights.state, weights.scheme
+    own = own_state(state, scheme, variant, model)
+    expected = model.state_dict()
+    notes = [*weights.notes]
+    present = [key for key in head_names(model) if key in own]
+    trained_on = classes_beside(url) if data is not None else None
+    if trained_on == [str(number) for number in range(len(trained_on or []))]:
+        trained_on = None
+    if data is not None and trained_on is not None and data.classes != trained_on:
+        try:
+            outputs = match_classes(output_names(trained_on, len(trained_on)), data, url, "the dataset")
+        except UserError:
+            notes.append(f"{url}: was trained on other classes ({trained_on[0]}, ...), so the head is made new")
+            own = {key: value for key, value in own.items() if key not in present}
+            return _filled(model, own, present, weights, notes, url, name)
+        notes.append(f"{url}: the head's outputs are matched with the dataset's classes by name")
+    _check_heads(own, present, url)
+    if outputs is not None:
+        chosen = torch.tensor(outputs)
+        own |= {key: own[key][chosen] for key in present}
+    heads = [key for key in present if own[key].shape != expected[key].shape]
+    if heads and all(own[key].shape[1:] == expected[key].shape[1:] for key in heads):
+        count, wanted = (own[heads[0]].shape[0], expected[heads[0]].shape[0])
+        notes.append(f"{url}: has {count:,} classes, so the head for {wanted:,} is made new")
+        own = {key: value for key, value in own.items() if key not in heads}
+    else:
+        heads = []
+    return _filled(model, own, heads, weights, notes, url, name)
+
+
+def _filled(
+    model: nn.Sequential, own: State, new: list[str], weights: FittingWeights, notes: list[str], url: str, name: str
+) -> LoadReport:
+    """Check ``own`` against the model and load it; the weights called ``new`` stay as they are."""
+    expected, variant, scheme = model.state_dict(), find_variant(name), weights.scheme
+    auxiliary = auxiliary_names(model)
+    if auxiliary and not any(key in own for key in auxiliary):
+        notes.append(f"{url}: has no auxiliary heads, so they are made new")
+        new = new + auxiliary
+    faults = _misfits(own, expected, new, names_in(scheme, variant, model))
+    if faults:
+        first = f"{url}: does not hold the weights of {name}{_likely(weights.state, name)}"
+        raise UserError(first, *(f"{url}: {fault}" for fault in faults))
+    bad = [key for key, value in own.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise UserError(f"{url}: {_listed('with NaN or infinite values', bad)}")
+    model.load_state_dict(own, strict=False)
+    return LoadReport(scheme, notes)
+
+
+def _check_heads(own: State, heads: list[str], url: str) -> None:
+    """Raise UserError for heads whose weights and biases differ in the number of their outputs, or have none."""
+    counts = {key: own[key].shape[0] if own[key].dim() else 0 for key in heads}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        found = ", ".join(f"{key} {_shape(own[key])}" for key in heads)
+        raise UserError(f"{url}: is corrupt: its classification heads differ in the number of outputs or have none: {found}")
+
+
+def classes_in(weights: FittingWeights, name: str) -> int | None:
+    """Classes of the head in the weights for the network ``name``; None where they have no such head."""
+    with torch.device("meta"):
+        model = build_model(name, 1)
+    own = own_state(weights.state, weights.scheme, find_variant(name), model)
+    found = [own[key] for key in head_names(model) if key in own and own[key].dim() > 0]
+    return found[0].shape[0] if found else None
+
+
+def _misfits(own: State, expected: State, new: list[str], names: dict[str, str]) -> list[str]:
+    """What keeps ``own`` from being the ``expected`` state, a line a kind, in the file's ``names``; ``new`` need not be there."""
+    missing = [k for k in expected if k not in own and k not in new and not k.endswith(_COUNTER)]
+    unexpected = [key for key in own if key not in expected]
+    differing = [key for key in own if key in expected and own[key].shape != expected[key].shape]
+    shapes = [f"{names[key]} {_shape(own[key])} for {_shape(expected[key])}" for key in differing]
+    integers = [
+        f"{names[key]} {own[key].dtype}"
+        for key in own
+        if key in expected and expected[key].is_floating_point() and not own[key].is_floating_point()
+    ]
+    kinds = [
+        ("missing", [names[key] for key in missing]),
+        ("unexpected", unexpected),
+        ("of another shape", shapes),
+        ("not of a floating-point type", integers),
+    ]
+    return [_listed(kind, keys) for kind, keys in kinds if keys]
+
+
+def _shape(value: Tensor) -> str:
+    return "x".join(map(str, value.shape)) or "scalar"
+
+
+def _listed(kind: str, keys: list[str]) -> str:
+    more = f", and {len(keys) - _SHOWN:,} more" if len(keys) > _SHOWN else ""
+    return f"{len(keys):,} keys {kind}: {', '.join(keys[:_SHOWN])}{more}"
+
+
+def _likely(state: State, name: str) -> str:
+    """The registered network that most of the file's names and shapes fit, unless that is ``name`` itself."""
+    best, best_score = "", 0.5
+    given = {key: tuple(value.shape) for key, value in state.items() if not key.endswith(_COUNTER)}
+    for variant in variants():
+        with torch.device("meta"):
+            model = build_model(variant.name, 1000)
+        heads = set(head_names(model))
+        shapes = {key: value.shape for key, value in model.state_dict().items() if not key.endswith(_COUNTER)}
+        for scheme in schemes_of(variant.name):
+            names = names_in(scheme, variant, model)
+            fitting = sum(
+                names[key] in given and (key in heads or _same_size(given[names[key]], shape)) for key, shape in shapes.items()
+            )
+            score = fitting / max(len(shapes), len(given))
+            if score > best_score:
+                best, best_score = variant.name, score
+    return f"; they are likely those of {best}" if best not in ("", name) else ""
+
+
+def _same_size(given: tuple[int, ...], own: torch.Size) -> bool:
+    return given == tuple(own) or (len(given) == 4 and len(own) == 2 and torch.Size(given).numel() == own.numel())
