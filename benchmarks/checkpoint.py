@@ -24,20 +24,20 @@ from step import ROWS, engine_of
 
 from trainer.distributed import process_group
 from trainer.distributed.env import ranks_from_environment
-from trainer.training.checkpoint import Checkpoint, Checkpoints
+from trainer.training.checkpoint import Checkpoint, CheckpointManager
 
 
 def rank_main(task: dict[str, Any]) -> None:
     """One rank."""
     torch.set_num_threads(1)
     ranks = ranks_from_environment()
-    device = process_group.join(ranks)
+    device = process_group.init_distributed(ranks)
     engine, step = engine_of(ROWS["64"], task["zero_stage"], device)
     for _ in range(3):
         step()
     pauses, plain, written = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        kept = Checkpoints(folder, 2) if ranks.is_first else None
+        kept = CheckpointManager(folder, 2) if ranks.is_first else None
         for number in range(2 * task["rounds"]):
             dist.barrier()
             began = time.perf_counter()
@@ -56,7 +56,7 @@ def rank_main(task: dict[str, Any]) -> None:
         result = {"pause_seconds": pauses, "plain_step_seconds": plain, "step_seconds": written, "bytes": size // 2}
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()
-    process_group.leave()
+    process_group.cleanup()
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from ranks import status
 from trainer.config.schema import RunConfig
 from trainer.data.index import INDEX_NAME, Index, Shard, open_index
 from trainer.data.loader import train_loader
-from trainer.data.sampler import epoch_order, rank_slots
+from trainer.data.sampler import epoch_order, micro_batch_slots
 
 
 def config_of(train: Path) -> RunConfig:
@@ -84,7 +84,7 @@ def first_batch(folder: str) -> None:
     index, _ = open_index(folder)
     opened = time.perf_counter() - started
     order = epoch_order(index.sizes, 0, 0, 256, 16384)
-    keys = [index.key(int(sample)) for sample in order.samples[0, rank_slots(256, 8, 3, 1)[0]]]
+    keys = [index.key(int(sample)) for sample in order.samples[0, micro_batch_slots(256, 8, 3, 1)[0]]]
     known = time.perf_counter() - started
     grown = (status("VmHWM") - before) / 2**20
     print(json.dumps({"open_seconds": opened, "first_batch_seconds": known, "grown_mib": grown, "keys": len(keys)}))

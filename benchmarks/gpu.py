@@ -35,10 +35,10 @@ from trainer.data.loader import train_loader
 from trainer.distributed import process_group
 from trainer.distributed.env import ranks_from_environment
 from trainer.engine.engine import Engine
-from trainer.engine.input_transfer import pinned
+from trainer.engine.input_transfer import pinned_array
 from trainer.models import build_model
 from trainer.models.model_info import forward_costs
-from trainer.training.metrics import Meter
+from trainer.training.metrics import MetricsMeter
 
 ROOT = Path(__file__).parents[1]
 SIDE, RATE, STEPS = 224, 1e-4, 10
@@ -74,11 +74,11 @@ def row_of(name: str) -> dict[str, Any]:
 
 
 def engine_step(row: dict[str, Any], device: torch.device) -> tuple[Engine, Step]:
-    return engine_of(row, row.get("zero", 1), device, pinned)
+    return engine_of(row, row.get("zero", 1), device, pinned_array)
 
 
 def loop_step(row: dict[str, Any], device: torch.device) -> Step:
-    pixels, labels = (torch.from_numpy(array) for array in data_of(row, 0, pinned))
+    pixels, labels = (torch.from_numpy(array) for array in data_of(row, 0, pinned_array))
     torch.manual_seed(0)
     model = build_model(row["model"], CLASSES).to(device, memory_format=torch.channels_last)
     if row.get("compile"):
@@ -204,13 +204,13 @@ def pipeline(name: str, workers: int, folder: Path, device: torch.device) -> dic
     index, store = open_index(f"{folder}/packed/train")
 
     def batches() -> Iterator[Batch]:
-        return train_loader(config, index, store, 0, 1, 0, 1, allocate=pinned)
+        return train_loader(config, index, store, 0, 1, 0, 1, allocate=pinned_array)
 
     engine, step = engine_step(row_of(name), device)
     for _ in range(5):
         step()
     without = images / seconds_of(step)[0]
-    meter = Meter()
+    meter = MetricsMeter()
     coming = meter.timed(batches())
     first = _AHEAD * (config.data.prefetch_batches + 1)  # what is ready before the first step
     steps = index.samples // images - 2 * first  # and what is decoded before the last
@@ -255,13 +255,13 @@ def main() -> None:
     parser.add_argument("--profile", choices=ROWS, help="tell where the GPU's time goes in this row, instead")
     arguments = parser.parse_args()
     ranks = ranks_from_environment()
-    device = process_group.join(ranks)
+    device = process_group.init_distributed(ranks)
     if device.type != "cuda":
-        process_group.leave()
+        process_group.cleanup()
         sys.exit("no GPU here")
     if arguments.profile:
         print(profile_of(arguments.profile, device))
-        process_group.leave()
+        process_group.cleanup()
         return
     gpu = torch.cuda.get_device_name()
     print(f"{gpu}, torch {torch.__version__}, {os.cpu_count()} cores, {SIDE} pixels")
@@ -323,7 +323,7 @@ def main() -> None:
                     flush=True,
                 )
                 keep()
-    process_group.leave()
+    process_group.cleanup()
 
 
 if __name__ == "__main__":

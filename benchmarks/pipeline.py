@@ -32,9 +32,9 @@ from trainer.data.batch import Batch
 from trainer.distributed import process_group
 from trainer.distributed.env import ranks_from_environment
 from trainer.engine.data_parallel import DataParallel
-from trainer.engine.dropout_rng import Draws
+from trainer.engine.dropout_rng import DropoutRNG
 from trainer.engine.engine import Engine
-from trainer.engine.model_chunk import Stage
+from trainer.engine.model_chunk import ModelChunk
 from trainer.engine.pipeline_parallel import PipelineParallel
 from trainer.training.batch_plan import BatchPlan
 
@@ -96,7 +96,7 @@ def stage_alone(micro_size: int) -> Callable[[], None]:
     model, parts = network(TIMED, 2)
     rank = dist.get_rank()
     layers = OrderedDict((name, layer) for name, layer in model.named_children() if name in parts[rank])
-    stage = Stage(layers, config_of(2, micro_size).train, Draws(model, 0, 0, 1))
+    stage = ModelChunk(layers, config_of(2, micro_size).train, DropoutRNG(model, 0, 0, 1))
     images = torch.randn(micro_size, 3 if rank == 0 else CHANNELS, SIDE, SIDE)
     gradient = torch.randn(micro_size, CHANNELS, SIDE, SIDE)
     labels = torch.zeros(micro_size, dtype=torch.long)
@@ -171,7 +171,7 @@ def plain_step(micro_size: int) -> Callable[[], None]:
 def rank_main(task: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     ranks = ranks_from_environment()
-    device = process_group.join(ranks)
+    device = process_group.init_distributed(ranks)
     size = task["micro_size"]
     result: Any
     if "memory_of" in task:
@@ -184,7 +184,7 @@ def rank_main(task: dict[str, Any]) -> None:
     if ranks.is_first:
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()
-    process_group.leave()
+    process_group.cleanup()
 
 
 # --- around them ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from trainer.data.batch import Allocate, Batch
 from trainer.distributed import process_group
 from trainer.distributed.env import ranks_from_environment
 from trainer.engine.data_parallel import DataParallel
-from trainer.engine.deepspeed.config import BUCKET, KEPT
+from trainer.engine.deepspeed.config import BUCKET_NUMEL, PARAM_PERSISTENCE_THRESHOLD
 from trainer.engine.engine import Engine
 from trainer.models import build_model
 from trainer.training.batch_plan import plan_batches
@@ -145,7 +145,7 @@ def rank_main(task: dict[str, Any]) -> None:
     """One rank of a row, or of a measurement of memory."""
     torch.set_num_threads(1)
     ranks = ranks_from_environment()
-    device = process_group.join(ranks)
+    device = process_group.init_distributed(ranks)
     row = ROWS[task["row"]]
     if "memory_of" in task:
         makers: dict[Any, Callable[[], Any]] = {"loop": lambda: loop_step(row), "forward": lambda: forward_pass(row)}
@@ -155,7 +155,7 @@ def rank_main(task: dict[str, Any]) -> None:
     if ranks.is_first:
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()
-    process_group.leave()
+    process_group.cleanup()
 
 
 # --- around them ------------------------------------------------------------------------------------------------------
@@ -195,10 +195,10 @@ def predicted(stage: int, ranks: int, sizes: list[int], activations: int) -> int
     layouts, where the forward pass has one. At the update there are no activations, but the gradients are in another flat copy.
     """
     total, part = sum(sizes), sum(sizes) / ranks
-    bucket = max(BUCKET, max(sizes))
+    bucket = max(BUCKET_NUMEL, max(sizes))
     passing = 2 * max(sizes)
     reduced = bucket + max(bucket, passing)
-    kept = sum(size for size in sizes if size < KEPT)
+    kept = sum(size for size in sizes if size < PARAM_PERSISTENCE_THRESHOLD)
     backward, update = {
         0: (3 * total + passing, 3 * total),
         1: (2 * total + part + passing, 2 * total + part),

@@ -34,7 +34,7 @@ from pack import make_images
 from pipelines.local import servers
 from trainer.data.index import open_index
 from trainer.data.loader import train_loader
-from trainer.data.storage.cache import cached
+from trainer.data.storage.cache import with_cache
 
 ROOT = Path(__file__).parents[1]
 DISK, S3, CACHED = "local disk", "S3 on loopback", "S3, data.cache_dir"
@@ -44,7 +44,7 @@ def measure(url: str, cache_dir: str | None, workers: int, window: int) -> None:
     """Print images and processor seconds an image of one epoch, after one that warms up."""
     config = our_config(url, workers, cache_dir=cache_dir, shuffle_window=window)
     index, store = open_index(url)
-    source = cached(store, index, cache_dir, config.data.cache_gb)
+    source = with_cache(store, index, cache_dir, config.data.cache_gb)
     sum(len(batch.pixels) for batch in train_loader(config, index, source, 0, 1, 0, 1))
     started, images = time.perf_counter(), 0
     for batch in train_loader(config, index, source, 1, 1, 0, 1):

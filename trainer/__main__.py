@@ -15,24 +15,24 @@ import torch
 from torch import nn
 
 from trainer.config.preflight import check_result_fits, check_run
-from trainer.config.run_plan import Resolved, resolve, tracking_uri
+from trainer.config.run_plan import RunPlan, build_run_plan, tracking_uri
 from trainer.data.batch import Allocate
 from trainer.data.decode.decoder import decoder_in_use
 from trainer.data.index import check_digests
-from trainer.data.loader import eval_loader, room_wanted, train_loader
-from trainer.data.storage.cache import cached
+from trainer.data.loader import eval_loader, prefetch_hint, train_loader
+from trainer.data.storage.cache import with_cache
 from trainer.distributed import process_group
-from trainer.distributed.collectives import from_first
-from trainer.distributed.env import Ranks, ranks_from_environment
+from trainer.distributed.collectives import broadcast_from_rank0
+from trainer.distributed.env import DistEnv, ranks_from_environment
 from trainer.distributed.process_group import describe_gpu
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.deepspeed.optimizer_state import TrainingState
 from trainer.engine.engine import Engine
-from trainer.engine.input_transfer import pinned
-from trainer.engine.partition import check_stages, layer_costs, split
+from trainer.engine.input_transfer import pinned_array
+from trainer.engine.partition import assign_layers, layer_costs, validate_stage_boundaries
 from trainer.engine.pipeline_parallel import PipelineParallel
-from trainer.errors import EXIT_PREEMPTED, FoundByAll, Terminated, UserError, report
-from trainer.export.exported_model import ModelFacts, save_model
+from trainer.errors import EXIT_PREEMPTED, CollectiveUserError, Preempted, UserError, report
+from trainer.export.exported_model import ModelMetadata, save_model
 from trainer.faults.hardware_errors import HardwareFault, LostPeer, check_gpus, classify_fault, describe_place, memory_advice
 from trainer.faults.node_fault_log import record_fault
 from trainer.locks.run_lock import RunLocks
@@ -45,12 +45,12 @@ from trainer.process.supervisor import STOP_SECONDS, report_finished
 from trainer.secrets.credentials import take_credentials
 from trainer.secrets.redaction import redact_credentials
 from trainer.tracking import SystemMetrics, Tracker
-from trainer.tracking.run_record import KeyLog, finish, start_tracking
+from trainer.tracking.run_record import SampleKeyLogger, finalize_run, start_tracking
 from trainer.tracking.run_status import UnfinishedRun
-from trainer.training.checkpoint import Checkpoint, begin
+from trainer.training.checkpoint import Checkpoint, resume_or_start
 from trainer.training.lr_schedule import learning_rate_schedule
-from trainer.training.metrics import Result
-from trainer.training.preemption import StopRequest
+from trainer.training.metrics import TrainState
+from trainer.training.preemption import PreemptionSignal
 from trainer.training.trainer import Job, fit
 from trainer.training.watchdog import Watchdog
 from trainer.weights.pretrained import load_weights
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    ranks = Ranks(0, 1, 0)
+    ranks = DistEnv(0, 1, 0)
     try:
         _follow_launcher()
         ranks = ranks_from_environment()
@@ -80,28 +80,28 @@ def _run(arguments: list[str]) -> int:
         procs = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         check_gpus(torch.cuda.device_count(), procs)
         check_storage = ranks.is_first and not _has_launcher()
-        run = resolve(arguments[0], take_credentials(arguments[1:]), ranks.world_size, check_storage)
+        run = build_run_plan(arguments[0], take_credentials(arguments[1:]), ranks.world_size, check_storage)
         notes = check_run(run, procs) if ranks.is_first else []
         network = build_network(run)
-    except (Exception, Terminated) as error:
+    except (Exception, Preempted) as error:
         # every rank finds the same
         return report(classify_fault(error, describe_place()), "convoy", quiet=not ranks.is_first)
     try:
         if run.config.data.check == "sha256":
             check_bytes(run, ranks)
         train(run, network, arguments[0], ranks, notes)
-    except (Exception, Terminated) as error:
+    except (Exception, Preempted) as error:
         found = classify_rank_error(error, run, ranks)
-        if _STOP.received is not None and isinstance(found, Terminated | LostPeer):
-            found = Terminated(_STOP.received)  # a peer that got the signal before it could agree on a step is no fault
+        if _STOP.received is not None and isinstance(found, Preempted | LostPeer):
+            found = Preempted(_STOP.received)  # a peer that got the signal before it could agree on a step is no fault
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
-        return report(found, program, quiet=isinstance(found, FoundByAll) and not ranks.is_first)
+        return report(found, program, quiet=isinstance(found, CollectiveUserError) and not ranks.is_first)
     finally:
-        process_group.leave()  # its threads would abort a process that ends around them
+        process_group.cleanup()  # its threads would abort a process that ends around them
     return 0
 
 
-def classify_rank_error(error: BaseException, run: Resolved, ranks: Ranks) -> BaseException:
+def classify_rank_error(error: BaseException, run: RunPlan, ranks: DistEnv) -> BaseException:
     """What to report for ``error``; a hardware fault is recorded beside the run's checkpoints."""
     place = describe_place(describe_gpu(ranks))
     found = classify_fault(error, place, memory_advice(run.config, run.batch.micro_size))
@@ -123,7 +123,7 @@ def _follow_launcher() -> None:
     """Stop if the launcher, or torchrun, ends without ending this rank: it was killed. Raises Terminated if it is gone already."""
     launcher = int(os.environ.get(LAUNCHER_PID) or os.getppid())
     if _has_launcher() and os.getppid() != launcher:
-        raise Terminated
+        raise Preempted
     if _has_launcher() or "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_follow, args=(launcher,), name="launcher", daemon=True).start()
 
@@ -136,7 +136,7 @@ def _follow(launcher: int) -> None:
     os._exit(EXIT_PREEMPTED)  # nobody else would end a rank that hangs
 
 
-def check_bytes(run: Resolved, ranks: Ranks) -> None:
+def check_bytes(run: RunPlan, ranks: DistEnv) -> None:
     """Compare this rank's share of all shards with the indexes. Raises UserError."""
     for index, store in ((run.train, run.train_store), (run.val, run.val_store)):
         if index is not None and store is not None:
@@ -149,46 +149,46 @@ class Network:
     layers."""
 
     model: nn.Sequential
-    facts: ModelFacts
+    facts: ModelMetadata
     notes: list[str]
     parts: list[list[str]]
 
 
-def build_network(run: Resolved) -> Network:
+def build_network(run: RunPlan) -> Network:
     """The same on every rank: initial weights by ``train.seed``, or those of ``model.init``. Raises UserError."""
     config = run.config
-    facts = ModelFacts.of(config, run.train.classes, run.num_classes)
+    facts = ModelMetadata.of(config, run.train.classes, run.num_classes)
     torch.manual_seed(config.train.seed)
     model = facts.build()
     init, notes = config.model.init, []
     if init:
         notes = load_weights(model, config.model.name, init, data=run.train).notes
     stages = config.parallel.pipeline_stages
-    parts = split(layer_costs(model, config.data.image_size), stages, config.parallel.split) if stages > 1 else []
-    check_stages(model, parts, config.parallel.split)
+    parts = assign_layers(layer_costs(model, config.data.image_size), stages, config.parallel.split) if stages > 1 else []
+    validate_stage_boundaries(model, parts, config.parallel.split)
     notes += [f"stage {number}: {names[0]} to {names[-1]}" for number, names in enumerate(parts)]
     return Network(model, facts, notes, parts)
 
 
-def train(run: Resolved, network: Network, recipe: str, ranks: Ranks, checked: Sequence[str] = ()) -> None:
+def train(run: RunPlan, network: Network, recipe: str, ranks: DistEnv, checked: Sequence[str] = ()) -> None:
     """Join the other ranks and train as the only writer of the run's places. All ranks take part.
 
     ``checked``: notes of the checks before it.
     """
-    device = process_group.join(ranks, fp16=run.config.precision == "fp16")
+    device = process_group.init_distributed(ranks, fp16=run.config.precision == "fp16")
     locks = RunLocks()
     try:
-        from_first(lambda: locks.acquire(str(run.config.output_dir), run.config.checkpoint_url, run.config.name))
+        broadcast_from_rank0(lambda: locks.acquire(str(run.config.output_dir), run.config.checkpoint_url, run.config.name))
         _train(run, network, recipe, ranks, device, locks, checked)
     finally:
         locks.release()
 
 
 def _train(
-    run: Resolved,
+    run: RunPlan,
     network: Network,
     recipe: str,
-    ranks: Ranks,
+    ranks: DistEnv,
     device: torch.device,
     locks: RunLocks,
     checked: Sequence[str],
@@ -196,7 +196,9 @@ def _train(
     """Wire, resume from the newest checkpoint, fit, save, register. All ranks take part."""
     config = run.config
     kept, course = config.checkpoint, run.course
-    checkpoints, found, notes = begin(config.checkpoint_url, kept.keep, kept.resume == "auto", course, device, locks.check)
+    checkpoints, found, notes = resume_or_start(
+        config.checkpoint_url, kept.keep, kept.resume == "auto", course, device, locks.check
+    )
     if found is not None:
         network.model.load_state_dict(found.state.model)
     whole = copy.deepcopy(network.model).to(device)
@@ -205,16 +207,18 @@ def _train(
     engine = build_engine(run, network, device)
     if found is not None:
         engine.restore(found.state)
-    stop = StopRequest()
+    stop = PreemptionSignal()
     _STOP.defer(stop.tell)  # from here on there is something to save, and an MLflow run to end
     unfinished = UnfinishedRun(ranks.is_first)
     started: list[tuple[Tracker, SystemMetrics | None]] = []
-    from_first(lambda: started.append(start_tracking(run, recipe, ranks, found, locks.check_output)))  # all end if it is refused
+    broadcast_from_rank0(
+        lambda: started.append(start_tracking(run, recipe, ranks, found, locks.check_output))
+    )  # all end if it is refused
     tracker, system = started[0] if ranks.is_first else start_tracking(run, recipe, ranks, found)
     unfinished.note(tracker.run_id)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
-    room = room_wanted(config, run.train, run.batch.ranks)
+    room = prefetch_hint(config, run.train, run.batch.ranks)
     for note in (_headline(run, tracker), *network.notes, decoder, *([room] if room else []), *checked, *notes):
         progress.note(note)
 
@@ -224,7 +228,7 @@ def _train(
             checkpoints.save(Checkpoint(state, course, figures, tracker.run_id, tracker.run_key))
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
-    keys = KeyLog(config.output_dir / "samples", run, ranks.rank) if config.data.log_keys else None
+    keys = SampleKeyLogger(config.output_dir / "samples", run, ranks.rank) if config.data.log_keys else None
 
     def alive() -> None:
         locks.check()
@@ -232,17 +236,17 @@ def _train(
         unfinished.note(tracker.run_id)
 
     job = make_job(run, ranks, device, whole, save, stop, alive, keys.write if keys else None)
-    status, result = "FAILED", Result(**found.result) if found else Result()
+    status, result = "FAILED", TrainState(**found.result) if found else TrainState()
     try:
         if kept.resume == "never":
-            from_first(lambda: checkpoints.clear() if checkpoints is not None else None)
+            broadcast_from_rank0(lambda: checkpoints.clear() if checkpoints is not None else None)
         fit(job, engine, tracker, progress, result)
         if ranks.is_first:
             locks.check()
             save_model(config.output_dir, whole, network.facts)
             status = "FINISHED"
     except BaseException:
-        status = "FAILED" if _STOP.received is None and not isinstance(sys.exception(), Terminated) else "KILLED"
+        status = "FAILED" if _STOP.received is None and not isinstance(sys.exception(), Preempted) else "KILLED"
         raise
     finally:
         watchdog.close()
@@ -257,14 +261,14 @@ def _train(
             system.close()
         tracker.close(status)
         unfinished.clear()
-        process_group.leave()
+        process_group.cleanup()
     _STOP.resume()
     if ranks.is_first:
         locks.check()
-        finish(run, result, tracker, checkpoints.failures if checkpoints else 0)
+        finalize_run(run, result, tracker, checkpoints.failures if checkpoints else 0)
 
 
-def build_engine(run: Resolved, network: Network, device: torch.device) -> Engine:
+def build_engine(run: RunPlan, network: Network, device: torch.device) -> Engine:
     """The network spread over the ranks as the recipe says. All ranks take part."""
     if run.config.parallel.pipeline_stages > 1:
         return PipelineParallel(network.model, run.config, run.batch, device, network.parts)
@@ -272,24 +276,24 @@ def build_engine(run: Resolved, network: Network, device: torch.device) -> Engin
 
 
 def make_job(
-    run: Resolved,
-    ranks: Ranks,
+    run: RunPlan,
+    ranks: DistEnv,
     device: torch.device,
     whole: nn.Module,
     save: Callable[[TrainingState, dict[str, Any]], None],
-    stop: StopRequest,
+    stop: PreemptionSignal,
     alive: Callable[[], None] = lambda: None,
     took: Callable[[int, list[str]], None] | None = None,
 ) -> Job:
     """What the loop is to do on this rank."""
     config, val, data = run.config, run.val, run.config.data
     world, rank = ranks.world_size, ranks.rank
-    train_source = cached(run.train_store, run.train, data.cache_dir, data.cache_gb)
-    val_source = cached(run.val_store, val, data.cache_dir, data.cache_gb) if val and run.val_store else None
+    train_source = with_cache(run.train_store, run.train, data.cache_dir, data.cache_gb)
+    val_source = with_cache(run.val_store, val, data.cache_dir, data.cache_gb) if val and run.val_store else None
     copies, steps = run.batch.ranks, run.batch.accumulation_steps
     skips = data.bad_samples == "skip"
     labels_only = rank >= copies and not skips  # a pipeline's last stage; it must know which samples are bad
-    allocate: Allocate = pinned if device.type == "cuda" else np.empty
+    allocate: Allocate = pinned_array if device.type == "cuda" else np.empty
     return Job(
         batch=run.batch,
         steps_per_epoch=run.steps_per_epoch,
@@ -316,7 +320,7 @@ def make_job(
     )
 
 
-def _headline(run: Resolved, tracker: Tracker) -> str:
+def _headline(run: RunPlan, tracker: Tracker) -> str:
     batch = run.batch
     where = f", MLflow run {tracker.run_id} at {redact_credentials(tracking_uri(run.config) or '')}" if tracker.run_id else ""
     stages = run.config.parallel.pipeline_stages

@@ -29,25 +29,25 @@ class UserError(ValueError):
         self.faults = faults
 
 
-class NeverAnswered(UserError):
+class ServiceUnreachable(UserError):
     """A service's address that was never reached: a mistake, or the service is not up yet."""
 
 
-class FoundByAll(UserError):
+class CollectiveUserError(UserError):
     """What every rank finds at the same step, so that one tells it."""
 
 
-class Diverged(FoundByAll):
+class Diverged(CollectiveUserError):
     """A loss that is no number."""
 
 
-class ServiceLost(RuntimeError):
+class RetryableError(RuntimeError):
     """A peer, the object store or the network was lost after bounded retries: exit code 144, a retry may succeed."""
 
     told = False
 
 
-class Terminated(BaseException):
+class Preempted(BaseException):
     """A stop signal came: end in order, exit code 128 + ``number``, that is 143 for SIGTERM."""
 
     def __init__(self, number: int = signal.SIGTERM) -> None:
@@ -65,11 +65,11 @@ def report(error: BaseException, program: str, quiet: bool = False) -> int:
 
     In a pod, `kubectl describe` shows what is no bug too; of a bug it shows the log's end. Credentials are redacted.
     """
-    if isinstance(error, Terminated):
+    if isinstance(error, Preempted):
         return 128 + error.number
     if isinstance(error, OSError) and (why := disk_fault(error)):
         error = UserError(f"{error.filename}: {why}" if error.filename else f"a file: {why}")
-    if isinstance(error, UserError | ServiceLost):
+    if isinstance(error, UserError | RetryableError):
         if not quiet and not error.told:
             text = redact(str(error))
             for line in text.splitlines():

@@ -16,10 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.preflight import check_outputs
-from trainer.config.run_plan import resolve, tracking_uri
+from trainer.config.run_plan import build_run_plan, tracking_uri
 from trainer.config.schema import RunConfig, load_config
-from trainer.distributed.pod_startup import Pod, count_start, let_first_end, pod_from_environment, wait_for_data, wait_for_host
-from trainer.errors import EXIT_RETRY, ServiceLost, Terminated, UserError, report
+from trainer.distributed.pod_startup import (
+    PodEnv,
+    check_restart_budget,
+    pod_from_environment,
+    wait_for_data,
+    wait_for_host,
+    wait_for_rank0_exit,
+)
+from trainer.errors import EXIT_RETRY, Preempted, RetryableError, UserError, report
 from trainer.faults.hardware_errors import check_gpus
 from trainer.process.file_limit import raise_open_file_limit
 from trainer.process.launch_environment import (
@@ -75,7 +82,7 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
             wait_for_data(config)
         # one listing of the store a job: where the first rank is
         checks = pod is None or pod.is_first
-        run = resolve(recipe, overrides, pod.world_size if pod else procs, check_storage=checks)
+        run = build_run_plan(recipe, overrides, pod.world_size if pod else procs, check_storage=checks)
         if checks:
             check_outputs(run)  # rank 0 checks what needs torch
         arguments = [recipe, *overrides]
@@ -83,7 +90,7 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
             return _launch_pod(pod, config, arguments, signals)
         with _run_id_file(config, signals) as file:
             return run_ranks(procs, arguments, file, signals)
-    except (Exception, Terminated) as error:
+    except (Exception, Preempted) as error:
         return report(error, "convoy")
 
 
@@ -103,9 +110,9 @@ def _run_id_file(config: RunConfig, signals: StopSignals) -> Iterator[Path]:
             end_unfinished_run(file, tracking_uri(config), config.output_dir / "tracking.jsonl", status)
 
 
-def _launch_pod(pod: Pod, config: RunConfig, arguments: list[str], signals: StopSignals) -> int:
+def _launch_pod(pod: PodEnv, config: RunConfig, arguments: list[str], signals: StopSignals) -> int:
     if pod.is_first and config.checkpoint.url:
-        count_start(config.checkpoint.url, config.checkpoint.max_starts)
+        check_restart_budget(config.checkpoint.url, config.checkpoint.max_starts)
     wait_for_host(pod)
     print(f"rendezvous of {pod.nodes} pods at {pod.host}:{pod.port}", flush=True)
     with _run_id_file(config, signals) as file:
@@ -118,11 +125,11 @@ def _launch_pod(pod: Pod, config: RunConfig, arguments: list[str], signals: Stop
     if code == 0:
         signals.defer(lambda number: sys.exit(0))
         if signals.received is None:
-            let_first_end(pod)
+            wait_for_rank0_exit(pod)
     return code
 
 
-def _run_pod_ranks(pod: Pod, arguments: list[str], signals: StopSignals) -> int:
+def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> int:
     """Run this pod's ranks under torch's elastic agent; one that ends badly ends the others. Returns the exit code of the run.
 
     Raises ServiceLost if the agents lose each other, UserError if there are fewer GPUs than ranks.
@@ -167,8 +174,8 @@ def _run_pod_ranks(pod: Pod, arguments: list[str], signals: StopSignals) -> int:
         return exit_code([failure.exitcode for failure in error.failures.values()], signals.received)
     except (RendezvousError, DistError, ConnectionError, TimeoutError) as error:
         if signals.received is not None:
-            raise Terminated(signals.received) from None
-        raise ServiceLost(f"the other pods are gone ({str(error).splitlines()[0][:200]})") from error
+            raise Preempted(signals.received) from None
+        raise RetryableError(f"the other pods are gone ({str(error).splitlines()[0][:200]})") from error
     return 0
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.cluster.client import Cluster
+    from pipelines.cluster.client import JobClient
     from pipelines.cluster.pytorchjob import JobOptions
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
@@ -122,9 +122,9 @@ def submit(
     if dry_run == "client":
         print(f"{job}: good, as far as can be told without the cluster")
         return 0
-    from pipelines.cluster.client import Cluster
+    from pipelines.cluster.client import JobClient
 
-    cluster = Cluster(namespace)
+    cluster = JobClient(namespace)
     cluster.submit(documents, dry_run == "server")
     place = f" --namespace {namespace}" if namespace else ""
     if dry_run == "server":
@@ -154,9 +154,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Tell in one line what a job does, or why it does not, and what to do."""
-    from pipelines.cluster.client import Cluster
+    from pipelines.cluster.client import JobClient
 
-    cluster = Cluster(namespace)
+    cluster = JobClient(namespace)
     if name is None:
         return _list(cluster)
     if follow:
@@ -173,44 +173,44 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on, in the pod that takes its place too.")] = False,
 ) -> None:
     """Print the log of a job."""
-    from pipelines.cluster.client import Cluster
+    from pipelines.cluster.client import JobClient
 
-    for line in Cluster(namespace).logs(name, rank, follow):
+    for line in JobClient(namespace).logs(name, rank, follow):
         _say(line)
 
 
 def cancel(name: str, namespace: Namespace = None) -> None:
     """Stop and remove a job. Its checkpoints stay: the same job submitted again goes on from them."""
-    from pipelines.cluster.client import Cluster
+    from pipelines.cluster.client import JobClient
 
-    Cluster(namespace).cancel(name)
+    JobClient(namespace).cancel(name)
     print(f"{name}: cancelled")
 
 
 def suspend(name: str, namespace: Namespace = None) -> None:
     """Take a job's pods away for a while; they leave a checkpoint."""
-    from pipelines.cluster.client import Cluster
+    from pipelines.cluster.client import JobClient
 
-    Cluster(namespace).suspend(name, True)
+    JobClient(namespace).suspend(name, True)
     print(f"{name}: suspended; convoy resume {name}")
 
 
 def resume(name: str, namespace: Namespace = None) -> None:
     """Go on with a suspended job, from its newest checkpoint."""
-    from pipelines.cluster.client import Cluster
+    from pipelines.cluster.client import JobClient
 
-    Cluster(namespace).suspend(name, False)
+    JobClient(namespace).suspend(name, False)
     print(f"{name}: resumed")
 
 
 def list_jobs(namespace: Namespace = None) -> None:
     """List the training jobs of a namespace."""
-    from pipelines.cluster.client import Cluster
+    from pipelines.cluster.client import JobClient
 
-    _list(Cluster(namespace))
+    _list(JobClient(namespace))
 
 
-def _list(cluster: "Cluster") -> int:
+def _list(cluster: "JobClient") -> int:
     found = cluster.statuses()
     if not found:
         print(f"no jobs in namespace {cluster.namespace}")

@@ -148,7 +148,7 @@ def order(
 ) -> None:
     """Print the keys that a rank will see, step by step."""
     from trainer.data.index import open_index
-    from trainer.data.sampler import epoch_order, rank_slots
+    from trainer.data.sampler import epoch_order, micro_batch_slots
 
     if rank >= world_size:
         raise UserError(f"--rank: {rank} is not below --world-size {world_size}")
@@ -158,7 +158,7 @@ def order(
         raise UserError(f"--tail: {tail!r} is neither pad nor drop")
     index, _ = open_index(url)
     plan = epoch_order(index.sizes, seed, epoch, batch_size, window, tail)
-    slots = rank_slots(batch_size, world_size, rank, 1)[0]
+    slots = micro_batch_slots(batch_size, world_size, rank, 1)[0]
     for step in range(start_step, plan.steps if limit is None else min(plan.steps, start_step + limit)):
         seen = slots[plan.weights[step, slots] > 0]
         keys = [index.key(int(sample)) for sample in plan.samples[step, seen]]
@@ -174,10 +174,10 @@ def models(
 ) -> None:
     """List the networks: what they are, what they cost, how well they did."""
     from pipelines.cli.model_table import table
-    from trainer.models import variants
-    from trainer.models.model_info import describe
+    from trainer.models import list_models
+    from trainer.models.model_info import model_info
 
-    entries = [describe(variant.name, image_size) for variant in variants()]
+    entries = [model_info(variant.name, image_size) for variant in list_models()]
     if as_json:
         print_json([vars(entry) for entry in entries])
     else:

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from trainer.models.model_info import Entry
+from trainer.models.model_info import ModelInfo
 
 _COLUMNS = ("model", "year", "layers", "params M", "pixels", "MACs G", "act. MiB", "top-5", "tv top-1/5")
 
 
-def rows(entries: Iterable[Entry]) -> list[tuple[str, ...]]:
+def rows(entries: Iterable[ModelInfo]) -> list[tuple[str, ...]]:
     """A line of text cells for each network."""
     return [
         (
@@ -27,7 +27,7 @@ def rows(entries: Iterable[Entry]) -> list[tuple[str, ...]]:
     ]
 
 
-def table(entries: Iterable[Entry]) -> Table:
+def table(entries: Iterable[ModelInfo]) -> Table:
     """For a terminal."""
     entries = list(entries)
     made = Table(*_COLUMNS, box=None, padding=(0, 1, 0, 0), caption=_caption(entries), caption_justify="left")
@@ -39,14 +39,14 @@ def table(entries: Iterable[Entry]) -> Table:
     return made
 
 
-def markdown(entries: Iterable[Entry]) -> str:
+def markdown(entries: Iterable[ModelInfo]) -> str:
     """For the documentation: the same table and its sources."""
     entries = list(entries)
     lines = ["| " + " | ".join(cells) + " |" for cells in (_COLUMNS, ["---", *["--:"] * (len(_COLUMNS) - 1)], *rows(entries))]
     return "\n".join(lines) + "\n\n" + _caption(entries).replace("\n", "\n\n") + "\n"
 
 
-def _caption(entries: list[Entry]) -> str:
+def _caption(entries: list[ModelInfo]) -> str:
     sources: dict[str, list[str]] = {}
     for entry in entries:
         if entry.top5_source:

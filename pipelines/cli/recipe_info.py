@@ -8,7 +8,7 @@ from trainer.config.load import RECIPES
 from trainer.config.run_plan import check_config, run_length, split_ranks
 from trainer.config.schema import RunConfig, load_config
 from trainer.data.index import Index, open_index
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import RetryableError, UserError
 from trainer.training.lr_schedule import learning_rate_schedule, scaled_learning_rate
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -148,7 +148,7 @@ def plan_recipe(recipe: str, overrides: list[str], ranks: int, samples: int | No
 def _training_index(config: RunConfig) -> Index:
     try:
         return open_index(config.data.train)[0]
-    except (UserError, ServiceLost) as error:
+    except (UserError, RetryableError) as error:
         raise UserError(str(error), "pass --samples N to plan without the dataset") from None
 
 
@@ -156,11 +156,11 @@ def _model_size(config: RunConfig, num_classes: int) -> tuple[int, int]:
     """Parameters, and multiply-adds per image at ``data.image_size``."""
     import torch
 
-    from trainer.export.exported_model import ModelFacts
+    from trainer.export.exported_model import ModelMetadata
     from trainer.models.model_info import forward_costs
 
     with torch.device("meta"):
-        model = ModelFacts.of(config, [], num_classes).build()
+        model = ModelMetadata.of(config, [], num_classes).build()
     multiply_adds, _ = forward_costs(model, config.data.image_size)
     return sum(parameter.numel() for parameter in model.parameters()), multiply_adds
 

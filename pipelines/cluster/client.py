@@ -15,25 +15,25 @@ from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
 from pipelines.cluster.pytorchjob import CONTAINER, Document
-from pipelines.cluster.status import Status, judge
-from trainer.errors import NeverAnswered, ServiceLost, UserError
+from pipelines.cluster.status import Status, summarize_job
+from trainer.errors import RetryableError, ServiceUnreachable, UserError
 
 _KIND = (constants.GROUP, constants.VERSION)
 _PARAMETERS = constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]
 _PLURAL = _PARAMETERS["plural"]
 _GROUP = ("scheduling.k8s.io", "v1beta1")
-_WORDS = {"_request_timeout": (5, 60)}  # seconds to connect, and without a byte
+_TIMEOUTS = {"_request_timeout": (5, 60)}  # seconds to connect, and without a byte
 _OURS = "app.kubernetes.io/name=convoy"
 _JOB_LABEL = constants.JOB_NAME_LABEL
 _HEAD_BYTES, _TAIL_LINES = 20_000, 50
 _BETWEEN_LOOKS = 2.0  # seconds
 
 
-class Cluster:
+class JobClient:
     """One namespace of the cluster that the kubeconfig names, or of the one that this runs in. Raises UserError."""
 
     def __init__(self, namespace: str | None) -> None:
-        with _told("the cluster"):
+        with _translate_api_errors("the cluster"):
             self._client = TrainingClient(namespace=namespace or get_default_target_namespace())
         self.namespace: str = self._client.namespace
 
@@ -42,18 +42,18 @@ class Cluster:
         *needed, job = documents
         name = str(job["metadata"]["name"])
         asked: dict[str, Any] = {"dry_run": "All"} if dry_run else {}
-        with _told(f"job {name} in namespace {self.namespace}"):
+        with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             for document in needed:
                 self._put(document, asked)
             if dry_run:
-                self._client.custom_api.create_namespaced_custom_object(*_KIND, self.namespace, _PLURAL, job, **asked, **_WORDS)
+                self._client.custom_api.create_namespaced_custom_object(*_KIND, self.namespace, _PLURAL, job, **asked, **_TIMEOUTS)
                 return name
             model = self._client.api_client.deserialize(FakeResponse(job), _PARAMETERS["model"])
             self._client.create_job(model, namespace=self.namespace)
             made = self._job(name)
             owner = {"apiVersion": made["apiVersion"], "kind": made["kind"], "name": name, "uid": made["metadata"]["uid"]}
             for document in needed:  # so that it goes with the job
-                self._own(document, {"metadata": {"ownerReferences": [owner]}})
+                self._set_owner(document, {"metadata": {"ownerReferences": [owner]}})
         return name
 
     def _put(self, document: Document, asked: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ class Cluster:
         core, name = self._client.core_api, document["metadata"]["name"]
         try:
             if document["kind"] == "ConfigMap":
-                core.create_namespaced_config_map(self.namespace, document, **asked, **_WORDS)
+                core.create_namespaced_config_map(self.namespace, document, **asked, **_TIMEOUTS)
             else:
                 self._client.custom_api.create_namespaced_custom_object(*_GROUP, self.namespace, "podgroups", document, **asked)
         except ApiException as error:
@@ -70,33 +70,36 @@ class Cluster:
             if error.status != 409:
                 raise
             if document["kind"] == "ConfigMap":
-                core.replace_namespaced_config_map(name, self.namespace, document, **asked, **_WORDS)
+                core.replace_namespaced_config_map(name, self.namespace, document, **asked, **_TIMEOUTS)
 
-    def _own(self, document: Document, patch: Document) -> None:
+    def _set_owner(self, document: Document, patch: Document) -> None:
         name = document["metadata"]["name"]
         if document["kind"] == "ConfigMap":
-            self._client.core_api.patch_namespaced_config_map(name, self.namespace, patch, **_WORDS)
+            self._client.core_api.patch_namespaced_config_map(name, self.namespace, patch, **_TIMEOUTS)
         else:
-            self._client.custom_api.patch_namespaced_custom_object(*_GROUP, self.namespace, "podgroups", name, patch, **_WORDS)
+            self._client.custom_api.patch_namespaced_custom_object(*_GROUP, self.namespace, "podgroups", name, patch, **_TIMEOUTS)
 
     def status(self, name: str) -> Status:
         """Raises UserError where there is no such job."""
-        with _told(f"job {name} in namespace {self.namespace}"):
+        with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             job = self._job(name)
             pods = self._pods(f"{_JOB_LABEL}={name}")
-            return judge(job, pods, [] if pods else self._events(name), self._log(name, pods))
+            return summarize_job(job, pods, [] if pods else self._events(name), self._log(name, pods))
 
     def statuses(self) -> list[tuple[Status, str]]:
         """Each job that Convoy made, and when, the newest first; without their logs."""
-        with _told(f"jobs in namespace {self.namespace}"):
+        with _translate_api_errors(f"jobs in namespace {self.namespace}"):
             found = self._client.custom_api.list_namespaced_custom_object(
-                *_KIND, self.namespace, _PLURAL, label_selector=_OURS, **_WORDS
+                *_KIND, self.namespace, _PLURAL, label_selector=_OURS, **_TIMEOUTS
             )
             pods: dict[str, list[Document]] = {}
             for pod in self._pods(_OURS):
                 pods.setdefault(pod["metadata"]["labels"].get(_JOB_LABEL, ""), []).append(pod)
         jobs = sorted(found["items"], key=lambda job: str(job["metadata"]["creationTimestamp"]), reverse=True)
-        return [(judge(job, pods.get(job["metadata"]["name"], []), [], None), job["metadata"]["creationTimestamp"]) for job in jobs]
+        return [
+            (summarize_job(job, pods.get(job["metadata"]["name"], []), [], None), job["metadata"]["creationTimestamp"])
+            for job in jobs
+        ]
 
     def follow(self, name: str, tell: Callable[[str], None]) -> Status:
         """Tell each change until the job is finished; an API server that is away for a while is waited for."""
@@ -104,7 +107,7 @@ class Cluster:
         while True:
             try:
                 status = self.status(name)
-            except (ServiceLost, NeverAnswered) as error:
+            except (RetryableError, ServiceUnreachable) as error:
                 tell(f"convoy: {error}")
             else:
                 if status.line() != last:
@@ -116,7 +119,7 @@ class Cluster:
 
     def logs(self, name: str, rank: int, follow: bool) -> Iterator[str]:
         """Lines of the pod that ``rank`` runs in; followed into the pod that takes its place, until the job is finished."""
-        with _told(f"job {name} in namespace {self.namespace}"):
+        with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             job = self._job(name)
             procs, nodes = int(job["spec"].get("nprocPerNode", 1)), job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"]
             if rank >= procs * nodes:
@@ -148,30 +151,30 @@ class Cluster:
 
     def cancel(self, name: str) -> None:
         """Delete the job, its pods after a checkpoint, and its recipe."""
-        with _told(f"job {name} in namespace {self.namespace}"):
+        with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             self._job(name)
             options = models.V1DeleteOptions(propagation_policy="Foreground")
             self._client.delete_job(name, namespace=self.namespace, delete_options=options)
             with suppress(ApiException):  # of one that kubectl applied; else it goes with the job
-                self._client.core_api.delete_namespaced_config_map(f"{name}-recipe", self.namespace, **_WORDS)
+                self._client.core_api.delete_namespaced_config_map(f"{name}-recipe", self.namespace, **_TIMEOUTS)
             with suppress(ApiException):
-                self._client.custom_api.delete_namespaced_custom_object(*_GROUP, self.namespace, "podgroups", name, **_WORDS)
+                self._client.custom_api.delete_namespaced_custom_object(*_GROUP, self.namespace, "podgroups", name, **_TIMEOUTS)
 
     def suspend(self, name: str, suspended: bool) -> None:
         """Take a job's pods away, which leave a checkpoint, or bring them back."""
-        with _told(f"job {name} in namespace {self.namespace}"):
+        with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             self._job(name)
             self._client.custom_api.patch_namespaced_custom_object(
-                *_KIND, self.namespace, _PLURAL, name, {"spec": {"runPolicy": {"suspend": suspended}}}, **_WORDS
+                *_KIND, self.namespace, _PLURAL, name, {"spec": {"runPolicy": {"suspend": suspended}}}, **_TIMEOUTS
             )
 
     def _job(self, name: str) -> Document:
         try:
-            job: Document = self._client.custom_api.get_namespaced_custom_object(*_KIND, self.namespace, _PLURAL, name, **_WORDS)
+            job: Document = self._client.custom_api.get_namespaced_custom_object(*_KIND, self.namespace, _PLURAL, name, **_TIMEOUTS)
         except ApiException as error:
             if error.status != 404:
                 raise
-            found = self._client.custom_api.list_namespaced_custom_object(*_KIND, self.namespace, _PLURAL, **_WORDS)
+            found = self._client.custom_api.list_namespaced_custom_object(*_KIND, self.namespace, _PLURAL, **_TIMEOUTS)
             names = [job["metadata"]["name"] for job in found["items"]]
             nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
             hint = f"; nearest: {', '.join(nearest)}" if nearest else "; convoy list shows those that are"
@@ -179,14 +182,14 @@ class Cluster:
         return job
 
     def _pods(self, selector: str) -> list[Document]:
-        found = self._client.core_api.list_namespaced_pod(self.namespace, label_selector=selector, **_WORDS)
+        found = self._client.core_api.list_namespaced_pod(self.namespace, label_selector=selector, **_TIMEOUTS)
         plain: list[Document] = self._client.core_api.api_client.sanitize_for_serialization(found.items)
         return plain
 
     def _events(self, name: str) -> list[Document]:
         selector = f"involvedObject.name={name},involvedObject.kind={constants.PYTORCHJOB_KIND}"
         try:
-            found = self._client.core_api.list_namespaced_event(self.namespace, field_selector=selector, **_WORDS)
+            found = self._client.core_api.list_namespaced_event(self.namespace, field_selector=selector, **_TIMEOUTS)
         except ApiException:  # who may see pods may not always see events
             return []
         plain: list[Document] = self._client.core_api.api_client.sanitize_for_serialization(found.items)
@@ -201,12 +204,12 @@ class Cluster:
         for part in ({"limit_bytes": _HEAD_BYTES}, {"tail_lines": _TAIL_LINES}):
             with suppress(ApiException, HTTPError):
                 place = (f"{name}-worker-0", self.namespace)
-                texts.append(self._client.core_api.read_namespaced_pod_log(*place, container=CONTAINER, **part, **_WORDS))
+                texts.append(self._client.core_api.read_namespaced_pod_log(*place, container=CONTAINER, **part, **_TIMEOUTS))
         return "\n".join(texts)
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _translate_api_errors(what: str) -> Iterator[None]:
     """Whatever the API server or the way there refuses, as one line. Raises UserError, or ServiceLost where that
     may pass."""
     try:
@@ -229,11 +232,11 @@ def _told(what: str) -> Iterator[None]:
         raise
 
 
-def _no_answer(error: HTTPError) -> NeverAnswered:
-    return NeverAnswered(f"the API server does not answer: {' '.join(str(error).split())[:200]}")
+def _no_answer(error: HTTPError) -> ServiceUnreachable:
+    return ServiceUnreachable(f"the API server does not answer: {' '.join(str(error).split())[:200]}")
 
 
-def _refusal(error: ApiException, what: str) -> UserError | ServiceLost:
+def _refusal(error: ApiException, what: str) -> UserError | RetryableError:
     text = _message(error)
     if error.status == 401:
         return UserError(f"{what}: the cluster refuses your credentials (401); renew those in the kubeconfig")
@@ -249,7 +252,7 @@ def _refusal(error: ApiException, what: str) -> UserError | ServiceLost:
     if error.status == 409:
         return UserError(f"{what}: exists already; cancel it first (convoy cancel NAME), or give another --name")
     if error.status and error.status >= 500:
-        return ServiceLost(f"{what}: the API server failed ({error.status}): {text}")
+        return RetryableError(f"{what}: the API server failed ({error.status}): {text}")
     return UserError(f"{what}: refused ({error.status}): {text}")
 
 

@@ -75,7 +75,7 @@ def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Docum
     refuse_credentials({recipe: find_recipe(recipe).read_text(encoding="utf-8")} | {o.partition("=")[0]: o for o in overrides})
     config = load_config(recipe, overrides)
     name = options.name if options.name is not None else re.sub(r"[._]", "-", config.name.lower())
-    faults = _faults(name, options)
+    faults = _validate(name, options)
     if faults:
         raise UserError(*faults)
     check_config(config)
@@ -91,7 +91,7 @@ def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Docum
         data = {key: path.read_text(encoding="utf-8")}
         meta = _metadata(f"{name}-recipe", name, options)
         documents.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data})
-    arguments = [path.stem if shipped else f"{_RECIPE_FOLDER}/{key}", *_kept(config, name), *overrides]
+    arguments = [path.stem if shipped else f"{_RECIPE_FOLDER}/{key}", *_default_checkpoint_url(config, name), *overrides]
     if options.gang:
         spec = {"schedulingPolicy": {"gang": {"minCount": options.nodes}}}
         meta = _metadata(name, name, options)
@@ -129,7 +129,7 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def _faults(name: str, options: JobOptions) -> list[str]:
+def _validate(name: str, options: JobOptions) -> list[str]:
     """What the API server or the operator would refuse, or never start."""
     faults = []
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > _LONGEST_NAME:
@@ -175,13 +175,13 @@ def _check_model(config: RunConfig) -> None:
     """Build it without memory, so that a wrong option, or an image too small, is found here."""
     import torch
 
-    from trainer.export.exported_model import ModelFacts
+    from trainer.export.exported_model import ModelMetadata
 
     with torch.device("meta"):
-        ModelFacts.of(config, [], config.model.num_classes or 1000).build()
+        ModelMetadata.of(config, [], config.model.num_classes or 1000).build()
 
 
-def _kept(config: RunConfig, name: str) -> list[str]:
+def _default_checkpoint_url(config: RunConfig, name: str) -> list[str]:
     """Where checkpoints go when the recipe does not say: beside the data, since a pod's own disk goes with it."""
     if config.checkpoint.url is not None:
         if not is_remote(config.checkpoint.url) and not config.checkpoint.url.lower().startswith("file://"):

@@ -39,7 +39,7 @@ class Status:
         return f"{self.name}: {self.state}" + (f": {self.says}" if self.says else "")
 
 
-def judge(job: Object, pods: list[Object], events: list[Object], log: str | None) -> Status:
+def summarize_job(job: Object, pods: list[Object], events: list[Object], log: str | None) -> Status:
     """``pods``, ``events``: of the job; ``log``: of its first pod, its beginning and its end, empty where there is none, None
     where it was not asked for."""
     read, log = log is not None, log or ""

@@ -5,7 +5,7 @@ import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
-from trainer.errors import ServiceLost
+from trainer.errors import RetryableError
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
@@ -13,9 +13,9 @@ def worker_pool(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_follow_parent)
 
 
-def worker_lost() -> ServiceLost:
+def worker_lost() -> RetryableError:
     """The error to raise for a BrokenProcessPool: a retry may succeed."""
-    return ServiceLost(
+    return RetryableError(
         "a worker process was killed, often because memory ran out, or could not start; use fewer --workers, or more memory"
     )
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.local import servers
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import RetryableError, UserError
 from trainer.locks.run_lock import LOCK_NAME, exclusive
 from trainer.process.supervisor import python_command
 
@@ -133,7 +133,7 @@ def _convoy(environment: dict[str, str], *arguments: str, capture: bool = False)
     if done.returncode == 2:
         raise UserError(f"`convoy {arguments[0]}` ended with exit code 2; the line above says why")
     if done.returncode:
-        raise ServiceLost(f"`convoy {arguments[0]}` ended with exit code {done.returncode}")
+        raise RetryableError(f"`convoy {arguments[0]}` ended with exit code {done.returncode}")
     return done.stdout or ""
 
 

@@ -95,7 +95,7 @@ def evaluate(model_uri: str, data_url: str) -> Evaluation:
             samples = read_samples(numbers, index, store).values()
             labels = outputs[[label_of(sample, len(index.classes)) for sample in samples]]
             images = [(sample["__where__"], bytes(encoded_image(sample))) for sample in samples]
-            top = ranked(_predict_named(predict, images))
+            top = topk_indices(_predict_named(predict, images))
             hits1 += int((top[:, 0] == labels).sum())
             hits5 += int((top == labels[:, None]).any(1).sum())
             progress.add(len(numbers))
@@ -126,7 +126,7 @@ def _predict_named(predict: Predict, images: list[tuple[str, bytes]]) -> np.ndar
         raise
 
 
-def ranked(probabilities: np.ndarray) -> np.ndarray:
+def topk_indices(probabilities: np.ndarray) -> np.ndarray:
     """The five likeliest classes of each row, likeliest first; a tie goes to the lower class."""
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
 
@@ -148,7 +148,7 @@ def predict_files(model_uri: str, files: Iterable[str]) -> list[dict[str, Any]]:
     answers = []
     for file, content in contents:
         probabilities = _predict_named(predict, [(file, content)])[0]
-        likeliest = ranked(probabilities[None])[0]
+        likeliest = topk_indices(probabilities[None])[0]
         top5 = [{"class": _class_name(classes, i), "probability": float(probabilities[i])} for i in likeliest]
         answers.append({"file": file, "top5": top5})
     return answers

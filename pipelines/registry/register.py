@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.data.index import open_index
 from trainer.data.shards.sample_reader import read_image
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import RetryableError, UserError
 from trainer.export.model_registry import Registered, register
 from trainer.secrets.redaction import redact_credentials
 from trainer.tracking import configure_mlflow
@@ -135,7 +135,9 @@ class SyncReport:
                 where = f"MLflow at {redact_credentials(self.uri)}"
                 if run.run_id is None:
                     raise UserError(f"{where} cannot be reached: {run.fault.reason}")
-                raise ServiceLost(f"{where} did not accept everything ({run.fault.reason}); the rest is in {self.spool}; try again")
+                raise RetryableError(
+                    f"{where} did not accept everything ({run.fault.reason}); the rest is in {self.spool}; try again"
+                )
             faults.append(f"{refusal(self.uri, run.fault)}; its entries are kept in {self.spool}")
         if self.rejected.added and needed_key is None:
             path = self.rejected.path

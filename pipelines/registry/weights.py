@@ -16,10 +16,10 @@ from torch import nn
 from pipelines.registry.evaluate import downloaded
 from trainer.data.index import open_index
 from trainer.errors import UserError
-from trainer.export.exported_model import FACTS_NAME, WEIGHTS_NAME, ModelFacts, save_model
+from trainer.export.exported_model import FACTS_NAME, WEIGHTS_NAME, ModelMetadata, save_model
 from trainer.models import build_model
-from trainer.models.registry import find_variant
-from trainer.models.state_dict_adapter import Scheme, export_state
+from trainer.models.registry import get_model_spec
+from trainer.models.state_dict_adapter import StateDictAdapter, export_state
 from trainer.weights.class_matching import imagenet_output_names, match_classes
 from trainer.weights.pretrained import classes_in, load_weights, select_weights
 from trainer.weights.state_dict_file import classes_beside
@@ -51,7 +51,7 @@ def import_weights(
     """
     if (output / WEIGHTS_NAME).exists():
         raise UserError(f"{output}: holds a model already; choose another --output or delete it")
-    find_variant(name)
+    get_model_spec(name)
     if classes_beside(file) is not None:
         raise UserError(
             f"{file}: is a model that Convoy saved, with its class names; `convoy evaluate`, `convoy weights export` and "
@@ -68,7 +68,7 @@ def import_weights(
     mean, std = ([0.5] * 3, [0.5] * 3) if half_range else _IMAGENET
     if half_range:
         notes.append("pixels are scaled to -1..1 (mean and std 0.5), as torchvision's published GoogLeNet weights expect")
-    facts = ModelFacts(name, {}, classes, len(classes), image_size, 0.875, mean, std, channels_last=True)
+    facts = ModelMetadata(name, {}, classes, len(classes), image_size, 0.875, mean, std, channels_last=True)
     save_model(output, model, facts)
     return [f"{name} from {loaded.scheme}'s names: {sum(p.numel() for p in model.parameters()):,} parameters in {output}", *notes]
 
@@ -111,13 +111,13 @@ def export_weights(source: str, file: Path, form: str) -> str:
     if file.suffix not in _SUFFIXES[form]:
         raise UserError(f"{file}: the file of --format {form} ends with {' or '.join(_SUFFIXES[form])}")
     with _model_folder(source) as folder:
-        facts = ModelFacts(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
+        facts = ModelMetadata(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
         for key, value in facts.options.items():
             if form != "onnx" and value != _PUBLISHED.get(key, value):
                 raise UserError(f"model.{key}: {form}'s {facts.name} has {_PUBLISHED[key]!r} alone, not {value!r}; export as onnx")
         model = facts.build()
         load_weights(model, facts.name, str(folder))
-    state = {} if form == "onnx" else export_state(cast(Scheme, form), facts.name, model)
+    state = {} if form == "onnx" else export_state(cast(StateDictAdapter, form), facts.name, model)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.stem}.part{file.suffix}")
     try:
@@ -134,7 +134,7 @@ def export_weights(source: str, file: Path, form: str) -> str:
     return f"{facts.name} as {form}: {file}, {file.stat().st_size / 2**20:,.1f} MiB"
 
 
-def _write_onnx(model: nn.Module, facts: ModelFacts, path: Path) -> None:
+def _write_onnx(model: nn.Module, facts: ModelMetadata, path: Path) -> None:
     images = torch.zeros(2, 3, facts.image_size, facts.image_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

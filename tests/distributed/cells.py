@@ -24,23 +24,23 @@ from torch.distributed import distributed_c10d
 
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
-from trainer.data.sampler import mix_generator, rank_slots
+from trainer.data.sampler import micro_batch_slots, mix_generator
 from trainer.data.transforms.mixup import Mix, draw_mix
 from trainer.distributed import process_group
-from trainer.distributed.collectives import averaged
+from trainer.distributed.collectives import all_reduce_mean
 from trainer.distributed.env import ranks_from_environment
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.deepspeed import config as deepspeed_config
 from trainer.engine.engine import Engine
-from trainer.engine.partition import layer_costs, split
+from trainer.engine.partition import assign_layers, layer_costs
 from trainer.engine.pipeline_parallel import PipelineParallel
 from trainer.models import build_model
 from trainer.training.batch_plan import BatchPlan, plan_batches
-from trainer.training.checkpoint import Checkpoint, begin
+from trainer.training.checkpoint import Checkpoint, resume_or_start
 
 GLOBAL, STEPS, SIZE = 16, 20, 16
-deepspeed_config.BUCKET = 2**12  # so that even these networks fill several, and have layers that exceed one
-deepspeed_config.KEPT = 100
+deepspeed_config.BUCKET_NUMEL = 2**12  # so that even these networks fill several, and have layers that exceed one
+deepspeed_config.PARAM_PERSISTENCE_THRESHOLD = 100
 NETWORKS = {
     "no batch norm": ("resnet8", {"width": 8, "batch_norm": False}),
     "batch norm": ("resnet8", {"width": 8}),
@@ -100,7 +100,7 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
     folder = cell.get("save") or cell.get("load")
     found = None
     if folder:
-        checkpoints, found, _ = begin(folder, 1, "load" in cell, {}, device)
+        checkpoints, found, _ = resume_or_start(folder, 1, "load" in cell, {}, device)
         assert ("load" in cell) == (found is not None)
     if found:
         torch.nn.init.zeros_(next(model.parameters()))
@@ -108,13 +108,15 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
     stages = config.parallel.pipeline_stages
     engine: Engine
     if stages > 1:
-        engine = PipelineParallel(model, config, batch, device, split(layer_costs(model, SIZE), stages, config.parallel.split))
+        engine = PipelineParallel(
+            model, config, batch, device, assign_layers(layer_costs(model, SIZE), stages, config.parallel.split)
+        )
     else:
         engine = DataParallel(model, config, batch, device)
     if found:
         engine.restore(found.state)
     copy_of_model = rank % batch.ranks
-    slots = rank_slots(GLOBAL, batch.ranks, copy_of_model, batch.accumulation_steps)
+    slots = micro_batch_slots(GLOBAL, batch.ranks, copy_of_model, batch.accumulation_steps)
     losses, norms = {}, {}
     skipped: list[int] = found.result["skipped"] if found else []
     for step in range(found.state.step if found else 0, STEPS):
@@ -127,7 +129,7 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
                 yield Batch(pixels[step, chosen], labels[step, chosen], weights[chosen], float(weights.sum()), keys, mix)
 
         outcome = engine.step(batches(), config.optimizer.base_lr)
-        losses[step] = averaged(outcome.loss.float()).item()
+        losses[step] = all_reduce_mean(outcome.loss.float()).item()
         skipped += [step] if outcome.skipped else []
         norms[step] = engine.grad_norm()
         if cell.get("save") and step + 1 == STEPS // 2:
@@ -171,7 +173,7 @@ def main(path: Path) -> None:
     torch.set_num_threads(1)
     cells = sorted(json.loads(path.read_text()), key=lambda cell: cell["stages"])  # a pipeline leaves its grid in DeepSpeed
     ranks = ranks_from_environment()
-    device = process_group.join(ranks, fp16=True)
+    device = process_group.init_distributed(ranks, fp16=True)
     # TF32, and convolutions by transforms, round more than these tests allow
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, False, True
     references: dict[tuple, dict] = {}
@@ -212,7 +214,7 @@ def main(path: Path) -> None:
             results.append(cell | figures)
     if ranks.is_first:
         path.with_suffix(".out").write_text(json.dumps(results))
-    process_group.leave()
+    process_group.cleanup()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from trainer.data.batch import Batch
 from trainer.distributed import process_group
 from trainer.distributed.env import ranks_from_environment
 from trainer.engine.data_parallel import DataParallel
-from trainer.engine.deepspeed.optimizer_state import MasterState
+from trainer.engine.deepspeed.optimizer_state import Fp32State
 from trainer.models import build_model
 from trainer.models.layers import normalize
 from trainer.training.batch_plan import BatchPlan
@@ -47,7 +47,7 @@ def plain(config: RunConfig) -> tuple[dict, float]:
     return net.state_dict(), float(torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]))
 
 
-def not_kept(masters: MasterState) -> list[str]:
+def not_kept(masters: Fp32State) -> list[str]:
     """What does not come back as it was set."""
     random = torch.Generator().manual_seed(1)
     weights = {name: torch.randn(value.shape, generator=random) for name, value in masters.weights().items()}
@@ -93,12 +93,12 @@ def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> 
 def main(file: Path) -> None:
     torch.set_num_threads(1)
     ranks = ranks_from_environment()
-    device = process_group.join(ranks, fp16=True)
+    device = process_group.init_distributed(ranks, fp16=True)
     ways = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (1, "fp16")]
     results = [with_engine(stage, precision, device, ranks.rank) for stage, precision in ways]
     if ranks.is_first:
         file.write_text(json.dumps(results))
-    process_group.leave()
+    process_group.cleanup()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from trainer.config.schema import TrainConfig
 from trainer.engine import model_chunk as stage_module
 from trainer.engine.cuda_graphs import GraphedLayers
-from trainer.engine.deepspeed.grad_reducer import whole_gradients
-from trainer.engine.dropout_rng import Draws
-from trainer.engine.model_chunk import Stage
+from trainer.engine.deepspeed.grad_reducer import make_grad_reducer
+from trainer.engine.dropout_rng import DropoutRNG
+from trainer.engine.model_chunk import ModelChunk
 from trainer.models import build_model
 
 
@@ -52,16 +52,16 @@ class CannotCapture(RunsAgain):
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
 
 
-def _stage(name: str, size: int) -> Stage:
+def _stage(name: str, size: int) -> ModelChunk:
     torch.manual_seed(0)
     model = build_model(name, 10, size, width=16)
-    return Stage(OrderedDict(model.named_children()), TrainConfig(max_steps=1), Draws(model, 0, 0, 1)).train()
+    return ModelChunk(OrderedDict(model.named_children()), TrainConfig(max_steps=1), DropoutRNG(model, 0, 0, 1)).train()
 
 
-def _graphed(stage: Stage, monkeypatch: pytest.MonkeyPatch, recorder: type[RunsAgain], ranks: int = 1) -> object:
+def _graphed(stage: ModelChunk, monkeypatch: pytest.MonkeyPatch, recorder: type[RunsAgain], ranks: int = 1) -> object:
     """``ranks``: as many are said to share the gradients, so that there are several segments."""
     monkeypatch.setattr(stage_module, "GraphedLayers", lambda *arguments: GraphedLayers(*arguments, recorder=recorder))
-    gradients = whole_gradients(stage, 1)
+    gradients = make_grad_reducer(stage, 1)
     stage.use_graphs(gradients, ranks)
     RunsAgain.replays = 0
     return gradients

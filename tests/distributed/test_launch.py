@@ -15,7 +15,7 @@ from helpers import run_convoy, until
 from mlflow.tracking import MlflowClient
 
 from trainer.config.schema import find_recipe
-from trainer.errors import Terminated
+from trainer.errors import Preempted
 from trainer.process.supervisor import python_command
 from trainer.tracking.run_status import end_unfinished_run
 from trainer.tracking.spool.spool import SpoolWriter, new_run_key
@@ -149,7 +149,7 @@ def test_evaluation_ends_when_a_rank_was_told_to_stop() -> None:
 
     dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(Terminated):
+        with pytest.raises(Preempted):
             evaluate(torch.nn.Identity(), iter([object()]), torch.device("cpu"), [0.0], [1.0], Stop(), lambda: None)  # type: ignore[arg-type]
     finally:
         dist.destroy_process_group()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trainer.config.schema import OptimizerConfig
-from trainer.engine.deepspeed.grad_reducer import _cut
+from trainer.engine.deepspeed.grad_reducer import _build_buckets
 from trainer.training.optimizers import build_optimizer
 
 
@@ -36,7 +36,7 @@ def test_buckets_hold_each_gradient_once_from_the_last() -> None:
     for parameter in parameters:
         places[parameter] = size
         size += parameter.numel()
-    buckets = _cut(torch.zeros(size), places)
+    buckets = _build_buckets(torch.zeros(size), places)
     assert [len(bucket.parameters) for bucket in buckets] == [3, 3]
     assert [id(p) for bucket in buckets for p in bucket.parameters] == [id(p) for p in reversed(parameters)]
     assert sum(bucket.part.numel() for bucket in buckets) == size

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from options import OPTIONS, SWITCHES, is_plain, option_of, values_of
 from topologies import Trainings, allowed_cells, covering, deviation, refusal
 
-from trainer.engine.partition import check_stages, layer_costs, split
+from trainer.engine.partition import assign_layers, layer_costs, validate_stage_boundaries
 from trainer.errors import UserError
 from trainer.models import build_model
 from trainer.models.model_info import forward_costs
@@ -65,7 +65,7 @@ def _all_splits(costs: list[int], stages: int) -> Iterator[list[int]]:
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.data())
 def test_no_split_has_a_cheaper_costliest_stage(costs: list[int], data: st.DataObject) -> None:
     stages = data.draw(st.integers(1, len(costs)))
-    parts = split({str(i): cost for i, cost in enumerate(costs)}, stages)
+    parts = assign_layers({str(i): cost for i, cost in enumerate(costs)}, stages)
     assert [int(name) for part in parts for name in part] == list(range(len(costs)))
     assert all(parts)
     assert max(sum(costs[int(name)] for name in part) for part in parts) == min(map(max, _all_splits(costs, stages)))
@@ -83,7 +83,7 @@ def test_costs_hold_the_networks_multiply_adds(name: str) -> None:
 
 def test_splits_that_are_none_are_refused() -> None:
     costs = {"a": 1, "b": 2, "c": 3}
-    assert split(costs, 2, ["b"]) == [["a"], ["b", "c"]]
+    assert assign_layers(costs, 2, ["b"]) == [["a"], ["b", "c"]]
     for stages, given_split, told in (
         (4, None, "4 is more than the 3 layers"),
         (2, ["a"], "'a' is no layer that a stage can begin with; those: b, c"),
@@ -91,15 +91,15 @@ def test_splits_that_are_none_are_refused() -> None:
         (3, ["b"], "must name 2 layers"),
     ):
         with pytest.raises(UserError, match=told):
-            split(costs, stages, given_split)
+            assign_layers(costs, stages, given_split)
 
 
 def test_stages_without_weights_are_refused() -> None:
     model = build_model("resnet8", 10, 16)
     costs = layer_costs(model, 16)
-    check_stages(model, split(costs, 4), None)
+    validate_stage_boundaries(model, assign_layers(costs, 4), None)
     given = ["act", "stage1_0", "head"]
     with pytest.raises(UserError, match=r"parallel\.split: .* leaves stage 1 \(act\) without weights; move the layers"):
-        check_stages(model, split(costs, 4, given), given)
+        validate_stage_boundaries(model, assign_layers(costs, 4, given), given)
     with pytest.raises(UserError, match=r"parallel\.pipeline_stages: 9 leaves stage 2 \(act\) without weights; use fewer stages"):
-        check_stages(model, split(costs, 9), None)
+        validate_stage_boundaries(model, assign_layers(costs, 9), None)

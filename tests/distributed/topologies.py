@@ -18,7 +18,7 @@ from options import OPTIMIZERS, OPTIONS, PRESETS, SWITCHES, Cell, is_plain, opti
 from sklearn.datasets import load_digits
 
 from trainer.config.schema import RunConfig
-from trainer.engine.deepspeed.config import check_engine
+from trainer.engine.deepspeed.config import validate_parallelism
 from trainer.errors import UserError
 
 HERE = Path(__file__).parent
@@ -53,7 +53,7 @@ def _config(cell: Cell) -> RunConfig:
 
 def refusal(cell: Cell) -> str | None:
     try:
-        check_engine(_config(cell))
+        validate_parallelism(_config(cell))
     except UserError as error:
         return str(error)
     return None

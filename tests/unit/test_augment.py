@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from trainer.config.schema import RunConfig
 from trainer.data.decode.decoder import DecodeError, decode_rgb, to_array
-from trainer.data.loader import train_view
+from trainer.data.loader import build_train_transform
 from trainer.data.transforms.auto_augment import CHANGES, change, rand_augment, trivial_augment
 from trainer.data.transforms.build import UNIFORMS, erase
 from trainer.data.transforms.crop import eval_transform, padded_crop
@@ -30,7 +30,7 @@ def _view(encoded: bytes, uniforms: np.ndarray, size: int, **augment: object) ->
         {"model": {"name": "resnet8"}, "data": {"train": "none"}, "train": {"max_steps": 1}, "augment": augment}
     )
     out = np.empty((size, size, 3), np.uint8)
-    train_view(config)(memoryview(encoded), uniforms, out)
+    build_train_transform(config)(memoryview(encoded), uniforms, out)
     return out
 
 

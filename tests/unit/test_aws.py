@@ -16,11 +16,11 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from trainer.data.storage.aws_credentials import bucket_endpoint, parse_endpoint, s3_settings
-from trainer.data.storage.retry import Patience
+from trainer.data.storage.retry import RetryPolicy
 from trainer.data.storage.store import open_store
 from trainer.errors import UserError
 
-BRIEF = Patience(tries=2, seconds=1, first_wait=0.01, longest_wait=0.05, refusals=1, connect_seconds=1, silent_seconds=1)
+BRIEF = RetryPolicy(tries=2, seconds=1, first_wait=0.01, longest_wait=0.05, refusals=1, connect_seconds=1, silent_seconds=1)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from trainer.data.storage.store import open_store
 from trainer.engine.deepspeed.optimizer_state import TrainingState
 from trainer.errors import UserError
-from trainer.training.checkpoint import Checkpoint, Checkpoints
+from trainer.training.checkpoint import Checkpoint, CheckpointManager
 
 COURSE = {"model.name": "resnet8", "optimizer.base_lr": 0.1, "optimizer.betas": [0.9, 0.999], "data.train": "sha256:1"}
 
@@ -25,8 +25,8 @@ def _checkpoint(step: int, top1: float | None = None) -> Checkpoint:
     return Checkpoint(TrainingState(model, slots, step, 7, {"cur_scale": 1024.0}), COURSE, result, "run")
 
 
-def _saved(url: str, *steps: int, keep: int = 9) -> Checkpoints:
-    checkpoints = Checkpoints(url, keep)
+def _saved(url: str, *steps: int, keep: int = 9) -> CheckpointManager:
+    checkpoints = CheckpointManager(url, keep)
     for step in steps:
         checkpoints.save(_checkpoint(step))
     checkpoints.wait()
@@ -55,7 +55,7 @@ def test_the_newest_comes_back_bit_for_bit(url: str) -> None:
     written.state.model["conv.weight"].zero_()  # training goes on: what was to be kept was copied
     checkpoints.wait()
     notes: list[str] = []
-    found = Checkpoints(url, 9).newest(COURSE, notes.append)
+    found = CheckpointManager(url, 9).newest(COURSE, notes.append)
     assert found is not None
     assert (found.state.step, found.state.updates, found.state.scaler) == (20, 7, {"cur_scale": 1024.0})
     assert (found.result, found.run_id, notes) == (written.result, "run", [])
@@ -88,7 +88,7 @@ def test_a_torn_or_changed_one_is_passed_over_and_told(url: str, file: str, dama
     else:
         store.delete([name])
     notes: list[str] = []
-    found = Checkpoints(url, 9).newest(COURSE, notes.append)
+    found = CheckpointManager(url, 9).newest(COURSE, notes.append)
     assert found is not None
     assert found.state.step == 10
     if damage == "gone" and file == "checkpoint.json":
@@ -100,17 +100,17 @@ def test_a_torn_or_changed_one_is_passed_over_and_told(url: str, file: str, dama
 
 
 def test_none_is_none(url: str) -> None:
-    assert Checkpoints(url, 3).newest(COURSE, print) is None
+    assert CheckpointManager(url, 3).newest(COURSE, print) is None
 
 
 def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(str(tmp_path), 2)
+    checkpoints = CheckpointManager(str(tmp_path), 2)
     for step, top1 in ((1, 0.3), (2, 0.9), (3, 0.5), (4, None), (5, 0.6), (6, 0.9), (7, 0.1), (8, None)):
         checkpoints.save(_checkpoint(step, top1))
     checkpoints.wait()
     assert _steps(tmp_path) == [6, 7, 8], "of two that are equally good the newer"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000006", "step-000000007", "step-000000008"]
-    again = Checkpoints(str(tmp_path), 1)  # another process knows the best too
+    again = CheckpointManager(str(tmp_path), 1)  # another process knows the best too
     again.newest(COURSE, print)
     again.save(_checkpoint(9, 0.2))
     again.wait()
@@ -130,7 +130,7 @@ def test_one_of_another_recipe_is_refused(tmp_path: Path) -> None:
     _saved(str(tmp_path), 10)
     other = COURSE | {"optimizer.base_lr": 0.2, "model.name": "vgg11"}
     with pytest.raises(UserError) as refused:
-        Checkpoints(str(tmp_path), 3).newest(other, print)
+        CheckpointManager(str(tmp_path), 3).newest(other, print)
     told = str(refused.value)
     assert "step-000000010 is of another recipe: model.name is 'resnet8' there and 'vgg11' here" in told
     assert "optimizer.base_lr is 0.1 there and 0.2 here" in told
@@ -139,9 +139,9 @@ def test_one_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_beginning_anew_removes_those_that_stand(url: str) -> None:
     _saved(url, 10, 20)
-    checkpoints = Checkpoints(url, 3)
+    checkpoints = CheckpointManager(url, 3)
     checkpoints.clear()
-    assert Checkpoints(url, 3).newest(COURSE, print) is None
+    assert CheckpointManager(url, 3).newest(COURSE, print) is None
 
 
 FULL = """
@@ -182,4 +182,4 @@ def test_a_full_disk_is_told_and_the_old_one_stays(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(UserError, match="cannot be made"):
-        Checkpoints("/proc/checkpoints", 3)
+        CheckpointManager("/proc/checkpoints", 3)

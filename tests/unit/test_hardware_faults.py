@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from trainer.config.schema import RunConfig
 from trainer.data.storage.store import open_store
-from trainer.distributed.pod_startup import count_start
+from trainer.distributed.pod_startup import check_restart_budget
 from trainer.errors import EXIT_BUG, EXIT_RETRY, EXIT_USER, UserError, report
 from trainer.faults import node_fault_log
 from trainer.faults.hardware_errors import (
@@ -300,21 +300,21 @@ def test_the_next_start_and_the_last_refusal_name_the_failing_node(
     url = str(tmp_path)
     _write(url, node, 3600, 3)
     _write(url, node, 1800, 3)
-    count_start(url, 1)
+    check_restart_budget(url, 1)
     assert "kubectl cordon gpu-17" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"started 1 times[^\n]*\nnode gpu-17: 2 hardware faults"):
-        count_start(url, 1)
+        check_restart_budget(url, 1)
 
 
 def test_records_do_not_count_as_checkpoints_and_corrupt_ones_are_skipped(node: str, tmp_path: Path) -> None:
-    from trainer.training.checkpoint import Checkpoints
+    from trainer.training.checkpoint import CheckpointManager
 
     url = str(tmp_path)
     record_fault(url, 0, "CUDA error: unknown error")
     open_store(url).write(f"{FOLDER}/1-bad-rank-0.json", b"{")
     open_store(url).write(f"{FOLDER}/2-bad-rank-0.json", b'{"node": 1}')
     assert repeated_faults(open_store(url)) == []
-    assert Checkpoints(url, 3).newest({}, print) is None
+    assert CheckpointManager(url, 3).newest({}, print) is None
 
 
 def test_a_store_that_cannot_be_written_does_not_hold_up_the_end(node: str, tmp_path: Path) -> None:

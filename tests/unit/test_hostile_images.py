@@ -23,7 +23,7 @@ from trainer.data.decode.decoder import DecodeError, decode_crop, decode_rgb, to
 from trainer.data.shards.tar import end_mark, write_sample
 from trainer.data.transforms.crop import eval_transform
 from trainer.errors import UserError
-from trainer.export.exported_model import ModelFacts, save_model
+from trainer.export.exported_model import ModelMetadata, save_model
 
 
 def _encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -111,7 +111,7 @@ def test_only_supported_formats_are_opened_and_the_reason_is_given(content: byte
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    facts = ModelFacts("resnet8", {"width": 4}, ["0", "1"], 2, 8, 0.875, [0.5] * 3, [0.5] * 3, True)
+    facts = ModelMetadata("resnet8", {"width": 4}, ["0", "1"], 2, 8, 0.875, [0.5] * 3, [0.5] * 3, True)
     save_model(folder, facts.build(), facts)
     return str(folder)
 

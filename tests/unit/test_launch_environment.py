@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.distributed.pod_startup import pod_from_environment
-from trainer.errors import Terminated, UserError
+from trainer.errors import Preempted, UserError
 from trainer.process.launch_environment import check_rank_environment, check_single_node, local_rank_environment, loopback_interface
 from trainer.process.proxies import bypass_proxies_for_local_services
 from trainer.process.stop_signals import StopSignals
@@ -216,6 +216,6 @@ lock(mutex); lock(mutex)
 
 def test_a_stop_before_anything_was_started_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     signals = StopSignals()
-    with pytest.raises(Terminated) as error:
+    with pytest.raises(Preempted) as error:
         signals._handle(signal.SIGHUP, None)
     assert error.value.number == signal.SIGHUP

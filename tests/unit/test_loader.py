@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
 from trainer.data.index import Index, open_index
-from trainer.data.loader import eval_loader, room_wanted, step_windows, train_loader
+from trainer.data.loader import eval_loader, prefetch_hint, step_windows, train_loader
 from trainer.data.sampler import EpochOrder, epoch_order
 from trainer.data.storage.store import Store
 from trainer.errors import UserError
@@ -111,15 +111,15 @@ def test_it_is_said_how_much_room_long_stretches_want(digits: Path) -> None:
     """The figure that is told is enough, and a little less is not; nothing is told of a local folder or behind a cache."""
     index, _ = open_index(str(digits / "train"))
     keys: dict[str, Any] = {"train": "s3://bucket/digits", "shuffle_window": 10**6, "prefetch_mb": 1}
-    said = room_wanted(_config(digits, 48, **keys), index, 1)
+    said = prefetch_hint(_config(digits, 48, **keys), index, 1)
     assert said is not None
     wanted = int(said.split("; with ")[1].split(",")[0])
     assert wanted == pytest.approx(2 * index.bytes / MB, abs=1.1, rel=0.03)
-    assert room_wanted(_config(digits, 48, **keys | {"prefetch_mb": wanted}), index, 1) is None
-    assert room_wanted(_config(digits, 48, **keys | {"prefetch_mb": wanted - 1}), index, 1) is not None
-    assert room_wanted(_config(digits, 48, **keys | {"prefetch_mb": -(-wanted // 2)}), index, 2) is None, "half of it each"
-    assert room_wanted(_config(digits, 48, **keys | {"train": str(digits / "train")}), index, 1) is None
-    assert room_wanted(_config(digits, 48, cache_dir="/cache", **keys), index, 1) is None
+    assert prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": wanted}), index, 1) is None
+    assert prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": wanted - 1}), index, 1) is not None
+    assert prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": -(-wanted // 2)}), index, 2) is None, "half of it each"
+    assert prefetch_hint(_config(digits, 48, **keys | {"train": str(digits / "train")}), index, 1) is None
+    assert prefetch_hint(_config(digits, 48, cache_dir="/cache", **keys), index, 1) is None
 
 
 def test_what_was_consumed_is_not_read(digits: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.index import open_index
-from trainer.data.sampler import epoch_order, eval_portion, rank_slots
+from trainer.data.sampler import epoch_order, eval_range, micro_batch_slots
 
 SHARDS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 
@@ -32,7 +32,7 @@ def test_every_sample_is_seen_exactly_once_and_every_rank_makes_the_same_steps(l
     sizes, world, accumulation, micro, window, seed = layout
     global_size, total = world * accumulation * micro, int(sizes.sum())
     order = epoch_order(sizes, seed, 3, global_size, window, tail)
-    slots = np.stack([rank_slots(global_size, world, rank, accumulation) for rank in range(world)])
+    slots = np.stack([micro_batch_slots(global_size, world, rank, accumulation) for rank in range(world)])
     assert sorted(slots.ravel()) == list(range(global_size)), "the ranks share a global batch without overlap"
     seen = order.samples[order.weights > 0]
     assert len(set(seen.tolist())) == len(seen)
@@ -65,7 +65,7 @@ def test_a_lane_reads_its_shards_in_one_pass() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 64])
 def test_validation_is_shared_out_exactly(world_size: int) -> None:
-    parts = [eval_portion(151, world_size, rank) for rank in range(world_size)]
+    parts = [eval_range(151, world_size, rank) for rank in range(world_size)]
     assert [i for part in parts for i in part] == list(range(151))
 
 

@@ -24,7 +24,7 @@ from pipelines.datasets.sources.item import Item
 from pipelines.datasets.sources.list_source import read_item
 from pipelines.datasets.verify import verify
 from trainer.data.index import INDEX_NAME, open_index
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import RetryableError, UserError
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_a_killed_worker_is_a_reason_to_retry(source: Path, tmp_path: Path) -> N
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        with pytest.raises(ServiceLost, match="a worker process was killed"):
+        with pytest.raises(RetryableError, match="a worker process was killed"):
             pack(str(tmp_path / "copy"), str(tmp_path / "out"), OPTIONS)
     finally:
         ended.set()

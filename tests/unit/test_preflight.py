@@ -11,7 +11,7 @@ import torch
 from helpers import Run
 
 from trainer.config.preflight import check_model, check_run
-from trainer.config.run_plan import Resolved, check_config, resolve
+from trainer.config.run_plan import RunPlan, build_run_plan, check_config
 from trainer.config.schema import load_config
 from trainer.data.index import Index, open_index
 from trainer.data.storage.store import open_store
@@ -20,14 +20,14 @@ from trainer.errors import EXIT_USER, UserError, report
 from trainer.faults.disk_space import AppendLog, write_file
 from trainer.models.registry import build_model
 from trainer.training.batch_plan import plan_batches
-from trainer.training.checkpoint import Checkpoint, Checkpoints
+from trainer.training.checkpoint import Checkpoint, CheckpointManager
 
 ENDLESS = "train.epochs=2147483647"
 
 
-def _resolved(digits: Path, out: Path, *overrides: str, ranks: int = 1) -> Resolved:
+def _resolved(digits: Path, out: Path, *overrides: str, ranks: int = 1) -> RunPlan:
     places = [f"data.train={digits}/train", f"data.val={digits}/val", f"train.output_dir={out}"]
-    return resolve("digits-resnet8", [*places, "schedule.warmup_epochs=0", *overrides], ranks, False)
+    return build_run_plan("digits-resnet8", [*places, "schedule.warmup_epochs=0", *overrides], ranks, False)
 
 
 def _refusal(digits: Path, out: Path, *overrides: str, ranks: int = 1) -> str:
@@ -237,7 +237,7 @@ def test_a_store_does_not_wait_for_a_disk_fault(tmp_path: Path, small_files: int
 
 
 def test_a_failed_checkpoint_is_counted_and_removed(tmp_path: Path, small_files: int, capsys: pytest.CaptureFixture) -> None:
-    checkpoints = Checkpoints(str(tmp_path), 3)
+    checkpoints = CheckpointManager(str(tmp_path), 3)
     for step, numbers in ((1, 10), (2, small_files), (3, small_files)):
         state = TrainingState({"weight": torch.zeros(numbers)}, {}, step, 1, None)
         checkpoints.save(Checkpoint(state, {}, {}, None))

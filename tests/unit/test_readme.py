@@ -9,8 +9,8 @@ import typer
 from pipelines.cli.main import app
 from pipelines.cli.model_table import markdown
 from trainer.config.schema import known_keys
-from trainer.models import variants
-from trainer.models.model_info import describe
+from trainer.models import list_models
+from trainer.models.model_info import model_info
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,7 +37,9 @@ def test_documents_name_what_is_there(path: Path) -> None:
 @pytest.mark.parametrize(("path", "least"), [("README.md", 7), ("docs/models.md", 37)])
 def test_tables_of_networks_are_what_the_command_computes(path: str, least: int) -> None:
     made = {
-        line.split(" | ")[0]: line for line in markdown(describe(v.name) for v in variants()).splitlines() if line.startswith("| ")
+        line.split(" | ")[0]: line
+        for line in markdown(model_info(v.name) for v in list_models()).splitlines()
+        if line.startswith("| ")
     }
     rows = [line for line in (ROOT / path).read_text(encoding="utf-8").splitlines() if line.split(" | ")[0] in made]
     assert len(rows) > least

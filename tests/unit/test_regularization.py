@@ -18,15 +18,15 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 from torchvision.transforms import v2
 
-from trainer.config.run_plan import resolve
+from trainer.config.run_plan import build_run_plan
 from trainer.config.schema import RunConfig, load_config
 from trainer.data.batch import Batch
 from trainer.data.index import open_index
 from trainer.data.loader import train_loader
 from trainer.data.sampler import mix_generator
 from trainer.data.transforms.mixup import Mix, draw_mix
-from trainer.engine.engine import Engine, Step
-from trainer.engine.input_transfer import mixed
+from trainer.engine.engine import Engine, StepOutput
+from trainer.engine.input_transfer import apply_mix
 from trainer.errors import UserError
 from trainer.training.batch_plan import BatchPlan
 from trainer.training.loss import weighted_loss
@@ -111,9 +111,9 @@ def test_pixels_and_loss_are_timms(cuts: bool, lam: float, size: int, pairs: int
 
     mix = draw_mix(Given(0.0 if cuts else 0.999, lam, centre), 0.2, 1.0, size)  # type: ignore[arg-type]
     assert mix is not None
-    torch.testing.assert_close(mixed(images.clone(), mix), want)
+    torch.testing.assert_close(apply_mix(images.clone(), mix), want)
     channels_last = images.clone(memory_format=torch.channels_last)
-    torch.testing.assert_close(mixed(channels_last, mix), want)
+    torch.testing.assert_close(apply_mix(channels_last, mix), want)
     each = -(targets * torch.log_softmax(logits, 1)).sum(1)
     total = float(weights.sum())
     torch.testing.assert_close(weighted_loss(logits, labels, weights, total, 1, smoothing, mix.lam), (each * weights).sum() / total)
@@ -133,7 +133,7 @@ def test_a_pair_is_mixed_as_torchvision_does(box: tuple[int, int, int, int] | No
         lam = 1 - (bottom - top) * (right - left) / 256
         theirs, params = v2.CutMix(num_classes=CLASSES), {"box": (left, top, right, bottom), "lam_adjusted": lam}
     params |= {"labels": labels, "batch_size": 2}
-    torch.testing.assert_close(mixed(images.clone(), Mix(lam, box)), theirs.transform(images, params))
+    torch.testing.assert_close(apply_mix(images.clone(), Mix(lam, box)), theirs.transform(images, params))
     want = torch.nn.functional.cross_entropy(logits, theirs.transform(labels, params), label_smoothing=0.1)
     torch.testing.assert_close(weighted_loss(logits, labels, torch.ones(2), 2.0, 1, 0.1, lam), want)
 
@@ -224,7 +224,7 @@ def test_mixes_change_with_the_epoch_and_the_seed_and_are_off_where_not_asked_fo
 class Bare(Engine):
     """Only what every engine prepares its images with."""
 
-    def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
+    def step(self, batches: Iterator[Batch], learning_rate: float) -> StepOutput:
         raise NotImplementedError
 
     def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
@@ -256,9 +256,9 @@ def test_a_micro_batch_of_one_has_nobody_to_mix_with(digits: Path, tmp_path: Pat
     recipe.write_text(
         f"model: {{name: resnet8}}\ndata: {{train: {digits}/train}}\ntrain: {{epochs: 1}}\nbatch: {{micro_size: 1}}\n"
     )
-    resolve(str(recipe), [], 1, False)
+    build_run_plan(str(recipe), [], 1, False)
     with pytest.raises(UserError, match=r"augment\.cutmix: mixes the samples of a micro-batch, but that holds 1"):
-        resolve(str(recipe), ["augment.cutmix=1"], 1, False)
+        build_run_plan(str(recipe), ["augment.cutmix=1"], 1, False)
 
 
 def _refused(tmp_path: Path, setting: str) -> str:

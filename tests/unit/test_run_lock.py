@@ -27,7 +27,7 @@ from trainer.errors import UserError
 from trainer.locks.lock_owner import is_of_another_job, pod_identity
 from trainer.locks.run_lock import LOCK_NAME, LockHeld, LockLost, RunLock, RunLocks, owner_of
 from trainer.tracking import MlflowTracker
-from trainer.training.checkpoint import Checkpoint, Checkpoints
+from trainer.training.checkpoint import Checkpoint, CheckpointManager
 
 LEASE = 0.6
 LONG = 60.0
@@ -230,16 +230,16 @@ def test_outside_of_a_job_there_is_no_pod() -> None:
 
 
 def test_a_start_is_counted_for_the_job_that_owns_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.distributed.pod_startup import STARTS, count_start
+    from trainer.distributed.pod_startup import STARTS, check_restart_budget
 
     monkeypatch.setenv("PET_RDZV_ENDPOINT", "b-worker-0:1")
     monkeypatch.setenv("PET_RDZV_ID", "b")
-    count_start(str(tmp_path), 3)
+    check_restart_budget(str(tmp_path), 3)
     with _held(_lock(tmp_path, pod="/a/a-worker-0")):
         assert is_of_another_job(owner_of(str(tmp_path)))
-        count_start(str(tmp_path), 3)
+        check_restart_budget(str(tmp_path), 3)
     with _held(_lock(tmp_path, pod="/b/b-worker-0")):
-        count_start(str(tmp_path), 3)
+        check_restart_budget(str(tmp_path), 3)
     assert json.loads((tmp_path / STARTS).read_text())["starts"] == 2
 
 
@@ -517,12 +517,12 @@ def test_a_checkpoint_is_neither_written_nor_removed_without_the_lock(tmp_path: 
     def lost() -> None:
         raise LockLost("taken over")
 
-    checkpoints = Checkpoints(str(tmp_path), 1)
+    checkpoints = CheckpointManager(str(tmp_path), 1)
     state = TrainingState({"weight": torch.ones(2)}, {}, 1, 1, None)
     checkpoints.save(Checkpoint(state, {}, {}, None))
     checkpoints.wait()
     before = sorted(tmp_path.rglob("*"))
-    fenced = Checkpoints(str(tmp_path), 1, lost)
+    fenced = CheckpointManager(str(tmp_path), 1, lost)
     fenced.save(Checkpoint(dataclasses.replace(state, step=2), {}, {}, None))
     fenced.wait()
     with pytest.raises(LockLost):

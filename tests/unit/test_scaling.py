@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipelines.studies.experiments import linear_scaling, warmup
-from pipelines.studies.framework.study import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, spread
+from pipelines.studies.framework.study import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, mean_std
 from trainer.config.load import RECIPES
 from trainer.config.schema import RunConfig, load_config
 from trainer.training.lr_schedule import learning_rate_schedule
@@ -66,7 +66,7 @@ def test_the_studies_run_all_of_them() -> None:
 
 
 def _figures(**top1: list[float]) -> dict[str, dict[str, object]]:
-    return {name.replace("_", "-"): {"top1_percent": spread(values)} for name, values in top1.items()}
+    return {name.replace("_", "-"): {"top1_percent": mean_std(values)} for name, values in top1.items()}
 
 
 def test_claims_are_judged_seed_by_seed() -> None:

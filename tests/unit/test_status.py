@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.cluster.status import Status, judge
+from pipelines.cluster.status import Status, summarize_job
 from trainer.process.console import TrainingProgress
 
 Object = dict[str, Any]
@@ -110,28 +110,28 @@ LOG = (
     ],
 )  # fmt: skip
 def test_each_state_is_one_line(job: Object, pods: list[Object], log: str, line: str) -> None:
-    assert judge(job, pods, [], log).line() == line
+    assert summarize_job(job, pods, [], log).line() == line
 
 
 def test_refused_pods_are_told_by_the_jobs_events() -> None:
     message = 'Error creating: pods "r50-worker-0" is forbidden: exceeded quota: convoy'
-    status = judge(_job("Created"), [], [{"reason": "FailedCreatePod", "message": message}], "")
+    status = summarize_job(_job("Created"), [], [{"reason": "FailedCreatePod", "message": message}], "")
     assert status.line() == f"r50: queued: its pods are refused: {message}"
 
 
 def test_a_job_in_kueues_queue_is_not_called_suspended() -> None:
     job = _job("Created", runPolicy={"suspend": True})
     job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "team"
-    assert judge(job, [], [], "").line() == "r50: queued: Kueue's queue team admits it when there is room"
+    assert summarize_job(job, [], [], "").line() == "r50: queued: Kueue's queue team admits it when there is room"
 
 
 def test_figures_and_exit_codes_for_programs() -> None:
-    status = judge(_job("Running"), RUNNING, [], LOG)
+    status = summarize_job(_job("Running"), RUNNING, [], LOG)
     assert (status.step, status.total, status.images_per_second, status.left) == (400, 1000, 2345.0, "0:02:03")
     assert not status.finished
-    assert judge(_job("Succeeded"), [], [], "").exit_code == 0
-    assert judge(_job("Failed"), [_pod(0, "Failed", _ended(2))], [], "").exit_code == 2
-    assert judge(_job("Failed"), [], [], "").exit_code == 1
+    assert summarize_job(_job("Succeeded"), [], [], "").exit_code == 0
+    assert summarize_job(_job("Failed"), [_pod(0, "Failed", _ended(2))], [], "").exit_code == 2
+    assert summarize_job(_job("Failed"), [], [], "").exit_code == 1
     assert Status("a", "queued").line() == "a: queued"
 
 
@@ -139,5 +139,5 @@ def test_the_trainers_own_lines_are_read(capsys: pytest.CaptureFixture[str]) -> 
     progress = TrainingProgress(1000, quiet=False)
     for step in (20, 1000):
         progress.update(step, "epoch 0.10 loss 1.0000 lr 0.1 1,100 images/s, waiting for data 0.0%")
-    status = judge(_job("Running"), RUNNING, [], capsys.readouterr().out)
+    status = summarize_job(_job("Running"), RUNNING, [], capsys.readouterr().out)
     assert (status.step, status.total, status.images_per_second) == (1000, 1000, 1100.0)

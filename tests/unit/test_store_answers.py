@@ -7,11 +7,11 @@ from answers import FULL, PAGE, MemoryS3, constant, s3_error, serving
 
 from pipelines.datasets.pack import PackOptions, pack
 from trainer.data.index import open_index
-from trainer.data.storage.retry import Patience
+from trainer.data.storage.retry import RetryPolicy
 from trainer.data.storage.store import open_store, parse_record
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import RetryableError, UserError
 
-BRIEF = Patience(tries=2, seconds=1, first_wait=0.01, longest_wait=0.05, refusals=1, connect_seconds=1, silent_seconds=1)
+BRIEF = RetryPolicy(tries=2, seconds=1, first_wait=0.01, longest_wait=0.05, refusals=1, connect_seconds=1, silent_seconds=1)
 LISTING = (
     b"<ListBucketResult><Name>b</Name><KeyCount>1</KeyCount><IsTruncated>false</IsTruncated><Contents><Key>%s</Key>"
     b"<LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>x</ETag><Size>3</Size></Contents></ListBucketResult>"
@@ -73,7 +73,7 @@ def test_an_answer_of_something_else_is_one_line(monkeypatch: pytest.MonkeyPatch
 def test_a_busy_store_is_retried_within_a_bound(monkeypatch: pytest.MonkeyPatch, status: int, code: str) -> None:
     with serving(constant(status, s3_error(code) if code else b"")) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        with pytest.raises(ServiceLost, match=str(status)):
+        with pytest.raises(RetryableError, match=str(status)):
             open_store("s3://b/run", patience=BRIEF).sizes()
 
 

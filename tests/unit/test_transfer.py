@@ -19,13 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.local import servers
-from trainer.data.storage.retry import Patience
+from trainer.data.storage.retry import RetryPolicy
 from trainer.data.storage.store import Store, open_store
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import RetryableError, UserError
 
 SIZE = 8 * 2**20 + 12_345
-QUICK = Patience(tries=12, seconds=8, first_wait=0.01, longest_wait=0.1, refusals=12, connect_seconds=1, silent_seconds=0.4)
-BRIEF = Patience(tries=3, seconds=2, first_wait=0.01, longest_wait=0.05, refusals=2, connect_seconds=1, silent_seconds=0.3)
+QUICK = RetryPolicy(tries=12, seconds=8, first_wait=0.01, longest_wait=0.1, refusals=12, connect_seconds=1, silent_seconds=0.4)
+BRIEF = RetryPolicy(tries=3, seconds=2, first_wait=0.01, longest_wait=0.05, refusals=2, connect_seconds=1, silent_seconds=0.3)
 MISSES = 64 * 1024  # bytes that may be on their way when a connection breaks, beside an incomplete chunk
 
 Open = Callable[..., Store]
@@ -75,7 +75,7 @@ def _put(server: S3Server, name: str, content: bytes) -> None:
 def opened(server: S3Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Open:
     """Opens the store by the port of a proxy, with the server's credentials in the environment."""
 
-    def opened(port: int, patience: Patience = QUICK) -> Store:
+    def opened(port: int, patience: RetryPolicy = QUICK) -> Store:
         access_key, secret_key = server.credentials
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", access_key)
@@ -189,7 +189,7 @@ def test_a_fault_that_stays_is_told_after_the_bound(
     store = opened(proxy.port, BRIEF)
     proxy.reset(lambda: fault)
     began = time.monotonic()
-    with pytest.raises(ServiceLost) as error:
+    with pytest.raises(RetryableError) as error:
         store.read_ranges("object", [1000], [5000])
     assert str(error.value).startswith("s3://convoy/x/object: byte 1,000: ")
     assert told in str(error.value)
@@ -262,7 +262,7 @@ def test_a_connection_that_gives_nothing(
         until(lambda: store.counts.retries >= 3)
         toxiproxy.cure()
         reading.result(30)
-    with toxiproxy.toxic(kind, **attributes), pytest.raises(ServiceLost, match="given up after"):
+    with toxiproxy.toxic(kind, **attributes), pytest.raises(RetryableError, match="given up after"):
         opened(toxiproxy.port, BRIEF).read_ranges("object", [0], [10])
 
 
@@ -276,20 +276,20 @@ def test_a_store_that_refuses_connections_for_a_while(opened: Open, toxiproxy: T
             toxiproxy.switch(on=True)
             reading.result(30)
         toxiproxy.switch(on=False)
-        with pytest.raises(ServiceLost, match=r"cannot be reached \(AWS_ENDPOINT_URL\); given up after 4 tries"):
+        with pytest.raises(RetryableError, match=r"cannot be reached \(AWS_ENDPOINT_URL\); given up after 4 tries"):
             opened(toxiproxy.port, BRIEF).read_ranges("object", [0], [10])
     finally:
         toxiproxy.switch(on=True)
 
 
 def test_a_closed_store_waits_no_more(opened: Open, proxy: HttpProxy, content: bytes) -> None:
-    store = opened(proxy.port, Patience(first_wait=60, longest_wait=60))
+    store = opened(proxy.port, RetryPolicy(first_wait=60, longest_wait=60))
     proxy.reset(lambda: Fault("status"))
     with ThreadPoolExecutor(1) as thread:
         reading = thread.submit(store.read_ranges, "object", [0], [10])
         until(lambda: store.counts.retries == 1)
         store.close()
-        with pytest.raises(ServiceLost, match="the store was closed"):
+        with pytest.raises(RetryableError, match="the store was closed"):
             reading.result(10)
 
 
@@ -341,7 +341,7 @@ def test_rotated_credentials_are_picked_up(
     path = tmp_path / "credentials"
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
     _write_credentials(path, *server.credentials)
-    patience = Patience(tries=100, seconds=30, first_wait=0.05, longest_wait=0.2, refusals=300, silent_seconds=2)
+    patience = RetryPolicy(tries=100, seconds=30, first_wait=0.05, longest_wait=0.2, refusals=300, silent_seconds=2)
     store = open_store(f"s3://{servers.BUCKET}/x", patience=patience)
     check(store, content, [(0, 1000)])
     server.rotate()
@@ -362,7 +362,7 @@ def test_credentials_that_stay_refused(opened: Open, server: S3Server, proxy: Ht
     proxy.reset()
     check(store, content, [(0, 1000)])
     proxy.reset(lambda: Fault("status", status=400, code="ExpiredToken"))
-    with pytest.raises(ServiceLost, match=r"the credentials have expired; get new ones .* given up after 3 tries"):
+    with pytest.raises(RetryableError, match=r"the credentials have expired; get new ones .* given up after 3 tries"):
         store.read_ranges("object", [0], [10])
 
 
@@ -380,7 +380,7 @@ def test_a_server_killed_and_started_again(
 ) -> None:
     """In the middle of a read of one piece: its answer is held back until it is gone."""
     caplog.set_level(logging.WARNING)
-    store = opened(proxy.port, Patience(tries=1000, first_wait=0.05, longest_wait=0.3, silent_seconds=20))
+    store = opened(proxy.port, RetryPolicy(tries=1000, first_wait=0.05, longest_wait=0.3, silent_seconds=20))
     proxy.reset(in_order(Fault("stalled", after=3_000_000)))
     with ThreadPoolExecutor(1) as thread:
         reading = thread.submit(check, store, content, [(0, 8_000_000)])

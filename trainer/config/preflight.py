@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config.run_plan import Resolved, tracking_uri
+from trainer.config.run_plan import RunPlan, tracking_uri
 from trainer.data.storage.block_cache import CACHE_TOTAL
 from trainer.data.storage.location import is_remote, local_path
 from trainer.data.storage.store import open_store
-from trainer.errors import NeverAnswered, UserError
+from trainer.errors import ServiceUnreachable, UserError
 from trainer.faults.disk_space import FileSystem, cannot_write, file_system, mib, probe_folder
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class _Need:
     files: int
 
 
-def check_run(run: Resolved, local_ranks: int) -> list[str]:
+def check_run(run: RunPlan, local_ranks: int) -> list[str]:
     """Find everything that would end the run later; returns notes for the user, one line each.
 
     ``local_ranks``: ranks on this machine. Leaves nothing behind. Raises UserError, and ServiceLost
@@ -66,22 +66,22 @@ def check_run(run: Resolved, local_ranks: int) -> list[str]:
     return list(_notes(run))
 
 
-def check_outputs(run: Resolved) -> None:
+def check_outputs(run: RunPlan) -> None:
     """Create and remove a file in each place that the run writes to; needs no torch, so that the
     launcher can do it before it starts ranks. Raises UserError with each fault."""
     _check_temporary_folder()
     _probe_outputs(run)
 
 
-def check_model(run: Resolved) -> ModelSize:
+def check_model(run: RunPlan) -> ModelSize:
     """Build the model without memory. Raises UserError for options and image sizes that it cannot
     process, and where batch norm would get one value per channel in training."""
     import torch
 
-    from trainer.export.exported_model import ModelFacts
+    from trainer.export.exported_model import ModelMetadata
     from trainer.models.registry import build_model
 
-    facts, data = ModelFacts.of(run.config, run.train.classes, run.num_classes), run.config.data
+    facts, data = ModelMetadata.of(run.config, run.train.classes, run.num_classes), run.config.data
     side = data.size_in(0)  # the smallest: it never shrinks
     with torch.device("meta"):
         model = facts.build()
@@ -98,7 +98,7 @@ def check_model(run: Resolved) -> ModelSize:
     return ModelSize(weights, state)
 
 
-def _check_batch_norm(model: "nn.Module", run: Resolved, side: int) -> None:
+def _check_batch_norm(model: "nn.Module", run: RunPlan, side: int) -> None:
     """For micro-batches of one sample: raises UserError where a layer sees a single pixel."""
     import torch
 
@@ -122,7 +122,7 @@ def _check_batch_norm(model: "nn.Module", run: Resolved, side: int) -> None:
         )
 
 
-def _check_memory(run: Resolved, size: ModelSize, local_ranks: int) -> None:
+def _check_memory(run: RunPlan, size: ModelSize, local_ranks: int) -> None:
     """Raises UserError where not even the weights and two micro-batches of pixels fit into memory."""
     config = run.config
     side, largest = config.data.image_size, run.batch.micro_size
@@ -160,7 +160,7 @@ def _local(url: str) -> Path | None:
     return None if is_remote(url) else local_path(url)
 
 
-def _probe_outputs(run: Resolved) -> None:
+def _probe_outputs(run: RunPlan) -> None:
     config, url = run.config, run.config.checkpoint_url
     folders = {"train.output_dir": config.output_dir}
     local = _local(url)
@@ -192,13 +192,13 @@ def _probe_object_store(url: str) -> None:
         store = open_store(url, create=True)
         store.write(PROBE_NAME, b"")
         store.delete([PROBE_NAME])
-    except NeverAnswered:
+    except ServiceUnreachable:
         raise
     except UserError as error:
         raise UserError(f"checkpoint.url: {error}") from None
 
 
-def _needs(run: Resolved, size: ModelSize, local_ranks: int) -> Iterator[_Need]:
+def _needs(run: RunPlan, size: ModelSize, local_ranks: int) -> Iterator[_Need]:
     config = run.config
     output = config.output_dir
     yield _Need("train.output_dir", output, "the trained model", size.state + _SMALL_FILES_BYTES, 10)
@@ -215,7 +215,7 @@ def _needs(run: Resolved, size: ModelSize, local_ranks: int) -> Iterator[_Need]:
         yield _Need("checkpoint.url", folder, what, left, 4 * count)
 
 
-def _checkpoint_bytes(run: Resolved, size: ModelSize) -> int:
+def _checkpoint_bytes(run: RunPlan, size: ModelSize) -> int:
     optimizer = run.config.optimizer
     slots = _SLOTS[optimizer.name]
     if optimizer.name == "sgd" and not optimizer.momentum:
@@ -224,14 +224,14 @@ def _checkpoint_bytes(run: Resolved, size: ModelSize) -> int:
     return size.state + slots * size.parameters + averages + _MANIFEST_BYTES
 
 
-def _most_checkpoints(run: Resolved) -> int:
+def _most_checkpoints(run: RunPlan) -> int:
     """How many exist at a time: those that are kept, the best one, and the one being written."""
     every = run.config.checkpoint.every_steps
     in_total = -(-run.stop_step // run.steps_per_epoch) + (run.stop_step // every if every else 0)
     return min(in_total, run.config.checkpoint.keep + (run.val is not None) + 1)
 
 
-def _key_bytes(run: Resolved, local_ranks: int) -> int:
+def _key_bytes(run: RunPlan, local_ranks: int) -> int:
     """Of the logs of this machine's ranks: the mean length of a key, its quotes and its comma."""
     shard = run.train.shards[0]
     key = sum(map(len, shard.keys)) / max(1, len(shard.keys)) + 4
@@ -264,7 +264,7 @@ def _check_space(needs: list[_Need]) -> None:
             )
 
 
-def check_result_fits(run: Resolved, model: "nn.Module", failed_checkpoints: int) -> None:
+def check_result_fits(run: RunPlan, model: "nn.Module", failed_checkpoints: int) -> None:
     """Raises UserError where the trained model could not be written either: a training that goes on
     would be lost as a whole."""
     if failed_checkpoints < _FAILED_CHECKPOINTS:
@@ -280,7 +280,7 @@ def check_result_fits(run: Resolved, model: "nn.Module", failed_checkpoints: int
         )
 
 
-def _notes(run: Resolved) -> Iterator[str]:
+def _notes(run: RunPlan) -> Iterator[str]:
     data = run.config.data
     if run.val is not None and run.val.digest == run.train.digest:
         yield "data.val is the same data as data.train, so top1 does not measure generalization"

@@ -9,7 +9,7 @@ from trainer.config.schema import RunConfig, load_config
 from trainer.data.index import Index, check_shards, open_index
 from trainer.data.sampler import steps_per_epoch
 from trainer.data.storage.store import Store, parse_storage_url
-from trainer.engine.deepspeed.config import check_engine
+from trainer.engine.deepspeed.config import validate_parallelism
 from trainer.errors import UserError
 from trainer.tracking.server import validate_tracking_uri
 from trainer.training.batch_plan import BatchPlan, plan_batches
@@ -24,7 +24,7 @@ _SHAPING = (
 
 
 @dataclass(frozen=True)
-class Resolved:
+class RunPlan:
     """A run whose every number is known. ``stop_step``: optimizer steps it makes; ``total_steps``: what the schedule spans."""
 
     config: RunConfig
@@ -52,7 +52,7 @@ class Resolved:
         }
 
 
-def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: bool) -> Resolved:
+def build_run_plan(recipe: str, overrides: list[str], world_size: int, check_storage: bool) -> RunPlan:
     """Read the recipe and the indexes, derive the rest. Raises UserError.
 
     ``check_storage`` compares the presence and size of every shard too: one listing, so one rank of a job does it.
@@ -80,7 +80,7 @@ def resolve(recipe: str, overrides: list[str], world_size: int, check_storage: b
         check_shards(train, train_store)
         if val is not None and val_store is not None:
             check_shards(val, val_store)
-    return Resolved(config, train, train_store, val, val_store, world_size, batch, per_epoch, total, stop, num_classes)
+    return RunPlan(config, train, train_store, val, val_store, world_size, batch, per_epoch, total, stop, num_classes)
 
 
 def run_length(config: RunConfig, global_size: int, samples: int) -> tuple[int, int, int]:
@@ -94,7 +94,7 @@ def run_length(config: RunConfig, global_size: int, samples: int) -> tuple[int, 
 
 def check_config(config: RunConfig) -> None:
     """Checks that need neither data nor a machine. Raises UserError with each fault."""
-    check_engine(config)
+    validate_parallelism(config)
     outputs = {
         "train.output_dir": str(config.output_dir),
         "checkpoint.url": config.checkpoint.url,

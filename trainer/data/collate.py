@@ -1,6 +1,6 @@
 """The stages between a sample's number and a batch of pixels. Each is a generator over a plain iterator; threads do the work.
 
-``Window`` (which samples) - ``fetched`` - a micro-batch and its samples' bytes - ``decoded`` - ``Batch`` (pixels).
+``Window`` (which samples) - ``fetched`` - a micro-batch and its samples' bytes - ``decode_batches`` - ``Batch`` (pixels).
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ from trainer.errors import UserError
 _TASK = 8  # samples that a thread decodes before it looks for other work
 
 
-View = Callable[[memoryview, np.ndarray | None, np.ndarray], None]
+Transform = Callable[[memoryview, np.ndarray | None, np.ndarray], None]
 """Decodes an image, given its random numbers, into uint8 [side, side, 3]. Raises DecodeError."""
 
 
@@ -33,7 +33,7 @@ def threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
 
 
 @dataclass
-class _Begun:
+class _PendingBatch:
     """A batch whose samples are being decoded."""
 
     part: MicroBatch
@@ -44,10 +44,10 @@ class _Begun:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class Collator:
     """How samples become pixels and labels. ``view`` None: labels alone, the pixels are left as they are."""
 
-    view: View | None
+    view: Transform | None
     num_classes: int
     skip_bad: bool
     """A sample that cannot be decoded gets weight 0 and the colour ``grey``; otherwise it stops the run."""
@@ -55,11 +55,11 @@ class Decoder:
     allocate: Allocate = np.empty
     """Makes the arrays for pixels."""
 
-    def begin(self, part: MicroBatch, samples: list[Sample]) -> _Begun:
+    def begin(self, part: MicroBatch, samples: list[Sample]) -> _PendingBatch:
         size = len(samples)
-        return _Begun(part, samples, self.allocate((size, part.side, part.side, 3), np.uint8), np.zeros(size, np.int64))
+        return _PendingBatch(part, samples, self.allocate((size, part.side, part.side, 3), np.uint8), np.zeros(size, np.int64))
 
-    def work(self, batch: _Begun, first: int) -> list[tuple[int, str]]:
+    def work(self, batch: _PendingBatch, first: int) -> list[tuple[int, str]]:
         """Decode some samples from number ``first`` on; returns those that are bad, each with a line that says why."""
         bad = []
         for i in range(first, min(first + _TASK, len(batch.samples))):
@@ -79,7 +79,7 @@ class Decoder:
             batch.labels[i] = label_of(sample, self.num_classes)
         return bad
 
-    def end(self, batch: _Begun, bad: list[tuple[int, str]]) -> Batch:
+    def end(self, batch: _PendingBatch, bad: list[tuple[int, str]]) -> Batch:
         part, weights = batch.part, batch.part.weights
         keys = [sample["__key__"] for sample, weight in zip(batch.samples, weights, strict=True) if weight > 0]
         lines = [line for i, line in bad if weights[i] > 0]
@@ -89,9 +89,9 @@ class Decoder:
         return Batch(batch.pixels, batch.labels, weights, part.global_weight, keys, part.mix, lines)
 
 
-def decoded(items: Iterable[Fetched], decoder: Decoder, pool: ThreadPoolExecutor | None, ahead: int) -> Iterator[Batch]:
+def decode_batches(items: Iterable[Fetched], decoder: Collator, pool: ThreadPoolExecutor | None, ahead: int) -> Iterator[Batch]:
     """Batches in order, ``ahead`` of the consumer, their samples decoded by all threads; without a pool, at once."""
-    queue: deque[_Begun] = deque()
+    queue: deque[_PendingBatch] = deque()
 
     def finish() -> Batch:
         batch = queue.popleft()

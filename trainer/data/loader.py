@@ -12,21 +12,21 @@ from PIL import Image
 
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Allocate, Batch, MicroBatch, Window
-from trainer.data.collate import Decoder, View, decoded, threads
+from trainer.data.collate import Collator, Transform, decode_batches, threads
 from trainer.data.decode.decoder import decode_crop, decode_rgb
-from trainer.data.fetch import fetched
+from trainer.data.fetch import fetch_samples
 from trainer.data.index import Index
 from trainer.data.sampler import (
     EpochOrder,
     augment_uniforms,
     block_steps,
     epoch_order,
-    eval_portion,
+    eval_range,
+    micro_batch_slots,
     mix_generator,
-    rank_slots,
     steps_per_epoch,
 )
-from trainer.data.storage.store import Source, is_remote
+from trainer.data.storage.store import RangeReader, is_remote
 from trainer.data.transforms.auto_augment import rand_augment, trivial_augment
 from trainer.data.transforms.build import UNIFORMS, erase
 from trainer.data.transforms.crop import crop_box, eval_transform, padded_crop
@@ -39,7 +39,7 @@ _SLOW = 64 * 2**20  # bytes that are worth waiting for before the first step of 
 def train_loader(
     config: RunConfig,
     index: Index,
-    store: Source,
+    store: RangeReader,
     epoch: int,
     world_size: int,
     rank: int,
@@ -58,7 +58,7 @@ def train_loader(
 
     def windows() -> Iterator[Window]:
         order = epoch_order(index.sizes, data.seed, epoch, global_size, data.shuffle_window, data.tail)
-        slots = rank_slots(global_size, world_size, rank, accumulation_steps)
+        slots = micro_batch_slots(global_size, world_size, rank, accumulation_steps)
         lane = index.bytes / index.samples  # bytes a step
         for first, end in step_windows(order, start_step, lane, slots.size, data.prefetch_mb * 2**20):
             window = []
@@ -73,7 +73,7 @@ def train_loader(
                 ]
             yield window
 
-    return _run(config, windows, index, store, None if labels_only else train_view(config), allocate)
+    return _run(config, windows, index, store, None if labels_only else build_train_transform(config), allocate)
 
 
 def step_windows(order: EpochOrder, start: int, lane: float, lanes: int, budget: int) -> Iterator[tuple[int, int]]:
@@ -100,7 +100,7 @@ def step_windows(order: EpochOrder, start: int, lane: float, lanes: int, budget:
         first = end
 
 
-def room_wanted(config: RunConfig, index: Index, ranks: int) -> str | None:
+def prefetch_hint(config: RunConfig, index: Index, ranks: int) -> str | None:
     """What is to be said where ``step_windows`` lets each sample be asked for by itself, of a store that takes long to answer."""
     data, global_size = config.data, config.batch.global_size
     if data.cache_dir is not None or not is_remote(data.train):
@@ -112,7 +112,7 @@ def room_wanted(config: RunConfig, index: Index, ranks: int) -> str | None:
     return f"data.prefetch_mb: with {data.prefetch_mb} each sample is read by itself; with {wanted}, long stretches are"
 
 
-def train_view(config: RunConfig) -> View:
+def build_train_transform(config: RunConfig) -> Transform:
     """The augmentation that a recipe asks for."""
     augment = config.augment
     grey = _grey(config)
@@ -142,13 +142,13 @@ def _grey(config: RunConfig) -> np.ndarray:
 
 
 def eval_loader(
-    config: RunConfig, index: Index, store: Source, world_size: int, rank: int, allocate: Allocate = np.empty
+    config: RunConfig, index: Index, store: RangeReader, world_size: int, rank: int, allocate: Allocate = np.empty
 ) -> Iterator[Batch]:
     """A rank's stretch of the validation split, each sample once; the last batch may be smaller. Bad ones are left out."""
     data, size = config.data, config.batch.eval_size
 
     def windows() -> Iterator[Window]:
-        samples = np.array(eval_portion(index.samples, world_size, rank))
+        samples = np.array(eval_range(index.samples, world_size, rank))
         batches = [samples[i : i + size] for i in range(0, len(samples), size)]
         per_window = max(1, int(min(4 * _LONG, data.prefetch_mb * 2**18) / (index.bytes / index.samples * size)))
         for first in range(0, len(batches), per_window):
@@ -171,18 +171,20 @@ def _run(
     config: RunConfig,
     windows: Callable[[], Iterator[Window]],
     index: Index,
-    store: Source,
-    view: View | None,
+    store: RangeReader,
+    view: Transform | None,
     allocate: Allocate,
 ) -> Iterator[Batch]:
     data = config.data
-    decoder = Decoder(view, len(index.classes), data.bad_samples == "skip", _grey(config), allocate)
+    decoder = Collator(view, len(index.classes), data.bad_samples == "skip", _grey(config), allocate)
     with ExitStack() as stack:
         fetchers = stack.enter_context(threads(data.requests, "fetch"))
         decoders = stack.enter_context(threads(data.workers, "decode")) if data.workers else None
         stages = [
             windows,  # Window
-            partial(fetched, index=index, store=store, pool=fetchers, budget=data.prefetch_mb * 2**20),  # MicroBatch, list[Sample]
-            partial(decoded, decoder=decoder, pool=decoders, ahead=data.prefetch_batches),  # Batch
+            partial(
+                fetch_samples, index=index, store=store, pool=fetchers, budget=data.prefetch_mb * 2**20
+            ),  # MicroBatch, list[Sample]
+            partial(decode_batches, decoder=decoder, pool=decoders, ahead=data.prefetch_batches),  # Batch
         ]
         yield from wds.DataPipeline(*stages)

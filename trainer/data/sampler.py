@@ -71,7 +71,7 @@ def epoch_order(sizes: np.ndarray, seed: int, epoch: int, global_size: int, wind
     return EpochOrder(row[lane_starts[None, :] + np.minimum(step, lengths - 1)], weights, block)
 
 
-def rank_slots(global_size: int, world_size: int, rank: int, accumulation_steps: int) -> np.ndarray:
+def micro_batch_slots(global_size: int, world_size: int, rank: int, accumulation_steps: int) -> np.ndarray:
     """The slots of a global batch that a rank serves: int64 [accumulation_steps, micro_size].
 
     Slot ``j`` belongs to micro-batch ``j mod (world_size x accumulation_steps)``: which samples share a micro-batch (and
@@ -88,10 +88,10 @@ def augment_uniforms(seed: int, epoch: int, step: int, global_size: int, count: 
 
 
 def mix_generator(seed: int, epoch: int, step: int, micro_batch: int) -> np.random.Generator:
-    """What draws how a micro-batch is mixed; ``micro_batch``: its number in the global batch, as ``rank_slots`` counts."""
+    """What draws how a micro-batch is mixed; ``micro_batch``: its number in the global batch, as ``micro_batch_slots`` counts."""
     return _generator(seed, epoch, _MIX, step, micro_batch)
 
 
-def eval_portion(samples: int, world_size: int, rank: int) -> range:
+def eval_range(samples: int, world_size: int, rank: int) -> range:
     """The stretch of a validation split that a rank measures; the stretches of all ranks are the split, once."""
     return range(samples * rank // world_size, samples * (rank + 1) // world_size)

@@ -7,18 +7,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import RetryableError, UserError
 
 T = TypeVar("T")
 
 
-def from_first(work: Callable[[], T]) -> T:
+def broadcast_from_rank0(work: Callable[[], T]) -> T:
     """What ``work`` gives on the first rank, or its UserError or ServiceLost, on every rank; told by the first alone."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except (UserError, ServiceLost) as error:
+        except (UserError, RetryableError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
@@ -28,10 +28,10 @@ def from_first(work: Callable[[], T]) -> T:
     return result
 
 
-def tensors_from_first(tensors: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
+def broadcast_tensors_from_rank0(tensors: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
     """Those of the first rank, on every rank. All ranks take part."""
     first = dist.get_rank() == 0
-    described = from_first(lambda: {name: (value.shape, value.dtype) for name, value in (tensors or {}).items()})
+    described = broadcast_from_rank0(lambda: {name: (value.shape, value.dtype) for name, value in (tensors or {}).items()})
     received = {}
     for name, (shape, dtype) in described.items():
         value = tensors[name].to(device) if first and tensors else torch.empty(shape, dtype=dtype, device=device)
@@ -40,19 +40,19 @@ def tensors_from_first(tensors: dict[str, Tensor] | None, device: torch.device) 
     return received
 
 
-def summed(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over ranks. All ranks take part."""
     values = values.clone()
     dist.all_reduce(values)
     return values
 
 
-def averaged(values: Tensor) -> Tensor:
+def all_reduce_mean(values: Tensor) -> Tensor:
     """The mean over ranks. All ranks take part."""
-    return summed(values) / dist.get_world_size()
+    return all_reduce_sum(values) / dist.get_world_size()
 
 
-def gathered(values: list[str]) -> list[str]:
+def all_gather_list(values: list[str]) -> list[str]:
     """The lists of all ranks as one. All ranks take part."""
     parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, values)

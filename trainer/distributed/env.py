@@ -6,7 +6,7 @@ from trainer.process.launch_environment import check_rank_environment
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistEnv:
     """Who this process is."""
 
     rank: int
@@ -18,6 +18,6 @@ class Ranks:
         return self.rank == 0
 
 
-def ranks_from_environment() -> Ranks:
+def ranks_from_environment() -> DistEnv:
     """As the launcher or torchrun set it; alone if neither started this process. Raises UserError for leftovers."""
-    return Ranks(*check_rank_environment())
+    return DistEnv(*check_rank_environment())

@@ -12,7 +12,7 @@ from trainer.config.schema import RunConfig
 from trainer.data.index import INDEX_NAME
 from trainer.data.storage.location import local_path
 from trainer.data.storage.store import Store, is_remote, open_store
-from trainer.errors import NeverAnswered, ServiceLost, UserError
+from trainer.errors import RetryableError, ServiceUnreachable, UserError
 from trainer.faults.node_fault_log import repeated_faults
 from trainer.locks.lock_owner import is_of_another_job
 from trainer.locks.run_lock import owner_of
@@ -27,7 +27,7 @@ _BETWEEN_WORDS = 30.0
 
 
 @dataclass(frozen=True)
-class Pod:
+class PodEnv:
     """``nodes`` pods of ``procs`` ranks meet at ``host``:``port``, which is the first pod."""
 
     nodes: int
@@ -45,7 +45,7 @@ class Pod:
         return socket.gethostname() == self.host
 
 
-def pod_from_environment(environment: Mapping[str, str] = os.environ) -> Pod | None:
+def pod_from_environment(environment: Mapping[str, str] = os.environ) -> PodEnv | None:
     """By the variables that torchrun reads too (PET_*), or None where no operator set them. Raises UserError."""
     endpoint = environment.get("PET_RDZV_ENDPOINT")
     if not endpoint:
@@ -59,7 +59,7 @@ def pod_from_environment(environment: Mapping[str, str] = os.environ) -> Pod | N
         raise UserError(f"PET_RDZV_ENDPOINT: {endpoint!r} is not host:port")
     if not nodes.isdigit() or not procs.isdigit():
         raise UserError(f"PET_NNODES, PET_NPROC_PER_NODE: {nodes!r} and {procs!r} must be numbers; set spec.nprocPerNode")
-    return Pod(int(nodes), int(procs), host, int(port), environment.get("PET_RDZV_ID") or "convoy")
+    return PodEnv(int(nodes), int(procs), host, int(port), environment.get("PET_RDZV_ID") or "convoy")
 
 
 def wait_for_data(config: RunConfig) -> None:
@@ -84,7 +84,7 @@ def _wait_for_index(url: str, minutes: float) -> None:
                 store = open_store(url)
             if store is not None and store.read_small(INDEX_NAME) is not None:
                 return None
-        except NeverAnswered as error:
+        except ServiceUnreachable as error:
             if waited >= max(minutes, _STORE_MINUTES):
                 raise
             return str(error)
@@ -93,7 +93,7 @@ def _wait_for_index(url: str, minutes: float) -> None:
     _wait(there)
 
 
-def wait_for_host(pod: Pod) -> None:
+def wait_for_host(pod: PodEnv) -> None:
     """Until the first pod can be reached, where this is another one. Raises ServiceLost."""
     started = time.monotonic()
 
@@ -102,7 +102,7 @@ def wait_for_host(pod: Pod) -> None:
             socket.create_connection((pod.host, pod.port), timeout=3).close()
         except OSError as error:
             if (time.monotonic() - started) / 60 >= _HOST_MINUTES:
-                raise ServiceLost(f"{pod.host}:{pod.port}, where the ranks meet, cannot be reached: {error}") from None
+                raise RetryableError(f"{pod.host}:{pod.port}, where the ranks meet, cannot be reached: {error}") from None
             return f"rendezvous at {pod.host}:{pod.port}: {error.strerror or error}"
         return None
 
@@ -110,7 +110,7 @@ def wait_for_host(pod: Pod) -> None:
         _wait(there)
 
 
-def let_first_end(pod: Pod) -> None:
+def wait_for_rank0_exit(pod: PodEnv) -> None:
     """After a success, wait where this is another pod until the first has ended, and been seen to.
 
     The operator calls a job done when any of its pods is, and then deletes those that still run: the first one's log is to stay.
@@ -135,13 +135,13 @@ def _wait(missing: Callable[[], str | None]) -> None:
         time.sleep(_BETWEEN_TRIES)
 
 
-def count_start(url: str, most: int) -> None:
+def check_restart_budget(url: str, most: int) -> None:
     """Count this start of a job, beside its checkpoints; one that found a newer checkpoint than the start before counts from 1.
 
     The training-operator makes a pod anew without end. Raises UserError after ``most`` starts that came no further, and then
     forgets them, so that a job that is submitted again gets as many. Where the store cannot be read the run itself will say so.
     """
-    with suppress(ServiceLost, NeverAnswered):
+    with suppress(RetryableError, ServiceUnreachable):
         if is_of_another_job(owner_of(url)):
             return  # the first rank refuses to start, or waits; the count is the other job's
         store = open_store(url, create=True)

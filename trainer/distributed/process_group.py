@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.distributed.env import Ranks
+from trainer.distributed.env import DistEnv
 from trainer.process.launch_environment import STORE_FD
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # DeepSpeed's default
 
 
-def join(ranks: Ranks, fp16: bool = False) -> torch.device:
+def init_distributed(ranks: DistEnv, fp16: bool = False) -> torch.device:
     """Join the process group, NCCL with GPUs and gloo without; returns this rank's device. All ranks take part.
 
     ``fp16``: half precision is wanted, which DeepSpeed must be told that a CPU can do too.
@@ -52,7 +52,7 @@ def join(ranks: Ranks, fp16: bool = False) -> torch.device:
     return device
 
 
-def _local_store(ranks: Ranks) -> Any:
+def _local_store(ranks: DistEnv) -> Any:
     """The rendezvous of ranks on one machine: the launcher has bound its port already."""
     given = os.environ.pop(STORE_FD)
     return torch._C._distributed_c10d.TCPStore(
@@ -93,7 +93,7 @@ def _allow_half_on_cpu() -> None:
     set_accelerator(HalfAccelerator())
 
 
-def describe_gpu(ranks: Ranks) -> str | None:
+def describe_gpu(ranks: DistEnv) -> str | None:
     """The rank's GPU with its name and UUID, as far as the driver still answers; None without GPUs."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return None
@@ -104,6 +104,6 @@ def describe_gpu(ranks: Ranks) -> str | None:
     return f"GPU {ranks.local_rank} ({properties.name}, UUID {properties.uuid})"
 
 
-def leave() -> None:
+def cleanup() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from trainer.engine.deepspeed.grad_reducer import Gradients
+from trainer.engine.deepspeed.grad_reducer import GradReducer
 from trainer.models.batch_norm import BatchNorm2d
 from trainer.models.layers import Value, on_image
 
@@ -84,7 +84,7 @@ class _Graph:
     default stream wait for every gradient, which a capture does not allow.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], run: RunLayers, gradients: Gradients) -> None:
+    def __init__(self, layers: Sequence[nn.Module], run: RunLayers, gradients: GradReducer) -> None:
         self._segment, self._gradients = _Segment(layers, run), gradients
         trained = {n: p for n, p in self._segment.named_parameters() if p.requires_grad}
         self._parameters = list(trained.values())
@@ -188,7 +188,7 @@ class GraphedLayers:
         self,
         layers: Sequence[nn.Module],
         run: RunLayers,
-        gradients: Gradients,
+        gradients: GradReducer,
         ranks: int,
         recorder: Callable[[], Recorder] = CudaRecorder,
     ) -> None:

@@ -13,12 +13,12 @@ from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
 from trainer.engine.deepspeed.config import deepspeed_config
 from trainer.engine.deepspeed.grad_norm import GradNorm
-from trainer.engine.deepspeed.grad_reducer import Gradients, PartitionedGradients, whole_gradients
-from trainer.engine.deepspeed.zero1_layout import arrange_partitioned_weights
-from trainer.engine.dropout_rng import Draws
-from trainer.engine.engine import Engine, Step, parameters_of
+from trainer.engine.deepspeed.grad_reducer import GradReducer, Zero1GradReducer, make_grad_reducer
+from trainer.engine.deepspeed.zero1_layout import relayout_zero1_weights
+from trainer.engine.dropout_rng import DropoutRNG
+from trainer.engine.engine import Engine, StepOutput, parameters_of
 from trainer.engine.input_transfer import to_device
-from trainer.engine.model_chunk import Stage
+from trainer.engine.model_chunk import ModelChunk
 from trainer.models.batch_norm import synchronize_batch_norm
 from trainer.training.batch_plan import BatchPlan
 from trainer.training.loss import weighted_loss
@@ -35,8 +35,8 @@ class DataParallel(Engine):
         import deepspeed
 
         super().__init__(model, config, batch, device)
-        self._draws = Draws(model, config.train.seed, dist.get_rank(), batch.ranks)
-        stage = Stage(OrderedDict(model.named_children()), config.train, self._draws)
+        self._draws = DropoutRNG(model, config.train.seed, dist.get_rank(), batch.ranks)
+        stage = ModelChunk(OrderedDict(model.named_children()), config.train, self._draws)
         optimizer = build_optimizer(stage, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(stage)
         engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=deepspeed_config(config, batch))
@@ -55,7 +55,7 @@ class DataParallel(Engine):
         buffers = self._gradients.buffers if self._gradients is not None else ()
         self._adopt(engine, weights, GradNorm(engine, config.optimizer.clip_grad_norm, buffers))
 
-    def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
+    def step(self, batches: Iterator[Batch], learning_rate: float) -> StepOutput:
         self._prepare(learning_rate)
         micro_batches = self._batch.ranks * self._batch.accumulation_steps
         total = torch.zeros((), device=self._device)
@@ -76,7 +76,7 @@ class DataParallel(Engine):
             keys += batch.keys
         skipped = self._skipped()
         self._finish(skipped)
-        return Step(total, int(batch.global_weight), keys, skipped)
+        return StepOutput(total, int(batch.global_weight), keys, skipped)
 
     def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         return {name: own[name] for name in names}
@@ -92,13 +92,13 @@ def _uses_graphs(config: RunConfig, device: torch.device) -> bool:
     return device.type == "cuda" and not eager
 
 
-def _own_gradients(engine: Any, config: RunConfig, ranks: int, graphs: bool) -> Gradients | None:
+def _own_gradients(engine: Any, config: RunConfig, ranks: int, graphs: bool) -> GradReducer | None:
     """Take the averaging of gradients from DeepSpeed where we do it faster; None where it is DeepSpeed's, or nobody's."""
     stage = config.parallel.zero_stage
     if stage > 1:
         return None
     engine.enable_backward_allreduce = False
     if stage == 0:
-        return whole_gradients(engine.module, ranks) if ranks > 1 or graphs else None
-    arrange_partitioned_weights(engine.optimizer, config.train.channels_last)
-    return PartitionedGradients(engine.module, engine.optimizer, ranks)
+        return make_grad_reducer(engine.module, ranks) if ranks > 1 or graphs else None
+    relayout_zero1_weights(engine.optimizer, config.train.channels_last)
+    return Zero1GradReducer(engine.module, engine.optimizer, ranks)

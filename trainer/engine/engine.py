@@ -13,9 +13,9 @@ from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
 from trainer.engine.deepspeed.grad_norm import GradNorm
 from trainer.engine.deepspeed.loss_scaler import grow_after_update
-from trainer.engine.deepspeed.optimizer_state import EMA, MasterState, TrainingState
-from trainer.engine.dropout_rng import Draws
-from trainer.engine.input_transfer import mixed, to_device
+from trainer.engine.deepspeed.optimizer_state import EMA, Fp32State, TrainingState
+from trainer.engine.dropout_rng import DropoutRNG
+from trainer.engine.input_transfer import apply_mix, to_device
 from trainer.models.layers import normalize
 from trainer.training.batch_plan import BatchPlan
 
@@ -23,7 +23,7 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Step:
+class StepOutput:
     """What came of an optimizer step.
 
     ``loss``: scalar on the device; its mean over ranks is the mean over the global batch's samples.
@@ -44,8 +44,8 @@ class Engine(ABC):
     """
 
     _engine: Any
-    _masters: MasterState
-    _draws: Draws
+    _masters: Fp32State
+    _draws: DropoutRNG
     _grad_norm: GradNorm
 
     def __init__(self, model: nn.Module, config: RunConfig, batch: BatchPlan, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class Engine(ABC):
         self._engine, self._grad_norm = engine, grad_norm
         if self._type == torch.float16:
             grow_after_update(engine.optimizer)
-        self._masters = MasterState(engine, self._optimizer_name)
+        self._masters = Fp32State(engine, self._optimizer_name)
         if self._type != torch.float32:
             self._masters.set_weights(weights)
         if self._decay is not None:
@@ -72,7 +72,7 @@ class Engine(ABC):
             self._averages = {name: buffer.clone() for name, buffer in self._statistics()}
 
     @abstractmethod
-    def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
+    def step(self, batches: Iterator[Batch], learning_rate: float) -> StepOutput:
         """One optimizer step of the next ``accumulation_steps`` micro-batches."""
 
     @abstractmethod
@@ -164,7 +164,7 @@ class Engine(ABC):
 
     def _images(self, batch: Batch) -> Tensor:
         """[N, 3, size, size] in the training type, made on the device."""
-        return mixed(normalize(to_device(batch.pixels, self._device), self._mean, self._std), batch.mix).to(self._type)
+        return apply_mix(normalize(to_device(batch.pixels, self._device), self._mean, self._std), batch.mix).to(self._type)
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

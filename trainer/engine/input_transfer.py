@@ -9,7 +9,7 @@ from torch import Tensor
 from trainer.data.transforms.mixup import Mix
 
 
-def mixed(images: Tensor, mix: Mix | None) -> Tensor:
+def apply_mix(images: Tensor, mix: Mix | None) -> Tensor:
     """[N, C, H, W], each mixed with the one at its place in the reversed batch. Overwrites them."""
     if mix is None:
         return images
@@ -26,7 +26,7 @@ def to_device(array: Any, device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
-def pinned(shape: tuple[int, ...], dtype: type[np.uint8]) -> np.ndarray:
+def pinned_array(shape: tuple[int, ...], dtype: type[np.uint8]) -> np.ndarray:
     """An array of bytes that a GPU copies by itself, while this process goes on to launch what comes next. Its memory is used
     again only after the copies from it."""
     assert dtype is np.uint8

@@ -12,16 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.config.schema import TrainConfig
 from trainer.engine.cuda_graphs import GraphedLayers
-from trainer.engine.deepspeed.grad_reducer import Gradients
-from trainer.engine.dropout_rng import Draws
+from trainer.engine.deepspeed.grad_reducer import GradReducer
+from trainer.engine.dropout_rng import DropoutRNG
 from trainer.models.layers import Value
 
 
-class Stage(nn.Sequential):
+class ModelChunk(nn.Sequential):
     """Neighbouring layers of a model. What enters and leaves is contiguous, as a transport needs; inside, activations have the
     layout of ``train.channels_last``."""
 
-    def __init__(self, layers: "OrderedDict[str, nn.Module]", config: TrainConfig, draws: Draws) -> None:
+    def __init__(self, layers: "OrderedDict[str, nn.Module]", config: TrainConfig, draws: DropoutRNG) -> None:
         super().__init__(layers)
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self._draws = draws
@@ -50,7 +50,7 @@ class Stage(nn.Sequential):
             value = self._run(layers, position, value)
         return _laid_out(value, torch.contiguous_format)
 
-    def use_graphs(self, gradients: Gradients, ranks: int) -> None:
+    def use_graphs(self, gradients: GradReducer, ranks: int) -> None:
         """Train with CUDA graphs, where this is the whole model and no activation is recomputed."""
 
         def run(layers: Sequence[nn.Module], value: Value) -> Value:

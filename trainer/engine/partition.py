@@ -26,7 +26,7 @@ def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
     return costs
 
 
-def split(costs: dict[str, int], stages: int, given: Sequence[str] | None = None) -> list[list[str]]:
+def assign_layers(costs: dict[str, int], stages: int, given: Sequence[str] | None = None) -> list[list[str]]:
     """The layers' names, stage by stage: cut where the costliest stage costs least, or before the layers ``given``.
 
     Raises UserError for more stages than layers, and for a given split that is none.
@@ -47,7 +47,7 @@ def split(costs: dict[str, int], stages: int, given: Sequence[str] | None = None
     return [names[start:stop] for start, stop in pairwise(cuts)]
 
 
-def check_stages(model: nn.Sequential, parts: list[list[str]], given: Sequence[str] | None) -> None:
+def validate_stage_boundaries(model: nn.Sequential, parts: list[list[str]], given: Sequence[str] | None) -> None:
     """Raises UserError if a stage has no weights to train: ZeRO and bf16 optimizers cannot be made for such a stage."""
     layers = dict(model.named_children())
     for number, names in enumerate(parts):

@@ -19,10 +19,10 @@ from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
 from trainer.engine.deepspeed.config import deepspeed_config
 from trainer.engine.deepspeed.grad_norm import GradNorm
-from trainer.engine.dropout_rng import Draws
-from trainer.engine.engine import Engine, Step, parameters_of
+from trainer.engine.dropout_rng import DropoutRNG
+from trainer.engine.engine import Engine, StepOutput, parameters_of
 from trainer.engine.input_transfer import to_device
-from trainer.engine.model_chunk import Stage
+from trainer.engine.model_chunk import ModelChunk
 from trainer.models.batch_norm import synchronize_batch_norm
 from trainer.training.batch_plan import BatchPlan
 from trainer.training.loss import weighted_loss
@@ -46,9 +46,9 @@ class PipelineParallel(Engine):
 
         super().__init__(model, config, batch, device)
         self._stage_of = {name: stage for stage, names in enumerate(parts) for name in names}
-        self._draws = Draws(model, config.train.seed, dist.get_rank() % batch.ranks, batch.ranks)
+        self._draws = DropoutRNG(model, config.train.seed, dist.get_rank() % batch.ranks, batch.ranks)
         layers = dict(model.named_children())
-        stages = [Stage(OrderedDict((name, layers[name]) for name in names), config.train, self._draws) for names in parts]
+        stages = [ModelChunk(OrderedDict((name, layers[name]) for name in names), config.train, self._draws) for names in parts]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
             pipe = PipelineModule(
                 stages,
@@ -74,7 +74,7 @@ class PipelineParallel(Engine):
         labels, weights, *lam = targets  # scaled, see below
         return weighted_loss(outputs, labels, weights, 1.0, 1, self._smoothing, *lam)
 
-    def step(self, batches: Iterator[Batch], learning_rate: float) -> Step:
+    def step(self, batches: Iterator[Batch], learning_rate: float) -> StepOutput:
         self._prepare(learning_rate)
         micro_batches = self._batch.ranks * self._batch.accumulation_steps
         taken: list[Batch] = []
@@ -92,7 +92,7 @@ class PipelineParallel(Engine):
         keys = [key for batch in taken for key in batch.keys] if self._engine.is_first_stage() else []
         skipped = self._skipped()
         self._finish(skipped)
-        return Step(loss, int(taken[0].global_weight) if taken else 0, keys, skipped)
+        return StepOutput(loss, int(taken[0].global_weight) if taken else 0, keys, skipped)
 
     def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         grid = self._engine.grid

@@ -23,7 +23,7 @@ WEIGHTS_NAME, FACTS_NAME = "model.safetensors", "model.json"
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelMetadata:
     """All that turns image bytes into probabilities, beside the weights."""
 
     name: str
@@ -37,7 +37,7 @@ class ModelFacts:
     channels_last: bool
 
     @classmethod
-    def of(cls, config: RunConfig, classes: list[str], num_classes: int) -> "ModelFacts":
+    def of(cls, config: RunConfig, classes: list[str], num_classes: int) -> "ModelMetadata":
         options = config.model.model_dump(exclude={"name", "num_classes", "init"}, exclude_none=True)
         data = config.data
         return cls(
@@ -56,7 +56,7 @@ class ModelFacts:
         return build_model(self.name, self.num_classes, self.image_size, **self.options)
 
 
-def save_model(folder: Path, model: nn.Module, facts: ModelFacts) -> None:
+def save_model(folder: Path, model: nn.Module, facts: ModelMetadata) -> None:
     """Write both files; each appears whole or not at all. Raises UserError where the disk is full."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     write_file(folder / WEIGHTS_NAME, save(weights))
@@ -67,7 +67,7 @@ class Predictor:
     """A saved model in use: encoded images in, class probabilities out, through the same steps as in evaluation."""
 
     def __init__(self, weights: Path, facts: Path) -> None:
-        self.facts = ModelFacts(**json.loads(facts.read_text(encoding="utf-8")))
+        self.facts = ModelMetadata(**json.loads(facts.read_text(encoding="utf-8")))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = self.facts.build()
         try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import RetryableError, UserError
 from trainer.export.exported_model import FACTS_NAME, WEIGHTS_NAME
 from trainer.export.packaged_code import packaged_code
 from trainer.secrets.redaction import redact_credentials
@@ -73,7 +73,7 @@ def register(
                 raise _refused(uri, name, fault, run_id) from error
             if wait is None:
                 where = redact_credentials(uri)
-                raise ServiceLost(f"MLflow at {where} did not register {name}: {fault.reason}") from error
+                raise RetryableError(f"MLflow at {where} did not register {name}: {fault.reason}") from error
         time.sleep(wait)
     raise AssertionError("unreachable")
 

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator
 
 from trainer.config.schema import RunConfig
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import RetryableError, UserError
 
 NODE_VARIABLE = "CONVOY_NODE"
 """Environment variable with the Kubernetes node's name, set by the job's manifest."""
@@ -21,7 +21,7 @@ GPUS_VARIABLE = "CONVOY_GPUS"
 """Environment variable with the number of GPUs that the pod requests, set by the job's manifest."""
 
 
-class HardwareFault(ServiceLost):
+class HardwareFault(RetryableError):
     """A device, driver or interconnect failed on this node; a retry on another node may succeed.
 
     ``fault``: the error as the driver or library words it, one line.
@@ -32,7 +32,7 @@ class HardwareFault(ServiceLost):
         self.fault = fault
 
 
-class LostPeer(ServiceLost):
+class LostPeer(RetryableError):
     """A collective failed because another rank ended or became unreachable."""
 
 
@@ -157,7 +157,7 @@ def classify_fault(error: BaseException, place: str, advice: str = "") -> BaseEx
     a failed device, driver, disk or interconnect; LostPeer for a collective that failed because of
     another rank. Looks at the exceptions that ``error`` was raised from, too.
     """
-    if isinstance(error, UserError | ServiceLost):
+    if isinstance(error, UserError | RetryableError):
         return error
     for cause in _chain(error):
         found = _classify(cause, place, advice)
@@ -177,7 +177,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
 
 
-def _classify(error: BaseException, place: str, advice: str) -> UserError | ServiceLost | None:
+def _classify(error: BaseException, place: str, advice: str) -> UserError | RetryableError | None:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     text = str(error)
     runtime = _RUNTIME_ERROR.search(text)
@@ -222,7 +222,7 @@ def _out_of_memory(memory: str, place: str, text: str, advice: str) -> UserError
     return UserError(f"out of {memory} on {place}: {_first_line(text)}" + (f"; {advice}" if advice else ""))
 
 
-def _classify_os_error(error: OSError, place: str) -> ServiceLost | None:
+def _classify_os_error(error: OSError, place: str) -> RetryableError | None:
     if error.errno in _FAILED_DEVICES:
         file = f": {error.filename}" if error.filename else ""
         return HardwareFault(place, f"{error.strerror}{file}")

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from trainer.data.storage.store import Store, open_store
-from trainer.errors import NeverAnswered, ServiceLost, UserError
+from trainer.errors import RetryableError, ServiceUnreachable, UserError
 from trainer.faults.hardware_errors import NODE_VARIABLE, node_name
 
 FOLDER = "faults"
@@ -32,7 +32,7 @@ def record_fault(url: str, rank: int, fault: str) -> str:
     advice: list[str] = []
 
     def work() -> None:
-        with suppress(UserError, ServiceLost, NeverAnswered, OSError):
+        with suppress(UserError, RetryableError, ServiceUnreachable, OSError):
             store = open_store(url, create=True)
             node = node_name()
             now = time.time()

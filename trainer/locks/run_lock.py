@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from trainer.errors import EXIT_RETRY, ServiceLost, UserError, report
+from trainer.errors import EXIT_RETRY, RetryableError, UserError, report
 from trainer.locks.lock_file import LockFile, Seen, lock_file
 from trainer.locks.lock_owner import Owner, parse_owner
 from trainer.secrets.redaction import redact_credentials
@@ -34,7 +34,7 @@ class LockHeld(UserError):
     """Another live process owns the lock."""
 
 
-class LockLost(ServiceLost):
+class LockLost(RetryableError):
     """The lease could not be renewed in time; nothing may be written any more."""
 
 
@@ -215,7 +215,7 @@ class RunLock:
             self._renewals += 1
             try:
                 self._renew_from(self._seen, before)
-            except (UserError, ServiceLost, OSError) as error:
+            except (UserError, RetryableError, OSError) as error:
                 self._note_failure(str(error))
 
     def _renew_from(self, seen: Seen, before: float) -> None:
@@ -274,7 +274,7 @@ class RunLock:
             with self._mutex:
                 if self._lost is None and self._age() <= self._lease:
                     self._file.delete(self._seen)
-        except (UserError, ServiceLost, OSError) as error:
+        except (UserError, RetryableError, OSError) as error:
             reason = redact_credentials(str(error)).splitlines()[0][:200]
             print(f"convoy: {self._where}: {self._name} could not be removed ({reason}); it expires", file=sys.stderr, flush=True)
         finally:

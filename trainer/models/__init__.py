@@ -1,6 +1,6 @@
 """The networks: a table of variants and one builder a family."""
 
 from trainer.models import alexnet, googlenet, resnet, vgg
-from trainer.models.registry import build_model, find_variant, variants
+from trainer.models.registry import build_model, get_model_spec, list_models
 
-__all__ = ["alexnet", "build_model", "find_variant", "googlenet", "resnet", "variants", "vgg"]
+__all__ = ["alexnet", "build_model", "get_model_spec", "googlenet", "list_models", "resnet", "vgg"]

@@ -8,7 +8,7 @@ Networks" (2012), whose two GPUs are the two groups of its convolutions. ``alexn
 from torch import nn
 
 from trainer.models.layers import Activation, HeadKind, LocalResponseNorm, Stem, average_head, nonlinearity, scaled, stack
-from trainer.models.registry import Variant, register
+from trainer.models.registry import ModelSpec, register
 
 _FULL = 4096
 """Outputs of a hidden fully connected layer."""
@@ -80,5 +80,5 @@ def _initialize_2012(model: nn.Sequential) -> None:
 
 
 _SMALLEST = {"imagenet": 63, "small": 15}
-register(Variant("alexnet", 2012, "alexnet", alexnet, _SMALLEST, {"channels": (64, 192, 384, 256, 256), "towers": 1}))
-register(Variant("alexnet2012", 2012, "alexnet", alexnet, _SMALLEST, {"channels": (96, 256, 384, 384, 256), "towers": 2}))
+register(ModelSpec("alexnet", 2012, "alexnet", alexnet, _SMALLEST, {"channels": (64, 192, 384, 256, 256), "towers": 1}))
+register(ModelSpec("alexnet2012", 2012, "alexnet", alexnet, _SMALLEST, {"channels": (96, 256, 384, 384, 256), "towers": 2}))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.models.layers import Activation, LocalResponseNorm, Stem, Value, conv_norm, nonlinearity, on_image, scaled, stack
-from trainer.models.registry import Variant, register
+from trainer.models.registry import ModelSpec, register
 
 _WIDTH = 64
 _INCEPTIONS = {
@@ -223,5 +223,7 @@ def _initialize_normal(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-register(Variant("googlenet", 2014, "googlenet", googlenet, {"imagenet": 15, "small": 4}, {"paper": False}))
-register(Variant("googlenet2014", 2014, "googlenet", googlenet, {"imagenet": 31, "small": 8}, {"paper": True, "batch_norm": False}))
+register(ModelSpec("googlenet", 2014, "googlenet", googlenet, {"imagenet": 15, "small": 4}, {"paper": False}))
+register(
+    ModelSpec("googlenet2014", 2014, "googlenet", googlenet, {"imagenet": 31, "small": 8}, {"paper": True, "batch_norm": False})
+)

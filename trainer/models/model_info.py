@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.models.registry import build_model, find_variant
+from trainer.models.registry import build_model, get_model_spec
 from trainer.models.state_dict_adapter import auxiliary_names, schemes_of
 
 _ALEXNET = "Krizhevsky et al. 2012, table 2: one network, validation"
@@ -32,7 +32,7 @@ _CIFAR_ERROR = {"resnet20": 8.75, "resnet32": 7.51, "resnet44": 7.17, "resnet56"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ModelInfo:
     """A row of ``convoy models``. Errors and accuracies are percent; an unpublished one is None."""
 
     name: str
@@ -59,13 +59,13 @@ class Entry:
     torchvision_top5: float | None
 
 
-def describe(name: str, image_size: int | None = None) -> Entry:
+def model_info(name: str, image_size: int | None = None) -> ModelInfo:
     """Compute and look up everything of one network. The network has shapes and no numbers, so this takes milliseconds.
 
     ``image_size``: pixels; when not given, ImageNet's 224, or CIFAR-10's 32 for the networks made for it, which get its 10
     classes in place of 1,000. Raises UserError where it is too small.
     """
-    variant = find_variant(name)
+    variant = get_model_spec(name)
     num_classes, usual_size = (1000, 224) if variant.default_stem == "imagenet" else (10, 32)
     image_size = image_size or usual_size
     with torch.device("meta"):
@@ -76,7 +76,7 @@ def describe(name: str, image_size: int | None = None) -> Entry:
     top5_error, top5_source = _TOP5.get(name, (None, None))
     cifar10_error = _CIFAR_ERROR.get(name)
     weights, top1, top5 = _torchvision(name)
-    return Entry(
+    return ModelInfo(
         name,
         variant.family,
         variant.year,
@@ -129,11 +129,11 @@ def forward_costs(model: nn.Module, image_size: int) -> tuple[int, int]:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and not name.startswith("aux"):
             layer.register_forward_hook(count)
-    kept, _ = kept_bytes(model, torch.empty(IMAGES_TRACED, 3, image_size, image_size, device="meta"))
+    kept, _ = saved_activation_bytes(model, torch.empty(IMAGES_TRACED, 3, image_size, image_size, device="meta"))
     return sum(counts), kept
 
 
-def kept_bytes(model: nn.Module, value: Any) -> tuple[int, Any]:
+def saved_activation_bytes(model: nn.Module, value: Any) -> tuple[int, Any]:
     """Bytes an image that autograd keeps for the backward pass through a model, or a part of one, on the meta device; and what it
     puts out. ``value``: what goes in, of IMAGES_TRACED images, without numbers.
 

@@ -12,7 +12,7 @@ from trainer.errors import UserError
 
 
 @dataclass(frozen=True)
-class Variant:
+class ModelSpec:
     """A row of the table: a name, the builder of its family and what sets this variant apart."""
 
     name: str
@@ -36,20 +36,20 @@ class Variant:
         return str(stem)
 
 
-_VARIANTS: dict[str, Variant] = {}
+_VARIANTS: dict[str, ModelSpec] = {}
 
 
-def register(variant: Variant) -> None:
+def register(variant: ModelSpec) -> None:
     assert variant.name not in _VARIANTS, variant.name
     _VARIANTS[variant.name] = variant
 
 
-def variants() -> list[Variant]:
+def list_models() -> list[ModelSpec]:
     """Every variant, by family and size as registered."""
     return list(_VARIANTS.values())
 
 
-def find_variant(name: str) -> Variant:
+def get_model_spec(name: str) -> ModelSpec:
     """Raises UserError with the nearest names."""
     if name not in _VARIANTS:
         nearest = difflib.get_close_matches(name.lower(), _VARIANTS, n=3, cutoff=0.3) or list(_VARIANTS)
@@ -66,7 +66,7 @@ def build_model(name: str, num_classes: int, image_size: int | None = None, **op
     Raises UserError for an unknown name, for options that the family does not have, and for an ``image_size`` (pixels)
     that is too small for the network.
     """
-    variant = find_variant(name)
+    variant = get_model_spec(name)
     given = {key: value for key, value in options.items() if value is not None}
     faults = [
         f"model.{key}: {name} has no such option; those of the {variant.family} family: {', '.join(variant.options)}"

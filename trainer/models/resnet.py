@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 from trainer.models.batch_norm import BatchNorm2d
 from trainer.models.layers import Activation, ShortcutA, Stem, conv_norm, nonlinearity, stack
-from trainer.models.registry import Variant, register
+from trainer.models.registry import ModelSpec, register
 
 StrideIn = Literal["1x1", "3x3"]
 
@@ -184,10 +184,10 @@ def _register() -> None:
         for depth in _CIFAR_DEPTHS:
             arguments = {"block": BasicBlock, "blocks": ((depth - 2) // 6,) * 3, "first_channels": 16}
             arguments |= {"residual": residual, "stem": "small"}
-            register(Variant(f"{family}{depth}", 2015, family, resnet, {"imagenet": 9, "small": 3}, arguments))
+            register(ModelSpec(f"{family}{depth}", 2015, family, resnet, {"imagenet": 9, "small": 3}, arguments))
         for depth, (block, blocks) in _IMAGENET_BLOCKS.items():
             arguments = {"block": block, "blocks": blocks, "first_channels": 64, "residual": residual}
-            register(Variant(f"{family}{depth}", 2015, family, resnet, {"imagenet": 17, "small": 5}, arguments))
+            register(ModelSpec(f"{family}{depth}", 2015, family, resnet, {"imagenet": 17, "small": 5}, arguments))
 
 
 _register()

@@ -10,9 +10,9 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.models.registry import Variant, find_variant, variants
+from trainer.models.registry import ModelSpec, get_model_spec, list_models
 
-Scheme = Literal["convoy", "torchvision", "timm"]
+StateDictAdapter = Literal["convoy", "torchvision", "timm"]
 State = dict[str, Tensor]
 
 _SUBSTITUTIONS = {  # in this order: a new name may look like an old one further up
@@ -38,9 +38,9 @@ _TORCHVISION = re.compile(r"alexnet|googlenet|resnet(18|34|50|101|152)|vgg(11|13
 _TIMM = re.compile(r"resnet(18|34|50|101|152)|vgg(11|13|16|19)(_bn)?")
 
 
-def schemes_of(name: str) -> list[Scheme]:
+def schemes_of(name: str) -> list[StateDictAdapter]:
     """Whose names the weights of this model can have."""
-    schemes: list[Scheme] = ["convoy"]
+    schemes: list[StateDictAdapter] = ["convoy"]
     if _TORCHVISION.fullmatch(name):
         schemes.append("torchvision")
     if _TIMM.fullmatch(name):
@@ -48,7 +48,7 @@ def schemes_of(name: str) -> list[Scheme]:
     return schemes
 
 
-def names_in(scheme: Scheme, variant: Variant, model: nn.Sequential) -> dict[str, str]:
+def key_map(scheme: StateDictAdapter, variant: ModelSpec, model: nn.Sequential) -> dict[str, str]:
     """From each name in the model's own state dict to that in ``scheme``.
 
     Raises UserError where that library does not have the network.
@@ -57,7 +57,7 @@ def names_in(scheme: Scheme, variant: Variant, model: nn.Sequential) -> dict[str
     if scheme == "convoy":
         return {name: name for name in own}
     if scheme not in schemes_of(variant.name):
-        known = ", ".join(v.name for v in variants() if scheme in schemes_of(v.name))
+        known = ", ".join(v.name for v in list_models() if scheme in schemes_of(v.name))
         raise UserError(f"{scheme} has no {variant.name}; Convoy's models that it has: {known}")
     if variant.family in _SUBSTITUTIONS:
         return {name: _substituted(name, variant.family) for name in own}
@@ -99,14 +99,14 @@ def auxiliary_names(model: nn.Sequential) -> list[str]:
     return [name for name in model.state_dict() if re.match(r"aux\d\.", name)]
 
 
-def detect(state: Mapping[str, Tensor], variant: Variant, model: nn.Sequential) -> Scheme:
+def detect(state: Mapping[str, Tensor], variant: ModelSpec, model: nn.Sequential) -> StateDictAdapter:
     """The scheme in which most names of ``state`` are the model's."""
-    return max(schemes_of(variant.name), key=lambda scheme: len(set(names_in(scheme, variant, model).values()) & set(state)))
+    return max(schemes_of(variant.name), key=lambda scheme: len(set(key_map(scheme, variant, model).values()) & set(state)))
 
 
-def export_state(scheme: Scheme, name: str, model: nn.Sequential) -> State:
+def export_state(scheme: StateDictAdapter, name: str, model: nn.Sequential) -> State:
     """The model's weights under another library's names and in its shapes."""
-    names = names_in(scheme, find_variant(name), model)
+    names = key_map(scheme, get_model_spec(name), model)
     state = {names[own]: value.detach() for own, value in model.state_dict().items()}
     if scheme == "timm" and name.startswith("vgg"):  # its fully connected layers are convolutions over the whole image
         side = cast(nn.AdaptiveAvgPool2d, model.get_submodule("avgpool")).output_size
@@ -116,8 +116,8 @@ def export_state(scheme: Scheme, name: str, model: nn.Sequential) -> State:
     return state
 
 
-def own_state(state: Mapping[str, Tensor], scheme: Scheme, variant: Variant, model: nn.Sequential) -> State:
+def to_native_state_dict(state: Mapping[str, Tensor], scheme: StateDictAdapter, variant: ModelSpec, model: nn.Sequential) -> State:
     """A state dict in the model's own names; those that the model does not have stay as they are."""
-    own = {theirs: name for name, theirs in names_in(scheme, variant, model).items()}
+    own = {theirs: name for name, theirs in key_map(scheme, variant, model).items()}
     convolved = ("pre_logits.fc1.weight", "pre_logits.fc2.weight") if scheme == "timm" else ()
     return {own.get(key, key): value.flatten(1) if key in convolved else value for key, value in state.items()}

@@ -6,7 +6,7 @@ from torch import nn
 
 from trainer.models.batch_norm import BatchNorm2d
 from trainer.models.layers import Activation, HeadKind, Stem, average_head, nonlinearity, scaled, stack
-from trainer.models.registry import Variant, register
+from trainer.models.registry import ModelSpec, register
 
 _FULL = 4096
 """Outputs of a hidden fully connected layer."""
@@ -76,7 +76,7 @@ def _initialize(model: nn.Sequential) -> None:
 for _batch_norm in (False, True):
     for _depth in _CONVOLUTIONS:
         register(
-            Variant(
+            ModelSpec(
                 f"vgg{_depth}{'_bn' if _batch_norm else ''}",
                 2014,
                 "vgg",

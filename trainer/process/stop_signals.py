@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from trainer.errors import Terminated
+from trainer.errors import Preempted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _STUCK_SECONDS = 3.0  # until a main thread that has not noticed the signal is held to be blocked
@@ -49,7 +49,7 @@ class StopSignals:
         """Undo ``defer``. Raises Terminated if a signal came meanwhile."""
         self._action = _terminate
         if self.received is not None:
-            raise Terminated(self.received)
+            raise Preempted(self.received)
 
     def ignore(self) -> None:
         """The outcome of the process is decided; it ends by itself."""
@@ -78,4 +78,4 @@ class StopSignals:
 
 
 def _terminate(number: int) -> NoReturn:
-    raise Terminated(number)
+    raise Preempted(number)

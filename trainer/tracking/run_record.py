@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.load import find_recipe
-from trainer.config.run_plan import Resolved, tracking_uri
+from trainer.config.run_plan import RunPlan, tracking_uri
 from trainer.data.shards.sample_reader import read_image
-from trainer.distributed.env import Ranks
-from trainer.errors import ServiceLost, UserError
+from trainer.distributed.env import DistEnv
+from trainer.errors import RetryableError, UserError
 from trainer.export.model_registry import register
 from trainer.faults.disk_space import AppendLog, write_file
 from trainer.secrets.credentials import without_credentials
@@ -24,11 +24,11 @@ from trainer.secrets.redaction import redact_credentials
 from trainer.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
 from trainer.tracking.server import check_registered_name, check_server, refusal
 from trainer.training.checkpoint import Checkpoint
-from trainer.training.metrics import Result
+from trainer.training.metrics import TrainState
 
 
 def start_tracking(
-    run: Resolved, recipe: str, ranks: Ranks, found: Checkpoint | None, check_lock: Callable[[], None] = lambda: None
+    run: RunPlan, recipe: str, ranks: DistEnv, found: Checkpoint | None, check_lock: Callable[[], None] = lambda: None
 ) -> tuple[Tracker, SystemMetrics | None]:
     """Start logging to MLflow on the first rank if a server is named. ``found``: the checkpoint
     that the run resumes from.
@@ -67,7 +67,7 @@ def start_tracking(
     return tracker, SystemMetrics(tracker)
 
 
-def _description(run: Resolved, recipe: str, ranks: Ranks) -> dict[str, Any]:
+def _description(run: RunPlan, recipe: str, ranks: DistEnv) -> dict[str, Any]:
     """The experiment, name, tags, parameters and data sets of the run."""
     config = run.config
     splits = [("training", config.data.train, run.train)]
@@ -106,7 +106,7 @@ def _description(run: Resolved, recipe: str, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _documents(run: Resolved, recipe: str) -> dict[str, str]:
+def _documents(run: RunPlan, recipe: str) -> dict[str, str]:
     """The recipe as given, the configuration that came of it, and the environment."""
     packages = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
     machine = [f"python {platform.python_version()}", platform.platform(), f"{os.cpu_count()} CPUs", ""]
@@ -128,7 +128,7 @@ def _git_commit() -> str | None:
     return asked.stdout.strip() or None
 
 
-def finish(run: Resolved, result: Result, tracker: Tracker, failed_checkpoints: int) -> None:
+def finalize_run(run: RunPlan, result: TrainState, tracker: Tracker, failed_checkpoints: int) -> None:
     """Leave ``result.json``, then register the model if a name is given.
 
     Raises UserError if the registry refuses it for good, ServiceLost if a retry may succeed.
@@ -150,7 +150,7 @@ def finish(run: Resolved, result: Result, tracker: Tracker, failed_checkpoints: 
         return
     try:
         facts |= _register(run, result, tracker.run_id)
-    except (ServiceLost, UserError) as error:
+    except (RetryableError, UserError) as error:
         name = config.tracking.register_as
         raise type(error)(
             f"{error}; the weights are in {config.output_dir}; register them with: convoy register {config.output_dir} {name}"
@@ -158,12 +158,12 @@ def finish(run: Resolved, result: Result, tracker: Tracker, failed_checkpoints: 
     write_file(path, json.dumps(facts, indent=1) + "\n")
 
 
-def _register(run: Resolved, result: Result, run_id: str | None) -> dict[str, str]:
+def _register(run: RunPlan, result: TrainState, run_id: str | None) -> dict[str, str]:
     config, uri = run.config, tracking_uri(run.config)
     name = str(config.tracking.register_as)
     if uri is None or run_id is None:
         where = redact_credentials(str(uri))
-        raise ServiceLost(f"MLflow at {where} was not there, so {name} has no new version")
+        raise RetryableError(f"MLflow at {where} was not there, so {name} has no new version")
     index, store = (run.val, run.val_store) if run.val and run.val_store else (run.train, run.train_store)
     example = read_image(0, index, store)
     registered = register(uri, run_id, name, config.output_dir, example, result.top1, result.top5, index.digest)
@@ -174,10 +174,10 @@ def _register(run: Resolved, result: Result, run_id: str | None) -> dict[str, st
     return {"model": registered.name, "version": registered.version, "alias": registered.alias}
 
 
-class KeyLog:
+class SampleKeyLogger:
     """The keys of the samples that a rank took, a line a step as ``convoy order --json`` prints it, and the epoch."""
 
-    def __init__(self, folder: Path, run: Resolved, rank: int) -> None:
+    def __init__(self, folder: Path, run: RunPlan, rank: int) -> None:
         self._folder, self._rank = folder, rank
         self._world_size, self._steps_per_epoch = run.world_size, run.steps_per_epoch
         self._file: AppendLog | None = None

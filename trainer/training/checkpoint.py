@@ -22,9 +22,9 @@ from torch import Tensor
 
 from trainer.data.storage.location import local_path
 from trainer.data.storage.store import is_remote, open_store
-from trainer.distributed.collectives import from_first, tensors_from_first
+from trainer.distributed.collectives import broadcast_from_rank0, broadcast_tensors_from_rank0
 from trainer.engine.deepspeed.optimizer_state import TrainingState
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import RetryableError, UserError
 from trainer.faults.disk_space import file_system, mib
 from trainer.locks.run_lock import LockLost
 
@@ -35,7 +35,7 @@ _SHOWN = 5
 """Differing recipe keys that a refusal names."""
 
 
-class _Damaged(Exception):
+class CorruptCheckpoint(Exception):
     """What is wrong with a checkpoint."""
 
 
@@ -51,14 +51,14 @@ class Checkpoint:
     run_key: str | None = None
 
 
-def begin(
+def resume_or_start(
     url: str,
     keep: int,
     resume: bool,
     course: Mapping[str, Any],
     device: torch.device,
     check_lock: Callable[[], None] = lambda: None,
-) -> tuple["Checkpoints | None", Checkpoint | None, list[str]]:
+) -> tuple["CheckpointManager | None", Checkpoint | None, list[str]]:
     """Where the first rank keeps checkpoints; on every rank the newest good one, where the run is to go on; what to say of it.
 
     All ranks take part. Raises UserError on every rank, told by the first, for a URL that cannot be written and for a checkpoint
@@ -68,7 +68,7 @@ def begin(
 
     def look() -> tuple[Checkpoint | None, list[str]]:
         nonlocal kept, read
-        kept = Checkpoints(url, keep, check_lock)
+        kept = CheckpointManager(url, keep, check_lock)
         if not resume:
             return None, []  # ``clear`` is for when nothing can be refused any more
         notes: list[str] = []
@@ -78,16 +78,16 @@ def begin(
         notes.append(f"goes on from {url}/{_folder(read.state.step)}")
         return replace(read, state=replace(read.state, model={}, slots={})), notes
 
-    found, notes = from_first(look)
+    found, notes = broadcast_from_rank0(look)
     if found is not None:
         own = read.state if read is not None else None
-        model = tensors_from_first(own.model if own else None, device)
-        slots = tensors_from_first(own.slots if own else None, device)
+        model = broadcast_tensors_from_rank0(own.model if own else None, device)
+        slots = broadcast_tensors_from_rank0(own.slots if own else None, device)
         found = replace(found, state=replace(found.state, model=model, slots=slots))
     return kept, found, notes
 
 
-class Checkpoints:
+class CheckpointManager:
     """Those of one run, below one URL. For rank 0 alone.
 
     ``check_lock`` raises LockLost if another run may write there; it is called before each change.
@@ -114,10 +114,10 @@ class Checkpoints:
                 manifest = self._manifest(step)
                 self._note(step, manifest)
                 found = found or self._read(step, manifest)
-            except _Damaged as error:
+            except CorruptCheckpoint as error:
                 tell(f"checkpoint {self._name(step)} is passed over: {error}")
         if found is not None:
-            _check_course(self._name(found.state.step), found.course, course)
+            _check_fingerprint(self._name(found.state.step), found.course, course)
         return found
 
     def clear(self) -> None:
@@ -166,7 +166,7 @@ class Checkpoints:
             self._prune(step)
         except LockLost:
             return  # the training loop ends by the same error
-        except (UserError, ServiceLost, OSError) as error:
+        except (UserError, RetryableError, OSError) as error:
             self.failures += 1
             self.failures_in_a_row += 1
             print(
@@ -195,7 +195,7 @@ class Checkpoints:
         return "" if free is None else f" ({mib(needed)} needed, {mib(free)} free)"
 
     def _discard(self, step: int) -> None:
-        with suppress(UserError, ServiceLost, OSError):  # what stays behind is no checkpoint, or one too many
+        with suppress(UserError, RetryableError, OSError):  # what stays behind is no checkpoint, or one too many
             self._delete(step)
 
     def _delete(self, step: int) -> None:
@@ -230,11 +230,11 @@ class Checkpoints:
         try:
             manifest = json.loads(content)
             if manifest["format"] != _FORMAT or manifest["step"] != step:
-                raise _Damaged(f"{MANIFEST} is of format {manifest['format']} and step {manifest['step']}")
+                raise CorruptCheckpoint(f"{MANIFEST} is of format {manifest['format']} and step {manifest['step']}")
             if not {"updates", "scaler", "result", "mlflow_run_id", "course", "files"} <= set(manifest):
-                raise _Damaged(f"{MANIFEST} lacks keys")
+                raise CorruptCheckpoint(f"{MANIFEST} lacks keys")
         except (ValueError, KeyError, TypeError):
-            raise _Damaged(f"{MANIFEST} cannot be read") from None
+            raise CorruptCheckpoint(f"{MANIFEST} cannot be read") from None
         else:
             return dict(manifest)
 
@@ -243,15 +243,15 @@ class Checkpoints:
         for name in (_MODEL, _OPTIMIZER):
             content, stated = self._store.read_small(f"{_folder(step)}/{name}"), manifest["files"].get(name, {})
             if content is None:
-                raise _Damaged(f"{name} is missing")
+                raise CorruptCheckpoint(f"{name} is missing")
             if len(content) != stated.get("bytes"):
-                raise _Damaged(f"{name} has {len(content):,} bytes instead of {stated.get('bytes'):,}")
+                raise CorruptCheckpoint(f"{name} has {len(content):,} bytes instead of {stated.get('bytes'):,}")
             if hashlib.sha256(content).hexdigest() != stated.get("sha256"):
-                raise _Damaged(f"{name} has another SHA-256 than {MANIFEST} says")
+                raise CorruptCheckpoint(f"{name} has another SHA-256 than {MANIFEST} says")
             try:
                 tensors.append(load(content))
             except SafetensorError as error:
-                raise _Damaged(f"{name}: {error}") from None
+                raise CorruptCheckpoint(f"{name}: {error}") from None
         model, slots = tensors
         state = TrainingState(model, slots, step, manifest["updates"], manifest["scaler"])
         return Checkpoint(state, manifest["course"], manifest["result"], manifest["mlflow_run_id"], manifest.get("run_key"))
@@ -267,7 +267,7 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty_like(value, device="cpu", memory_format=plain).copy_(value) for name, value in tensors.items()}
 
 
-def _check_course(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def _check_fingerprint(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raises UserError that names the keys that differ."""
     differing = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
     if differing:

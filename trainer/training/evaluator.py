@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 from trainer.data.batch import Batch
-from trainer.distributed.collectives import summed
+from trainer.distributed.collectives import all_reduce_sum
 from trainer.engine.input_transfer import to_device
-from trainer.errors import Terminated
+from trainer.errors import Preempted
 from trainer.models.layers import normalize
 from trainer.training.loss import count_correct
-from trainer.training.preemption import StopRequest
+from trainer.training.preemption import PreemptionSignal
 
 
 @torch.inference_mode()
@@ -20,7 +20,7 @@ def evaluate(
     device: torch.device,
     mean: list[float],
     std: list[float],
-    stop: StopRequest,
+    stop: PreemptionSignal,
     alive: Callable[[], None],
 ) -> tuple[float, float, int]:
     """top1, top5 (fractions) and the number of samples, counted exactly over all ranks, all of which take part.
@@ -37,7 +37,7 @@ def evaluate(
         images = normalize(to_device(batch.pixels, device), mean, std)
         counts[:3] += count_correct(model(images), to_device(batch.labels, device))
         alive()
-    top1, top5, samples, stopped = summed(counts).tolist()
+    top1, top5, samples, stopped = all_reduce_sum(counts).tolist()
     if stopped:
-        raise Terminated
+        raise Preempted
     return top1 / max(samples, 1), top5 / max(samples, 1), samples

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from trainer.data.batch import Batch
-from trainer.engine.engine import Step
+from trainer.engine.engine import StepOutput
 
 
 @dataclass
-class Result:
+class TrainState:
     """Figures of a run. ``top1`` and ``top5`` are fractions of the validation split, None without one, as measured after
     ``evaluated_step``; seconds and images without evaluation."""
 
@@ -30,14 +30,14 @@ class Result:
 
 
 @dataclass
-class Meter:
+class MetricsMeter:
     """Time and images since the last reading, and over the run; evaluation does not count."""
 
     images: int = 0
     waited: float = 0.0
     seconds: float = 0.0
     skipped_in_a_row: int = 0
-    steps: list[Step] = field(default_factory=list)
+    steps: list[StepOutput] = field(default_factory=list)
     """Those whose losses were not read from the device yet."""
     bad: list[str] = field(default_factory=list)
     """Samples of these steps that could not be decoded, a line each."""
@@ -51,13 +51,13 @@ class Meter:
             self.bad += batch.bad
             yield batch
 
-    def took(self, step: Step) -> None:
+    def took(self, step: StepOutput) -> None:
         """Count a step."""
         self.images += step.images
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
         self.steps.append(step)
 
-    def read(self, result: Result) -> dict[str, float]:
+    def read(self, result: TrainState) -> dict[str, float]:
         """The rates since the last reading, which ``result`` adds up."""
         result.images += self.images
         result.waited_seconds += self.waited

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 
-class StopRequest:
+class PreemptionSignal:
     """SIGTERM, heard by all ranks at the end of the same step, whichever of them was told.
 
     The question goes round beside the step's own work, through the CPU, so that it costs a GPU no synchronization.

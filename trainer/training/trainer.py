@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from trainer.data.batch import Batch
-from trainer.distributed.collectives import averaged, gathered
+from trainer.distributed.collectives import all_gather_list, all_reduce_mean
 from trainer.engine.deepspeed.optimizer_state import TrainingState
-from trainer.engine.engine import Engine, Step
-from trainer.errors import Diverged, FoundByAll, Terminated
+from trainer.engine.engine import Engine, StepOutput
+from trainer.errors import CollectiveUserError, Diverged, Preempted
 from trainer.process.console import TrainingProgress
 from trainer.tracking import Tracker
 from trainer.training.batch_plan import BatchPlan
 from trainer.training.evaluator import evaluate
-from trainer.training.metrics import Meter, Result
-from trainer.training.preemption import StopRequest
+from trainer.training.metrics import MetricsMeter, TrainState
+from trainer.training.preemption import PreemptionSignal
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Job:
     """Beside the end of each epoch."""
     save: Callable[[TrainingState, dict[str, Any]], None]
     """Keeps a checkpoint with the figures so far; returns while that is still being written."""
-    stop: StopRequest
+    stop: PreemptionSignal
     alive: Callable[[], None] = lambda: None
     """Is called after each step and each batch of evaluation."""
     max_bad_samples: int | None = None
@@ -51,12 +51,12 @@ class Job:
     """Is told after each step which samples' keys this rank took for it."""
 
 
-def fit(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, result: Result) -> Result:
+def fit(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, result: TrainState) -> TrainState:
     """Train to ``stop_step`` from where ``result`` ends, evaluating after each epoch and at the end. All ranks take part.
 
     Raises Terminated, after a checkpoint, where any rank was told to stop.
     """
-    meter = Meter()
+    meter = MetricsMeter()
     if result.steps and _ends_epoch(job, result.steps) and result.evaluated_step != result.steps:
         _end_epoch(job, engine, tracker, progress, result)  # the stop came between the epoch's end and its evaluation
     elif result.steps >= job.stop_step:
@@ -82,8 +82,8 @@ def _train_epoch(
     engine: Engine,
     tracker: Tracker,
     progress: TrainingProgress,
-    meter: Meter,
-    result: Result,
+    meter: MetricsMeter,
+    result: TrainState,
     batches: Iterator[Batch],
 ) -> None:
     while True:
@@ -107,12 +107,12 @@ def _train_epoch(
             _save(job, engine, result)
         if told:
             progress.note(f"told to stop: checkpoint of step {result.steps:,}")
-            raise Terminated
+            raise Preempted
         if ended:
             return
 
 
-def _save(job: Job, engine: Engine, result: Result) -> None:
+def _save(job: Job, engine: Engine, result: TrainState) -> None:
     job.save(engine.snapshot(), asdict(result))
 
 
@@ -120,7 +120,7 @@ def _load_whole(job: Job, engine: Engine) -> None:
     job.model.load_state_dict(engine.averaged_state() or engine.state())
 
 
-def _end_epoch(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, result: Result) -> None:
+def _end_epoch(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, result: TrainState) -> None:
     """Evaluate and keep a checkpoint."""
     _load_whole(job, engine)
     epoch = -(-result.steps // job.steps_per_epoch)
@@ -130,12 +130,12 @@ def _end_epoch(job: Job, engine: Engine, tracker: Tracker, progress: TrainingPro
             result.top1, result.top5, result.val_samples = evaluate(
                 job.model, _noting(job.eval_batches(), bad), job.device, job.mean, job.std, job.stop, job.alive
             )
-        except Terminated:
+        except Preempted:
             _save(job, engine, result)  # the run that resumes from it evaluates first
             progress.note(f"told to stop: checkpoint of step {result.steps:,}, not evaluated")
             raise
         if job.max_bad_samples is not None:
-            for line in gathered(bad):
+            for line in all_gather_list(bad):
                 progress.note(f"not evaluated: {line}")
         tracker.log_metrics({"top1": result.top1, "top5": result.top5, "epoch": epoch}, result.steps)
         progress.note(f"epoch {epoch}: top1 {result.top1:.4f}, top5 {result.top5:.4f} of {result.val_samples:,} images")
@@ -152,7 +152,7 @@ def _noting(batches: Iterator[Batch], bad: list[str]) -> Iterator[Batch]:
 _ADVICE = "training diverged; lower optimizer.base_lr or lengthen schedule.warmup_epochs"
 
 
-def _check_overflow(job: Job, engine: Engine, meter: Meter, step: int) -> None:
+def _check_overflow(job: Job, engine: Engine, meter: MetricsMeter, step: int) -> None:
     if meter.skipped_in_a_row and engine.loss_scale() is None:
         raise Diverged(f"step {step}: its gradients are no numbers: {_ADVICE}; its samples: {_samples(meter.steps[-1])}")
     if meter.skipped_in_a_row >= job.max_skipped_steps:
@@ -162,15 +162,15 @@ def _check_overflow(job: Job, engine: Engine, meter: Meter, step: int) -> None:
         )
 
 
-def _samples(step: Step, most: int = 16) -> str:
+def _samples(step: StepOutput, most: int = 16) -> str:
     """The keys of a step's samples on all ranks, which take part."""
-    keys = gathered(step.keys)
+    keys = all_gather_list(step.keys)
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
-def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, meter: Meter, result: Result) -> None:
+def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, meter: MetricsMeter, result: TrainState) -> None:
     """Read the losses of the last steps from the device (a synchronization), average them over ranks and log each."""
-    losses = averaged(torch.stack([taken.loss for taken in meter.steps])).tolist()
+    losses = all_reduce_mean(torch.stack([taken.loss for taken in meter.steps])).tolist()
     step = result.steps
     first = step - len(losses) + 1
     values = meter.read(result)
@@ -194,16 +194,16 @@ def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress,
     )
 
 
-def _passed_over(job: Job, meter: Meter, progress: TrainingProgress, result: Result) -> dict[str, float]:
+def _passed_over(job: Job, meter: MetricsMeter, progress: TrainingProgress, result: TrainState) -> dict[str, float]:
     """Tell the samples that could not be decoded since the last time, on any rank. Raises FoundByAll where they are too many."""
     if job.max_bad_samples is None:
         return {}
-    for line in dict.fromkeys(gathered(meter.bad)):
+    for line in dict.fromkeys(all_gather_list(meter.bad)):
         progress.note(f"a bad sample counts for nothing: {line}")
         result.bad_samples += 1
     meter.bad.clear()
     if result.bad_samples > job.max_bad_samples:
-        raise FoundByAll(
+        raise CollectiveUserError(
             f"data.max_bad_samples: {result.bad_samples} samples could not be decoded up to step {result.steps:,}, more than "
             f"{job.max_bad_samples}; `convoy verify` names them all"
         )

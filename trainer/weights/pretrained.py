@@ -8,8 +8,16 @@ from torch import Tensor, nn
 
 from trainer.data.index import Index
 from trainer.errors import UserError
-from trainer.models.registry import Variant, build_model, find_variant, variants
-from trainer.models.state_dict_adapter import Scheme, State, auxiliary_names, head_names, names_in, own_state, schemes_of
+from trainer.models.registry import ModelSpec, build_model, get_model_spec, list_models
+from trainer.models.state_dict_adapter import (
+    State,
+    StateDictAdapter,
+    auxiliary_names,
+    head_names,
+    key_map,
+    schemes_of,
+    to_native_state_dict,
+)
 from trainer.weights.class_matching import match_classes, output_names
 from trainer.weights.state_dict_file import WeightSet, classes_beside, is_average, read_weight_sets
 
@@ -25,7 +33,7 @@ _PREFIX_DEPTH = 3
 class LoadReport:
     """The library whose names a weights file has, and what it did not give, one line each."""
 
-    scheme: Scheme
+    scheme: StateDictAdapter
     notes: list[str]
 
 
@@ -35,7 +43,7 @@ class _Candidate:
 
     path: str
     state: State
-    scheme: Scheme
+    scheme: StateDictAdapter
     score: int
     others: tuple[str, ...]
     """Names of the same set outside the prefix."""
@@ -50,7 +58,7 @@ class FittingWeights:
     """The weights in a file that are for one network, in the file's names without any prefix."""
 
     state: State
-    scheme: Scheme
+    scheme: StateDictAdapter
     notes: list[str]
 
 
@@ -61,7 +69,7 @@ def select_weights(url: str, name: str, key: str | None = None) -> FittingWeight
     notes say which set was taken and what was ignored. ``key``: the set to take, as the notes name
     it. Raises UserError for two sets that fit equally well, and for a ``key`` that is missing.
     """
-    variant = find_variant(name)
+    variant = get_model_spec(name)
     with torch.device("meta"):
         model = build_model(name, 1)
     sets = read_weight_sets(url)
@@ -74,7 +82,7 @@ def select_weights(url: str, name: str, key: str | None = None) -> FittingWeight
             raise UserError(f"--key: {url} has no weights at {key!r}; it has: {', '.join(map(repr, keys))}")
         return _selected(chosen[0], [], url)
     best = max(candidate.score for candidate in candidates)
-    if best < len(names_in("convoy", variant, model)) // 4:  # another network's: the caller says what differs
+    if best < len(key_map("convoy", variant, model)) // 4:  # another network's: the caller says what differs
         complete = [candidate for candidate in candidates if not candidate.others]
         closest = max(complete, key=lambda candidate: (len(candidate.state), len(candidate.path)))
         return FittingWeights(closest.state, closest.scheme, [])
@@ -103,10 +111,10 @@ def _selected(chosen: _Candidate, rest: list[_Candidate], url: str) -> FittingWe
     return FittingWeights(chosen.state, chosen.scheme, notes)
 
 
-def _candidates(one: WeightSet, variant: Variant, model: nn.Sequential) -> list[_Candidate]:
+def _candidates(one: WeightSet, variant: ModelSpec, model: nn.Sequential) -> list[_Candidate]:
     """Each prefix of the set's names, with the scheme of names that fits best below it."""
     names = {
-        scheme: {n for n in names_in(scheme, variant, model).values() if _COUNTER not in n} for scheme in schemes_of(variant.name)
+        scheme: {n for n in key_map(scheme, variant, model).values() if _COUNTER not in n} for scheme in schemes_of(variant.name)
     }
     prefixes = {""}
     for key in one.tensors:
@@ -153,8 +161,8 @@ def load_weights(
     Raises UserError for all else that does not fit, and for NaN or infinite weights.
     """
     weights = select_weights(url, name) if weights is None else weights
-    variant, state, scheme = find_variant(name), weights.state, weights.scheme
-    own = own_state(state, scheme, variant, model)
+    variant, state, scheme = get_model_spec(name), weights.state, weights.scheme
+    own = to_native_state_dict(state, scheme, variant, model)
     expected = model.state_dict()
     notes = [*weights.notes]
     present = [key for key in head_names(model) if key in own]
@@ -187,12 +195,12 @@ def _filled(
     model: nn.Sequential, own: State, new: list[str], weights: FittingWeights, notes: list[str], url: str, name: str
 ) -> LoadReport:
     """Check ``own`` against the model and load it; the weights called ``new`` stay as they are."""
-    expected, variant, scheme = model.state_dict(), find_variant(name), weights.scheme
+    expected, variant, scheme = model.state_dict(), get_model_spec(name), weights.scheme
     auxiliary = auxiliary_names(model)
     if auxiliary and not any(key in own for key in auxiliary):
         notes.append(f"{url}: has no auxiliary heads, so they are made new")
         new = new + auxiliary
-    faults = _misfits(own, expected, new, names_in(scheme, variant, model))
+    faults = _misfits(own, expected, new, key_map(scheme, variant, model))
     if faults:
         first = f"{url}: does not hold the weights of {name}{_likely(weights.state, name)}"
         raise UserError(first, *(f"{url}: {fault}" for fault in faults))
@@ -215,7 +223,7 @@ def classes_in(weights: FittingWeights, name: str) -> int | None:
     """Classes of the head in the weights for the network ``name``; None where they have no such head."""
     with torch.device("meta"):
         model = build_model(name, 1)
-    own = own_state(weights.state, weights.scheme, find_variant(name), model)
+    own = to_native_state_dict(weights.state, weights.scheme, get_model_spec(name), model)
     found = [own[key] for key in head_names(model) if key in own and own[key].dim() > 0]
     return found[0].shape[0] if found else None
 
@@ -253,13 +261,13 @@ def _likely(state: State, name: str) -> str:
     """The registered network that most of the file's names and shapes fit, unless that is ``name`` itself."""
     best, best_score = "", 0.5
     given = {key: tuple(value.shape) for key, value in state.items() if not key.endswith(_COUNTER)}
-    for variant in variants():
+    for variant in list_models():
         with torch.device("meta"):
             model = build_model(variant.name, 1000)
         heads = set(head_names(model))
         shapes = {key: value.shape for key, value in model.state_dict().items() if not key.endswith(_COUNTER)}
         for scheme in schemes_of(variant.name):
-            names = names_in(scheme, variant, model)
+            names = key_map(scheme, variant, model)
             fitting = sum(
                 names[key] in given and (key in heads or _same_size(given[names[key]], shape)) for key, shape in shapes.items()
             )

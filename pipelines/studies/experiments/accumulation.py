@@ -14,9 +14,9 @@ from pipelines.studies.framework.study import (
     Study,
     Training,
     fall_of,
+    format_mean_std,
+    mean_std,
     same_curves,
-    shown,
-    spread,
     verdict_if,
 )
 from trainer.models import build_model
@@ -67,8 +67,8 @@ def measured(runs: Runs, scale: Scale) -> Figures:
                 "losses": [[round(float(v), 5) for v in row] for row in losses],
                 "largest_difference_nats": max(float(abs(a - b).max()) for a, b in zip(losses, whole, strict=True)),
                 "fall_nats": min(fall_of(row.tolist()) for row in losses),
-                "peak_mib": spread([runs.outcome(training)["peak_mib"] for training in own], 1),
-                "images_per_second": spread([runs.outcome(training)["images_per_second"] for training in own], 1),
+                "peak_mib": mean_std([runs.outcome(training)["peak_mib"] for training in own], 1),
+                "images_per_second": mean_std([runs.outcome(training)["images_per_second"] for training in own], 1),
             }
         figures["kinds"][kind] = entry
     return figures
@@ -115,7 +115,7 @@ def plot(figures: Figures, file: Path) -> None:
 def paragraph(figures: Figures) -> str:
     entry, other = figures["kinds"]["without batch norm"], figures["kinds"]["with batch norm"]
     cells = "; ".join(
-        f"{BATCH // int(micro)} x {micro}: {shown(values['peak_mib'], 0)} MiB, {values['images_per_second']['mean']:,.0f} images/s"
+        f"{BATCH // int(micro)} x {micro}: {format_mean_std(values['peak_mib'], 0)} MiB, {values['images_per_second']['mean']:,.0f} images/s"
         for micro, values in entry.items()
     )
     apart = max(values["largest_difference_nats"] for values in entry.values())

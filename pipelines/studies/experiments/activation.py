@@ -12,8 +12,8 @@ from pipelines.studies.framework.study import (
     Study,
     Training,
     differences_text,
-    shown,
-    spread,
+    format_mean_std,
+    mean_std,
     verdict_by_seeds,
 )
 
@@ -62,7 +62,7 @@ def _kind(runs: Runs, scale: Scale, kind: str) -> dict[str, Any]:
         by_rate[f"{rate:g}"] = {
             "steps": rows[0][0],
             "errors": [errors for _, errors in rows],
-            "steps_to_goal": spread([steps_to_goal(steps, errors) for steps, errors in rows], 1),
+            "steps_to_goal": mean_std([steps_to_goal(steps, errors) for steps, errors in rows], 1),
         }
     best = min(by_rate, key=lambda rate: float(by_rate[rate]["steps_to_goal"]["mean"]))
     images, labels = measure.some_images(runs, 128)
@@ -133,13 +133,13 @@ def plot(figures: Figures, file: Path) -> None:
 def paragraph(figures: Figures) -> str:
     relu, tanh = (_best(figures, kind)["steps_to_goal"] for kind in KINDS)
     rows = {
-        kind: [spread([first_to_last(n) for n in figures[kind][w]])["mean"] for w in ("gradient_at_start", "gradient_trained")]
+        kind: [mean_std([first_to_last(n) for n in figures[kind][w]])["mean"] for w in ("gradient_at_start", "gradient_trained")]
         for kind in KINDS
     }
     return (
         "Plain-8 (seven convolutions and a fully connected layer) without batch norm. At its best rate "
         f"({figures['relu']['best_rate']} and {figures['tanh']['best_rate']}, chosen among the same) the network with ReLU had "
-        f"{GOAL:.0f}% training error after {shown(relu, 0)} steps, with tanh after {shown(tanh, 0)}: "
+        f"{GOAL:.0f}% training error after {format_mean_std(relu, 0)} steps, with tanh after {format_mean_std(tanh, 0)}: "
         f"{tanh['mean'] / relu['mean']:.1f} times as many (Krizhevsky et al.: six times, four layers, CIFAR-10). The error is "
         "measured at each epoch's end alone; a network that never got there counts as twice its length. Gradient in the first "
         f"layer as a part of the last one's: ReLU {rows['relu'][0]:.3g} at the start and {rows['relu'][1]:.3g} after training, "

@@ -12,8 +12,8 @@ from pipelines.studies.framework.study import (
     Study,
     Training,
     differences_text,
-    shown,
-    spread,
+    format_mean_std,
+    mean_std,
     verdict_by_seeds,
 )
 
@@ -58,7 +58,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     figures: Figures = {"rates": tried}
     for kind in KINDS:
         losses = [[last_loss(runs, training_of(scale, kind, rate, seed)) for rate in tried] for seed in range(scale.seeds)]
-        figures[kind] = {"losses": losses, "decades": spread([decades(tried, row) for row in losses], 3)}
+        figures[kind] = {"losses": losses, "decades": mean_std([decades(tried, row) for row in losses], 3)}
     return figures
 
 
@@ -88,7 +88,9 @@ def paragraph(figures: Figures) -> str:
         gone = [r for i, r in enumerate(figures["rates"]) if any(row[i] is None for row in rows)]
         named = f"{min(good):g} to {max(good):g}" if good else "none"
         end = f", diverged at {', '.join(f'{rate:g}' for rate in gone)}" if gone else ""
-        cells.append(f"{kind} batch norm {named} in every seed ({shown(figures[kind]['decades'])} orders of magnitude){end}")
+        cells.append(
+            f"{kind} batch norm {named} in every seed ({format_mean_std(figures[kind]['decades'])} orders of magnitude){end}"
+        )
     return (
         f"VGG-11's small form (8 to 64 channels, no dropout) on Fashion-MNIST at {len(figures['rates'])} rates from "
         f"{figures['rates'][0]:g} to {figures['rates'][-1]:g}. Rates that train, by a training loss below half of what guessing "

@@ -19,14 +19,14 @@ from pipelines.studies.framework.study import (
     Training,
     differences_text,
     fall_of,
+    format_mean_std,
+    mean_std,
     same_curves,
-    shown,
-    spread,
     verdict_by_seeds,
     verdict_if,
 )
-from trainer.errors import ServiceLost
-from trainer.models.model_info import describe
+from trainer.errors import RetryableError
+from trainer.models.model_info import model_info
 
 RANKS = (1, 2, 4)
 BATCH, MICRO = 128, 32
@@ -74,7 +74,7 @@ def measure_link(folder: Path) -> tuple[float, float]:
     command += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "pipelines.studies.experiments.allreduce", str(file)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ServiceLost(f"the AllReduce of two processes failed: {done.stderr.strip().splitlines()[-1][:200]}")
+        raise RetryableError(f"the AllReduce of two processes failed: {done.stderr.strip().splitlines()[-1][:200]}")
     return link_of({int(size): seconds for size, seconds in json.loads(file.read_text()).items()})
 
 
@@ -84,7 +84,7 @@ def efficiency(ranks: int) -> dict[str, float]:
     images = 90 * 1_281_167
     compute = IMAGES_A_GPU / (images / (GOYAL_HOURS[8] * 3600 * 8))
     servers = max(1, ranks // GPUS_A_SERVER)
-    wire = ring(servers, 4 * describe("resnet50").parameters, LATENCY, GOYAL_BANDWIDTH)
+    wire = ring(servers, 4 * model_info("resnet50").parameters, LATENCY, GOYAL_BANDWIDTH)
     return {"after": round(compute / (compute + wire), 4), "under": round(compute / max(compute, wire), 4)}
 
 
@@ -94,7 +94,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     losses = {ranks: [runs.losses(training) for training in of] for ranks, of in own.items()}
     speeds = {ranks: [runs.outcome(training)["images_per_second"] for training in of] for ranks, of in own.items()}
     size = 4 * describe_small()
-    seconds = {ranks: spread([BATCH / speed for speed in each], 5) for ranks, each in speeds.items()}
+    seconds = {ranks: mean_std([BATCH / speed for speed in each], 5) for ranks, each in speeds.items()}
     return {
         "losses": {ranks: [[round(float(v), 5) for v in row] for row in rows] for ranks, rows in losses.items()},
         "largest_difference_nats": max(
@@ -102,7 +102,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         ),
         "fall_nats": min(fall_of(row.tolist()) for rows in losses.values() for row in rows),
         "step_seconds": seconds,
-        "speedup_of_two": spread([b / a for a, b in zip(speeds[1], speeds[2], strict=True)], 3),
+        "speedup_of_two": mean_std([b / a for a, b in zip(speeds[1], speeds[2], strict=True)], 3),
         "link": {"latency_seconds": latency, "bytes_per_second": bandwidth},
         "model_step_seconds": {ranks: seconds[1]["mean"] / ranks + ring(ranks, size, latency, bandwidth) for ranks in RANKS},
         "gradient_bytes": size,
@@ -184,7 +184,7 @@ def paragraph(figures: Figures) -> str:
         f"loss is more than {figures['largest_difference_nats']:.2g} nats apart on 1, 2 and 4 ranks. An AllReduce of two processes "
         f"here: {1e6 * link['latency_seconds']:.0f} us and {link['bytes_per_second'] / 1e6:,.0f} MB/s. Step time by ranks, "
         f"{steps}; the model gives each rank a core of its own, and there are {figures['cores']}. Two ranks are "
-        f"{shown(figures['speedup_of_two'], 2)} times one. For ResNet-50 on P100s in servers of 8 with 50 Gbit/s, "
+        f"{format_mean_std(figures['speedup_of_two'], 2)} times one. For ResNet-50 on P100s in servers of 8 with 50 Gbit/s, "
         f"{1e6 * LATENCY:.0f} us a message (assumed) and no cost inside a server (assumed), the model gives 256 GPUs "
         f"{figures['efficiency']['256']['after']:.1%} of the 8 GPUs' speed each with the AllReduce after the backward pass and "
         f"{figures['efficiency']['256']['under']:.1%} wholly under it; published are {figures['goyal_efficiency']:.1%} (29 hours "

@@ -15,8 +15,8 @@ from pipelines.studies.framework.study import (
     Study,
     Training,
     differences_text,
-    shown,
-    spread,
+    format_mean_std,
+    mean_std,
     verdict_by_seeds,
     verdict_if,
 )
@@ -78,8 +78,8 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         smoothed = [plots.thinned(plots.smooth(loss.tolist(), width)) for loss in losses]
         tests = [runs.history(training, "top1") for training in own]
         figures["networks"][f"{family}{depth}"] = {
-            "last_loss": spread([float(loss[-width:].mean()) for loss in losses]),
-            "test_error_percent": spread([100 - runs.top1(training) for training in own], 2),
+            "last_loss": mean_std([float(loss[-width:].mean()) for loss in losses]),
+            "test_error_percent": mean_std([100 - runs.top1(training) for training in own], 2),
             "steps": smoothed[0][0],
             "losses": [values for _, values in smoothed],
             "test_steps": tests[0][0].tolist(),
@@ -133,8 +133,8 @@ def plot(figures: Figures, file: Path) -> None:
 
 def paragraph(figures: Figures) -> str:
     cells = "; ".join(
-        f"{name.replace('resnet', 'res-').replace('plain', 'plain-')}: training loss {shown(entry['last_loss'], 3)}, test error "
-        f"{shown(entry['test_error_percent'])}%"
+        f"{name.replace('resnet', 'res-').replace('plain', 'plain-')}: training loss {format_mean_std(entry['last_loss'], 3)}, test error "
+        f"{format_mean_std(entry['test_error_percent'])}%"
         for name, entry in figures["networks"].items()
     )
     return (

@@ -11,8 +11,8 @@ from pipelines.studies.framework.study import (
     Study,
     Training,
     differences_text,
-    shown,
-    spread,
+    format_mean_std,
+    mean_std,
     verdict_by_seeds,
 )
 
@@ -40,9 +40,9 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         train, test = [measure.top1(runs, t, "train") for t in own], [runs.top1(t) for t in own]
         curves = [runs.history(training, "top1") for training in own]
         figures[kind] = {
-            "train_top1_percent": spread(train, 2),
-            "test_top1_percent": spread(test, 2),
-            "gap_points": spread([a - b for a, b in zip(train, test, strict=True)], 2),
+            "train_top1_percent": mean_std(train, 2),
+            "test_top1_percent": mean_std(test, 2),
+            "gap_points": mean_std([a - b for a, b in zip(train, test, strict=True)], 2),
             "test_steps": curves[0][0].tolist(),
             "test_curves": [[round(100 * float(value), 2) for value in values] for _, values in curves],
         }
@@ -72,8 +72,8 @@ def plot(figures: Figures, file: Path) -> None:
 
 def paragraph(figures: Figures) -> str:
     cells = "; ".join(
-        f"{kind} dropout: training {shown(figures[kind]['train_top1_percent'])}%, test "
-        f"{shown(figures[kind]['test_top1_percent'])}%, gap {shown(figures[kind]['gap_points'])} points"
+        f"{kind} dropout: training {format_mean_std(figures[kind]['train_top1_percent'])}%, test "
+        f"{format_mean_std(figures[kind]['test_top1_percent'])}%, gap {format_mean_std(figures[kind]['gap_points'])} points"
         for kind in KINDS
     )
     return (

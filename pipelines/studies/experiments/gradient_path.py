@@ -17,7 +17,7 @@ from pipelines.studies.framework.study import (
     Study,
     Training,
     differences_text,
-    spread,
+    mean_std,
     verdict_by_seeds,
     verdict_if,
 )
@@ -123,7 +123,7 @@ def paragraph(figures: Figures) -> str:
     cells = []
     for name in (f"plain{SHALLOW}", f"plain{DEEP}", f"resnet{SHALLOW}", f"resnet{DEEP}"):
         start, trained = (
-            spread([10 ** orders(norms) for norms in figures[name][when]], 3)["mean"] for when in ("start", "trained")
+            mean_std([10 ** orders(norms) for norms in figures[name][when]], 3)["mean"] for when in ("start", "trained")
         )
         cells.append(f"{name}: {start:.3g} at the start, {trained:.3g} after training")
     alone = figures[f"resnet{DEEP}"]["shortcuts_alone"]

@@ -19,8 +19,8 @@ from pipelines.studies.framework.study import (
     Scale,
     Study,
     differences_text,
-    shown,
-    spread,
+    format_mean_std,
+    mean_std,
     verdict_by_seeds,
     verdict_if,
 )
@@ -101,11 +101,11 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     for kind in KINDS:
         curves: dict[int, Any] = {n: [_best(kind, n, seed, x, steps) for seed in range(scale.seeds)] for n in DEPTHS}
         figures["kinds"][kind] = {
-            "last_loss": {n: spread([sum(c[-10:]) / 10 for c in curves[n]], 6) for n in DEPTHS},
+            "last_loss": {n: mean_std([sum(c[-10:]) / 10 for c in curves[n]], 6) for n in DEPTHS},
             "curves": {n: [[float(f"{v:.4g}") for v in c] for c in curves[n]] for n in DEPTHS},
         }
     figures["explained"] = {
-        kind: spread([explained(kind, x, seed, 2 * steps) for seed in range(scale.seeds)]) for kind in (RESIDUAL, ZERO_GAIN)
+        kind: mean_std([explained(kind, x, seed, 2 * steps) for seed in range(scale.seeds)]) for kind in (RESIDUAL, ZERO_GAIN)
     }
     return figures
 
@@ -149,8 +149,8 @@ def paragraph(figures: Figures) -> str:
     return (
         f"After {figures['steps']} steps of AdamW, each at the better of the rates {RATES[0]:g} and {RATES[1]:g}, the error in "
         f"giving back their input, as a part of its variance: {cells}. One residual block that was asked for the 3x3 mean H of its "
-        f"input: its branch F came to be {shown(parts[ZERO_GAIN], 3)} of H(x) - x (1: all of it) where its last gain "
-        f"was 0 at first, and {shown(parts[RESIDUAL], 1)} where it was 1, as usual: there a random F "
+        f"input: its branch F came to be {format_mean_std(parts[ZERO_GAIN], 3)} of H(x) - x (1: all of it) where its last gain "
+        f"was 0 at first, and {format_mean_std(parts[RESIDUAL], 1)} where it was 1, as usual: there a random F "
         "closes the last ReLU of some maps for good, and below that F may be anything. Blocks are those of the first stage of the "
         "CIFAR networks, 8 channels, batch norm in training mode; inputs are small Fashion-MNIST images."
     )

@@ -14,8 +14,8 @@ from pipelines.studies.framework.study import (
     Study,
     Training,
     differences_text,
-    shown,
-    spread,
+    format_mean_std,
+    mean_std,
     verdict_by_seeds,
     verdict_if,
 )
@@ -70,8 +70,8 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         own = [training for training in trainings(scale) if training.name == _name(network)]
         width = NARROW if network.endswith("narrow") else WIDTH
         figures["trained"][network] = costs("googlenet", 10, SIDE, width=width, **options[network]) | {
-            "top1_percent": spread([runs.top1(training) for training in own]),
-            "images_per_second": spread([runs.outcome(training)["images_per_second"] for training in own], 1),
+            "top1_percent": mean_std([runs.top1(training) for training in own]),
+            "images_per_second": mean_std([runs.outcome(training)["images_per_second"] for training in own], 1),
         }
     return figures
 
@@ -112,7 +112,7 @@ def paragraph(figures: Figures) -> str:
     ratio = paper["unreduced"]["multiply_adds"] / paper["reduced"]["multiply_adds"]
     cells = "; ".join(
         f"{network}: {e['multiply_adds'] / 1e6:.1f}M multiply-adds, {e['parameters']:,} parameters, top-1 "
-        f"{shown(e['top1_percent'])}%, {e['images_per_second']['mean']:,.0f} images/s"
+        f"{format_mean_std(e['top1_percent'])}%, {e['images_per_second']['mean']:,.0f} images/s"
         for network, e in trained.items()
     )
     return (

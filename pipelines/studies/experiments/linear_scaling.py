@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipelines.studies.experiments.scaling import FAST, GROUPS, SLOW, better, measured_of, plot_groups, same, trainings_of
 from pipelines.studies.framework.runner import Runs
-from pipelines.studies.framework.study import Claim, Figures, Scale, Study, Training, shown
+from pipelines.studies.framework.study import Claim, Figures, Scale, Study, Training, format_mean_std
 
 SMALL, LARGE, UNSCALED = GROUPS[SLOW]
 FAST_SMALL, FAST_LARGE, _ = GROUPS[FAST]
@@ -36,7 +36,7 @@ def paragraph(figures: Figures) -> str:
     cells = "; ".join(
         f"{recipe} (batch {figures[recipe]['batch']}, rate {figures[recipe]['peak_rate']:g}"
         + (", warmup" if figures[recipe]["warmup_epochs"] else "")
-        + f") {shown(figures[recipe]['top1_percent'], 2)}%"
+        + f") {format_mean_std(figures[recipe]['top1_percent'], 2)}%"
         for recipe in RECIPES
     )
     return (

@@ -14,13 +14,13 @@ from pipelines.studies.framework.study import (
     Study,
     Training,
     differences_text,
-    shown,
-    spread,
+    format_mean_std,
+    mean_std,
     verdict_by_seeds,
     verdict_if,
 )
 from trainer.models import build_model
-from trainer.models.model_info import IMAGES_TRACED, kept_bytes
+from trainer.models.model_info import IMAGES_TRACED, saved_activation_bytes
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 NEAR = 0.1
@@ -53,7 +53,7 @@ def activation_mib(name: str, dtype: torch.dtype) -> float:
         model = build_model(name, 1000, 224)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return kept_bytes(model, torch.empty(IMAGES_TRACED, 3, 224, 224, device="meta", dtype=dtype))[0] / 2**20
+    return saved_activation_bytes(model, torch.empty(IMAGES_TRACED, 3, 224, 224, device="meta", dtype=dtype))[0] / 2**20
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -79,9 +79,9 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         window = max(1, len(losses[0]) // 10)
         smoothed = [plots.thinned(plots.smooth(row.tolist(), window)) for row in losses]
         figures["precisions"][precision] = {
-            "last_loss": spread([float(row[-window:].mean()) for row in losses]),
-            "top1_percent": spread([runs.top1(training) for training in own], 2),
-            "images_per_second": spread([runs.outcome(training)["images_per_second"] for training in own], 1),
+            "last_loss": mean_std([float(row[-window:].mean()) for row in losses]),
+            "top1_percent": mean_std([runs.top1(training) for training in own], 2),
+            "images_per_second": mean_std([runs.outcome(training)["images_per_second"] for training in own], 1),
             "steps": smoothed[0][0],
             "losses": [values for _, values in smoothed],
         }
@@ -94,8 +94,8 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         counts = [torch.histc(values.log2().clamp(BINS[0], BINS[-1]), len(BINS) - 1, BINS[0], BINS[-1]) for values in each]
         figures["histogram_percent"][kind] = [[round(float(100 * n / row.sum()), 3) for n in row] for row in counts]
         figures["lost_percent"][kind] = {
-            "without": spread([100 * lost(values, 1.0) for values in each]),
-            "with": spread([100 * lost(values, SCALE) for values in each]),
+            "without": mean_std([100 * lost(values, 1.0) for values in each]),
+            "with": mean_std([100 * lost(values, SCALE) for values in each]),
         }
     figures["resnet50_activation_mib"] = {
         "fp32": round(activation_mib("resnet50", torch.float32), 1),
@@ -150,7 +150,7 @@ def plot(figures: Figures, file: Path) -> None:
 
 def paragraph(figures: Figures) -> str:
     cells = "; ".join(
-        f"{precision}: training loss {shown(e['last_loss'], 3)}, top-1 {shown(e['top1_percent'])}%, "
+        f"{precision}: training loss {format_mean_std(e['last_loss'], 3)}, top-1 {format_mean_std(e['top1_percent'])}%, "
         f"{e['images_per_second']['mean']:,.0f} images/s"
         for precision, e in figures["precisions"].items()
     )
@@ -159,10 +159,10 @@ def paragraph(figures: Figures) -> str:
         f"On this processor, fp32 master weights in all: {cells}. Speed here says nothing of a GPU with units for 16 bits. For "
         f"ResNet-50 at 224 pixels an image's activations are computed to take {memory['fp32']} MiB in fp32 and {memory['fp16']} in "
         "fp16 (weights, gradients, master weights and momentum together take 12 bytes a parameter in either). Of the trained "
-        f"network's gradients in its activations, those that are not 0, {shown(lost_['without'], 2)}% would be 0 in fp16 as they "
-        f"are, {shown(lost_['with'], 2)}% with the loss multiplied by {SCALE:,.0f}; in its weights "
-        f"{shown(figures['lost_percent']['weights']['without'], 2)}% and "
-        f"{shown(figures['lost_percent']['weights']['with'], 2)}%."
+        f"network's gradients in its activations, those that are not 0, {format_mean_std(lost_['without'], 2)}% would be 0 in fp16 as they "
+        f"are, {format_mean_std(lost_['with'], 2)}% with the loss multiplied by {SCALE:,.0f}; in its weights "
+        f"{format_mean_std(figures['lost_percent']['weights']['without'], 2)}% and "
+        f"{format_mean_std(figures['lost_percent']['weights']['with'], 2)}%."
     )
 
 

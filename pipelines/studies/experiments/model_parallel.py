@@ -17,13 +17,13 @@ from pipelines.studies.framework.study import (
     Study,
     Training,
     fall_of,
+    mean_std,
     same_curves,
-    spread,
     verdict_if,
 )
-from trainer.engine.partition import layer_costs, split
+from trainer.engine.partition import assign_layers, layer_costs
 from trainer.models import build_model
-from trainer.models.model_info import IMAGES_TRACED, kept_bytes
+from trainer.models.model_info import IMAGES_TRACED, saved_activation_bytes
 
 NETWORKS = ("vgg16", "resnet152")
 STAGES = (1, 2, 4)
@@ -57,9 +57,9 @@ def stage_memory(name: str, stages: int, image_size: int = 224, micro: int = MIC
     layers = dict(model.named_children())
     value: Any = torch.empty(IMAGES_TRACED, 3, image_size, image_size, device="meta")
     found = []
-    for place, names in enumerate(split(layer_costs(model, image_size), stages)):
+    for place, names in enumerate(assign_layers(layer_costs(model, image_size), stages)):
         part = nn.Sequential(*(layers[layer] for layer in names))
-        kept, value = kept_bytes(part, value)
+        kept, value = saved_activation_bytes(part, value)
         parameters = sum(p.numel() for p in part.parameters())
         found.append(
             {
@@ -92,7 +92,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         "fullest_mib_small_micro": {
             name: {stages: _fullest(stage_memory(name, stages, micro=MICRO // stages)) for stages in STAGES} for name in NETWORKS
         },
-        "largest_difference_nats": spread(apart, 6),
+        "largest_difference_nats": mean_std(apart, 6),
         "fall_nats": min(fall),
     }
 

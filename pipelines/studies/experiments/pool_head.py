@@ -14,8 +14,8 @@ from pipelines.studies.framework.study import (
     Study,
     Training,
     differences_text,
-    shown,
-    spread,
+    format_mean_std,
+    mean_std,
     verdict_by_seeds,
     verdict_if,
 )
@@ -52,7 +52,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     return {
         "parameters": {name: {head: parameters(name, head=head) for head in HEADS} for name in NETWORKS},
         "trained_parameters": {head: measure.count_parameters(measure.trained(runs, tops[head][0])) for head in HEADS},
-        "top1_percent": {head: spread([runs.top1(training) for training in tops[head]]) for head in HEADS},
+        "top1_percent": {head: mean_std([runs.top1(training) for training in tops[head]]) for head in HEADS},
     }
 
 
@@ -96,7 +96,7 @@ def paragraph(figures: Figures) -> str:
         f"{alexnet['tower']['fully_connected'] / 1e6:.1f}M. With an average over the image and one layer behind it, as in "
         f"GoogLeNet, {vgg['average']['all'] / 1e6:.1f}M and {alexnet['average']['all'] / 1e6:.1f}M are left. VGG-11's trunk with "
         f"an eighth of the channels, trained on Fashion-MNIST with either: {small['tower']:,} parameters, top-1 "
-        f"{shown(tops['tower'])}%; {small['average']:,}, {shown(tops['average'])}%. (At 28 pixels the trunk ends in one pixel, so "
+        f"{format_mean_std(tops['tower'])}%; {small['average']:,}, {format_mean_std(tops['average'])}%. (At 28 pixels the trunk ends in one pixel, so "
         "that here the tower takes an average too, and what differs is the tower alone.)"
     )
 

@@ -20,7 +20,7 @@ from pipelines.studies.framework.study import (
     Scale,
     Training,
     differences_text,
-    spread,
+    mean_std,
     verdict_by_seeds,
 )
 from trainer.config.schema import load_config
@@ -59,9 +59,9 @@ def measured_of(recipes: Sequence[str], runs: Runs, scale: Scale) -> Figures:
             "batch": batch,
             "peak_rate": float(runs.history(own[0], "learning_rate")[1].max()),
             "warmup_epochs": config.schedule.warmup_epochs,
-            "top1_percent": spread([runs.top1(training) for training in own], 2),
-            "first_loss": spread([max(row[: len(row) // 4]) for row in losses]),
-            "last_loss": spread([statistics.mean(row[-(len(row) // 4) :]) for row in losses]),
+            "top1_percent": mean_std([runs.top1(training) for training in own], 2),
+            "first_loss": mean_std([max(row[: len(row) // 4]) for row in losses]),
+            "last_loss": mean_std([statistics.mean(row[-(len(row) // 4) :]) for row in losses]),
             "samples": [place * batch for place in smoothed[0][0]],
             "losses": [values for _, values in smoothed],
         }

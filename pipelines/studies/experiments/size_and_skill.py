@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pipelines.studies.framework import measure, plots
 from pipelines.studies.framework.runner import Runs
-from pipelines.studies.framework.study import LEAST_SEEDS, UNDECIDED, Claim, Figures, Scale, Study, Training, spread, verdict_if
-from trainer.models import variants
-from trainer.models.model_info import describe
+from pipelines.studies.framework.study import LEAST_SEEDS, UNDECIDED, Claim, Figures, Scale, Study, Training, mean_std, verdict_if
+from trainer.models import list_models
+from trainer.models.model_info import model_info
 
 SMALL = {
     "alexnet": ("model.name=alexnet", "model.stem=small", "model.width=8", "optimizer.base_lr=0.02"),
@@ -36,8 +36,8 @@ def trainings(scale: Scale) -> list[Training]:
 def published() -> dict[str, dict[str, float | int | None]]:
     """Networks whose top-5 error on ImageNet a paper or torchvision published, percent; parameters and multiply-adds computed."""
     found: dict[str, dict[str, float | int | None]] = {}
-    for variant in variants():
-        entry = describe(variant.name)
+    for variant in list_models():
+        entry = model_info(variant.name)
         if entry.top5_error is None and entry.torchvision_top5 is None:
             continue
         theirs = None if entry.torchvision_top5 is None else round(100 - entry.torchvision_top5, 3)
@@ -70,8 +70,8 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         small[name] = {
             "parameters": measure.count_parameters(measure.trained(runs, own[0])),
             "top1_percent": {
-                "one view": spread([runs.top1(training) for training in own], 2),
-                "two views": spread([measure.mirrored_top1(runs, training) for training in own], 2),
+                "one view": mean_std([runs.top1(training) for training in own], 2),
+                "two views": mean_std([measure.mirrored_top1(runs, training) for training in own], 2),
             },
         }
     table = published()

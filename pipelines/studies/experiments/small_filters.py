@@ -15,8 +15,8 @@ from pipelines.studies.framework.study import (
     Study,
     Training,
     differences_text,
-    shown,
-    spread,
+    format_mean_std,
+    mean_std,
     verdict_by_seeds,
     verdict_if,
 )
@@ -64,7 +64,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     figures: Figures = {kind: computed(kind) for kind in KINDS}
     for kind in KINDS:
         own = [training for training in trainings(scale) if training.name == f"vgg16-{kind}"]
-        figures[kind]["top1_percent"] = spread([runs.top1(training) for training in own])
+        figures[kind]["top1_percent"] = mean_std([runs.top1(training) for training in own])
     return figures
 
 
@@ -106,8 +106,8 @@ def paragraph(figures: Figures) -> str:
         f"the convolutions have {stacked['vgg16_convolution_parameters'] / 1e6:.1f}M parameters and "
         f"{stacked['vgg16_multiply_adds'] / 1e9:.1f}G multiply-adds, with one large filter a stage "
         f"{single['vgg16_convolution_parameters'] / 1e6:.1f}M and {single['vgg16_multiply_adds'] / 1e9:.1f}G. "
-        f"Trained with an eighth of the channels on Fashion-MNIST: top-1 {shown(stacked['top1_percent'])}% and "
-        f"{shown(single['top1_percent'])}%."
+        f"Trained with an eighth of the channels on Fashion-MNIST: top-1 {format_mean_std(stacked['top1_percent'])}% and "
+        f"{format_mean_std(single['top1_percent'])}%."
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipelines.studies.framework import plots
 from pipelines.studies.framework.runner import Runs
 from pipelines.studies.framework.study import Claim, Figures, Scale, Study, verdict_if
-from trainer.models.model_info import describe
+from trainer.models.model_info import model_info
 
 IMAGES, EPOCHS = 1_281_167, 90  # of ImageNet's training set; as in Krizhevsky et al. 2012, section 5, "roughly 90 cycles"
 FLOPS_A_MULTIPLY_ADD = 6
@@ -54,7 +54,7 @@ MLPERF = {8: 13.466, 64: 2.664, 512: 0.509, 768: 0.369, 3584: 0.183}
 
 def training_flops(model: str, epochs: int = EPOCHS) -> float:
     """Operations of ``epochs`` passes over ImageNet at 224 pixels."""
-    return float(describe(model).multiply_adds) * FLOPS_A_MULTIPLY_ADD * IMAGES * epochs
+    return float(model_info(model).multiply_adds) * FLOPS_A_MULTIPLY_ADD * IMAGES * epochs
 
 
 def utilization(report: Report) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipelines.studies.experiments.scaling import FAST, GROUPS, better, measured_of, plot_groups, trainings_of
 from pipelines.studies.framework.runner import Runs
-from pipelines.studies.framework.study import Claim, Figures, Scale, Study, Training, shown
+from pipelines.studies.framework.study import Claim, Figures, Scale, Study, Training, format_mean_std
 
 RECIPES = GROUPS[FAST]
 SMALL, WARM, COLD = RECIPES
@@ -30,9 +30,9 @@ def paragraph(figures: Figures) -> str:
     warm, cold = figures[WARM], figures[COLD]
     return (
         f"ResNet-8 with half its channels, 4 epochs, batch {warm['batch']} at rate {warm['peak_rate']:g}. With an epoch of gradual "
-        f"warmup: highest loss in the first quarter {shown(warm['first_loss'], 2)} nats, top-1 {shown(warm['top1_percent'], 2)}%; "
-        f"at the whole rate from the first step: {shown(cold['first_loss'], 2)} nats, {shown(cold['top1_percent'], 2)}%. The batch "
-        f"of {figures[SMALL]['batch']}: {shown(figures[SMALL]['top1_percent'], 2)}%."
+        f"warmup: highest loss in the first quarter {format_mean_std(warm['first_loss'], 2)} nats, top-1 {format_mean_std(warm['top1_percent'], 2)}%; "
+        f"at the whole rate from the first step: {format_mean_std(cold['first_loss'], 2)} nats, {format_mean_std(cold['top1_percent'], 2)}%. The batch "
+        f"of {figures[SMALL]['batch']}: {format_mean_std(figures[SMALL]['top1_percent'], 2)}%."
     )
 
 

@@ -18,7 +18,7 @@ from pipelines.studies.experiments.data import prepare
 from pipelines.studies.framework.progress import StudyProgress
 from pipelines.studies.framework.study import Training
 from trainer.config.schema import RunConfig, load_config
-from trainer.errors import EXIT_PREEMPTED, EXIT_USER, ServiceLost, UserError
+from trainer.errors import EXIT_PREEMPTED, EXIT_USER, RetryableError, UserError
 from trainer.process.supervisor import python_command
 from trainer.tracking import configure_mlflow
 
@@ -132,7 +132,7 @@ class Runs:
         if not outcome["diverged"] and len(values) != outcome["steps"]:
             spool = self.run_of(training).folder / "tracking.jsonl"
             told = f"{training.label}: MLflow has {len(values)} of {outcome['steps']} losses"
-            raise ServiceLost(f"{told}; send it the rest with MLFLOW_TRACKING_URI={self.uri} convoy sync {spool}")
+            raise RetryableError(f"{told}; send it the rest with MLFLOW_TRACKING_URI={self.uri} convoy sync {spool}")
         return values
 
     def train(self, trainings: Sequence[Training], what: str) -> None:
@@ -252,7 +252,7 @@ def _keep(run: Run, process: "subprocess.Popen[bytes]", seconds: float, peak: fl
         raise SystemExit(EXIT_PREEMPTED)
     if code and not diverged:
         check_room(run.folder)  # a full disk ends a training in many ways
-        kind = UserError if code == EXIT_USER else ServiceLost
+        kind = UserError if code == EXIT_USER else RetryableError
         raise kind(f"training {run.training.label} ended with exit code {code}: {run.last_words() or 'no word'}; see {run.log}")
     facts = {"diverged": diverged, "seconds": round(seconds, 1), "peak_mib": round(peak, 1)}
     if diverged:

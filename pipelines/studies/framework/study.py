@@ -97,7 +97,7 @@ class Study:
     """Whether anything in it is drawn."""
 
 
-def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
+def mean_std(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
     """Mean, standard deviation (None of one) and each value, in the order of the seeds."""
     return {
         "mean": round(statistics.mean(values), digits),
@@ -106,7 +106,7 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
     }
 
 
-def shown(values: dict[str, Any], digits: int = 1, unit: str = "") -> str:
+def format_mean_std(values: dict[str, Any], digits: int = 1, unit: str = "") -> str:
     """A spread as text: ``91.2 ± 0.3%``."""
     deviation = "" if values["deviation"] is None else f" ± {values['deviation']:.{digits}f}"
     return f"{values['mean']:.{digits}f}{deviation}{unit}"

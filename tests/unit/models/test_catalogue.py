@@ -10,14 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import get_model_weights
 
 from trainer.errors import UserError
-from trainer.models import build_model, variants
-from trainer.models.model_info import describe, forward_costs
+from trainer.models import build_model, list_models
+from trainer.models.model_info import forward_costs, model_info
 from trainer.models.state_dict_adapter import schemes_of
 
 
-@pytest.mark.parametrize("name", [v.name for v in variants() if "torchvision" in schemes_of(v.name)])
+@pytest.mark.parametrize("name", [v.name for v in list_models() if "torchvision" in schemes_of(v.name)])
 def test_torchvisions_published_figures(name: str) -> None:
-    entry = describe(name)
+    entry = model_info(name)
     meta = next(iter(get_model_weights(name))).meta
     assert entry.parameters == meta["num_params"]
     assert entry.multiply_adds / 1e9 == pytest.approx(meta["_ops"], rel=0.01)
@@ -25,9 +25,9 @@ def test_torchvisions_published_figures(name: str) -> None:
 
 
 def test_published_depths_and_sizes() -> None:
-    for variant in variants():
+    for variant in list_models():
         digits = "".join(c for c in variant.name if c.isdigit())
-        entry = describe(variant.name)
+        entry = model_info(variant.name)
         if variant.family in ("resnet", "plain", "vgg"):
             assert entry.layers == int(digits), variant.name
         else:
@@ -35,8 +35,8 @@ def test_published_depths_and_sizes() -> None:
         assert (entry.top5_error is None) == (entry.top5_source is None)
     # He et al. 2015, table 6, and Krizhevsky et al. 2012, section 3.5 (60 million), to the digits printed there
     for name, millions in (("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85), ("resnet110", 1.7)):
-        assert round(describe(name).parameters / 1e6, 1 if millions > 1 else 2) == millions
-    assert round(describe("alexnet2012").parameters / 1e6) == 61
+        assert round(model_info(name).parameters / 1e6, 1 if millions > 1 else 2) == millions
+    assert round(model_info("alexnet2012").parameters / 1e6) == 61
 
 
 @pytest.mark.parametrize("name", ["alexnet2012", "googlenet2014", "vgg11_bn", "resnet20"])
@@ -63,7 +63,7 @@ def test_costs_are_those_of_a_real_pass(name: str) -> None:
 
 def test_too_small_an_image_is_refused() -> None:
     with pytest.raises(UserError, match=r"needs at least 63 pixels, or 15 with model\.stem=small"):
-        describe("alexnet", 32)
+        model_info("alexnet", 32)
 
 
 def test_the_command_prints_every_network() -> None:
@@ -74,7 +74,7 @@ def test_the_command_prints_every_network() -> None:
         check=True,
     )
     entries = {entry["name"]: entry for entry in json.loads(done.stdout)}
-    assert list(entries) == [v.name for v in variants()]
+    assert list(entries) == [v.name for v in list_models()]
     resnet50 = entries["resnet50"]
     assert (resnet50["year"], resnet50["layers"], resnet50["parameters"]) == (2015, 50, 25557032)
     assert resnet50["image_size"] == 64

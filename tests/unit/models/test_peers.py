@@ -6,12 +6,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from trainer.models import build_model, find_variant, variants
-from trainer.models.state_dict_adapter import export_state, own_state, schemes_of
+from trainer.models import build_model, get_model_spec, list_models
+from trainer.models.state_dict_adapter import export_state, schemes_of, to_native_state_dict
 from trainer.training.loss import weighted_loss
 
-IN_TORCHVISION = [v.name for v in variants() if "torchvision" in schemes_of(v.name)]
-IN_TIMM = [v.name for v in variants() if "timm" in schemes_of(v.name)]
+IN_TORCHVISION = [v.name for v in list_models() if "torchvision" in schemes_of(v.name)]
+IN_TIMM = [v.name for v in list_models() if "timm" in schemes_of(v.name)]
 
 
 def torchvision_model(name: str) -> nn.Module:
@@ -41,7 +41,7 @@ def randomized(model: nn.Module) -> nn.Module:
 def sharing_weights_of(peer: nn.Module, name: str, scheme: str, **options: object) -> nn.Sequential:
     with torch.device("meta"):
         model = build_model(name, 1000, **options)
-    model.load_state_dict(own_state(peer.state_dict(), scheme, find_variant(name), model), assign=True, strict=True)
+    model.load_state_dict(to_native_state_dict(peer.state_dict(), scheme, get_model_spec(name), model), assign=True, strict=True)
     for parameter in model.parameters():
         parameter.requires_grad_()
     return model
@@ -73,7 +73,7 @@ def compare(name: str, peer: nn.Module, scheme: str, **options: object) -> None:
         assert exported[key].dtype == value.dtype
         assert torch.equal(exported[key], value), key
 
-    side = find_variant(name).smallest_input["imagenet"] + 1  # odd sizes and windows over the border too
+    side = get_model_spec(name).smallest_input["imagenet"] + 1  # odd sizes and windows over the border too
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         expected = peer.eval()(images)

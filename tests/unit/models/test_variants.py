@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
-from trainer.models import build_model, find_variant, variants
+from trainer.models import build_model, get_model_spec, list_models
 from trainer.models.batch_norm import BatchNorm2d
 from trainer.training.loss import weighted_loss
 
-NAMES = [v.name for v in variants()]
+NAMES = [v.name for v in list_models()]
 ONE_A_FAMILY = ["alexnet2012", "vgg11_bn", "googlenet2014", "resnet50", "resnet8", "plain18"]
 SOME = NAMES if os.environ.get("CONVOY_MATRIX") else ONE_A_FAMILY
 WIDTH = 8
@@ -24,7 +24,7 @@ def narrow(name: str, **options: object) -> nn.Sequential:
 
 
 def images_for(name: str, count: int = 2, stem: str | None = None) -> Tensor:
-    variant = find_variant(name)
+    variant = get_model_spec(name)
     side = variant.smallest_input[stem or variant.default_stem]
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
@@ -65,7 +65,7 @@ def test_channels_last_computes_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_smallest_input(name: str, stem: str) -> None:
-    variant = find_variant(name)
+    variant = get_model_spec(name)
     smallest = variant.smallest_input[stem]
     with torch.device("meta"):
         model = build_model(name, 10, image_size=smallest, width=WIDTH, stem=stem).train()
@@ -81,7 +81,7 @@ def test_smallest_input(name: str, stem: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_can_be_cut_between_any_two_layers(name: str) -> None:
     """As a pipeline engine does: what crosses a cut is a tensor or a tuple of tensors."""
-    model = narrow(name, **({"dropout": 0.0} if "dropout" in find_variant(name).options else {}))
+    model = narrow(name, **({"dropout": 0.0} if "dropout" in get_model_spec(name).options else {}))
     images = images_for(name, 4)
     for training in (True, False):
         model.train(training)

@@ -19,7 +19,7 @@ from pipelines.registry.evaluate import evaluate, predict_files
 from pipelines.registry.weights import import_weights
 from trainer.data.index import open_index
 from trainer.errors import UserError
-from trainer.export.exported_model import ModelFacts, save_model
+from trainer.export.exported_model import ModelMetadata, save_model
 from trainer.models import build_model
 from trainer.weights.class_matching import imagenet_output_names, match_classes, output_names
 from trainer.weights.pretrained import load_weights, select_weights
@@ -181,7 +181,7 @@ def test_imagenets_outputs_are_matched_with_a_subset_by_name(three_classes: Path
     torch.save(peer.state_dict(), tmp_path / "w.pth")
     lines = import_weights(str(tmp_path / "w.pth"), "resnet18", tmp_path / "m", 64, str(three_classes), None)
     assert "the outputs of 3 of ImageNet's 1,000 classes, matched by name" in "\n".join(lines)
-    facts = ModelFacts(**json.loads((tmp_path / "m/model.json").read_text()))
+    facts = ModelMetadata(**json.loads((tmp_path / "m/model.json").read_text()))
     assert facts.classes == open_index(str(three_classes))[0].classes
     model = facts.build()
     model.load_state_dict(load_file(tmp_path / "m/model.safetensors"))
@@ -244,12 +244,12 @@ def test_evaluation_matches_classes_in_another_order(tmp_path: Path, digits: Pat
         copy = build_model("resnet8", 10, 8, width=4)
         copy.load_state_dict(state)
         classes = [index.classes[i] for i in outputs]
-        facts = ModelFacts("resnet8", {"width": 4}, classes, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+        facts = ModelMetadata("resnet8", {"width": 4}, classes, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
         save_model(tmp_path / folder, copy, facts)
     same, permuted = (evaluate(str(tmp_path / folder), f"{digits}/val") for folder in ("same", "permuted"))
     assert (permuted.top1, permuted.top5) == (same.top1, same.top5)
     assert 0 < same.top5 < 1
-    facts = ModelFacts("resnet8", {"width": 4}, names, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+    facts = ModelMetadata("resnet8", {"width": 4}, names, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
     save_model(tmp_path / "other", model, facts)
     with pytest.raises(UserError, match="10 of its 10 classes are not among"):
         evaluate(str(tmp_path / "other"), f"{digits}/val")
@@ -257,7 +257,7 @@ def test_evaluation_matches_classes_in_another_order(tmp_path: Path, digits: Pat
 
 def test_more_outputs_than_classes_still_predict(tmp_path: Path) -> None:
     """``model.num_classes`` above the dataset's."""
-    facts = ModelFacts("resnet8", {"width": 4}, ["a", "b"], 6, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+    facts = ModelMetadata("resnet8", {"width": 4}, ["a", "b"], 6, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
     save_model(tmp_path, facts.build(), facts)
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     (answer,) = predict_files(str(tmp_path), [str(tmp_path / "x.png")])
@@ -272,7 +272,7 @@ def test_fine_tuning_on_other_classes_of_the_same_number_makes_the_head_new(digi
         ("numbers", [str(i) for i in range(10)], True),
         ("other", [f"animal {i}" for i in range(10)], False),
     ):
-        facts = ModelFacts("resnet8", {"width": 4}, list(classes), 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+        facts = ModelMetadata("resnet8", {"width": 4}, list(classes), 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
         trained = facts.build()
         save_model(tmp_path / folder, trained, facts)
         target = build_model("resnet8", 10, 8, width=4)
@@ -340,7 +340,7 @@ def test_weights_that_cannot_be_used_are_refused(change: dict[str, Tensor], reas
 def _saved(folder: Path, classes: list[str]) -> nn.Sequential:
     torch.manual_seed(0)
     model = build_model("resnet18", len(classes), 32)
-    save_model(folder, model, ModelFacts("resnet18", {}, classes, len(classes), 32, 0.875, [0.5] * 3, [0.5] * 3, True))
+    save_model(folder, model, ModelMetadata("resnet18", {}, classes, len(classes), 32, 0.875, [0.5] * 3, [0.5] * 3, True))
     return model
 
 

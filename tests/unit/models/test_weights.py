@@ -15,7 +15,7 @@ from pipelines.registry.weights import export_weights, import_weights
 from trainer.config.schema import load_config
 from trainer.data.storage.store import open_store
 from trainer.errors import UserError
-from trainer.export.exported_model import ModelFacts, Predictor, save_model
+from trainer.export.exported_model import ModelMetadata, Predictor, save_model
 from trainer.models import build_model
 from trainer.weights.pretrained import load_weights
 from trainer.weights.state_dict_file import read_weight_sets
@@ -190,7 +190,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
 
 def test_export_refuses_what_cannot_be(tmp_path: Path) -> None:
     config = load_config("digits-resnet8")
-    facts = ModelFacts.of(config, ["a", "b"], 2)
+    facts = ModelMetadata.of(config, ["a", "b"], 2)
     save_model(tmp_path / "run", facts.build(), facts)
     with pytest.raises(UserError, match="torchvision has no resnet8; Convoy's models that it has: alexnet, googlenet, resnet18"):
         export_weights(str(tmp_path / "run"), tmp_path / "x.pth", "torchvision")
@@ -206,7 +206,7 @@ def test_export_refuses_a_network_that_the_other_library_does_not_have(tmp_path:
     """torchvision would take a tanh network's weights and compute something else with them."""
     for key, value in {"activation": "tanh", "head": "average", "filters": "single"}.items():
         config = load_config("digits-resnet8", ["model.name=vgg11", "model.width=8", "data.image_size=32", f"model.{key}={value}"])
-        facts = ModelFacts.of(config, ["a", "b"], 2)
+        facts = ModelMetadata.of(config, ["a", "b"], 2)
         save_model(tmp_path / key, facts.build(), facts)
         with pytest.raises(UserError, match=f"model.{key}: torchvision's vgg11 has .* alone, not '{value}'; export as onnx"):
             export_weights(str(tmp_path / key), tmp_path / "x.pth", "torchvision")
@@ -221,7 +221,7 @@ def test_onnx_runtime_computes_the_same(name: str, tmp_path: Path) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    facts = ModelFacts(name, options, [str(i) for i in range(10)], 10, 64, 1.0, [0.5] * 3, [0.5] * 3, True)
+    facts = ModelMetadata(name, options, [str(i) for i in range(10)], 10, 64, 1.0, [0.5] * 3, [0.5] * 3, True)
     save_model(tmp_path, model, facts)
     export_weights(str(tmp_path), tmp_path / "m.onnx", "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])

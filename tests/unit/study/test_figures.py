@@ -21,7 +21,7 @@ from pipelines.studies.experiments import (
 from pipelines.studies.experiments import then_and_now as then
 from pipelines.studies.framework import measure
 from pipelines.studies.framework.plots import smooth, thinned
-from pipelines.studies.framework.study import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, Figures, spread
+from pipelines.studies.framework.study import BORNE_OUT, NOT_BORNE_OUT, UNDECIDED, Figures, mean_std
 from trainer.models import build_model
 
 
@@ -182,7 +182,7 @@ def test_curves() -> None:
 
 def _depth_figures(plain: tuple[float, float], residual: tuple[float, float]) -> Figures:
     losses = {"plain20": plain[0], "plain56": plain[1], "resnet20": residual[0], "resnet56": residual[1]}
-    networks = {name: {"last_loss": spread([loss, loss + 0.01, loss + 0.02])} for name, loss in losses.items()}
+    networks = {name: {"last_loss": mean_std([loss, loss + 0.01, loss + 0.02])} for name, loss in losses.items()}
     return {"block": depth.block_difference(), "networks": networks}
 
 
@@ -199,7 +199,7 @@ def test_pool_heads_tolerance() -> None:
     parameters = {name: {head: pool_head.parameters(name, head=head) for head in pool_head.HEADS} for name in pool_head.NETWORKS}
 
     def verdict(*average: float) -> str:
-        tops = {"tower": spread([90.0, 90.0, 90.0]), "average": spread(list(average))}
+        tops = {"tower": mean_std([90.0, 90.0, 90.0]), "average": mean_std(list(average))}
         return pool_head.judge({"parameters": parameters, "top1_percent": tops})[-1].verdict
 
     assert verdict(89.6, 89.8, 91.0) == BORNE_OUT

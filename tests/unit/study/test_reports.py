@@ -15,7 +15,7 @@ from pipelines.studies.framework.catalog import studies
 from pipelines.studies.framework.command import run_study
 from pipelines.studies.framework.runner import Run, Runs
 from pipelines.studies.framework.study import Scale, Study, Training, overall
-from trainer.export.exported_model import ModelFacts, save_model
+from trainer.export.exported_model import ModelMetadata, save_model
 
 CLASSES = [str(number) for number in range(10)]
 
@@ -30,7 +30,7 @@ class InventedRuns(Runs):
         run = super().run_of(training)
         if not run.folder.exists():
             config = run.config()
-            save_model(run.folder, measure.untrained(config), ModelFacts.of(config, CLASSES, 10))
+            save_model(run.folder, measure.untrained(config), ModelMetadata.of(config, CLASSES, 10))
         return run
 
     def outcome(self, training: Training) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from torch import nn
 
 from pipelines.studies.experiments import accumulation, data_parallel, mixed_precision, model_parallel, size_and_skill
 from pipelines.studies.framework import measure
-from trainer.models.model_info import describe
+from trainer.models.model_info import model_info
 
 
 @pytest.mark.parametrize("name", model_parallel.NETWORKS)
 def test_stages_share_the_whole_network(name: str) -> None:
     """Parameters add up; the last stage alone holds one micro-batch, the one before it two, and so on."""
-    entry = describe(name)
+    entry = model_info(name)
     for stages in model_parallel.STAGES:
         rows = model_parallel.stage_memory(name, stages)
         assert len(rows) == stages
@@ -77,7 +77,7 @@ def test_gradients_in_outputs_by_hand() -> None:
 
 def test_half_the_bits_are_half_the_activations() -> None:
     whole, half = (mixed_precision.activation_mib("vgg16", dtype) for dtype in (torch.float32, torch.float16))
-    assert whole == pytest.approx(describe("vgg16").activation_bytes / 2**20)
+    assert whole == pytest.approx(model_info("vgg16").activation_bytes / 2**20)
     assert 0.5 <= half / whole < 0.7  # what pooling keeps are 64-bit places
 
 

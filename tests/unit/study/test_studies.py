@@ -11,9 +11,9 @@ from pipelines.studies.framework.study import (
     Scale,
     Study,
     fall_of,
+    mean_std,
     overall,
     same_curves,
-    spread,
     verdict_by_seeds,
 )
 from trainer.config.schema import load_config
@@ -97,8 +97,8 @@ def test_curves_that_do_not_fall_decide_nothing() -> None:
 
 
 def test_spread() -> None:
-    assert spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "deviation": 1.0, "each": [1.0, 2.0, 3.0]}
-    assert spread([1.5])["deviation"] is None
+    assert mean_std([1.0, 2.0, 3.0]) == {"mean": 2.0, "deviation": 1.0, "each": [1.0, 2.0, 3.0]}
+    assert mean_std([1.5])["deviation"] is None
 
 
 def test_an_unknown_study_is_told_the_nearest() -> None:

@@ -14,9 +14,9 @@ from spools import write_run
 from pipelines.registry.register import ensure_run, sync
 from trainer.config.schema import load_config
 from trainer.data.index import open_index
-from trainer.errors import ServiceLost, UserError
+from trainer.errors import RetryableError, UserError
 from trainer.export import model_registry
-from trainer.export.exported_model import ModelFacts, save_model
+from trainer.export.exported_model import ModelMetadata, save_model
 from trainer.export.model_registry import Registered, register
 
 
@@ -25,7 +25,7 @@ def output(tmp_path: Path, digits: Path) -> Path:
     """The output folder of a finished run that MLflow does not have."""
     config = load_config("digits-resnet8", [f"data.train={digits}/train", f"data.val={digits}/val", "model.width=4"])
     classes = open_index(f"{digits}/train")[0].classes
-    facts = ModelFacts.of(config, classes, len(classes))
+    facts = ModelMetadata.of(config, classes, len(classes))
     save_model(tmp_path / "out", facts.build(), facts)
     (tmp_path / "out/config.json").write_text(config.model_dump_json())
     result = {"mlflow_run_id": None, "name": "r", "steps": 5, "top1": 0.5, "top5": 0.9}
@@ -79,7 +79,7 @@ def test_a_registry_that_refuses_is_the_users_to_cure(
 
 def test_a_server_that_fails_again_and_again_asks_for_a_retry(add: Callable[[], Registered], proxy: MlflowProxy) -> None:
     proxy.hook = lambda r: (503, b"", "text/html") if r.is_call("registered-models/create") else None
-    with pytest.raises(ServiceLost, match="did not register"):
+    with pytest.raises(RetryableError, match="did not register"):
         add()
     assert proxy.calls("registered-models/create") >= 3
 

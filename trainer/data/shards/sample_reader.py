@@ -7,13 +7,13 @@ import numpy as np
 
 from trainer.data.index import Index
 from trainer.data.shards.tar import Sample, encoded_image, read_sample
-from trainer.data.storage.store import Source
+from trainer.data.storage.store import RangeReader
 
 _REQUEST = 8 * 2**20  # bytes; most that is asked for at once, so that a long stretch comes in several requests side by side
 
 
 @dataclass(frozen=True)
-class Stretch:
+class SampleRange:
     """Neighbours in a shard: its samples ``first`` to ``end - 1``."""
 
     shard: int
@@ -21,7 +21,7 @@ class Stretch:
     end: int
 
 
-def stretches(numbers: np.ndarray, index: Index) -> Iterator[Stretch]:
+def coalesce(numbers: np.ndarray, index: Index) -> Iterator[SampleRange]:
     """Where the samples of these numbers stand, each once, as few long stretches as that takes."""
     wanted = np.unique(numbers)
     shard_of = np.searchsorted(index.starts, wanted, side="right") - 1
@@ -34,11 +34,11 @@ def stretches(numbers: np.ndarray, index: Index) -> Iterator[Stretch]:
                 cut = first + 1
                 while cut < end and offsets[cut + 1] - offsets[first] <= _REQUEST:
                     cut += 1
-                yield Stretch(int(number), first, cut)
+                yield SampleRange(int(number), first, cut)
                 first = cut
 
 
-def read_stretch(stretch: Stretch, index: Index, store: Source) -> dict[int, Sample]:
+def read_range(stretch: SampleRange, index: Index, store: RangeReader) -> dict[int, Sample]:
     """Its samples, by number. Raises ServiceLost where the store is lost, UserError where the bytes are not what was indexed."""
     shard, first = index.shards[stretch.shard], int(index.starts[stretch.shard])
     start = shard.offsets[stretch.first]
@@ -51,11 +51,11 @@ def read_stretch(stretch: Stretch, index: Index, store: Source) -> dict[int, Sam
     return samples
 
 
-def read_samples(numbers: np.ndarray, index: Index, store: Source) -> dict[int, Sample]:
-    """The samples of these numbers, by number, one request after another. Raises as ``read_stretch``."""
-    return {n: sample for stretch in stretches(numbers, index) for n, sample in read_stretch(stretch, index, store).items()}
+def read_samples(numbers: np.ndarray, index: Index, store: RangeReader) -> dict[int, Sample]:
+    """The samples of these numbers, by number, one request after another. Raises as ``read_range``."""
+    return {n: sample for stretch in coalesce(numbers, index) for n, sample in read_range(stretch, index, store).items()}
 
 
-def read_image(number: int, index: Index, store: Source) -> bytes:
+def read_image(number: int, index: Index, store: RangeReader) -> bytes:
     """The encoded image of one sample."""
     return bytes(encoded_image(read_samples(np.array([number]), index, store)[number]))

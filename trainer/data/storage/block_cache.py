@@ -25,7 +25,7 @@ class Damaged(Exception):
     """A block's bytes are not what was written."""
 
 
-class Blocks:
+class DiskBlockCache:
     """Blocks below ``folder``, ``max_bytes`` in all over everything that is in it; the least recently used ones go first.
 
     Every method raises OSError where the disk does.

@@ -9,8 +9,8 @@ from urllib.parse import quote
 import numpy as np
 
 from trainer.data.index import Index
-from trainer.data.storage.block_cache import Blocks, Damaged
-from trainer.data.storage.store import Source
+from trainer.data.storage.block_cache import Damaged, DiskBlockCache
+from trainer.data.storage.store import RangeReader
 from trainer.errors import UserError
 
 BLOCK_BYTES = 4 * 2**20
@@ -19,7 +19,7 @@ _FETCHED_AT_ONCE = 8  # blocks
 _LOG = logging.getLogger(__name__)
 
 
-def cached(store: Source, index: Index, folder: str | None, gigabytes: float) -> Source:
+def with_cache(store: RangeReader, index: Index, folder: str | None, gigabytes: float) -> RangeReader:
     """``store``, behind a cache of at most so many GiB where there is a ``folder`` for one."""
     if folder is None:
         return store
@@ -39,7 +39,7 @@ class Cache:
 
     def __init__(
         self,
-        store: Source,
+        store: RangeReader,
         folder: Path | str,
         max_bytes: int,
         digest: str,
@@ -50,7 +50,7 @@ class Cache:
         """Of what was asked for: read from the disk, and from the store."""
         self._store = store
         self._folder = Path(folder)
-        self._blocks = Blocks(self._folder, max_bytes)
+        self._blocks = DiskBlockCache(self._folder, max_bytes)
         self._digest = quote(digest.removeprefix("sha256:"), safe="")
         self._sizes = sizes
         self._block_bytes = block_bytes

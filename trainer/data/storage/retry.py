@@ -14,8 +14,8 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import ObjectStore
 
-from trainer.data.storage.store_errors import Interrupted, Kind, kind_of, panics_as_errors, reason, status_of
-from trainer.errors import ServiceLost, UserError
+from trainer.data.storage.store_errors import ErrorKind, Interrupted, kind_of, panics_as_errors, reason, status_of
+from trainer.errors import RetryableError, UserError
 
 CHUNK = 256 * 1024  # bytes that come at once; fewer than these are lost with a connection
 _SECONDS_BETWEEN_LINES = 5.0
@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How faults of the world are waited for. The defaults outlast a store that is away for a minute."""
 
     tries: int = 60
@@ -41,7 +41,7 @@ class Patience:
 
 
 @dataclass
-class Counts:
+class TransferStats:
     """What went over a store's connections. ``bytes``: of ranges. ``retries``: of everything."""
 
     bytes: int = 0
@@ -56,13 +56,13 @@ class Counts:
             self.retries += retries
 
 
-class Link:
+class StoreClient:
     """The connections to one store, made again with new credentials when the old ones are refused; its counts and its voice."""
 
-    def __init__(self, url: str, connect: Callable[[], tuple[ObjectStore, ObjectStore, str]], patience: Patience) -> None:
+    def __init__(self, url: str, connect: Callable[[], tuple[ObjectStore, ObjectStore, str]], patience: RetryPolicy) -> None:
         self.url = url
         self.patience = patience
-        self.counts = Counts()
+        self.counts = TransferStats()
         self.closed = threading.Event()
         self.met = False
         """Whether it ever answered: before that, an address is rather wrong than away."""
@@ -98,10 +98,10 @@ class Link:
         _LOG.warning("%s%s", text, more)
 
 
-class Endurance:
+class Retrier:
     """One piece of work through its failures: ``failed`` returns when it may be tried again, or raises."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: StoreClient) -> None:
         self._link = link
         self._refusals = 0
         self.generation = link.generation
@@ -121,12 +121,17 @@ class Endurance:
         link, patience = self._link, self._link.patience
         kind, why = kind_of(error), reason(error, link.address)
         link.met = link.met or status_of(error) is not None
-        hopeless = {Kind.MISSING: True, Kind.FINAL: True, Kind.REFUSED: not link.accepted, Kind.FOREIGN: not link.proven}
+        hopeless = {
+            ErrorKind.MISSING: True,
+            ErrorKind.FINAL: True,
+            ErrorKind.REFUSED: not link.accepted,
+            ErrorKind.FOREIGN: not link.proven,
+        }
         if hopeless.get(kind):
             raise UserError(f"{where}: {why}") from None
         now = time.monotonic()
         self._since = self._since or now
-        if kind is Kind.REFUSED:
+        if kind is ErrorKind.REFUSED:
             self._refusals += 1
             number, limit = self._refusals, patience.refusals
         else:
@@ -135,24 +140,24 @@ class Endurance:
         left = patience.seconds - (now - self._since)
         if number > limit or left <= 0:
             tries = "1 try" if number == 1 else f"{number} tries"
-            raise ServiceLost(f"{where}: {why}; given up after {tries} and {now - self._since:.0f} s") from None
+            raise RetryableError(f"{where}: {why}; given up after {tries} and {now - self._since:.0f} s") from None
         wait = min(left, random.uniform(0, min(patience.longest_wait, patience.first_wait * 2 ** (number - 1))))
-        again = "; the credentials are read again" if kind is Kind.REFUSED else ""
+        again = "; the credentials are read again" if kind is ErrorKind.REFUSED else ""
         link.tell(f"{where}: {why}{again}; try {number + 1} of {limit + 1} in {wait:.1f} s")
         if link.closed.wait(wait):
-            raise ServiceLost(f"{where}: {why}; the store was closed") from None
-        if kind is Kind.REFUSED:
+            raise RetryableError(f"{where}: {why}; the store was closed") from None
+        if kind is ErrorKind.REFUSED:
             link.renew(self.generation)
         self.generation = link.generation
 
 
-def read_piece(link: Link, name: str, start: int, into: memoryview, check: Callable[[str | None, int], None]) -> None:
+def read_piece(link: StoreClient, name: str, start: int, into: memoryview, check: Callable[[str | None, int], None]) -> None:
     """Fill ``into`` with an object's bytes from ``start`` on, each fetched once.
 
     ``check`` is given the object's ETag and size at every answer. Raises UserError, ServiceLost.
     """
     at, end = start, start + len(into)
-    endurance = Endurance(link)
+    endurance = Retrier(link)
     while at < end:
         first = at
         try:

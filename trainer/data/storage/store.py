@@ -18,24 +18,34 @@ from obstore.store import LocalStore, ObjectStore
 
 from trainer.data.storage.client import Connections, connector, folder_of
 from trainer.data.storage.location import is_remote, parse_storage_url
-from trainer.data.storage.retry import Counts, Endurance, Link, Patience, read_piece
+from trainer.data.storage.retry import Retrier, RetryPolicy, StoreClient, TransferStats, read_piece
 from trainer.data.storage.store_errors import (
     CHECK_ENDPOINT,
+    ErrorKind,
     Foreign,
     Interrupted,
-    Kind,
     kind_of,
     panics_as_errors,
     reason,
     status_of,
 )
-from trainer.errors import NeverAnswered, UserError
+from trainer.errors import ServiceUnreachable, UserError
 
-__all__ = ["Source", "Store", "Version", "is_remote", "not_json", "open_store", "parse_record", "parse_storage_url", "read_whole"]
+__all__ = [
+    "RangeReader",
+    "Store",
+    "Version",
+    "is_remote",
+    "not_json",
+    "open_store",
+    "parse_record",
+    "parse_storage_url",
+    "read_whole",
+]
 
 _PIECE = 8 * 2**20  # bytes of one request at most
 _REQUESTS = 8  # at once
-_PATIENCE = Patience()
+_PATIENCE = RetryPolicy()
 _NOT_FOUND = (NotFoundError, FileNotFoundError)
 
 A = TypeVar("A")
@@ -44,7 +54,7 @@ Version = dict[str, str]
 """ETag, and where the store counts them the version, of an object's content."""
 
 
-class Source(Protocol):
+class RangeReader(Protocol):
     """What byte ranges of shards are read from: a store, or a cache before one."""
 
     @property
@@ -53,7 +63,7 @@ class Source(Protocol):
     def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]: ...
 
 
-def read_whole(source: Source, name: str, size: int) -> Iterator[memoryview]:
+def read_whole(source: RangeReader, name: str, size: int) -> Iterator[memoryview]:
     """An object of ``size`` bytes from its beginning to its end, in pieces of at most 8 MiB. Raises as ``read_ranges``."""
     for start in range(0, size, _PIECE):
         yield from source.read_ranges(name, [start], [min(start + _PIECE, size)])
@@ -62,16 +72,16 @@ def read_whole(source: Source, name: str, size: int) -> Iterator[memoryview]:
 class Store:
     """The objects below one URL. Safe to use from several threads. ``counts`` grow with its use."""
 
-    def __init__(self, url: str, connect: Callable[[], Connections], patience: Patience = _PATIENCE) -> None:
+    def __init__(self, url: str, connect: Callable[[], Connections], patience: RetryPolicy = _PATIENCE) -> None:
         self.url = url.rstrip("/")
-        self._link = Link(self.url, connect, patience)
+        self._link = StoreClient(self.url, connect, patience)
         self._seen: dict[str, tuple[str | None, int]] = {}
         """ETag and size of each object that ranges were read from: they must stay."""
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> TransferStats:
         return self._link.counts
 
     def close(self) -> None:
@@ -81,7 +91,7 @@ class Store:
     def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:
         """The bytes ``[start, end)`` of an object, each pair. Those that touch or overlap are fetched as one, and no others.
 
-        Raises ServiceLost after the bounds of ``Patience``; UserError where there is no such object, where it ends before, and
+        Raises ServiceLost after the bounds of ``RetryPolicy``; UserError where there is no such object, where it ends before, and
         where it is another one than at the first read.
         """
         if isinstance(self._link.for_ranges, LocalStore):
@@ -129,7 +139,7 @@ class Store:
             )
 
     def _read_local(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:
-        endurance = Endurance(self._link)
+        endurance = Retrier(self._link)
         while True:
             try:
                 with panics_as_errors():
@@ -150,18 +160,18 @@ class Store:
 
         An address that never answered is the user's to look at: NeverAnswered, after object_store's own retries (20 s).
         """
-        endurance = Endurance(self._link)
+        endurance = Retrier(self._link)
         while True:
             try:
                 with panics_as_errors():
                     result = work(self._link.for_all_else)
             except (BaseError, OSError) as error:
                 kind = kind_of(error)
-                if kind is Kind.MISSING and missing is not None:
+                if kind is ErrorKind.MISSING and missing is not None:
                     self._link.succeeded()
                     return missing()
-                if kind is Kind.PASSING and status_of(error) is None and not self._link.met:
-                    raise NeverAnswered(f"{where}: {reason(error, self._link.address)}") from None
+                if kind is ErrorKind.PASSING and status_of(error) is None and not self._link.met:
+                    raise ServiceUnreachable(f"{where}: {reason(error, self._link.address)}") from None
                 endurance.failed(error, where)
             else:
                 self._link.succeeded()
@@ -185,18 +195,18 @@ class Store:
         if self._link.proven or isinstance(self._link.for_all_else, LocalStore):
             return
 
-        def ask(objects: ObjectStore) -> Kind:
+        def ask(objects: ObjectStore) -> ErrorKind:
             try:
                 obstore.get(objects, f".convoy-{uuid.uuid4().hex}")
             except (BaseError, OSError) as error:
-                if (kind := kind_of(error)) in (Kind.MISSING, Kind.REFUSED):
+                if (kind := kind_of(error)) in (ErrorKind.MISSING, ErrorKind.REFUSED):
                     return kind
                 raise
             raise Foreign("it has an object of every name")
 
         accepted = self._link.accepted
         kind = self._outlast(ask, self.url)
-        self._link.accepted = accepted or kind is Kind.MISSING
+        self._link.accepted = accepted or kind is ErrorKind.MISSING
         self._link.proven = True
 
     def size(self, name: str) -> int | None:
@@ -339,7 +349,7 @@ def not_json(content: bytes, where: str, advice: str = "remove it, or restore it
     return UserError(f"{where}: {what}; {advice}")
 
 
-def open_store(url: str, create: bool = False, patience: Patience = _PATIENCE) -> Store:
+def open_store(url: str, create: bool = False, patience: RetryPolicy = _PATIENCE) -> Store:
     """The store at ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path. ``create`` makes a missing folder.
 
     Raises UserError.

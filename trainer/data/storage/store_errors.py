@@ -17,7 +17,7 @@ from trainer.faults.disk_errors import disk_fault
 from trainer.secrets.redaction import redact_credentials
 
 
-class Kind(Enum):
+class ErrorKind(Enum):
     """What an error asks for."""
 
     PASSING = "wait and try again"
@@ -95,28 +95,28 @@ def _code_of(error: BaseException) -> str:
     return found[1] if found else ""
 
 
-def kind_of(error: BaseException) -> Kind:
+def kind_of(error: BaseException) -> ErrorKind:
     """What an error of obstore's or of a file system's asks for."""
     text, status, code = str(error), status_of(error), _code_of(error)
     if code in ("RequestTimeTooSkewed", "NoSuchBucket") or isinstance(error, ClientPanic):
-        return Kind.FINAL
+        return ErrorKind.FINAL
     if status is None and disk_fault(error):
-        return Kind.FINAL
+        return ErrorKind.FINAL
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403) or code in _REFUSALS:
-        return Kind.REFUSED
+        return ErrorKind.REFUSED
     if isinstance(error, Foreign) or any(mark in text for mark in (*_FOREIGN, "InvalidCertificate", "InvalidContentType")):
-        return Kind.FOREIGN
+        return ErrorKind.FOREIGN
     if status is not None and status < 500 and status not in _PASSING and _WEB_PAGE.search(text):
-        return Kind.FOREIGN
+        return ErrorKind.FOREIGN
     if isinstance(error, NotFoundError | FileNotFoundError):
-        return Kind.MISSING
+        return ErrorKind.MISSING
     if isinstance(error, InvalidPathError | NotSupportedError | PermissionError | IsADirectoryError | NotADirectoryError):
-        return Kind.FINAL
+        return ErrorKind.FINAL
     if "redirect" in text.split("\n")[0]:  # of a bucket in another region
-        return Kind.FINAL
+        return ErrorKind.FINAL
     if status is not None and 300 <= status < 500 and status not in _PASSING and code != "RequestTimeout":
-        return Kind.FINAL
-    return Kind.PASSING
+        return ErrorKind.FINAL
+    return ErrorKind.PASSING
 
 
 def reason(error: BaseException, address: str = "") -> str:
@@ -146,12 +146,12 @@ def reason(error: BaseException, address: str = "") -> str:
         return f"{store} does not speak TLS (https); check the scheme in AWS_ENDPOINT_URL"
     if "HTTP request to an HTTPS server" in text:
         return f"{store} speaks TLS; write https:// in AWS_ENDPOINT_URL"
-    if kind_of(error) is Kind.REFUSED or isinstance(error, PermissionError):
+    if kind_of(error) is ErrorKind.REFUSED or isinstance(error, PermissionError):
         return (
             "permission denied; check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and the bucket's policy "
             "(without the right to list, a missing object is denied too)"
         )
-    if kind_of(error) is Kind.FOREIGN:
+    if kind_of(error) is ErrorKind.FOREIGN:
         what = "a web page" if _WEB_PAGE.search(text) else _first_line(text).removeprefix("Generic S3 error: ")[:120]
         return f"{store} does not answer as an object store does ({what}); {CHECK_ENDPOINT}"
     if isinstance(error, NotFoundError | FileNotFoundError):

@@ -6,16 +6,16 @@ from trainer.config.schema import RunConfig
 from trainer.errors import UserError
 from trainer.training.batch_plan import BatchPlan
 
-BUCKET = 4 * 2**20
+BUCKET_NUMEL = 4 * 2**20
 """Numbers that DeepSpeed reduces or gathers at once, or one layer's where it has more. Its defaults of up to 1e9 take 2 GB for a
 bucket, and let ZeRO 3 keep every network here gathered."""
-KEPT = 100_000
+PARAM_PERSISTENCE_THRESHOLD = 100_000
 """ZeRO 3 does not partition weights of fewer numbers than this."""
 LOSS_SCALE_WINDOW = 1000
 """Steps without an overflow after which fp16's loss scale is doubled."""
 
 
-def check_engine(config: RunConfig) -> None:
+def validate_parallelism(config: RunConfig) -> None:
     """Refuse what cannot work, and what trains without an error and does not learn. Raises UserError with every fault."""
     stage, optimizer = config.parallel.zero_stage, config.optimizer.name
     faults = []
@@ -61,14 +61,14 @@ def _zero_settings(config: RunConfig) -> dict[str, Any]:
     """At stage 1 gradients are averaged in buffers of our own (``gradients.py``) but for pipelines, so DeepSpeed needs none."""
     settings: dict[str, Any] = {
         "stage": config.parallel.zero_stage,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
+        "reduce_bucket_size": BUCKET_NUMEL,
+        "allgather_bucket_size": BUCKET_NUMEL,
     }
     if config.parallel.zero_stage == 1 and config.parallel.pipeline_stages == 1:
         settings |= {"contiguous_gradients": False, "overlap_comm": False}
         clips = config.optimizer.clip_grad_norm is not None
         settings["compute_grad_norm"] = clips  # else ``grad_norm.py`` does, when it is logged
     if config.parallel.zero_stage == 3:
-        settings |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_reuse_distance": BUCKET}
-        settings["stage3_param_persistence_threshold"] = KEPT
+        settings |= {"stage3_prefetch_bucket_size": BUCKET_NUMEL, "stage3_max_reuse_distance": BUCKET_NUMEL}
+        settings["stage3_param_persistence_threshold"] = PARAM_PERSISTENCE_THRESHOLD
     return settings

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.engine.deepspeed.zero1_layout import Places, _places
+from trainer.engine.deepspeed.zero1_layout import ParamOffsets, param_offsets
 
 BUCKET_BYTES = 25 * 2**20
 FIRST_BUCKET_BYTES = 2**20
@@ -30,10 +30,10 @@ class _Bucket:
     missing: int = 0
 
 
-class Gradients:
+class GradReducer:
     """The gradients of one model on one rank. All ranks take part in each backward pass and in ``finish``."""
 
-    def __init__(self, module: nn.Module, buffers: Sequence[Tensor], places: Sequence[Places], ranks: int) -> None:
+    def __init__(self, module: nn.Module, buffers: Sequence[Tensor], places: Sequence[ParamOffsets], ranks: int) -> None:
         self.buffers, self._ranks = list(buffers), ranks
         self._views: dict[nn.Parameter, Tensor] = {}
         self._filled: set[int] = set()  # identities: hashing a tensor is a call of a Python function
@@ -46,7 +46,7 @@ class Gradients:
             for parameter, offset in offsets.items():
                 self._views[parameter] = buffer.as_strided(parameter.shape, parameter.stride(), offset)
                 parameter.register_post_accumulate_grad_hook(self._came)  # type: ignore[no-untyped-call]
-            self._buckets += _cut(buffer, offsets)
+            self._buckets += _build_buckets(buffer, offsets)
         number = {parameter: i for i, parameter in enumerate(module.parameters())}
         self._buckets.sort(key=lambda bucket: -min(number[p] for p in bucket.parameters))  # as backward passes fill them
         self._bucket_of = {id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters}
@@ -111,7 +111,7 @@ class Gradients:
         self._filled.clear()
 
 
-def _cut(buffer: Tensor, offsets: Places) -> list[_Bucket]:
+def _build_buckets(buffer: Tensor, offsets: ParamOffsets) -> list[_Bucket]:
     """Buckets of a buffer from its end, since a backward pass begins with the last layers."""
     buckets: list[_Bucket] = []
     stop, limit, parameters = buffer.numel(), FIRST_BUCKET_BYTES, []
@@ -125,23 +125,23 @@ def _cut(buffer: Tensor, offsets: Places) -> list[_Bucket]:
     return buckets
 
 
-def whole_gradients(module: nn.Module, ranks: int) -> Gradients:
+def make_grad_reducer(module: nn.Module, ranks: int) -> GradReducer:
     """For an optimizer that updates the module's own parameters (ZeRO 0)."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    places: Places = {}
+    places: ParamOffsets = {}
     size = 0
     for parameter in parameters:
         places[parameter] = size
         size += parameter.numel()
-    return Gradients(module, [parameters[0].new_zeros(size)], [places], ranks)
+    return GradReducer(module, [parameters[0].new_zeros(size)], [places], ranks)
 
 
-class PartitionedGradients(Gradients):
+class Zero1GradReducer(GradReducer):
     """For DeepSpeed's ZeRO 1, whose optimizer updates one flat piece of the weights a rank."""
 
     def __init__(self, module: nn.Module, optimizer: Any, ranks: int) -> None:
         self._optimizer = optimizer
-        places = _places(optimizer)
+        places = param_offsets(optimizer)
         super().__init__(module, [torch.zeros_like(flat) for flat in optimizer.bit16_groups_flat], places, ranks)
         self._rank = dist.get_rank()
 

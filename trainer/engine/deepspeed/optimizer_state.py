@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.engine.deepspeed.zero1_layout import gathered
+from trainer.engine.deepspeed.zero1_layout import all_gather_full_params
 
-SLOTS = {
+OPTIMIZER_STATE_KEYS = {
     "sgd": ("momentum_buffer",),
     "lars": ("momentum_buffer",),
     "adamw": ("exp_avg", "exp_avg_sq"),
@@ -45,14 +45,14 @@ class TrainingState:
     scaler: dict[str, float] = field(default_factory=dict)
 
 
-class MasterState:
+class Fp32State:
     """The masters and slots of one DeepSpeed engine. All ranks of its data-parallel group take part in every read."""
 
     def __init__(self, engine: Any, optimizer_name: str) -> None:
         self._wrapped = engine.optimizer
         self._inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
-        self.names = SLOTS[optimizer_name]
+        self.names = OPTIMIZER_STATE_KEYS[optimizer_name]
         unfused = zip(*(getattr(self._wrapped, f"{kind}_groups", []) for kind in ("fp16", "fp32")), strict=False)
         self._masters = {
             id(low): master
@@ -104,7 +104,7 @@ class MasterState:
 
     def _wholes(self, slot: str | None) -> dict[str, Tensor]:
         flat = hasattr(self._wrapped, "single_partition_of_fp32_groups")
-        known = gathered(self._wrapped, slot) if flat else {}
+        known = all_gather_full_params(self._wrapped, slot) if flat else {}
         return {name: known[p] if p in known else self._read(p, slot) for name, p in self._parameters.items()}
 
     def updates(self) -> int:

@@ -8,16 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Places = dict[nn.Parameter, int]
+ParamOffsets = dict[nn.Parameter, int]
 """Where in a flat buffer the gradient of each parameter begins, from front to back."""
 
 
-def _places(optimizer: Any) -> list[Places]:
+def param_offsets(optimizer: Any) -> list[ParamOffsets]:
     groups = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True)
     return [dict(zip(parameters, offsets, strict=True)) for parameters, offsets in groups]
 
 
-def arrange_partitioned_weights(optimizer: Any, channels_last: bool) -> None:
+def relayout_zero1_weights(optimizer: Any, channels_last: bool) -> None:
     """Let ZeRO 1 hold the weights as convolutions want them, and in fp32 once: its partition of them is its master copy."""
     single = optimizer.dtype == torch.float32
     if single:
@@ -26,7 +26,7 @@ def arrange_partitioned_weights(optimizer: Any, channels_last: bool) -> None:
         ):
             master.data = parts[dist.get_rank()]
         optimizer._link_all_hp_params()  # before they lie otherwise: it flattens each, which then is a copy, and keeps it
-    for flat, places in zip(optimizer.bit16_groups_flat, _places(optimizer), strict=True):
+    for flat, places in zip(optimizer.bit16_groups_flat, param_offsets(optimizer), strict=True):
         for parameter, offset in places.items():
             if channels_last and parameter.dim() == 4:
                 strides = torch.empty_like(parameter, device="meta", memory_format=torch.channels_last).stride()
@@ -39,13 +39,13 @@ def arrange_partitioned_weights(optimizer: Any, channels_last: bool) -> None:
     if dist.get_backend() == "gloo" or dist.get_world_size() == 1:
         from deepspeed.runtime.zero import stage_1_and_2
 
-        stage_1_and_2.all_gather_dp_groups = _share_out
-    for places in _places(optimizer):
+        stage_1_and_2.all_gather_dp_groups = _broadcast_partitions
+    for places in param_offsets(optimizer):
         for parameter in places:
-            parameter.set_full_hp_param = MethodType(_set_whole, parameter)  # type: ignore[attr-defined]
+            parameter.set_full_hp_param = MethodType(_set_full_param, parameter)  # type: ignore[attr-defined]
 
 
-def _share_out(
+def _broadcast_partitions(
     groups_flat: Sequence[Tensor], partitioned_param_groups: Sequence[Sequence[Tensor]], dp_process_group: Sequence[Any], **_: Any
 ) -> None:
     """What each rank updated goes to all: gloo's broadcasts in place take a third of the time of its all-gather. With one rank
@@ -60,20 +60,20 @@ def _share_out(
         handle.wait()
 
 
-def gathered(optimizer: Any, slot: str | None) -> dict[nn.Parameter, Tensor]:
+def all_gather_full_params(optimizer: Any, slot: str | None) -> dict[nn.Parameter, Tensor]:
     """What ZeRO 1 and 2 spread over the ranks, whole on each: the fp32 weights, or one ``slot`` of the update rule.
 
     A flat tensor is sent by each rank, where DeepSpeed's own call adds up one of mostly zeros for each weight.
     """
     wholes: dict[nn.Parameter, Tensor] = {}
     masters, groups = optimizer.single_partition_of_fp32_groups, optimizer.real_dp_process_group
-    for offsets, master, group in zip(_places(optimizer), masters, groups, strict=True):
+    for offsets, master, group in zip(param_offsets(optimizer), masters, groups, strict=True):
         part = (master if slot is None else optimizer.optimizer.state[master][slot]).detach()
         whole = part.new_empty(dist.get_world_size(group) * part.numel())
         if dist.get_backend(group) == "gloo":
             parts = whole.split(part.numel())
             parts[dist.get_rank(group)].copy_(part)
-            _share_out([whole], [parts], [group])
+            _broadcast_partitions([whole], [parts], [group])
         else:
             dist.all_gather_into_tensor(whole, part, group)
         wholes |= {
@@ -82,7 +82,7 @@ def gathered(optimizer: Any, slot: str | None) -> dict[nn.Parameter, Tensor]:
     return wholes
 
 
-def _set_whole(parameter: nn.Parameter, value: Tensor, optim_state_key: str | None = None) -> None:
+def _set_full_param(parameter: nn.Parameter, value: Tensor, optim_state_key: str | None = None) -> None:
     from deepspeed.utils import set_full_hp_param
 
     laid_out = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
