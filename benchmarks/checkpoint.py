@@ -23,26 +23,26 @@ from ranks import run_ranks
 from step import ROWS, engine_of
 
 from trainer.distributed import process_group
-from trainer.distributed.env import ranks_from_environment
+from trainer.distributed.env import DistEnv
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
 
 
 def rank_main(task: dict[str, Any]) -> None:
     """One rank."""
     torch.set_num_threads(1)
-    ranks = ranks_from_environment()
+    ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks)
     engine, step = engine_of(ROWS["64"], task["zero_stage"], device)
     for _ in range(3):
         step()
     pauses, plain, written = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        kept = CheckpointManager(folder, 2) if ranks.is_first else None
+        kept = CheckpointManager(folder, 2) if ranks.is_rank_zero else None
         for number in range(2 * task["rounds"]):
             dist.barrier()
             began = time.perf_counter()
             if number % 2:
-                state = engine.snapshot()
+                state = engine.training_state()
                 if kept is not None:
                     kept.save(Checkpoint(state, {}, {}, None))
                 pauses.append(time.perf_counter() - began)
@@ -52,7 +52,7 @@ def rank_main(task: dict[str, Any]) -> None:
             if kept is not None:
                 kept.wait()
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         result = {"pause_seconds": pauses, "plain_step_seconds": plain, "step_seconds": written, "bytes": size // 2}
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()

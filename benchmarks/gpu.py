@@ -33,7 +33,7 @@ from trainer.data.batch import Batch
 from trainer.data.index import open_index
 from trainer.data.loader import train_loader
 from trainer.distributed import process_group
-from trainer.distributed.env import ranks_from_environment
+from trainer.distributed.env import DistEnv
 from trainer.engine.engine import Engine
 from trainer.engine.input_transfer import pinned_array
 from trainer.models import build_model
@@ -211,13 +211,13 @@ def pipeline(name: str, workers: int, folder: Path, device: torch.device) -> dic
         step()
     without = images / seconds_of(step)[0]
     meter = MetricsMeter()
-    coming = meter.timed(batches())
+    coming = meter.time_batches(batches())
     first = _AHEAD * (config.data.prefetch_batches + 1)  # what is ready before the first step
     steps = index.samples // images - 2 * first  # and what is decoded before the last
     for _ in range(first):
         engine.step(coming, RATE)
     torch.cuda.synchronize()
-    started, meter.waited = time.perf_counter(), 0.0
+    started, meter.waited_seconds = time.perf_counter(), 0.0
     for _ in range(steps):
         engine.step(coming, RATE)
     torch.cuda.synchronize()
@@ -230,7 +230,7 @@ def pipeline(name: str, workers: int, folder: Path, device: torch.device) -> dic
         "row": name,
         "workers": workers,
         "images_per_second": images * steps / seconds,
-        "waiting_for_data": meter.waited / seconds,
+        "waiting_for_data": meter.waited_seconds / seconds,
         "same_batch_images_per_second": without,
         "loader_images_per_second": loaded / (time.perf_counter() - begun),
         "steps": steps,
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[os.cpu_count() or 1], help="of the pipeline")
     parser.add_argument("--profile", choices=ROWS, help="tell where the GPU's time goes in this row, instead")
     arguments = parser.parse_args()
-    ranks = ranks_from_environment()
+    ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks)
     if device.type != "cuda":
         process_group.cleanup()

@@ -30,7 +30,7 @@ from torch import nn
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
 from trainer.distributed import process_group
-from trainer.distributed.env import ranks_from_environment
+from trainer.distributed.env import DistEnv
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.dropout_rng import DropoutRNG
 from trainer.engine.engine import Engine
@@ -170,7 +170,7 @@ def plain_step(micro_size: int) -> Callable[[], None]:
 
 def rank_main(task: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    ranks = ranks_from_environment()
+    ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks)
     size = task["micro_size"]
     result: Any
@@ -181,7 +181,7 @@ def rank_main(task: dict[str, Any]) -> None:
         dist.all_gather_object(result, peak)
     else:
         result = timed(task["micro_batches"], size, task["rounds"], device)
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()
     process_group.cleanup()

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Allocate, Batch
 from trainer.distributed import process_group
-from trainer.distributed.env import ranks_from_environment
+from trainer.distributed.env import DistEnv
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.deepspeed.config import BUCKET_NUMEL, PARAM_PERSISTENCE_THRESHOLD
 from trainer.engine.engine import Engine
@@ -144,7 +144,7 @@ def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 def rank_main(task: dict[str, Any]) -> None:
     """One rank of a row, or of a measurement of memory."""
     torch.set_num_threads(1)
-    ranks = ranks_from_environment()
+    ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks)
     row = ROWS[task["row"]]
     if "memory_of" in task:
@@ -152,7 +152,7 @@ def rank_main(task: dict[str, Any]) -> None:
         result: Any = peak_of(makers.get(task["memory_of"], lambda: engine_of(row, task["memory_of"], device)[1]))
     else:
         result = timed({"loop": loop_step(row)} | {f"{n}": engine_of(row, n, device)[1] for n in (0, 1)}, task["rounds"])
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()
     process_group.cleanup()

@@ -6,29 +6,25 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from trainer.config.preflight import check_result_fits, check_run
 from trainer.config.run_plan import RunPlan, build_run_plan, tracking_uri
-from trainer.data.batch import Allocate
 from trainer.data.decode.decoder import decoder_in_use
 from trainer.data.index import check_digests
-from trainer.data.loader import eval_loader, prefetch_hint, train_loader
-from trainer.data.storage.cache import with_cache
+from trainer.data.loader import prefetch_hint
 from trainer.distributed import process_group
 from trainer.distributed.collectives import broadcast_from_rank0
-from trainer.distributed.env import DistEnv, ranks_from_environment
+from trainer.distributed.env import DistEnv
 from trainer.distributed.process_group import describe_gpu
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.deepspeed.optimizer_state import TrainingState
 from trainer.engine.engine import Engine
-from trainer.engine.input_transfer import pinned_array
 from trainer.engine.partition import assign_layers, layer_costs, validate_stage_boundaries
 from trainer.engine.pipeline_parallel import PipelineParallel
 from trainer.errors import EXIT_PREEMPTED, CollectiveUserError, Preempted, UserError, report
@@ -48,10 +44,9 @@ from trainer.tracking import SystemMetrics, Tracker
 from trainer.tracking.run_record import SampleKeyLogger, finalize_run, start_tracking
 from trainer.tracking.run_status import UnfinishedRun
 from trainer.training.checkpoint import Checkpoint, resume_or_start
-from trainer.training.lr_schedule import learning_rate_schedule
 from trainer.training.metrics import TrainState
 from trainer.training.preemption import PreemptionSignal
-from trainer.training.trainer import Job, fit
+from trainer.training.trainer import Trainer
 from trainer.training.watchdog import Watchdog
 from trainer.weights.pretrained import load_weights
 
@@ -72,20 +67,20 @@ def _run(arguments: list[str]) -> int:
     ranks = DistEnv(0, 1, 0)
     try:
         _follow_launcher()
-        ranks = ranks_from_environment()
+        ranks = DistEnv.from_env()
         if ranks.world_size == 1 and not _has_launcher():
             become_only_rank()
         if not arguments or arguments[0].startswith("-"):
             raise UserError("usage: python -m trainer RECIPE [key=value ...]")
         procs = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         check_gpus(torch.cuda.device_count(), procs)
-        check_storage = ranks.is_first and not _has_launcher()
+        check_storage = ranks.is_rank_zero and not _has_launcher()
         run = build_run_plan(arguments[0], take_credentials(arguments[1:]), ranks.world_size, check_storage)
-        notes = check_run(run, procs) if ranks.is_first else []
+        notes = check_run(run, procs) if ranks.is_rank_zero else []
         network = build_network(run)
     except (Exception, Preempted) as error:
         # every rank finds the same
-        return report(classify_fault(error, describe_place()), "convoy", quiet=not ranks.is_first)
+        return report(classify_fault(error, describe_place()), "convoy", quiet=not ranks.is_rank_zero)
     try:
         if run.config.data.check == "sha256":
             check_bytes(run, ranks)
@@ -95,7 +90,7 @@ def _run(arguments: list[str]) -> int:
         if _STOP.received is not None and isinstance(found, Preempted | LostPeer):
             found = Preempted(_STOP.received)  # a peer that got the signal before it could agree on a step is no fault
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
-        return report(found, program, quiet=isinstance(found, CollectiveUserError) and not ranks.is_first)
+        return report(found, program, quiet=isinstance(found, CollectiveUserError) and not ranks.is_rank_zero)
     finally:
         process_group.cleanup()  # its threads would abort a process that ends around them
     return 0
@@ -120,7 +115,7 @@ def _has_launcher() -> bool:
 
 
 def _follow_launcher() -> None:
-    """Stop if the launcher, or torchrun, ends without ending this rank: it was killed. Raises Terminated if it is gone already."""
+    """Stop if the launcher, or torchrun, ends without ending this rank: it was killed. Raises Preempted if it is gone already."""
     launcher = int(os.environ.get(LAUNCHER_PID) or os.getppid())
     if _has_launcher() and os.getppid() != launcher:
         raise Preempted
@@ -201,22 +196,22 @@ def _train(
     )
     if found is not None:
         network.model.load_state_dict(found.state.model)
-    whole = copy.deepcopy(network.model).to(device)
+    eval_model = copy.deepcopy(network.model).to(device)
     if config.train.channels_last:
-        whole = whole.to(memory_format=torch.channels_last)
+        eval_model = eval_model.to(memory_format=torch.channels_last)
     engine = build_engine(run, network, device)
     if found is not None:
         engine.restore(found.state)
-    stop = PreemptionSignal()
-    _STOP.defer(stop.tell)  # from here on there is something to save, and an MLflow run to end
-    unfinished = UnfinishedRun(ranks.is_first)
+    preemption = PreemptionSignal()
+    _STOP.defer(preemption.receive)  # from here on there is something to save, and an MLflow run to end
+    unfinished = UnfinishedRun(ranks.is_rank_zero)
     started: list[tuple[Tracker, SystemMetrics | None]] = []
     broadcast_from_rank0(
         lambda: started.append(start_tracking(run, recipe, ranks, found, locks.check_output))
     )  # all end if it is refused
-    tracker, system = started[0] if ranks.is_first else start_tracking(run, recipe, ranks, found)
+    tracker, system = started[0] if ranks.is_rank_zero else start_tracking(run, recipe, ranks, found)
     unfinished.note(tracker.run_id)
-    progress = TrainingProgress(run.stop_step, quiet=not ranks.is_first)
+    progress = TrainingProgress(run.stop_step, quiet=not ranks.is_rank_zero)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
     room = prefetch_hint(config, run.train, run.batch.ranks)
     for note in (_headline(run, tracker), *network.notes, decoder, *([room] if room else []), *checked, *notes):
@@ -224,26 +219,39 @@ def _train(
 
     def save(state: TrainingState, figures: dict[str, Any]) -> None:
         if checkpoints is not None:
-            check_result_fits(run, whole, checkpoints.failures_in_a_row)
+            check_result_fits(run, eval_model, checkpoints.failures_in_a_row)
             checkpoints.save(Checkpoint(state, course, figures, tracker.run_id, tracker.run_key))
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
     keys = SampleKeyLogger(config.output_dir / "samples", run, ranks.rank) if config.data.log_keys else None
 
-    def alive() -> None:
+    def heartbeat() -> None:
         locks.check()
-        watchdog.alive()
+        watchdog.heartbeat()
         unfinished.note(tracker.run_id)
 
-    job = make_job(run, ranks, device, whole, save, stop, alive, keys.write if keys else None)
     status, result = "FAILED", TrainState(**found.result) if found else TrainState()
+    trainer = Trainer(
+        run,
+        ranks,
+        device,
+        engine,
+        eval_model,
+        result,
+        tracker,
+        progress,
+        preemption,
+        save,
+        heartbeat,
+        on_samples_consumed=keys.write if keys else None,
+    )
     try:
         if kept.resume == "never":
             broadcast_from_rank0(lambda: checkpoints.clear() if checkpoints is not None else None)
-        fit(job, engine, tracker, progress, result)
-        if ranks.is_first:
+        trainer.fit()
+        if ranks.is_rank_zero:
             locks.check()
-            save_model(config.output_dir, whole, network.facts)
+            save_model(config.output_dir, eval_model, network.facts)
             status = "FINISHED"
     except BaseException:
         status = "FAILED" if _STOP.received is None and not isinstance(sys.exception(), Preempted) else "KILLED"
@@ -263,7 +271,7 @@ def _train(
         unfinished.clear()
         process_group.cleanup()
     _STOP.resume()
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         locks.check()
         finalize_run(run, result, tracker, checkpoints.failures if checkpoints else 0)
 
@@ -273,51 +281,6 @@ def build_engine(run: RunPlan, network: Network, device: torch.device) -> Engine
     if run.config.parallel.pipeline_stages > 1:
         return PipelineParallel(network.model, run.config, run.batch, device, network.parts)
     return DataParallel(network.model, run.config, run.batch, device)
-
-
-def make_job(
-    run: RunPlan,
-    ranks: DistEnv,
-    device: torch.device,
-    whole: nn.Module,
-    save: Callable[[TrainingState, dict[str, Any]], None],
-    stop: PreemptionSignal,
-    alive: Callable[[], None] = lambda: None,
-    took: Callable[[int, list[str]], None] | None = None,
-) -> Job:
-    """What the loop is to do on this rank."""
-    config, val, data = run.config, run.val, run.config.data
-    world, rank = ranks.world_size, ranks.rank
-    train_source = with_cache(run.train_store, run.train, data.cache_dir, data.cache_gb)
-    val_source = with_cache(run.val_store, val, data.cache_dir, data.cache_gb) if val and run.val_store else None
-    copies, steps = run.batch.ranks, run.batch.accumulation_steps
-    skips = data.bad_samples == "skip"
-    labels_only = rank >= copies and not skips  # a pipeline's last stage; it must know which samples are bad
-    allocate: Allocate = pinned_array if device.type == "cuda" else np.empty
-    return Job(
-        batch=run.batch,
-        steps_per_epoch=run.steps_per_epoch,
-        stop_step=run.stop_step,
-        log_every_steps=config.train.log_every_steps,
-        max_skipped_steps=config.train.max_skipped_steps,
-        learning_rate=learning_rate_schedule(
-            config.schedule, config.optimizer, run.batch.global_size, run.steps_per_epoch, run.total_steps
-        ),
-        train_batches=lambda epoch, start: train_loader(
-            config, run.train, train_source, epoch, copies, rank % copies, steps, start, labels_only, allocate
-        ),
-        eval_batches=(lambda: eval_loader(config, val, val_source, world, rank, allocate)) if val and val_source else None,
-        mean=data.mean,
-        std=data.std,
-        device=device,
-        model=whole,
-        save_every_steps=config.checkpoint.every_steps,
-        save=save,
-        stop=stop,
-        alive=alive,
-        max_bad_samples=data.max_bad_samples if skips else None,
-        took=took,
-    )
 
 
 def _headline(run: RunPlan, tracker: Tracker) -> str:

@@ -19,10 +19,11 @@ EXIT_RETRY = 144  # >= 128: the training-operator's ``ExitCode`` policy recreate
 class UserError(ValueError):
     """The user's mistake: shown as its message alone, exit code 2, never retried.
 
-    Several faults found at once stand one a line. ``told``: another rank says it.
+    Several errors that were found at once are printed one per line. ``reported_elsewhere``: another
+    rank prints it.
     """
 
-    told = False
+    reported_elsewhere = False
 
     def __init__(self, *faults: str) -> None:
         super().__init__("\n".join(faults))
@@ -44,7 +45,7 @@ class Diverged(CollectiveUserError):
 class RetryableError(RuntimeError):
     """A peer, the object store or the network was lost after bounded retries: exit code 144, a retry may succeed."""
 
-    told = False
+    reported_elsewhere = False
 
 
 class Preempted(BaseException):
@@ -70,7 +71,7 @@ def report(error: BaseException, program: str, quiet: bool = False) -> int:
     if isinstance(error, OSError) and (why := disk_fault(error)):
         error = UserError(f"{error.filename}: {why}" if error.filename else f"a file: {why}")
     if isinstance(error, UserError | RetryableError):
-        if not quiet and not error.told:
+        if not quiet and not error.reported_elsewhere:
             text = redact(str(error))
             for line in text.splitlines():
                 print(f"{program}: {line}", file=sys.stderr, flush=True)

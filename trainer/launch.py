@@ -81,7 +81,7 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
         if pod is not None or config.data.wait_minutes:
             wait_for_data(config)
         # one listing of the store a job: where the first rank is
-        checks = pod is None or pod.is_first
+        checks = pod is None or pod.is_rank_zero
         run = build_run_plan(recipe, overrides, pod.world_size if pod else procs, check_storage=checks)
         if checks:
             check_outputs(run)  # rank 0 checks what needs torch
@@ -111,7 +111,7 @@ def _run_id_file(config: RunConfig, signals: StopSignals) -> Iterator[Path]:
 
 
 def _launch_pod(pod: PodEnv, config: RunConfig, arguments: list[str], signals: StopSignals) -> int:
-    if pod.is_first and config.checkpoint.url:
+    if pod.is_rank_zero and config.checkpoint.url:
         check_restart_budget(config.checkpoint.url, config.checkpoint.max_starts)
     wait_for_host(pod)
     print(f"rendezvous of {pod.nodes} pods at {pod.host}:{pod.port}", flush=True)
@@ -132,7 +132,7 @@ def _launch_pod(pod: PodEnv, config: RunConfig, arguments: list[str], signals: S
 def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> int:
     """Run this pod's ranks under torch's elastic agent; one that ends badly ends the others. Returns the exit code of the run.
 
-    Raises ServiceLost if the agents lose each other, UserError if there are fewer GPUs than ranks.
+    Raises RetryableError if the agents lose each other, UserError if there are fewer GPUs than ranks.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // pod.procs)))
     import torch

@@ -210,7 +210,7 @@ class JobClient:
 
 @contextmanager
 def _translate_api_errors(what: str) -> Iterator[None]:
-    """Whatever the API server or the way there refuses, as one line. Raises UserError, or ServiceLost where that
+    """Whatever the API server or the way there refuses, as one line. Raises UserError, or RetryableError where that
     may pass."""
     try:
         yield

@@ -123,7 +123,7 @@ class SyncReport:
         ]
 
     def raise_if_incomplete(self, needed_key: str | None = None) -> None:
-        """Raises UserError, or ServiceLost if a retry may succeed, unless everything was accepted.
+        """Raises UserError, or RetryableError if a retry may succeed, unless everything was accepted.
 
         ``needed_key``: of the only run that matters.
         """

@@ -28,7 +28,7 @@ from trainer.data.sampler import micro_batch_slots, mix_generator
 from trainer.data.transforms.mixup import Mix, draw_mix
 from trainer.distributed import process_group
 from trainer.distributed.collectives import all_reduce_mean
-from trainer.distributed.env import ranks_from_environment
+from trainer.distributed.env import DistEnv
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.deepspeed import config as deepspeed_config
 from trainer.engine.engine import Engine
@@ -133,11 +133,17 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
         skipped += [step] if outcome.skipped else []
         norms[step] = engine.grad_norm()
         if cell.get("save") and step + 1 == STEPS // 2:
-            state = engine.snapshot()
+            state = engine.training_state()
             if checkpoints:
                 checkpoints.save(Checkpoint(state, {}, {"skipped": skipped}, None))
                 checkpoints.wait()
-    return {"losses": losses, "state": engine.state(), "averages": engine.averaged_state(), "skipped": skipped, "norms": norms}
+    return {
+        "losses": losses,
+        "state": engine.full_state_dict(),
+        "averages": engine.ema_state_dict(),
+        "skipped": skipped,
+        "norms": norms,
+    }
 
 
 def with_plain_torch(
@@ -172,7 +178,7 @@ def norms_apart(got: dict[int, float | None], want: dict[int, float | None], ste
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     cells = sorted(json.loads(path.read_text()), key=lambda cell: cell["stages"])  # a pipeline leaves its grid in DeepSpeed
-    ranks = ranks_from_environment()
+    ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks, fp16=True)
     # TF32, and convolutions by transforms, round more than these tests allow
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, False, True
@@ -188,7 +194,7 @@ def main(path: Path) -> None:
         standing = standing or set(distributed_c10d._world.pg_map)  # DeepSpeed keeps the first ones for good
         for group in set(distributed_c10d._world.pg_map) - standing:  # a pipeline makes its own, each with a thread that polls
             torch.distributed.destroy_process_group(group)
-        if ranks.is_first:
+        if ranks.is_rank_zero:
             micro_batches = GLOBAL // cell["micro"]
             together = batch.ranks if config.train.sync_batch_norm else 1
             skipped = got["skipped"]
@@ -212,7 +218,7 @@ def main(path: Path) -> None:
                 "losses": list(got["losses"].values()),
             }
             results.append(cell | figures)
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         path.with_suffix(".out").write_text(json.dumps(results))
     process_group.cleanup()
 

@@ -12,7 +12,7 @@ from distances import distance
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
 from trainer.distributed import process_group
-from trainer.distributed.env import ranks_from_environment
+from trainer.distributed.env import DistEnv
 from trainer.engine.data_parallel import DataParallel
 from trainer.engine.deepspeed.optimizer_state import Fp32State
 from trainer.models import build_model
@@ -76,7 +76,7 @@ def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> 
         engine.step((Batch(pixels[step, i], labels[step, i], np.ones(MICRO, np.float32), float(GLOBAL), []) for i in parts), RATE)
     module = engine._engine.module
     convolutions = [p for p in module.parameters() if p.dim() == 4]
-    got, norm = engine.state(), engine.grad_norm()
+    got, norm = engine.full_state_dict(), engine.grad_norm()
     want, want_norm = plain(config)
     return {
         "stage": stage,
@@ -92,11 +92,11 @@ def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> 
 
 def main(file: Path) -> None:
     torch.set_num_threads(1)
-    ranks = ranks_from_environment()
+    ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks, fp16=True)
     ways = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (1, "fp16")]
     results = [with_engine(stage, precision, device, ranks.rank) for stage, precision in ways]
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         file.write_text(json.dumps(results))
     process_group.cleanup()
 

@@ -88,17 +88,17 @@ def test_replayed_layers_compute_the_gradients_and_statistics_of_torch(
         plain.zero_grad()
         graphed.zero_grad()  # as the engine does
         for each in (plain, graphed):
-            each._draws.begin(step)
+            each._dropout_rng.begin(step)
         for micro_batch in range(2):
             seed = 2 * step + micro_batch
             images = _images(seed, 4, size)
             expected = _loss(plain(images), seed)
             expected.backward()
             loss = _loss(graphed(images), seed)
-            gradients.expect(micro_batch == 1)
+            gradients.prepare_for_backward(micro_batch == 1)
             loss.backward()
             assert torch.equal(loss, expected)
-        gradients.finish()
+        gradients.finalize_backward()
         found = dict(graphed.named_parameters())
         for parameter_name, parameter in plain.named_parameters():
             torch.testing.assert_close(found[parameter_name].grad, parameter.grad)
@@ -117,9 +117,9 @@ def test_each_shape_is_recorded_and_a_fifth_runs_eagerly(monkeypatch: pytest.Mon
         before = RunsAgain.replays
         graphed.zero_grad()
         loss = _loss(graphed(_images(count, count, 16)), 0)
-        gradients.expect(True)
+        gradients.prepare_for_backward(True)
         loss.backward()
-        gradients.finish()
+        gradients.finalize_backward()
         _loss(plain(_images(count, count, 16)), 0).backward()
         torch.testing.assert_close(graphed.head.weight.grad, plain.head.weight.grad)
         replays.append(RunsAgain.replays - before)
@@ -137,9 +137,9 @@ def test_layers_that_cannot_be_captured_run_eagerly_and_the_reason_is_logged(
         images = _images(seed, 4, 16)
         _loss(plain(images), seed).backward()
         loss = _loss(graphed(images), seed)
-        gradients.expect(True)
+        gradients.prepare_for_backward(True)
         loss.backward()
-        gradients.finish()
+        gradients.finalize_backward()
         for found, expected in zip(graphed.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(found.grad, expected.grad)
     for found, expected in zip(graphed.buffers(), plain.buffers(), strict=True):

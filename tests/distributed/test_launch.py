@@ -145,7 +145,7 @@ def test_nodes_without_a_rendezvous_are_refused_before_anything_is_written(digit
 
 def test_evaluation_ends_when_a_rank_was_told_to_stop() -> None:
     class Stop:
-        told = True
+        received = True
 
     dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     try:

@@ -295,7 +295,7 @@ def test_a_part_of_a_living_process_stays_and_of_a_dead_one_goes(shards: Path, t
     folder.mkdir()
     (folder / "a.tar.000000.convoy-part").write_bytes(b"left behind")
     held = block_cache.DiskBlockCache(tmp_path, 2**30)
-    with held.claimed([f"{folder.name}/b.tar.000000"]):
+    with held.acquire([f"{folder.name}/b.tar.000000"]):
         cached(shards, tmp_path)
         assert [path.name for path in folder.iterdir()] == ["b.tar.000000.convoy-part"]
     assert not list(folder.glob("*.convoy-part"))
@@ -304,7 +304,7 @@ def test_a_part_of_a_living_process_stays_and_of_a_dead_one_goes(shards: Path, t
 def test_a_writer_that_stands_still_blocks_nobody(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_cache, "_LOCK_SECONDS", 0.2)
     cache, store = cached(shards, tmp_path)
-    with block_cache.DiskBlockCache(tmp_path, 2**30).claimed(["5" * 64 + "/a.tar.000000"]):
+    with block_cache.DiskBlockCache(tmp_path, 2**30).acquire(["5" * 64 + "/a.tar.000000"]):
         check(cache, "a.tar", [(10, 20), (BLOCK, BLOCK + 5)])
         assert store.counts.bytes == 10 + BLOCK, "of the block that is held, what was asked for and no more"
     check(cache, "a.tar", [(10, 20)])

@@ -55,7 +55,7 @@ def test_the_newest_comes_back_bit_for_bit(url: str) -> None:
     written.state.model["conv.weight"].zero_()  # training goes on: what was to be kept was copied
     checkpoints.wait()
     notes: list[str] = []
-    found = CheckpointManager(url, 9).newest(COURSE, notes.append)
+    found = CheckpointManager(url, 9).load_latest(COURSE, notes.append)
     assert found is not None
     assert (found.state.step, found.state.updates, found.state.scaler) == (20, 7, {"cur_scale": 1024.0})
     assert (found.result, found.run_id, notes) == (written.result, "run", [])
@@ -88,7 +88,7 @@ def test_a_torn_or_changed_one_is_passed_over_and_told(url: str, file: str, dama
     else:
         store.delete([name])
     notes: list[str] = []
-    found = CheckpointManager(url, 9).newest(COURSE, notes.append)
+    found = CheckpointManager(url, 9).load_latest(COURSE, notes.append)
     assert found is not None
     assert found.state.step == 10
     if damage == "gone" and file == "checkpoint.json":
@@ -100,7 +100,7 @@ def test_a_torn_or_changed_one_is_passed_over_and_told(url: str, file: str, dama
 
 
 def test_none_is_none(url: str) -> None:
-    assert CheckpointManager(url, 3).newest(COURSE, print) is None
+    assert CheckpointManager(url, 3).load_latest(COURSE, print) is None
 
 
 def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
     assert _steps(tmp_path) == [6, 7, 8], "of two that are equally good the newer"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000006", "step-000000007", "step-000000008"]
     again = CheckpointManager(str(tmp_path), 1)  # another process knows the best too
-    again.newest(COURSE, print)
+    again.load_latest(COURSE, print)
     again.save(_checkpoint(9, 0.2))
     again.wait()
     assert _steps(tmp_path) == [6, 9]
@@ -130,7 +130,7 @@ def test_one_of_another_recipe_is_refused(tmp_path: Path) -> None:
     _saved(str(tmp_path), 10)
     other = COURSE | {"optimizer.base_lr": 0.2, "model.name": "vgg11"}
     with pytest.raises(UserError) as refused:
-        CheckpointManager(str(tmp_path), 3).newest(other, print)
+        CheckpointManager(str(tmp_path), 3).load_latest(other, print)
     told = str(refused.value)
     assert "step-000000010 is of another recipe: model.name is 'resnet8' there and 'vgg11' here" in told
     assert "optimizer.base_lr is 0.1 there and 0.2 here" in told
@@ -141,7 +141,7 @@ def test_beginning_anew_removes_those_that_stand(url: str) -> None:
     _saved(url, 10, 20)
     checkpoints = CheckpointManager(url, 3)
     checkpoints.clear()
-    assert CheckpointManager(url, 3).newest(COURSE, print) is None
+    assert CheckpointManager(url, 3).load_latest(COURSE, print) is None
 
 
 FULL = """

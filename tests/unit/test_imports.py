@@ -89,7 +89,7 @@ def test_a_rank_that_tracks_nothing_does_not_load_mlflow() -> None:
     """DeepSpeed would, where it is installed. It can be loaded afterwards."""
     code = (
         "import sys; from trainer.distributed import env, process_group as group;"
-        "group.join(env.ranks_from_environment()); group.leave();"
+        "group.join(env.DistEnv.from_env()); group.leave();"
         "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules and 'pandas' not in sys.modules; import mlflow"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -179,7 +179,8 @@ def test_nothing_changes_without_a_proxy() -> None:
 
 
 def _signalled(code: str) -> subprocess.CompletedProcess:
-    program = "import os, signal, sys, time\nfrom trainer.process.stop_signals import StopSignals\nfrom trainer.errors import Terminated\n"
+    program = "import os, signal, sys, time\nfrom trainer.process.stop_signals import StopSignals\n"
+    program += "from trainer.errors import Preempted\n"
     return subprocess.run([sys.executable, "-c", program + code], capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -195,7 +196,7 @@ os.kill(os.getpid(), signal.SIGINT)
 assert signals.received == 15 and not signals.forced, 'two signals at once, as timeout sends them, do not force'
 try:
     signals.resume()
-except Terminated as error:
+except Preempted as error:
     sys.exit(128 + error.number)
 """)
     assert (done.returncode, done.stderr) == (143, "")

@@ -16,7 +16,7 @@ export = importlib.import_module(sys.argv[2] + ".export")
 from pathlib import Path
 import numpy as np, io
 from PIL import Image
-facts = export.ModelFacts("resnet8", {"width": 4}, ["a", "b"], 2, 16, 1.0, [0.5] * 3, [0.5] * 3, True)
+facts = export.ModelMetadata("resnet8", {"width": 4}, ["a", "b"], 2, 16, 1.0, [0.5] * 3, [0.5] * 3, True)
 export.save_model(Path("."), facts.build(), facts)
 buffer = io.BytesIO(); Image.new("RGB", (20, 20)).save(buffer, "JPEG")
 assert export.Predictor(Path("model.safetensors"), Path("model.json")).predict([buffer.getvalue()]).shape == (1, 2)

@@ -55,7 +55,7 @@ class _Need:
 def check_run(run: RunPlan, local_ranks: int) -> list[str]:
     """Find everything that would end the run later; returns notes for the user, one line each.
 
-    ``local_ranks``: ranks on this machine. Leaves nothing behind. Raises UserError, and ServiceLost
+    ``local_ranks``: ranks on this machine. Leaves nothing behind. Raises UserError, and RetryableError
     where the object store of the checkpoints was reached and is lost.
     """
     check_outputs(run)

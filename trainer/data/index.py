@@ -219,7 +219,7 @@ def check_shards(index: Index, store: Store) -> None:
 def check_digests(index: Index, store: Store, numbers: Iterable[int]) -> None:
     """Read the shards of these numbers once, several at a time, and compare sizes and SHA-256 with the index.
 
-    Holds ``_AT_ONCE`` pieces. Raises UserError with a line for each that differs (ten at most), ServiceLost.
+    Holds ``_AT_ONCE`` pieces. Raises UserError with a line for each that differs (ten at most), RetryableError.
     """
 
     def fault_of(number: int) -> str | None:

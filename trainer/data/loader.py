@@ -1,6 +1,6 @@
 """Batches for one rank, as a visible list of stages that webdataset's pipeline composes (``stages``)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -47,7 +47,7 @@ def train_loader(
     start_step: int = 0,
     labels_only: bool = False,
     allocate: Allocate = np.empty,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One epoch's micro-batches of one rank from its step ``start_step`` on, ``accumulation_steps`` a step. What comes before
     is not read. ``labels_only``: pixels are not decoded (a pipeline's last stage). ``allocate`` makes the arrays for pixels."""
     data, augment, global_size = config.data, config.augment, config.batch.global_size
@@ -174,7 +174,7 @@ def _run(
     store: RangeReader,
     view: Transform | None,
     allocate: Allocate,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     data = config.data
     decoder = Collator(view, len(index.classes), data.bad_samples == "skip", _grey(config), allocate)
     with ExitStack() as stack:

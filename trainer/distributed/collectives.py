@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def broadcast_from_rank0(work: Callable[[], T]) -> T:
-    """What ``work`` gives on the first rank, or its UserError or ServiceLost, on every rank; told by the first alone."""
+    """What ``work`` gives on the first rank, or its UserError or RetryableError, on every rank; told by the first alone."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -22,7 +22,7 @@ def broadcast_from_rank0(work: Callable[[], T]) -> T:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        outcome[1].told = dist.get_rank() > 0
+        outcome[1].reported_elsewhere = dist.get_rank() > 0
         raise outcome[1]
     result: T = outcome[0]
     return result

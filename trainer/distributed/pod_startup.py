@@ -41,7 +41,7 @@ class PodEnv:
         return self.nodes * self.procs
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return socket.gethostname() == self.host
 
 
@@ -94,7 +94,7 @@ def _wait_for_index(url: str, minutes: float) -> None:
 
 
 def wait_for_host(pod: PodEnv) -> None:
-    """Until the first pod can be reached, where this is another one. Raises ServiceLost."""
+    """Until the first pod can be reached, where this is another one. Raises RetryableError."""
     started = time.monotonic()
 
     def there() -> str | None:
@@ -106,7 +106,7 @@ def wait_for_host(pod: PodEnv) -> None:
             return f"rendezvous at {pod.host}:{pod.port}: {error.strerror or error}"
         return None
 
-    if not pod.is_first:
+    if not pod.is_rank_zero:
         _wait(there)
 
 
@@ -115,7 +115,7 @@ def wait_for_rank0_exit(pod: PodEnv) -> None:
 
     The operator calls a job done when any of its pods is, and then deletes those that still run: the first one's log is to stay.
     """
-    if pod.is_first:
+    if pod.is_rank_zero:
         return
     give_up = time.monotonic() + _LAST_SECONDS
     with suppress(OSError):  # it is gone

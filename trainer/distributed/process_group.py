@@ -59,10 +59,10 @@ def _local_store(ranks: DistEnv) -> Any:
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         ranks.world_size,
-        ranks.is_first,
+        ranks.is_rank_zero,
         timeout=_COLLECTIVE_TIMEOUT,
         wait_for_workers=False,
-        master_listen_fd=int(given) if ranks.is_first else None,
+        master_listen_fd=int(given) if ranks.is_rank_zero else None,
     )
 
 

@@ -85,7 +85,7 @@ class _Graph:
     """
 
     def __init__(self, layers: Sequence[nn.Module], run: RunLayers, gradients: GradReducer) -> None:
-        self._segment, self._gradients = _Segment(layers, run), gradients
+        self._segment, self._grad_reducer = _Segment(layers, run), gradients
         trained = {n: p for n, p in self._segment.named_parameters() if p.requires_grad}
         self._parameters = list(trained.values())
         self._aliases = {n: p.detach().requires_grad_() for n, p in trained.items()}
@@ -111,7 +111,7 @@ class _Graph:
             self.gradient,
             allow_unused=True,
         )
-        self._gradients.add(self._parameters, gradients[len(inputs) :])
+        self._grad_reducer.add(self._parameters, gradients[len(inputs) :])
         return gradients[0] if inputs else None
 
     def warm_up(self, image: Tensor, needs_gradient: bool) -> Tensor:
@@ -154,7 +154,7 @@ class _Graph:
         if gradient.data_ptr() != self.gradient.data_ptr():
             self.gradient.copy_(gradient)
         self._replay_backward()
-        self._gradients.arrived(self._parameters)
+        self._grad_reducer.arrived(self._parameters)
         return None if self.input_gradient is None else self.input_gradient.detach()
 
 
@@ -192,7 +192,7 @@ class GraphedLayers:
         ranks: int,
         recorder: Callable[[], Recorder] = CudaRecorder,
     ) -> None:
-        self._layers, self._run, self._gradients, self._recorder = layers, run, gradients, recorder
+        self._layers, self._run, self._grad_reducer, self._recorder = layers, run, gradients, recorder
         self._segments = _segments(layers, 1 if ranks == 1 else _SEGMENTS)
         self._graphs: dict[Any, list[_Graph | None] | None] = {}
         gradients.zero_before_step = True
@@ -230,7 +230,7 @@ class GraphedLayers:
 
     def _capture(self, image: Tensor) -> list[_Graph | None]:
         recorder = self._recorder()
-        graphs = [_Graph(s, self._run, self._gradients) if able else None for s, able in self._segments]
+        graphs = [_Graph(s, self._run, self._grad_reducer) if able else None for s, able in self._segments]
         inputs: list[Tensor] = []
         with recorder.warm_up():
             value: Value = image

@@ -35,8 +35,8 @@ class DataParallel(Engine):
         import deepspeed
 
         super().__init__(model, config, batch, device)
-        self._draws = DropoutRNG(model, config.train.seed, dist.get_rank(), batch.ranks)
-        stage = ModelChunk(OrderedDict(model.named_children()), config.train, self._draws)
+        self._dropout_rng = DropoutRNG(model, config.train.seed, dist.get_rank(), batch.ranks)
+        stage = ModelChunk(OrderedDict(model.named_children()), config.train, self._dropout_rng)
         optimizer = build_optimizer(stage, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(stage)
         engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=deepspeed_config(config, batch))
@@ -49,11 +49,11 @@ class DataParallel(Engine):
         if config.train.sync_batch_norm:
             synchronize_batch_norm(engine.module, dist.group.WORLD)
         graphs = _uses_graphs(config, device)
-        self._gradients = _own_gradients(engine, config, batch.ranks, graphs)
-        if graphs and self._gradients is not None:
-            stage.use_graphs(self._gradients, batch.ranks)
-        buffers = self._gradients.buffers if self._gradients is not None else ()
-        self._adopt(engine, weights, GradNorm(engine, config.optimizer.clip_grad_norm, buffers))
+        self._grad_reducer = _own_gradients(engine, config, batch.ranks, graphs)
+        if graphs and self._grad_reducer is not None:
+            stage.use_graphs(self._grad_reducer, batch.ranks)
+        buffers = self._grad_reducer.buffers if self._grad_reducer is not None else ()
+        self._attach_engine(engine, weights, GradNorm(engine, config.optimizer.clip_grad_norm, buffers))
 
     def step(self, batches: Iterator[Batch], learning_rate: float) -> StepOutput:
         self._prepare(learning_rate)
@@ -66,11 +66,11 @@ class DataParallel(Engine):
             labels, weights = to_device(batch.labels, self._device), to_device(batch.weights, self._device)
             outputs = self._engine(self._images(batch))
             loss = weighted_loss(outputs, labels, weights, batch.global_weight, micro_batches, self._smoothing, batch.lam)
-            if self._gradients is not None:
-                self._gradients.expect(last)
+            if self._grad_reducer is not None:
+                self._grad_reducer.prepare_for_backward(last)
             self._engine.backward(loss)
-            if self._gradients is not None and last:
-                self._gradients.finish()
+            if self._grad_reducer is not None and last:
+                self._grad_reducer.finalize_backward()
             self._engine.step()
             total += loss.detach() / self._batch.accumulation_steps
             keys += batch.keys
@@ -78,7 +78,7 @@ class DataParallel(Engine):
         self._finish(skipped)
         return StepOutput(total, int(batch.global_weight), keys, skipped)
 
-    def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    def _gather_full_state_dict(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         return {name: own[name] for name in names}
 
     def _data_group(self) -> Any:

@@ -44,8 +44,8 @@ class Engine(ABC):
     """
 
     _engine: Any
-    _masters: Fp32State
-    _draws: DropoutRNG
+    _fp32_state: Fp32State
+    _dropout_rng: DropoutRNG
     _grad_norm: GradNorm
 
     def __init__(self, model: nn.Module, config: RunConfig, batch: BatchPlan, device: torch.device) -> None:
@@ -57,18 +57,18 @@ class Engine(ABC):
         self._optimizer_name, self._decay = config.optimizer.name, config.ema
         self._smoothing = config.train.label_smoothing
         self._averages: dict[str, Tensor] = {}
-        self._done = 0
+        self._global_step = 0
 
-    def _adopt(self, engine: Any, weights: dict[str, Tensor], grad_norm: GradNorm) -> None:
+    def _attach_engine(self, engine: Any, weights: dict[str, Tensor], grad_norm: GradNorm) -> None:
         """Take over an engine; ``weights``: the fp32 parameters that it was given, before it rounded them."""
         self._engine, self._grad_norm = engine, grad_norm
         if self._type == torch.float16:
             grow_after_update(engine.optimizer)
-        self._masters = Fp32State(engine, self._optimizer_name)
+        self._fp32_state = Fp32State(engine, self._optimizer_name)
         if self._type != torch.float32:
-            self._masters.set_weights(weights)
+            self._fp32_state.set_weights(weights)
         if self._decay is not None:
-            self._masters.begin_average()
+            self._fp32_state.init_ema()
             self._averages = {name: buffer.clone() for name, buffer in self._statistics()}
 
     @abstractmethod
@@ -76,54 +76,56 @@ class Engine(ABC):
         """One optimizer step of the next ``accumulation_steps`` micro-batches."""
 
     @abstractmethod
-    def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    def _gather_full_state_dict(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         """The tensors ``names`` of the whole model, of which ``own`` are this rank's part."""
 
     @abstractmethod
     def _data_group(self) -> Any:
         """The ranks that hold the same part of the model."""
 
-    def state(self) -> dict[str, Tensor]:
+    def full_state_dict(self) -> dict[str, Tensor]:
         """The whole model on this rank: fp32 master weights, and batch norm's running statistics as their mean over the
         data-parallel ranks, each of which saw other samples; from here on each has that mean."""
-        module, own = self._engine.module, self._masters.weights()
+        module, own = self._engine.module, self._fp32_state.weights()
         for _, buffer in self._statistics():
             buffer.copy_(self._mean_over_ranks(buffer))
         own |= {name: buffer.clone() for name, buffer in module.named_buffers()}
-        return self._whole({self._public(name): value for name, value in own.items()}, list(self._shapes))
+        return self._gather_full_state_dict({self._to_fqn(name): value for name, value in own.items()}, list(self._shapes))
 
-    def averaged_state(self) -> dict[str, Tensor] | None:
+    def ema_state_dict(self) -> dict[str, Tensor] | None:
         """The same of the moving averages; None where the run keeps none."""
         if self._decay is None:
             return None
-        return self.state() | self._slot(EMA)
+        return self.full_state_dict() | self._slot(EMA)
 
-    def snapshot(self) -> TrainingState:
+    def training_state(self) -> TrainingState:
         """All that is needed to go on from here, on any number of ranks."""
-        return TrainingState(self.state(), self._slots(), self._done, self._masters.updates(), self._masters.scaler())
+        return TrainingState(
+            self.full_state_dict(), self._slots(), self._global_step, self._fp32_state.updates(), self._fp32_state.scaler()
+        )
 
     def restore(self, state: TrainingState) -> None:
         """Go on from ``state``, whose ``model`` this engine was made of, so that the masters are its weights already."""
-        own = {self._public(name): name for name in self._engine.module.state_dict()}
+        own = {self._to_fqn(name): name for name in self._engine.module.state_dict()}
         slots = [(slot.partition("/"), value) for slot, value in state.slots.items()]
-        self._masters.set_slots({f"{slot}/{own[name]}": v for (slot, _, name), v in slots if name in own}, state.updates)
+        self._fp32_state.set_slots({f"{slot}/{own[name]}": v for (slot, _, name), v in slots if name in own}, state.updates)
         for (slot, _, name), value in slots:
             if slot == EMA and own.get(name) in self._averages:
                 self._averages[own[name]].copy_(value)
-        self._masters.set_scaler(state.scaler)
-        self._done = state.step
+        self._fp32_state.set_scaler(state.scaler)
+        self._global_step = state.step
 
     def _slots(self) -> dict[str, Tensor]:
         """By ``slot/name``, of the whole model."""
-        return {f"{slot}/{name}": value for slot in self._masters.names for name, value in self._slot(slot).items()}
+        return {f"{slot}/{name}": value for slot in self._fp32_state.names for name, value in self._slot(slot).items()}
 
     def _slot(self, slot: str) -> dict[str, Tensor]:
         """One slot of the whole model, by name."""
-        own, names = self._masters.slot(slot), self._trained
+        own, names = self._fp32_state.slot(slot), self._trained
         if slot == EMA:
             own |= {name: self._mean_over_ranks(value) for name, value in self._averages.items()}
             names = [name for name, (_, dtype) in self._shapes.items() if dtype.is_floating_point]
-        return self._whole({self._public(name): value for name, value in own.items()}, names)
+        return self._gather_full_state_dict({self._to_fqn(name): value for name, value in own.items()}, names)
 
     def _statistics(self) -> list[tuple[str, Tensor]]:
         return [(name, buffer) for name, buffer in self._engine.module.named_buffers() if buffer.is_floating_point()]
@@ -133,15 +135,15 @@ class Engine(ABC):
         dist.all_reduce(total, group=self._data_group())
         return total / self._batch.ranks
 
-    def _public(self, name: str) -> str:
+    def _to_fqn(self, name: str) -> str:
         """The whole model's name of what the engine's module calls ``name``."""
         return name
 
     def _finish(self, skipped: bool) -> None:
         """After each step: the moving averages follow, and the step is counted."""
-        self._done += 1
+        self._global_step += 1
         if self._decay is not None and not skipped:
-            self._masters.average(self._decay)
+            self._fp32_state.update_ema(self._decay)
             for name, buffer in self._statistics():
                 self._averages[name].lerp_(buffer, 1 - self._decay)
 
@@ -154,7 +156,7 @@ class Engine(ABC):
         return float(self._engine.optimizer.cur_scale) if self._type == torch.float16 else None
 
     def _prepare(self, learning_rate: float) -> None:
-        self._draws.begin(self._done)
+        self._dropout_rng.begin(self._global_step)
         self._grad_norm.begin_step(self.loss_scale() or 1.0)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate

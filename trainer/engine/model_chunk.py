@@ -24,7 +24,7 @@ class ModelChunk(nn.Sequential):
     def __init__(self, layers: "OrderedDict[str, nn.Module]", config: TrainConfig, draws: DropoutRNG) -> None:
         super().__init__(layers)
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self._draws = draws
+        self._dropout_rng = draws
         self._graphs: GraphedLayers | None = None
         length = max(1, isqrt(len(layers))) if config.activation_checkpointing else len(layers)
         row = list(layers.values())
@@ -40,7 +40,7 @@ class ModelChunk(nn.Sequential):
 
     def forward(self, value: Value) -> Value:
         value = _laid_out(value, self._layout)
-        position = self._draws.advance() if self.training else (0, 0)
+        position = self._dropout_rng.advance() if self.training else (0, 0)
         if self.training and self._graphs is not None and isinstance(value, Tensor):
             return _laid_out(self._graphs(value), torch.contiguous_format)
         again = self._segments[:-1] if self.training else []  # the last one's backward pass comes at once
@@ -54,12 +54,12 @@ class ModelChunk(nn.Sequential):
         """Train with CUDA graphs, where this is the whole model and no activation is recomputed."""
 
         def run(layers: Sequence[nn.Module], value: Value) -> Value:
-            return self._run(layers, self._draws.position, value)
+            return self._run(layers, self._dropout_rng.position, value)
 
         self._graphs = GraphedLayers(list(self), run, gradients, ranks)
 
     def _run(self, layers: Sequence[nn.Module], position: tuple[int, int], value: Value) -> Value:
-        self._draws.position = position
+        self._dropout_rng.position = position
         for layer in layers:
             value = layer(value)
         return value

@@ -46,9 +46,11 @@ class PipelineParallel(Engine):
 
         super().__init__(model, config, batch, device)
         self._stage_of = {name: stage for stage, names in enumerate(parts) for name in names}
-        self._draws = DropoutRNG(model, config.train.seed, dist.get_rank() % batch.ranks, batch.ranks)
+        self._dropout_rng = DropoutRNG(model, config.train.seed, dist.get_rank() % batch.ranks, batch.ranks)
         layers = dict(model.named_children())
-        stages = [ModelChunk(OrderedDict((name, layers[name]) for name in names), config.train, self._draws) for names in parts]
+        stages = [
+            ModelChunk(OrderedDict((name, layers[name]) for name in names), config.train, self._dropout_rng) for names in parts
+        ]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
             pipe = PipelineModule(
                 stages,
@@ -66,7 +68,7 @@ class PipelineParallel(Engine):
         if config.train.sync_batch_norm:
             synchronize_batch_norm(pipe, engine.grid.get_data_parallel_group())
         _free_after_backward(engine)
-        self._adopt(
+        self._attach_engine(
             engine, weights, GradNorm(engine, config.optimizer.clip_grad_norm, stages=engine.grid.get_pipe_parallel_group())
         )
 
@@ -94,7 +96,7 @@ class PipelineParallel(Engine):
         self._finish(skipped)
         return StepOutput(loss, int(taken[0].global_weight) if taken else 0, keys, skipped)
 
-    def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    def _gather_full_state_dict(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         grid = self._engine.grid
         whole: dict[str, Tensor] = {}
         for name in names:
@@ -108,7 +110,7 @@ class PipelineParallel(Engine):
     def _data_group(self) -> Any:
         return self._engine.grid.get_data_parallel_group()
 
-    def _public(self, name: str) -> str:
+    def _to_fqn(self, name: str) -> str:
         return name.partition(".")[2]  # without the stage's number
 
 

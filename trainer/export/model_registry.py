@@ -45,7 +45,7 @@ def register(
 
     ``example``: one encoded image. ``val_digest``: the data that ``top1`` was measured on. The same
     weights with the same figures get one version of a run, however often they are registered.
-    Raises UserError if the server refuses the model for good, ServiceLost if a retry may succeed.
+    Raises UserError if the server refuses the model for good, RetryableError if a retry may succeed.
     """
     configure_mlflow()
     import mlflow

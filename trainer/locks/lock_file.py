@@ -37,7 +37,7 @@ class Seen:
 
 
 class LockFile(Protocol):
-    """The storage of one lock. Methods raise OSError, UserError or ServiceLost if the storage fails."""
+    """The storage of one lock. Methods raise OSError, UserError or RetryableError if the storage fails."""
 
     @property
     def location(self) -> str:

@@ -88,7 +88,7 @@ class RunLock:
         """Become the owner, waiting for at most a lease to find out whether another owner still lives.
 
         Raises LockHeld (a UserError that names the owner) if it does, UserError if the lock cannot be
-        written, ServiceLost if the storage is unreachable.
+        written, RetryableError if the storage is unreachable.
         """
         try:
             self._acquire()

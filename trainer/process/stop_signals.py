@@ -16,7 +16,7 @@ _FORCE_SECONDS = 1.0  # between two SIGINTs of an impatient user; one key press 
 
 
 class StopSignals:
-    """Before ``defer`` the first signal raises Terminated in the main thread; after it, signals are only recorded.
+    """Before ``defer`` the first signal raises Preempted in the main thread; after it, signals are only recorded.
 
     A main thread that is blocked in native code, such as connecting to a rendezvous, cannot raise: the
     process then ends after 3 s. A signal that was ignored when the process started, such as SIGHUP
@@ -42,11 +42,11 @@ class StopSignals:
         threading.Thread(target=self._end_if_stuck, args=(reader,), name="stop-signals", daemon=True).start()
 
     def defer(self, action: Callable[[int], None] = lambda number: None) -> None:
-        """From now on the first signal calls ``action`` with its number instead of raising Terminated."""
+        """From now on the first signal calls ``action`` with its number instead of raising Preempted."""
         self._action = action
 
     def resume(self) -> None:
-        """Undo ``defer``. Raises Terminated if a signal came meanwhile."""
+        """Undo ``defer``. Raises Preempted if a signal came meanwhile."""
         self._action = _terminate
         if self.received is not None:
             raise Preempted(self.received)

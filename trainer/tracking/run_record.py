@@ -37,7 +37,7 @@ def start_tracking(
     that is resumed only keeps its entries then, and so does one whose server is unreachable.
     """
     config, uri = run.config, tracking_uri(run.config)
-    if not ranks.is_first or uri is None:
+    if not ranks.is_rank_zero or uri is None:
         return NullTracker(*((found.run_id, found.run_key) if found else ())), None
     reachable = True
     if found is None:
@@ -131,7 +131,7 @@ def _git_commit() -> str | None:
 def finalize_run(run: RunPlan, result: TrainState, tracker: Tracker, failed_checkpoints: int) -> None:
     """Leave ``result.json``, then register the model if a name is given.
 
-    Raises UserError if the registry refuses it for good, ServiceLost if a retry may succeed.
+    Raises UserError if the registry refuses it for good, RetryableError if a retry may succeed.
     """
     config = run.config
     facts: dict[str, Any] = asdict(result) | {"ranks": run.world_size, "name": config.name}

@@ -72,7 +72,7 @@ def resume_or_start(
         if not resume:
             return None, []  # ``clear`` is for when nothing can be refused any more
         notes: list[str] = []
-        read = kept.newest(course, notes.append)
+        read = kept.load_latest(course, notes.append)
         if read is None:
             return None, notes
         notes.append(f"goes on from {url}/{_folder(read.state.step)}")
@@ -103,10 +103,10 @@ class CheckpointManager:
         self._top1: dict[int, float] = {}
         """Of the steps whose checkpoint says it."""
 
-    def newest(self, course: Mapping[str, Any], tell: Callable[[str], None]) -> Checkpoint | None:
+    def load_latest(self, course: Mapping[str, Any], tell: Callable[[str], None]) -> Checkpoint | None:
         """The newest good one. One that is torn or changed is passed over, and told.
 
-        Raises UserError where it is of another recipe, ServiceLost where the store cannot be read.
+        Raises UserError where it is of another recipe, RetryableError where the store cannot be read.
         """
         found = None
         for step in sorted(self._steps(), reverse=True):

@@ -20,23 +20,23 @@ def evaluate(
     device: torch.device,
     mean: list[float],
     std: list[float],
-    stop: PreemptionSignal,
-    alive: Callable[[], None],
+    preemption: PreemptionSignal,
+    heartbeat: Callable[[], None],
 ) -> tuple[float, float, int]:
     """top1, top5 (fractions) and the number of samples, counted exactly over all ranks, all of which take part.
 
-    ``alive`` is called after each batch. Raises Terminated on all ranks if any rank received a stop signal
+    ``heartbeat`` is called after each batch. Raises Preempted on all ranks if any rank received a stop signal
     before it had read all its samples.
     """
     model.eval()
     counts = torch.zeros(4, dtype=torch.int64, device=device)  # top1, top5, samples, ranks that stopped
     for batch in batches:
-        if stop.told:
+        if preemption.received:
             counts[3] = 1
             break
         images = normalize(to_device(batch.pixels, device), mean, std)
         counts[:3] += count_correct(model(images), to_device(batch.labels, device))
-        alive()
+        heartbeat()
     top1, top5, samples, stopped = all_reduce_sum(counts).tolist()
     if stopped:
         raise Preempted

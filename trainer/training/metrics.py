@@ -31,40 +31,53 @@ class TrainState:
 
 @dataclass
 class MetricsMeter:
-    """Time and images since the last reading, and over the run; evaluation does not count."""
+    """Time and images since the last ``compute``; evaluation does not count.
+
+    ``outputs``: steps whose losses were not read from the device yet; ``bad_samples``: a line for
+    each of their samples that could not be decoded.
+    """
 
     images: int = 0
-    waited: float = 0.0
-    seconds: float = 0.0
+    waited_seconds: float = 0.0
+    train_seconds: float = 0.0
     skipped_in_a_row: int = 0
-    steps: list[StepOutput] = field(default_factory=list)
-    """Those whose losses were not read from the device yet."""
-    bad: list[str] = field(default_factory=list)
-    """Samples of these steps that could not be decoded, a line each."""
+    outputs: list[StepOutput] = field(default_factory=list)
+    bad_samples: list[str] = field(default_factory=list)
 
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time until each comes is time waited."""
+    def time_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; measures the time until each arrives."""
         while True:
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             batch = next(batches)
-            self.waited += time.perf_counter() - asked
-            self.bad += batch.bad
+            self.waited_seconds += time.perf_counter() - requested
+            self.bad_samples += batch.bad
             yield batch
 
-    def took(self, step: StepOutput) -> None:
-        """Count a step."""
-        self.images += step.images
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
-        self.steps.append(step)
+    def update(self, output: StepOutput, seconds: float) -> None:
+        """Add a step that took ``seconds``."""
+        self.images += output.images
+        self.train_seconds += seconds
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if output.skipped else 0
+        self.outputs.append(output)
 
-    def read(self, result: TrainState) -> dict[str, float]:
-        """The rates since the last reading, which ``result`` adds up."""
-        result.images += self.images
-        result.waited_seconds += self.waited
-        result.train_seconds += self.seconds
-        result.images_per_second = result.images / max(result.train_seconds, 1e-9)
-        result.data_wait_fraction = result.waited_seconds / max(result.train_seconds, 1e-9)
-        seconds = max(self.seconds, 1e-9)
-        values = {"images_per_second": self.images / seconds, "data_wait_fraction": self.waited / seconds}
-        self.images, self.waited, self.seconds = 0, 0.0, 0.0
+    def compute(self, state: TrainState) -> dict[str, float]:
+        """Rates since the last call, whose times and images are added to ``state``."""
+        state.images += self.images
+        state.waited_seconds += self.waited_seconds
+        state.train_seconds += self.train_seconds
+        state.images_per_second = state.images / max(state.train_seconds, 1e-9)
+        state.data_wait_fraction = state.waited_seconds / max(state.train_seconds, 1e-9)
+        seconds = max(self.train_seconds, 1e-9)
+        values = {"images_per_second": self.images / seconds, "data_wait_fraction": self.waited_seconds / seconds}
+        self.images, self.waited_seconds, self.train_seconds = 0, 0.0, 0.0
         return values
+
+    def take_outputs(self) -> list[StepOutput]:
+        """``outputs``, which are empty afterwards."""
+        outputs, self.outputs = self.outputs, []
+        return outputs
+
+    def take_bad_samples(self) -> list[str]:
+        """``bad_samples``, which are empty afterwards."""
+        bad_samples, self.bad_samples = self.bad_samples, []
+        return bad_samples

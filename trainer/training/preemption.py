@@ -7,29 +7,30 @@ import torch.distributed as dist
 
 
 class PreemptionSignal:
-    """SIGTERM, heard by all ranks at the end of the same step, whichever of them was told.
+    """Whether any rank received SIGTERM, known to all ranks at the end of the same step.
 
-    The question goes round beside the step's own work, through the CPU, so that it costs a GPU no synchronization.
+    The flag is all-reduced asynchronously on the CPU while the step runs, so that it costs a GPU no
+    synchronization.
     """
 
     def __init__(self) -> None:
-        self.told = False
-        """This rank was."""
+        self.received = False
+        """By this rank."""
         self._group: Any = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-        self._answer = torch.zeros(1)
-        self._round: dist.Work | None = None
+        self._flag = torch.zeros(1)
+        self._work: dist.Work | None = None
 
-    def tell(self, number: int) -> None:
-        """This rank received the signal ``number``."""
-        self.told = True
+    def receive(self, number: int) -> None:
+        """Signal handler: this rank received the signal ``number``."""
+        self.received = True
 
-    def ask(self) -> None:
+    def start_all_reduce(self) -> None:
         """Before a step."""
-        self._answer.fill_(self.told)
-        self._round = dist.all_reduce(self._answer, group=self._group, async_op=True) if self._group else None
+        self._flag.fill_(self.received)
+        self._work = dist.all_reduce(self._flag, group=self._group, async_op=True) if self._group else None
 
-    def agreed(self) -> bool:
-        """After it: whether any rank had been told when the step began. All ranks take part."""
-        if self._round is not None:
-            self._round.wait()
-        return bool(self._answer.item())
+    def any_rank_received(self) -> bool:
+        """After a step: whether any rank had received the signal when the step began. All ranks take part."""
+        if self._work is not None:
+            self._work.wait()
+        return bool(self._flag.item())

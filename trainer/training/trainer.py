@@ -1,210 +1,263 @@
-"""The training loop. It is given data, an engine and a tracker, and knows nothing of where they come from."""
+"""The training loop of one rank."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
-from trainer.data.batch import Batch
+from trainer.config.run_plan import RunPlan
+from trainer.data.batch import Allocate, Batch
+from trainer.data.loader import eval_loader, train_loader
+from trainer.data.storage.cache import with_cache
 from trainer.distributed.collectives import all_gather_list, all_reduce_mean
+from trainer.distributed.env import DistEnv
 from trainer.engine.deepspeed.optimizer_state import TrainingState
 from trainer.engine.engine import Engine, StepOutput
+from trainer.engine.input_transfer import pinned_array
 from trainer.errors import CollectiveUserError, Diverged, Preempted
 from trainer.process.console import TrainingProgress
 from trainer.tracking import Tracker
-from trainer.training.batch_plan import BatchPlan
 from trainer.training.evaluator import evaluate
+from trainer.training.lr_schedule import learning_rate_schedule
 from trainer.training.metrics import MetricsMeter, TrainState
 from trainer.training.preemption import PreemptionSignal
 
-
-@dataclass(frozen=True)
-class Job:
-    """What a run does. ``train_batches(epoch, step)`` yields the micro-batches of an epoch from its ``step`` on."""
-
-    batch: BatchPlan
-    steps_per_epoch: int
-    stop_step: int
-    log_every_steps: int
-    learning_rate: Callable[[int], float]
-    train_batches: Callable[[int, int], Iterator[Batch]]
-    eval_batches: Callable[[], Iterator[Batch]] | None
-    mean: list[float]
-    std: list[float]
-    device: torch.device
-    model: torch.nn.Module
-    """The whole network in fp32, for evaluation and export, whatever form it is trained in."""
-    max_skipped_steps: int
-    save_every_steps: int | None
-    """Beside the end of each epoch."""
-    save: Callable[[TrainingState, dict[str, Any]], None]
-    """Keeps a checkpoint with the figures so far; returns while that is still being written."""
-    stop: PreemptionSignal
-    alive: Callable[[], None] = lambda: None
-    """Is called after each step and each batch of evaluation."""
-    max_bad_samples: int | None = None
-    """How many samples that cannot be decoded are passed over, on all ranks; None: the first stops the run, where it is met."""
-    took: Callable[[int, list[str]], None] | None = None
-    """Is told after each step which samples' keys this rank took for it."""
+_ADVICE = "training diverged; lower optimizer.base_lr or lengthen schedule.warmup_epochs"
+_KEYS_SHOWN = 16
 
 
-def fit(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, result: TrainState) -> TrainState:
-    """Train to ``stop_step`` from where ``result`` ends, evaluating after each epoch and at the end. All ranks take part.
+class Trainer:
+    """Trains one rank's part of a run to its last step.
 
-    Raises Terminated, after a checkpoint, where any rank was told to stop.
+    ``eval_model`` is the full network in fp32, for evaluation and export, however the engine
+    distributes it. ``save`` writes a checkpoint of a training state and the figures so far; it
+    returns while that is still being written. ``heartbeat`` is called after each step and each
+    batch of evaluation; ``on_samples_consumed`` after each step with its number and the keys of
+    the samples that this rank used. All ranks construct a Trainer and call ``fit``.
     """
-    meter = MetricsMeter()
-    if result.steps and _ends_epoch(job, result.steps) and result.evaluated_step != result.steps:
-        _end_epoch(job, engine, tracker, progress, result)  # the stop came between the epoch's end and its evaluation
-    elif result.steps >= job.stop_step:
-        progress.note("nothing is left to train; checkpoint.resume=never begins anew")
-        _load_whole(job, engine)
-    while result.steps < job.stop_step:
-        epoch, first = divmod(result.steps, job.steps_per_epoch)
-        batches = job.train_batches(epoch, first)
-        try:
-            _train_epoch(job, engine, tracker, progress, meter, result, batches)
-        finally:
-            batches.close()  # type: ignore[attr-defined]  # a generator; one that was not exhausted holds threads
-        _end_epoch(job, engine, tracker, progress, result)
-    return result
 
+    def __init__(
+        self,
+        plan: RunPlan,
+        env: DistEnv,
+        device: torch.device,
+        engine: Engine,
+        eval_model: torch.nn.Module,
+        state: TrainState,
+        tracker: Tracker,
+        progress: TrainingProgress,
+        preemption: PreemptionSignal,
+        save: Callable[[TrainingState, dict[str, Any]], None],
+        heartbeat: Callable[[], None],
+        on_samples_consumed: Callable[[int, list[str]], None] | None = None,
+    ) -> None:
+        self.plan, self.env, self.device = plan, env, device
+        self.engine, self.eval_model, self.state = engine, eval_model, state
+        self.tracker, self.progress, self.preemption = tracker, progress, preemption
+        self._save, self._heartbeat, self._on_samples_consumed = save, heartbeat, on_samples_consumed
+        config, data = plan.config, plan.config.data
+        self._meter = MetricsMeter()
+        self._learning_rate = learning_rate_schedule(
+            config.schedule, config.optimizer, plan.batch.global_size, plan.steps_per_epoch, plan.total_steps
+        )
+        self._train_store = with_cache(plan.train_store, plan.train, data.cache_dir, data.cache_gb)
+        self._val_store = None
+        if plan.val is not None and plan.val_store is not None:
+            self._val_store = with_cache(plan.val_store, plan.val, data.cache_dir, data.cache_gb)
+        self._skips_bad_samples = data.bad_samples == "skip"
+        self._allocate: Allocate = pinned_array if device.type == "cuda" else np.empty
 
-def _ends_epoch(job: Job, step: int) -> bool:
-    return step % job.steps_per_epoch == 0 or step == job.stop_step
+    def fit(self) -> TrainState:
+        """Train from where ``state`` ends to the last step, evaluating after each epoch.
 
+        Raises Preempted, after writing a checkpoint, if any rank received a stop signal.
+        """
+        if self._was_stopped_before_evaluation():
+            self._end_epoch()
+        elif self.state.steps >= self.plan.stop_step:
+            self.progress.note("nothing is left to train; checkpoint.resume=never begins anew")
+            self._update_eval_model()
+        while self.state.steps < self.plan.stop_step:
+            with closing(self._train_batches()) as batches:  # a loader that is not exhausted holds threads
+                self._train_epoch(batches)
+            self._end_epoch()
+        return self.state
 
-def _train_epoch(
-    job: Job,
-    engine: Engine,
-    tracker: Tracker,
-    progress: TrainingProgress,
-    meter: MetricsMeter,
-    result: TrainState,
-    batches: Iterator[Batch],
-) -> None:
-    while True:
+    def _train_epoch(self, batches: Iterator[Batch]) -> None:
+        while True:
+            preempted = self._train_step(batches)
+            epoch_ended = self._is_epoch_end(self.state.steps)
+            saves = preempted or (self._is_checkpoint_step(self.state.steps) and not epoch_ended)
+            if saves or epoch_ended or self.state.steps % self.plan.config.train.log_every_steps == 0:
+                self._log()
+            if saves:
+                self._save_checkpoint()
+            if preempted:
+                self.progress.note(f"told to stop: checkpoint of step {self.state.steps:,}")
+                raise Preempted
+            if epoch_ended:
+                return
+
+    def _train_step(self, batches: Iterator[Batch]) -> bool:
+        """One optimizer step; returns whether any rank received a stop signal."""
         started = time.perf_counter()
-        job.stop.ask()
-        outcome = engine.step(meter.timed(batches), job.learning_rate(result.steps))
-        told = job.stop.agreed()
-        job.alive()
-        meter.seconds += time.perf_counter() - started
-        meter.took(outcome)
-        result.steps += 1
-        result.skipped_steps += outcome.skipped
-        if job.took is not None and outcome.keys:
-            job.took(result.steps - 1, outcome.keys)
-        _check_overflow(job, engine, meter, result.steps)
-        ended = _ends_epoch(job, result.steps)
-        saves = told or (job.save_every_steps is not None and result.steps % job.save_every_steps == 0 and not ended)
-        if saves or ended or result.steps % job.log_every_steps == 0:
-            _log(job, engine, tracker, progress, meter, result)
-        if saves:
-            _save(job, engine, result)
-        if told:
-            progress.note(f"told to stop: checkpoint of step {result.steps:,}")
-            raise Preempted
-        if ended:
+        self.preemption.start_all_reduce()
+        output = self.engine.step(self._meter.time_batches(batches), self._learning_rate(self.state.steps))
+        preempted = self.preemption.any_rank_received()
+        self._heartbeat()
+        self._meter.update(output, time.perf_counter() - started)
+        self.state.steps += 1
+        self.state.skipped_steps += output.skipped
+        if self._on_samples_consumed is not None and output.keys:
+            self._on_samples_consumed(self.state.steps - 1, output.keys)
+        self._check_overflow()
+        return preempted
+
+    def _end_epoch(self) -> None:
+        self._update_eval_model()
+        self._evaluate()
+        self.state.evaluated_step = self.state.steps
+        self._save_checkpoint()
+
+    def _evaluate(self) -> None:
+        if self._val_store is None:
             return
-
-
-def _save(job: Job, engine: Engine, result: TrainState) -> None:
-    job.save(engine.snapshot(), asdict(result))
-
-
-def _load_whole(job: Job, engine: Engine) -> None:
-    job.model.load_state_dict(engine.averaged_state() or engine.state())
-
-
-def _end_epoch(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, result: TrainState) -> None:
-    """Evaluate and keep a checkpoint."""
-    _load_whole(job, engine)
-    epoch = -(-result.steps // job.steps_per_epoch)
-    if job.eval_batches is not None:
-        bad: list[str] = []
+        state, data, bad = self.state, self.plan.config.data, list[str]()
         try:
-            result.top1, result.top5, result.val_samples = evaluate(
-                job.model, _noting(job.eval_batches(), bad), job.device, job.mean, job.std, job.stop, job.alive
+            state.top1, state.top5, state.val_samples = evaluate(
+                self.eval_model, self._eval_batches(bad), self.device, data.mean, data.std, self.preemption, self._heartbeat
             )
         except Preempted:
-            _save(job, engine, result)  # the run that resumes from it evaluates first
-            progress.note(f"told to stop: checkpoint of step {result.steps:,}, not evaluated")
+            self._save_checkpoint()  # the run that resumes from it evaluates first
+            self.progress.note(f"told to stop: checkpoint of step {state.steps:,}, not evaluated")
             raise
-        if job.max_bad_samples is not None:
+        if self._skips_bad_samples:
             for line in all_gather_list(bad):
-                progress.note(f"not evaluated: {line}")
-        tracker.log_metrics({"top1": result.top1, "top5": result.top5, "epoch": epoch}, result.steps)
-        progress.note(f"epoch {epoch}: top1 {result.top1:.4f}, top5 {result.top5:.4f} of {result.val_samples:,} images")
-    result.evaluated_step = result.steps
-    _save(job, engine, result)
+                self.progress.note(f"not evaluated: {line}")
+        epoch = math.ceil(state.steps / self.plan.steps_per_epoch)
+        self.tracker.log_metrics({"top1": state.top1, "top5": state.top5, "epoch": epoch}, state.steps)
+        self.progress.note(f"epoch {epoch}: top1 {state.top1:.4f}, top5 {state.top5:.4f} of {state.val_samples:,} images")
 
+    def _save_checkpoint(self) -> None:
+        self._save(self.engine.training_state(), asdict(self.state))
 
-def _noting(batches: Iterator[Batch], bad: list[str]) -> Iterator[Batch]:
-    for batch in batches:
-        bad += batch.bad
-        yield batch
+    def _update_eval_model(self) -> None:
+        self.eval_model.load_state_dict(self.engine.ema_state_dict() or self.engine.full_state_dict())
 
+    # --- which step is what -------------------------------------------------------------------
 
-_ADVICE = "training diverged; lower optimizer.base_lr or lengthen schedule.warmup_epochs"
+    def _is_epoch_end(self, step: int) -> bool:
+        return step % self.plan.steps_per_epoch == 0 or step == self.plan.stop_step
 
+    def _is_checkpoint_step(self, step: int) -> bool:
+        every = self.plan.config.checkpoint.every_steps
+        return every is not None and step % every == 0
 
-def _check_overflow(job: Job, engine: Engine, meter: MetricsMeter, step: int) -> None:
-    if meter.skipped_in_a_row and engine.loss_scale() is None:
-        raise Diverged(f"step {step}: its gradients are no numbers: {_ADVICE}; its samples: {_samples(meter.steps[-1])}")
-    if meter.skipped_in_a_row >= job.max_skipped_steps:
-        raise Diverged(
-            f"step {step}: the gradients overflowed fp16 {meter.skipped_in_a_row} times in a row, at last at a loss scale of "
-            f"{engine.loss_scale()}; lower optimizer.base_lr or use precision bf16; its samples: {_samples(meter.steps[-1])}"
+    def _was_stopped_before_evaluation(self) -> bool:
+        """The checkpoint is of an epoch's last step, which was not evaluated."""
+        steps = self.state.steps
+        return steps > 0 and self._is_epoch_end(steps) and self.state.evaluated_step != steps
+
+    # --- data ---------------------------------------------------------------------------------
+
+    def _train_batches(self) -> Generator[Batch, None, None]:
+        """This rank's micro-batches of the current epoch, from the current step on."""
+        epoch, start_step = divmod(self.state.steps, self.plan.steps_per_epoch)
+        batch, rank = self.plan.batch, self.env.rank
+        # the last pipeline stage needs labels only, unless it must know which samples are bad
+        labels_only = rank >= batch.ranks and not self._skips_bad_samples
+        return train_loader(
+            self.plan.config,
+            self.plan.train,
+            self._train_store,
+            epoch,
+            batch.ranks,
+            rank % batch.ranks,
+            batch.accumulation_steps,
+            start_step,
+            labels_only,
+            self._allocate,
         )
 
+    def _eval_batches(self, bad: list[str]) -> Iterator[Batch]:
+        """This rank's part of the validation split; adds a line to ``bad`` per corrupt sample."""
+        val, store, env = self.plan.val, self._val_store, self.env
+        assert val is not None
+        assert store is not None
+        for batch in eval_loader(self.plan.config, val, store, env.world_size, env.rank, self._allocate):
+            bad += batch.bad
+            yield batch
 
-def _samples(step: StepOutput, most: int = 16) -> str:
+    # --- metrics and checks -------------------------------------------------------------------
+
+    def _collect_metrics(self) -> dict[str, float]:
+        """What is logged every ``train.log_every_steps``: a new metric belongs here."""
+        values = self._meter.compute(self.state)
+        norm, scale = self.engine.grad_norm(), self.engine.loss_scale()
+        if norm is not None:
+            values["grad_norm"] = norm
+        if scale is not None:
+            values |= {"loss_scale": scale, "skipped_steps": self.state.skipped_steps}
+        if self._skips_bad_samples:
+            values["bad_samples"] = self._count_bad_samples()
+        return values
+
+    def _log(self) -> None:
+        """Read the losses of the last steps (a device synchronization), average them over ranks and log each."""
+        outputs, last = self._meter.take_outputs(), self.state.steps
+        losses = all_reduce_mean(torch.stack([output.loss for output in outputs])).tolist()
+        metrics = self._collect_metrics()
+        steps = range(last - len(losses) + 1, last + 1)  # step 1 is the first update
+        for step, loss in zip(steps, losses, strict=True):
+            values = {"loss": loss, "learning_rate": self._learning_rate(step - 1)}
+            self.tracker.log_metrics(values | (metrics if step == last else {}), step)
+        for step, loss, output in zip(steps, losses, outputs, strict=True):
+            if not math.isfinite(loss) and not output.skipped:  # fp16 recovers from an overflow
+                raise Diverged(f"the loss of step {step} is {loss}: {_ADVICE}; its samples: {_sample_keys(output)}")
+        self.state.loss = float(losses[-1])
+        self.progress.update(
+            last,
+            f"epoch {last / self.plan.steps_per_epoch:.2f} loss {self.state.loss:.4f} lr {self._learning_rate(last - 1):.4g} "
+            f"{metrics['images_per_second']:,.0f} images/s, waiting for data {metrics['data_wait_fraction']:.1%}",
+        )
+
+    def _check_overflow(self) -> None:
+        """Raises Diverged, on all ranks, if gradients are NaN or Inf and no smaller loss scale can help."""
+        skipped, step = self._meter.skipped_in_a_row, self.state.steps
+        if not skipped:
+            return
+        scale = self.engine.loss_scale()
+        if scale is None:
+            raise Diverged(
+                f"step {step}: its gradients are no numbers: {_ADVICE}; its samples: {_sample_keys(self._meter.outputs[-1])}"
+            )
+        if skipped >= self.plan.config.train.max_skipped_steps:
+            raise Diverged(
+                f"step {step}: the gradients overflowed fp16 {skipped} times in a row, at last at a loss scale of "
+                f"{scale}; lower optimizer.base_lr or use precision bf16; its samples: {_sample_keys(self._meter.outputs[-1])}"
+            )
+
+    def _count_bad_samples(self) -> int:
+        """Report the corrupt samples of all ranks since the last call. Raises CollectiveUserError if there are too many."""
+        for line in dict.fromkeys(all_gather_list(self._meter.take_bad_samples())):
+            self.progress.note(f"a bad sample counts for nothing: {line}")
+            self.state.bad_samples += 1
+        limit = self.plan.config.data.max_bad_samples
+        if self.state.bad_samples > limit:
+            raise CollectiveUserError(
+                f"data.max_bad_samples: {self.state.bad_samples} samples could not be decoded up to step {self.state.steps:,}, "
+                f"more than {limit}; `convoy verify` names them all"
+            )
+        return self.state.bad_samples
+
+
+def _sample_keys(output: StepOutput) -> str:
     """The keys of a step's samples on all ranks, which take part."""
-    keys = all_gather_list(step.keys)
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
-def _log(job: Job, engine: Engine, tracker: Tracker, progress: TrainingProgress, meter: MetricsMeter, result: TrainState) -> None:
-    """Read the losses of the last steps from the device (a synchronization), average them over ranks and log each."""
-    losses = all_reduce_mean(torch.stack([taken.loss for taken in meter.steps])).tolist()
-    step = result.steps
-    first = step - len(losses) + 1
-    values = meter.read(result)
-    norm, scale = engine.grad_norm(), engine.loss_scale()
-    values |= {"grad_norm": norm} if norm is not None else {}
-    values |= {"loss_scale": scale, "skipped_steps": result.skipped_steps} if scale is not None else {}
-    values |= _passed_over(job, meter, progress, result)
-    for number, loss in enumerate(losses, start=first):
-        # step 1 is the first update, so that a curve's last step is the number of updates made
-        rates = values if number == step else {}
-        tracker.log_metrics({"loss": loss, "learning_rate": job.learning_rate(number - 1), **rates}, number)
-    for number, loss, taken in zip(range(first, step + 1), losses, meter.steps, strict=True):
-        if not math.isfinite(loss) and not taken.skipped:  # an overflow that fp16 recovers from is no divergence
-            raise Diverged(f"the loss of step {number} is {loss}: {_ADVICE}; its samples: {_samples(taken)}")
-    meter.steps.clear()
-    result.loss = float(losses[-1])
-    progress.update(
-        step,
-        f"epoch {step / job.steps_per_epoch:.2f} loss {result.loss:.4f} lr {job.learning_rate(step - 1):.4g} "
-        f"{values['images_per_second']:,.0f} images/s, waiting for data {values['data_wait_fraction']:.1%}",
-    )
-
-
-def _passed_over(job: Job, meter: MetricsMeter, progress: TrainingProgress, result: TrainState) -> dict[str, float]:
-    """Tell the samples that could not be decoded since the last time, on any rank. Raises FoundByAll where they are too many."""
-    if job.max_bad_samples is None:
-        return {}
-    for line in dict.fromkeys(all_gather_list(meter.bad)):
-        progress.note(f"a bad sample counts for nothing: {line}")
-        result.bad_samples += 1
-    meter.bad.clear()
-    if result.bad_samples > job.max_bad_samples:
-        raise CollectiveUserError(
-            f"data.max_bad_samples: {result.bad_samples} samples could not be decoded up to step {result.steps:,}, more than "
-            f"{job.max_bad_samples}; `convoy verify` names them all"
-        )
-    return {"bad_samples": result.bad_samples}
+    keys = all_gather_list(output.keys)
+    more = len(keys) - _KEYS_SHOWN
+    return ", ".join(keys[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -20,7 +20,7 @@ class Watchdog:
         if minutes is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         self._last = time.monotonic()
 
     def close(self) -> None:

@@ -30,16 +30,16 @@ KINDS = {"without batch norm": "false", "with batch norm": "true"}
 def training_of(scale: Scale, kind: str, micro: int, seed: int) -> Training:
     """The rate is small in a full run, as in data_parallel.py."""
     keys = (
-        "model.name=resnet8", f"model.batch_norm={KINDS[kind]}", f"optimizer.base_lr={scale.pick(0.01, 0.00125)}",
-        f"batch.global_size={BATCH}", f"batch.micro_size={micro}", f"train.epochs={scale.pick(3, 5)}", "train.log_every_steps=1",
+        "model.name=resnet8", f"model.batch_norm={KINDS[kind]}", f"optimizer.base_lr={scale.choose(0.01, 0.00125)}",
+        f"batch.global_size={BATCH}", f"batch.micro_size={micro}", f"train.epochs={scale.choose(3, 5)}", "train.log_every_steps=1",
     )  # fmt: skip
-    return Training(f"resnet8-{kind.replace(' ', '-')}-micro-{micro}", seed, scale.pick(4096, 6144), 2000, keys)
+    return Training(f"resnet8-{kind.replace(' ', '-')}-micro-{micro}", seed, scale.choose(4096, 6144), 2000, keys)
 
 
 def micro_sizes(kind: str, scale: Scale) -> tuple[int, ...]:
     """With batch norm the curve is not the same, which two sizes show."""
     ends = (MICRO[0], MICRO[-1])
-    return scale.pick(ends, MICRO) if kind == "without batch norm" else scale.pick((), ends)
+    return scale.choose(ends, MICRO) if kind == "without batch norm" else scale.choose((), ends)
 
 
 def trainings(scale: Scale) -> list[Training]:
@@ -115,7 +115,8 @@ def plot(figures: Figures, file: Path) -> None:
 def paragraph(figures: Figures) -> str:
     entry, other = figures["kinds"]["without batch norm"], figures["kinds"]["with batch norm"]
     cells = "; ".join(
-        f"{BATCH // int(micro)} x {micro}: {format_mean_std(values['peak_mib'], 0)} MiB, {values['images_per_second']['mean']:,.0f} images/s"
+        f"{BATCH // int(micro)} x {micro}: {format_mean_std(values['peak_mib'], 0)} MiB, "
+        f"{values['images_per_second']['mean']:,.0f} images/s"
         for micro, values in entry.items()
     )
     apart = max(values["largest_difference_nats"] for values in entry.values())

@@ -24,7 +24,7 @@ STARTS = 5
 
 
 def rates(scale: Scale) -> tuple[float, ...]:
-    return scale.pick((0.01, 0.05), (0.003, 0.01, 0.03, 0.1))
+    return scale.choose((0.01, 0.05), (0.003, 0.01, 0.03, 0.1))
 
 
 def training_of(scale: Scale, kind: str, rate: float, seed: int) -> Training:
@@ -32,9 +32,9 @@ def training_of(scale: Scale, kind: str, rate: float, seed: int) -> Training:
     differs. An epoch is short, so that the training error is measured often."""
     keys = (
         "model.name=plain8", "model.width=8", "model.batch_norm=false", f"model.activation={kind}",
-        f"optimizer.base_lr={rate}", "optimizer.weight_decay=0.0", "schedule.name=constant", f"train.epochs={scale.pick(14, 20)}",
+        f"optimizer.base_lr={rate}", "optimizer.weight_decay=0.0", "schedule.name=constant", f"train.epochs={scale.choose(14, 20)}",
     )  # fmt: skip
-    return Training(f"plain8-{kind}-{rate:g}", seed, scale.pick(1024, 2048), scale.val_samples, keys, "train", may_diverge=True)
+    return Training(f"plain8-{kind}-{rate:g}", seed, scale.choose(1024, 2048), scale.val_samples, keys, "train", may_diverge=True)
 
 
 def trainings(scale: Scale) -> list[Training]:

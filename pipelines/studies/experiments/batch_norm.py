@@ -23,15 +23,15 @@ LEARNED = math.log(10) / 2
 
 
 def rates(scale: Scale) -> tuple[float, ...]:
-    return scale.pick((0.01, 0.1, 1.0), (0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
+    return scale.choose((0.01, 0.1, 1.0), (0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
 
 
 def training_of(scale: Scale, kind: str, rate: float, seed: int) -> Training:
     keys = (
         f"model.name={KINDS[kind]}", "model.stem=small", "model.width=8", "model.dropout=0.0", f"optimizer.base_lr={rate}",
-        "schedule.name=constant", f"train.epochs={scale.pick(2, 3)}",
+        "schedule.name=constant", f"train.epochs={scale.choose(2, 3)}",
     )  # fmt: skip
-    return Training(f"vgg11-{kind}-norm-{rate:g}", seed, scale.pick(2048, 4096), 2000, keys, may_diverge=True)
+    return Training(f"vgg11-{kind}-norm-{rate:g}", seed, scale.choose(2048, 4096), 2000, keys, may_diverge=True)
 
 
 def trainings(scale: Scale) -> list[Training]:

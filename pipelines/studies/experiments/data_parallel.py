@@ -46,10 +46,10 @@ DLE = ("8 A100, NVIDIA DeepLearningExamples, ResNet-50", 8, 6.72)
 def training_of(scale: Scale, ranks: int, seed: int) -> Training:
     """A full run is long enough for a large rate to multiply differences of rounding (docs/log.md), so its rate is small."""
     keys = (
-        "model.name=resnet8", "model.batch_norm=false", f"optimizer.base_lr={scale.pick(0.02, 0.0025)}",
+        "model.name=resnet8", "model.batch_norm=false", f"optimizer.base_lr={scale.choose(0.02, 0.0025)}",
         f"batch.global_size={BATCH}", f"batch.micro_size={MICRO}", "train.epochs=3",
     )  # fmt: skip
-    return Training(f"resnet8-ranks-{ranks}", seed, scale.pick(2048, 6000), 2000, keys, procs=ranks)
+    return Training(f"resnet8-ranks-{ranks}", seed, scale.choose(2048, 6000), 2000, keys, procs=ranks)
 
 
 def trainings(scale: Scale) -> list[Training]:

@@ -31,13 +31,13 @@ def networks(scale: Scale) -> dict[tuple[str, int], int]:
     """Of family and depth: how many seeds. 110 layers are tried with shortcuts alone, as in the paper's figure 6, and once: no
     claim is on them."""
     both = {(family, depth): scale.seeds for family in FAMILIES for depth in (SHALLOW, DEEP)}
-    return both | scale.pick({}, {("resnet", 110): 1})
+    return both | scale.choose({}, {("resnet", 110): 1})
 
 
 def training_of(scale: Scale, family: str, depth: int, seed: int) -> Training:
     """Half of the paper's channels, and its rate, 0.1 for 128."""
-    keys = (f"model.name={family}{depth}", "model.width=8", f"train.epochs={scale.pick(3, 4)}")
-    return Training(f"{family}{depth}", seed, scale.pick(2048, 10_000), scale.val_samples, keys)
+    keys = (f"model.name={family}{depth}", "model.width=8", f"train.epochs={scale.choose(3, 4)}")
+    return Training(f"{family}{depth}", seed, scale.choose(2048, 10_000), scale.val_samples, keys)
 
 
 def trainings(scale: Scale) -> list[Training]:
@@ -133,7 +133,8 @@ def plot(figures: Figures, file: Path) -> None:
 
 def paragraph(figures: Figures) -> str:
     cells = "; ".join(
-        f"{name.replace('resnet', 'res-').replace('plain', 'plain-')}: training loss {format_mean_std(entry['last_loss'], 3)}, test error "
+        f"{name.replace('resnet', 'res-').replace('plain', 'plain-')}: training loss {format_mean_std(entry['last_loss'], 3)}, "
+        "test error "
         f"{format_mean_std(entry['test_error_percent'])}%"
         for name, entry in figures["networks"].items()
     )

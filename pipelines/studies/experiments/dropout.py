@@ -24,9 +24,9 @@ def training_of(scale: Scale, kind: str, seed: int) -> Training:
     """No weight decay and no augmentation: dropout alone works against learning by heart."""
     keys = (
         "model.name=alexnet", "model.stem=small", "model.width=16", f"model.dropout={KINDS[kind]}",
-        "optimizer.base_lr=0.02", "optimizer.weight_decay=0.0", f"train.epochs={scale.pick(15, 40)}",
+        "optimizer.base_lr=0.02", "optimizer.weight_decay=0.0", f"train.epochs={scale.choose(15, 40)}",
     )  # fmt: skip
-    return Training(f"alexnet-{kind}-dropout", seed, SAMPLES, scale.pick(2000, 5000), keys)
+    return Training(f"alexnet-{kind}-dropout", seed, SAMPLES, scale.choose(2000, 5000), keys)
 
 
 def trainings(scale: Scale) -> list[Training]:

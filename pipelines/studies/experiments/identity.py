@@ -96,7 +96,7 @@ def explained(kind: str, x: Tensor, seed: int, steps: int) -> float:
 
 def measured(runs: Runs, scale: Scale) -> Figures:
     images, _ = measure.some_images(runs, 256)
-    x, steps = feature_maps(images), scale.pick(60, 200)
+    x, steps = feature_maps(images), scale.choose(60, 200)
     figures: Figures = {"steps": steps, "kinds": {}}
     for kind in KINDS:
         curves: dict[int, Any] = {n: [_best(kind, n, seed, x, steps) for seed in range(scale.seeds)] for n in DEPTHS}

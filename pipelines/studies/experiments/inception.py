@@ -42,7 +42,7 @@ def trainings(scale: Scale) -> list[Training]:
     """The dearest networks of all studies, so on fewer images."""
     keys = ("model.name=googlenet", "model.stem=small", "train.epochs=2")
     return [
-        Training(_name(network), seed, scale.pick(4096, 8192), scale.val_samples, (*keys, *own))
+        Training(_name(network), seed, scale.choose(4096, 8192), scale.val_samples, (*keys, *own))
         for seed in range(scale.seeds)
         for network, own in NETWORKS.items()
     ]

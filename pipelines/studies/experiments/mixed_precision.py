@@ -38,9 +38,9 @@ def training_of(scale: Scale, precision: str, seed: int) -> Training:
     """Small, since few processors compute in fp16; ZeRO 1 in all, which fp16 needs for its fp32 master weights."""
     keys = (
         "model.name=resnet8", "model.width=4", f"precision={precision}", "parallel.zero_stage=1",
-        f"train.epochs={scale.pick(2, 4)}", "optimizer.base_lr=0.05",
+        f"train.epochs={scale.choose(2, 4)}", "optimizer.base_lr=0.05",
     )  # fmt: skip
-    return Training(f"resnet8-{precision}", seed, scale.pick(1024, 8192), scale.pick(500, 2000), keys)
+    return Training(f"resnet8-{precision}", seed, scale.choose(1024, 8192), scale.choose(500, 2000), keys)
 
 
 def trainings(scale: Scale) -> list[Training]:
@@ -159,7 +159,8 @@ def paragraph(figures: Figures) -> str:
         f"On this processor, fp32 master weights in all: {cells}. Speed here says nothing of a GPU with units for 16 bits. For "
         f"ResNet-50 at 224 pixels an image's activations are computed to take {memory['fp32']} MiB in fp32 and {memory['fp16']} in "
         "fp16 (weights, gradients, master weights and momentum together take 12 bytes a parameter in either). Of the trained "
-        f"network's gradients in its activations, those that are not 0, {format_mean_std(lost_['without'], 2)}% would be 0 in fp16 as they "
+        f"network's gradients in its activations, those that are not 0, {format_mean_std(lost_['without'], 2)}% would be 0 in "
+        "fp16 as they "
         f"are, {format_mean_std(lost_['with'], 2)}% with the loss multiplied by {SCALE:,.0f}; in its weights "
         f"{format_mean_std(figures['lost_percent']['weights']['without'], 2)}% and "
         f"{format_mean_std(figures['lost_percent']['weights']['with'], 2)}%."

@@ -39,7 +39,7 @@ def training_of(scale: Scale, stages: int, seed: int) -> Training:
         "model.name=resnet8", "model.batch_norm=false", "optimizer.base_lr=0.02",
         "batch.global_size=128", "batch.micro_size=32", f"parallel.pipeline_stages={stages}", "train.epochs=3",
     )  # fmt: skip
-    return Training(f"resnet8-stages-{stages}", seed, scale.pick(2048, 10_000), 2000, keys, procs=stages)
+    return Training(f"resnet8-stages-{stages}", seed, scale.choose(2048, 10_000), 2000, keys, procs=stages)
 
 
 def trainings(scale: Scale) -> list[Training]:

@@ -28,7 +28,7 @@ TOLERANCE = 0.5
 
 
 def trainings(scale: Scale) -> list[Training]:
-    keys = ("model.name=vgg11_bn", "model.stem=small", "model.width=8", f"train.epochs={scale.pick(3, 6)}")
+    keys = ("model.name=vgg11_bn", "model.stem=small", "model.width=8", f"train.epochs={scale.choose(3, 6)}")
     return [
         Training(f"vgg11-{head}", seed, scale.train_samples, scale.val_samples, (*keys, f"model.head={head}"))
         for seed in range(scale.seeds)
@@ -96,7 +96,8 @@ def paragraph(figures: Figures) -> str:
         f"{alexnet['tower']['fully_connected'] / 1e6:.1f}M. With an average over the image and one layer behind it, as in "
         f"GoogLeNet, {vgg['average']['all'] / 1e6:.1f}M and {alexnet['average']['all'] / 1e6:.1f}M are left. VGG-11's trunk with "
         f"an eighth of the channels, trained on Fashion-MNIST with either: {small['tower']:,} parameters, top-1 "
-        f"{format_mean_std(tops['tower'])}%; {small['average']:,}, {format_mean_std(tops['average'])}%. (At 28 pixels the trunk ends in one pixel, so "
+        f"{format_mean_std(tops['tower'])}%; {small['average']:,}, {format_mean_std(tops['average'])}%. (At 28 pixels the trunk "
+        "ends in one pixel, so "
         "that here the tower takes an average too, and what differs is the tower alone.)"
     )
 

@@ -36,12 +36,12 @@ _WINDOW = 8192
 
 def train_samples(scale: Scale) -> int:
     """All in a full run: the recipes' warmup lasts an epoch of them."""
-    return scale.pick(4096, 60_000)
+    return scale.choose(4096, 60_000)
 
 
 def trainings_of(recipes: Sequence[str], scale: Scale) -> list[Training]:
     """Seed by seed, so that a study that is cut short has whole seeds."""
-    samples = train_samples(scale), scale.pick(2000, 10_000)
+    samples = train_samples(scale), scale.choose(2000, 10_000)
     return [Training(recipe, seed, *samples, recipe=recipe) for seed in range(scale.seeds) for recipe in recipes]
 
 

@@ -20,13 +20,13 @@ PROTOCOLS = ("one view", "two views")
 
 def training_of(scale: Scale, name: str, seed: int) -> Training:
     return Training(
-        f"size-{name}", seed, scale.pick(2048, 12_000), scale.val_samples, (*SMALL[name], f"train.epochs={scale.pick(2, 3)}")
+        f"size-{name}", seed, scale.choose(2048, 12_000), scale.val_samples, (*SMALL[name], f"train.epochs={scale.choose(2, 3)}")
     )
 
 
 def seeds(scale: Scale) -> range:
     """Five at least in a full run: it is the spread that is asked for."""
-    return range(scale.pick(scale.seeds, max(5, scale.seeds)))
+    return range(scale.choose(scale.seeds, max(5, scale.seeds)))
 
 
 def trainings(scale: Scale) -> list[Training]:

@@ -28,7 +28,7 @@ _STAGE = "3"  # the first of VGG-16's with three convolutions
 
 
 def trainings(scale: Scale) -> list[Training]:
-    keys = ("model.name=vgg16_bn", "model.stem=small", "model.width=8", f"train.epochs={scale.pick(3, 6)}")
+    keys = ("model.name=vgg16_bn", "model.stem=small", "model.width=8", f"train.epochs={scale.choose(3, 6)}")
     return [
         Training(f"vgg16-{kind}", seed, scale.train_samples, scale.val_samples, (*keys, f"model.filters={kind}"))
         for seed in range(scale.seeds)

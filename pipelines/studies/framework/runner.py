@@ -58,7 +58,7 @@ class Run:
     def is_done(self) -> bool:
         return self.outcome.exists() and self.is_begun()
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
         return lines[-1][:300] if lines else ""
 
@@ -126,7 +126,7 @@ class Runs:
         return np.array([step for step, _ in points]), np.array([value for _, value in points])
 
     def losses(self, training: Training) -> np.ndarray:
-        """float64 [steps]. Raises ServiceLost where MLflow was not told all of them."""
+        """float64 [steps]. Raises RetryableError where MLflow was not told all of them."""
         _, values = self.history(training, "loss")
         outcome = self.outcome(training)
         if not outcome["diverged"] and len(values) != outcome["steps"]:
@@ -245,15 +245,15 @@ def _start(run: Run) -> "subprocess.Popen[bytes]":
 
 
 def _keep(run: Run, process: "subprocess.Popen[bytes]", seconds: float, peak: float) -> None:
-    """Write what became of it. Raises UserError or ServiceLost for a training that failed, SystemExit where somebody ended it."""
+    """Write what became of it. Raises UserError or RetryableError for a training that failed, SystemExit where somebody ended it."""
     code = process.returncode
-    diverged = code == EXIT_USER and run.training.may_diverge and _DIVERGED in run.last_words()
+    diverged = code == EXIT_USER and run.training.may_diverge and _DIVERGED in run.log_tail()
     if code in (EXIT_PREEMPTED, -signal.SIGTERM):
         raise SystemExit(EXIT_PREEMPTED)
     if code and not diverged:
         check_room(run.folder)  # a full disk ends a training in many ways
         kind = UserError if code == EXIT_USER else RetryableError
-        raise kind(f"training {run.training.label} ended with exit code {code}: {run.last_words() or 'no word'}; see {run.log}")
+        raise kind(f"training {run.training.label} ended with exit code {code}: {run.log_tail() or 'no word'}; see {run.log}")
     facts = {"diverged": diverged, "seconds": round(seconds, 1), "peak_mib": round(peak, 1)}
     if diverged:
         facts |= {"steps": run.step(), "mlflow_run_id": _run_id(run)}

@@ -28,18 +28,18 @@ class Scale:
     quick: bool
     seeds: int
 
-    def pick(self, quick: T, full: T) -> T:
+    def choose(self, quick: T, full: T) -> T:
         return quick if self.quick else full
 
     @property
     def train_samples(self) -> int:
         """Of Fashion-MNIST's 60,000 training images, the first."""
-        return self.pick(4096, 12_000)
+        return self.choose(4096, 12_000)
 
     @property
     def val_samples(self) -> int:
         """Of its 10,000 test images, the first."""
-        return self.pick(2000, 5000)
+        return self.choose(2000, 5000)
 
 
 @dataclass(frozen=True)

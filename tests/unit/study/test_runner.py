@@ -38,7 +38,7 @@ def test_what_a_log_tells(tmp_path: Path) -> None:
     run = Run(Training("a", 0, 64, 64), tmp_path / "a", [])
     run.log.write_text("a: resnet8, MLflow run 12ab at sqlite:///x\nstep 20/96 epoch 0.3\nstep 40/96 epoch 0.6 loss 1\n")
     assert run.step() == 40
-    assert run.last_words().startswith("step 40/96")
+    assert run.log_tail().startswith("step 40/96")
 
 
 def test_the_first_entries_of_an_idx_file() -> None:

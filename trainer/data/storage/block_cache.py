@@ -65,7 +65,7 @@ class DiskBlockCache:
         return memoryview(content)[start - begin : end - begin]
 
     @contextmanager
-    def claimed(self, names: list[str]) -> Iterator[dict[str, IO[bytes]]]:
+    def acquire(self, names: list[str]) -> Iterator[dict[str, IO[bytes]]]:
         """The right to write these blocks, for whom no other process has it. Locks one after another, in the order of names.
 
         One that another writer held for 30 s is left out: who waits must not wait for ever.

@@ -112,7 +112,7 @@ class Cache:
         of_name = {self._name(name, number): number for number in wanted}
         left = dict(wanted)
         try:
-            with self._blocks.claimed(list(of_name)) as claims:
+            with self._blocks.acquire(list(of_name)) as claims:
                 for number in wanted:
                     if self._read(name, number, wanted[number]):
                         del left[number]

@@ -117,7 +117,7 @@ class Retrier:
         self.progressed()
 
     def failed(self, error: Exception, where: str) -> None:
-        """Wait before the next try. Raises UserError for what no waiting changes, ServiceLost at the bounds."""
+        """Wait before the next try. Raises UserError for what no waiting changes, RetryableError at the bounds."""
         link, patience = self._link, self._link.patience
         kind, why = kind_of(error), reason(error, link.address)
         link.met = link.met or status_of(error) is not None
@@ -154,7 +154,7 @@ class Retrier:
 def read_piece(link: StoreClient, name: str, start: int, into: memoryview, check: Callable[[str | None, int], None]) -> None:
     """Fill ``into`` with an object's bytes from ``start`` on, each fetched once.
 
-    ``check`` is given the object's ETag and size at every answer. Raises UserError, ServiceLost.
+    ``check`` is given the object's ETag and size at every answer. Raises UserError, RetryableError.
     """
     at, end = start, start + len(into)
     endurance = Retrier(link)

@@ -85,13 +85,13 @@ class Store:
         return self._link.counts
 
     def close(self) -> None:
-        """End every wait for a store that is away; those who wait get ServiceLost."""
+        """End every wait for a store that is away; those who wait get RetryableError."""
         self._link.closed.set()
 
     def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:
         """The bytes ``[start, end)`` of an object, each pair. Those that touch or overlap are fetched as one, and no others.
 
-        Raises ServiceLost after the bounds of ``RetryPolicy``; UserError where there is no such object, where it ends before, and
+        Raises RetryableError after the bounds of ``RetryPolicy``; UserError where there is no such object, where it ends before, and
         where it is another one than at the first read.
         """
         if isinstance(self._link.for_ranges, LocalStore):
@@ -158,7 +158,7 @@ class Store:
     def _outlast(self, work: Callable[[ObjectStore], A], where: str, missing: Callable[[], A] | None = None) -> A:
         """``work`` through the faults of the world. ``missing``: what a missing object gives, instead of an error.
 
-        An address that never answered is the user's to look at: NeverAnswered, after object_store's own retries (20 s).
+        An address that never answered is the user's to look at: ServiceUnreachable, after object_store's own retries (20 s).
         """
         endurance = Retrier(self._link)
         while True:
@@ -178,7 +178,7 @@ class Store:
                 return result
 
     def read_small(self, name: str) -> bytes | None:
-        """A whole object, or None where there is none. Raises UserError where the store cannot be read at all, ServiceLost."""
+        """A whole object, or None where there is none. Raises UserError where the store cannot be read at all, RetryableError."""
         return self._outlast(lambda objects: obstore.get(objects, name).bytes().to_bytes(), f"{self.url}/{name}", lambda: None)
 
     def read_record(self, name: str) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ class _Bucket:
 
 
 class GradReducer:
-    """The gradients of one model on one rank. All ranks take part in each backward pass and in ``finish``."""
+    """The gradients of one model on one rank. All ranks take part in each backward pass and in ``finalize_backward``."""
 
     def __init__(self, module: nn.Module, buffers: Sequence[Tensor], places: Sequence[ParamOffsets], ranks: int) -> None:
         self.buffers, self._ranks = list(buffers), ranks
@@ -45,14 +45,14 @@ class GradReducer:
         for buffer, offsets in zip(buffers, places, strict=True):
             for parameter, offset in offsets.items():
                 self._views[parameter] = buffer.as_strided(parameter.shape, parameter.stride(), offset)
-                parameter.register_post_accumulate_grad_hook(self._came)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(self._on_grad_ready)  # type: ignore[no-untyped-call]
             self._buckets += _build_buckets(buffer, offsets)
         number = {parameter: i for i, parameter in enumerate(module.parameters())}
         self._buckets.sort(key=lambda bucket: -min(number[p] for p in bucket.parameters))  # as backward passes fill them
         self._bucket_of = {id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters}
         self._waiting: list[_Bucket] = []
 
-    def expect(self, last: bool) -> None:
+    def prepare_for_backward(self, last: bool) -> None:
         """Before a backward pass. ``last``: of those whose gradients make one step, and so the one that reduces."""
         self._last = last
         if self.zero_before_step and not self._filled:
@@ -62,7 +62,7 @@ class GradReducer:
         for bucket in self._buckets:
             bucket.missing = len(bucket.parameters)
 
-    def _came(self, parameter: Tensor) -> None:
+    def _on_grad_ready(self, parameter: Tensor) -> None:
         """Take a gradient that the backward pass has just computed."""
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
@@ -77,7 +77,7 @@ class GradReducer:
         self.arrived([parameter])
 
     def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        """Add gradients to the buffers, which ``expect`` has set to zero; ``arrived`` must follow."""
+        """Add gradients to the buffers, which ``prepare_for_backward`` has set to zero; ``arrived`` must follow."""
         came = [(self._views[p], g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         if came:
             views, values = zip(*came, strict=True)
@@ -97,7 +97,7 @@ class GradReducer:
         if self._ranks > 1:
             self._handles.append(dist.all_reduce(bucket.part, async_op=True))
 
-    def finish(self) -> None:
+    def finalize_backward(self) -> None:
         """After the last backward pass: every parameter's ``grad`` is the mean over ranks; zero where there was none."""
         for parameter, view in self._views.items():
             if id(parameter) not in self._filled:
@@ -145,10 +145,10 @@ class Zero1GradReducer(GradReducer):
         super().__init__(module, [torch.zeros_like(flat) for flat in optimizer.bit16_groups_flat], places, ranks)
         self._rank = dist.get_rank()
 
-    def finish(self) -> None:
+    def finalize_backward(self) -> None:
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
-        super().finish()
+        super().finalize_backward()
         for number, (buffer, size) in enumerate(zip(self.buffers, self._optimizer.partition_size, strict=True)):
             part = buffer.narrow(0, self._rank * size, size)
             self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([part], part)

@@ -75,7 +75,7 @@ class Fp32State:
             self._wrapped._hp_optimizer_states_linked = False
             self._wrapped._lazy_init_hp_params_optimizer_state()
 
-    def begin_average(self) -> None:
+    def init_ema(self) -> None:
         """Keep a moving average of the weights, which begins at what they are."""
         for master in self._flat():
             self._inner.state[master][EMA] = master.detach().clone()
@@ -89,7 +89,7 @@ class Fp32State:
             return list(self._wrapped.fp32_partitioned_groups_flat)
         return [master for group in self._inner.param_groups for master in group["params"]]
 
-    def average(self, decay: float) -> None:
+    def update_ema(self, decay: float) -> None:
         """Move the average of each weight towards the weight: a rank's own piece, no communication."""
         masters = self._flat()
         torch._foreach_lerp_([self._inner.state[master][EMA] for master in masters], [m.detach() for m in masters], 1 - decay)
