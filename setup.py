@@ -24,7 +24,9 @@ class BuildNative(build_ext):
     def _archive(self, name: str) -> str | None:
         command = [*self.compiler.compiler[:1], f"-print-file-name={name}"]
         try:
-            path = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+            path = Path(
+                subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            )
         except (OSError, subprocess.CalledProcessError):
             return None
         return str(path) if path.is_absolute() else None
@@ -36,7 +38,11 @@ setup(
             "trainer.data._native",
             ["trainer/data/_native.c"],
             define_macros=[("Py_LIMITED_API", "0x030b0000")],
-            extra_compile_args=["-O3", "-g0", "-ffp-contract=off"],  # the same sums on every processor
+            extra_compile_args=[
+                "-O3",
+                "-g0",
+                "-ffp-contract=off",
+            ],  # the same sums on every processor
             py_limited_api=True,
             optional=True,
         )

@@ -53,14 +53,21 @@ def rank_main(task: dict[str, Any]) -> None:
                 kept.wait()
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     if ranks.is_rank_zero:
-        result = {"pause_seconds": pauses, "plain_step_seconds": plain, "step_seconds": written, "bytes": size // 2}
+        result = {
+            "pause_seconds": pauses,
+            "plain_step_seconds": plain,
+            "step_seconds": written,
+            "bytes": size // 2,
+        }
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()
     process_group.cleanup()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")
@@ -70,19 +77,39 @@ def main() -> None:
     if arguments.rank:
         rank_main(arguments.rank)
         return
-    print(f"resnet18 at 64 px, 16 images a rank, a checkpoint in {arguments.every} steps, load {os.getloadavg()[0]:.1f}")
-    print(f"{'processes':>9} {'ZeRO':>4} {'step, ms':>9} {'pause, ms':>9} {'pause a step':>12} {'slower by':>9} {'MB':>5}")
+    print(
+        f"resnet18 at 64 px, 16 images a rank, a checkpoint in {arguments.every} steps, load {os.getloadavg()[0]:.1f}"
+    )
+    print(
+        f"{'processes':>9} {'ZeRO':>4} {'step, ms':>9} {'pause, ms':>9} {'pause a step':>12} {'slower by':>9} {'MB':>5}"
+    )
     results = []
     for count in arguments.processes:
         for stage in (0, 1):
-            figures = run_ranks(__file__, count, zero_stage=stage, every=arguments.every, rounds=arguments.rounds)
-            step, pause = statistics.median(figures["plain_step_seconds"]), statistics.median(figures["pause_seconds"])
+            figures = run_ranks(
+                __file__, count, zero_stage=stage, every=arguments.every, rounds=arguments.rounds
+            )
+            step, pause = (
+                statistics.median(figures["plain_step_seconds"]),
+                statistics.median(figures["pause_seconds"]),
+            )
             pairs = zip(figures["step_seconds"], figures["plain_step_seconds"], strict=True)
             slower = statistics.median(own / plain for own, plain in pairs) - 1
             share = pause / step / arguments.every
-            results.append({"processes": count, "zero_stage": stage, "pause_share": share, "slower_by": slower, **figures})
+            results.append(
+                {
+                    "processes": count,
+                    "zero_stage": stage,
+                    "pause_share": share,
+                    "slower_by": slower,
+                    **figures,
+                }
+            )
             size = figures["bytes"] / 1e6
-            print(f"{count:9} {stage:4} {step * 1e3:9.0f} {pause * 1e3:9.0f} {share:12.4f} {slower:9.3f} {size:5.0f}", flush=True)
+            print(
+                f"{count:9} {stage:4} {step * 1e3:9.0f} {pause * 1e3:9.0f} {share:12.4f} {slower:9.3f} {size:5.0f}",
+                flush=True,
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -86,25 +86,56 @@ def submitted(cluster: Kubectl, nodes: int) -> dict[str, float]:
                 return [when for line, when in list(phases.items()) if line.startswith("Running")]
 
             until(lambda: len(running()) == nodes, 300)
-            return {"convoy submit": jobs["r50"] - began, f"{nodes * GPUS:,} GPUs": max(running()) - jobs["r50"]}
+            return {
+                "convoy submit": jobs["r50"] - began,
+                f"{nodes * GPUS:,} GPUs": max(running()) - jobs["r50"],
+            }
 
 
-TRAINING = ["model.width=4", "data.val=null", "train.max_steps=600", "train.log_every_steps=1", "checkpoint.every_steps=20"]
-POD = ["--nodes", "2", "--gpus-per-node", "0", "--cpu", "300m", "--memory", "2Gi", "--service-account", "convoy-trainer"]
+TRAINING = [
+    "model.width=4",
+    "data.val=null",
+    "train.max_steps=600",
+    "train.log_every_steps=1",
+    "checkpoint.every_steps=20",
+]
+POD = [
+    "--nodes",
+    "2",
+    "--gpus-per-node",
+    "0",
+    "--cpu",
+    "300m",
+    "--memory",
+    "2Gi",
+    "--service-account",
+    "convoy-trainer",
+]
 
 
 @contextmanager
 def trained(cluster: Kubectl) -> Iterator[Callable[[], dict[str, float]]]:
     """Gives what trains one job more."""
     names = (f"job-{number}" for number in count())
-    with tempfile.TemporaryDirectory() as folder, served(cluster, Path(folder)) as (kubectl, mlflow):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(cluster, Path(folder)) as (kubectl, mlflow),
+    ):
         yield lambda: one_training(kubectl, mlflow, next(names))
 
 
 def one_training(kubectl: Kubectl, mlflow: str, name: str) -> dict[str, float]:
     with watched(kubectl, "pytorchjobs", "{.metadata.name}") as jobs:
         done = run_convoy(
-            "submit", "fashion-resnet8", *POD, "--name", name, "--namespace", kubectl.namespace, *TRAINING, f"name={name}"
+            "submit",
+            "fashion-resnet8",
+            *POD,
+            "--name",
+            name,
+            "--namespace",
+            kubectl.namespace,
+            *TRAINING,
+            f"name={name}",
         )
         assert done.returncode == 0, done.stderr
         applied_at = jobs[name] + time.time() - time.monotonic()
@@ -113,8 +144,13 @@ def one_training(kubectl: Kubectl, mlflow: str, name: str) -> dict[str, float]:
     kubectl("delete", "pod", f"{name}-worker-1", "--force", "--grace-period=0")
     until(lambda: succeeded(kubectl, name), 300)
     times = [metric["timestamp"] / 1e3 for metric in history(mlflow, name)]
-    _, next_step = max((after - before, after) for before, after in pairwise(times) if after > killed_at)
-    return {"to the first step": times[0] - applied_at, "lost pod to the next step": next_step - killed_at}
+    _, next_step = max(
+        (after - before, after) for before, after in pairwise(times) if after > killed_at
+    )
+    return {
+        "to the first step": times[0] - applied_at,
+        "lost pod to the next step": next_step - killed_at,
+    }
 
 
 @contextmanager
@@ -125,15 +161,21 @@ def on_played_nodes(cluster: Kubectl, nodes: int) -> Iterator[Callable[[], dict[
 MEASURES = [
     Measure("training", {"to the first step": 25, "lost pod to the next step": 30}, trained),
     Measure("512 GPUs", {"512 GPUs": 4}, lambda cluster: on_played_nodes(cluster, 64)),
-    Measure("4,096 GPUs", {"4,096 GPUs": 60}, lambda cluster: on_played_nodes(cluster, 512), large=True),
+    Measure(
+        "4,096 GPUs", {"4,096 GPUs": 60}, lambda cluster: on_played_nodes(cluster, 512), large=True
+    ),
 ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rounds-large", type=int, default=3, help="of what takes a minute or more")
+    parser.add_argument(
+        "--rounds-large", type=int, default=3, help="of what takes a minute or more"
+    )
     parser.add_argument("--only", default="", help="measures whose names hold this text")
     options = parser.parse_args()
     program = shutil.which("kubectl")
@@ -153,10 +195,14 @@ def main() -> None:
     table = Table("", "rounds", "median, s", "least", "most", "wished", title=machine, box=None)
     for name, rounds in figures.items():
         spread = [f"{value:.1f}" for value in (statistics.median(rounds), min(rounds), max(rounds))]
-        table.add_row(name, str(len(rounds)), *spread, f"{wished[name]:g}" if name in wished else "")
+        table.add_row(
+            name, str(len(rounds)), *spread, f"{wished[name]:g}" if name in wished else ""
+        )
     Console().print(table)
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "wished": wished, "seconds": figures}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"machine": machine, "wished": wished, "seconds": figures}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -42,14 +42,25 @@ def python() -> str:
 def in_own_process(*arguments: str, script: str = __file__) -> str:
     """The last line that a benchmark prints with these arguments. Raises RuntimeError with the end of what it said."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": paths,
+    }
     with tempfile.TemporaryFile("w+") as errors:
         result = subprocess.run(
-            [python(), script, *arguments], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=_SECONDS
+            [python(), script, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            timeout=_SECONDS,
         )
         if result.returncode:
             errors.seek(0)
-            raise RuntimeError(" ".join(arguments[:2]) + ": " + " ".join(errors.read().split()[-40:]))
+            raise RuntimeError(
+                " ".join(arguments[:2]) + ": " + " ".join(errors.read().split()[-40:])
+            )
     return result.stdout.splitlines()[-1]
 
 
@@ -88,7 +99,9 @@ def measure(name: str, folder: Path, workers: int) -> None:
     started = time.perf_counter()
     images = sum(epoch())
     seconds = time.perf_counter() - started
-    print(json.dumps({"images_per_second": images / seconds, "peak_bytes": memory.peak}), flush=True)
+    print(
+        json.dumps({"images_per_second": images / seconds, "peak_bytes": memory.peak}), flush=True
+    )
     os._exit(0)  # the workers of some loaders outlive their parent's goodbye
 
 
@@ -121,7 +134,9 @@ def breakdown(folder: Path, workers: int) -> None:
     decode = (time.thread_time() - before) / len(contents)
     parts = {"fetch": fetch, "decode and resize": decode, "rest": whole / images - fetch - decode}
     figures = {
-        "microseconds_per_image": {part: round(seconds * 1e6, 1) for part, seconds in parts.items()},
+        "microseconds_per_image": {
+            part: round(seconds * 1e6, 1) for part, seconds in parts.items()
+        },
         "processors_used": round(whole / elapsed, 2),
         "decode_crop_per_second_and_thread": round(1 / decode),
         "decoder": decoder_in_use(),
@@ -142,20 +157,35 @@ for module in sys.argv[1:]:
         print(module)
 """
     modules = [module for _, module in CONTESTANTS.values()]
-    absent = subprocess.run([python(), "-c", code, *modules], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    return {name: f"{module} is not installed" for name, (_, module) in CONTESTANTS.items() if module in absent}
+    absent = subprocess.run(
+        [python(), "-c", code, *modules], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    return {
+        name: f"{module} is not installed"
+        for name, (_, module) in CONTESTANTS.items()
+        if module in absent
+    }
 
 
 def pack(folder: Path, count: int) -> int:
     """All the formats of the same images; returns their mean size, bytes."""
     (folder / "images").mkdir()
     size = make_images(folder / "images", count)
-    command = [sys.executable, "-m", "pipelines.cli", "pack", str(folder / "images"), str(folder / "shards")]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "pack",
+        str(folder / "images"),
+        str(folder / "shards"),
+    ]
     subprocess.run([*command, "--shard-mb", "8"], cwd=ROOT, check=True, capture_output=True)
     return size
 
 
-def compete(folder: Path, rounds: int, workers: int, left_out: dict[str, str]) -> dict[str, list[dict[str, float]]]:
+def compete(
+    folder: Path, rounds: int, workers: int, left_out: dict[str, str]
+) -> dict[str, list[dict[str, float]]]:
     """By contestant, what each round gave; who fails is left out from then on."""
     for name in CONTESTANTS:
         if name in left_out:
@@ -164,11 +194,17 @@ def compete(folder: Path, rounds: int, workers: int, left_out: dict[str, str]) -
             in_own_process("--prepare", name, str(folder))
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             left_out[name] = str(error)
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS if name not in left_out}
+    results: dict[str, list[dict[str, float]]] = {
+        name: [] for name in CONTESTANTS if name not in left_out
+    }
     for number in range(rounds):
         for name in list(results) if number % 2 == 0 else list(results)[::-1]:
             try:
-                results[name].append(json.loads(in_own_process("--measure", name, str(folder), "--workers", str(workers))))
+                results[name].append(
+                    json.loads(
+                        in_own_process("--measure", name, str(folder), "--workers", str(workers))
+                    )
+                )
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 left_out[name] = str(error)
                 del results[name]
@@ -177,27 +213,37 @@ def compete(folder: Path, rounds: int, workers: int, left_out: dict[str, str]) -
 
 def summary(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
     """By contestant: the median and the quartiles of images/s; the ratios of ours to it; and its memory."""
-    rates = {name: [result["images_per_second"] for result in rounds] for name, rounds in results.items()}
+    rates = {
+        name: [result["images_per_second"] for result in rounds] for name, rounds in results.items()
+    }
     rows = {}
     for name, values in rates.items():
         ratios = [own / theirs for own, theirs in zip(rates[OURS], values, strict=True)]
         rows[name] = {
             "images_per_second": round(statistics.median(values)),
-            "quartiles": [round(value) for value in statistics.quantiles(values, n=4)[::2]] if len(values) > 1 else None,
+            "quartiles": [round(value) for value in statistics.quantiles(values, n=4)[::2]]
+            if len(values) > 1
+            else None,
             "ratio_of_ours": round(statistics.median(ratios), 3),
-            "ratio_quartiles": [round(v, 3) for v in statistics.quantiles(ratios, n=4)[::2]] if len(values) > 1 else None,
+            "ratio_quartiles": [round(v, 3) for v in statistics.quantiles(ratios, n=4)[::2]]
+            if len(values) > 1
+            else None,
             "peak_bytes": max(int(result["peak_bytes"]) for result in results[name]),
         }
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), help="these alone, and ours")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(CONTESTANTS), help="these alone, and ours"
+    )
     parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--breakdown", help=argparse.SUPPRESS)
@@ -219,37 +265,69 @@ def main() -> None:
 def report(options: argparse.Namespace) -> None:
     left_out = missing()
     if options.only:
-        left_out |= {name: "not asked for" for name in CONTESTANTS if name not in (OURS, *options.only)}
+        left_out |= {
+            name: "not asked for" for name in CONTESTANTS if name not in (OURS, *options.only)
+        }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         size = pack(folder, options.images)
         results = compete(folder, options.rounds, options.workers, left_out)
-        parts = json.loads(in_own_process("--breakdown", str(folder), "--workers", str(options.workers)))
+        parts = json.loads(
+            in_own_process("--breakdown", str(folder), "--workers", str(options.workers))
+        )
     rows, used = summary(results), json.loads(in_own_process("--versions"))
     machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
     work = f"{options.images:,} JPEGs of {size / 1000:.0f} KB, {options.workers} workers, {options.rounds} rounds"
-    print(f"{work}; {machine}; {date.today()}\n" + ", ".join(f"{name} {version}" for name, version in used.items()))
-    print(f"{'':28} {'images/s':>8} {'quartiles':>13} {'ours to it':>11} {'quartiles':>13} {'memory, MB':>11}")
+    print(
+        f"{work}; {machine}; {date.today()}\n"
+        + ", ".join(f"{name} {version}" for name, version in used.items())
+    )
+    print(
+        f"{'':28} {'images/s':>8} {'quartiles':>13} {'ours to it':>11} {'quartiles':>13} {'memory, MB':>11}"
+    )
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["images_per_second"]):
         spread = "{}-{}".format(*row["quartiles"] or "  ")
         ratios = "{}-{}".format(*row["ratio_quartiles"] or "  ")
-        rate, ratio, memory = row["images_per_second"], row["ratio_of_ours"], row["peak_bytes"] / 1e6
+        rate, ratio, memory = (
+            row["images_per_second"],
+            row["ratio_of_ours"],
+            row["peak_bytes"] / 1e6,
+        )
         print(f"{name:28} {rate:8,} {spread:>13} {ratio:11.2f} {ratios:>13} {memory:11,.0f}")
     for name, why in left_out.items():
         print(f"{name:28} left out: {why}")
     peers = {name: row for name, row in rows.items() if not name.startswith(OURS)}
     if peers:
         best = max(peers, key=lambda name: peers[name]["images_per_second"])
-        print(f"ours to the best peer ({best}): {peers[best]['ratio_of_ours']:.2f} (target 1.6)", end="")
-        print(f"; to ImageFolder: {peers[FOLDER]['ratio_of_ours']:.2f} (target 2.2)" if FOLDER in peers else "")
+        print(
+            f"ours to the best peer ({best}): {peers[best]['ratio_of_ours']:.2f} (target 1.6)",
+            end="",
+        )
+        print(
+            f"; to ImageFolder: {peers[FOLDER]['ratio_of_ours']:.2f} (target 2.2)"
+            if FOLDER in peers
+            else ""
+        )
     print("ours, processor time of an image, microseconds: ", end="")
-    print(", ".join(f"{part} {value:,.0f}" for part, value in parts["microseconds_per_image"].items()), end="")
+    print(
+        ", ".join(
+            f"{part} {value:,.0f}" for part, value in parts["microseconds_per_image"].items()
+        ),
+        end="",
+    )
     print(
         f"; {parts['processors_used']} processors used; decode_crop alone {parts['decode_crop_per_second_and_thread']:,} a second"
     )
     print(f"decoder: {parts['decoder']}")
     if options.json:
-        facts = {"work": work, "machine": machine, "versions": used, "rows": rows, "rounds": results, "ours": parts}
+        facts = {
+            "work": work,
+            "machine": machine,
+            "versions": used,
+            "rows": rows,
+            "rounds": results,
+            "ours": parts,
+        }
         options.json.write_text(json.dumps(facts | {"left_out": left_out}, indent=1) + "\n")
 
 

@@ -47,13 +47,19 @@ def _batches(loader: Any) -> Epoch:
 def _loader_of(dataset: Any, workers: int, kind: Any = None, **options: Any) -> Epoch:
     from torch.utils.data import DataLoader
 
-    return _batches((kind or DataLoader)(dataset, batch_size=BATCH, num_workers=workers, persistent_workers=True, **options))
+    return _batches(
+        (kind or DataLoader)(
+            dataset, batch_size=BATCH, num_workers=workers, persistent_workers=True, **options
+        )
+    )
 
 
 def _pillow_transform() -> Callable[[Any], Any]:
     from torchvision.transforms import v2
 
-    return v2.Compose([v2.RandomResizedCrop(SIDE, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    return v2.Compose(
+        [v2.RandomResizedCrop(SIDE, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    )
 
 
 def _pillow_view() -> Callable[[bytes], Any]:
@@ -71,7 +77,12 @@ def our_config(url: str, workers: int, **data: Any) -> "RunConfig":
 
     values = {"train": url, "image_size": SIDE, "workers": workers, "tail": "drop", **data}
     return RunConfig.model_validate(
-        {"model": {"name": "resnet50"}, "data": values, "batch": {"global_size": BATCH}, "train": {"max_steps": 1}}
+        {
+            "model": {"name": "resnet50"},
+            "data": values,
+            "batch": {"global_size": BATCH},
+            "train": {"max_steps": 1},
+        }
     )
 
 
@@ -114,7 +125,9 @@ def ours_decode_alone(folder: Path, workers: int) -> Epoch:
 def imagefolder(folder: Path, workers: int) -> Epoch:
     from torchvision.datasets import ImageFolder
 
-    return _loader_of(ImageFolder(str(folder / "images"), _pillow_transform()), workers, shuffle=True)
+    return _loader_of(
+        ImageFolder(str(folder / "images"), _pillow_transform()), workers, shuffle=True
+    )
 
 
 def _webdataset(folder: Path, workers: int, view: Callable[[bytes], Any]) -> Epoch:
@@ -138,7 +151,9 @@ def webdataset_torchvision(folder: Path, workers: int) -> Epoch:
     transform = v2.Compose([v2.RandomResizedCrop(SIDE, antialias=True), v2.RandomHorizontalFlip()])
 
     def view(encoded: bytes) -> Any:
-        return transform(decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB))
+        return transform(
+            decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+        )
 
     return _webdataset(folder, workers, view)
 
@@ -152,7 +167,11 @@ def webdataset_simplejpeg(folder: Path, workers: int) -> Epoch:
     def view(encoded: bytes) -> np.ndarray:
         pixels = simplejpeg.decode_jpeg(encoded, "RGB")
         left, top, width, height = random_box(pixels.shape[1], pixels.shape[0])
-        crop = cv2.resize(pixels[top : top + height, left : left + width], (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+        crop = cv2.resize(
+            pixels[top : top + height, left : left + width],
+            (SIDE, SIDE),
+            interpolation=cv2.INTER_LINEAR,
+        )
         return np.ascontiguousarray(crop[:, ::-1]) if random.random() < 0.5 else crop
 
     return _webdataset(folder, workers, view)
@@ -190,9 +209,15 @@ def dali(folder: Path, workers: int) -> Epoch:
 
     @pipeline_def(batch_size=BATCH, num_threads=workers, device_id=None)
     def make() -> Any:
-        encoded, labels = fn.readers.file(file_root=str(folder / "images"), random_shuffle=True, name="files")
-        images = fn.decoders.image_random_crop(encoded, random_area=[MIN_AREA, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
-        images = fn.resize(images, size=[SIDE, SIDE], interp_type=types.INTERP_TRIANGULAR, antialias=True)
+        encoded, labels = fn.readers.file(
+            file_root=str(folder / "images"), random_shuffle=True, name="files"
+        )
+        images = fn.decoders.image_random_crop(
+            encoded, random_area=[MIN_AREA, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
+        )
+        images = fn.resize(
+            images, size=[SIDE, SIDE], interp_type=types.INTERP_TRIANGULAR, antialias=True
+        )
         return fn.flip(images, horizontal=fn.random.coin_flip()), labels
 
     pipeline = make()
@@ -221,7 +246,10 @@ def ffcv(folder: Path, workers: int) -> Epoch:
         order=OrderOption.QUASI_RANDOM,
         drop_last=False,
         os_cache=True,
-        pipelines={"image": [decoder, RandomHorizontalFlip(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
+        pipelines={
+            "image": [decoder, RandomHorizontalFlip(), ToTensor()],
+            "label": [IntDecoder(), ToTensor()],
+        },
     )
 
     def epoch() -> Iterator[int]:
@@ -254,7 +282,11 @@ def read_image(item: tuple[str, int]) -> dict[str, Any]:
 def prepare(name: str, folder: Path) -> None:
     """Write the images in a contestant's own format, where it has one."""
     classes = sorted((folder / "images").iterdir())
-    items = [(str(path), label) for label, directory in enumerate(classes) for path in sorted(directory.iterdir())]
+    items = [
+        (str(path), label)
+        for label, directory in enumerate(classes)
+        for path in sorted(directory.iterdir())
+    ]
     random.Random(0).shuffle(items)
     if name == "mosaicml-streaming":
         from streaming import MDSWriter
@@ -265,21 +297,38 @@ def prepare(name: str, folder: Path) -> None:
     elif name == "litdata":
         from litdata import optimize
 
-        optimize(read_image, items, str(folder / "litdata"), chunk_bytes="64MB", num_workers=1, verbose=False)
+        optimize(
+            read_image,
+            items,
+            str(folder / "litdata"),
+            chunk_bytes="64MB",
+            num_workers=1,
+            verbose=False,
+        )
     elif name == "FFCV":
         from ffcv.fields import IntField, RGBImageField
         from ffcv.writer import DatasetWriter
         from torchvision.datasets import ImageFolder
 
         fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=92), "label": IntField()}
-        DatasetWriter(str(folder / "images.beton"), fields, num_workers=1).from_indexed_dataset(ImageFolder(folder / "images"))
+        DatasetWriter(str(folder / "images.beton"), fields, num_workers=1).from_indexed_dataset(
+            ImageFolder(folder / "images")
+        )
 
 
 def versions() -> str:
     """Of what takes part in this process, as JSON."""
     import importlib.metadata as metadata
 
-    names = ("torch", "torchvision", "webdataset", "pillow", "simplejpeg", "opencv-python-headless", "litdata")
+    names = (
+        "torch",
+        "torchvision",
+        "webdataset",
+        "pillow",
+        "simplejpeg",
+        "opencv-python-headless",
+        "litdata",
+    )
     found = {}
     for name in (*names, "mosaicml-streaming", "nvidia-dali-cuda130", "ffcv"):
         try:

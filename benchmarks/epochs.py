@@ -42,17 +42,37 @@ def epochs(count: int, images: int) -> list[dict[str, float]]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder) / "images", images)
-        command = [sys.executable, "-m", "pipelines.cli", "pack", f"{folder}/images", f"{folder}/shards", "--shards", "8"]
+        command = [
+            sys.executable,
+            "-m",
+            "pipelines.cli",
+            "pack",
+            f"{folder}/images",
+            f"{folder}/shards",
+            "--shards",
+            "8",
+        ]
         subprocess.run(command, check=True, capture_output=True)
         train = Path(folder) / "shards" / "train"
         index, store = open_index(str(train))
         config = config_of(train)
         for epoch in range(count):
             started = time.perf_counter()
-            seen = sum(len(batch.keys) for batch in train_loader(config, index, store, epoch, 1, 0, 1))
+            seen = sum(
+                len(batch.keys) for batch in train_loader(config, index, store, epoch, 1, 0, 1)
+            )
             memory = status("VmRSS") / 2**20
-            rows.append({"epoch": epoch + 1, "mib": memory, "images_per_second": seen / (time.perf_counter() - started)})
-            print(f"epoch {epoch + 1:3}  {memory:7.1f} MiB  {rows[-1]['images_per_second']:7,.0f} images/s", flush=True)
+            rows.append(
+                {
+                    "epoch": epoch + 1,
+                    "mib": memory,
+                    "images_per_second": seen / (time.perf_counter() - started),
+                }
+            )
+            print(
+                f"epoch {epoch + 1:3}  {memory:7.1f} MiB  {rows[-1]['images_per_second']:7,.0f} images/s",
+                flush=True,
+            )
     return rows
 
 
@@ -62,7 +82,10 @@ def write_large_index(folder: Path, shards: int, samples: int) -> None:
     entries = []
     for number in range(shards):
         offsets = [0, *np.cumsum(random.integers(100, 320, samples) * 512).tolist()]
-        keys = [f"n{i:08d}/n{i:08d}_{number * samples + i}" for i in random.integers(0, 10**7, samples).tolist()]
+        keys = [
+            f"n{i:08d}/n{i:08d}_{number * samples + i}"
+            for i in random.integers(0, 10**7, samples).tolist()
+        ]
         entries.append(
             Shard(
                 name=f"train-{number:06d}.tar",
@@ -84,17 +107,30 @@ def first_batch(folder: str) -> None:
     index, _ = open_index(folder)
     opened = time.perf_counter() - started
     order = epoch_order(index.sizes, 0, 0, 256, 16384)
-    keys = [index.key(int(sample)) for sample in order.samples[0, micro_batch_slots(256, 8, 3, 1)[0]]]
+    keys = [
+        index.key(int(sample)) for sample in order.samples[0, micro_batch_slots(256, 8, 3, 1)[0]]
+    ]
     known = time.perf_counter() - started
     grown = (status("VmHWM") - before) / 2**20
-    print(json.dumps({"open_seconds": opened, "first_batch_seconds": known, "grown_mib": grown, "keys": len(keys)}))
+    print(
+        json.dumps(
+            {
+                "open_seconds": opened,
+                "first_batch_seconds": known,
+                "grown_mib": grown,
+                "keys": len(keys),
+            }
+        )
+    )
 
 
 def large(shards: int = 1281, samples: int = 1000) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_large_index(Path(folder), shards, samples)
         command = [sys.executable, __file__, "--first-batch", folder]
-        figures: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        figures: dict[str, Any] = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
     print(
         f"index of {shards:,} shards x {samples:,} samples: open in {figures['open_seconds']:.2f} s, first batch known after "
         f"{figures['first_batch_seconds']:.2f} s, for which the process grew by {figures['grown_mib']:.0f} MiB at most"
@@ -109,14 +145,23 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    axes.plot([row["epoch"] for row in rows], [row["mib"] for row in rows], marker="o", color="#0072B2")
-    axes.set(xlabel="epochs", ylabel="resident memory, MiB", title="One rank's loader, a new one each epoch", ylim=(0, None))
+    axes.plot(
+        [row["epoch"] for row in rows], [row["mib"] for row in rows], marker="o", color="#0072B2"
+    )
+    axes.set(
+        xlabel="epochs",
+        ylabel="resident memory, MiB",
+        title="One rank's loader, a new one each epoch",
+        ylim=(0, None),
+    )
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--json", type=Path, help="write the figures to this file")

@@ -63,8 +63,18 @@ ROWS: dict[str, dict[str, Any]] = {
         ("resnet50", "fp32", 256),
     )
 } | {
-    "resnet50 bf16 32 compiled": {"model": "resnet50", "precision": "bf16", "images": 32, "compile": True},
-    "resnet50 bf16 256 compiled": {"model": "resnet50", "precision": "bf16", "images": 256, "compile": True},
+    "resnet50 bf16 32 compiled": {
+        "model": "resnet50",
+        "precision": "bf16",
+        "images": 32,
+        "compile": True,
+    },
+    "resnet50 bf16 256 compiled": {
+        "model": "resnet50",
+        "precision": "bf16",
+        "images": 256,
+        "compile": True,
+    },
 }
 """fp32: convolutions in TF32, as torch sets it. ``zero``: DeepSpeed's stage, 1 where none is given."""
 
@@ -83,7 +93,9 @@ def loop_step(row: dict[str, Any], device: torch.device) -> Step:
     model = build_model(row["model"], CLASSES).to(device, memory_format=torch.channels_last)
     if row.get("compile"):
         model.compile()
-    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), RATE, momentum=0.9, weight_decay=1e-4, fused=True
+    )
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(row["precision"])
     scaler = torch.amp.GradScaler("cuda", enabled=half is torch.float16)
     mean = torch.tensor((0.485, 0.456, 0.406), device=device).view(3, 1, 1) * 255
@@ -150,7 +162,9 @@ def measure(name: str, rounds: int, device: torch.device) -> dict[str, Any]:
     times: dict[str, list[tuple[float, float]]] = {contender: [] for contender in made}
     for number in range(rounds):
         for contender in list(made) if number % 2 == 0 else reversed(made):
-            times[contender].append(seconds_of(made[contender][0], STEPS if images > 64 else 4 * STEPS))
+            times[contender].append(
+                seconds_of(made[contender][0], STEPS if images > 64 else 4 * STEPS)
+            )
     seconds = {contender: [whole for whole, _ in found] for contender, found in times.items()}
     ratios = [theirs / our for our, theirs in zip(seconds["ours"], seconds["loop"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
@@ -162,7 +176,10 @@ def measure(name: str, rounds: int, device: torch.device) -> dict[str, Any]:
         "row": name,
         "images": images,
         "images_per_second": {contender: images / median for contender, median in medians.items()},
-        "launch_ms": {c: 1e3 * statistics.median(launched for _, launched in found) for c, found in times.items()},
+        "launch_ms": {
+            c: 1e3 * statistics.median(launched for _, launched in found)
+            for c, found in times.items()
+        },
         "ratio": middle,
         "quartiles": [low, high],
         "peak_bytes": {contender: peak for contender, (_, _, peak, _) in made.items()},
@@ -192,15 +209,21 @@ def profile_of(name: str, device: torch.device) -> str:
         launched = time.perf_counter() - started
         torch.cuda.synchronize()
         whole = time.perf_counter() - started
-    table = trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=60)
-    return f"3 steps: {launched * 1e3:.0f} ms until launched, {whole * 1e3:.0f} ms until done\n{table}"
+    table = trace.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=60
+    )
+    return (
+        f"3 steps: {launched * 1e3:.0f} ms until launched, {whole * 1e3:.0f} ms until done\n{table}"
+    )
 
 
 def pipeline(name: str, workers: int, folder: Path, device: torch.device) -> dict[str, Any]:
     """Images/s of our engine fed by our loader from JPEG shards below ``folder``, in the middle of an epoch, of the same engine on
     one batch that is there already, and of the loader alone."""
     url, images = f"data.train={folder}/packed/train", int(ROWS[name]["images"])
-    config = load_config("resnet50", [url, "data.val=null", f"data.workers={workers}", f"batch.global_size={images}"])
+    config = load_config(
+        "resnet50", [url, "data.val=null", f"data.workers={workers}", f"batch.global_size={images}"]
+    )
     index, store = open_index(f"{folder}/packed/train")
 
     def batches() -> Iterator[Batch]:
@@ -241,18 +264,37 @@ def make_shards(folder: Path, images: int) -> None:
     for split, count in (("train", images), ("val", 20)):
         (folder / "images" / split).mkdir(parents=True)
         make_images(folder / "images" / split, count)
-    command = [sys.executable, "-m", "pipelines.cli", "pack", str(folder / "images"), str(folder / "packed"), "--shards", "16"]
-    subprocess.run([*command, "--workers", str(os.cpu_count())], cwd=ROOT, check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "pack",
+        str(folder / "images"),
+        str(folder / "packed"),
+        "--shards",
+        "16",
+    ]
+    subprocess.run(
+        [*command, "--workers", str(os.cpu_count())], cwd=ROOT, check=True, capture_output=True
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file, after each row")
-    parser.add_argument("--rows", nargs="+", default=[*ROWS, "pipeline"], choices=[*ROWS, "pipeline"])
+    parser.add_argument(
+        "--rows", nargs="+", default=[*ROWS, "pipeline"], choices=[*ROWS, "pipeline"]
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--pipeline-images", type=int, default=12288)
-    parser.add_argument("--workers", type=int, nargs="+", default=[os.cpu_count() or 1], help="of the pipeline")
-    parser.add_argument("--profile", choices=ROWS, help="tell where the GPU's time goes in this row, instead")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[os.cpu_count() or 1], help="of the pipeline"
+    )
+    parser.add_argument(
+        "--profile", choices=ROWS, help="tell where the GPU's time goes in this row, instead"
+    )
     arguments = parser.parse_args()
     ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks)
@@ -280,7 +322,11 @@ def main() -> None:
         "computed",
         "loop",
     )
-    print("{:26} {:>7} {:>7} {:>7} {:>6} {:>13} {:>12} {:>6} {:>6} {:>8} {:>6} {:>8} {:>6}".format(*head))
+    print(
+        "{:26} {:>7} {:>7} {:>7} {:>6} {:>13} {:>12} {:>6} {:>6} {:>8} {:>6} {:>8} {:>6}".format(
+            *head
+        )
+    )
     results: dict[str, Any] = {"gpu": gpu, "torch": torch.__version__, "rows": [], "pipeline": []}
 
     def keep() -> None:

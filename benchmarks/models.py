@@ -46,7 +46,11 @@ def timms(name: str) -> nn.Module:
     return model
 
 
-BUILDERS: dict[str, Callable[[str], nn.Module]] = {"ours": ours, "torchvision": torchvisions, "timm": timms}
+BUILDERS: dict[str, Callable[[str], nn.Module]] = {
+    "ours": ours,
+    "torchvision": torchvisions,
+    "timm": timms,
+}
 
 
 def libraries(name: str) -> list[str]:
@@ -90,7 +94,11 @@ def timed(name: str, rounds: int, batch: int) -> dict[str, Any]:
         ratios = [theirs / own for theirs, own in zip(seconds[peer], seconds["ours"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         best = min(seconds[peer]) / min(seconds["ours"])
-        peers[peer] = {"speed_ratio": middle, "quartiles": [low, high], "ratio_of_fastest_steps": best}
+        peers[peer] = {
+            "speed_ratio": middle,
+            "quartiles": [low, high],
+            "ratio_of_fastest_steps": best,
+        }
     medians = {library: statistics.median(values) for library, values in seconds.items()}
     return {"seconds": medians, "peers": peers}
 
@@ -98,7 +106,9 @@ def timed(name: str, rounds: int, batch: int) -> dict[str, Any]:
 def peak_memory(library: str, name: str, batch: int) -> int:
     """Bytes of resident memory at the peak of three steps, in a fresh process; the same libraries are loaded in all."""
     command = [sys.executable, __file__, "--measure", library, name, "--batch", str(batch)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return int(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
 
 
 def _status(key: str) -> int:
@@ -118,7 +128,9 @@ def _measure(library: str, name: str, batch: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--models", nargs="+", default=NAMES)
     parser.add_argument("--rounds", type=int, default=9)
@@ -133,10 +145,14 @@ def main() -> None:
     results = {}
     sizes = f"batch {arguments.batch} of {SIDE} px, {arguments.threads} threads, {arguments.rounds} rounds"
     print(f"{sizes}, torch {torch.__version__}")
-    print(f"{'model':10} {'against':12} {'ours, ms':>9} {'theirs, ms':>10} {'speed ratio':>12} {'quartiles':>14} {'memory':>8}")
+    print(
+        f"{'model':10} {'against':12} {'ours, ms':>9} {'theirs, ms':>10} {'speed ratio':>12} {'quartiles':>14} {'memory':>8}"
+    )
     for name in arguments.models:
         result = results[name] = timed(name, arguments.rounds, arguments.batch)
-        result["peak_bytes"] = {library: peak_memory(library, name, arguments.batch) for library in libraries(name)}
+        result["peak_bytes"] = {
+            library: peak_memory(library, name, arguments.batch) for library in libraries(name)
+        }
         for peer, figures in result["peers"].items():
             figures["memory_ratio"] = result["peak_bytes"]["ours"] / result["peak_bytes"][peer]
             low, high = figures["quartiles"]

@@ -40,10 +40,14 @@ def make_images(root: Path, count: int) -> int:
     for number in range(200):
         photograph = photographs[number % 2]
         left, top = int(random.integers(0, 640 - 420)), int(random.integers(0, 427 - 315))
-        image = photograph.crop((left, top, left + 420, top + 315)).resize((500, 375), Image.Resampling.BICUBIC)
+        image = photograph.crop((left, top, left + 420, top + 315)).resize(
+            (500, 375), Image.Resampling.BICUBIC
+        )
         noise = random.normal(0, 5, (375, 500, 3))  # grain, as of a camera: it sets the files' size
         path = root.parent / "distinct.jpg"
-        Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8)).save(path, quality=88)
+        Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8)).save(
+            path, quality=88
+        )
         distinct.append(path.read_bytes())
     for number in range(count):
         path = root / f"class{number % _CLASSES:02d}" / f"{number:06d}.JPEG"
@@ -64,16 +68,29 @@ def peer(source: Path, target: Path) -> None:
         "            writer.write({'__key__': f'{folder.name}/{path.stem}', 'jpg': path.read_bytes(), 'cls': label})\n"
     )
     target.mkdir()
-    subprocess.run([sys.executable, "-c", code, str(source), str(target), str(_SHARD_BYTES)], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(source), str(target), str(_SHARD_BYTES)], check=True
+    )
 
 
 def convoy(source: Path, target: Path, workers: int) -> None:
-    command = [sys.executable, "-m", "pipelines.cli", "pack", str(source), str(target), "--workers", str(workers)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "pack",
+        str(source),
+        str(target),
+        "--workers",
+        str(workers),
+    ]
     subprocess.run(command, check=True, capture_output=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=24_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -82,7 +99,10 @@ def main() -> None:
     contestants = {
         "webdataset.ShardWriter, 1 process": (1, lambda source, target: peer(source, target)),
         "convoy pack, 1 worker": (1, lambda source, target: convoy(source, target, 1)),
-        f"convoy pack, {cores} workers": (cores, lambda source, target: convoy(source, target, cores)),
+        f"convoy pack, {cores} workers": (
+            cores,
+            lambda source, target: convoy(source, target, cores),
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as folder:
@@ -108,15 +128,27 @@ def main() -> None:
         }
     machine = f"{cores} cores, Python {platform.python_version()}, webdataset {wds.__version__}"
     title = f"packing {options.images:,} JPEGs of {size / 1000:.0f} KB, {options.rounds} rounds; {machine}; {date.today()}"
-    table = Table("", "images/s", "images/s a core", "ratio to ShardWriter: min, median, max", title=title, title_justify="left")
+    table = Table(
+        "",
+        "images/s",
+        "images/s a core",
+        "ratio to ShardWriter: min, median, max",
+        title=title,
+        title_justify="left",
+    )
     for name, row in rows.items():
         ratios = ", ".join(f"{r:.2f}" for r in row["ratio_to_shardwriter"])
-        table.add_row(name, f"{row['images_per_second']:,}", f"{row['images_per_second_per_core']:,}", ratios)
+        table.add_row(
+            name, f"{row['images_per_second']:,}", f"{row['images_per_second_per_core']:,}", ratios
+        )
     Console(width=120).print(table)
     print(f"target: at least {_TARGET:,} images/s a core, and a ratio of at least 1")
     if options.json:
         options.json.write_text(
-            json.dumps({"title": title, "image_bytes": size, "seconds": seconds, "rows": rows}, indent=1) + "\n"
+            json.dumps(
+                {"title": title, "image_bytes": size, "seconds": seconds, "rows": rows}, indent=1
+            )
+            + "\n"
         )
 
 

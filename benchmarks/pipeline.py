@@ -52,9 +52,13 @@ def network(convolutions: int, stages: int) -> tuple[nn.Sequential, list[list[st
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(3, CHANNELS, 1))
     for number in range(convolutions):
         conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")  # by default deep outputs are denormal numbers, which are slow
+        nn.init.kaiming_normal_(
+            conv.weight, nonlinearity="relu"
+        )  # by default deep outputs are denormal numbers, which are slow
         layers[f"block{number}"] = nn.Sequential(conv, nn.ReLU(inplace=True))
-    layers["head"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, CLASSES))
+    layers["head"] = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, CLASSES)
+    )
     names = list(layers)
     cuts = [0, *(1 + number * convolutions // stages for number in range(1, stages)), len(names)]
     return nn.Sequential(layers), [names[start:stop] for start, stop in pairwise(cuts)]
@@ -72,13 +76,17 @@ def config_of(stages: int, micro_size: int) -> RunConfig:
     )
 
 
-def engine_step(convolutions: int, stages: int, micro_batches: int, micro_size: int, device: torch.device) -> Callable[[], Any]:
+def engine_step(
+    convolutions: int, stages: int, micro_batches: int, micro_size: int, device: torch.device
+) -> Callable[[], Any]:
     """A function that takes a step."""
     model, parts = network(convolutions, stages)
     batch = BatchPlan(micro_size * micro_batches, micro_size, 1, micro_batches)
     config = config_of(stages, micro_size)
     engine: Engine = (
-        DataParallel(model, config, batch, device) if stages == 1 else PipelineParallel(model, config, batch, device, parts)
+        DataParallel(model, config, batch, device)
+        if stages == 1
+        else PipelineParallel(model, config, batch, device, parts)
     )
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (micro_size, SIDE, SIDE, 3), dtype=np.uint8)
@@ -86,7 +94,9 @@ def engine_step(convolutions: int, stages: int, micro_batches: int, micro_size: 
 
     def batches() -> Iterator[Batch]:
         for _ in range(micro_batches):
-            yield Batch(pixels, labels, np.ones(micro_size, np.float32), float(batch.global_size), [])
+            yield Batch(
+                pixels, labels, np.ones(micro_size, np.float32), float(batch.global_size), []
+            )
 
     return lambda: engine.step(batches(), RATE)
 
@@ -95,7 +105,9 @@ def stage_alone(micro_size: int) -> Callable[[], None]:
     """Forward and backward of one micro-batch in this rank's stage, with nothing sent and nothing received."""
     model, parts = network(TIMED, 2)
     rank = dist.get_rank()
-    layers = OrderedDict((name, layer) for name, layer in model.named_children() if name in parts[rank])
+    layers = OrderedDict(
+        (name, layer) for name, layer in model.named_children() if name in parts[rank]
+    )
     stage = ModelChunk(layers, config_of(2, micro_size).train, DropoutRNG(model, 0, 0, 1))
     images = torch.randn(micro_size, 3 if rank == 0 else CHANNELS, SIDE, SIDE)
     gradient = torch.randn(micro_size, CHANNELS, SIDE, SIDE)
@@ -131,7 +143,9 @@ def passes_timed(passes: Passes) -> None:
         table[command] = timing(kind, table[command])
 
 
-def timed(micro_batches: int, micro_size: int, rounds: int, device: torch.device) -> list[list[tuple[float, Passes, float]]]:
+def timed(
+    micro_batches: int, micro_size: int, rounds: int, device: torch.device
+) -> list[list[tuple[float, Passes, float]]]:
     """By rank and round: seconds of a step, its passes, and seconds of as many in the stage alone."""
     passes: Passes = []
     passes_timed(passes)
@@ -162,7 +176,9 @@ def plain_step(micro_size: int) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), torch.zeros(micro_size, dtype=torch.long)).backward()
+        nn.functional.cross_entropy(
+            model(images), torch.zeros(micro_size, dtype=torch.long)
+        ).backward()
         optimizer.step()
 
     return step
@@ -176,7 +192,13 @@ def rank_main(task: dict[str, Any]) -> None:
     result: Any
     if "memory_of" in task:
         stages, number = task["memory_of"], task["micro_batches"]
-        peak = peak_of(lambda: plain_step(size) if stages == 0 else engine_step(MEASURED, stages, number, size, device))
+        peak = peak_of(
+            lambda: (
+                plain_step(size)
+                if stages == 0
+                else engine_step(MEASURED, stages, number, size, device)
+            )
+        )
         result = [None] * dist.get_world_size()
         dist.all_gather_object(result, peak)
     else:
@@ -225,13 +247,28 @@ def bubble_table(micro_batches: list[int], micro_size: int, rounds: int) -> list
         steps = [max(one[0], other[0]) for one, other in zip(*ranks, strict=True)]
         bests = [shortest([one[1], other[1]]) for one, other in zip(*ranks, strict=True)]
         bubbles = [1 - seconds / step for seconds, step in zip(busy[busiest], steps, strict=True)]
-        least = statistics.median(1 - seconds / best for seconds, best in zip(busy[busiest], bests, strict=True))
+        least = statistics.median(
+            1 - seconds / best for seconds, best in zip(busy[busiest], bests, strict=True)
+        )
         low, middle, high = statistics.quantiles(bubbles, n=4)
         formula, step = 1 / (number + 1), statistics.median(steps)
-        lost = statistics.median(step - best for step, best in zip(steps, bests, strict=True)) / number
+        lost = (
+            statistics.median(step - best for step, best in zip(steps, bests, strict=True)) / number
+        )
         results.append(
-            {"micro_batches": number, "passes_seconds": passes, "alone_seconds": alone, "step_seconds": step, "lost_seconds": lost}
-            | {"bubble": middle, "quartiles": [low, high], "formula": formula, "relative_error": middle / formula - 1}
+            {
+                "micro_batches": number,
+                "passes_seconds": passes,
+                "alone_seconds": alone,
+                "step_seconds": step,
+                "lost_seconds": lost,
+            }
+            | {
+                "bubble": middle,
+                "quartiles": [low, high],
+                "formula": formula,
+                "relative_error": middle / formula - 1,
+            }
             | {"least_bubble": least, "relative_to_least": middle / least - 1}
         )
         print(
@@ -257,15 +294,23 @@ def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
     def outputs(names: Iterable[str]) -> int:
         return crossing * sum(name != "head" for name in names)
 
-    plain = run_ranks(__file__, 1, memory_of=0, micro_batches=1, micro_size=micro_size)[0]["tensors"]
+    plain = run_ranks(__file__, 1, memory_of=0, micro_batches=1, micro_size=micro_size)[0][
+        "tensors"
+    ]
     besides = plain - state(layers) - outputs(layers)
     mib = 2**20
-    print(f"\npeak memory a rank, {micro_batches} micro-batches of {micro_size}; MiB; besides outputs {besides / mib:.0f}")
+    print(
+        f"\npeak memory a rank, {micro_batches} micro-batches of {micro_size}; MiB; besides outputs {besides / mib:.0f}"
+    )
     print(f"{'stages':>6} {'rank':>4} {'predicted':>9} {'tensors':>9} {'ratio':>6} {'resident':>9}")
     results = []
     for stages in (1, 2, 4):
-        measured = run_ranks(__file__, stages, memory_of=stages, micro_batches=micro_batches, micro_size=micro_size)
-        for rank, (found, names) in enumerate(zip(measured, network(MEASURED, stages)[1], strict=True)):
+        measured = run_ranks(
+            __file__, stages, memory_of=stages, micro_batches=micro_batches, micro_size=micro_size
+        )
+        for rank, (found, names) in enumerate(
+            zip(measured, network(MEASURED, stages)[1], strict=True)
+        ):
             flying = min(stages - rank, micro_batches)
             crossed = (stages > 1) + flying * (rank < stages - 1) + (2 * flying + 1) * (rank > 0)
             wanted = state(names) + flying * outputs(names) + besides + crossed * crossing
@@ -279,9 +324,13 @@ def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--micro-batches", nargs="*", type=int, default=[1, 2, 4, 8], help="none: memory alone")
+    parser.add_argument(
+        "--micro-batches", nargs="*", type=int, default=[1, 2, 4, 8], help="none: memory alone"
+    )
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--micro-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=11)
@@ -292,8 +341,12 @@ def main() -> None:
         return
     results = {}
     if arguments.micro_batches:
-        print(f"2 stages, micro-batches of {arguments.micro_size}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
-        results["bubble"] = bubble_table(arguments.micro_batches, arguments.micro_size, arguments.rounds)
+        print(
+            f"2 stages, micro-batches of {arguments.micro_size}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
+        )
+        results["bubble"] = bubble_table(
+            arguments.micro_batches, arguments.micro_size, arguments.rounds
+        )
     if not arguments.no_memory:
         results["memory"] = memory_table(4, 64)
     if arguments.json:

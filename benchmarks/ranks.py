@@ -21,9 +21,29 @@ def run_ranks(file: str, processes: int, **task: Any) -> Any:
     """Start ``file --rank TASK`` in so many ranks of one thread; what rank 0 wrote, as JSON, to the task's ``file``."""
     with tempfile.TemporaryDirectory() as folder:
         task["file"] = f"{folder}/result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", file, "--rank", json.dumps(task)]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(processes),
+        ]
+        command += [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "127.0.0.1:0",
+            file,
+            "--rank",
+            json.dumps(task),
+        ]
+        done = subprocess.run(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             sys.exit(done.stderr[-4000:])
         return json.loads(Path(task["file"]).read_text())
@@ -32,7 +52,9 @@ def run_ranks(file: str, processes: int, **task: Any) -> Any:
 def peak_of(build: Callable[[], Callable[[], Any]]) -> dict[str, int]:
     """Bytes at the peak of a step that ``build`` makes. ``tensors``: as torch's allocator counts them; ``resident``: by how much
     resident memory has grown since before ``build``, with the libraries' code and what the C library does not give back."""
-    nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))  # the libraries' own memory
+    nn.functional.conv2d(
+        torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3)
+    )  # the libraries' own memory
     before = status("VmRSS")
     step = build()
     step()
@@ -60,7 +82,9 @@ def _tracing() -> profile:
 def _changes(trace: profile) -> list[int]:
     """Bytes taken, and given back as negative ones, one after another."""
     assert trace.profiler is not None
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 

@@ -56,26 +56,36 @@ def config_of(row: dict[str, Any], stage: int, ranks: int) -> RunConfig:
             "optimizer": {"weight_decay": 1e-4, "momentum": 0.9},
             "precision": row.get("precision", "fp32"),
             "parallel": {"zero_stage": stage},
-            "train": {"max_steps": 1, "compile": row.get("compile", False), "cuda_graphs": row.get("cuda_graphs", "auto")},
+            "train": {
+                "max_steps": 1,
+                "compile": row.get("compile", False),
+                "cuda_graphs": row.get("cuda_graphs", "auto"),
+            },
         }
     )
 
 
-def data_of(row: dict[str, Any], rank: int, allocate: Allocate = np.empty) -> tuple[np.ndarray, np.ndarray]:
+def data_of(
+    row: dict[str, Any], rank: int, allocate: Allocate = np.empty
+) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(rank)
     pixels = allocate((row["images"], row["side"], row["side"], 3), np.uint8)
     pixels[:] = random.integers(0, 256, pixels.shape, dtype=np.uint8)
     return pixels, random.integers(0, CLASSES, row["images"])
 
 
-def engine_of(row: dict[str, Any], stage: int, device: torch.device, allocate: Allocate = np.empty) -> tuple[Engine, Step]:
+def engine_of(
+    row: dict[str, Any], stage: int, device: torch.device, allocate: Allocate = np.empty
+) -> tuple[Engine, Step]:
     """Our engine, and a function that takes a step and returns its loss. ``allocate`` makes the array for pixels."""
     rank, ranks, images = dist.get_rank(), dist.get_world_size(), row["images"]
     config = config_of(row, stage, ranks)
     pixels, labels = data_of(row, rank, allocate)
     torch.manual_seed(0)
     model = build_model(config.model.name, CLASSES)
-    engine: Engine = DataParallel(model, config, plan_batches(images * ranks, images, ranks, 10**6), device)
+    engine: Engine = DataParallel(
+        model, config, plan_batches(images * ranks, images, ranks, 10**6), device
+    )
 
     def batches() -> Iterator[Batch]:
         yield Batch(pixels, labels, np.ones(images, np.float32), float(images * ranks), [])
@@ -87,11 +97,16 @@ def loop_step(row: dict[str, Any]) -> Step:
     """The same written by hand."""
     pixels, labels = (torch.from_numpy(array) for array in data_of(row, dist.get_rank()))
     torch.manual_seed(0)
-    model = DistributedDataParallel(build_model(NETWORK, CLASSES).to(memory_format=torch.channels_last))
+    model = DistributedDataParallel(
+        build_model(NETWORK, CLASSES).to(memory_format=torch.channels_last)
+    )
     if row.get("compile"):
         model.compile()
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
-    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) * 255
+        for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     bf16 = row.get("precision") == "bf16"
 
     def step() -> torch.Tensor:
@@ -148,10 +163,18 @@ def rank_main(task: dict[str, Any]) -> None:
     device = process_group.init_distributed(ranks)
     row = ROWS[task["row"]]
     if "memory_of" in task:
-        makers: dict[Any, Callable[[], Any]] = {"loop": lambda: loop_step(row), "forward": lambda: forward_pass(row)}
-        result: Any = peak_of(makers.get(task["memory_of"], lambda: engine_of(row, task["memory_of"], device)[1]))
+        makers: dict[Any, Callable[[], Any]] = {
+            "loop": lambda: loop_step(row),
+            "forward": lambda: forward_pass(row),
+        }
+        result: Any = peak_of(
+            makers.get(task["memory_of"], lambda: engine_of(row, task["memory_of"], device)[1])
+        )
     else:
-        result = timed({"loop": loop_step(row)} | {f"{n}": engine_of(row, n, device)[1] for n in (0, 1)}, task["rounds"])
+        result = timed(
+            {"loop": loop_step(row)} | {f"{n}": engine_of(row, n, device)[1] for n in (0, 1)},
+            task["rounds"],
+        )
     if ranks.is_rank_zero:
         Path(task["file"]).write_text(json.dumps(result))
     dist.barrier()
@@ -162,19 +185,33 @@ def rank_main(task: dict[str, Any]) -> None:
 
 
 def speed_table(names: list[str], processes: list[int], rounds: int) -> list[dict[str, Any]]:
-    print(f"{'row':8} {'processes':>9} {'ZeRO':>4} {'ours, ms':>9} {'loop, ms':>9} {'ratio':>7} {'quartiles':>14} {'wished':>7}")
+    print(
+        f"{'row':8} {'processes':>9} {'ZeRO':>4} {'ours, ms':>9} {'loop, ms':>9} {'ratio':>7} {'quartiles':>14} {'wished':>7}"
+    )
     results = []
     for name in names:
         for count in processes if name != "compile" else [min(processes)]:
             many = rounds if ROWS[name]["side"] > 64 else 3 * rounds
             seconds = run_ranks(__file__, count, row=name, rounds=many)
             for stage in (0, 1):
-                ratios = [loop / ours for loop, ours in zip(seconds["loop"], seconds[str(stage)], strict=True)]
+                ratios = [
+                    loop / ours
+                    for loop, ours in zip(seconds["loop"], seconds[str(stage)], strict=True)
+                ]
                 low, middle, high = statistics.quantiles(ratios, n=4)
-                ours, loop = statistics.median(seconds[str(stage)]), statistics.median(seconds["loop"])
+                ours, loop = (
+                    statistics.median(seconds[str(stage)]),
+                    statistics.median(seconds["loop"]),
+                )
                 wished = ROWS[name]["wished"].get(stage)
                 results.append(
-                    {"row": name, "processes": count, "zero_stage": stage, "ours_seconds": ours, "loop_seconds": loop}
+                    {
+                        "row": name,
+                        "processes": count,
+                        "zero_stage": stage,
+                        "ours_seconds": ours,
+                        "loop_seconds": loop,
+                    }
                     | {"ratio": middle, "quartiles": [low, high], "wished": wished}
                 )
                 print(
@@ -213,9 +250,13 @@ def memory_table(processes: int = 2) -> list[dict[str, Any]]:
     sizes = [p.numel() for p in build_model(NETWORK, CLASSES).parameters()]
     row = "64"
     loop = run_ranks(__file__, processes, row=row, memory_of="loop")
-    activations = run_ranks(__file__, processes, row=row, memory_of="forward")["tensors"] - 4 * sum(sizes)
+    activations = run_ranks(__file__, processes, row=row, memory_of="forward")["tensors"] - 4 * sum(
+        sizes
+    )
     mib = 2**20
-    print(f"\npeak memory a rank, {processes} ranks, {NETWORK}, fp32, row {row}; MiB; activations {activations / mib:.0f}")
+    print(
+        f"\npeak memory a rank, {processes} ranks, {NETWORK}, fp32, row {row}; MiB; activations {activations / mib:.0f}"
+    )
     print(f"{'':8} {'predicted':>9} {'tensors':>9} {'ratio':>6} {'resident':>9}")
     print(f"{'loop':8} {'':9} {loop['tensors'] / mib:9.0f} {'':6} {loop['resident'] / mib:9.0f}")
     results = []
@@ -232,11 +273,15 @@ def memory_table(processes: int = 2) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--rows", nargs="+", default=[*ROWS, "memory"], choices=[*ROWS, "memory"])
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=9, help="three times as many for the small images")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="three times as many for the small images"
+    )
     parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:

@@ -53,7 +53,11 @@ def measure(url: str, cache_dir: str | None, workers: int, window: int) -> None:
             first, counted, before = time.perf_counter(), images, time.process_time()
     seconds, processor = time.perf_counter() - first, time.process_time() - before
     images -= counted
-    figures = {"images_per_second": images / seconds, "first_seconds": first - started, "processor_seconds": processor / images}
+    figures = {
+        "images_per_second": images / seconds,
+        "first_seconds": first - started,
+        "processor_seconds": processor / images,
+    }
     print(json.dumps(figures))
 
 
@@ -73,9 +77,15 @@ def set_apart(server: psutil.Process) -> None:
     os.sched_setaffinity(0, ours)
 
 
-def compete(folder: Path, services: servers.Services, rounds: int, workers: int, window: int) -> dict[str, list[dict[str, float]]]:
+def compete(
+    folder: Path, services: servers.Services, rounds: int, workers: int, window: int
+) -> dict[str, list[dict[str, float]]]:
     bucket = f"s3://{servers.BUCKET}/shards/train"
-    sources = {DISK: (str(folder / "shards" / "train"), ""), S3: (bucket, ""), CACHED: (bucket, str(folder / "cache"))}
+    sources = {
+        DISK: (str(folder / "shards" / "train"), ""),
+        S3: (bucket, ""),
+        CACHED: (bucket, str(folder / "cache")),
+    }
     results: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
     for number in range(rounds):
         for name in list(sources) if number % 2 == 0 else list(sources)[::-1]:
@@ -90,14 +100,23 @@ def summary(results: dict[str, list[dict[str, float]]], images: int) -> dict[str
     rows = {}
     for name, rounds in results.items():
         rates = [row["images_per_second"] for row in rounds]
-        ratios = [rate / disk["images_per_second"] for rate, disk in zip(rates, results[DISK], strict=True)]
+        ratios = [
+            rate / disk["images_per_second"]
+            for rate, disk in zip(rates, results[DISK], strict=True)
+        ]
         rows[name] = {
             "images_per_second": round(statistics.median(rates)),
             "ratio": round(statistics.median(ratios), 3),
-            "ratio_quartiles": [round(v, 3) for v in statistics.quantiles(ratios, n=4)[::2]] if len(ratios) > 1 else None,
+            "ratio_quartiles": [round(v, 3) for v in statistics.quantiles(ratios, n=4)[::2]]
+            if len(ratios) > 1
+            else None,
             "first_seconds": round(statistics.median(row["first_seconds"] for row in rounds), 2),
-            "loader_microseconds": round(1e6 * statistics.median(row["processor_seconds"] for row in rounds)),
-            "server_microseconds": round(1e6 * statistics.median(row["server_seconds"] for row in rounds) / (2 * images)),
+            "loader_microseconds": round(
+                1e6 * statistics.median(row["processor_seconds"] for row in rounds)
+            ),
+            "server_microseconds": round(
+                1e6 * statistics.median(row["server_seconds"] for row in rounds) / (2 * images)
+            ),
         }
     return rows
 
@@ -111,7 +130,16 @@ def report(options: argparse.Namespace) -> None:
         try:
             os.environ.update(services.environment())
             for destination in (str(folder / "shards"), f"s3://{servers.BUCKET}/shards"):
-                command = [sys.executable, "-m", "pipelines.cli", "pack", str(folder / "images"), destination, "--shard-mb", "8"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "pipelines.cli",
+                    "pack",
+                    str(folder / "images"),
+                    destination,
+                    "--shard-mb",
+                    "8",
+                ]
                 subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
             set_apart(psutil.Process(services.processes["s3"].pid))
             results = compete(folder, services, options.rounds, options.workers, options.window)
@@ -121,7 +149,9 @@ def report(options: argparse.Namespace) -> None:
     work = f"{options.images:,} JPEGs, {options.workers} workers, shuffled within {options.window:,}, {options.rounds} rounds"
     machine = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{work}; {machine}; {date.today()}")
-    print(f"{'':20} {'images/s':>8} {'to disk':>8} {'quartiles':>13} {'first, s':>8} {'loader, us':>11} {'server, us':>11}")
+    print(
+        f"{'':20} {'images/s':>8} {'to disk':>8} {'quartiles':>13} {'first, s':>8} {'loader, us':>11} {'server, us':>11}"
+    )
     for name, row in rows.items():
         quartiles = "{}-{}".format(*row["ratio_quartiles"] or "  ")
         print(
@@ -129,14 +159,26 @@ def report(options: argparse.Namespace) -> None:
             f"{row['loader_microseconds']:11,} {row['server_microseconds']:11,}"
         )
     if options.json:
-        options.json.write_text(json.dumps({"work": work, "machine": machine, "rows": rows, "rounds": results}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps(
+                {"work": work, "machine": machine, "rows": rows, "rounds": results}, indent=1
+            )
+            + "\n"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--images", type=int, default=8_000)
-    parser.add_argument("--window", type=int, default=2_048, help="samples that are shuffled together (default %(default)s)")
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=2_048,
+        help="samples that are shuffled together (default %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)

@@ -37,7 +37,9 @@ def _bind(name: str) -> None:
     import importlib.util
 
     folder = os.path.join(_ROOT, name)
-    spec = importlib.util.spec_from_file_location(name, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder])
+    spec = importlib.util.spec_from_file_location(
+        name, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
+    )
     if name in sys.modules or spec is None or spec.loader is None:
         return
     module = importlib.util.module_from_spec(spec)
@@ -46,7 +48,9 @@ def _bind(name: str) -> None:
 
 
 _move_pythonpath_behind_installed_packages()
-os.environ["PYTHONSAFEPATH"] = "1"  # of Python processes that this one starts, such as a pool's workers
+os.environ["PYTHONSAFEPATH"] = (
+    "1"  # of Python processes that this one starts, such as a pool's workers
+)
 if any(option.startswith("error") for option in sys.warnoptions):
     warnings.resetwarnings()
     os.environ.pop("PYTHONWARNINGS", None)

@@ -15,7 +15,9 @@ PAGE = b"<!DOCTYPE html><html><body>Sign in</body></html>"
 
 
 @contextmanager
-def serving(answer: Answer, certificate: tuple[Path, Path] | None = None, host: str = "127.0.0.1") -> Iterator[str]:
+def serving(
+    answer: Answer, certificate: tuple[Path, Path] | None = None, host: str = "127.0.0.1"
+) -> Iterator[str]:
     """The address of a server whose every answer is ``answer(request, body)``: status, body, headers."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -61,7 +63,11 @@ def serving(answer: Answer, certificate: tuple[Path, Path] | None = None, host: 
 
 def constant(status: int, content: bytes = b"", **headers: str) -> Answer:
     """The same answer to everything; ``_`` in a header's name is a dash."""
-    return lambda request, body: (status, content, {name.replace("_", "-"): value for name, value in headers.items()})
+    return lambda request, body: (
+        status,
+        content,
+        {name.replace("_", "-"): value for name, value in headers.items()},
+    )
 
 
 def s3_error(code: str, more: str = "") -> bytes:
@@ -75,7 +81,9 @@ class MemoryS3:
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
 
-    def __call__(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+    def __call__(
+        self, request: BaseHTTPRequestHandler, body: bytes
+    ) -> tuple[int, bytes, dict[str, str]]:
         parts = urlsplit(request.path)
         key, query = unquote(parts.path).lstrip("/"), parse_qs(parts.query)
         self.requests.append((request.command, key, dict(request.headers)))
@@ -84,7 +92,11 @@ class MemoryS3:
             return 200, b"", FULL
         if "list-type" in query:
             prefix = key.rstrip("/") + "/"
-            names = [name.removeprefix(prefix) for name in self.objects if name.startswith(prefix + query.get("prefix", [""])[0])]
+            names = [
+                name.removeprefix(prefix)
+                for name in self.objects
+                if name.startswith(prefix + query.get("prefix", [""])[0])
+            ]
             entries = "".join(
                 "<Contents><LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>x</ETag><Size>1</Size>"
                 f"<Key>{name}</Key></Contents>"

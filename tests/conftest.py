@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
-if "CONVOY_GPU" not in os.environ:  # `make test-gpu`; all others are the same with a GPU and without
+if (
+    "CONVOY_GPU" not in os.environ
+):  # `make test-gpu`; all others are the same with a GPU and without
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # A shell that starts tests in the background lets them ignore these, and so all that they start.
@@ -158,5 +160,7 @@ def jpeg_folder(photographs: list[Image.Image], tmp_path_factory: pytest.TempPat
         image = photographs[number % 2]
         path = root / ("china", "flower")[number % 2] / f"{number:03d}.JPEG"
         path.parent.mkdir(exist_ok=True)
-        image.crop((number * 4, number, number * 4 + 160 + number, number + 120)).save(path, quality=92)
+        image.crop((number * 4, number, number * 4 + 160 + number, number + 120)).save(
+            path, quality=92
+        )
     return root

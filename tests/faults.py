@@ -44,7 +44,13 @@ class S3Server:
     def start(self) -> None:
         """Returns when a signed request is answered."""
         self._process = servers._start_s3(self.folder, self.port, self._others)
-        services = servers.Services(self.folder, f"http://127.0.0.1:{self.port}", "", *self.credentials, {"s3": self._process})
+        services = servers.Services(
+            self.folder,
+            f"http://127.0.0.1:{self.port}",
+            "",
+            *self.credentials,
+            {"s3": self._process},
+        )
         servers._wait(services, "s3", lambda: servers._make_bucket(services))
 
     def kill(self) -> None:
@@ -93,7 +99,9 @@ class HttpProxy:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
         self._thread.start()
 
     def reset(self, plan: Callable[[], Fault | None] = lambda: None) -> None:
@@ -138,7 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         connection = http.client.HTTPConnection("127.0.0.1", self.owner.upstream, timeout=30)
         try:
-            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            connection.putrequest(
+                self.command, self.path, skip_host=True, skip_accept_encoding=True
+            )
             for name, value in self.headers.items():
                 connection.putheader(name, value)
             connection.endheaders(body)
@@ -164,7 +174,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self, answer: http.client.HTTPResponse, fault: Fault | None) -> None:
         status = answer.status
-        headers = [(n, v) for n, v in answer.getheaders() if n.lower() not in ("connection", "keep-alive", "date", "server")]
+        headers = [
+            (n, v)
+            for n, v in answer.getheaders()
+            if n.lower() not in ("connection", "keep-alive", "date", "server")
+        ]
         if fault is not None and fault.kind == "shifted":
             headers = [(n, _shifted(v) if n.lower() == "content-range" else v) for n, v in headers]
         if fault is not None and fault.kind == "whole":
@@ -190,7 +204,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         with suppress(OSError):
             if reset:
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
                 self.connection.close()
             else:
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -209,10 +225,16 @@ class Toxiproxy:
     def __init__(self, program: Path, upstream: int) -> None:
         self._api, self.port = servers._free_ports(2)
         self._process = subprocess.Popen(
-            [program, "-host", "127.0.0.1", "-port", str(self._api)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [program, "-host", "127.0.0.1", "-port", str(self._api)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         self._wait()
-        self._ask("POST", "/proxies", {"name": "s3", "listen": f"127.0.0.1:{self.port}", "upstream": f"127.0.0.1:{upstream}"})
+        self._ask(
+            "POST",
+            "/proxies",
+            {"name": "s3", "listen": f"127.0.0.1:{self.port}", "upstream": f"127.0.0.1:{upstream}"},
+        )
 
     @contextmanager
     def toxic(self, kind: str, **attributes: int) -> Iterator[None]:

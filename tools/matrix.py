@@ -54,12 +54,22 @@ scale grows; and those that write the checkpoints from which `test_resume.py` re
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row for ranks, stages and accumulation steps, a column for ZeRO stage and precision."""
     columns = list(itertools.product(STAGES, PRECISIONS))
-    lines = ["| ranks | stages | steps | " + " | ".join(f"ZeRO {zero} {precision}" for zero, precision in columns) + " |"]
+    lines = [
+        "| ranks | stages | steps | "
+        + " | ".join(f"ZeRO {zero} {precision}" for zero, precision in columns)
+        + " |"
+    ]
     lines.append("|--:" * 3 + "|--:" * len(columns) + "|")
     for (ranks, stages), steps in itertools.product(TOPOLOGIES, ACCUMULATIONS):
         cells = []
         for zero, precision in columns:
-            key = {"ranks": ranks, "stages": stages, "accumulation": steps, "zero": zero, "precision": precision}
+            key = {
+                "ranks": ranks,
+                "stages": stages,
+                "accumulation": steps,
+                "zero": zero,
+                "precision": precision,
+            }
             found = [r for r in results if all(r[name] == value for name, value in key.items())]
             cells.append(f"{max(r['all20'] for r in found):.0e}" if found else "refused")
         lines.append(f"| {ranks} | {stages} | {steps} | " + " | ".join(cells) + " |")
@@ -69,14 +79,20 @@ def table(results: list[dict[str, Any]]) -> str:
 def options_table(results: list[dict[str, Any]]) -> str:
     """Markdown: a row for a preset of options and pipeline stages, a column for ZeRO stage and precision."""
     columns = list(itertools.product(STAGES, PRECISIONS))
-    lines = ["| options | stages | " + " | ".join(f"ZeRO {zero} {precision}" for zero, precision in columns) + " |"]
+    lines = [
+        "| options | stages | "
+        + " | ".join(f"ZeRO {zero} {precision}" for zero, precision in columns)
+        + " |"
+    ]
     lines.append("|:--|--:" + "|--:" * len(columns) + "|")
     for preset, stages in itertools.product(dict.fromkeys(r["preset"] for r in results), (1, 2, 4)):
         cells = []
         for zero, precision in columns:
             key = {"preset": preset, "stages": stages, "zero": zero, "precision": precision}
             found = [r for r in results if all(r[name] == value for name, value in key.items())]
-            worst = [max(r[figure] for r in found) for figure in ("all20", "norms20")] if found else []
+            worst = (
+                [max(r[figure] for r in found) for figure in ("all20", "norms20")] if found else []
+            )
             cells.append(" / ".join(f"{figure:.0e}" for figure in worst) or "refused")
         lines.append(f"| {preset} | {stages} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -98,7 +114,13 @@ def main(folder: Path, document: Path) -> None:
         "others": len(results) - len(plain) - len(presets),
         "differ": "\n".join(failed) or "All of them pass.",
     }
-    text = HEAD.format(**facts) + table(plain) + OPTIONS.format(**facts) + options_table(presets) + COVERING.format(**facts)
+    text = (
+        HEAD.format(**facts)
+        + table(plain)
+        + OPTIONS.format(**facts)
+        + options_table(presets)
+        + COVERING.format(**facts)
+    )
     document.write_text(text)
 
 

@@ -42,13 +42,19 @@ def main(runs: Path, docs: Path) -> None:
         result = json.loads(file.read_text(encoding="utf-8"))
         anchor = re.sub(r"[^a-z0-9 -]", "", heading(result).lower()).replace(" ", "-")
         counts = Counter(f"{claim['statement']} {claim['verdict']}" for claim in result["claims"])
-        claims = "; ".join(f"{text} ({count})" if count > 1 else text for text, count in counts.items())
+        claims = "; ".join(
+            f"{text} ({count})" if count > 1 else text for text, count in counts.items()
+        )
         rows.append(f"| [{name}](#{anchor}) | {result['question']} | {claims} |")
         sections.append(markdown(result, f"images/{picture.name}"))
     if owed:
-        sections.append(f"## Not run yet\n\n{', '.join(owed)}: written and tested, and still to be run whole.")
+        sections.append(
+            f"## Not run yet\n\n{', '.join(owed)}: written and tested, and still to be run whole."
+        )
     table = "\n".join(["| study | question | claims, by statement |", "| --- | --- | --- |", *rows])
-    (docs / "studies.md").write_text("\n\n".join([HEAD.rstrip(), table, *sections]) + "\n", encoding="utf-8")
+    (docs / "studies.md").write_text(
+        "\n\n".join([HEAD.rstrip(), table, *sections]) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

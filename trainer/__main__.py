@@ -29,7 +29,14 @@ from trainer.engine.partition import assign_layers, layer_costs, validate_stage_
 from trainer.engine.pipeline_parallel import PipelineParallel
 from trainer.errors import EXIT_PREEMPTED, CollectiveUserError, Preempted, UserError, report
 from trainer.export.exported_model import ModelMetadata, save_model
-from trainer.faults.hardware_errors import HardwareFault, LostPeer, check_gpus, classify_fault, describe_place, memory_advice
+from trainer.faults.hardware_errors import (
+    HardwareFault,
+    LostPeer,
+    check_gpus,
+    classify_fault,
+    describe_place,
+    memory_advice,
+)
 from trainer.faults.node_fault_log import record_fault
 from trainer.locks.run_lock import RunLocks
 from trainer.process.console import TrainingProgress
@@ -75,22 +82,30 @@ def _run(arguments: list[str]) -> int:
         procs = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         check_gpus(torch.cuda.device_count(), procs)
         check_storage = ranks.is_rank_zero and not _has_launcher()
-        run = build_run_plan(arguments[0], take_credentials(arguments[1:]), ranks.world_size, check_storage)
+        run = build_run_plan(
+            arguments[0], take_credentials(arguments[1:]), ranks.world_size, check_storage
+        )
         notes = check_run(run, procs) if ranks.is_rank_zero else []
-        network = build_network(run)
+        built = build_network(run)
     except (Exception, Preempted) as error:
         # every rank finds the same
-        return report(classify_fault(error, describe_place()), "convoy", quiet=not ranks.is_rank_zero)
+        return report(
+            classify_fault(error, describe_place()), "convoy", quiet=not ranks.is_rank_zero
+        )
     try:
         if run.config.data.check == "sha256":
             check_bytes(run, ranks)
-        train(run, network, arguments[0], ranks, notes)
+        train(run, built, arguments[0], ranks, notes)
     except (Exception, Preempted) as error:
         found = classify_rank_error(error, run, ranks)
         if _STOP.received is not None and isinstance(found, Preempted | LostPeer):
-            found = Preempted(_STOP.received)  # a peer that got the signal before it could agree on a step is no fault
+            found = Preempted(
+                _STOP.received
+            )  # a peer that got the signal before it could agree on a step is no fault
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
-        return report(found, program, quiet=isinstance(found, CollectiveUserError) and not ranks.is_rank_zero)
+        return report(
+            found, program, quiet=isinstance(found, CollectiveUserError) and not ranks.is_rank_zero
+        )
     finally:
         process_group.cleanup()  # its threads would abort a process that ends around them
     return 0
@@ -120,10 +135,12 @@ def _follow_launcher() -> None:
     if _has_launcher() and os.getppid() != launcher:
         raise Preempted
     if _has_launcher() or "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_follow, args=(launcher,), name="launcher", daemon=True).start()
+        threading.Thread(
+            target=_exit_with_parent, args=(launcher,), name="launcher", daemon=True
+        ).start()
 
 
-def _follow(launcher: int) -> None:
+def _exit_with_parent(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -139,33 +156,41 @@ def check_bytes(run: RunPlan, ranks: DistEnv) -> None:
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network with its first weights. ``notes``: what is to be said of it, a line each. ``parts``: the names of each stage's
-    layers."""
+class BuiltModel:
+    """A model with its initial weights. ``messages``: lines to print; ``stage_layers``: names of the layers of each pipeline
+    stage."""
 
     model: nn.Sequential
-    facts: ModelMetadata
-    notes: list[str]
-    parts: list[list[str]]
+    metadata: ModelMetadata
+    messages: list[str]
+    stage_layers: list[list[str]]
 
 
-def build_network(run: RunPlan) -> Network:
+def build_network(run: RunPlan) -> BuiltModel:
     """The same on every rank: initial weights by ``train.seed``, or those of ``model.init``. Raises UserError."""
     config = run.config
-    facts = ModelMetadata.of(config, run.train.classes, run.num_classes)
+    metadata = ModelMetadata.of(config, run.train.classes, run.num_classes)
     torch.manual_seed(config.train.seed)
-    model = facts.build()
-    init, notes = config.model.init, []
+    model = metadata.build()
+    init, messages = config.model.init, []
     if init:
-        notes = load_weights(model, config.model.name, init, data=run.train).notes
+        messages = load_weights(model, config.model.name, init, data=run.train).notes
     stages = config.parallel.pipeline_stages
-    parts = assign_layers(layer_costs(model, config.data.image_size), stages, config.parallel.split) if stages > 1 else []
-    validate_stage_boundaries(model, parts, config.parallel.split)
-    notes += [f"stage {number}: {names[0]} to {names[-1]}" for number, names in enumerate(parts)]
-    return Network(model, facts, notes, parts)
+    stage_layers = (
+        assign_layers(layer_costs(model, config.data.image_size), stages, config.parallel.split)
+        if stages > 1
+        else []
+    )
+    validate_stage_boundaries(model, stage_layers, config.parallel.split)
+    messages += [
+        f"stage {number}: {names[0]} to {names[-1]}" for number, names in enumerate(stage_layers)
+    ]
+    return BuiltModel(model, metadata, messages, stage_layers)
 
 
-def train(run: RunPlan, network: Network, recipe: str, ranks: DistEnv, checked: Sequence[str] = ()) -> None:
+def train(
+    run: RunPlan, built: BuiltModel, recipe: str, ranks: DistEnv, checked: Sequence[str] = ()
+) -> None:
     """Join the other ranks and train as the only writer of the run's places. All ranks take part.
 
     ``checked``: notes of the checks before it.
@@ -173,15 +198,19 @@ def train(run: RunPlan, network: Network, recipe: str, ranks: DistEnv, checked: 
     device = process_group.init_distributed(ranks, fp16=run.config.precision == "fp16")
     locks = RunLocks()
     try:
-        broadcast_from_rank0(lambda: locks.acquire(str(run.config.output_dir), run.config.checkpoint_url, run.config.name))
-        _train(run, network, recipe, ranks, device, locks, checked)
+        broadcast_from_rank0(
+            lambda: locks.acquire(
+                str(run.config.output_dir), run.config.checkpoint_url, run.config.name
+            )
+        )
+        _train(run, built, recipe, ranks, device, locks, checked)
     finally:
         locks.release()
 
 
 def _train(
     run: RunPlan,
-    network: Network,
+    built: BuiltModel,
     recipe: str,
     ranks: DistEnv,
     device: torch.device,
@@ -190,40 +219,57 @@ def _train(
 ) -> None:
     """Wire, resume from the newest checkpoint, fit, save, register. All ranks take part."""
     config = run.config
-    kept, course = config.checkpoint, run.course
+    kept, fingerprint = config.checkpoint, run.config_fingerprint
     checkpoints, found, notes = resume_or_start(
-        config.checkpoint_url, kept.keep, kept.resume == "auto", course, device, locks.check
+        config.checkpoint_url, kept.keep, kept.resume == "auto", fingerprint, device, locks.check
     )
     if found is not None:
-        network.model.load_state_dict(found.state.model)
-    eval_model = copy.deepcopy(network.model).to(device)
+        built.model.load_state_dict(found.state.model)
+    eval_model = copy.deepcopy(built.model).to(device)
     if config.train.channels_last:
         eval_model = eval_model.to(memory_format=torch.channels_last)
-    engine = build_engine(run, network, device)
+    engine = build_engine(run, built, device)
     if found is not None:
         engine.restore(found.state)
     preemption = PreemptionSignal()
-    _STOP.defer(preemption.receive)  # from here on there is something to save, and an MLflow run to end
+    _STOP.defer(
+        preemption.receive
+    )  # from here on there is something to save, and an MLflow run to end
     unfinished = UnfinishedRun(ranks.is_rank_zero)
     started: list[tuple[Tracker, SystemMetrics | None]] = []
     broadcast_from_rank0(
         lambda: started.append(start_tracking(run, recipe, ranks, found, locks.check_output))
     )  # all end if it is refused
-    tracker, system = started[0] if ranks.is_rank_zero else start_tracking(run, recipe, ranks, found)
+    tracker, system = (
+        started[0] if ranks.is_rank_zero else start_tracking(run, recipe, ranks, found)
+    )
     unfinished.note(tracker.run_id)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_rank_zero)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
     room = prefetch_hint(config, run.train, run.batch.ranks)
-    for note in (_headline(run, tracker), *network.notes, decoder, *([room] if room else []), *checked, *notes):
+    for note in (
+        _headline(run, tracker),
+        *built.messages,
+        decoder,
+        *([room] if room else []),
+        *checked,
+        *notes,
+    ):
         progress.note(note)
 
     def save(state: TrainingState, figures: dict[str, Any]) -> None:
         if checkpoints is not None:
             check_result_fits(run, eval_model, checkpoints.failures_in_a_row)
-            checkpoints.save(Checkpoint(state, course, figures, tracker.run_id, tracker.run_key))
+            checkpoints.save(
+                Checkpoint(state, fingerprint, figures, tracker.run_id, tracker.run_key)
+            )
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
-    keys = SampleKeyLogger(config.output_dir / "samples", run, ranks.rank) if config.data.log_keys else None
+    keys = (
+        SampleKeyLogger(config.output_dir / "samples", run, ranks.rank)
+        if config.data.log_keys
+        else None
+    )
 
     def heartbeat() -> None:
         locks.check()
@@ -251,10 +297,14 @@ def _train(
         trainer.fit()
         if ranks.is_rank_zero:
             locks.check()
-            save_model(config.output_dir, eval_model, network.facts)
+            save_model(config.output_dir, eval_model, built.metadata)
             status = "FINISHED"
     except BaseException:
-        status = "FAILED" if _STOP.received is None and not isinstance(sys.exception(), Preempted) else "KILLED"
+        status = (
+            "FAILED"
+            if _STOP.received is None and not isinstance(sys.exception(), Preempted)
+            else "KILLED"
+        )
         raise
     finally:
         watchdog.close()
@@ -276,16 +326,20 @@ def _train(
         finalize_run(run, result, tracker, checkpoints.failures if checkpoints else 0)
 
 
-def build_engine(run: RunPlan, network: Network, device: torch.device) -> Engine:
-    """The network spread over the ranks as the recipe says. All ranks take part."""
+def build_engine(run: RunPlan, built: BuiltModel, device: torch.device) -> Engine:
+    """The model spread over the ranks as the recipe says. All ranks take part."""
     if run.config.parallel.pipeline_stages > 1:
-        return PipelineParallel(network.model, run.config, run.batch, device, network.parts)
-    return DataParallel(network.model, run.config, run.batch, device)
+        return PipelineParallel(built.model, run.config, run.batch, device, built.stage_layers)
+    return DataParallel(built.model, run.config, run.batch, device)
 
 
 def _headline(run: RunPlan, tracker: Tracker) -> str:
     batch = run.batch
-    where = f", MLflow run {tracker.run_id} at {redact_credentials(tracking_uri(run.config) or '')}" if tracker.run_id else ""
+    where = (
+        f", MLflow run {tracker.run_id} at {redact_credentials(tracking_uri(run.config) or '')}"
+        if tracker.run_id
+        else ""
+    )
     stages = run.config.parallel.pipeline_stages
     ranks = f"{batch.ranks} ranks" if stages == 1 else f"{batch.ranks} copies of {stages} stages"
     return (

@@ -58,7 +58,11 @@ class Preempted(BaseException):
 
 def shortened(lines: list[str], rest: str = "") -> list[str]:
     """The first ten lines, and the number of the others, which are called ``rest``."""
-    return lines if len(lines) <= 10 else [*lines[:10], f"... and {len(lines) - 10} more {rest}".rstrip()]
+    return (
+        lines
+        if len(lines) <= 10
+        else [*lines[:10], f"... and {len(lines) - 10} more {rest}".rstrip()]
+    )
 
 
 def report(error: BaseException, program: str, quiet: bool = False) -> int:

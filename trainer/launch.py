@@ -41,7 +41,13 @@ from trainer.process.launch_environment import (
 from trainer.process.proxies import bypass_proxies_for_local_services
 from trainer.process.standard_streams import secure_standard_streams
 from trainer.process.stop_signals import StopSignals
-from trainer.process.supervisor import STOP_SECONDS, UnfinishedRanks, exit_code, python_command, run_ranks
+from trainer.process.supervisor import (
+    STOP_SECONDS,
+    UnfinishedRanks,
+    exit_code,
+    python_command,
+    run_ranks,
+)
 from trainer.secrets.credentials import take_credentials
 from trainer.tracking.run_status import end_unfinished_run
 
@@ -82,7 +88,9 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
             wait_for_data(config)
         # one listing of the store a job: where the first rank is
         checks = pod is None or pod.is_rank_zero
-        run = build_run_plan(recipe, overrides, pod.world_size if pod else procs, check_storage=checks)
+        run = build_run_plan(
+            recipe, overrides, pod.world_size if pod else procs, check_storage=checks
+        )
         if checks:
             check_outputs(run)  # rank 0 checks what needs torch
         arguments = [recipe, *overrides]
@@ -107,7 +115,9 @@ def _run_id_file(config: RunConfig, signals: StopSignals) -> Iterator[Path]:
             yield file
         finally:
             status = "FAILED" if signals.received is None else "KILLED"
-            end_unfinished_run(file, tracking_uri(config), config.output_dir / "tracking.jsonl", status)
+            end_unfinished_run(
+                file, tracking_uri(config), config.output_dir / "tracking.jsonl", status
+            )
 
 
 def _launch_pod(pod: PodEnv, config: RunConfig, arguments: list[str], signals: StopSignals) -> int:
@@ -120,7 +130,11 @@ def _launch_pod(pod: PodEnv, config: RunConfig, arguments: list[str], signals: S
         unfinished = UnfinishedRanks(file, pod.procs)
         code = _run_pod_ranks(pod, arguments, signals)
         if code == 0 and any(local_rank in unfinished for local_rank in range(pod.procs)):
-            print("convoy: a rank ended with exit code 0, but before its work was done", file=sys.stderr, flush=True)
+            print(
+                "convoy: a rank ended with exit code 0, but before its work was done",
+                file=sys.stderr,
+                flush=True,
+            )
             code = EXIT_RETRY
     if code == 0:
         signals.defer(lambda number: sys.exit(0))
@@ -153,7 +167,12 @@ def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> i
     # the ranks report themselves what went wrong
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        with tempfile.TemporaryDirectory(prefix="convoy-agent-", ignore_cleanup_errors=True) as folder, _forwarded(signals):
+        with (
+            tempfile.TemporaryDirectory(
+                prefix="convoy-agent-", ignore_cleanup_errors=True
+            ) as folder,
+            _forwarded(signals),
+        ):
             config = LaunchConfig(
                 min_nodes=pod.nodes,
                 max_nodes=pod.nodes,
@@ -171,11 +190,15 @@ def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> i
             command = python_command("trainer.__main__")
             elastic_launch(config, command[0])(*command[1:], *arguments)
     except ChildFailedError as error:
-        return exit_code([failure.exitcode for failure in error.failures.values()], signals.received)
+        return exit_code(
+            [failure.exitcode for failure in error.failures.values()], signals.received
+        )
     except (RendezvousError, DistError, ConnectionError, TimeoutError) as error:
         if signals.received is not None:
             raise Preempted(signals.received) from None
-        raise RetryableError(f"the other pods are gone ({str(error).splitlines()[0][:200]})") from error
+        raise RetryableError(
+            f"the other pods are gone ({str(error).splitlines()[0][:200]})"
+        ) from error
     return 0
 
 
@@ -183,7 +206,9 @@ def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> i
 def _forwarded(signals: StopSignals) -> Iterator[None]:
     """Meanwhile a thread sends a stop signal on to the ranks as SIGTERM, each once, and kills what is left after STOP_SECONDS."""
     ended = threading.Event()
-    thread = threading.Thread(target=_forward, args=(signals, ended), name="forward-signals", daemon=True)
+    thread = threading.Thread(
+        target=_forward, args=(signals, ended), name="forward-signals", daemon=True
+    )
     thread.start()
     try:
         yield

@@ -17,33 +17,67 @@ if TYPE_CHECKING:
     from pipelines.cluster.pytorchjob import JobOptions
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
+]
 Nodes = Annotated[int, typer.Option(help="Pods.")]
 Gpus = Annotated[int, typer.Option(help="GPUs of a pod, one a rank; 0: ranks without GPUs.")]
 Procs = Annotated[int | None, typer.Option(help="Ranks of a pod without GPUs; 1 when not given.")]
 Name = Annotated[str | None, typer.Option(help="Of the job; the recipe's own when not given.")]
 Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", help="The kubeconfig's own when not given.", show_default=False)
+    str | None,
+    typer.Option(
+        "--namespace", "-n", help="The kubeconfig's own when not given.", show_default=False
+    ),
 ]
 Image = Annotated[str, typer.Option(help="With a fixed tag or a digest.", envvar="CONVOY_IMAGE")]
-Cpu = Annotated[str | None, typer.Option(help="Of a pod; 8 a GPU, or 1 a rank without.", show_default=False)]
-Memory = Annotated[str | None, typer.Option(help="Of a pod; 32Gi a GPU, or 4Gi a rank without.", show_default=False)]
-Shm = Annotated[str | None, typer.Option(help="Of /dev/shm, part of the memory; 2Gi a GPU, or 1Gi a rank.", show_default=False)]
+Cpu = Annotated[
+    str | None, typer.Option(help="Of a pod; 8 a GPU, or 1 a rank without.", show_default=False)
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Of a pod; 32Gi a GPU, or 4Gi a rank without.", show_default=False),
+]
+Shm = Annotated[
+    str | None,
+    typer.Option(
+        help="Of /dev/shm, part of the memory; 2Gi a GPU, or 1Gi a rank.", show_default=False
+    ),
+]
 Scratch = Annotated[str, typer.Option(help="Most that /tmp holds.")]
-StoreSecret = Annotated[str, typer.Option(help="Secret of the AWS_* (or other store's) variables; empty: none.")]
+StoreSecret = Annotated[
+    str, typer.Option(help="Secret of the AWS_* (or other store's) variables; empty: none.")
+]
 MlflowSecret = Annotated[str, typer.Option(help="Secret with MLFLOW_TRACKING_URI; empty: none.")]
-Account = Annotated[str, typer.Option(help="Service account of the pods; the namespace's default when empty.")]
+Account = Annotated[
+    str, typer.Option(help="Service account of the pods; the namespace's default when empty.")
+]
 Priority = Annotated[str, typer.Option(help="Priority class of the pods.")]
-Spread = Annotated[str, typer.Option(help="Node label over whose values the pods are spread, such as kubernetes.io/hostname.")]
+Spread = Annotated[
+    str,
+    typer.Option(
+        help="Node label over whose values the pods are spread, such as kubernetes.io/hostname."
+    ),
+]
 Selector = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label of the nodes that the pods may run on; repeatable.")
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE", help="Label of the nodes that the pods may run on; repeatable."
+    ),
 ]
 Toleration = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY[=VALUE][:EFFECT]", help="Taint of those nodes; repeatable. GPU jobs tolerate nvidia.com/gpu anyway."),
+    typer.Option(
+        metavar="KEY[=VALUE][:EFFECT]",
+        help="Taint of those nodes; repeatable. GPU jobs tolerate nvidia.com/gpu anyway.",
+    ),
 ]
-Gang = Annotated[bool, typer.Option("--gang", help="All pods start, or none; needs k8s/components/gang.")]
-Suspend = Annotated[bool, typer.Option("--suspend", help="Make it suspended: convoy resume starts it.")]
+Gang = Annotated[
+    bool, typer.Option("--gang", help="All pods start, or none; needs k8s/components/gang.")
+]
+Suspend = Annotated[
+    bool, typer.Option("--suspend", help="Make it suspended: convoy resume starts it.")
+]
 _IMAGE = "localhost/convoy:dev"
 _STORE_SECRET, _MLFLOW_SECRET = "convoy-object-store", "convoy-mlflow"  # names, no secrets
 
@@ -109,8 +143,12 @@ def submit(
     toleration: Toleration = None,
     gang: Gang = False,
     suspend: Suspend = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end; the exit code is the job's.")] = False,
-    dry_run: Annotated[str, typer.Option(help="server: the API server checks it; client: only what render checks.")] = "none",
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow it to its end; the exit code is the job's.")
+    ] = False,
+    dry_run: Annotated[
+        str, typer.Option(help="server: the API server checks it; client: only what render checks.")
+    ] = "none",
 ) -> int:
     """Start a training job in the cluster."""
     from pipelines.cluster.pytorchjob import render as run
@@ -140,7 +178,9 @@ def _options(given: dict[str, object]) -> "JobOptions":
     from pipelines.cluster.pytorchjob import JobOptions
 
     known = {field.name for field in fields(JobOptions)}
-    return JobOptions(**{key: value for key, value in given.items() if key in known and value is not None})  # type: ignore[arg-type]
+    return JobOptions(
+        **{key: value for key, value in given.items() if key in known and value is not None}
+    )  # type: ignore[arg-type]
 
 
 def _say(line: str) -> None:
@@ -148,9 +188,13 @@ def _say(line: str) -> None:
 
 
 def status(
-    name: Annotated[str | None, typer.Argument(help="A job; all of them when not given.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A job; all of them when not given.", show_default=False)
+    ] = None,
     namespace: Namespace = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Tell each change until the job is finished.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Tell each change until the job is finished.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Tell in one line what a job does, or why it does not, and what to do."""
@@ -170,7 +214,9 @@ def logs(
     name: str,
     namespace: Namespace = None,
     rank: Annotated[int, typer.Option(help="Whose pod; rank 0 tells the progress.", min=0)] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on, in the pod that takes its place too.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on, in the pod that takes its place too.")
+    ] = False,
 ) -> None:
     """Print the log of a job."""
     from pipelines.cluster.client import JobClient
@@ -223,8 +269,12 @@ def _list(cluster: "JobClient") -> int:
 
 
 def secrets(
-    file: Annotated[Path, typer.Argument(help="What to write, such as k8s/overlays/local/secrets.env.")],
-    endpoint: Annotated[str, typer.Option(help="Of the object store.")] = "http://convoy-object-store:8333",
+    file: Annotated[
+        Path, typer.Argument(help="What to write, such as k8s/overlays/local/secrets.env.")
+    ],
+    endpoint: Annotated[
+        str, typer.Option(help="Of the object store.")
+    ] = "http://convoy-object-store:8333",
 ) -> None:
     """Make the credentials of the services in k8s/base/services: FILE and, beside it, those of the database."""
     from pipelines.cluster.secrets import write_secrets

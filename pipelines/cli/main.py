@@ -29,12 +29,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-local_app = typer.Typer(help="An S3 server and an MLflow server on this machine's loopback.", no_args_is_help=True)
+local_app = typer.Typer(
+    help="An S3 server and an MLflow server on this machine's loopback.", no_args_is_help=True
+)
 app.add_typer(local_app, name="local")
-weights_app = typer.Typer(help="Weights from and for torchvision, timm and ONNX.", no_args_is_help=True)
+weights_app = typer.Typer(
+    help="Weights from and for torchvision, timm and ONNX.", no_args_is_help=True
+)
 app.add_typer(weights_app, name="weights")
 
-LocalDir = Annotated[Path, typer.Option("--dir", help="Where data, logs and credentials are kept.", envvar="CONVOY_LOCAL_DIR")]
+LocalDir = Annotated[
+    Path,
+    typer.Option(
+        "--dir", help="Where data, logs and credentials are kept.", envvar="CONVOY_LOCAL_DIR"
+    ),
+]
 _LOCAL_DIR = Path("runs/local")
 
 
@@ -51,40 +60,88 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command-line library
-            print(redact(f"convoy: {error.format_message().rstrip('.')}; see convoy --help"), file=sys.stderr)
+            print(
+                redact(f"convoy: {error.format_message().rstrip('.')}; see convoy --help"),
+                file=sys.stderr,
+            )
             sys.exit(EXIT_USER)
         sys.exit(report(classify_fault(error, describe_place()), "convoy"))
 
 
 @app.command()
 def pack(
-    source: Annotated[str, typer.Argument(help="Folder of class folders, of ImageNet's tars, or of idx files.")],
-    destination: Annotated[str, typer.Argument(help="Folder or URL; train/ and val/ are made below it.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder of class folders, of ImageNet's tars, or of idx files.")
+    ],
+    destination: Annotated[
+        str, typer.Argument(help="Folder or URL; train/ and val/ are made below it.")
+    ],
     seed: Annotated[int, typer.Option(help="Of the samples' order over the shards.", min=0)] = 0,
-    shards: Annotated[int | None, typer.Option(help="Shards of each split; by --shard-mb when not given.", min=1)] = None,
+    shards: Annotated[
+        int | None, typer.Option(help="Shards of each split; by --shard-mb when not given.", min=1)
+    ] = None,
     shard_mb: Annotated[int, typer.Option(help="Size of a shard to aim at, MiB.", min=1)] = 128,
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Omit files that cannot be packed, and print each.")] = False,
-    decode: Annotated[bool, typer.Option("--decode", help="Decode every image first; finds corrupt data, takes longer.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Omit files that cannot be packed, and print each.")
+    ] = False,
+    decode: Annotated[
+        bool,
+        typer.Option(
+            "--decode", help="Decode every image first; finds corrupt data, takes longer."
+        ),
+    ] = False,
     layout: Annotated[
         Literal["auto", "splits", "classes"],
-        typer.Option(help="What the folders in SOURCE are: splits or classes; auto: by their names and content."),
+        typer.Option(
+            help="What the folders in SOURCE are: splits or classes; auto: by their names and content."
+        ),
     ] = "auto",
-    nested: Annotated[bool, typer.Option("--nested", help="Images at any depth below a class folder belong to the class.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the data set that is there.")] = False,
+    nested: Annotated[
+        bool,
+        typer.Option(
+            "--nested", help="Images at any depth below a class folder belong to the class."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the data set that is there.")
+    ] = False,
     class_names: Annotated[
         str | None,
-        typer.Option(help="File of lines ID NAME (space, TAB or comma), or JSON; SOURCE's synset_words.txt if not given."),
+        typer.Option(
+            help="File of lines ID NAME (space, TAB or comma), or JSON; SOURCE's synset_words.txt if not given."
+        ),
     ] = None,
-    part: Annotated[int, typer.Option(help="Write this part of the shards only, of --parts; numbered from 0.", min=0)] = 0,
-    parts: Annotated[int, typer.Option(help="Runs that pack the same at a time; the last one writes the index.", min=1)] = 1,
+    part: Annotated[
+        int,
+        typer.Option(
+            help="Write this part of the shards only, of --parts; numbered from 0.", min=0
+        ),
+    ] = 0,
+    parts: Annotated[
+        int,
+        typer.Option(
+            help="Runs that pack the same at a time; the last one writes the index.", min=1
+        ),
+    ] = 1,
 ) -> None:
     """Pack images into WebDataset shards with an index. A second run resumes an interrupted one."""
     from pipelines.datasets.pack import PackOptions, summary
     from pipelines.datasets.pack import pack as run
 
     options = PackOptions(
-        seed, shards, shard_mb * 2**20, workers, skip_bad, overwrite, class_names, part, parts, decode, layout, nested
+        seed,
+        shards,
+        shard_mb * 2**20,
+        workers,
+        skip_bad,
+        overwrite,
+        class_names,
+        part,
+        parts,
+        decode,
+        layout,
+        nested,
     )
     for line in summary(run(source, destination, options)):
         print(line)
@@ -92,7 +149,9 @@ def pack(
 
 @app.command()
 def verify(
-    url: str, workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1, as_json: Json = False
+    url: str,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
+    as_json: Json = False,
 ) -> None:
     """Read a data set back whole: counts, sizes, SHA-256, and that every image decodes."""
     from pipelines.datasets.verify import verify as run
@@ -103,7 +162,9 @@ def verify(
         print_json({"ok": not faults, "splits": [vars(verdict) for verdict in verdicts]})
     elif not faults:
         for v in verdicts:
-            print(f"{v.url}: {v.samples:,} images in {v.shards} shards, {v.bytes / 2**20:,.1f} MiB: all good, {v.digest[:19]}")
+            print(
+                f"{v.url}: {v.samples:,} images in {v.shards} shards, {v.bytes / 2**20:,.1f} MiB: all good, {v.digest[:19]}"
+            )
     if faults:
         raise UserError(*shortened(faults, "faults; --json lists all"))
 
@@ -112,23 +173,35 @@ def verify(
 def index(
     url: str,
     split: Annotated[
-        str | None, typer.Option(help="Name of the split. Default: the URL's last part; with --shards, what their names contain.")
+        str | None,
+        typer.Option(
+            help="Name of the split. Default: the URL's last part; with --shards, what their names contain."
+        ),
     ] = None,
     shards: Annotated[
         str | None,
-        typer.Option(help="Pattern of the shards of one split, if several share a folder; the index goes to URL/SPLIT/index.json."),
+        typer.Option(
+            help="Pattern of the shards of one split, if several share a folder; the index goes to URL/SPLIT/index.json."
+        ),
     ] = None,
     class_names: Annotated[
-        str | None, typer.Option(help="File with the name of each label, one line each from 0 on; or lines NUMBER NAME, or JSON.")
+        str | None,
+        typer.Option(
+            help="File with the name of each label, one line each from 0 on; or lines NUMBER NAME, or JSON."
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that says something else.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index that says something else.")
+    ] = False,
 ) -> None:
     """Index existing WebDataset shards in place: .tar files of images and labels (.cls)."""
     from pipelines.datasets.index_shards import IndexOptions, index_shards
     from pipelines.datasets.pack import summary
 
-    for line in summary([index_shards(url, IndexOptions(split, class_names, shards, workers, overwrite))]):
+    for line in summary(
+        [index_shards(url, IndexOptions(split, class_names, shards, workers, overwrite))]
+    ):
         print(line)
 
 
@@ -159,16 +232,25 @@ def order(
     index, _ = open_index(url)
     plan = epoch_order(index.sizes, seed, epoch, batch_size, window, tail)
     slots = micro_batch_slots(batch_size, world_size, rank, 1)[0]
-    for step in range(start_step, plan.steps if limit is None else min(plan.steps, start_step + limit)):
+    for step in range(
+        start_step, plan.steps if limit is None else min(plan.steps, start_step + limit)
+    ):
         seen = slots[plan.weights[step, slots] > 0]
         keys = [index.key(int(sample)) for sample in plan.samples[step, seen]]
-        print(json.dumps({"step": step, "keys": keys}) if as_json else f"step {step}: {' '.join(keys)}")
+        print(
+            json.dumps({"step": step, "keys": keys})
+            if as_json
+            else f"step {step}: {' '.join(keys)}"
+        )
 
 
 @app.command()
 def models(
     image_size: Annotated[
-        int | None, typer.Option(help="Pixels; 224 when not given, and 32 for the networks made for CIFAR-10.", min=1)
+        int | None,
+        typer.Option(
+            help="Pixels; 224 when not given, and 32 for the networks made for CIFAR-10.", min=1
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -186,30 +268,55 @@ def models(
 
 @weights_app.command("import")
 def weights_import(
-    file: Annotated[str, typer.Argument(help="Path or URL: .safetensors, or .pth of tensors alone.")],
+    file: Annotated[
+        str, typer.Argument(help="Path or URL: .safetensors, or .pth of tensors alone.")
+    ],
     model: Annotated[str, typer.Option(help="A name that `convoy models` lists.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for the model; runs/MODEL when not given.")] = None,
-    image_size: Annotated[int, typer.Option(help="That the model is used at, pixels.", min=1)] = 224,
-    data: Annotated[str | None, typer.Option(help="URL of a split whose classes the model gets, matched by name.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the model; runs/MODEL when not given.")
+    ] = None,
+    image_size: Annotated[
+        int, typer.Option(help="That the model is used at, pixels.", min=1)
+    ] = 224,
+    data: Annotated[
+        str | None,
+        typer.Option(help="URL of a split whose classes the model gets, matched by name."),
+    ] = None,
     half_range: Annotated[
-        bool | None, typer.Option(help="Whether pixels go from -1 to 1; else ImageNet's mean and deviation.", show_default=False)
+        bool | None,
+        typer.Option(
+            help="Whether pixels go from -1 to 1; else ImageNet's mean and deviation.",
+            show_default=False,
+        ),
     ] = None,
     key: Annotated[
-        str | None, typer.Option(help="The set of weights in a checkpoint that holds several, such as state_dict.")
+        str | None,
+        typer.Option(
+            help="The set of weights in a checkpoint that holds several, such as state_dict."
+        ),
     ] = None,
 ) -> None:
     """Make a model of torchvision's or timm's weights, for `evaluate`, `predict` and model.init."""
     from pipelines.registry.weights import import_weights
 
-    for line in import_weights(file, model, output or Path("runs") / model, image_size, data, half_range, key):
+    for line in import_weights(
+        file, model, output or Path("runs") / model, image_size, data, half_range, key
+    ):
         print(line)
 
 
 @weights_app.command("export")
 def weights_export(
-    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Output folder of a run, or a model of MLflow's.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL", help="Output folder of a run, or a model of MLflow's."
+        ),
+    ],
     file: Annotated[Path, typer.Argument(help="What to write.")],
-    form: Annotated[str, typer.Option("--format", help="torchvision, timm (.pth or .safetensors) or onnx.")],
+    form: Annotated[
+        str, typer.Option("--format", help="torchvision, timm (.pth or .safetensors) or onnx.")
+    ],
 ) -> None:
     """Write a trained model for others."""
     from pipelines.registry.weights import export_weights
@@ -220,7 +327,9 @@ def weights_export(
 @app.command(context_settings={"ignore_unknown_options": False})
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
+    ] = None,
     procs: Annotated[int, typer.Option(help="Ranks on this machine.", min=1)] = 1,
 ) -> int:
     """Train on this machine."""
@@ -228,9 +337,14 @@ def train(
     from trainer.process.supervisor import python_command
 
     kept = take_credentials(overrides or [])
-    if kept != (overrides or []):  # everybody on the machine can read a command line as long as its process lives
+    if kept != (
+        overrides or []
+    ):  # everybody on the machine can read a command line as long as its process lives
         sys.stdout.flush()
-        os.execv(sys.executable, [*python_command("trainer.launch"), "--procs", str(procs), "--", recipe, *kept])
+        os.execv(
+            sys.executable,
+            [*python_command("trainer.launch"), "--procs", str(procs), "--", recipe, *kept],
+        )
     return launch(recipe, kept, procs)
 
 
@@ -243,7 +357,9 @@ def evaluate(model_uri: str, data_url: str, as_json: Json = False) -> None:
     if as_json:
         print_json(vars(result))
     else:
-        print(f"{result.model} on {result.samples:,} images of {result.data}: top1 {result.top1:.4f}, top5 {result.top5:.4f}")
+        print(
+            f"{result.model} on {result.samples:,} images of {result.data}: top1 {result.top1:.4f}, top5 {result.top5:.4f}"
+        )
 
 
 @app.command()
@@ -256,12 +372,18 @@ def predict(model_uri: str, images: list[str], as_json: Json = False) -> None:
         print_json(answers)
         return
     for answer in answers:
-        likely = ", ".join(f"{guess['class']} {guess['probability']:.1%}" for guess in answer["top5"])
+        likely = ", ".join(
+            f"{guess['class']} {guess['probability']:.1%}" for guess in answer["top5"]
+        )
         print(f"{answer['file']}: {likely}")
 
 
 @app.command()
-def promote(name: str, version: str, alias: Annotated[str, typer.Option(help="What the version becomes.")] = "champion") -> None:
+def promote(
+    name: str,
+    version: str,
+    alias: Annotated[str, typer.Option(help="What the version becomes.")] = "champion",
+) -> None:
     """Give a registered version an alias."""
     from pipelines.registry.register import promote as run
 
@@ -278,13 +400,23 @@ def register(
     from pipelines.registry.register import register_output
     from trainer.locks.run_lock import exclusive
 
-    with exclusive(folder, "convoy register", "register the model when that has ended") if Path(folder).is_dir() else nullcontext():
+    with (
+        exclusive(folder, "convoy register", "register the model when that has ended")
+        if Path(folder).is_dir()
+        else nullcontext()
+    ):
         registered = register_output(folder, name)
-    print(f"registered {registered.name} version {registered.version} as {registered.alias}: {registered.why}")
+    print(
+        f"registered {registered.name} version {registered.version} as {registered.alias}: {registered.why}"
+    )
 
 
 @app.command()
-def sync(spool: Annotated[str, typer.Argument(help="The tracking.jsonl that a run left, or its output folder.")]) -> None:
+def sync(
+    spool: Annotated[
+        str, typer.Argument(help="The tracking.jsonl that a run left, or its output folder.")
+    ],
+) -> None:
     """Send MLflow the entries that a run could not deliver."""
     from pipelines.registry.register import sync as run
     from trainer.locks.run_lock import exclusive
@@ -292,7 +424,11 @@ def sync(spool: Annotated[str, typer.Argument(help="The tracking.jsonl that a ru
     if Path(spool).is_dir():
         spool = str(Path(spool) / "tracking.jsonl")
     advice = "a run that trains sends its entries itself; send what is left when that has ended"
-    with exclusive(str(Path(spool).parent), "convoy sync", advice) if Path(spool).is_file() else nullcontext():
+    with (
+        exclusive(str(Path(spool).parent), "convoy sync", advice)
+        if Path(spool).is_file()
+        else nullcontext()
+    ):
         report = run(spool)
     for line in report.lines():
         print(line)
@@ -301,8 +437,15 @@ def sync(spool: Annotated[str, typer.Argument(help="The tracking.jsonl that a ru
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("runs/demo"),
-    digits: Annotated[bool, typer.Option("--digits", help="Train on scikit-learn's digits even where Fashion-MNIST is.")] = False,
+    folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path(
+        "runs/demo"
+    ),
+    digits: Annotated[
+        bool,
+        typer.Option(
+            "--digits", help="Train on scikit-learn's digits even where Fashion-MNIST is."
+        ),
+    ] = False,
 ) -> None:
     """The whole pipeline on this machine, from images to a registered model. KEEP=1 leaves the services running."""
     from pipelines.local.demo import demo as run
@@ -313,14 +456,26 @@ def demo(
 @app.command()
 def study(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...|all", help="Studies to run; lists them when none.")
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...|all", help="Studies to run; lists them when none."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few images, to see that it works; decides little.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few images, to see that it works; decides little.")
+    ] = False,
     seeds: Annotated[
-        int | None, typer.Option(help="Trainings of each kind; 3 when not given, 1 with --quick.", min=1, show_default=False)
+        int | None,
+        typer.Option(
+            help="Trainings of each kind; 3 when not given, 1 with --quick.",
+            min=1,
+            show_default=False,
+        ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Ranks at a time, a thread each.", min=1)] = os.cpu_count() or 1,
-    folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("runs/study"),
+    jobs: Annotated[
+        int, typer.Option(help="Ranks at a time, a thread each.", min=1)
+    ] = os.cpu_count() or 1,
+    folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path(
+        "runs/study"
+    ),
 ) -> None:
     """Put what is said about these networks to the test. A second run goes on where the first one stopped."""
     from pipelines.studies.framework.command import list_studies, run_studies
@@ -330,7 +485,9 @@ def study(
     if not names:
         Console().print(list_studies())
         return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # its trainings end with it
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # its trainings end with it
     with exclusive(str(folder), "convoy study", "use another --dir, or wait until that ends"):
         run_studies(names, Scale(quick, seeds or (1 if quick else 3)), jobs, folder)
 
@@ -356,10 +513,16 @@ def local_env(folder: LocalDir = _LOCAL_DIR) -> None:
 
     services = servers.load(folder.absolute())
     if services is None:
-        raise UserError(f"{folder}: no services run there; start them: convoy local up --dir {folder}")
+        raise UserError(
+            f"{folder}: no services run there; start them: convoy local up --dir {folder}"
+        )
     variables = services.environment()
     bypass_proxies_for_local_services(proxies := dict(os.environ))
-    variables |= {name: proxies[name] for name in ("no_proxy", "NO_PROXY") if proxies.get(name) != os.environ.get(name)}
+    variables |= {
+        name: proxies[name]
+        for name in ("no_proxy", "NO_PROXY")
+        if proxies.get(name) != os.environ.get(name)
+    }
     for name, value in variables.items():
         print(f"export {name}={value}")
 
@@ -374,7 +537,14 @@ def local_status(folder: LocalDir = _LOCAL_DIR, as_json: Json = False) -> None:
     urls = {"s3": services.s3_url, "mlflow": services.mlflow_url} if services else {}
     if as_json:
         print_json(
-            {name: {"running": alive[name], "url": urls[name], "pid": services.processes[name].pid} for name in alive}
+            {
+                name: {
+                    "running": alive[name],
+                    "url": urls[name],
+                    "pid": services.processes[name].pid,
+                }
+                for name in alive
+            }
             if services
             else {}
         )
@@ -382,10 +552,17 @@ def local_status(folder: LocalDir = _LOCAL_DIR, as_json: Json = False) -> None:
         table = Table("service", "state", "URL", "pid", box=None)
         for name, running in alive.items():
             assert services is not None
-            table.add_row(name, "running" if running else "stopped", urls[name], str(services.processes[name].pid))
+            table.add_row(
+                name,
+                "running" if running else "stopped",
+                urls[name],
+                str(services.processes[name].pid),
+            )
         Console().print(table)
     if not alive or not all(alive.values()):
-        raise UserError(f"{folder}: not all services run; start them: convoy local up --dir {folder}")
+        raise UserError(
+            f"{folder}: not all services run; start them: convoy local up --dir {folder}"
+        )
 
 
 @local_app.command("down")

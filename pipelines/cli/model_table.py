@@ -6,7 +6,17 @@ from rich.table import Table
 
 from trainer.models.model_info import ModelInfo
 
-_COLUMNS = ("model", "year", "layers", "params M", "pixels", "MACs G", "act. MiB", "top-5", "tv top-1/5")
+_COLUMNS = (
+    "model",
+    "year",
+    "layers",
+    "params M",
+    "pixels",
+    "MACs G",
+    "act. MiB",
+    "top-5",
+    "tv top-1/5",
+)
 
 
 def rows(entries: Iterable[ModelInfo]) -> list[tuple[str, ...]]:
@@ -16,7 +26,8 @@ def rows(entries: Iterable[ModelInfo]) -> list[tuple[str, ...]]:
             e.name,
             str(e.year),
             str(e.layers),
-            f"{e.parameters / 1e6:.2f}" + (f" +{e.auxiliary_parameters / 1e6:.2f}" if e.auxiliary_parameters else ""),
+            f"{e.parameters / 1e6:.2f}"
+            + (f" +{e.auxiliary_parameters / 1e6:.2f}" if e.auxiliary_parameters else ""),
             str(e.image_size),
             f"{e.multiply_adds / 1e9:.3f}",
             f"{e.activation_bytes / 2**20:.1f}",
@@ -30,7 +41,9 @@ def rows(entries: Iterable[ModelInfo]) -> list[tuple[str, ...]]:
 def table(entries: Iterable[ModelInfo]) -> Table:
     """For a terminal."""
     entries = list(entries)
-    made = Table(*_COLUMNS, box=None, padding=(0, 1, 0, 0), caption=_caption(entries), caption_justify="left")
+    made = Table(
+        *_COLUMNS, box=None, padding=(0, 1, 0, 0), caption=_caption(entries), caption_justify="left"
+    )
     for cells in rows(entries):
         made.add_row(*cells)
     made.columns[0].no_wrap = True
@@ -42,7 +55,10 @@ def table(entries: Iterable[ModelInfo]) -> Table:
 def markdown(entries: Iterable[ModelInfo]) -> str:
     """For the documentation: the same table and its sources."""
     entries = list(entries)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (_COLUMNS, ["---", *["--:"] * (len(_COLUMNS) - 1)], *rows(entries))]
+    lines = [
+        "| " + " | ".join(cells) + " |"
+        for cells in (_COLUMNS, ["---", *["--:"] * (len(_COLUMNS) - 1)], *rows(entries))
+    ]
     return "\n".join(lines) + "\n\n" + _caption(entries).replace("\n", "\n\n") + "\n"
 
 

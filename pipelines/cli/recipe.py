@@ -11,7 +11,9 @@ from rich.table import Table
 from pipelines.cli.cluster import Overrides, Recipe
 from pipelines.cli.output import Json, print_json
 
-recipe_app = typer.Typer(help="Recipes: their keys, their schema, and what they result in.", no_args_is_help=True)
+recipe_app = typer.Typer(
+    help="Recipes: their keys, their schema, and what they result in.", no_args_is_help=True
+)
 
 
 @recipe_app.command("list")
@@ -31,7 +33,9 @@ def list_recipes(as_json: Json = False) -> None:
 
 @recipe_app.command("keys")
 def list_keys(
-    prefix: Annotated[str, typer.Argument(help="List the keys that start with this, such as optimizer.")] = "",
+    prefix: Annotated[
+        str, typer.Argument(help="List the keys that start with this, such as optimizer.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """List the keys of a recipe with type, default and meaning."""
@@ -62,7 +66,12 @@ def show_recipe(
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(help="Number of ranks, usually GPUs.", min=1)] = 1,
     samples: Annotated[
-        int | None, typer.Option(help="Number of training samples; read from the dataset if not given.", min=1, show_default=False)
+        int | None,
+        typer.Option(
+            help="Number of training samples; read from the dataset if not given.",
+            min=1,
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -63,7 +63,9 @@ def recipe_keys(prefix: str = "") -> list[KeyInfo]:
     found = [key for key in keys if key.key.startswith(prefix)]
     if not found:
         sections = sorted({key.key.partition(".")[0] for key in keys})
-        raise UserError(f"no recipe key starts with {prefix!r}; sections and keys: {', '.join(sections)}")
+        raise UserError(
+            f"no recipe key starts with {prefix!r}; sections and keys: {', '.join(sections)}"
+        )
     return found
 
 
@@ -76,7 +78,9 @@ def _keys_of(section: dict[str, Any], definitions: dict[str, Any], prefix: str) 
         else:
             required = name in section.get("required", [])
             description = " ".join(node.get("description", "").split())
-            keys.append(KeyInfo(prefix + name, _type_of(node), required, node.get("default"), description))
+            keys.append(
+                KeyInfo(prefix + name, _type_of(node), required, node.get("default"), description)
+            )
     return keys
 
 
@@ -89,7 +93,9 @@ def _type_of(node: dict[str, Any]) -> str:
         return str(node["const"])
     kind = str(node.get("type", "any"))
     if kind == "array":
-        return f"list of {_type_of(node.get('items') or next(iter(node.get('prefixItems', [])), {}))}"
+        return (
+            f"list of {_type_of(node.get('items') or next(iter(node.get('prefixItems', [])), {}))}"
+        )
     if kind in ("integer", "number"):
         signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
         limits = [f"{sign} {node[name]:,}" for name, sign in signs.items() if name in node]
@@ -99,7 +105,10 @@ def _type_of(node: dict[str, Any]) -> str:
 
 def shipped_recipes() -> dict[str, str]:
     """The recipes that Convoy contains, with the first sentence of their comment."""
-    return {path.stem: _first_sentence(path.read_text(encoding="utf-8")) for path in sorted(RECIPES.glob("*.yaml"))}
+    return {
+        path.stem: _first_sentence(path.read_text(encoding="utf-8"))
+        for path in sorted(RECIPES.glob("*.yaml"))
+    }
 
 
 def _first_sentence(text: str) -> str:
@@ -111,7 +120,9 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=\.) (?=[A-Z])", " ".join(lines))[0]
 
 
-def plan_recipe(recipe: str, overrides: list[str], ranks: int, samples: int | None) -> tuple[RunConfig, RecipePlan]:
+def plan_recipe(
+    recipe: str, overrides: list[str], ranks: int, samples: int | None
+) -> tuple[RunConfig, RecipePlan]:
     """The complete configuration and what follows from it.
 
     ``samples``: of the training split; read from its index if None. Raises UserError with every fault.
@@ -125,7 +136,9 @@ def plan_recipe(recipe: str, overrides: list[str], ranks: int, samples: int | No
     parameters, multiply_adds = _model_size(config, num_classes or _ANY_CLASSES)
     batch = split_ranks(config, ranks, samples)
     per_epoch, total, steps = run_length(config, batch.global_size, samples)
-    rate = learning_rate_schedule(config.schedule, config.optimizer, batch.global_size, per_epoch, total)
+    rate = learning_rate_schedule(
+        config.schedule, config.optimizer, batch.global_size, per_epoch, total
+    )
     sampled = sorted({round(i * (steps - 1) / (_CURVE_POINTS - 1)) for i in range(_CURVE_POINTS)})
     return config, RecipePlan(
         parameters=parameters,

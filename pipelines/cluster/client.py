@@ -46,12 +46,19 @@ class JobClient:
             for document in needed:
                 self._put(document, asked)
             if dry_run:
-                self._client.custom_api.create_namespaced_custom_object(*_KIND, self.namespace, _PLURAL, job, **asked, **_TIMEOUTS)
+                self._client.custom_api.create_namespaced_custom_object(
+                    *_KIND, self.namespace, _PLURAL, job, **asked, **_TIMEOUTS
+                )
                 return name
             model = self._client.api_client.deserialize(FakeResponse(job), _PARAMETERS["model"])
             self._client.create_job(model, namespace=self.namespace)
             made = self._job(name)
-            owner = {"apiVersion": made["apiVersion"], "kind": made["kind"], "name": name, "uid": made["metadata"]["uid"]}
+            owner = {
+                "apiVersion": made["apiVersion"],
+                "kind": made["kind"],
+                "name": name,
+                "uid": made["metadata"]["uid"],
+            }
             for document in needed:  # so that it goes with the job
                 self._set_owner(document, {"metadata": {"ownerReferences": [owner]}})
         return name
@@ -63,28 +70,40 @@ class JobClient:
             if document["kind"] == "ConfigMap":
                 core.create_namespaced_config_map(self.namespace, document, **asked, **_TIMEOUTS)
             else:
-                self._client.custom_api.create_namespaced_custom_object(*_GROUP, self.namespace, "podgroups", document, **asked)
+                self._client.custom_api.create_namespaced_custom_object(
+                    *_GROUP, self.namespace, "podgroups", document, **asked
+                )
         except ApiException as error:
             if error.status == 404 and document["kind"] == "PodGroup":
-                raise UserError("--gang: this cluster knows no PodGroup; Kubernetes 1.37 does, with GenericWorkload on") from None
+                raise UserError(
+                    "--gang: this cluster knows no PodGroup; Kubernetes 1.37 does, with GenericWorkload on"
+                ) from None
             if error.status != 409:
                 raise
             if document["kind"] == "ConfigMap":
-                core.replace_namespaced_config_map(name, self.namespace, document, **asked, **_TIMEOUTS)
+                core.replace_namespaced_config_map(
+                    name, self.namespace, document, **asked, **_TIMEOUTS
+                )
 
     def _set_owner(self, document: Document, patch: Document) -> None:
         name = document["metadata"]["name"]
         if document["kind"] == "ConfigMap":
-            self._client.core_api.patch_namespaced_config_map(name, self.namespace, patch, **_TIMEOUTS)
+            self._client.core_api.patch_namespaced_config_map(
+                name, self.namespace, patch, **_TIMEOUTS
+            )
         else:
-            self._client.custom_api.patch_namespaced_custom_object(*_GROUP, self.namespace, "podgroups", name, patch, **_TIMEOUTS)
+            self._client.custom_api.patch_namespaced_custom_object(
+                *_GROUP, self.namespace, "podgroups", name, patch, **_TIMEOUTS
+            )
 
     def status(self, name: str) -> Status:
         """Raises UserError where there is no such job."""
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             job = self._job(name)
             pods = self._pods(f"{_JOB_LABEL}={name}")
-            return summarize_job(job, pods, [] if pods else self._events(name), self._log(name, pods))
+            return summarize_job(
+                job, pods, [] if pods else self._events(name), self._log(name, pods)
+            )
 
     def statuses(self) -> list[tuple[Status, str]]:
         """Each job that Convoy made, and when, the newest first; without their logs."""
@@ -95,9 +114,14 @@ class JobClient:
             pods: dict[str, list[Document]] = {}
             for pod in self._pods(_OURS):
                 pods.setdefault(pod["metadata"]["labels"].get(_JOB_LABEL, ""), []).append(pod)
-        jobs = sorted(found["items"], key=lambda job: str(job["metadata"]["creationTimestamp"]), reverse=True)
+        jobs = sorted(
+            found["items"], key=lambda job: str(job["metadata"]["creationTimestamp"]), reverse=True
+        )
         return [
-            (summarize_job(job, pods.get(job["metadata"]["name"], []), [], None), job["metadata"]["creationTimestamp"])
+            (
+                summarize_job(job, pods.get(job["metadata"]["name"], []), [], None),
+                job["metadata"]["creationTimestamp"],
+            )
             for job in jobs
         ]
 
@@ -121,12 +145,22 @@ class JobClient:
         """Lines of the pod that ``rank`` runs in; followed into the pod that takes its place, until the job is finished."""
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             job = self._job(name)
-            procs, nodes = int(job["spec"].get("nprocPerNode", 1)), job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"]
+            procs, nodes = (
+                int(job["spec"].get("nprocPerNode", 1)),
+                job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"],
+            )
             if rank >= procs * nodes:
                 raise UserError(f"--rank: {rank} is not below the {procs * nodes} ranks of {name}")
             pod_name, shown = f"{name}-worker-{rank // procs}", ""
             while True:
-                pod = next((p for p in self._pods(f"{_JOB_LABEL}={name}") if p["metadata"]["name"] == pod_name), None)
+                pod = next(
+                    (
+                        p
+                        for p in self._pods(f"{_JOB_LABEL}={name}")
+                        if p["metadata"]["name"] == pod_name
+                    ),
+                    None,
+                )
                 begun = pod is not None and pod["status"].get("phase") != "Pending"
                 if pod is not None and begun and pod["metadata"]["uid"] != shown:
                     shown = pod["metadata"]["uid"]
@@ -139,7 +173,12 @@ class JobClient:
 
     def _lines(self, pod: str, follow: bool) -> Iterator[str]:
         answer = self._client.core_api.read_namespaced_pod_log(
-            pod, self.namespace, container=CONTAINER, follow=follow, _preload_content=False, _request_timeout=(5, None)
+            pod,
+            self.namespace,
+            container=CONTAINER,
+            follow=follow,
+            _preload_content=False,
+            _request_timeout=(5, None),
         )
         rest = b""
         with suppress(HTTPError):  # the pod's node went away
@@ -156,43 +195,70 @@ class JobClient:
             options = models.V1DeleteOptions(propagation_policy="Foreground")
             self._client.delete_job(name, namespace=self.namespace, delete_options=options)
             with suppress(ApiException):  # of one that kubectl applied; else it goes with the job
-                self._client.core_api.delete_namespaced_config_map(f"{name}-recipe", self.namespace, **_TIMEOUTS)
+                self._client.core_api.delete_namespaced_config_map(
+                    f"{name}-recipe", self.namespace, **_TIMEOUTS
+                )
             with suppress(ApiException):
-                self._client.custom_api.delete_namespaced_custom_object(*_GROUP, self.namespace, "podgroups", name, **_TIMEOUTS)
+                self._client.custom_api.delete_namespaced_custom_object(
+                    *_GROUP, self.namespace, "podgroups", name, **_TIMEOUTS
+                )
 
     def suspend(self, name: str, suspended: bool) -> None:
         """Take a job's pods away, which leave a checkpoint, or bring them back."""
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             self._job(name)
             self._client.custom_api.patch_namespaced_custom_object(
-                *_KIND, self.namespace, _PLURAL, name, {"spec": {"runPolicy": {"suspend": suspended}}}, **_TIMEOUTS
+                *_KIND,
+                self.namespace,
+                _PLURAL,
+                name,
+                {"spec": {"runPolicy": {"suspend": suspended}}},
+                **_TIMEOUTS,
             )
 
     def _job(self, name: str) -> Document:
         try:
-            job: Document = self._client.custom_api.get_namespaced_custom_object(*_KIND, self.namespace, _PLURAL, name, **_TIMEOUTS)
+            job: Document = self._client.custom_api.get_namespaced_custom_object(
+                *_KIND, self.namespace, _PLURAL, name, **_TIMEOUTS
+            )
         except ApiException as error:
             if error.status != 404:
                 raise
-            found = self._client.custom_api.list_namespaced_custom_object(*_KIND, self.namespace, _PLURAL, **_TIMEOUTS)
+            found = self._client.custom_api.list_namespaced_custom_object(
+                *_KIND, self.namespace, _PLURAL, **_TIMEOUTS
+            )
             names = [job["metadata"]["name"] for job in found["items"]]
             nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
-            hint = f"; nearest: {', '.join(nearest)}" if nearest else "; convoy list shows those that are"
-            raise UserError(f"there is no job {name!r} in namespace {self.namespace}{hint}") from None
+            hint = (
+                f"; nearest: {', '.join(nearest)}"
+                if nearest
+                else "; convoy list shows those that are"
+            )
+            raise UserError(
+                f"there is no job {name!r} in namespace {self.namespace}{hint}"
+            ) from None
         return job
 
     def _pods(self, selector: str) -> list[Document]:
-        found = self._client.core_api.list_namespaced_pod(self.namespace, label_selector=selector, **_TIMEOUTS)
-        plain: list[Document] = self._client.core_api.api_client.sanitize_for_serialization(found.items)
+        found = self._client.core_api.list_namespaced_pod(
+            self.namespace, label_selector=selector, **_TIMEOUTS
+        )
+        plain: list[Document] = self._client.core_api.api_client.sanitize_for_serialization(
+            found.items
+        )
         return plain
 
     def _events(self, name: str) -> list[Document]:
         selector = f"involvedObject.name={name},involvedObject.kind={constants.PYTORCHJOB_KIND}"
         try:
-            found = self._client.core_api.list_namespaced_event(self.namespace, field_selector=selector, **_TIMEOUTS)
+            found = self._client.core_api.list_namespaced_event(
+                self.namespace, field_selector=selector, **_TIMEOUTS
+            )
         except ApiException:  # who may see pods may not always see events
             return []
-        plain: list[Document] = self._client.core_api.api_client.sanitize_for_serialization(found.items)
+        plain: list[Document] = self._client.core_api.api_client.sanitize_for_serialization(
+            found.items
+        )
         return plain
 
     def _log(self, name: str, pods: list[Document]) -> str:
@@ -204,7 +270,11 @@ class JobClient:
         for part in ({"limit_bytes": _HEAD_BYTES}, {"tail_lines": _TAIL_LINES}):
             with suppress(ApiException, HTTPError):
                 place = (f"{name}-worker-0", self.namespace)
-                texts.append(self._client.core_api.read_namespaced_pod_log(*place, container=CONTAINER, **part, **_TIMEOUTS))
+                texts.append(
+                    self._client.core_api.read_namespaced_pod_log(
+                        *place, container=CONTAINER, **part, **_TIMEOUTS
+                    )
+                )
         return "\n".join(texts)
 
 
@@ -233,13 +303,17 @@ def _translate_api_errors(what: str) -> Iterator[None]:
 
 
 def _no_answer(error: HTTPError) -> ServiceUnreachable:
-    return ServiceUnreachable(f"the API server does not answer: {' '.join(str(error).split())[:200]}")
+    return ServiceUnreachable(
+        f"the API server does not answer: {' '.join(str(error).split())[:200]}"
+    )
 
 
 def _refusal(error: ApiException, what: str) -> UserError | RetryableError:
     text = _message(error)
     if error.status == 401:
-        return UserError(f"{what}: the cluster refuses your credentials (401); renew those in the kubeconfig")
+        return UserError(
+            f"{what}: the cluster refuses your credentials (401); renew those in the kubeconfig"
+        )
     if error.status == 403:
         return UserError(f"{what}: refused (403): {text}")
     if error.status == 404 and "namespaces" in text:
@@ -250,7 +324,9 @@ def _refusal(error: ApiException, what: str) -> UserError | RetryableError:
             "k8s/third-party/training-operator"
         )
     if error.status == 409:
-        return UserError(f"{what}: exists already; cancel it first (convoy cancel NAME), or give another --name")
+        return UserError(
+            f"{what}: exists already; cancel it first (convoy cancel NAME), or give another --name"
+        )
     if error.status and error.status >= 500:
         return RetryableError(f"{what}: the API server failed ({error.status}): {text}")
     return UserError(f"{what}: refused ({error.status}): {text}")

@@ -22,14 +22,18 @@ GANG_LABEL = "convoy/gang"
 _PORT = 23456  # of the rendezvous; the operator's own
 _USER = 10001  # of the image
 _RECIPE_FOLDER = "/etc/convoy"
-_GRACE_SECONDS = 120  # from SIGTERM to SIGKILL; the launcher gives the ranks 100 of them for a checkpoint
+_GRACE_SECONDS = (
+    120  # from SIGTERM to SIGKILL; the launcher gives the ranks 100 of them for a checkpoint
+)
 _LONGEST_NAME = 50  # a pod is called NAME-worker-N, which is its host's name: 63 characters
 _ANY_SAMPLES = 2**62
 _GPU = "nvidia.com/gpu"
 _KEY = r"([a-z0-9]([-.a-z0-9]*[a-z0-9])?/)?[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?"
 _VALUE = r"([A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?)?"
 _SELECTOR = re.compile(f"(?P<key>{_KEY})=(?P<value>{_VALUE})")
-_TOLERATION = re.compile(f"(?P<key>{_KEY})(=(?P<value>{_VALUE}))?(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?")
+_TOLERATION = re.compile(
+    f"(?P<key>{_KEY})(=(?P<value>{_VALUE}))?(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?"
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,10 @@ def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Docum
 
     Raises UserError with every fault that can be found without the data.
     """
-    refuse_credentials({recipe: find_recipe(recipe).read_text(encoding="utf-8")} | {o.partition("=")[0]: o for o in overrides})
+    refuse_credentials(
+        {recipe: find_recipe(recipe).read_text(encoding="utf-8")}
+        | {o.partition("=")[0]: o for o in overrides}
+    )
     config = load_config(recipe, overrides)
     name = options.name if options.name is not None else re.sub(r"[._]", "-", config.name.lower())
     faults = _validate(name, options)
@@ -91,11 +98,22 @@ def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Docum
         data = {key: path.read_text(encoding="utf-8")}
         meta = _metadata(f"{name}-recipe", name, options)
         documents.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data})
-    arguments = [path.stem if shipped else f"{_RECIPE_FOLDER}/{key}", *_default_checkpoint_url(config, name), *overrides]
+    arguments = [
+        path.stem if shipped else f"{_RECIPE_FOLDER}/{key}",
+        *_default_checkpoint_url(config, name),
+        *overrides,
+    ]
     if options.gang:
         spec = {"schedulingPolicy": {"gang": {"minCount": options.nodes}}}
         meta = _metadata(name, name, options)
-        documents.append({"apiVersion": "scheduling.k8s.io/v1beta1", "kind": "PodGroup", "metadata": meta, "spec": spec})
+        documents.append(
+            {
+                "apiVersion": "scheduling.k8s.io/v1beta1",
+                "kind": "PodGroup",
+                "metadata": meta,
+                "spec": spec,
+            }
+        )
     documents.append(_job(name, arguments, None if shipped else f"{name}-recipe", options))
     return documents
 
@@ -123,7 +141,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", value, style="|" if "\n" in value else None
+    )
 
 
 _Dumper.add_representer(str, _text)
@@ -144,21 +164,32 @@ def _validate(name: str, options: JobOptions) -> list[str]:
         ("--priority-class", options.priority_class),
     ):
         if value and not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", value):
-            faults.append(f"{option}: {value!r} is no name in Kubernetes: lower-case letters, digits and dashes")
+            faults.append(
+                f"{option}: {value!r} is no name in Kubernetes: lower-case letters, digits and dashes"
+            )
     if options.nodes < 1:
         faults.append(f"--nodes: {options.nodes} is not 1 or more")
     if options.gpus_per_node < 0:
         faults.append(f"--gpus-per-node: {options.gpus_per_node} is not 0 (no GPU) or more")
     if options.procs_per_node is not None and options.procs_per_node < 1:
         faults.append(f"--procs-per-node: {options.procs_per_node} is not 1 or more")
-    elif options.procs_per_node is not None and options.gpus_per_node not in (0, options.procs_per_node):
-        faults.append(f"--procs-per-node: {options.procs_per_node} ranks on {options.gpus_per_node} GPUs; a rank has one GPU each")
-    if not re.fullmatch(r"[a-z0-9][a-zA-Z0-9./_:@-]*", options.image) or options.image.endswith(":latest"):
+    elif options.procs_per_node is not None and options.gpus_per_node not in (
+        0,
+        options.procs_per_node,
+    ):
+        faults.append(
+            f"--procs-per-node: {options.procs_per_node} ranks on {options.gpus_per_node} GPUs; a rank has one GPU each"
+        )
+    if not re.fullmatch(r"[a-z0-9][a-zA-Z0-9./_:@-]*", options.image) or options.image.endswith(
+        ":latest"
+    ):
         faults.append(f"--image: {options.image!r} is no image with a fixed tag or a digest")
     for option, quantity in (
         ("--cpu", options.cpu), ("--memory", options.memory), ("--shm", options.shm), ("--scratch", options.scratch),
     ):  # fmt: skip
-        if quantity is not None and not re.fullmatch(r"(\d+(\.\d+)?|\.\d+)(m|[kMGTPE]|[KMGTPE]i)?", quantity):
+        if quantity is not None and not re.fullmatch(
+            r"(\d+(\.\d+)?|\.\d+)(m|[kMGTPE]|[KMGTPE]i)?", quantity
+        ):
             faults.append(f"{option}: {quantity!r} is no quantity such as 500m, 4 or 16Gi")
     for label in options.node_selector:
         if not _SELECTOR.fullmatch(label):
@@ -184,14 +215,18 @@ def _check_model(config: RunConfig) -> None:
 def _default_checkpoint_url(config: RunConfig, name: str) -> list[str]:
     """Where checkpoints go when the recipe does not say: beside the data, since a pod's own disk goes with it."""
     if config.checkpoint.url is not None:
-        if not is_remote(config.checkpoint.url) and not config.checkpoint.url.lower().startswith("file://"):
+        if not is_remote(config.checkpoint.url) and not config.checkpoint.url.lower().startswith(
+            "file://"
+        ):
             raise UserError(
                 f"checkpoint.url: {config.checkpoint.url} is lost with its pod; use an object store (s3://...), or file:///... "
                 "for a volume that all pods share"
             )
         return []
     if not is_remote(config.data.train):
-        raise UserError("checkpoint.url: must be given, since data.train is in no object store: s3://BUCKET/PREFIX")
+        raise UserError(
+            "checkpoint.url: must be given, since data.train is in no object store: s3://BUCKET/PREFIX"
+        )
     return [f"checkpoint.url={parse_storage_url(config.data.train).root}/checkpoints/{name}"]
 
 
@@ -218,7 +253,10 @@ def _job(name: str, arguments: list[str], config_map: str | None, options: JobOp
     worker = {
         "replicas": options.nodes,
         "restartPolicy": "ExitCode",
-        "template": {"metadata": {"labels": labels}, "spec": _pod(name, arguments, config_map, options)},
+        "template": {
+            "metadata": {"labels": labels},
+            "spec": _pod(name, arguments, config_map, options),
+        },
     }
     return {
         "apiVersion": "kubeflow.org/v1",
@@ -261,7 +299,10 @@ def _pod(name: str, arguments: list[str], config_map: str | None, options: JobOp
         "containers": [_container(arguments, volumes, options)],
         "volumes": volumes,
     }
-    for key, value in (("serviceAccountName", options.service_account), ("priorityClassName", options.priority_class)):
+    for key, value in (
+        ("serviceAccountName", options.service_account),
+        ("priorityClassName", options.priority_class),
+    ):
         if value:
             pod[key] = value
     if options.node_selector:
@@ -309,10 +350,20 @@ def _container(arguments: list[str], volumes: list[Document], options: JobOption
         "args": ["--", *arguments],
         "env": [
             {"name": "CONVOY_TERMINATION_LOG", "value": "/dev/termination-log"},
-            {"name": "CONVOY_CPUS", "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}}},
+            {
+                "name": "CONVOY_CPUS",
+                "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}},
+            },
             {"name": NODE_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
-            *([{"name": GPUS_VARIABLE, "value": str(options.gpus_per_node)}] if options.gpus_per_node else []),
-            {"name": "CONVOY_NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}},
+            *(
+                [{"name": GPUS_VARIABLE, "value": str(options.gpus_per_node)}]
+                if options.gpus_per_node
+                else []
+            ),
+            {
+                "name": "CONVOY_NAMESPACE",
+                "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}},
+            },
         ],
         "envFrom": [{"secretRef": {"name": secret}} for secret in secrets],
         "ports": [{"name": "pytorchjob-port", "containerPort": _PORT}],
@@ -333,6 +384,8 @@ def _sizes(options: JobOptions) -> dict[str, str]:
     default = (8, 32, 2) if options.gpus_per_node else (1, 4, 1)
     cpu, memory, shm = (
         given or f"{number * ranks}{unit}"
-        for given, number, unit in zip((options.cpu, options.memory, options.shm), default, ("", "Gi", "Gi"), strict=True)
+        for given, number, unit in zip(
+            (options.cpu, options.memory, options.shm), default, ("", "Gi", "Gi"), strict=True
+        )
     )
     return {"cpu": cpu, "memory": memory, "shm": shm}

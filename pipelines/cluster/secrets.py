@@ -20,14 +20,25 @@ def write_secrets(file: Path, endpoint: str) -> list[Path]:
             "AWS_ACCESS_KEY_ID": secrets.token_hex(10).upper(),
             "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30),
         },
-        database: {"POSTGRES_USER": "mlflow", "POSTGRES_DB": "mlflow", "POSTGRES_PASSWORD": secrets.token_urlsafe(30)},
+        database: {
+            "POSTGRES_USER": "mlflow",
+            "POSTGRES_DB": "mlflow",
+            "POSTGRES_PASSWORD": secrets.token_urlsafe(30),
+        },
     }
     there = [str(path) for path in contents if path.exists()]
     if there:
-        raise UserError(*(f"{path}: is there already; remove it first if nothing that runs needs it" for path in there))
+        raise UserError(
+            *(
+                f"{path}: is there already; remove it first if nothing that runs needs it"
+                for path in there
+            )
+        )
     for path, values in contents.items():
         try:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+            with os.fdopen(
+                os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w"
+            ) as opened:
                 opened.writelines(f"{name}={value}\n" for name, value in values.items())
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -9,7 +9,9 @@ from trainer.errors import EXIT_BUG, EXIT_USER
 
 Object = dict[str, Any]
 
-_STEP = re.compile(r"^step (\d+)/(\d+) (.*?)(?:, ((?:\d+ days?, )?\d+:\d\d:\d\d) left)?$", re.MULTILINE)
+_STEP = re.compile(
+    r"^step (\d+)/(\d+) (.*?)(?:, ((?:\d+ days?, )?\d+:\d\d:\d\d) left)?$", re.MULTILINE
+)
 _RATE = re.compile(r"([\d,.]+) images/s")
 _RUN = re.compile(r"MLflow run (\w+) at (\S+)")
 _WAITING = re.compile(r"^waiting: (.*)$", re.MULTILINE)
@@ -55,14 +57,25 @@ def summarize_job(job: Object, pods: list[Object], events: list[Object], log: st
         return Status(name, "failed", says, exit_code=code, **seen, **link)
     if (spec.get("runPolicy") or {}).get("suspend"):
         if _QUEUE_LABEL in (job["metadata"].get("labels") or {}):
-            return Status(name, "queued", f"Kueue's queue {job['metadata']['labels'][_QUEUE_LABEL]} admits it when there is room")
+            return Status(
+                name,
+                "queued",
+                f"Kueue's queue {job['metadata']['labels'][_QUEUE_LABEL]} admits it when there is room",
+            )
         return Status(name, "suspended", f"it holds no pods; convoy resume {name}")
-    troubles = sorted(filter(None, map(_trouble, pods)), key=lambda trouble: _SEVERITY.index(trouble[0]))
+    troubles = sorted(
+        filter(None, map(_trouble, pods)), key=lambda trouble: _SEVERITY.index(trouble[0])
+    )
     running = sum(pod["status"].get("phase") == "Running" for pod in pods)
     if troubles and troubles[0][0] != "pulling":
         kind, says = troubles[0]
         count = sum(trouble[0] == kind for trouble in troubles)
-        state = {"unschedulable": "unschedulable", "image": "no image", "secret": "not started", "start": "not started"}[kind]
+        state = {
+            "unschedulable": "unschedulable",
+            "image": "no image",
+            "secret": "not started",
+            "start": "not started",
+        }[kind]
         whole = ", a gang that starts whole" if kind == "unschedulable" and _is_gang(spec) else ""
         return Status(name, state, f"{count} of {nodes} pods{whole}: {says}")
     if not pods:
@@ -70,7 +83,9 @@ def summarize_job(job: Object, pods: list[Object], events: list[Object], log: st
     if running < nodes:
         pulling = f"{len(troubles)} get their image and volumes, " if troubles else ""
         return Status(
-            name, "starting", f"{running} of {nodes} pods run, {pulling}{nodes - running - len(troubles)} wait for a node"
+            name,
+            "starting",
+            f"{running} of {nodes} pods run, {pulling}{nodes - running - len(troubles)} wait for a node",
         )
     if seen:
         return Status(name, "training", _progress(seen, link), **seen, **link)
@@ -79,7 +94,11 @@ def summarize_job(job: Object, pods: list[Object], events: list[Object], log: st
         return Status(name, "rendezvous", f"{nodes} pods meet; the first step follows", **link)
     if waits:
         return Status(name, "waiting", waits[-1])
-    return Status(name, "starting", f"{nodes} pods run, no word of them yet") if read else Status(name, "running", f"{nodes} pods")
+    return (
+        Status(name, "starting", f"{nodes} pods run, no word of them yet")
+        if read
+        else Status(name, "running", f"{nodes} pods")
+    )
 
 
 def _is_gang(spec: Object) -> bool:
@@ -115,8 +134,15 @@ def _progress(seen: dict[str, Any], link: dict[str, str | None]) -> str:
 
 def _ended(pods: list[Object]) -> list[Object]:
     """How containers ended, those first that tell most: the user's mistake, a bug, the rest."""
-    states = [s["state"].get("terminated") for pod in pods for s in pod["status"].get("containerStatuses") or []]
-    return sorted(filter(None, states), key=lambda s: {EXIT_USER: 0, EXIT_BUG: 1}.get(s["exitCode"], 2 + (s["exitCode"] == 0)))
+    states = [
+        s["state"].get("terminated")
+        for pod in pods
+        for s in pod["status"].get("containerStatuses") or []
+    ]
+    return sorted(
+        filter(None, states),
+        key=lambda s: {EXIT_USER: 0, EXIT_BUG: 1}.get(s["exitCode"], 2 + (s["exitCode"] == 0)),
+    )
 
 
 def _failure(name: str, condition: Object, pods: list[Object], log: str) -> tuple[str, int]:
@@ -126,18 +152,34 @@ def _failure(name: str, condition: Object, pods: list[Object], log: str) -> tupl
             lines = [line for line in (ended.get("message") or "").splitlines() if line.strip()]
             return " · ".join(lines[:5]) or f"a mistake; convoy logs {name} tells it", EXIT_USER
         if ended["exitCode"] == EXIT_BUG:
-            last = message.rpartition("Traceback")[2][-200:] or (log.strip().splitlines() or [""])[-1]
+            last = (
+                message.rpartition("Traceback")[2][-200:] or (log.strip().splitlines() or [""])[-1]
+            )
             return f"a bug: ...{last.strip()}; convoy logs {name} has all of it", EXIT_BUG
-    return condition.get("message") or condition.get("reason") or "the operator does not say why", EXIT_BUG
+    return condition.get("message") or condition.get(
+        "reason"
+    ) or "the operator does not say why", EXIT_BUG
 
 
 def _trouble(pod: Object) -> tuple[str, str] | None:
     """Why a pod does not run, and what to do."""
     status = pod["status"]
-    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+    for container in [
+        *(status.get("initContainerStatuses") or []),
+        *(status.get("containerStatuses") or []),
+    ]:
         waiting = container["state"].get("waiting") or {}
-        reason, message = waiting.get("reason", ""), " ".join((waiting.get("message") or "").split())
-        if reason in ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"):
+        reason, message = (
+            waiting.get("reason", ""),
+            " ".join((waiting.get("message") or "").split()),
+        )
+        if reason in (
+            "ImagePullBackOff",
+            "ErrImagePull",
+            "InvalidImageName",
+            "ErrImageNeverPull",
+            "ImageInspectError",
+        ):
             what = f"{container['image']} cannot be pulled ({reason}); check its name and the nodes' access to its registry"
             return "image", what
         if reason == "CreateContainerConfigError":
@@ -149,14 +191,21 @@ def _trouble(pod: Object) -> tuple[str, str] | None:
     if status.get("phase") == "Pending" and scheduled.get("status") == "False":
         if scheduled.get("reason") == "SchedulingGated":
             return None
-        return "unschedulable", f"{scheduled.get('message', '')}; ask for less, or wait until other jobs end".strip()
+        return (
+            "unschedulable",
+            f"{scheduled.get('message', '')}; ask for less, or wait until other jobs end".strip(),
+        )
     if status.get("phase") == "Pending" and scheduled.get("status") == "True":
         return "pulling", ""
     return None
 
 
 def _why_no_pods(status: Object, events: list[Object]) -> str:
-    refused = [event for event in events if event.get("reason") in ("FailedCreatePod", "FailedCreate", "FailedCreateService")]
+    refused = [
+        event
+        for event in events
+        if event.get("reason") in ("FailedCreatePod", "FailedCreate", "FailedCreateService")
+    ]
     if refused:
         return f"its pods are refused: {' '.join((refused[-1].get('message') or '').split())}"
     if not status.get("conditions"):

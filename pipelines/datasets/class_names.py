@@ -33,13 +33,16 @@ _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
 )
 _WORDNET_ID = re.compile(r"n[0-9]{8}")
 _HEADER = re.compile(
-    r"(class|category|label|synset|wnid|index|idx|id)?[ _-]?(id|name|label|word|description|class)?s?", re.IGNORECASE
+    r"(class|category|label|synset|wnid|index|idx|id)?[ _-]?(id|name|label|word|description|class)?s?",
+    re.IGNORECASE,
 )
 _OTHER_SEPARATOR = re.compile(r"""["'\[{(]*([0-9]{1,9})["'\])]*\s*[;:=|.)]+\s*\S.*""")
 """``0;cat``, ``0: cat``, ``{0: 'cat',``, ``0. cat``: a number and a name, separated by what is not supported."""
 _OTHER_FORMAT = re.compile(r"""\{.*|.*[{\[]|\[["'].*|[\w-]+:""")
 """First lines of JSON lines, Python literals, protocol buffers and YAML."""
-_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\ud800-\udfff]")  # TAB separates columns
+_CONTROL = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\ud800-\udfff]"
+)  # TAB separates columns
 
 
 @dataclass(frozen=True)
@@ -75,19 +78,31 @@ def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = 
     """
     parsed = _parse(path, _read(path) if raw is None else raw)
     wanted = {_normal(identity): identity for identity in class_ids}
-    best = max(parsed.candidates, key=lambda rows: len({row.identity for row in rows} & wanted.keys()))
+    best = max(
+        parsed.candidates, key=lambda rows: len({row.identity for row in rows} & wanted.keys())
+    )
     rows = [row for row in best if row.identity in wanted]
     numbers = [str(number) for number in range(len(class_ids))]
-    if not any(row.name for row in best) and list(class_ids) == numbers and len(parsed.names) == len(class_ids):
+    if (
+        not any(row.name for row in best)
+        and list(class_ids) == numbers
+        and len(parsed.names) == len(class_ids)
+    ):
         return parsed.names
     if not rows:
-        first = next((row.identity for row in parsed.by_space or parsed.by_tab), next(iter(parsed.names), ""))
+        first = next(
+            (row.identity for row in parsed.by_space or parsed.by_tab), next(iter(parsed.names), "")
+        )
         raise UserError(
             f"{path}: names none of the {len(class_ids)} classes ({_some(class_ids)}); each line is an id, a TAB, a comma "
             f"or a space, and a name, but the first one begins with {first[:40]!r}"
         )
-    if set(class_ids) == set(numbers) and {row.identity for row in best} == {str(int(n) + 1) for n in numbers}:
-        raise UserError(f"{path}: numbers its names from 1 to {len(numbers)}, but the classes begin with 0; number them from 0")
+    if set(class_ids) == set(numbers) and {row.identity for row in best} == {
+        str(int(n) + 1) for n in numbers
+    }:
+        raise UserError(
+            f"{path}: numbers its names from 1 to {len(numbers)}, but the classes begin with 0; number them from 0"
+        )
     if not any(row.name for row in best):  # a list of the ids alone
         return list(class_ids)
     by_id = {key: row.name for key, row in _unique(path, rows).items()}
@@ -109,13 +124,17 @@ def names_by_label(path: str | Path) -> list[str]:
     """
     parsed = _parse(path, _read(path))
     for rows in parsed.candidates:
-        if (names := _numbered(path, _without_header(rows), is_certain=rows is not parsed.by_space)) is not None:
+        if (
+            names := _numbered(path, _without_header(rows), is_certain=rows is not parsed.by_space)
+        ) is not None:
             return names
     for rows in parsed.candidates:
         if (names := _numbered_second(path, rows)) is not None:
             return names
     if not parsed.names:
-        raise UserError(f"{path}: its keys are not numbers, so that it is unclear which label has which name")
+        raise UserError(
+            f"{path}: its keys are not numbers, so that it is unclear which label has which name"
+        )
     for rows in parsed.candidates:
         rows = _without_header(rows)
         are_ids = all(_WORDNET_ID.fullmatch(row.identity) for row in rows)
@@ -124,7 +143,9 @@ def names_by_label(path: str | Path) -> list[str]:
             return [row.name for row in rows]
     _check_format(path, parsed.names)
     if _HEADER.fullmatch(parsed.names[0]):
-        raise UserError(f"{path}: line 1: {parsed.names[0]!r} looks like a header, not like a class; remove it")
+        raise UserError(
+            f"{path}: line 1: {parsed.names[0]!r} looks like a header, not like a class; remove it"
+        )
     if all(re.fullmatch(r'"([^"]|"")*"', name) for name in parsed.names):
         return [name[1:-1].replace('""', '"') for name in parsed.names]
     return parsed.names
@@ -135,7 +156,9 @@ def synsets(path: str | Path, raw: bytes) -> dict[str, str]:
     for rows in _parse(path, raw).candidates:
         if rows and all(_WORDNET_ID.fullmatch(row.identity) for row in rows):
             return {identity: row.name for identity, row in _unique(path, rows).items()}
-    raise UserError(f"{path}: not every line begins with a WordNet id (n01440764) that a space, comma or TAB follows")
+    raise UserError(
+        f"{path}: not every line begins with a WordNet id (n01440764) that a space, comma or TAB follows"
+    )
 
 
 # --- from bytes to lines ------------------------------------------------------------------------
@@ -149,7 +172,9 @@ def _read(path: str | Path) -> bytes:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: the file of class names cannot be read: {reason}") from None
     if len(content) > _MAX_BYTES:
-        raise UserError(f"{path}: has more than {_MAX_BYTES:,} bytes, which is not a list of class names")
+        raise UserError(
+            f"{path}: has more than {_MAX_BYTES:,} bytes, which is not a list of class names"
+        )
     return content
 
 
@@ -161,7 +186,11 @@ def _parse(path: str | Path, content: bytes) -> _Parsed:
             return _parse_json(path, json.loads(text, object_pairs_hook=_Pairs))
         except (ValueError, RecursionError) as error:
             if is_json or isinstance(error, UserError):
-                raise error if isinstance(error, UserError) else UserError(f"{path}: is not valid JSON: {error}") from None
+                raise (
+                    error
+                    if isinstance(error, UserError)
+                    else UserError(f"{path}: is not valid JSON: {error}")
+                ) from None
     lines = _lines(path, text)
     return _Parsed(_rows(lines, _by_tab), _rows(lines, _by_comma), _rows(lines, _by_space), lines)
 
@@ -179,7 +208,9 @@ def _text(path: str | Path, content: bytes) -> str:
             "(from Windows: `iconv -f WINDOWS-1252 -t UTF-8`)"
         ) from None
     if "\0" in text:
-        raise UserError(f"{path}: contains zero bytes, as UTF-16 without a byte-order mark does; save it as UTF-8")
+        raise UserError(
+            f"{path}: contains zero bytes, as UTF-16 without a byte-order mark does; save it as UTF-8"
+        )
     return text
 
 
@@ -191,9 +222,13 @@ def _lines(path: str | Path, text: str) -> list[str]:
         raise UserError(f"{path}: is empty, but one line per class is needed")
     for number, line in enumerate(lines, start=1):
         if not line:
-            raise UserError(f"{path}: line {number}: is blank, so that it is unclear which class has which name; remove it")
+            raise UserError(
+                f"{path}: line {number}: is blank, so that it is unclear which class has which name; remove it"
+            )
         if line.startswith("#"):
-            raise UserError(f"{path}: line {number}: begins with '#'; comments are not supported, remove it")
+            raise UserError(
+                f"{path}: line {number}: begins with '#'; comments are not supported, remove it"
+            )
         _check_name(path, f"line {number}", line)
     return lines
 
@@ -202,7 +237,9 @@ def _check_name(path: str | Path, where: str, name: str) -> None:
     if not name.strip():
         raise UserError(f"{path}: {where}: the name is empty")
     if _CONTROL.search(name):
-        raise UserError(f"{path}: {where}: {name[:40]!r} contains a control character or half of a surrogate pair")
+        raise UserError(
+            f"{path}: {where}: {name[:40]!r} contains a control character or half of a surrogate pair"
+        )
 
 
 # --- from lines to rows -------------------------------------------------------------------------
@@ -210,7 +247,10 @@ def _check_name(path: str | Path, where: str, name: str) -> None:
 
 def _rows(lines: list[str], split: Callable[[str], tuple[str, str]]) -> list[_Row]:
     parts = [split(line) for line in lines]
-    return [_Row(f"line {n}", _normal(identity), name.strip()) for n, (identity, name) in enumerate(parts, start=1)]
+    return [
+        _Row(f"line {n}", _normal(identity), name.strip())
+        for n, (identity, name) in enumerate(parts, start=1)
+    ]
 
 
 def _by_tab(line: str) -> tuple[str, str]:
@@ -244,7 +284,9 @@ def _parse_json(path: str | Path, value: object) -> _Parsed:
         if isinstance(value, _Pairs):
             key, item = item
             where = f"key {key[:40]!r}"
-            if isinstance(item, list) and len(item) == 2 and isinstance(item[0], str):  # imagenet_class_index.json
+            if (
+                isinstance(item, list) and len(item) == 2 and isinstance(item[0], str)
+            ):  # imagenet_class_index.json
                 by_id.append(_Row(where, _normal(item[0]), str(item[1])))
                 item = item[1]
             elif type(item) is int:  # class_to_idx of torchvision's ImageFolder
@@ -253,7 +295,9 @@ def _parse_json(path: str | Path, value: object) -> _Parsed:
         names.append(item if isinstance(item, str) else "")
         _check_name(path, where, names[-1])
     if not names:
-        raise UserError(f"{path}: is neither a JSON list of names nor a JSON object from ids or numbers to names")
+        raise UserError(
+            f"{path}: is neither a JSON list of names nor a JSON object from ids or numbers to names"
+        )
     return _Parsed(by_key, by_id, [], [] if by_key else names)
 
 
@@ -265,7 +309,9 @@ def _without_header(rows: list[_Row]) -> list[_Row]:
     if len(rows) < 2 or not rows[0].name or rows[0].where != "line 1":  # JSON has none
         return rows
     numbers = {row.identity for row in rows[1:]}
-    above_numbers = not re.search("[0-9]", rows[0].identity) and numbers == {str(n) for n in range(len(numbers))}
+    above_numbers = not re.search("[0-9]", rows[0].identity) and numbers == {
+        str(n) for n in range(len(numbers))
+    }
     if above_numbers or (_HEADER.fullmatch(rows[0].identity) and _HEADER.fullmatch(rows[0].name)):
         del rows[0]
     return rows
@@ -290,7 +336,9 @@ def _check_format(path: str | Path, lines: list[str]) -> None:
             f"{path}: line {at + 1}: {lines[at][:40]!r} is a number and a name, but not separated by a TAB, a comma or a space"
         )
     if _OTHER_FORMAT.fullmatch(lines[0]) or all(line.startswith("- ") for line in lines):
-        raise UserError(f"{path}: line 1: {lines[0][:40]!r} looks like YAML, JSON or code; write one name per line, or a JSON list")
+        raise UserError(
+            f"{path}: line 1: {lines[0][:40]!r} looks like YAML, JSON or code; write one name per line, or a JSON list"
+        )
 
 
 def _numbered(path: str | Path, rows: list[_Row], is_certain: bool) -> list[str] | None:
@@ -299,7 +347,9 @@ def _numbered(path: str | Path, rows: list[_Row], is_certain: bool) -> list[str]
     Names may begin with numbers ("2012 Tesla"): unless ``is_certain``, one of them has to be 0 or 1.
     """
     wrong = next((row for row in rows if not re.fullmatch("[0-9]{1,9}", row.identity)), None)
-    if not any(row.name for row in rows) or (wrong and [row.identity for row in rows[:2]] != ["0", "1"]):
+    if not any(row.name for row in rows) or (
+        wrong and [row.identity for row in rows[:2]] != ["0", "1"]
+    ):
         return None
     if wrong:
         raise UserError(f"{path}: {wrong.where}: has no number, but the lines before it have")
@@ -309,9 +359,13 @@ def _numbered(path: str | Path, rows: list[_Row], is_certain: bool) -> list[str]
         return None
     found = _unique(path, by_number)
     if numbers == {str(number) for number in range(1, len(rows) + 1)}:
-        raise UserError(f"{path}: numbers its names from 1 to {len(rows)}, but labels begin with 0; number them from 0")
+        raise UserError(
+            f"{path}: numbers its names from 1 to {len(rows)}, but labels begin with 0; number them from 0"
+        )
     if missing := [number for number in map(str, range(len(rows))) if number not in numbers]:
-        raise UserError(f"{path}: has {len(rows)} numbered names, but none for label {_some(missing)}")
+        raise UserError(
+            f"{path}: has {len(rows)} numbered names, but none for label {_some(missing)}"
+        )
     return [found[str(number)].name for number in range(len(rows))]
 
 
@@ -322,9 +376,13 @@ def _unique(path: str | Path, rows: list[_Row]) -> dict[str, _Row]:
         if not row.name:
             raise UserError(f"{path}: {row.where}: {row.identity!r} has no name")
         if "\t" in row.name:
-            raise UserError(f"{path}: {row.where}: has more than two columns; an id and a name are needed")
+            raise UserError(
+                f"{path}: {row.where}: has more than two columns; an id and a name are needed"
+            )
         if row.identity in found:
-            raise UserError(f"{path}: {row.where}: {row.identity!r} has a name already, on {found[row.identity].where}")
+            raise UserError(
+                f"{path}: {row.where}: {row.identity!r} has a name already, on {found[row.identity].where}"
+            )
         found[row.identity] = row
     return found
 

@@ -59,11 +59,15 @@ def check_destination(source: str, destination: str) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{printable(destination)}: {printable(existing)} is not writable")
     if target == origin or target.startswith(origin.rstrip("/") + "/"):
-        raise UserError(f"{printable(destination)}: is in the source, {printable(source)}; use a folder outside of it")
+        raise UserError(
+            f"{printable(destination)}: is in the source, {printable(source)}; use a folder outside of it"
+        )
     for split in ("train", "val"):
         below = os.path.join(target, split)
         if origin == below or origin.startswith(below + "/"):
-            raise UserError(f"{printable(destination)}: packing writes to {split}/, which contains the source, {printable(source)}")
+            raise UserError(
+                f"{printable(destination)}: packing writes to {split}/, which contains the source, {printable(source)}"
+            )
 
 
 def survey(url: str, split: str, overwrite: bool) -> Survey:
@@ -85,18 +89,31 @@ def survey(url: str, split: str, overwrite: bool) -> Survey:
     plan = _plan_record(store, overwrite)
     present = store.sizes()
     is_ours = raw is not None or plan is not None
-    return Survey(store.url, split, present, index, plan, _obsolete(store.url, split, present, index, is_ours or overwrite))
+    return Survey(
+        store.url,
+        split,
+        present,
+        index,
+        plan,
+        _obsolete(store.url, split, present, index, is_ours or overwrite),
+    )
 
 
-def _obsolete(url: str, split: str, present: dict[str, int], index: Index | None, may_delete: bool) -> list[str]:
+def _obsolete(
+    url: str, split: str, present: dict[str, int], index: Index | None, may_delete: bool
+) -> list[str]:
     indexed = {shard.name for shard in index.shards} if index is not None else set()
     own_name = re.compile(rf"{re.escape(split)}-[0-9]{{6,}}\.tar")
     tars = [name for name in present if name.endswith(".tar")]
     deleted = [name for name in tars if name in indexed or own_name.fullmatch(name)]
     if foreign := [name for name in tars if name not in deleted and "/" not in name]:
-        raise UserError(f"{url}: contains {foreign[0]}, which Convoy did not pack; use another place, or move it away")
+        raise UserError(
+            f"{url}: contains {foreign[0]}, which Convoy did not pack; use another place, or move it away"
+        )
     if deleted and not may_delete:
-        raise UserError(f"{url}: contains {deleted[0]}, which Convoy did not pack; use another place, or --overwrite")
+        raise UserError(
+            f"{url}: contains {deleted[0]}, which Convoy did not pack; use another place, or --overwrite"
+        )
     return [INDEX_NAME, *deleted, *(name for name in present if name.startswith(f"{RECORDS}/"))]
 
 
@@ -120,9 +137,14 @@ def is_finished(found: Survey, digest: str, overwrite: bool) -> bool:
     if found.index is None or overwrite:
         return False
     if found.index.plan == digest:
-        print(f"convoy: {found.url} holds this data set already ({found.index.samples:,} images)", file=sys.stderr)
+        print(
+            f"convoy: {found.url} holds this data set already ({found.index.samples:,} images)",
+            file=sys.stderr,
+        )
         return True
-    raise UserError(f"{found.url}: holds another data set of {found.index.samples:,} images; use another place, or --overwrite")
+    raise UserError(
+        f"{found.url}: holds another data set of {found.index.samples:,} images; use another place, or --overwrite"
+    )
 
 
 def can_resume(found: Survey, resume_digest: str, parts: int) -> bool:
@@ -130,7 +152,9 @@ def can_resume(found: Survey, resume_digest: str, parts: int) -> bool:
     if found.plan == resume_digest and INDEX_NAME not in found.present:
         return True
     if parts > 1 and found.present:
-        raise UserError(f"{found.url}: is not empty; several parts cannot clear it at a time: remove what is in it")
+        raise UserError(
+            f"{found.url}: is not empty; several parts cannot clear it at a time: remove what is in it"
+        )
     return False
 
 
@@ -154,9 +178,14 @@ def finished_shards(store: Store, split: str, shards: Sequence[Sequence[Item]]) 
         try:
             shard = Shard.model_validate_json(raw)
         except ValidationError:
-            print(f"convoy: {store.url}/{record_name(number)}: is corrupt; its shard is packed again", file=sys.stderr)
+            print(
+                f"convoy: {store.url}/{record_name(number)}: is corrupt; its shard is packed again",
+                file=sys.stderr,
+            )
             continue
-        same = shard.name == shard_name(split, number) and shard.keys == [item.key for item in items]
+        same = shard.name == shard_name(split, number) and shard.keys == [
+            item.key for item in items
+        ]
         if same and shard.size_fault(present.get(shard.name)) is None:
             done[number] = shard
     return done

@@ -17,7 +17,10 @@ from trainer.data.storage.store import Store, open_store
 from trainer.errors import UserError, shortened
 
 _NAMED = 5  # labels that a note lists
-_MANY_CLASSES, _SPARSE = 1000, 10  # above both, classes per label that occurs, a label is taken for a mistake
+_MANY_CLASSES, _SPARSE = (
+    1000,
+    10,
+)  # above both, classes per label that occurs, a label is taken for a mistake
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
     labels = Counter(label for scan in scans for label in scan.labels)
     highest = max(labels, default=-1)
     if names is not None and highest >= len(names):
-        faults.append(f"--class-names: {options.class_names} has {len(names)} names, but there are labels up to {highest}")
+        faults.append(
+            f"--class-names: {options.class_names} has {len(names)} names, but there are labels up to {highest}"
+        )
     elif names is None and highest >= _MANY_CLASSES and highest >= _SPARSE * len(labels):
         faults.append(
             f"{url}: has a label {highest}, but only {len(labels):,} labels in all; if that is right, name all classes with "
@@ -69,8 +74,14 @@ def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
     index = Index.of(split, classes, class_ids, shards, plan, shards_in)
     _check_overlap(store, index_name, index)
     raw = store.read_small(index_name)
-    if raw is not None and not options.overwrite and parse_index(raw, f"{url}/{index_name}") != index:
-        raise UserError(f"{url}/{index_name}: is there and says something else; --overwrite replaces it")
+    if (
+        raw is not None
+        and not options.overwrite
+        and parse_index(raw, f"{url}/{index_name}") != index
+    ):
+        raise UserError(
+            f"{url}/{index_name}: is there and says something else; --overwrite replaces it"
+        )
     write_index(store, index_name, index)
     for note in _notes(scans, classes, labels, sizes):
         print(f"convoy: {url}: {note}", file=sys.stderr)
@@ -87,7 +98,9 @@ def _place(url: str, options: IndexOptions, names: dict[str, int]) -> tuple[str,
             f"--split: {split!r} cannot name a folder below {url}; --shards needs it for the index, {url}/SPLIT/{INDEX_NAME}"
         )
     if all(name.startswith(f"{split}/") for name in names):
-        raise UserError(f"--shards: all shards that match are in {url.rstrip('/')}/{split}; index that URL, without --shards")
+        raise UserError(
+            f"--shards: all shards that match are in {url.rstrip('/')}/{split}; index that URL, without --shards"
+        )
     return split, f"{split}/{INDEX_NAME}"
 
 
@@ -106,7 +119,10 @@ def _changed(store: Store, sizes: dict[str, int], pattern: str | None) -> list[s
     """A line for each shard that appeared, vanished or changed its size while the others were read."""
     now = choose_shards(store, pattern)
     names = sorted(name for name in sizes.keys() | now.keys() if sizes.get(name) != now.get(name))
-    return [f"{store.url}/{name}: was changed while it was indexed; index again when all shards are complete" for name in names]
+    return [
+        f"{store.url}/{name}: was changed while it was indexed; index again when all shards are complete"
+        for name in names
+    ]
 
 
 def _duplicate_keys(url: str, scans: list[Scan]) -> list[str]:
@@ -132,11 +148,19 @@ def _check_overlap(store: Store, index_name: str, index: Index) -> None:
     """Refuse shards that another split's index below the same URL holds too."""
     names = {shard.name for shard in index.shards}
     for other in sorted(store.sizes()):
-        if not index.shards_in or other == index_name or other.count("/") > 1 or not other.endswith(INDEX_NAME):
+        if (
+            not index.shards_in
+            or other == index_name
+            or other.count("/") > 1
+            or not other.endswith(INDEX_NAME)
+        ):
             continue
         folder = other.removesuffix(INDEX_NAME)
         taken = parse_index(store.read_small(other) or b"", f"{store.url}/{other}")
-        both = sorted(names & {shard.name if taken.shards_in else f"{folder}{shard.name}" for shard in taken.shards})
+        both = sorted(
+            names
+            & {shard.name if taken.shards_in else f"{folder}{shard.name}" for shard in taken.shards}
+        )
         if both:
             raise UserError(
                 f"--shards: {both[0]} is a shard of {store.url}/{other} too ({len(both)} in all), and no sample may be in "
@@ -144,7 +168,9 @@ def _check_overlap(store: Store, index_name: str, index: Index) -> None:
             )
 
 
-def _notes(scans: list[Scan], classes: list[str], labels: Counter[int], names: dict[str, int]) -> list[str]:
+def _notes(
+    scans: list[Scan], classes: list[str], labels: Counter[int], names: dict[str, int]
+) -> list[str]:
     """Lines on what the index does not hold."""
     notes = []
     if ignored := sum((scan.ignored for scan in scans), Counter()):
@@ -153,5 +179,7 @@ def _notes(scans: list[Scan], classes: list[str], labels: Counter[int], names: d
     if absent := [label for label in range(len(classes)) if label not in labels]:
         rest = f" and {len(absent) - _NAMED:,} more" if len(absent) > _NAMED else ""
         listed = ", ".join(map(str, absent[:_NAMED]))
-        notes.append(f"warning: {len(absent):,} of {len(classes):,} labels have no sample: {listed}{rest}")
+        notes.append(
+            f"warning: {len(absent):,} of {len(classes):,} labels have no sample: {listed}{rest}"
+        )
     return notes + notes_on_names(names)

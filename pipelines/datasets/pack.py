@@ -87,7 +87,13 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
     urls = [f"{destination.rstrip('/')}/{split.name}" for split in listed.splits]
     for url, split in zip(urls, listed.splits, strict=True):
         survey(url, split.name, options.overwrite)
-    lock = RunLock(destination, "convoy pack", None, "use another destination, or wait until that ends", _lock_name(options))
+    lock = RunLock(
+        destination,
+        "convoy pack",
+        None,
+        "use another destination, or wait until that ends",
+        _lock_name(options),
+    )
     pool = worker_pool(options.workers)
     try:
         lock.acquire()
@@ -95,11 +101,15 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
         plans = [_plan(split, options) for split in splits]
         _report(source, splits, listed.account)
         # other parts may have written since
-        surveys = [survey(url, split.name, options.overwrite) for url, split in zip(urls, splits, strict=True)]
+        surveys = [
+            survey(url, split.name, options.overwrite)
+            for url, split in zip(urls, splits, strict=True)
+        ]
         work = list(zip(plans, surveys, strict=True))
         finished = [is_finished(found, plan.digest, options.overwrite) for plan, found in work]
         resumed = [
-            done or can_resume(found, plan.resume_digest, options.parts) for done, (plan, found) in zip(finished, work, strict=True)
+            done or can_resume(found, plan.resume_digest, options.parts)
+            for done, (plan, found) in zip(finished, work, strict=True)
         ]
         stores = [open_store(url, create=True) for url in urls]
         for (plan, found), store, keep in zip(work, stores, resumed, strict=True):
@@ -125,10 +135,14 @@ def _lock_name(options: PackOptions) -> str:
 
 def _check_shard_count(options: PackOptions, split: Split) -> None:
     if options.shards is not None and options.shards > len(split.items):
-        raise UserError(f"--shards: {options.shards} is more than the {len(split.items)} images of {split.name}")
+        raise UserError(
+            f"--shards: {options.shards} is more than the {len(split.items)} images of {split.name}"
+        )
 
 
-def _checked(splits: list[Split], account: Account, pool: ProcessPoolExecutor, options: PackOptions) -> list[Split]:
+def _checked(
+    splits: list[Split], account: Account, pool: ProcessPoolExecutor, options: PackOptions
+) -> list[Split]:
     """The splits with every image recognized by its content; files that cannot be packed are refused, or omitted and named."""
     checked = [_check_split(split, account, pool, options) for split in splits]
     if account.rejected and not options.skip_bad:
@@ -136,7 +150,11 @@ def _checked(splits: list[Split], account: Account, pool: ProcessPoolExecutor, o
         rest = len(account.rejected) - len(named)
         total = len(account.rejected) + sum(len(marked) for marked in checked)
         more = [f"... and {rest} more"] if rest else []
-        raise UserError(*named, *more, f"{len(account.rejected)} of {total} files cannot be packed; --skip-bad leaves them out")
+        raise UserError(
+            *named,
+            *more,
+            f"{len(account.rejected)} of {total} files cannot be packed; --skip-bad leaves them out",
+        )
     good = []
     for split, marked in zip(splits, checked, strict=True):
         left = Counter(item.label for item, _ in marked)
@@ -144,26 +162,39 @@ def _checked(splits: list[Split], account: Account, pool: ProcessPoolExecutor, o
             raise UserError(
                 *(line for line in account.rejected[:_NAMED]),
                 *shortened(
-                    [f"{split.name}: no image of class {printable(split.class_ids[label])} can be packed" for label in lost],
+                    [
+                        f"{split.name}: no image of class {printable(split.class_ids[label])} can be packed"
+                        for label in lost
+                    ],
                     "classes",
                 ),
                 "--skip-bad does not omit classes: replace their images, or remove their folders",
             )
         good.append(Split(split.name, split.class_ids, split.classes, [item for item, _ in marked]))
-    if len(checked) == 2 and not good[0].items[0].is_idx and (note := leak_note(checked[0], checked[1], read_item)):
+    if (
+        len(checked) == 2
+        and not good[0].items[0].is_idx
+        and (note := leak_note(checked[0], checked[1], read_item))
+    ):
         account.notes.append(note)
     return good
 
 
-def _check_split(split: Split, account: Account, pool: ProcessPoolExecutor, options: PackOptions) -> list[Marked]:
+def _check_split(
+    split: Split, account: Account, pool: ProcessPoolExecutor, options: PackOptions
+) -> list[Marked]:
     """The images that can be packed; the others are rejected by name."""
-    if all(item.extension for item in split.items):  # idx files: pixels, which were checked when they were listed
+    if all(
+        item.extension for item in split.items
+    ):  # idx files: pixels, which were checked when they were listed
         return [(item, -1) for item in split.items]
     chunks = [split.items[i : i + _CHUNK] for i in range(0, len(split.items), _CHUNK)]
     good: list[Marked] = []
     doubtful: list[str] = []
     with WorkProgress(f"checking {split.name}", len(split.items), "images") as progress:
-        for chunk, results in zip(chunks, pool.map(partial(check_items, decode=options.decode), chunks), strict=True):
+        for chunk, results in zip(
+            chunks, pool.map(partial(check_items, decode=options.decode), chunks), strict=True
+        ):
             for item, result in zip(chunk, results, strict=True):
                 if result.fault:
                     account.rejected.append(f"{item.source}: {result.fault}")
@@ -180,7 +211,11 @@ def _report(source: str, splits: list[Split], account: Account) -> None:
     """Print what became of every file of the source, one line per rule and one per rejected file."""
     packed, rejected = sum(len(split.items) for split in splits), len(account.rejected)
     found = packed + account.num_skipped + rejected
-    lines = [*account.notes, *account.skip_lines(), *(f"left out: {line}" for line in account.rejected)]
+    lines = [
+        *account.notes,
+        *account.skip_lines(),
+        *(f"left out: {line}" for line in account.rejected),
+    ]
     if rejected:
         lines.append(f"{rejected:,} of {packed + rejected:,} files are left out")
     counts = f"{packed:,} to pack, {account.num_skipped:,} skipped by a rule, {rejected:,} left out"
@@ -194,28 +229,49 @@ def _plan(split: Split, options: PackOptions) -> _Plan:
     count = len(split.items)
     total = sum(-(-item.size // BLOCK) * BLOCK + 3 * BLOCK for item in split.items)
     shards = options.shards or min(count, max(1, round(total / options.shard_bytes)))
-    order = np.argsort(np.random.Generator(np.random.PCG64(options.seed)).random(count), kind="stable")
-    parts = [[split.items[i] for i in order[count * s // shards : count * (s + 1) // shards]] for s in range(shards)]
+    order = np.argsort(
+        np.random.Generator(np.random.PCG64(options.seed)).random(count), kind="stable"
+    )
+    parts = [
+        [split.items[i] for i in order[count * s // shards : count * (s + 1) // shards]]
+        for s in range(shards)
+    ]
     facts, times = hashlib.sha256(), hashlib.sha256()
-    facts.update(json.dumps(["convoy-pack/1", split.class_ids, split.classes, shards, options.seed]).encode())
+    facts.update(
+        json.dumps(["convoy-pack/1", split.class_ids, split.classes, shards, options.seed]).encode()
+    )
     for item in (item for part in parts for item in part):
         line = f"{item.key} {item.label} {item.size} {item.extension}\n".encode()
         facts.update(line)
         times.update(b"%d %b" % (item.changed, line))
     digest = facts.hexdigest()
-    return _Plan(split, parts, digest, hashlib.sha256(f"{digest} {times.hexdigest()}".encode()).hexdigest())
+    return _Plan(
+        split, parts, digest, hashlib.sha256(f"{digest} {times.hexdigest()}".encode()).hexdigest()
+    )
 
 
-def _write_split(plan: _Plan, store: Store, pool: ProcessPoolExecutor, options: PackOptions) -> Index | None:
+def _write_split(
+    plan: _Plan, store: Store, pool: ProcessPoolExecutor, options: PackOptions
+) -> Index | None:
     """Write the missing shards of a split, or of one part of them; then the index, if none is missing any more, and delete
     the records."""
     name = plan.split.name
     done = finished_shards(store, name, plan.shards)
-    missing = [n for n in range(len(plan.shards)) if n not in done and n % options.parts == options.part]
+    missing = [
+        n for n in range(len(plan.shards)) if n not in done and n % options.parts == options.part
+    ]
     if done:
-        print(f"convoy: {store.url}: going on, {len(done)} of {len(plan.shards)} shards are complete", file=sys.stderr)
-    with WorkProgress(f"packing {name}", sum(len(plan.shards[n]) for n in missing), "images") as progress:
-        work = {pool.submit(_write_shard, store.url, shard_name(name, n), n, plan.shards[n]): n for n in missing}
+        print(
+            f"convoy: {store.url}: going on, {len(done)} of {len(plan.shards)} shards are complete",
+            file=sys.stderr,
+        )
+    with WorkProgress(
+        f"packing {name}", sum(len(plan.shards[n]) for n in missing), "images"
+    ) as progress:
+        work = {
+            pool.submit(_write_shard, store.url, shard_name(name, n), n, plan.shards[n]): n
+            for n in missing
+        }
         for future in as_completed(work):
             done[work[future]] = future.result()
             progress.add(done[work[future]].samples)
@@ -225,7 +281,10 @@ def _write_split(plan: _Plan, store: Store, pool: ProcessPoolExecutor, options: 
         if raw is not None:  # another part was last, and may be removing the records
             return parse_index(raw, f"{store.url}/{INDEX_NAME}")
         if len(done) < len(plan.shards):
-            print(f"convoy: {store.url}: {len(done)} of {len(plan.shards)} shards are complete", file=sys.stderr)
+            print(
+                f"convoy: {store.url}: {len(done)} of {len(plan.shards)} shards are complete",
+                file=sys.stderr,
+            )
             return None
     shards = [done[number] for number in range(len(plan.shards))]
     index = Index.of(name, plan.split.classes, plan.split.class_ids, shards, plan.digest)

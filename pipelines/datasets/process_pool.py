@@ -10,7 +10,9 @@ from trainer.errors import RetryableError
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
     """A pool of fresh processes, which end when this one does, be it killed."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_follow_parent)
+    return ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_follow_parent
+    )
 
 
 def worker_lost() -> RetryableError:

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from trainer.data.index import Shard
-from trainer.data.shards.tar import IMAGES, MAX_CLASSES, is_side_file, is_system_file, parse_label, split_name
+from trainer.data.shards.tar import (
+    IMAGES,
+    MAX_CLASSES,
+    is_side_file,
+    is_system_file,
+    parse_label,
+    split_name,
+)
 from trainer.data.shards.tar_reader import Member, TarError, read_members
 from trainer.data.storage.store import Store, open_store, read_whole
 from trainer.errors import shortened
@@ -69,7 +76,11 @@ def scan_shard(url: str, name: str, size: int) -> Scan:
         samples=len(samples),
         sha256=reading.sha256.hexdigest(),
         bytes=size,
-        offsets=[0, *(sample.offset for sample in samples[1:]), scanner.end],  # what comes before the first is its own
+        offsets=[
+            0,
+            *(sample.offset for sample in samples[1:]),
+            scanner.end,
+        ],  # what comes before the first is its own
         keys=[sample.key for sample in samples],
     )
     return Scan(shard, dict(scanner.labels), shortened(faults, "faults"), scanner.ignored)
@@ -101,10 +112,14 @@ class _Scanner:
             self._close()
             self._group = _Group(key, member.offset)
             if key in self._keys:
-                self.faults.append(f"sample {key}: its members do not stand together, or two samples have this key")
+                self.faults.append(
+                    f"sample {key}: its members do not stand together, or two samples have this key"
+                )
             self._keys.add(key)
         if other := self._group.names.get(extension):
-            self.faults.append(f"sample {key}: {other} and {member.name} are the same member; rename one of the samples")
+            self.faults.append(
+                f"sample {key}: {other} and {member.name} are the same member; rename one of the samples"
+            )
         elif extension.startswith("__"):
             self.faults.append(f"sample {key}: the extension of {member.name} is reserved")
         self._group.names[extension] = member.name
@@ -131,10 +146,16 @@ class _Scanner:
         content = member.read() if member.size <= _MAX_LABEL_BYTES else b"%d bytes" % member.size
         label = parse_label(content)
         if label is None:
-            self.faults.append(f"sample {key}: its label {content[:20]!r} is no class number, decimal digits from 0 on")
+            self.faults.append(
+                f"sample {key}: its label {content[:20]!r} is no class number, decimal digits from 0 on"
+            )
         elif label >= MAX_CLASSES:
-            hint = " (-1 as an unsigned number)" if label in (2**16 - 1, 2**32 - 1, 2**64 - 1) else ""
-            self.faults.append(f"sample {key}: its label {label}{hint} is above {MAX_CLASSES - 1:,}, the highest that is supported")
+            hint = (
+                " (-1 as an unsigned number)" if label in (2**16 - 1, 2**32 - 1, 2**64 - 1) else ""
+            )
+            self.faults.append(
+                f"sample {key}: its label {label}{hint} is above {MAX_CLASSES - 1:,}, the highest that is supported"
+            )
         else:
             self.labels[label] += 1
 

@@ -12,9 +12,12 @@ from trainer.data.storage.location import is_remote
 from trainer.data.storage.store import Store
 from trainer.errors import UserError, shortened
 
-_COMPRESSED = re.compile(r"(\.tar\.(gz|zst|zstd|xz|bz2|lz4|lzma|br|Z|7z)|\.(tgz|tzst|txz|tbz2?|tlz))$", re.IGNORECASE)
+_COMPRESSED = re.compile(
+    r"(\.tar\.(gz|zst|zstd|xz|bz2|lz4|lzma|br|Z|7z)|\.(tgz|tzst|txz|tbz2?|tlz))$", re.IGNORECASE
+)
 _UNFINISHED = re.compile(
-    r"\.tar\.(part|partial|tmp|temp|incomplete|crdownload|download|filepart|aria2|!qb)(\.\w+)?$", re.IGNORECASE
+    r"\.tar\.(part|partial|tmp|temp|incomplete|crdownload|download|filepart|aria2|!qb)(\.\w+)?$",
+    re.IGNORECASE,
 )
 _SPLIT_WORDS = {
     word: split
@@ -42,7 +45,9 @@ def choose_shards(store: Store, pattern: str | None) -> dict[str, int]:
     """
     listed = store.sizes()
     if ".pack/plan.json" in listed:
-        raise UserError(f"{store.url}: is an unfinished data set of `convoy pack`; run that command again to complete it")
+        raise UserError(
+            f"{store.url}: is an unfinished data set of `convoy pack`; run that command again to complete it"
+        )
     sizes = {name: size for name, size in sorted(listed.items()) if not _is_hidden(name)}
     is_chosen = {name: pattern is None or fnmatchcase(name, pattern) for name in sizes}
     faults = [
@@ -52,12 +57,18 @@ def choose_shards(store: Store, pattern: str | None) -> dict[str, int]:
     ]
     for name in sizes:
         partial = _UNFINISHED.search(name)
-        if partial and (pattern is None or fnmatchcase(name[: partial.start() + len(".tar")], pattern)):
+        if partial and (
+            pattern is None or fnmatchcase(name[: partial.start() + len(".tar")], pattern)
+        ):
             faults.append(f"{store.url}/{name}: is an unfinished download; finish or delete it")
     faults += [f"{store.url}/{name}: {fault}" for name, fault in _unlisted(store, sizes, pattern)]
     if faults:
         raise UserError(*shortened(faults))
-    tars = {name: size for name, size in sizes.items() if is_chosen[name] and name.lower().endswith(".tar")}
+    tars = {
+        name: size
+        for name, size in sizes.items()
+        if is_chosen[name] and name.lower().endswith(".tar")
+    }
     if not tars:
         matching = f" that matches --shards {pattern!r}" if pattern else ""
         raise UserError(f"{store.url}: no .tar stands there{matching}")
@@ -72,7 +83,11 @@ def split_of(name: str) -> str | None:
 
     If there are several, they are joined: ``train/val``.
     """
-    words = (word for word in re.split(r"[^a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()) if word)
+    words = (
+        word
+        for word in re.split(r"[^a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
+        if word
+    )
     found = dict.fromkeys(_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS)
     return "/".join(found) or None
 
@@ -86,21 +101,33 @@ def missing_shards(names: Iterable[str]) -> list[str]:
             head, digits, tail = numbered.groups()
             width = len(digits) if digits.startswith("0") else 0
             series[head, tail, width].add(int(digits))
-    for (head, tail, width), numbers in list(series.items()):  # 99.tar, 100.tar: a width that is exceeded
-        padded = [key for key in series if key[:2] == (head, tail) and key[2] and len(str(min(numbers))) >= key[2]]
+    for (head, tail, width), numbers in list(
+        series.items()
+    ):  # 99.tar, 100.tar: a width that is exceeded
+        padded = [
+            key
+            for key in series
+            if key[:2] == (head, tail) and key[2] and len(str(min(numbers))) >= key[2]
+        ]
         if width == 0 and len(padded) == 1:
             series[padded[0]] |= series.pop((head, tail, width))
     missing = []
     for (head, tail, width), numbers in series.items():
         total = re.match(r"-of-([0-9]+)", tail)
         first, end = (0, int(total[1])) if total else (min(min(numbers), 1), max(numbers))
-        if end - first > (2**20 if total else 100 * len(numbers)) or (len(numbers) < 2 and not total):
+        if end - first > (2**20 if total else 100 * len(numbers)) or (
+            len(numbers) < 2 and not total
+        ):
             continue  # dates or ids, not a series
         if total and int(total[1]) in numbers:  # counted from 1
             first, end = 1, end + 1
         elif not total and 0 not in numbers:
             first = 1
-        missing += [f"{head}{number:0{width}d}{tail}" for number in range(first, end) if number not in numbers]
+        missing += [
+            f"{head}{number:0{width}d}{tail}"
+            for number in range(first, end)
+            if number not in numbers
+        ]
     return missing
 
 
@@ -111,10 +138,14 @@ def notes_on_names(names: Collection[str]) -> list[str]:
     if len(kinds) > 1:
         listed = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(_NAMED))
         more = f" and {len(kinds) - _NAMED} more" if len(kinds) > _NAMED else ""
-        notes.append(f"warning: shards with {len(kinds)} kinds of names become one split: {listed}{more}; --shards chooses some")
+        notes.append(
+            f"warning: shards with {len(kinds)} kinds of names become one split: {listed}{more}; --shards chooses some"
+        )
     if missing := missing_shards(names):
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-        notes.append(f"warning: by their numbers shards are missing: {', '.join(missing[:_NAMED])}{more}")
+        notes.append(
+            f"warning: by their numbers shards are missing: {', '.join(missing[:_NAMED])}{more}"
+        )
     return notes
 
 
@@ -141,7 +172,11 @@ def _unlisted(store: Store, sizes: dict[str, int], pattern: str | None) -> list[
                 continue
             if pattern is not None and not fnmatchcase(name, pattern):
                 continue
-            reason = "is a dangling link" if os.path.islink(path) and not os.path.exists(path) else "is not a file that can be read"
+            reason = (
+                "is a dangling link"
+                if os.path.islink(path) and not os.path.exists(path)
+                else "is not a file that can be read"
+            )
             found.append((os.fsencode(name).decode(errors="backslashreplace"), reason))
     return found
 
@@ -149,7 +184,9 @@ def _unlisted(store: Store, sizes: dict[str, int], pattern: str | None) -> list[
 def _check_no_index_below(store: Store, sizes: dict[str, int]) -> None:
     below = sorted(name for name in sizes if name.endswith(f"/{INDEX_NAME}"))
     if below:
-        folders = ", ".join(f"{store.url}/{name.removesuffix(f'/{INDEX_NAME}')}" for name in below[:_NAMED])
+        folders = ", ".join(
+            f"{store.url}/{name.removesuffix(f'/{INDEX_NAME}')}" for name in below[:_NAMED]
+        )
         raise UserError(
             f"{store.url}: contains indexed splits, which are never merged into one: {folders}; use their URLs, "
             "or choose shards with --shards PATTERN"

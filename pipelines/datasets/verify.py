@@ -37,8 +37,12 @@ def verify(url: str, workers: int = os.cpu_count() or 1) -> list[Verdict]:
     base = url.rstrip("/")
     if store.read_small(INDEX_NAME) is not None:
         return [_verify_split(base, workers)]
-    splits = [name for name in ("train", "val") if store.read_small(f"{name}/{INDEX_NAME}") is not None]
-    return [_verify_split(f"{base}/{name}", workers) for name in splits] or [_verify_split(base, workers)]
+    splits = [
+        name for name in ("train", "val") if store.read_small(f"{name}/{INDEX_NAME}") is not None
+    ]
+    return [_verify_split(f"{base}/{name}", workers) for name in splits] or [
+        _verify_split(base, workers)
+    ]
 
 
 def _verify_split(url: str, workers: int) -> Verdict:
@@ -77,7 +81,9 @@ def _verify_shard(url: str, num_classes: int, shard: Shard) -> list[str]:
         for i in range(first, sample):
             part = content[shard.offsets[i] - start : shard.offsets[i + 1] - start]
             try:
-                parts = read_sample(part, shard.keys[i], f"sample {shard.keys[i]} at byte {shard.offsets[i]:,}")
+                parts = read_sample(
+                    part, shard.keys[i], f"sample {shard.keys[i]} at byte {shard.offsets[i]:,}"
+                )
                 label_of(parts, num_classes)
                 _check_image(encoded_image(parts))
             except UserError as error:

@@ -54,7 +54,9 @@ def _demo(folder: Path, keep: bool, digits: bool) -> dict[str, Any]:
     _say(f"data: {data.title}")
     services = servers.up(folder / "services")
     try:
-        environment = os.environ | services.environment() | {"CUDA_VISIBLE_DEVICES": ""}  # the same everywhere, on two ranks
+        environment = (
+            os.environ | services.environment() | {"CUDA_VISIBLE_DEVICES": ""}
+        )  # the same everywhere, on two ranks
         os.environ |= services.environment()  # for the plots, which read the same servers
         summary = _pipeline(folder, data, environment)
         summary["wall_seconds"] = round(time.monotonic() - started, 1)
@@ -86,7 +88,9 @@ def _pipeline(folder: Path, data: _Data, environment: dict[str, str]) -> dict[st
     )  # fmt: skip
     result = json.loads((folder / "train" / "result.json").read_text())
     uri = f"models:/{result['model']}@champion"
-    loaded = json.loads(_convoy(environment, "evaluate", uri, f"{bucket}/val", "--json", capture=True))
+    loaded = json.loads(
+        _convoy(environment, "evaluate", uri, f"{bucket}/val", "--json", capture=True)
+    )
     _draw(folder, data, result, uri, f"{bucket}/val")
     splits = verified["splits"]
     return {
@@ -116,7 +120,9 @@ def _draw(folder: Path, data: _Data, result: dict[str, Any], uri: str, val: str)
     from pipelines.registry.plots import plot_curves, plot_predictions
 
     client = MlflowClient()
-    plot_curves(client, result["mlflow_run_id"], f"{data.title}, {_RANKS} ranks", folder / "curves.png")
+    plot_curves(
+        client, result["mlflow_run_id"], f"{data.title}, {_RANKS} ranks", folder / "curves.png"
+    )
     predict, _ = load_predict(uri)
     plot_predictions(predict, val, data.title, folder / "predictions.png")
     for name in ("curves.png", "predictions.png"):
@@ -143,7 +149,9 @@ def _find_data(folder: Path) -> _Data:
     if fashion is None:
         return _digits(folder, "Fashion-MNIST could not be had")
     names = folder / "classes.txt"
-    names.write_text("".join(f"{i} {name.replace('-', ' ')}\n" for i, name in enumerate(_FASHION.split())))
+    names.write_text(
+        "".join(f"{i} {name.replace('-', ' ')}\n" for i, name in enumerate(_FASHION.split()))
+    )
     return _Data("Fashion-MNIST", fashion, "fashion-mnist", "fashion-resnet8", 12, str(names))
 
 
@@ -155,7 +163,10 @@ def find_fashion() -> Path | None:
 def _fetch_fashion() -> Path | None:
     """Debian's package, unpacked into the cache: that needs no root and changes nothing on the machine. Of several processes that
     want it one fetches it, and the others wait."""
-    base = Path(os.environ.get("CONVOY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy")
+    base = Path(
+        os.environ.get("CONVOY_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"
+    )
     found = base / _PACKAGE / str(_INSTALLED).lstrip("/")
     if found.is_dir():
         return found
@@ -177,7 +188,10 @@ def _unpack_fashion(target: Path) -> None:
     _say(f"fetching Debian's {_PACKAGE}")
     attempts = [["apt-get", "download", _PACKAGE]]
     if os.geteuid() == 0:
-        attempts += [["apt-get", "update", "-qq"], attempts[0]]  # a fresh machine has no package lists yet
+        attempts += [
+            ["apt-get", "update", "-qq"],
+            attempts[0],
+        ]  # a fresh machine has no package lists yet
     for command in attempts:
         done = subprocess.run(command, cwd=part, capture_output=True, text=True, check=False)
         packages = list(part.glob("*.deb"))
@@ -198,10 +212,18 @@ def _digits(folder: Path, why: str) -> _Data:
 
     digits = load_digits()
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        path = folder / "digits" / ("val" if number % 5 == 0 else "train") / str(label) / f"{number:04d}.png"
+        path = (
+            folder
+            / "digits"
+            / ("val" if number % 5 == 0 else "train")
+            / str(label)
+            / f"{number:04d}.png"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).save(path)
-    return _Data(f"scikit-learn's digits ({why})", folder / "digits", "digits", "digits-resnet8", 12)
+    return _Data(
+        f"scikit-learn's digits ({why})", folder / "digits", "digits", "digits-resnet8", 12
+    )
 
 
 def _say(text: str) -> None:
@@ -215,8 +237,14 @@ def _print_page(folder: Path, data: _Data, summary: dict[str, Any], mlflow_url: 
         ("top-1, top-5", f"{summary['top1']:.2%}, {summary['top5']:.2%}"),
         ("top-1 from the registry", f"{summary['registry_top1']:.2%}"),
         ("data", f"{summary['samples']:,} images in {summary['shards']} shards"),
-        ("training", f"{summary['steps']:,} steps on {summary['ranks']} ranks in {summary['train_seconds']:.0f} s"),
-        ("speed", f"{summary['images_per_second']:,.0f} images/s, waiting for data {summary['data_wait_fraction']:.1%}"),
+        (
+            "training",
+            f"{summary['steps']:,} steps on {summary['ranks']} ranks in {summary['train_seconds']:.0f} s",
+        ),
+        (
+            "speed",
+            f"{summary['images_per_second']:,.0f} images/s, waiting for data {summary['data_wait_fraction']:.1%}",
+        ),
         ("whole demo", f"{summary['wall_seconds']:.0f} s"),
         ("pictures", f"{folder / 'curves.png'}\n{folder / 'predictions.png'}"),
         ("MLflow", mlflow_url or "stopped; KEEP=1 make demo leaves it running"),

@@ -23,7 +23,10 @@ from trainer.errors import UserError
 BUCKET = "convoy"
 _STATE = "services.json"
 _ATTEMPTS = 3
-_START_SECONDS, _STOP_SECONDS = 120.0, 40.0  # the S3 server drains its own streams for 15 s before it ends
+_START_SECONDS, _STOP_SECONDS = (
+    120.0,
+    40.0,
+)  # the S3 server drains its own streams for 15 s before it ends
 
 
 class _Died(RuntimeError):
@@ -40,7 +43,9 @@ class Process:
     def handle(self) -> psutil.Process | None:
         try:
             process = psutil.Process(self.pid)
-            alive = process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
+            alive = (
+                process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
+            )
         except psutil.NoSuchProcess:
             return None
         return process if alive else None
@@ -68,7 +73,12 @@ class Services:
         }
 
     def save(self) -> None:
-        state = {"s3_url": self.s3_url, "mlflow_url": self.mlflow_url, "access_key": self.access_key, "secret_key": self.secret_key}
+        state = {
+            "s3_url": self.s3_url,
+            "mlflow_url": self.mlflow_url,
+            "access_key": self.access_key,
+            "secret_key": self.secret_key,
+        }
         state |= {"processes": {name: vars(process) for name, process in self.processes.items()}}  # type: ignore[dict-item]
         _write_private(self.folder / _STATE, json.dumps(state, indent=1))
 
@@ -118,10 +128,16 @@ def _start(folder: Path) -> Services:
     services = Services(folder, s3_url, mlflow_url, access_key, secret_key, processes)
     try:
         processes["s3"] = _start_s3(folder, s3_port, weed_ports)
-        processes["mlflow"] = _start_mlflow(services, mlflow_port)  # it needs the store only for artifacts
+        processes["mlflow"] = _start_mlflow(
+            services, mlflow_port
+        )  # it needs the store only for artifacts
         services.save()
         _wait(services, "s3", lambda: _make_bucket(services))
-        _wait(services, "mlflow", lambda: urllib.request.urlopen(f"{mlflow_url}/health", timeout=2).status == 200)
+        _wait(
+            services,
+            "mlflow",
+            lambda: urllib.request.urlopen(f"{mlflow_url}/health", timeout=2).status == 200,
+        )
     except BaseException:
         services.save()
         down(folder)
@@ -195,7 +211,15 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _start_s3(folder: Path, port: int, others: list[int]) -> Process:
-    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port.grpc")
+    names = (
+        "master.port",
+        "master.port.grpc",
+        "volume.port",
+        "volume.port.grpc",
+        "filer.port",
+        "filer.port.grpc",
+        "s3.port.grpc",
+    )
     command = [
         str(Path(sys.executable).parent / "weed"),
         f"-logdir={folder}",
@@ -221,11 +245,27 @@ def _start_s3(folder: Path, port: int, others: list[int]) -> Process:
 def _start_mlflow(services: Services, port: int) -> Process:
     folder = services.folder
     environment = os.environ | services.environment() | {"MLFLOW_S3_ENDPOINT_URL": services.s3_url}
-    environment |= {"AWS_DEFAULT_REGION": "us-east-1", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # what its evaluation jobs need is slow to start
+    environment |= {
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    }
+    environment |= {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"
+    }  # what its evaluation jobs need is slow to start
     environment.pop("MLFLOW_TRACKING_URI")
     command = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *(
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ),
         *("--backend-store-uri", f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}"),
         *("--artifacts-destination", f"s3://{BUCKET}/mlflow"),
     ]
@@ -236,7 +276,12 @@ def _spawn(command: list[str], log: Path, environment: dict[str, str]) -> Proces
     """Start a process that outlives this one, its output in ``log``."""
     with log.open("ab") as output:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
     return Process(child.pid, psutil.Process(child.pid).create_time())
 
@@ -275,7 +320,9 @@ def _wait(services: Services, name: str, ready: Callable[[], bool]) -> None:
         if services.processes[name].handle() is None:
             raise _Died(f"{name} ended at its start; the end of {log}: {_tail(log)}")
         time.sleep(0.1)
-    raise UserError(f"{name} did not start within {_START_SECONDS:.0f} s; the end of {log}: {_tail(log)}")
+    raise UserError(
+        f"{name} did not start within {_START_SECONDS:.0f} s; the end of {log}: {_tail(log)}"
+    )
 
 
 def _tail(log: Path) -> str:

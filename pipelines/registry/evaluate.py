@@ -50,7 +50,9 @@ def downloaded(model_uri: str) -> Iterator[str]:
             yield mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=folder)
         except (MlflowException, OSError) as error:
             reason = " ".join(str(error).split())[:240]
-            raise UserError(f"{model_uri}: cannot be loaded from {mlflow.get_tracking_uri()}: {reason}") from None
+            raise UserError(
+                f"{model_uri}: cannot be loaded from {mlflow.get_tracking_uri()}: {reason}"
+            ) from None
 
 
 def load_predict(model_uri: str) -> tuple[Predict, list[str]]:
@@ -99,7 +101,9 @@ def evaluate(model_uri: str, data_url: str) -> Evaluation:
             hits1 += int((top[:, 0] == labels).sum())
             hits5 += int((top == labels[:, None]).any(1).sum())
             progress.add(len(numbers))
-    return Evaluation(model_uri, data_url, index.samples, hits1 / index.samples, hits5 / index.samples)
+    return Evaluation(
+        model_uri, data_url, index.samples, hits1 / index.samples, hits5 / index.samples
+    )
 
 
 def _outputs_for(index: Index, classes: list[str], model: str, data: str) -> np.ndarray:
@@ -149,6 +153,9 @@ def predict_files(model_uri: str, files: Iterable[str]) -> list[dict[str, Any]]:
     for file, content in contents:
         probabilities = _predict_named(predict, [(file, content)])[0]
         likeliest = topk_indices(probabilities[None])[0]
-        top5 = [{"class": _class_name(classes, i), "probability": float(probabilities[i])} for i in likeliest]
+        top5 = [
+            {"class": _class_name(classes, i), "probability": float(probabilities[i])}
+            for i in likeliest
+        ]
         answers.append({"file": file, "top5": top5})
     return answers

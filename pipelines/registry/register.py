@@ -22,7 +22,9 @@ def server() -> str:
     """The server that the environment names; raises UserError where none is."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        raise UserError("MLFLOW_TRACKING_URI must name the MLflow server; `convoy local env` prints it")
+        raise UserError(
+            "MLFLOW_TRACKING_URI must name the MLflow server; `convoy local env` prints it"
+        )
     validate_tracking_uri(uri, "MLFLOW_TRACKING_URI")
     return uri
 
@@ -35,7 +37,9 @@ def register_output(folder: str, name: str) -> Registered:
     run_id = ensure_run(path)
     index, store = open_index(config["data"]["val"] or config["data"]["train"])
     example = read_image(0, index, store)
-    return register(server(), run_id, name, path, example, result["top1"], result["top5"], index.digest)
+    return register(
+        server(), run_id, name, path, example, result["top1"], result["top5"], index.digest
+    )
 
 
 def _read_output(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -101,7 +105,9 @@ def promote(name: str, version: str, alias: str) -> None:
         client.get_model_version(name, version)
         client.set_registered_model_alias(name, alias, version)
     except MlflowException as error:
-        raise UserError(f"{name} version {version} cannot become {alias}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"{name} version {version} cannot become {alias}: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 @dataclass

@@ -28,7 +28,11 @@ _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _PUBLISHED = {"activation": "relu", "head": "tower", "filters": "stacked", "reduction": True}
 """Options that other libraries' networks do not have, with what theirs are; with another value the weights would fit and mean
 something else, or have no name."""
-_SUFFIXES = {"torchvision": (".pth", ".pt", ".safetensors"), "timm": (".safetensors", ".pth", ".pt"), "onnx": (".onnx",)}
+_SUFFIXES = {
+    "torchvision": (".pth", ".pt", ".safetensors"),
+    "timm": (".safetensors", ".pth", ".pt"),
+    "onnx": (".onnx",),
+}
 
 
 def import_weights(
@@ -67,13 +71,22 @@ def import_weights(
         half_range = name == "googlenet" and loaded.scheme == "torchvision"
     mean, std = ([0.5] * 3, [0.5] * 3) if half_range else _IMAGENET
     if half_range:
-        notes.append("pixels are scaled to -1..1 (mean and std 0.5), as torchvision's published GoogLeNet weights expect")
-    facts = ModelMetadata(name, {}, classes, len(classes), image_size, 0.875, mean, std, channels_last=True)
+        notes.append(
+            "pixels are scaled to -1..1 (mean and std 0.5), as torchvision's published GoogLeNet weights expect"
+        )
+    facts = ModelMetadata(
+        name, {}, classes, len(classes), image_size, 0.875, mean, std, channels_last=True
+    )
     save_model(output, model, facts)
-    return [f"{name} from {loaded.scheme}'s names: {sum(p.numel() for p in model.parameters()):,} parameters in {output}", *notes]
+    return [
+        f"{name} from {loaded.scheme}'s names: {sum(p.numel() for p in model.parameters()):,} parameters in {output}",
+        *notes,
+    ]
 
 
-def _classes_of(file: str, num_outputs: int, data_url: str | None) -> tuple[list[str], list[int] | None, list[str]]:
+def _classes_of(
+    file: str, num_outputs: int, data_url: str | None
+) -> tuple[list[str], list[int] | None, list[str]]:
     """The model's class names, the file's output for each where they differ, and notes. Raises UserError."""
     if data_url is None:
         return _class_names(num_outputs), None, []
@@ -83,13 +96,21 @@ def _classes_of(file: str, num_outputs: int, data_url: str | None) -> tuple[list
         outputs = match_classes(imagenet_output_names(), index, f"{file} (ImageNet)", data_url)
         if outputs == list(range(num_outputs)):
             return index.classes, None, []
-        return index.classes, outputs, [f"the head has the outputs of {count:,} of ImageNet's 1,000 classes, matched by name"]
+        return (
+            index.classes,
+            outputs,
+            [f"the head has the outputs of {count:,} of ImageNet's 1,000 classes, matched by name"],
+        )
     if count != num_outputs:
         raise UserError(
             f"--data: {data_url} has {count:,} classes, but the weights in {file} have {num_outputs:,} outputs without "
             "names; use the dataset that they were trained on, or train a new head: model.init"
         )
-    return index.classes, None, [f"{file}: names no classes; its outputs are taken in the order of {data_url}"]
+    return (
+        index.classes,
+        None,
+        [f"{file}: names no classes; its outputs are taken in the order of {data_url}"],
+    )
 
 
 def _class_names(num_classes: int) -> list[str]:
@@ -109,12 +130,16 @@ def export_weights(source: str, file: Path, form: str) -> str:
     if form not in _SUFFIXES:
         raise UserError(f"--format: {form!r} is none of {', '.join(_SUFFIXES)}")
     if file.suffix not in _SUFFIXES[form]:
-        raise UserError(f"{file}: the file of --format {form} ends with {' or '.join(_SUFFIXES[form])}")
+        raise UserError(
+            f"{file}: the file of --format {form} ends with {' or '.join(_SUFFIXES[form])}"
+        )
     with _model_folder(source) as folder:
         facts = ModelMetadata(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
         for key, value in facts.options.items():
             if form != "onnx" and value != _PUBLISHED.get(key, value):
-                raise UserError(f"model.{key}: {form}'s {facts.name} has {_PUBLISHED[key]!r} alone, not {value!r}; export as onnx")
+                raise UserError(
+                    f"model.{key}: {form}'s {facts.name} has {_PUBLISHED[key]!r} alone, not {value!r}; export as onnx"
+                )
         model = facts.build()
         load_weights(model, facts.name, str(folder))
     state = {} if form == "onnx" else export_state(cast(StateDictAdapter, form), facts.name, model)
@@ -149,7 +174,12 @@ def _write_onnx(model: nn.Module, facts: ModelMetadata, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    meta = {"mean": facts.mean, "std": facts.std, "classes": facts.classes, "eval_crop": facts.eval_crop}
+    meta = {
+        "mean": facts.mean,
+        "std": facts.std,
+        "classes": facts.classes,
+        "eval_crop": facts.eval_crop,
+    }
     program.model.metadata_props.update({key: json.dumps(value) for key, value in meta.items()})
     program.save(path, external_data=False)
 
@@ -162,9 +192,13 @@ def _model_folder(source: str) -> Iterator[Path]:
         yield folder
         return
     if ":/" not in source:
-        raise UserError(f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model of MLflow's")
+        raise UserError(
+            f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model of MLflow's"
+        )
     with downloaded(source) as copy:
         found = next(Path(copy).rglob(WEIGHTS_NAME), None)
         if found is None or not (found.parent / FACTS_NAME).is_file():
-            raise UserError(f"{source}: was not registered by Convoy: it has no {WEIGHTS_NAME} beside a {FACTS_NAME}")
+            raise UserError(
+                f"{source}: was not registered by Convoy: it has no {WEIGHTS_NAME} beside a {FACTS_NAME}"
+            )
         yield found.parent

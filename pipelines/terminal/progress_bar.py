@@ -47,10 +47,19 @@ class WorkProgress:
                 flush=True,
             )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         if kind is None:
             seconds = time.monotonic() - self._started
             rate = self._done / max(seconds, 1e-9)
-            print(f"{self._what}: {self._done:,} {self._unit} in {seconds:.1f} s ({rate:,.0f}/s)", file=sys.stderr, flush=True)
+            print(
+                f"{self._what}: {self._done:,} {self._unit} in {seconds:.1f} s ({rate:,.0f}/s)",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -20,17 +20,34 @@ sys.path.append(str(ROOT / "tools/cluster"))
 from state import State, default_state  # noqa: E402
 
 CLUSTER = [sys.executable, str(ROOT / "tools/cluster/cluster.py")]
-WATCHED_SETTINGS = ("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "net/ipv4/ip_forward")
+WATCHED_SETTINGS = (
+    "vm/overcommit_memory",
+    "vm/panic_on_oom",
+    "kernel/panic",
+    "kernel/panic_on_oops",
+    "net/ipv4/ip_forward",
+)
 
 
 def machine() -> dict[str, list[str]]:
     """What a cluster could leave behind on this machine."""
-    programs = filter(shutil.which, ("iptables-save", "ip6tables-save"))  # making the cluster installs them
-    filters = [subprocess.run([program], capture_output=True, text=True).stdout for program in programs]
+    programs = filter(
+        shutil.which, ("iptables-save", "ip6tables-save")
+    )  # making the cluster installs them
+    filters = [
+        subprocess.run([program], capture_output=True, text=True).stdout for program in programs
+    ]
     return {
         "interfaces": sorted(path.name for path in Path("/sys/class/net").iterdir()),
-        "mounts": sorted(line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()),
-        "filters": [line for text in filters for line in text.splitlines() if line.startswith(("-A", ":KUBE", ":CNI"))],
+        "mounts": sorted(
+            line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()
+        ),
+        "filters": [
+            line
+            for text in filters
+            for line in text.splitlines()
+            if line.startswith(("-A", ":KUBE", ":CNI"))
+        ],
         "cgroups": sorted(str(path) for path in Path("/sys/fs/cgroup").glob("*/convoy-*")),
         "settings": [Path("/proc/sys", name).read_text() for name in WATCHED_SETTINGS],
     }
@@ -46,7 +63,9 @@ def cluster() -> Iterator[Kubectl]:
         return
     was_up = bool(State(default_state()).running())
     before = machine()
-    exports = subprocess.run([*CLUSTER, "up"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    exports = subprocess.run(
+        [*CLUSTER, "up"], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.splitlines()
     values = dict(line.removeprefix("export ").split("=", 1) for line in exports)
     os.environ["KUBECONFIG"] = values["KUBECONFIG"]
     try:
@@ -93,7 +112,9 @@ def base(namespace: Kubectl, tmp_path: Path) -> Kubectl:
     """A namespace of the test's own with k8s/base in it."""
     folder = copy_manifests(tmp_path).parent / "own-base"
     folder.mkdir()
-    (folder / "kustomization.yaml").write_text(json.dumps({"namespace": namespace.namespace, "resources": ["../k8s/base"]}))
+    (folder / "kustomization.yaml").write_text(
+        json.dumps({"namespace": namespace.namespace, "resources": ["../k8s/base"]})
+    )
     namespace("apply", "-k", str(folder))
     return namespace
 
@@ -103,6 +124,8 @@ def fake_nodes(own_cluster: Kubectl) -> Iterator[list[str]]:
     """Four nodes of 8 GPUs that kwok plays. For the whole session: a pod whose node went before it takes a minute to go itself."""
     names = [f"fake-{uuid.uuid4().hex[:8]}" for _ in range(4)]
     own_cluster.create(*[fake_node(name, 8) for name in names])
-    own_cluster("wait", "--for=condition=Ready", "--timeout=60s", *[f"node/{name}" for name in names])
+    own_cluster(
+        "wait", "--for=condition=Ready", "--timeout=60s", *[f"node/{name}" for name in names]
+    )
     yield names
     own_cluster("delete", "node", *names)

@@ -42,7 +42,9 @@ class Kubectl:
         return [self.program, "--namespace", self.namespace, *arguments]
 
     def __call__(self, *arguments: str, stdin: str | None = None, timeout: float = 120) -> str:
-        done = subprocess.run(self.command(*arguments), input=stdin, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            self.command(*arguments), input=stdin, capture_output=True, text=True, timeout=timeout
+        )
         if done.returncode:
             raise Refused(done.stderr.strip())
         return done.stdout
@@ -51,7 +53,12 @@ class Kubectl:
         return json.loads(self("get", *arguments, "-o", "json"))
 
     def create(self, *manifests: dict[str, Any]) -> None:
-        self("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}))
+        self(
+            "create",
+            "-f",
+            "-",
+            stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}),
+        )
 
     def apply_overlay(
         self, manifests: Path, overlay: str, *options: str, without: str | None = None
@@ -60,9 +67,17 @@ class Kubectl:
         kind that is left out."""
         own = manifests.parent / f"own-{overlay}"
         own.mkdir()
-        kustomization: dict[str, Any] = {"namespace": self.namespace, "resources": [f"../{manifests.name}/overlays/{overlay}"]}
+        kustomization: dict[str, Any] = {
+            "namespace": self.namespace,
+            "resources": [f"../{manifests.name}/overlays/{overlay}"],
+        }
         if without is not None:
-            gone = {"apiVersion": "v1", "kind": without, "metadata": {"name": "any"}, "$patch": "delete"}
+            gone = {
+                "apiVersion": "v1",
+                "kind": without,
+                "metadata": {"name": "any"},
+                "$patch": "delete",
+            }
             kustomization["patches"] = [{"target": {"kind": without}, "patch": json.dumps(gone)}]
         (own / "kustomization.yaml").write_text(json.dumps(kustomization))
         command = self.command("apply", *options, "-k", str(own))
@@ -90,10 +105,19 @@ def own_namespace(cluster: Kubectl, wait: bool = False) -> Iterator[Kubectl]:
     cluster("apply", "-f", "-", stdin=json.dumps(made))
     kubectl = cluster.within(name)
     try:
-        until(lambda: "serviceaccount/default" in kubectl("get", "serviceaccounts", "-o", "name"), 30)
+        until(
+            lambda: "serviceaccount/default" in kubectl("get", "serviceaccounts", "-o", "name"), 30
+        )
         yield kubectl
     finally:
-        cluster("delete", "namespace", name, f"--wait={str(wait).lower()}", "--timeout=120s", timeout=150)
+        cluster(
+            "delete",
+            "namespace",
+            name,
+            f"--wait={str(wait).lower()}",
+            "--timeout=120s",
+            timeout=150,
+        )
 
 
 def new_namespace_name() -> str:
@@ -104,14 +128,28 @@ def until_namespaces_are_gone(cluster: Kubectl) -> None:
     """Those of tests that are being deleted: once for all tests, since each takes longer than many a test."""
 
     def leaving() -> list[str]:
-        found = [item for item in cluster.get("namespaces")["items"] if item["status"]["phase"] == "Terminating"]
-        return [item["metadata"]["name"] for item in found if item["metadata"]["name"].startswith(_PREFIX)]
+        found = [
+            item
+            for item in cluster.get("namespaces")["items"]
+            if item["status"]["phase"] == "Terminating"
+        ]
+        return [
+            item["metadata"]["name"]
+            for item in found
+            if item["metadata"]["name"].startswith(_PREFIX)
+        ]
 
     until(lambda: not leaving(), 240, lambda: f"still there: {leaving()}")
 
 
 def container(image: str, *command: str, **more: Any) -> dict[str, Any]:
-    return {"name": "main", "image": image, "command": list(command), "securityContext": RESTRICTED, **more}
+    return {
+        "name": "main",
+        "image": image,
+        "command": list(command),
+        "securityContext": RESTRICTED,
+        **more,
+    }
 
 
 def pod(name: str, *containers: dict[str, Any], **spec: Any) -> dict[str, Any]:
@@ -119,11 +157,18 @@ def pod(name: str, *containers: dict[str, Any], **spec: Any) -> dict[str, Any]:
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {"name": name, "labels": {"app": name}},
-        "spec": {"containers": list(containers), "restartPolicy": "Never", "terminationGracePeriodSeconds": 1, **spec},
+        "spec": {
+            "containers": list(containers),
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 1,
+            **spec,
+        },
     }
 
 
-def pytorch_job(name: str, workers: int, *command: str, image: str, master: bool = False, **spec: Any) -> dict[str, Any]:
+def pytorch_job(
+    name: str, workers: int, *command: str, image: str, master: bool = False, **spec: Any
+) -> dict[str, Any]:
     template = {"spec": {"containers": [{**container(image, *command), "name": "pytorch"}], **spec}}
     replicas = {"Worker": {"replicas": workers, "restartPolicy": "OnFailure", "template": template}}
     if master:
@@ -148,7 +193,12 @@ def fake_node(name: str, gpus: int, kind: str = "fake", taint: str | None = None
             "annotations": {"kwok.x-k8s.io/node": "fake"},
             "labels": {"type": kind, "kubernetes.io/hostname": name},
         },
-        "spec": {"taints": [{"key": key, "value": "fake", "effect": "NoSchedule"} for key in filter(None, (FAKE, taint))]},
+        "spec": {
+            "taints": [
+                {"key": key, "value": "fake", "effect": "NoSchedule"}
+                for key in filter(None, (FAKE, taint))
+            ]
+        },
         "status": {"allocatable": resources, "capacity": resources},
     }
 

@@ -34,16 +34,36 @@ class Pool:
         ready = {f"{name}=True" for name in names}
 
         def all_ready() -> bool:
-            return ready <= set(self.kubectl("get", "nodes", "-l", f"type={self.name}", "-o", f"jsonpath={each}").split())
+            return ready <= set(
+                self.kubectl(
+                    "get", "nodes", "-l", f"type={self.name}", "-o", f"jsonpath={each}"
+                ).split()
+            )
 
         until(all_ready, 120)
         return names
 
     def job(self, nodes: int, name: str, *more: str, kubectl: Kubectl) -> tuple[str | int, ...]:
         """The arguments of `convoy submit` for ResNet-50 on this many of the nodes."""
-        place = ("--namespace", kubectl.namespace, "--node-selector", f"type={self.name}", "--toleration", FAKE)
+        place = (
+            "--namespace",
+            kubectl.namespace,
+            "--node-selector",
+            f"type={self.name}",
+            "--toleration",
+            FAKE,
+        )
         sizes = ("--nodes", nodes, "--gpus-per-node", GPUS)
-        return ("submit", "resnet50", "--name", name, *sizes, *place, *more, "batch.global_size=8192")
+        return (
+            "submit",
+            "resnet50",
+            "--name",
+            name,
+            *sizes,
+            *place,
+            *more,
+            "batch.global_size=8192",
+        )
 
 
 @contextmanager
@@ -63,28 +83,39 @@ def gang_policy(kubectl: Kubectl) -> Iterator[None]:
     for document in (policy, binding):
         document["metadata"]["name"] = kubectl.namespace
     binding["spec"]["policyName"] = kubectl.namespace
-    policy["spec"]["matchConstraints"]["namespaceSelector"] = {"matchLabels": {"kubernetes.io/metadata.name": kubectl.namespace}}
+    policy["spec"]["matchConstraints"]["namespaceSelector"] = {
+        "matchLabels": {"kubernetes.io/metadata.name": kubectl.namespace}
+    }
     kubectl.create(policy, binding)
     probe = pod("probe", container("localhost/pause:3.10"))
     probe["metadata"]["labels"] = {JOB_LABEL: "probe", "convoy/gang": "true"}
 
     def in_force() -> bool:
-        answer = kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=json.dumps(probe))
+        answer = kubectl(
+            "create", "--dry-run=server", "-o", "json", "-f", "-", stdin=json.dumps(probe)
+        )
         return json.loads(answer)["spec"].get("schedulingGroup") == {"podGroupName": "probe"}
 
     try:
         until(in_force, 30)
         yield
     finally:
-        kubectl("delete", "mutatingadmissionpolicybinding,mutatingadmissionpolicy", kubectl.namespace)
+        kubectl(
+            "delete", "mutatingadmissionpolicybinding,mutatingadmissionpolicy", kubectl.namespace
+        )
 
 
 def phases(kubectl: Kubectl, job: str) -> dict[str, int]:
     """How many pods of a job are in which phase."""
-    found = kubectl("get", "pods", "-l", f"{JOB_LABEL}={job}", "-o", "jsonpath={.items[*].status.phase}").split()
+    found = kubectl(
+        "get", "pods", "-l", f"{JOB_LABEL}={job}", "-o", "jsonpath={.items[*].status.phase}"
+    ).split()
     return {phase: found.count(phase) for phase in set(found)}
 
 
 def active(kubectl: Kubectl, job: str) -> int:
     """How many pods run as the operator counts them: one small answer, where hundreds of pods are waited for."""
-    return int(kubectl("get", "pytorchjob", job, "-o", "jsonpath={.status.replicaStatuses.Worker.active}") or 0)
+    return int(
+        kubectl("get", "pytorchjob", job, "-o", "jsonpath={.status.replicaStatuses.Worker.active}")
+        or 0
+    )

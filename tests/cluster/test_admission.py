@@ -27,7 +27,9 @@ def test_the_server_admits_each_overlay_without_a_warning(
     assert done.stdout.count("(server dry run)") == len(done.stdout.splitlines()) > 10
 
 
-def test_an_unknown_field_of_a_job_would_be_refused(own_cluster: Kubectl, namespace: Kubectl, k8s: Path) -> None:
+def test_an_unknown_field_of_a_job_would_be_refused(
+    own_cluster: Kubectl, namespace: Kubectl, k8s: Path
+) -> None:
     """So that the test above can fail."""
     job = (k8s / "jobs/resnet50.yaml").read_text().replace("nprocPerNode:", "nProcPerNode:")
     job = job.replace("namespace: convoy\n", f"namespace: {namespace.namespace}\n")

@@ -18,7 +18,9 @@ STORE = Path(__file__).resolve().parents[2] / "k8s/base/services/object-store.ya
 IMAGE = os.environ.get("CONVOY_IMAGE", "localhost/convoy:dev")
 SIZES = ("--nodes", 1, "--gpus-per-node", 0, "--cpu", "100m", "--memory", "2Gi")
 NO_SECRETS = ("--object-store-secret", "", "--mlflow-secret", "")
-SECONDS = 60  # to the end of a job that cannot work; the command itself may take long beside other work
+SECONDS = (
+    60  # to the end of a job that cannot work; the command itself may take long beside other work
+)
 
 Status = Callable[[str], str]
 
@@ -31,7 +33,9 @@ def status(namespace: Kubectl, convoy_ok: Run) -> Status:
         lines = [""]
 
         def said() -> bool:
-            lines[:] = convoy_ok("status", begins.partition(":")[0], "--namespace", namespace.namespace).splitlines()
+            lines[:] = convoy_ok(
+                "status", begins.partition(":")[0], "--namespace", namespace.namespace
+            ).splitlines()
             return lines[0].startswith(begins)
 
         until(said, 3 * SECONDS, lambda: "\n".join(lines))
@@ -43,13 +47,34 @@ def status(namespace: Kubectl, convoy_ok: Run) -> Status:
 
 def submit(convoy_ok: Run, kubectl: Kubectl, name: str, *more: str) -> None:
     image = () if "--image" in more else ("--image", IMAGE)
-    convoy_ok("submit", "fashion-resnet8", *SIZES, "--name", name, "--namespace", kubectl.namespace, *image, *more)
+    convoy_ok(
+        "submit",
+        "fashion-resnet8",
+        *SIZES,
+        "--name",
+        name,
+        "--namespace",
+        kubectl.namespace,
+        *image,
+        *more,
+    )
 
 
-def test_a_wrong_recipe_key_ends_the_job_and_the_pod_says_which(namespace: Kubectl, convoy_ok: Run, status: Status) -> None:
+def test_a_wrong_recipe_key_ends_the_job_and_the_pod_says_which(
+    namespace: Kubectl, convoy_ok: Run, status: Status
+) -> None:
     """`convoy submit` would refuse it, so the manifest is changed after it was made."""
     where = ("--namespace", namespace.namespace, "--image", IMAGE)
-    made = convoy_ok("render", "fashion-resnet8", *SIZES, "--name", "typo", *where, *NO_SECRETS, "optimizer.momentum=0.9")
+    made = convoy_ok(
+        "render",
+        "fashion-resnet8",
+        *SIZES,
+        "--name",
+        "typo",
+        *where,
+        *NO_SECRETS,
+        "optimizer.momentum=0.9",
+    )
     namespace("create", "-f", "-", stdin=made.replace("optimizer.momentum", "optimizer.momentun"))
     namespace("wait", "--for=condition=Failed", f"--timeout={SECONDS}s", "pytorchjob/typo")
     sentence = "optimizer.momentun: unknown key; did you mean optimizer.momentum?"
@@ -59,23 +84,34 @@ def test_a_wrong_recipe_key_ends_the_job_and_the_pod_says_which(namespace: Kubec
 
 def test_a_missing_image(namespace: Kubectl, convoy_ok: Run, status: Status) -> None:
     submit(convoy_ok, namespace, "no-image", "--image", "localhost/none:1", *NO_SECRETS)
-    assert status("no-image: no image: 1 of 1 pods: localhost/none:1 cannot be pulled (").endswith("access to its registry")
+    assert status("no-image: no image: 1 of 1 pods: localhost/none:1 cannot be pulled (").endswith(
+        "access to its registry"
+    )
 
 
 def test_a_missing_secret(namespace: Kubectl, convoy_ok: Run, status: Status) -> None:
     submit(convoy_ok, namespace, "no-secret", "--mlflow-secret", "")
-    assert 'secret "convoy-object-store" not found' in status("no-secret: not started: 1 of 1 pods: ")
+    assert 'secret "convoy-object-store" not found' in status(
+        "no-secret: not started: 1 of 1 pods: "
+    )
 
 
 @pytest.fixture
 def store(base: Kubectl) -> Kubectl:
     """A namespace with the shipped object store in it, whose data goes with its pod, and a key of it that opens nothing."""
     keys = {
-        name: {"AWS_ACCESS_KEY_ID": f"{name}-key", "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)} for name in ("owner", "guest")
+        name: {"AWS_ACCESS_KEY_ID": f"{name}-key", "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}
+        for name in ("owner", "guest")
     }
     place = {"AWS_ENDPOINT_URL": "http://convoy-object-store:8333", "AWS_REGION": "us-east-1"}
-    base.create(secret("convoy-object-store", keys["owner"]), secret("guest", {**place, **keys["guest"]}))
-    base.create(secret("stranger", {**place, "AWS_ACCESS_KEY_ID": "stranger", "AWS_SECRET_ACCESS_KEY": "none"}))
+    base.create(
+        secret("convoy-object-store", keys["owner"]), secret("guest", {**place, **keys["guest"]})
+    )
+    base.create(
+        secret(
+            "stranger", {**place, "AWS_ACCESS_KEY_ID": "stranger", "AWS_SECRET_ACCESS_KEY": "none"}
+        )
+    )
     service, stateful_set = yaml.safe_load_all(STORE.read_text())
     del stateful_set["spec"]["volumeClaimTemplates"]
     template = stateful_set["spec"]["template"]["spec"]
@@ -84,7 +120,10 @@ def store(base: Kubectl) -> Kubectl:
     template["terminationGracePeriodSeconds"] = 1
     base.create(service, stateful_set)
     base("rollout", "status", "statefulset/convoy-object-store", "--timeout=110s")
-    identity = " ".join(f"-{key}={value}" for key, value in zip(("access_key", "secret_key"), keys["guest"].values(), strict=True))
+    identity = " ".join(
+        f"-{key}={value}"
+        for key, value in zip(("access_key", "secret_key"), keys["guest"].values(), strict=True)
+    )
     configure = f"echo 's3.configure -user=guest {identity} -buckets=other -actions=Read,List -apply' | weed shell"
     base("exec", "convoy-object-store-0", "--", "sh", "-c", configure)
     return base
@@ -106,16 +145,34 @@ except ClientError as error:
 
 def refusal(kubectl: Kubectl, name: str) -> str:
     """The store's own word for why a key is refused."""
-    data = {key: base64.b64decode(value).decode() for key, value in kubectl.get("secret", name)["data"].items()}
+    data = {
+        key: base64.b64decode(value).decode()
+        for key, value in kubectl.get("secret", name)["data"].items()
+    }
     code = REFUSAL.format(id=data["AWS_ACCESS_KEY_ID"], key=data["AWS_SECRET_ACCESS_KEY"])
     where = f"AWS_ENDPOINT_URL={data['AWS_ENDPOINT_URL']}"
-    return kubectl("exec", "convoy-object-store-0", "--", "env", where, "python", "-c", code).strip()
+    return kubectl(
+        "exec", "convoy-object-store-0", "--", "env", where, "python", "-c", code
+    ).strip()
 
 
-@pytest.mark.parametrize(("key", "code"), [("stranger", "InvalidAccessKeyId"), ("guest", "AccessDenied")])
-def test_a_bucket_without_permission(store: Kubectl, convoy_ok: Run, status: Status, key: str, code: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "code"), [("stranger", "InvalidAccessKeyId"), ("guest", "AccessDenied")]
+)
+def test_a_bucket_without_permission(
+    store: Kubectl, convoy_ok: Run, status: Status, key: str, code: str
+) -> None:
     """With a key that the store does not know, and with one that it knows but that may not read this bucket."""
     until(lambda: refusal(store, key) == code, SECONDS, lambda: refusal(store, key))
-    submit(convoy_ok, store, key, "--object-store-secret", key, "--mlflow-secret", "", "data.wait_minutes=1")
+    submit(
+        convoy_ok,
+        store,
+        key,
+        "--object-store-secret",
+        key,
+        "--mlflow-secret",
+        "",
+        "data.wait_minutes=1",
+    )
     said = status(f"{key}: failed: s3://convoy/fashion-mnist/train/index.json: permission denied; ")
     assert "check the credentials" in said

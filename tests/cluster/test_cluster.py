@@ -10,13 +10,26 @@ FETCH = "import urllib.request as u; print(u.urlopen('http://web.{namespace}.svc
 
 def test_every_node_is_ready(cluster: Kubectl) -> None:
     for node in cluster.get("nodes")["items"]:
-        ready = [condition["status"] for condition in node["status"]["conditions"] if condition["type"] == "Ready"]
+        ready = [
+            condition["status"]
+            for condition in node["status"]["conditions"]
+            if condition["type"] == "Ready"
+        ]
         assert ready == ["True"], node["metadata"]["name"]
 
 
 def test_a_restricted_pod_finds_a_service_by_name(namespace: Kubectl, image: str) -> None:
     probe = {"httpGet": {"path": "/", "port": 8080}, "periodSeconds": 1}
-    server = container(image, "python3", "-m", "http.server", "8080", "--directory", "/etc/ssl", readinessProbe=probe)
+    server = container(
+        image,
+        "python3",
+        "-m",
+        "http.server",
+        "8080",
+        "--directory",
+        "/etc/ssl",
+        readinessProbe=probe,
+    )
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -25,7 +38,11 @@ def test_a_restricted_pod_finds_a_service_by_name(namespace: Kubectl, image: str
     }
     namespace.create(pod("web", server), service)
     namespace("wait", "--for=condition=Ready", "--timeout=60s", "pod/web")
-    namespace.create(pod("client", container(image, "python3", "-c", FETCH.format(namespace=namespace.namespace))))
+    namespace.create(
+        pod(
+            "client", container(image, "python3", "-c", FETCH.format(namespace=namespace.namespace))
+        )
+    )
     namespace.wait_for_pod("client", "Succeeded")
     assert namespace("logs", "client").strip() == "200"
     assert namespace("exec", "web", "--", "id", "-u").strip() == "10001"
@@ -43,9 +60,15 @@ def test_a_volume_claim_is_kept_from_pod_to_pod(namespace: Kubectl, image: str) 
         "metadata": {"name": "data"},
         "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "16Mi"}}},
     }
-    volume = {"volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}], "securityContext": {"fsGroup": 10001}}
+    volume = {
+        "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}],
+        "securityContext": {"fsGroup": 10001},
+    }
     mount = {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}
-    namespace.create(claim, pod("writer", container(image, "sh", "-c", "echo kept > /data/file", **mount), **volume))
+    namespace.create(
+        claim,
+        pod("writer", container(image, "sh", "-c", "echo kept > /data/file", **mount), **volume),
+    )
     namespace.wait_for_pod("writer", "Succeeded")
     namespace.create(pod("reader", container(image, "cat", "/data/file", **mount), **volume))
     namespace.wait_for_pod("reader", "Succeeded")
@@ -54,13 +77,17 @@ def test_a_volume_claim_is_kept_from_pod_to_pod(namespace: Kubectl, image: str) 
 
 def test_the_operator_refuses_a_job_that_cannot_run(namespace: Kubectl, image: str) -> None:
     job = pytorch_job("bad", 1, "true", image=image)
-    job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["name"] = "other"
+    job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["name"] = (
+        "other"
+    )
     with pytest.raises(Refused, match="pytorch"):
         namespace.create(job)
 
 
 def test_the_operator_runs_workers_under_restricted(namespace: Kubectl, image: str) -> None:
-    job = pytorch_job("job", 2, "python3", "-c", "import os; print(os.environ['PET_RDZV_ENDPOINT'])", image=image)
+    job = pytorch_job(
+        "job", 2, "python3", "-c", "import os; print(os.environ['PET_RDZV_ENDPOINT'])", image=image
+    )
     job["spec"]["elasticPolicy"] = {"rdzvBackend": "c10d", "minReplicas": 2, "maxReplicas": 2}
     namespace.create(job)
     namespace("wait", "--for=condition=Succeeded", "--timeout=60s", "pytorchjob/job")
@@ -101,13 +128,21 @@ def test_played_nodes_run_pods(namespace: Kubectl, fake_nodes: list[str], image:
 
 @pytest.mark.usefixtures("own_cluster")
 def test_postgresql_runs_with_a_read_only_root(namespace: Kubectl) -> None:
-    variables = {"POSTGRES_USER": "mlflow", "POSTGRES_PASSWORD": "secret", "POSTGRES_DB": "mlflow", "PGDATA": "/data/pgdata"}
+    variables = {
+        "POSTGRES_USER": "mlflow",
+        "POSTGRES_PASSWORD": "secret",
+        "POSTGRES_DB": "mlflow",
+        "PGDATA": "/data/pgdata",
+    }
     folders = {"data": "/data", "socket": "/var/run/postgresql", "tmp": "/tmp"}
     server = container(
         "localhost/convoy-postgres:dev",
         env=[{"name": name, "value": value} for name, value in variables.items()],
         volumeMounts=[{"name": name, "mountPath": path} for name, path in folders.items()],
-        readinessProbe={"exec": {"command": ["pg_isready", "-h", "127.0.0.1", "-U", "mlflow"]}, "periodSeconds": 1},
+        readinessProbe={
+            "exec": {"command": ["pg_isready", "-h", "127.0.0.1", "-U", "mlflow"]},
+            "periodSeconds": 1,
+        },
     )
     del server["command"]
     server["securityContext"] = {**server["securityContext"], "runAsUser": 999}

@@ -28,7 +28,9 @@ for number in filter(str.isdigit, os.listdir("/proc")):
 
 
 @pytest.fixture(scope="module")
-def services(cluster: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Kubectl, str]]:
+def services(
+    cluster: Kubectl, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Kubectl, str]]:
     with served(cluster, tmp_path_factory.mktemp("line")) as found:
         yield found
 
@@ -53,7 +55,16 @@ def submit(line: Kubectl, name: str, *more: str) -> None:
 def train(line: Kubectl, name: str, strike: Callable[[], object] = lambda: None) -> str:
     """A job from `convoy submit` to Succeeded, disturbed by ``strike`` once it trains; what `convoy logs --follow` printed."""
     submit(line, name)
-    follow = [sys.executable, "-m", "pipelines.cli", "logs", name, "--namespace", line.namespace, "--follow"]
+    follow = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "logs",
+        name,
+        "--namespace",
+        line.namespace,
+        "--follow",
+    ]
     lines = []
     with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -41,10 +41,14 @@ def listed(kubectl: Kubectl, account: str) -> Rights:
 def test_each_account_has_the_rights_in_the_table(base: Kubectl) -> None:
     expected = table()
     everyone = expected.pop(EVERYONE)
-    accounts = base("get", "serviceaccounts", "-l", "app.kubernetes.io/part-of=convoy", "-o", "name").split()
+    accounts = base(
+        "get", "serviceaccounts", "-l", "app.kubernetes.io/part-of=convoy", "-o", "name"
+    ).split()
     assert {name.removeprefix("serviceaccount/") for name in accounts} == set(expected)
     for account, more in expected.items():
-        assert listed(base, f"system:serviceaccount:{base.namespace}:{account}") == everyone | more, account
+        assert (
+            listed(base, f"system:serviceaccount:{base.namespace}:{account}") == everyone | more
+        ), account
 
 
 @pytest.fixture
@@ -53,8 +57,15 @@ def submitter(base: Kubectl, tmp_path: Path) -> dict[str, str]:
     config = json.loads(base("config", "view", "--raw", "--minify", "-o", "json"))
     server = config["clusters"][0]
     if authority := server["cluster"].pop("certificate-authority", None):
-        server["cluster"]["certificate-authority-data"] = base64.b64encode(Path(authority).read_bytes()).decode()
-    config["users"] = [{"name": "submitter", "user": {"token": base("create", "token", "convoy-submitter").strip()}}]
+        server["cluster"]["certificate-authority-data"] = base64.b64encode(
+            Path(authority).read_bytes()
+        ).decode()
+    config["users"] = [
+        {
+            "name": "submitter",
+            "user": {"token": base("create", "token", "convoy-submitter").strip()},
+        }
+    ]
     context = {"cluster": server["name"], "user": "submitter", "namespace": base.namespace}
     config |= {"contexts": [{"name": "own", "context": context}], "current-context": "own"}
     path = tmp_path / "kubeconfig"
@@ -68,9 +79,27 @@ def test_the_submitters_rights_suffice_for_each_command(
     """A job of one's own recipe that, without its data, waits or fails: its log is what counts."""
     recipe = tmp_path / "mine.yaml"
     recipe.write_text((RECIPES / "fashion-resnet8.yaml").read_text())
-    sizes = ("--nodes", 1, "--gpus-per-node", 0, "--cpu", "100m", "--memory", "2Gi", "--name", "mine")
+    sizes = (
+        "--nodes",
+        1,
+        "--gpus-per-node",
+        0,
+        "--cpu",
+        "100m",
+        "--memory",
+        "2Gi",
+        "--name",
+        "mine",
+    )
     no_secrets = ("--object-store-secret", "", "--mlflow-secret", "")
-    command = ("submit", recipe, *sizes, *no_secrets, "data.train=file:///none", "checkpoint.url=file:///tmp/kept")
+    command = (
+        "submit",
+        recipe,
+        *sizes,
+        *no_secrets,
+        "data.train=file:///none",
+        "checkpoint.url=file:///tmp/kept",
+    )
     assert "would take it" in convoy_ok(*command, "--dry-run", "server", env=submitter)
     assert "submitted" in convoy_ok(*command, env=submitter)
     until(lambda: base.phases("app.kubernetes.io/instance=mine") in (["Running"], ["Failed"]), 120)
@@ -85,8 +114,21 @@ def test_the_submitters_rights_suffice_for_each_command(
 
 
 @pytest.mark.usefixtures("own_cluster")
-def test_the_submitter_may_make_and_remove_a_gang(base: Kubectl, submitter: dict[str, str], convoy_ok: Run) -> None:
-    command = ("submit", "fashion-resnet8", "--nodes", 1, "--gpus-per-node", 0, "--name", "gang", "--gang", "--suspend")
+def test_the_submitter_may_make_and_remove_a_gang(
+    base: Kubectl, submitter: dict[str, str], convoy_ok: Run
+) -> None:
+    command = (
+        "submit",
+        "fashion-resnet8",
+        "--nodes",
+        1,
+        "--gpus-per-node",
+        0,
+        "--name",
+        "gang",
+        "--gang",
+        "--suspend",
+    )
     convoy_ok(*command, env=submitter)
     (owner,) = base.get("podgroup", "gang")["metadata"]["ownerReferences"]
     assert (owner["kind"], owner["name"]) == ("PyTorchJob", "gang")

@@ -24,9 +24,27 @@ FIXTURE = Path(__file__).parent / "fixture"
 STEPS, MIDDLE = 12, 6
 SETTINGS = [
     *("data.train=data/train", "data.val=data/val", "data.shuffle_window=32"),
-    *("model.width=4", "batch.global_size=30", "batch.micro_size=5", "precision=fp16", "parallel.zero_stage=1", "ema=0.9"),
-    *("augment.crop=none", "augment.padding=1", "augment.flip=true", "augment.mixup=0.2", "optimizer.clip_grad_norm=2.0"),
-    *("train.epochs=3", "schedule.warmup_epochs=1", "train.log_every_steps=1", f"checkpoint.every_steps={MIDDLE}"),
+    *(
+        "model.width=4",
+        "batch.global_size=30",
+        "batch.micro_size=5",
+        "precision=fp16",
+        "parallel.zero_stage=1",
+        "ema=0.9",
+    ),
+    *(
+        "augment.crop=none",
+        "augment.padding=1",
+        "augment.flip=true",
+        "augment.mixup=0.2",
+        "optimizer.clip_grad_norm=2.0",
+    ),
+    *(
+        "train.epochs=3",
+        "schedule.warmup_epochs=1",
+        "train.log_every_steps=1",
+        f"checkpoint.every_steps={MIDDLE}",
+    ),
     *("checkpoint.keep=10", "name=compatibility"),
 ]
 """The keys of version 0.1.0, of its recipe digits-resnet8."""
@@ -34,13 +52,20 @@ SETTINGS = [
 
 def convoy(folder: Path, *arguments: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, "-m", "pipelines.cli", *arguments], cwd=folder, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments], cwd=folder, env=environment, check=True
+    )
 
 
 def write_images(folder: Path) -> None:
     digits = load_digits()
     for number in range(160):
-        path = folder / ("train" if number < 120 else "val") / str(digits.target[number]) / f"{number:03d}.png"
+        path = (
+            folder
+            / ("train" if number < 120 else "val")
+            / str(digits.target[number])
+            / f"{number:03d}.png"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((digits.images[number] * (255 / 16)).astype(np.uint8)).save(path)
 
@@ -52,7 +77,9 @@ def predictions(folder: Path, registered: Path) -> list[list[float]]:
 
     model = mlflow.pyfunc.load_model(str(registered))
     files = sorted((folder / "images/val").rglob("*.png"), key=lambda file: file.name)
-    return np.asarray(model.predict(pd.DataFrame({"image": [file.read_bytes() for file in files]}))).tolist()
+    return np.asarray(
+        model.predict(pd.DataFrame({"image": [file.read_bytes() for file in files]}))
+    ).tolist()
 
 
 def main() -> None:
@@ -74,9 +101,15 @@ def main() -> None:
         for file in ("model.safetensors", "model.json"):
             shutil.copy(folder / "second" / file, FIXTURE / file)
         (model,) = (path.parent for path in (folder / "mlruns").rglob("MLmodel"))
-        (model / "MLmodel").write_text(re.sub(f"{tempfile.gettempdir()}/[^/]*", ".", (model / "MLmodel").read_text()))
+        (model / "MLmodel").write_text(
+            re.sub(f"{tempfile.gettempdir()}/[^/]*", ".", (model / "MLmodel").read_text())
+        )
         with tarfile.open(FIXTURE / "registered_model.tar", "w") as tar:
-            tar.add(model, "registered_model", filter=lambda member: None if member.name.endswith(".so") else member)
+            tar.add(
+                model,
+                "registered_model",
+                filter=lambda member: None if member.name.endswith(".so") else member,
+            )
         result = json.loads((folder / "second/result.json").read_text())
         expected = {
             "cpu": torch.backends.cpu.get_cpu_capability(),

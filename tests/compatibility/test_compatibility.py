@@ -31,14 +31,20 @@ def test_the_run_resumes_and_ends_with_the_same_bits(convoy_ok: Run, tmp_path: P
     """To the last bit on a processor of the same kind; elsewhere kernels add in another order."""
     shutil.copytree(FIXTURE / "checkpoints", tmp_path / "out/checkpoints")
     settings = [f"data.train={FIXTURE}/data/train", f"data.val={FIXTURE}/data/val"]
-    given = {setting.partition("=")[0]: setting for setting in [*SETTINGS, *settings, f"train.output_dir={tmp_path}/out"]}
+    given = {
+        setting.partition("=")[0]: setting
+        for setting in [*SETTINGS, *settings, f"train.output_dir={tmp_path}/out"]
+    }
     said = convoy_ok("train", "digits-resnet8", *given.values(), "--procs", 2)
     assert f"step-{MIDDLE:09d}" in said
     result = json.loads((tmp_path / "out/result.json").read_text())
     got = load_file(tmp_path / "out/model.safetensors")
     want = load_file(FIXTURE / "model.safetensors")
     assert got.keys() == want.keys()
-    same = (torch.backends.cpu.get_cpu_capability(), torch.__version__) == (EXPECTED["cpu"], EXPECTED["torch"])
+    same = (torch.backends.cpu.get_cpu_capability(), torch.__version__) == (
+        EXPECTED["cpu"],
+        EXPECTED["torch"],
+    )
     for name, value in want.items():
         if same and "running" not in name:  # which are averages over the ranks in any order
             assert torch.equal(got[name], value), name
@@ -66,4 +72,6 @@ print(json.dumps(numpy.asarray(model.predict(pandas.DataFrame({"image": [f.read_
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert np.allclose(json.loads(done.stdout.splitlines()[-1]), EXPECTED["predictions"], rtol=1e-4, atol=1e-6)
+    assert np.allclose(
+        json.loads(done.stdout.splitlines()[-1]), EXPECTED["predictions"], rtol=1e-4, atol=1e-6
+    )

@@ -39,7 +39,9 @@ from trainer.training.batch_plan import BatchPlan, plan_batches
 from trainer.training.checkpoint import Checkpoint, resume_or_start
 
 GLOBAL, STEPS, SIZE = 16, 20, 16
-deepspeed_config.BUCKET_NUMEL = 2**12  # so that even these networks fill several, and have layers that exceed one
+deepspeed_config.BUCKET_NUMEL = (
+    2**12
+)  # so that even these networks fill several, and have layers that exceed one
 deepspeed_config.PARAM_PERSISTENCE_THRESHOLD = 100
 NETWORKS = {
     "no batch norm": ("resnet8", {"width": 8, "batch_norm": False}),
@@ -55,7 +57,12 @@ RATES = {"no batch norm": 0.0003, "batch norm": 0.0001, "auxiliary heads": 0.000
 def images_and_labels() -> tuple[np.ndarray, np.ndarray]:
     """Real digits, uint8 [steps, batch, 16, 16, 3], and their labels; the last batch holds only 11 samples, the rest padding."""
     digits = np.load(Path(sys.argv[1]).with_name("digits.npz"))
-    pixels = (digits["images"][: GLOBAL * STEPS] * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
+    pixels = (
+        (digits["images"][: GLOBAL * STEPS] * (255 / 16))
+        .astype(np.uint8)
+        .repeat(2, axis=1)
+        .repeat(2, axis=2)
+    )
     pixels = np.stack([pixels] * 3, axis=-1).reshape(STEPS, GLOBAL, SIZE, SIZE, 3)
     return pixels, digits["target"][: GLOBAL * STEPS].reshape(STEPS, GLOBAL).astype(np.int64)
 
@@ -72,9 +79,18 @@ def config_of(cell: dict) -> RunConfig:
         "model": {"name": name, **options},
         "data": {"train": "none", "image_size": SIZE},
         "batch": {"global_size": GLOBAL, "micro_size": cell["micro"]},
-        "optimizer": {"base_lr": RATES[cell["network"]], "base_batch": GLOBAL, "nesterov": True, "weight_decay": 5e-4},
+        "optimizer": {
+            "base_lr": RATES[cell["network"]],
+            "base_batch": GLOBAL,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+        },
         "precision": cell["precision"],
-        "parallel": {"pipeline_stages": cell["stages"], "zero_stage": cell["zero"], "split": cell.get("split")},
+        "parallel": {
+            "pipeline_stages": cell["stages"],
+            "zero_stage": cell["zero"],
+            "split": cell.get("split"),
+        },
         "train": {"max_steps": STEPS},
     }
     for key, value in recipe_keys(cell).items():
@@ -84,7 +100,9 @@ def config_of(cell: dict) -> RunConfig:
 
 
 def mix_of(config: RunConfig, step: int, micro_batch: int) -> Mix | None:
-    return draw_mix(mix_generator(0, 0, step, micro_batch), config.augment.mixup, config.augment.cutmix, SIZE)
+    return draw_mix(
+        mix_generator(0, 0, step, micro_batch), config.augment.mixup, config.augment.cutmix, SIZE
+    )
 
 
 def network_of(config: RunConfig) -> torch.nn.Sequential:
@@ -93,7 +111,9 @@ def network_of(config: RunConfig) -> torch.nn.Sequential:
     return build_model(config.model.name, 10, SIZE, **options)
 
 
-def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.device, rank: int) -> dict:
+def with_engine(
+    cell: dict, config: RunConfig, batch: BatchPlan, device: torch.device, rank: int
+) -> dict:
     """Losses by step, the final state, that of the moving averages, and the steps that fp16 skipped."""
     pixels, labels = images_and_labels()
     model = network_of(config)
@@ -109,7 +129,11 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
     engine: Engine
     if stages > 1:
         engine = PipelineParallel(
-            model, config, batch, device, assign_layers(layer_costs(model, SIZE), stages, config.parallel.split)
+            model,
+            config,
+            batch,
+            device,
+            assign_layers(layer_costs(model, SIZE), stages, config.parallel.split),
         )
     else:
         engine = DataParallel(model, config, batch, device)
@@ -126,7 +150,14 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
             for number, chosen in enumerate(slots):
                 keys = [str(i) for i in chosen]
                 mix = mix_of(config, step, number * batch.ranks + copy_of_model)
-                yield Batch(pixels[step, chosen], labels[step, chosen], weights[chosen], float(weights.sum()), keys, mix)
+                yield Batch(
+                    pixels[step, chosen],
+                    labels[step, chosen],
+                    weights[chosen],
+                    float(weights.sum()),
+                    keys,
+                    mix,
+                )
 
         outcome = engine.step(batches(), config.optimizer.base_lr)
         losses[step] = all_reduce_mean(outcome.loss.float()).item()
@@ -147,10 +178,18 @@ def with_engine(cell: dict, config: RunConfig, batch: BatchPlan, device: torch.d
 
 
 def with_plain_torch(
-    cell: dict, config: RunConfig, micro_batches: int, together: int, skipped: list[int], device: torch.device
+    cell: dict,
+    config: RunConfig,
+    micro_batches: int,
+    together: int,
+    skipped: list[int],
+    device: torch.device,
 ) -> dict:
     pixels, labels = images_and_labels()
-    mean, std = torch.tensor(config.data.mean).view(3, 1, 1), torch.tensor(config.data.std).view(3, 1, 1)
+    mean, std = (
+        torch.tensor(config.data.mean).view(3, 1, 1),
+        torch.tensor(config.data.std).view(3, 1, 1),
+    )
 
     def data(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         images = (torch.from_numpy(pixels[step]).permute(0, 3, 1, 2) / 255 - mean) / std
@@ -158,12 +197,23 @@ def with_plain_torch(
         return images.to(device), torch.from_numpy(labels[step]).to(device), weights.to(device)
 
     model = network_of(config).to(device)
-    return reference.train(model, config, data, lambda *at: mix_of(config, *at), STEPS, micro_batches, together, skipped)
+    return reference.train(
+        model,
+        config,
+        data,
+        lambda *at: mix_of(config, *at),
+        STEPS,
+        micro_batches,
+        together,
+        skipped,
+    )
 
 
 def digest(state: dict) -> str:
     """Of every bit of the parameters."""
-    content = b"".join(value.cpu().contiguous().numpy().tobytes() for name, value in sorted(state.items()))
+    content = b"".join(
+        value.cpu().contiguous().numpy().tobytes() for name, value in sorted(state.items())
+    )
     return hashlib.sha256(content).hexdigest()
 
 
@@ -177,11 +227,17 @@ def norms_apart(got: dict[int, float | None], want: dict[int, float | None], ste
 
 def main(path: Path) -> None:
     torch.set_num_threads(1)
-    cells = sorted(json.loads(path.read_text()), key=lambda cell: cell["stages"])  # a pipeline leaves its grid in DeepSpeed
+    cells = sorted(
+        json.loads(path.read_text()), key=lambda cell: cell["stages"]
+    )  # a pipeline leaves its grid in DeepSpeed
     ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks, fp16=True)
     # TF32, and convolutions by transforms, round more than these tests allow
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, False, True
+    (
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+    ) = False, False, True
     references: dict[tuple, dict] = {}
     results = []
     standing: set = set()
@@ -191,18 +247,33 @@ def main(path: Path) -> None:
         batch = plan_batches(GLOBAL, cell["micro"], ranks.world_size // cell["stages"], 10_000)
         started = time.monotonic()
         got = with_engine(cell, config, batch, device, ranks.rank)
-        standing = standing or set(distributed_c10d._world.pg_map)  # DeepSpeed keeps the first ones for good
-        for group in set(distributed_c10d._world.pg_map) - standing:  # a pipeline makes its own, each with a thread that polls
+        standing = standing or set(
+            distributed_c10d._world.pg_map
+        )  # DeepSpeed keeps the first ones for good
+        for group in (
+            set(distributed_c10d._world.pg_map) - standing
+        ):  # a pipeline makes its own, each with a thread that polls
             torch.distributed.destroy_process_group(group)
         if ranks.is_rank_zero:
             micro_batches = GLOBAL // cell["micro"]
             together = batch.ranks if config.train.sync_batch_norm else 1
             skipped = got["skipped"]
-            key = (cell["network"], micro_batches, together, *skipped, *(option_of(cell, option) for option in OPTIONS))
+            key = (
+                cell["network"],
+                micro_batches,
+                together,
+                *skipped,
+                *(option_of(cell, option) for option in OPTIONS),
+            )
             if key not in references:
-                references[key] = with_plain_torch(cell, config, micro_batches, together, skipped, device)
+                references[key] = with_plain_torch(
+                    cell, config, micro_batches, together, skipped, device
+                )
             want = references[key]
-            apart = {step: abs(loss - want["losses"][step]) / want["losses"][step] for step, loss in got["losses"].items()}
+            apart = {
+                step: abs(loss - want["losses"][step]) / want["losses"][step]
+                for step, loss in got["losses"].items()
+            }
             figures = {
                 "first5": max((value for step, value in apart.items() if step < 5), default=0.0),
                 "all20": max(apart.values()),

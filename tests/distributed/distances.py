@@ -6,7 +6,10 @@ from torch import Tensor
 
 
 def distance(
-    got: Mapping[str, Tensor], want: Mapping[str, Tensor], first: Mapping[str, Tensor] | None = None, running: bool = False
+    got: Mapping[str, Tensor],
+    want: Mapping[str, Tensor],
+    first: Mapping[str, Tensor] | None = None,
+    running: bool = False,
 ) -> float:
     """Of the trained parameters, as a part of their length, or of the way that they have come since ``first``.
 
@@ -16,5 +19,7 @@ def distance(
     for name, value in want.items():
         if value.is_floating_point() and ("running" in name) == running:
             apart += float((got[name].to(value) - value).square().sum())
-            whole += float((value if first is None else value - first[name].to(value)).square().sum())
+            whole += float(
+                (value if first is None else value - first[name].to(value)).square().sum()
+            )
     return (apart / whole) ** 0.5 if whole else 0.0

@@ -31,7 +31,9 @@ def model() -> torch.nn.Sequential:
 def data() -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
     shape = (STEPS, RANKS * ACCUMULATION, MICRO)
-    return random.integers(0, 256, (*shape, SIZE, SIZE, 3), dtype=np.uint8), random.integers(0, 10, shape)
+    return random.integers(0, 256, (*shape, SIZE, SIZE, 3), dtype=np.uint8), random.integers(
+        0, 10, shape
+    )
 
 
 def plain(config: RunConfig) -> tuple[dict, float]:
@@ -41,21 +43,36 @@ def plain(config: RunConfig) -> tuple[dict, float]:
     for step in range(STEPS):
         optimizer.zero_grad()
         for part in range(RANKS * ACCUMULATION):
-            images = normalize(torch.from_numpy(pixels[step, part]), config.data.mean, config.data.std)
-            (F.cross_entropy(net(images), torch.from_numpy(labels[step, part])) / (RANKS * ACCUMULATION)).backward()
+            images = normalize(
+                torch.from_numpy(pixels[step, part]), config.data.mean, config.data.std
+            )
+            (
+                F.cross_entropy(net(images), torch.from_numpy(labels[step, part]))
+                / (RANKS * ACCUMULATION)
+            ).backward()
         optimizer.step()
-    return net.state_dict(), float(torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]))
+    return net.state_dict(), float(
+        torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
+    )
 
 
 def not_kept(masters: Fp32State) -> list[str]:
     """What does not come back as it was set."""
     random = torch.Generator().manual_seed(1)
-    weights = {name: torch.randn(value.shape, generator=random) for name, value in masters.weights().items()}
+    weights = {
+        name: torch.randn(value.shape, generator=random)
+        for name, value in masters.weights().items()
+    }
     momentum = {name: torch.randn(value.shape, generator=random) for name, value in weights.items()}
     masters.set_weights(weights)
     masters.set_slots({f"momentum_buffer/{name}": value for name, value in momentum.items()}, 0)
     pairs = ((weights, masters.weights()), (momentum, masters.slot("momentum_buffer")))
-    return [name for want, got in pairs for name, value in want.items() if not torch.equal(got[name], value)]
+    return [
+        name
+        for want, got in pairs
+        for name, value in want.items()
+        if not torch.equal(got[name], value)
+    ]
 
 
 def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> dict:
@@ -73,7 +90,15 @@ def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> 
     pixels, labels = data()
     for step in range(STEPS):
         parts = range(rank * ACCUMULATION, (rank + 1) * ACCUMULATION)
-        engine.step((Batch(pixels[step, i], labels[step, i], np.ones(MICRO, np.float32), float(GLOBAL), []) for i in parts), RATE)
+        engine.step(
+            (
+                Batch(
+                    pixels[step, i], labels[step, i], np.ones(MICRO, np.float32), float(GLOBAL), []
+                )
+                for i in parts
+            ),
+            RATE,
+        )
     module = engine._engine.module
     convolutions = [p for p in module.parameters() if p.dim() == 4]
     got, norm = engine.full_state_dict(), engine.grad_norm()
@@ -81,11 +106,17 @@ def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> 
     return {
         "stage": stage,
         "precision": precision,
-        "apart": max(float((got[k] - v).abs().max()) for k, v in want.items() if v.is_floating_point() and "running" not in k),
+        "apart": max(
+            float((got[k] - v).abs().max())
+            for k, v in want.items()
+            if v.is_floating_point() and "running" not in k
+        ),
         "way": distance(got, want, model().state_dict()),
         "norm": norm,
         "want_norm": want_norm,
-        "channels_last": all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions),
+        "channels_last": all(
+            p.is_contiguous(memory_format=torch.channels_last) for p in convolutions
+        ),
         "not_kept": not_kept(engine._masters),
     }
 

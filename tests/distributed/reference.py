@@ -27,7 +27,10 @@ class Lars(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
-                decay, velocity = group["weight_decay"], self.state[weight].setdefault("velocity", torch.zeros_like(weight))
+                decay, velocity = (
+                    group["weight_decay"],
+                    self.state[weight].setdefault("velocity", torch.zeros_like(weight)),
+                )
                 norm, gradient_norm = weight.norm(), weight.grad.norm()
                 trust = 1.0
                 if decay and norm > 0 and gradient_norm > 0:
@@ -50,19 +53,33 @@ class Lamb(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 state = self.state[weight]
-                first = state.setdefault("first", torch.zeros_like(weight)).mul_(0.9).add_(0.1 * weight.grad)
-                second = state.setdefault("second", torch.zeros_like(weight)).mul_(0.999).add_(0.001 * weight.grad.square())
+                first = (
+                    state.setdefault("first", torch.zeros_like(weight))
+                    .mul_(0.9)
+                    .add_(0.1 * weight.grad)
+                )
+                second = (
+                    state.setdefault("second", torch.zeros_like(weight))
+                    .mul_(0.999)
+                    .add_(0.001 * weight.grad.square())
+                )
                 deviation = (second / (1 - 0.999**self._steps)).sqrt() + 1e-6
                 update = first / (1 - 0.9**self._steps) / deviation + group["weight_decay"] * weight
                 norm, update_norm = weight.norm(), update.norm()
-                trust = norm / update_norm if group["weight_decay"] and norm > 0 and update_norm > 0 else 1.0
+                trust = (
+                    norm / update_norm
+                    if group["weight_decay"] and norm > 0 and update_norm > 0
+                    else 1.0
+                )
                 weight.sub_(group["lr"] * trust * update)
 
 
 def optimizer_of(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     decay, rate = config.optimizer.weight_decay, config.optimizer.base_lr
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "weight_decay": decay}]
-    if not config.optimizer.decay_norm_and_bias:  # in these networks, vectors are gains and biases, and nothing else is
+    if (
+        not config.optimizer.decay_norm_and_bias
+    ):  # in these networks, vectors are gains and biases, and nothing else is
         groups = [
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": decay},
             {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
@@ -116,13 +133,19 @@ def train(
     model.train()
     optimizer = optimizer_of(model, config)
     average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema or 0.0), use_buffers=True
+        model,
+        multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema or 0.0),
+        use_buffers=True,
     )
     average.update_parameters(model)  # the first one copies
     position = [0, 0]
-    for number, layer in enumerate(module for module in model.modules() if isinstance(module, nn.Dropout)):
+    for number, layer in enumerate(
+        module for module in model.modules() if isinstance(module, nn.Dropout)
+    ):
         layer.register_forward_pre_hook(
-            lambda layer, inputs, number=number: torch.manual_seed(dropout_seed(0, *position, number)) and None
+            lambda layer, inputs, number=number: (
+                torch.manual_seed(dropout_seed(0, *position, number)) and None
+            )
         )
     smoothing = config.train.label_smoothing
     losses: dict[int, float] = {}
@@ -149,10 +172,17 @@ def train(
             loss = (each * weight).sum() / weights.sum()
             loss.backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(
+            model.parameters(), config.optimizer.clip_grad_norm or math.inf
+        )
         norms[step] = None if step in skipped else float(norm)
         if step not in skipped:
             optimizer.step()
             average.update_parameters(model)
         losses[step] = total
-    return {"losses": losses, "norms": norms, "state": model.state_dict(), "averages": average.module.state_dict()}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "state": model.state_dict(),
+        "averages": average.module.state_dict(),
+    }

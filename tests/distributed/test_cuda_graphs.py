@@ -55,12 +55,20 @@ class CannotCapture(RunsAgain):
 def _stage(name: str, size: int) -> ModelChunk:
     torch.manual_seed(0)
     model = build_model(name, 10, size, width=16)
-    return ModelChunk(OrderedDict(model.named_children()), TrainConfig(max_steps=1), DropoutRNG(model, 0, 0, 1)).train()
+    return ModelChunk(
+        OrderedDict(model.named_children()), TrainConfig(max_steps=1), DropoutRNG(model, 0, 0, 1)
+    ).train()
 
 
-def _graphed(stage: ModelChunk, monkeypatch: pytest.MonkeyPatch, recorder: type[RunsAgain], ranks: int = 1) -> object:
+def _graphed(
+    stage: ModelChunk, monkeypatch: pytest.MonkeyPatch, recorder: type[RunsAgain], ranks: int = 1
+) -> object:
     """``ranks``: as many are said to share the gradients, so that there are several segments."""
-    monkeypatch.setattr(stage_module, "GraphedLayers", lambda *arguments: GraphedLayers(*arguments, recorder=recorder))
+    monkeypatch.setattr(
+        stage_module,
+        "GraphedLayers",
+        lambda *arguments: GraphedLayers(*arguments, recorder=recorder),
+    )
     gradients = make_grad_reducer(stage, 1)
     stage.use_graphs(gradients, ranks)
     RunsAgain.replays = 0
@@ -77,7 +85,9 @@ def _images(seed: int, count: int, size: int) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("name", "size", "ranks"), [("resnet8", 16, 1), ("resnet8", 16, 2), ("googlenet", 64, 2)])
+@pytest.mark.parametrize(
+    ("name", "size", "ranks"), [("resnet8", 16, 1), ("resnet8", 16, 2), ("googlenet", 64, 2)]
+)
 def test_replayed_layers_compute_the_gradients_and_statistics_of_torch(
     name: str, size: int, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +113,9 @@ def test_replayed_layers_compute_the_gradients_and_statistics_of_torch(
         for parameter_name, parameter in plain.named_parameters():
             torch.testing.assert_close(found[parameter_name].grad, parameter.grad)
             assert parameter.grad.any() or parameter_name.endswith("bias")
-    for (_, expected), (buffer, found) in zip(plain.named_buffers(), graphed.named_buffers(), strict=True):
+    for (_, expected), (buffer, found) in zip(
+        plain.named_buffers(), graphed.named_buffers(), strict=True
+    ):
         torch.testing.assert_close(found, expected, msg=buffer)
     assert RunsAgain.replays >= 8  # forward and backward, four times
 
@@ -145,4 +157,7 @@ def test_layers_that_cannot_be_captured_run_eagerly_and_the_reason_is_logged(
     for found, expected in zip(graphed.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(found, expected)
     (message,) = (record.getMessage() for record in caplog.records)
-    assert message == "CUDA graphs are not used for images (4, 3, 16, 16): operation not permitted when stream is capturing"
+    assert (
+        message
+        == "CUDA graphs are not used for images (4, 3, 16, 16): operation not permitted when stream is capturing"
+    )

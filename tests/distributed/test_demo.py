@@ -26,12 +26,16 @@ def test_the_whole_line_in_one_command(convoy_ok: Run, tmp_path: Path) -> None:
         assert min(Image.open(tmp_path / "demo" / name).size) > 300
     assert "scikit-learn's digits" in shown
     ours = [
-        p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and str(tmp_path) in " ".join(p.info["cmdline"] or [])
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if p.pid not in before and str(tmp_path) in " ".join(p.info["cmdline"] or [])
     ]
     assert not ours, "no process is left behind"
 
 
-def test_without_debians_package_the_digits_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_debians_package_the_digits_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CONVOY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     data = demo._find_data(tmp_path)

@@ -11,7 +11,12 @@ SCRIPT = Path(__file__).with_name("failing_step.py")
 
 def _environment() -> dict[str, str]:
     root = str(Path(__file__).parents[2])
-    return {"PATH": os.environ["PATH"], "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CONVOY_NODE": "gpu-17"}
+    return {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": root,
+        "OMP_NUM_THREADS": "1",
+        "CONVOY_NODE": "gpu-17",
+    }
 
 
 def _settings(digits: Path, out: Path) -> list[str]:
@@ -27,10 +32,21 @@ def _settings(digits: Path, out: Path) -> list[str]:
     ]
 
 
-def test_a_device_fault_in_a_step_ends_every_rank_for_a_retry_and_is_recorded(digits: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def test_a_device_fault_in_a_step_ends_every_rank_for_a_retry_and_is_recorded(
+    digits: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command += [str(SCRIPT), "ecc", "1", *_settings(digits, tmp_path / "out")]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, env=_environment(), capture_output=True, text=True, timeout=240, check=False
+    )
     assert "convoy: rank 1: hardware fault on node gpu-17" in done.stderr, done.stderr
     assert "uncorrectable ECC error encountered" in done.stderr
     assert f"exitcode  : {144}" in done.stderr, "torchrun reports the exit codes of its ranks"
@@ -43,7 +59,9 @@ def test_a_device_fault_in_a_step_ends_every_rank_for_a_retry_and_is_recorded(di
 
 def test_memory_that_runs_out_in_a_step_is_the_users_to_fix(digits: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "memory", "0", *_settings(digits, tmp_path / "out")]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, env=_environment(), capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert "out of host memory on node gpu-17" in done.stderr
     assert "batch.micro_size" in done.stderr

@@ -37,26 +37,53 @@ def test_any_topology_goes_on_from_any_other_on_gpus(trainings: Trainings, tmp_p
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_it_learns_in_every_precision(digits: Path, convoy_ok: Run, tmp_path: Path, precision: str) -> None:
-    settings = [f"data.train={digits}/train", f"data.val={digits}/val", f"train.output_dir={tmp_path}", f"precision={precision}"]
-    convoy_ok("train", RECIPE, "--procs", GPUS, *settings, "parallel.zero_stage=1", "train.epochs=8", env=_libraries())
+def test_it_learns_in_every_precision(
+    digits: Path, convoy_ok: Run, tmp_path: Path, precision: str
+) -> None:
+    settings = [
+        f"data.train={digits}/train",
+        f"data.val={digits}/val",
+        f"train.output_dir={tmp_path}",
+        f"precision={precision}",
+    ]
+    convoy_ok(
+        "train",
+        RECIPE,
+        "--procs",
+        GPUS,
+        *settings,
+        "parallel.zero_stage=1",
+        "train.epochs=8",
+        env=_libraries(),
+    )
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["top1"] > 0.9
 
 
-def test_a_stopped_training_goes_on_without_a_gpu(digits: Path, convoy_ok: Run, tmp_path: Path) -> None:
-    settings = [f"data.train={digits}/train", f"data.val={digits}/val", f"train.output_dir={tmp_path}", "train.log_every_steps=1"]
+def test_a_stopped_training_goes_on_without_a_gpu(
+    digits: Path, convoy_ok: Run, tmp_path: Path
+) -> None:
+    settings = [
+        f"data.train={digits}/train",
+        f"data.val={digits}/val",
+        f"train.output_dir={tmp_path}",
+        "train.log_every_steps=1",
+    ]
     settings += ["precision=bf16", "parallel.zero_stage=1"]
     with started(RECIPE, settings, _libraries(), procs=GPUS) as process:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     assert process.returncode == 143
-    said = convoy_ok("train", RECIPE, "--procs", 2, *settings, env=_libraries() | {"CUDA_VISIBLE_DEVICES": ""})
+    said = convoy_ok(
+        "train", RECIPE, "--procs", 2, *settings, env=_libraries() | {"CUDA_VISIBLE_DEVICES": ""}
+    )
     assert "goes on from" in said
     assert json.loads((tmp_path / "result.json").read_text())["top1"] > 0.9
 
 
-def test_more_ranks_than_gpus_are_refused(digits: Path, convoy_refuses: Run, tmp_path: Path) -> None:
+def test_more_ranks_than_gpus_are_refused(
+    digits: Path, convoy_refuses: Run, tmp_path: Path
+) -> None:
     settings = [f"data.train={digits}/train", "data.val=null", f"train.output_dir={tmp_path}"]
     told = convoy_refuses("train", RECIPE, "--procs", GPUS + 1, *settings, env=_libraries())
     assert f"{GPUS + 1} ranks on a machine with {GPUS} GPUs" in told
@@ -65,4 +92,8 @@ def test_more_ranks_than_gpus_are_refused(digits: Path, convoy_refuses: Run, tmp
 
 def _libraries() -> dict[str, str]:
     """Where the environment says that Python and the driver find theirs."""
-    return {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH", "HOME") if name in os.environ}
+    return {
+        name: os.environ[name]
+        for name in ("PYTHONPATH", "LD_LIBRARY_PATH", "HOME")
+        if name in os.environ
+    }

@@ -19,7 +19,13 @@ def test_channels_last_weights_follow_the_plain_loop(tmp_path: Path) -> None:
     script, file = Path(__file__).with_name("layouts.py"), tmp_path / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script), str(file)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     for result in json.loads(file.read_text()):
         assert result["channels_last"], result
@@ -38,7 +44,9 @@ def test_buckets_hold_each_gradient_once_from_the_last() -> None:
         size += parameter.numel()
     buckets = _build_buckets(torch.zeros(size), places)
     assert [len(bucket.parameters) for bucket in buckets] == [3, 3]
-    assert [id(p) for bucket in buckets for p in bucket.parameters] == [id(p) for p in reversed(parameters)]
+    assert [id(p) for bucket in buckets for p in bucket.parameters] == [
+        id(p) for p in reversed(parameters)
+    ]
     assert sum(bucket.part.numel() for bucket in buckets) == size
 
 
@@ -52,5 +60,7 @@ def test_restored_momentum_may_lie_otherwise_than_the_weights() -> None:
             optimizer.zero_grad()
             model(images).square().sum().backward()
             optimizer.step()
-            optimizer.state[model.weight]["momentum_buffer"] = optimizer.state[model.weight]["momentum_buffer"].contiguous()
+            optimizer.state[model.weight]["momentum_buffer"] = optimizer.state[model.weight][
+                "momentum_buffer"
+            ].contiguous()
     torch.testing.assert_close(first.weight, second.weight)

@@ -10,8 +10,21 @@ RECIPE = "digits-resnet8"
 
 
 def _settings(digits: Path, out: Path, *more: str) -> list[str]:
-    given = [f"data.train={digits}/train", "data.val=null", "model.width=4", "train.epochs=1000", "checkpoint.keep=2"]
-    return [*given, "batch.global_size=60", "batch.micro_size=30", f"train.output_dir={out}", f"name={out.name}", *more]
+    given = [
+        f"data.train={digits}/train",
+        "data.val=null",
+        "model.width=4",
+        "train.epochs=1000",
+        "checkpoint.keep=2",
+    ]
+    return [
+        *given,
+        "batch.global_size=60",
+        "batch.micro_size=30",
+        f"train.output_dir={out}",
+        f"name={out.name}",
+        *more,
+    ]
 
 
 def test_a_live_run_is_left_alone_and_a_killed_one_succeeded_at_once(
@@ -22,7 +35,9 @@ def test_a_live_run_is_left_alone_and_a_killed_one_succeeded_at_once(
     settings = _settings(digits, out, f"checkpoint.url={url}")
     with started(RECIPE, settings, service_env, procs=1) as process:
         until(lambda: len(list(url.glob("*/checkpoint.json"))) == 2)
-        clearing = _settings(digits, tmp_path / "second", f"checkpoint.url={url}", "checkpoint.resume=never")
+        clearing = _settings(
+            digits, tmp_path / "second", f"checkpoint.url={url}", "checkpoint.resume=never"
+        )
         (line,) = convoy_refuses("train", RECIPE, "--procs", 2, *clearing).splitlines()
         assert f"{url}: in use by run 'first' (host " in line
         (rank,) = ranks_of(process, 1)

@@ -31,12 +31,16 @@ def test_every_topology_follows_the_plain_loop(ranks: int, trainings: Trainings)
             assert result["losses"][-2] < result["losses"][0], "and it learns"
 
 
-def test_every_option_is_trained_with_stages_and_clipping_with_every_zero_stage_and_precision() -> None:
+def test_every_option_is_trained_with_stages_and_clipping_with_every_zero_stage_and_precision() -> (
+    None
+):
     chosen = covering()
     for option in OPTIONS:
         for value in values_of(option):
             for other in (1, 2, 4):
-                assert any(c["stages"] == other and option_of(c, option) == value for c in chosen), (option, value, other)
+                assert any(
+                    c["stages"] == other and option_of(c, option) == value for c in chosen
+                ), (option, value, other)
     for a, b in itertools.combinations(SWITCHES, 2):
         assert any(option_of(c, a) and option_of(c, b) for c in chosen), (a, b)
     parallel = ("stages", "zero", "precision")
@@ -68,7 +72,9 @@ def test_no_split_has_a_cheaper_costliest_stage(costs: list[int], data: st.DataO
     parts = assign_layers({str(i): cost for i, cost in enumerate(costs)}, stages)
     assert [int(name) for part in parts for name in part] == list(range(len(costs)))
     assert all(parts)
-    assert max(sum(costs[int(name)] for name in part) for part in parts) == min(map(max, _all_splits(costs, stages)))
+    assert max(sum(costs[int(name)] for name in part) for part in parts) == min(
+        map(max, _all_splits(costs, stages))
+    )
 
 
 @pytest.mark.parametrize("name", ["alexnet2012", "vgg11", "googlenet2014", "resnet18"])
@@ -99,7 +105,13 @@ def test_stages_without_weights_are_refused() -> None:
     costs = layer_costs(model, 16)
     validate_stage_boundaries(model, assign_layers(costs, 4), None)
     given = ["act", "stage1_0", "head"]
-    with pytest.raises(UserError, match=r"parallel\.split: .* leaves stage 1 \(act\) without weights; move the layers"):
+    with pytest.raises(
+        UserError,
+        match=r"parallel\.split: .* leaves stage 1 \(act\) without weights; move the layers",
+    ):
         validate_stage_boundaries(model, assign_layers(costs, 4, given), given)
-    with pytest.raises(UserError, match=r"parallel\.pipeline_stages: 9 leaves stage 2 \(act\) without weights; use fewer stages"):
+    with pytest.raises(
+        UserError,
+        match=r"parallel\.pipeline_stages: 9 leaves stage 2 \(act\) without weights; use fewer stages",
+    ):
         validate_stage_boundaries(model, assign_layers(costs, 9), None)

@@ -8,7 +8,12 @@ from topologies import Trainings, cells_that_load, deviation, run_cells
 
 @pytest.mark.timeout(3600)
 def test_any_topology_goes_on_from_any_other(trainings: Trainings, tmp_path: Path) -> None:
-    whole = {result["save"]: result for ranks in (1, 2, 4) for result in trainings.on(ranks) if "save" in result}
+    whole = {
+        result["save"]: result
+        for ranks in (1, 2, 4)
+        for result in trainings.on(ranks)
+        if "save" in result
+    }
     assert not [d for d in map(deviation, whole.values()) if d]
     loading = cells_that_load(trainings.saving)
     for ranks in (1, 2, 4):

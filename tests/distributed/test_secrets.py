@@ -15,7 +15,12 @@ from pipelines.local import servers
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-IN_RECIPE, IN_OVERRIDE, IN_VARIABLE, OF_PROXY = "Re7/cipe@Pw", "Ov8/erride@Pw", "Va9/riable@Pw", "Pr0/xy@Pw"
+IN_RECIPE, IN_OVERRIDE, IN_VARIABLE, OF_PROXY = (
+    "Re7/cipe@Pw",
+    "Ov8/erride@Pw",
+    "Va9/riable@Pw",
+    "Pr0/xy@Pw",
+)
 
 
 def _leaks(content: bytes, secrets: list[str]) -> list[str]:
@@ -23,7 +28,9 @@ def _leaks(content: bytes, secrets: list[str]) -> list[str]:
     found = []
     for secret in secrets:
         forms = {secret, quote(secret, safe=""), quote(secret)}
-        forms |= {b64encode(text.encode()).decode().rstrip("=") for text in (secret, f"me:{secret}")}
+        forms |= {
+            b64encode(text.encode()).decode().rstrip("=") for text in (secret, f"me:{secret}")
+        }
         found += [secret for form in forms if form.encode() in content]
     return found
 
@@ -46,7 +53,11 @@ class _CommandLines(threading.Thread):
 
 
 def test_no_password_is_in_anything_that_a_run_makes(
-    services: servers.Services, client: "MlflowClient", digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    services: servers.Services,
+    client: "MlflowClient",
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import mlflow
 
@@ -79,7 +90,9 @@ def test_no_password_is_in_anything_that_a_run_makes(
     secrets = [IN_RECIPE, IN_OVERRIDE, IN_VARIABLE, OF_PROXY, services.secret_key]
     assert not _leaks((done.stdout + done.stderr).encode(), secrets)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert {"recipe.yaml", "config.json", "environment.txt", "result.json"} <= {path.name for path in files}
+    assert {"recipe.yaml", "config.json", "environment.txt", "result.json"} <= {
+        path.name for path in files
+    }
     assert not {str(path): found for path in files if (found := _leaks(path.read_bytes(), secrets))}
     after = [line for line in watcher.seen if "trainer" in line and "pipelines.cli" not in line]
     assert any("\0trainer.__main__\0" in line for line in after), "the ranks were seen"
@@ -88,13 +101,24 @@ def test_no_password_is_in_anything_that_a_run_makes(
     version = client.get_model_version_by_alias("secretive", "champion")
     client.download_artifacts(run.info.run_id, "", str(_made(tmp_path / "artifacts")))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", services.mlflow_url)
-    mlflow.artifacts.download_artifacts("models:/secretive@champion", dst_path=str(_made(tmp_path / "model")))
-    described = repr((run.to_dictionary(), dict(version), client.get_registered_model("secretive").__dict__))
+    mlflow.artifacts.download_artifacts(
+        "models:/secretive@champion", dst_path=str(_made(tmp_path / "model"))
+    )
+    described = repr(
+        (run.to_dictionary(), dict(version), client.get_registered_model("secretive").__dict__)
+    )
     assert urlsplit(run.data.params["tracking.uri"]).netloc == urlsplit(services.mlflow_url).netloc
     assert not _leaks(described.encode(), secrets)
-    stored = [path for folder in ("artifacts", "model") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    stored = [
+        path
+        for folder in ("artifacts", "model")
+        for path in (tmp_path / folder).rglob("*")
+        if path.is_file()
+    ]
     assert {"recipe.yaml", "MLmodel"} <= {path.name for path in stored}
-    assert not {str(path): found for path in stored if (found := _leaks(path.read_bytes(), secrets))}
+    assert not {
+        str(path): found for path in stored if (found := _leaks(path.read_bytes(), secrets))
+    }
 
 
 def _made(folder: Path) -> Path:

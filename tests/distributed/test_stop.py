@@ -53,7 +53,9 @@ def _losses(client: MlflowClient, run: MlflowRun) -> Losses:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(digits: Path, service_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(
+    digits: Path, service_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "whole"
     done = run_convoy("train", RECIPE, "--procs", 2, *_settings(digits, out), env=service_env)
     assert done.returncode == 0, done.stderr
@@ -66,11 +68,20 @@ def _assert_same_bits(out: Path, other: Path) -> None:
     assert one.keys() == two.keys()
     statistics = {name for name in one if "running" in name}
     assert [name for name in one.keys() - statistics if not torch.equal(one[name], two[name])] == []
-    assert [name for name in statistics if not torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-7)] == []
+    assert [
+        name
+        for name in statistics
+        if not torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-7)
+    ] == []
 
 
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_as_if_it_had_not_come(
-    digits: Path, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, undisturbed: Path, tmp_path: Path
+    digits: Path,
+    convoy_ok: Run,
+    service_env: dict[str, str],
+    client: MlflowClient,
+    undisturbed: Path,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "stopped"
     settings = _settings(digits, out)
@@ -146,14 +157,21 @@ def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ran
     for file in (out / "checkpoints").rglob("*.*"):
         store.write(str(file.relative_to(out / "checkpoints")), file.read_bytes())
 
-    last_settings = [*_settings(digits, other), *keys, f"checkpoint.url={out}/checkpoints", "tracking.uri=null"]
+    last_settings = [
+        *_settings(digits, other),
+        *keys,
+        f"checkpoint.url={out}/checkpoints",
+        "tracking.uri=null",
+    ]
     runs = [(out, 2, url, [*_settings(digits, out), *keys, f"checkpoint.url={url}"], service_env)]
     runs += [(other, 1, f"{out}/checkpoints", last_settings, {})]
     for folder, ranks, place, settings, environment in runs:
         said = convoy_ok("train", RECIPE, "--procs", ranks, *settings, env=environment)
         first = int(re.findall(rf"goes on from {place}/step-(\d+)", said)[0])
         assert 0 < first <= len(before)
-        assert _consumed(folder, ranks) == {step: keys for step, keys in expected.items() if step >= divmod(first, 10)}
+        assert _consumed(folder, ranks) == {
+            step: keys for step, keys in expected.items() if step >= divmod(first, 10)
+        }
     run = _only_run(client, tmp_path.name, "killed")
     whole = _losses(client, _only_run(client, undisturbed.parent.name, "whole"))
     assert _losses(client, run) == pytest.approx(whole, rel=2e-2)
@@ -165,7 +183,12 @@ def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ran
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(digits: Path, tmp_path: Path) -> None:
-    settings = [*_settings(digits, tmp_path / "out"), "train.epochs=10000", "data.val=null", "checkpoint.keep=1"]
+    settings = [
+        *_settings(digits, tmp_path / "out"),
+        "train.epochs=10000",
+        "data.val=null",
+        "checkpoint.keep=1",
+    ]
     with started(RECIPE, settings, {}) as process:
         ranks = ranks_of(process)
         process.kill()
@@ -178,10 +201,17 @@ def test_ranks_do_not_outlive_a_killed_launcher(digits: Path, tmp_path: Path) ->
 def test_a_checkpoint_of_another_recipe_is_refused_and_never_begins_anew(
     digits: Path, convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
 ) -> None:
-    settings = [f"data.train={digits}/train", "data.val=null", "train.max_steps=2", f"train.output_dir={tmp_path}/out"]
+    settings = [
+        f"data.train={digits}/train",
+        "data.val=null",
+        "train.max_steps=2",
+        f"train.output_dir={tmp_path}/out",
+    ]
     convoy_ok("train", RECIPE, *settings)
     told = convoy_refuses("train", RECIPE, "--procs", 2, *settings, "model.name=resnet20")
-    assert told.count("is of another recipe: model.name is 'resnet8' there and 'resnet20' here") == 1
+    assert (
+        told.count("is of another recipe: model.name is 'resnet8' there and 'resnet20' here") == 1
+    )
     assert len(told.splitlines()) == 1
     said = convoy_ok("train", RECIPE, *settings, "model.name=resnet20", "checkpoint.resume=never")
     assert "goes on" not in said
@@ -192,8 +222,15 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_never_begins_anew(
 def test_a_checkpoint_url_without_permission_is_refused(
     digits: Path, convoy_refuses: Run, service_env: dict[str, str], bucket: str, tmp_path: Path
 ) -> None:
-    settings = [f"data.train={digits}/train", "data.val=null", "train.max_steps=2", f"train.output_dir={tmp_path}/out"]
+    settings = [
+        f"data.train={digits}/train",
+        "data.val=null",
+        "train.max_steps=2",
+        f"train.output_dir={tmp_path}/out",
+    ]
     wrong = service_env | {"AWS_SECRET_ACCESS_KEY": "wrong"}
-    told = convoy_refuses("train", RECIPE, "--procs", 2, *settings, f"checkpoint.url={bucket}/x", env=wrong)
+    told = convoy_refuses(
+        "train", RECIPE, "--procs", 2, *settings, f"checkpoint.url={bucket}/x", env=wrong
+    )
     assert "permission denied" in told
     assert len(told.splitlines()) == 1

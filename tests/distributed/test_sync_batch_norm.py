@@ -15,7 +15,11 @@ SHARES = (slice(0, 3), slice(3, 8))  # not of equal size
 CASES = [
     (0.0, torch.float32, torch.contiguous_format),
     (0.0, torch.float32, torch.channels_last),
-    (300.0, torch.float32, torch.contiguous_format),  # a variance that a difference of squares would lose
+    (
+        300.0,
+        torch.float32,
+        torch.contiguous_format,
+    ),  # a variance that a difference of squares would lose
     (0.0, torch.bfloat16, torch.contiguous_format),
     (0.0, torch.float16, torch.channels_last),
 ]
@@ -37,7 +41,11 @@ def _initialized(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
 
 
 def _trained(
-    norm: nn.BatchNorm2d, share: slice, offset: float, kind: torch.dtype, layout: torch.memory_format
+    norm: nn.BatchNorm2d,
+    share: slice,
+    offset: float,
+    kind: torch.dtype,
+    layout: torch.memory_format,
 ) -> dict[str, Tensor]:
     """What comes of some steps; outputs and input gradients of the last one."""
     for step in range(STEPS):
@@ -48,13 +56,22 @@ def _trained(
         out.backward(gradient[share].to(out.dtype))
     assert out.dtype == x.dtype
     state = {name: value.detach() for name, value in norm.state_dict().items()}
-    return state | {"out": out.detach(), "x": x.grad, "d_weight": norm.weight.grad, "d_bias": norm.bias.grad}
+    return state | {
+        "out": out.detach(),
+        "x": x.grad,
+        "d_weight": norm.weight.grad,
+        "d_bias": norm.bias.grad,
+    }
 
 
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
     )
     alone = [dist.new_group([0]), dist.new_group([1])][rank]
     results = []
@@ -82,24 +99,32 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Ten
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_two_ranks_equal_one_process_with_the_whole_batch(case: int, results: list[list[dict[str, Tensor]]]) -> None:
+def test_two_ranks_equal_one_process_with_the_whole_batch(
+    case: int, results: list[list[dict[str, Tensor]]]
+) -> None:
     offset, kind, _ = CASES[case]
     first, second = (of_rank[case] for of_rank in results)
     plain = _initialized(nn.BatchNorm2d(CHANNELS)).to(kind).double()
     want = _trained(plain, slice(None), offset, kind, torch.contiguous_format)
 
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if kind == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if kind == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    )
     if offset:
         tolerance = {"rtol": 1e-4, "atol": 1e-4}  # fp32's own spacing there is 3e-5
 
     def same(got: Tensor, name: str) -> None:
-        torch.testing.assert_close(got.double(), want[name].double(), **tolerance, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            got.double(), want[name].double(), **tolerance, msg=lambda text: f"{name}: {text}"
+        )
 
     for name in ("out", "x"):
         same(torch.cat([first[name], second[name]]), name)
     for name in ("d_weight", "d_bias"):
         same(first[name].double() + second[name].double(), name)
-        assert not torch.allclose(first[name], second[name]), "each rank's own, which the engine averages"
+        assert not torch.allclose(first[name], second[name]), (
+            "each rank's own, which the engine averages"
+        )
     for name in ("running_mean", "running_var"):
         assert torch.equal(first[name], second[name])
         assert first[name].dtype == torch.float32

@@ -69,7 +69,12 @@ def _plain_top(weights: Path, folder: Path) -> tuple[float, float]:
 
 
 def test_from_shards_to_a_registered_model(
-    convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, remote_digits: str, digits_folder: Path, tmp_path: Path
+    convoy_ok: Run,
+    service_env: dict[str, str],
+    client: MlflowClient,
+    remote_digits: str,
+    digits_folder: Path,
+    tmp_path: Path,
 ) -> None:
     settings = [
         f"data.train={remote_digits}/train",
@@ -87,17 +92,32 @@ def test_from_shards_to_a_registered_model(
     run = client.get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     flat = load_config(RECIPE, settings).flat()
-    assert {key: run.data.params[key] for key in flat} == {key: str(value) for key, value in flat.items()}
+    assert {key: run.data.params[key] for key in flat} == {
+        key: str(value) for key, value in flat.items()
+    }
     losses, rates = (_history(client, run.info.run_id, key) for key in ("loss", "learning_rate"))
     assert list(losses) == list(rates) == list(range(1, 31))
     peak = 0.2 * 64 / 256
     assert [rates[s] for s in range(1, 11)] == pytest.approx([peak * s / 10 for s in range(1, 11)])
-    assert [rates[s] for s in range(11, 31)] == pytest.approx([peak / 2 * (1 + np.cos(np.pi * s / 20)) for s in range(20)])
+    assert [rates[s] for s in range(11, 31)] == pytest.approx(
+        [peak / 2 * (1 + np.cos(np.pi * s / 20)) for s in range(20)]
+    )
     for key in ("top1", "top5"):
         assert list(_history(client, run.info.run_id, key)) == [10, 20, 30]
     logged = set(run.data.metrics)
-    assert {"images_per_second", "data_wait_fraction", "epoch", "system/cpu_utilization_percentage"} <= logged
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    assert {
+        "images_per_second",
+        "data_wait_fraction",
+        "epoch",
+        "system/cpu_utilization_percentage",
+    } <= logged
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert run.data.tags["mlflow.source.git.commit"] == head.stdout.strip()
     digests = {i.tags[0].value: i.dataset.digest for i in run.inputs.dataset_inputs}
     assert open_digest(remote_digits, "train", service_env).startswith(digests["training"])
@@ -111,24 +131,44 @@ def test_from_shards_to_a_registered_model(
     version = client.get_model_version_by_alias("digits", "champion")
     assert (version.version, version.run_id) == ("1", run.info.run_id)
     downloaded = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
-    assert not [p for p in downloaded.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth", ".bin")]
-    assert _fresh_process_top1(digits_folder, service_env, tmp_path) == pytest.approx(top1, abs=1e-9)
+    assert not [
+        p for p in downloaded.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth", ".bin")
+    ]
+    assert _fresh_process_top1(digits_folder, service_env, tmp_path) == pytest.approx(
+        top1, abs=1e-9
+    )
     (tmp_path / "tmp").mkdir()
     env = service_env | {"TMPDIR": str(tmp_path / "tmp")}
-    convoy_ok("weights", "export", "models:/digits@champion", tmp_path / "digits.onnx", "--format", "onnx", env=env)
+    convoy_ok(
+        "weights",
+        "export",
+        "models:/digits@champion",
+        tmp_path / "digits.onnx",
+        "--format",
+        "onnx",
+        env=env,
+    )
     images, labels, _ = _split(digits_folder, "val")
-    (logits,) = onnxruntime.InferenceSession(tmp_path / "digits.onnx").run(None, {"images": images.numpy()})
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "digits.onnx").run(
+        None, {"images": images.numpy()}
+    )
     assert float((logits.argmax(1) == labels.numpy()).mean()) == pytest.approx(top1, abs=1e-9)
-    measured = json.loads(convoy_ok("evaluate", "models:/digits@champion", f"{remote_digits}/val", "--json", env=env))
+    measured = json.loads(
+        convoy_ok("evaluate", "models:/digits@champion", f"{remote_digits}/val", "--json", env=env)
+    )
     assert measured["top1"] == pytest.approx(top1, abs=1e-9)
-    assert not [p for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")], "downloaded models do not stay"
+    assert not [
+        p for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")
+    ], "downloaded models do not stay"
 
 
 def open_digest(url: str, split: str, env: dict[str, str]) -> str:
     """The digest that ``convoy verify`` computes, without its prefix."""
     from helpers import run_convoy
 
-    return json.loads(run_convoy("verify", f"{url}/{split}", "--json", env=env).stdout)["splits"][0]["digest"].split(":")[1]
+    return json.loads(run_convoy("verify", f"{url}/{split}", "--json", env=env).stdout)["splits"][
+        0
+    ]["digest"].split(":")[1]
 
 
 def _fresh_process_top1(folder: Path, env: dict[str, str], cwd: Path) -> float:
@@ -141,7 +181,10 @@ probabilities = model.predict(pd.DataFrame({"image": [f.read_bytes() for f in fi
 assert probabilities.shape == (len(files), 10) and abs(probabilities.sum(1) - 1).max() < 1e-5
 print(sum(int(p.argmax() == int(f.parent.name)) for p, f in zip(probabilities, files)) / len(files))
 """
-    only_mlflow = {"MLFLOW_TRACKING_URI": env["MLFLOW_TRACKING_URI"], "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    only_mlflow = {
+        "MLFLOW_TRACKING_URI": env["MLFLOW_TRACKING_URI"],
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    }
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder / "val")],
         env=only_mlflow | {"PATH": "/usr/bin:/bin"}, cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
@@ -166,7 +209,12 @@ def test_ranks_and_accumulation_follow_a_plain_loop(
         "batch.micro_size=7",
         "train.epochs=2",
     ]
-    settings += ["augment.crop=none", "data.shuffle_window=150", f"train.output_dir={tmp_path}/out", "schedule.warmup_epochs=1"]
+    settings += [
+        "augment.crop=none",
+        "data.shuffle_window=150",
+        f"train.output_dir={tmp_path}/out",
+        "schedule.warmup_epochs=1",
+    ]
     settings += [
         "optimizer.base_lr=0.005",
         "train.channels_last=false",
@@ -174,7 +222,9 @@ def test_ranks_and_accumulation_follow_a_plain_loop(
     convoy_ok("train", RECIPE, "--procs", 2, *settings, env=service_env)
     result = json.loads((tmp_path / "out/result.json").read_text())
     torch.set_num_threads(1)  # as each rank: more threads add in another order
-    losses, model = _plain_loop(digits, digits_folder, 70 // 7, epochs=2, global_size=70, window=150)
+    losses, model = _plain_loop(
+        digits, digits_folder, 70 // 7, epochs=2, global_size=70, window=150
+    )
     got = _history(client, result["mlflow_run_id"], "loss")
     assert list(got.values()) == pytest.approx(losses, rel=1e-5)
     trained = load_file(tmp_path / "out/model.safetensors")
@@ -192,7 +242,9 @@ def _plain_loop(
     row = {key: i for i, key in enumerate(keys)}
     torch.manual_seed(0)
     model = build_model("resnet8", 10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     steps, losses = -(-600 // global_size), []
     peak, total = 0.005 * global_size / 256, epochs * -(-600 // global_size)
     for epoch in range(epochs):
@@ -200,7 +252,11 @@ def _plain_loop(
         for step in range(steps):
             number = epoch * steps + step
             after = number - steps
-            rate = peak * (number + 1) / steps if after < 0 else peak / 2 * (1 + np.cos(np.pi * after / (total - steps)))
+            rate = (
+                peak * (number + 1) / steps
+                if after < 0
+                else peak / 2 * (1 + np.cos(np.pi * after / (total - steps)))
+            )
             optimizer.param_groups[0]["lr"] = float(rate)
             optimizer.zero_grad()
             samples = torch.tensor([row[index.key(int(s))] for s in order.samples[step]])
@@ -208,7 +264,9 @@ def _plain_loop(
             loss = torch.zeros(())
             for part in range(micro_batches):
                 chosen = slice(part, None, micro_batches)
-                each = F.cross_entropy(model(images[samples[chosen]]), labels[samples[chosen]], reduction="none")
+                each = F.cross_entropy(
+                    model(images[samples[chosen]]), labels[samples[chosen]], reduction="none"
+                )
                 loss = loss + (each * weights[chosen]).sum() / weights.sum()
             loss.backward()
             optimizer.step()
@@ -216,13 +274,26 @@ def _plain_loop(
     return losses, model
 
 
-def test_one_shard_for_two_ranks_and_a_fixed_number_of_steps(convoy_ok: Run, digits_folder: Path, tmp_path: Path) -> None:
+def test_one_shard_for_two_ranks_and_a_fixed_number_of_steps(
+    convoy_ok: Run, digits_folder: Path, tmp_path: Path
+) -> None:
     convoy_ok("pack", digits_folder / "val", tmp_path / "data", "--shards", 1)
-    settings = [f"data.train={tmp_path}/data/train", f"data.val={tmp_path}/data/train", "batch.global_size=32"]
-    settings += ["train.epochs=null", "train.max_steps=7", f"train.output_dir={tmp_path}/out", "batch.eval_size=7"]
+    settings = [
+        f"data.train={tmp_path}/data/train",
+        f"data.val={tmp_path}/data/train",
+        "batch.global_size=32",
+    ]
+    settings += [
+        "train.epochs=null",
+        "train.max_steps=7",
+        f"train.output_dir={tmp_path}/out",
+        "batch.eval_size=7",
+    ]
     (tmp_path / "tmp").mkdir()
     convoy_ok("train", RECIPE, "--procs", 2, *settings, env={"TMPDIR": str(tmp_path / "tmp")})
-    assert not [p for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")]  # a cache, and nothing else
+    assert not [
+        p for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")
+    ]  # a cache, and nothing else
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert (result["steps"], result["val_samples"]) == (7, 151)
     top1, top5 = _plain_top(tmp_path / "out/model.safetensors", digits_folder)
@@ -230,10 +301,20 @@ def test_one_shard_for_two_ranks_and_a_fixed_number_of_steps(convoy_ok: Run, dig
 
 
 def test_without_a_tracking_server_training_goes_on_and_nothing_is_lost(
-    convoy: Run, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, digits: Path, tmp_path: Path
+    convoy: Run,
+    convoy_ok: Run,
+    service_env: dict[str, str],
+    client: MlflowClient,
+    digits: Path,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    settings = [f"data.train={digits}/train", f"data.val={digits}/val", "train.epochs=2", f"train.output_dir={out}"]
+    settings = [
+        f"data.train={digits}/train",
+        f"data.val={digits}/val",
+        "train.epochs=2",
+        f"train.output_dir={out}",
+    ]
     done = convoy("train", RECIPE, *settings, env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("cannot be reached") == 1, "told once"
@@ -247,30 +328,60 @@ def test_without_a_tracking_server_training_goes_on_and_nothing_is_lost(
     assert client.get_run(run_id).info.status == "FINISHED"
     assert not (out / "tracking.jsonl").exists()
     # and the model is registered later
-    assert "registered late version 1 as champion" in convoy_ok("register", out, "late", env=service_env)
+    assert "registered late version 1 as champion" in convoy_ok(
+        "register", out, "late", env=service_env
+    )
 
 
-def test_a_run_that_is_to_be_registered_says_that_it_was_not(convoy: Run, digits: Path, tmp_path: Path) -> None:
-    settings = [f"data.train={digits}/train", "data.val=null", "train.max_steps=2", f"train.output_dir={tmp_path}/out"]
-    done = convoy("train", RECIPE, *settings, "tracking.register_as=x", env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
+def test_a_run_that_is_to_be_registered_says_that_it_was_not(
+    convoy: Run, digits: Path, tmp_path: Path
+) -> None:
+    settings = [
+        f"data.train={digits}/train",
+        "data.val=null",
+        "train.max_steps=2",
+        f"train.output_dir={tmp_path}/out",
+    ]
+    done = convoy(
+        "train",
+        RECIPE,
+        *settings,
+        "tracking.register_as=x",
+        env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
+    )
     assert done.returncode == 144
     assert "so x has no new version" in done.stderr
     assert (tmp_path / "out/model.safetensors").exists()
 
 
 def test_a_name_that_the_registry_rejects_ends_the_run_before_anything_is_changed(
-    convoy_ok: Run, convoy_refuses: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    convoy_ok: Run,
+    convoy_refuses: Run,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Not even by checkpoint.resume=never; on two ranks, with a database that is made for the check."""
     monkeypatch.chdir(tmp_path)  # where MLflow keeps the artifacts of a SQLite database
-    settings = [f"data.train={digits}/train", "data.val=null", "train.max_steps=2", f"train.output_dir={tmp_path}/out"]
+    settings = [
+        f"data.train={digits}/train",
+        "data.val=null",
+        "train.max_steps=2",
+        f"train.output_dir={tmp_path}/out",
+    ]
     convoy_ok("train", RECIPE, *settings)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert any("step-" in str(path) for path in before)
-    bad = [f"tracking.uri=sqlite:///{tmp_path}/new.db", "tracking.register_as='a:b'", "checkpoint.resume=never"]
+    bad = [
+        f"tracking.uri=sqlite:///{tmp_path}/new.db",
+        "tracking.register_as='a:b'",
+        "checkpoint.resume=never",
+    ]
     told = convoy_refuses("train", RECIPE, "--procs", 2, *settings, *bad)
     assert [line.count("tracking.register_as: 'a:b' is wrong") for line in told.splitlines()] == [1]
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == before
     assert MlflowClient(f"sqlite:///{tmp_path}/new.db").search_registered_models() == []
 
 
@@ -280,7 +391,12 @@ def test_a_version_becomes_champion_when_it_is_not_worse(
     from trainer.export.model_registry import register
 
     out = tmp_path / "out"
-    settings = [f"data.train={digits}/train", f"data.val={digits}/val", "train.max_steps=2", f"train.output_dir={out}"]
+    settings = [
+        f"data.train={digits}/train",
+        f"data.val={digits}/val",
+        "train.max_steps=2",
+        f"train.output_dir={out}",
+    ]
     convoy_ok("train", RECIPE, *settings, env=service_env)
     run_id = json.loads((out / "result.json").read_text())["mlflow_run_id"]
     picture, others = io.BytesIO(), iter((0.9, 0.8, 0.7, 0.6))
@@ -304,7 +420,12 @@ def test_a_version_becomes_champion_when_it_is_not_worse(
 
 def test_a_killed_rank_ends_the_other_and_asks_for_a_retry(digits: Path, tmp_path: Path) -> None:
     """The first one; test_pods has another."""
-    settings = [f"data.train={digits}/train", "data.val=null", "train.epochs=10000", f"train.output_dir={tmp_path}/out"]
+    settings = [
+        f"data.train={digits}/train",
+        "data.val=null",
+        "train.epochs=10000",
+        f"train.output_dir={tmp_path}/out",
+    ]
     with started(RECIPE, [*settings, "train.log_every_steps=1"], {}) as process:
         ranks = ranks_of(process)
         ranks[0].send_signal(signal.SIGKILL)
@@ -315,7 +436,9 @@ def test_a_killed_rank_ends_the_other_and_asks_for_a_retry(digits: Path, tmp_pat
     assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_a_sample_that_cannot_be_decoded_is_named(convoy_refuses: Run, convoy_ok: Run, jpeg_folder: Path, tmp_path: Path) -> None:
+def test_a_sample_that_cannot_be_decoded_is_named(
+    convoy_refuses: Run, convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
+) -> None:
     source = tmp_path / "source"
     for path in sorted(jpeg_folder.rglob("*.JPEG")):
         target = source / path.parent.name / path.name
@@ -337,7 +460,9 @@ def test_a_sample_that_cannot_be_decoded_is_named(convoy_refuses: Run, convoy_ok
         "batch.global_size=8",
         "batch.micro_size=4",
     ]
-    told = convoy_refuses("train", RECIPE, "--procs", 2, *settings, f"train.output_dir={tmp_path}/out")
+    told = convoy_refuses(
+        "train", RECIPE, "--procs", 2, *settings, f"train.output_dir={tmp_path}/out"
+    )
     named = [line for line in told.splitlines() if "flower/017" in line]
     assert len(named) == 1
     assert "cannot be decoded" in named[0]
@@ -345,11 +470,21 @@ def test_a_sample_that_cannot_be_decoded_is_named(convoy_refuses: Run, convoy_ok
 
 
 def test_a_bad_sample_that_is_skipped_is_told_and_counted(
-    convoy: Run, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, digits_folder: Path, tmp_path: Path
+    convoy: Run,
+    convoy_ok: Run,
+    service_env: dict[str, str],
+    client: MlflowClient,
+    digits_folder: Path,
+    tmp_path: Path,
 ) -> None:
     """With a cache, growing images and two pipeline stages, of which both must know the sample."""
     convoy_ok("pack", digits_folder, tmp_path / "data", "--shards", 5)
-    settings = [f"data.train={tmp_path}/data/train", "data.val=null", "data.check=sha256", f"train.output_dir={tmp_path}/out"]
+    settings = [
+        f"data.train={tmp_path}/data/train",
+        "data.val=null",
+        "data.check=sha256",
+        f"train.output_dir={tmp_path}/out",
+    ]
     index, _ = open_index(f"{tmp_path}/data/train")
     shard = index.shards[2]
     with (tmp_path / "data/train" / shard.name).open("r+b") as file:
@@ -358,23 +493,46 @@ def test_a_bad_sample_that_is_skipped_is_told_and_counted(
     done = convoy("train", RECIPE, *settings)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert f"{shard.name}: its SHA-256 is" in done.stderr
-    settings += ["data.check=size", "data.bad_samples=skip", "data.max_bad_samples=3", f"data.cache_dir={tmp_path}/cache"]
-    settings += ["data.image_size=16", "data.initial_size=8", "data.grow_until=2", "data.size_step=4", "train.epochs=3"]
-    shown = convoy_ok("train", RECIPE, "--procs", 2, *settings, "parallel.pipeline_stages=2", env=service_env)
+    settings += [
+        "data.check=size",
+        "data.bad_samples=skip",
+        "data.max_bad_samples=3",
+        f"data.cache_dir={tmp_path}/cache",
+    ]
+    settings += [
+        "data.image_size=16",
+        "data.initial_size=8",
+        "data.grow_until=2",
+        "data.size_step=4",
+        "train.epochs=3",
+    ]
+    shown = convoy_ok(
+        "train", RECIPE, "--procs", 2, *settings, "parallel.pipeline_stages=2", env=service_env
+    )
     assert shown.count("a bad sample counts for nothing") == 3, "once an epoch"
     assert f"sample {shard.keys[7]} at byte" in shown
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert (result["steps"], result["bad_samples"]) == (30, 3)
     assert max(_history(client, result["mlflow_run_id"], "bad_samples").values()) == 3
-    assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file()) > index.bytes * 0.9
+    assert (
+        sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file())
+        > index.bytes * 0.9
+    )
     settings = [*settings, "data.max_bad_samples=1", f"train.output_dir={tmp_path}/again"]
     done = convoy("train", RECIPE, "--procs", 2, *settings)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "data.max_bad_samples: 2 samples could not be decoded" in done.stderr
 
 
-def test_a_loss_that_is_no_number_ends_the_run(convoy_refuses: Run, digits: Path, tmp_path: Path) -> None:
-    settings = [f"data.train={digits}/train", "data.val=null", "optimizer.base_lr=1e30", f"train.output_dir={tmp_path}/out"]
+def test_a_loss_that_is_no_number_ends_the_run(
+    convoy_refuses: Run, digits: Path, tmp_path: Path
+) -> None:
+    settings = [
+        f"data.train={digits}/train",
+        "data.val=null",
+        "optimizer.base_lr=1e30",
+        f"train.output_dir={tmp_path}/out",
+    ]
     told = convoy_refuses("train", RECIPE, "--procs", 2, *settings)
     assert told.count("training diverged") == 1
     assert not (tmp_path / "out/model.safetensors").exists()
@@ -383,9 +541,22 @@ def test_a_loss_that_is_no_number_ends_the_run(convoy_refuses: Run, digits: Path
     assert "fp16" not in told
 
 
-def test_fp16_that_overflows_again_and_again_ends_the_run(convoy_refuses: Run, digits: Path, tmp_path: Path) -> None:
-    settings = [f"data.train={digits}/train", "data.val=null", "precision=fp16", "parallel.zero_stage=1", "optimizer.base_lr=1e6"]
-    settings += ["train.max_skipped_steps=3", "schedule.warmup_epochs=0", "model.width=4", f"train.output_dir={tmp_path}/out"]
+def test_fp16_that_overflows_again_and_again_ends_the_run(
+    convoy_refuses: Run, digits: Path, tmp_path: Path
+) -> None:
+    settings = [
+        f"data.train={digits}/train",
+        "data.val=null",
+        "precision=fp16",
+        "parallel.zero_stage=1",
+        "optimizer.base_lr=1e6",
+    ]
+    settings += [
+        "train.max_skipped_steps=3",
+        "schedule.warmup_epochs=0",
+        "model.width=4",
+        f"train.output_dir={tmp_path}/out",
+    ]
     told = convoy_refuses("train", RECIPE, "--procs", 2, *settings)
     assert told.count("the gradients overflowed fp16 3 times in a row") == 1
     keys = told.split("its samples: ")[1].split(" and ")[0].split(", ")

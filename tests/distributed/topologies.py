@@ -33,7 +33,9 @@ KEYS = ("ranks", "stages", "accumulation", "zero", "precision", "network")
 
 def allowed_cells() -> list[Cell]:
     """Ranks x stages x accumulation x ZeRO x precision x network, plain, without what is refused."""
-    everything = itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16"), NETWORKS)
+    everything = itertools.product(
+        (1, 2, 4), (1, 2, 4), (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16"), NETWORKS
+    )
     cells = [dict(zip(KEYS, values, strict=True)) for values in everything]
     return [c for c in cells if c["stages"] <= c["ranks"] and not refusal(c)]
 
@@ -64,7 +66,10 @@ def covering() -> list[Cell]:
     stages, ZeRO and precision. Chosen greedily, cheap ones first."""
     cores = [cell | {"optimizer": name} for cell in allowed_cells() for name in OPTIMIZERS]
     cores = [core for core in cores if not refusal(core)]
-    groups = [*itertools.combinations((*KEYS, *OPTIONS), 2), ("stages", "zero", "precision", "clip")]
+    groups = [
+        *itertools.combinations((*KEYS, *OPTIONS), 2),
+        ("stages", "zero", "precision", "clip"),
+    ]
     found = {one for core in cores for group in groups for one in _tuples(core, group)}
     wanted = {one for one in found if len(one) == 2 or dict(one)["clip"]}
     random = Random(SEED)
@@ -74,12 +79,24 @@ def covering() -> list[Cell]:
     for target in map(dict, targets):
         if tuple(target.items()) not in wanted:
             continue
-        able = [core for core in cores if all(core.get(key, value) == value for key, value in target.items())]
-        candidates = [_completed(core, target, groups, wanted, random) for core in random.sample(able, min(40, len(able)))]
-        best = max(candidates, key=lambda cell: len(_covered(cell, groups) & wanted) / _seconds(cell))
+        able = [
+            core
+            for core in cores
+            if all(core.get(key, value) == value for key, value in target.items())
+        ]
+        candidates = [
+            _completed(core, target, groups, wanted, random)
+            for core in random.sample(able, min(40, len(able)))
+        ]
+        best = max(
+            candidates, key=lambda cell: len(_covered(cell, groups) & wanted) / _seconds(cell)
+        )
         wanted -= _covered(best, groups)
         chosen.append(best)
-    return [{key: value for key, value in cell.items() if key in KEYS or value not in (False, "sgd")} for cell in chosen]
+    return [
+        {key: value for key, value in cell.items() if key in KEYS or value not in (False, "sgd")}
+        for cell in chosen
+    ]
 
 
 Tuple = tuple[tuple[str, Any], ...]
@@ -87,22 +104,37 @@ Tuple = tuple[tuple[str, Any], ...]
 
 def _tuples(core: Cell, group: tuple[str, ...]) -> Iterator[Tuple]:
     """What a group of keys can be in a cell whose switches are still open."""
-    for values in itertools.product(*([core[key]] if key in core else (False, True) for key in group)):
+    for values in itertools.product(
+        *([core[key]] if key in core else (False, True) for key in group)
+    ):
         yield tuple(zip(group, values, strict=True))
 
 
 def _covered(cell: Cell, groups: Sequence[tuple[str, ...]]) -> set[Tuple]:
-    return {tuple((key, cell[key]) for key in group) for group in groups if all(key in cell for key in group)}
+    return {
+        tuple((key, cell[key]) for key in group)
+        for group in groups
+        if all(key in cell for key in group)
+    }
 
 
-def _completed(core: Cell, target: Cell, groups: Sequence[tuple[str, ...]], wanted: set[Tuple], random: Random) -> Cell:
+def _completed(
+    core: Cell, target: Cell, groups: Sequence[tuple[str, ...]], wanted: set[Tuple], random: Random
+) -> Cell:
     """Set each open switch to the value that covers more of what is wanted."""
     cell = core | target
     for switch in random.sample(list(SWITCHES), len(SWITCHES)):
         if switch not in cell:
             touched = [group for group in groups if switch in group]
-            gains = {value: len(_covered(cell | {switch: value}, touched) & wanted) for value in (False, True)}
-            cell[switch] = random.choice((False, True)) if gains[False] == gains[True] else max(gains, key=lambda v: gains[v])
+            gains = {
+                value: len(_covered(cell | {switch: value}, touched) & wanted)
+                for value in (False, True)
+            }
+            cell[switch] = (
+                random.choice((False, True))
+                if gains[False] == gains[True]
+                else max(gains, key=lambda v: gains[v])
+            )
     return cell
 
 
@@ -117,7 +149,11 @@ def cells_of_presets() -> list[Cell]:
     """Every preset on every topology with every ZeRO stage and precision, for the network with batch norm, at two steps of
     accumulation."""
     bases = [c for c in allowed_cells() if c["network"] == "batch norm" and c["accumulation"] == 2]
-    cells = [base | preset | {"preset": name, "kind": "preset"} for name, preset in PRESETS.items() for base in bases]
+    cells = [
+        base | preset | {"preset": name, "kind": "preset"}
+        for name, preset in PRESETS.items()
+        for base in bases
+    ]
     return [cell for cell in cells if not refusal(cell)]
 
 
@@ -131,13 +167,20 @@ def growing_cells() -> list[Cell]:
 
 def uneven_cells() -> list[Cell]:
     """A first stage all of whose weights decay, and a second that has others too."""
-    base = dict(zip(KEYS, (2, 2, 2, 1, "fp32", "batch norm"), strict=True)) | {"split": ["bn"], "spare": True, "clip": True}
+    base = dict(zip(KEYS, (2, 2, 2, 1, "fp32", "batch norm"), strict=True)) | {
+        "split": ["bn"],
+        "spare": True,
+        "clip": True,
+    }
     return [base, base | {"precision": "bf16", "zero": 0}]
 
 
 def compiled_cells() -> list[Cell]:
     """torch.compile takes long and needs a compiler: one cell with stages has it, in `make matrix`."""
-    cell = dict(zip(KEYS, (2, 2, 2, 0, "fp32", "batch norm"), strict=True)) | {"compile": True, "clip": True}
+    cell = dict(zip(KEYS, (2, 2, 2, 0, "fp32", "batch norm"), strict=True)) | {
+        "compile": True,
+        "clip": True,
+    }
     return [cell] if MATRIX and shutil.which("g++") else []
 
 
@@ -150,20 +193,40 @@ def run_cells(cells: list[Cell], ranks: int, folder: Path) -> list[dict]:
     digits = load_digits()  # here alone: each rank would need seconds for it
     np.savez(folder / "digits.npz", images=digits.images, target=digits.target)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(HERE / "cells.py"), str(file)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    command += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        str(HERE / "cells.py"),
+        str(file),
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-12000:]
     return json.loads(file.with_suffix(".out").read_text())
 
 
 def deviation(result: dict) -> str | None:
     """What is too far from the plain loop, if anything is."""
-    first, last, weights = (1e-5, 1e-4, 1e-4) if result["precision"] == "fp32" else (2e-2, 2e-2, 2e-2)
-    if option_of(result, "optimizer") in ("adamw", "lamb"):  # Adam divides by a gradient's size, where that is all rounding too
+    first, last, weights = (
+        (1e-5, 1e-4, 1e-4) if result["precision"] == "fp32" else (2e-2, 2e-2, 2e-2)
+    )
+    if option_of(result, "optimizer") in (
+        "adamw",
+        "lamb",
+    ):  # Adam divides by a gradient's size, where that is all rounding too
         first, last, weights = 10 * first, 10 * last, 10 * weights
     # apart from that, each rank saw other samples and they are averaged
     running = 10 * weights if option_of(result, "sync") else math.inf
-    way = 0.01 if result["precision"] == "fp32" else 0.1  # at such rates weights hardly move: 16 bits must move them alike too
+    way = (
+        0.01 if result["precision"] == "fp32" else 0.1
+    )  # at such rates weights hardly move: 16 bits must move them alike too
     if result["network"] == "no batch norm":
         way = way / 2
     elif not is_plain(result) and result["precision"] == "fp32":
@@ -172,7 +235,14 @@ def deviation(result: dict) -> str | None:
     if option_of(result, "optimizer") in ("adamw", "lamb"):
         norms5 = 10 * norms5 if result["precision"] == "fp32" else norms5
         way = 10 * way if result["precision"] == "fp32" else 2.5 * way
-    limits = {"first5": first, "all20": last, "weights": weights, "way": way, "averages": weights, "running": running}
+    limits = {
+        "first5": first,
+        "all20": last,
+        "weights": weights,
+        "way": way,
+        "averages": weights,
+        "running": running,
+    }
     limits |= {"norms5": norms5, "norms20": norms20}
     limits["skipped"] = 5 if result["precision"] == "fp16" else 0  # while the loss scale comes down
     if all(result[figure] <= limit for figure, limit in limits.items()):
@@ -186,13 +256,37 @@ MICRO = 4
 """Four micro-batches a step, on one, two or four copies of the model."""
 
 
-def _resumed(ranks: int, stages: int, zero: int, precision: str = "fp32", network: str = "batch norm", **options: object) -> Cell:
-    cell: Cell = {"ranks": ranks, "stages": stages, "zero": zero, "precision": precision, "network": network}
-    return cell | {"accumulation": GLOBAL // MICRO // (ranks // stages), "ema": True, "clip": True, **options}
+def _resumed(
+    ranks: int,
+    stages: int,
+    zero: int,
+    precision: str = "fp32",
+    network: str = "batch norm",
+    **options: object,
+) -> Cell:
+    cell: Cell = {
+        "ranks": ranks,
+        "stages": stages,
+        "zero": zero,
+        "precision": precision,
+        "network": network,
+    }
+    return cell | {
+        "accumulation": GLOBAL // MICRO // (ranks // stages),
+        "ema": True,
+        "clip": True,
+        **options,
+    }
 
 
 _ADAMW = {"optimizer": "adamw"}
-_FP32 = [_resumed(1, 1, 0), _resumed(2, 1, 1), _resumed(2, 1, 3), _resumed(2, 2, 0), _resumed(4, 2, 1)]
+_FP32 = [
+    _resumed(1, 1, 0),
+    _resumed(2, 1, 1),
+    _resumed(2, 1, 3),
+    _resumed(2, 2, 0),
+    _resumed(4, 2, 1),
+]
 _OTHERS = [
     *(_resumed(2, 1, 3, "fp16"), _resumed(2, 2, 1, "fp16")),
     *(_resumed(1, 1, 0, "bf16"), _resumed(2, 1, 1, "bf16")),
@@ -200,7 +294,14 @@ _OTHERS = [
     *(_resumed(1, 1, 0, network="auxiliary heads"), _resumed(2, 2, 1, network="auxiliary heads")),
 ]
 _MORE = [
-    *(_resumed(1, 1, 2), _resumed(2, 1, 0), _resumed(2, 1, 2), _resumed(4, 1, 3), _resumed(4, 4, 0), _resumed(4, 4, 1)),
+    *(
+        _resumed(1, 1, 2),
+        _resumed(2, 1, 0),
+        _resumed(2, 1, 2),
+        _resumed(4, 1, 3),
+        _resumed(4, 4, 0),
+        _resumed(4, 4, 1),
+    ),
     *(_resumed(1, 1, 1, "fp16"), _resumed(2, 1, 2, **_ADAMW)),
 ]
 
@@ -208,7 +309,9 @@ _MORE = [
 def cells_that_save(folder: Path) -> list[Cell]:
     """Each leaves a checkpoint of its step 10 in a folder of its own below ``folder``."""
     topologies = [*_FP32, *_OTHERS, *(_MORE if MATRIX else [])]
-    return [cell | {"save": str(folder / f"saved{number}")} for number, cell in enumerate(topologies)]
+    return [
+        cell | {"save": str(folder / f"saved{number}")} for number, cell in enumerate(topologies)
+    ]
 
 
 def cells_that_load(saving: list[Cell]) -> list[Cell]:
@@ -219,12 +322,20 @@ def cells_that_load(saving: list[Cell]) -> list[Cell]:
         kin = [
             other
             for other in saving
-            if all(option_of(other, key) == option_of(cell, key) for key in ("network", "precision", *OPTIONS))
+            if all(
+                option_of(other, key) == option_of(cell, key)
+                for key in ("network", "precision", *OPTIONS)
+            )
         ]
         if not MATRIX:
-            itself = [cell] if number in (2, 4) else []  # two ranks at ZeRO 3, four ranks in two stages at ZeRO 1
+            itself = (
+                [cell] if number in (2, 4) else []
+            )  # two ranks at ZeRO 3, four ranks in two stages at ZeRO 1
             kin = [*itself, kin[(kin.index(cell) + 1) % len(kin)]]
-        loading += [{key: value for key, value in other.items() if key != "save"} | {"load": cell["save"]} for other in kin]
+        loading += [
+            {key: value for key, value in other.items() if key != "save"} | {"load": cell["save"]}
+            for other in kin
+        ]
     return loading
 
 
@@ -234,8 +345,19 @@ class Trainings:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.saving = cells_that_save(folder)
-        grid = [*(cell | {"kind": "plain"} for cell in allowed_cells()), *cells_of_presets()] if MATRIX else []
-        self._cells = [*grid, *covering(), *growing_cells(), *uneven_cells(), *compiled_cells(), *self.saving]
+        grid = (
+            [*(cell | {"kind": "plain"} for cell in allowed_cells()), *cells_of_presets()]
+            if MATRIX
+            else []
+        )
+        self._cells = [
+            *grid,
+            *covering(),
+            *growing_cells(),
+            *uneven_cells(),
+            *compiled_cells(),
+            *self.saving,
+        ]
         self._results: dict[int, list[dict]] = {}
 
     def on(self, ranks: int) -> list[dict]:
@@ -243,7 +365,10 @@ class Trainings:
             started = time.monotonic()
             results = self._results[ranks] = run_cells(self._cells, ranks, self.folder)
             if MATRIX:
-                judged = [{"kind": "other"} | result | {"deviation": deviation(result)} for result in results]
+                judged = [
+                    {"kind": "other"} | result | {"deviation": deviation(result)}
+                    for result in results
+                ]
                 Path(MATRIX).mkdir(parents=True, exist_ok=True)
                 report = {"results": judged, "seconds": time.monotonic() - started}
                 (Path(MATRIX) / f"ranks{ranks}.json").write_text(json.dumps(report))

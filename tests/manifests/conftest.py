@@ -18,7 +18,9 @@ def kustomize() -> Callable[[Path], Documents]:
     assert isinstance(program, Path), program
 
     def build(folder: Path) -> Documents:
-        done = subprocess.run([program, "build", folder], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [program, "build", folder], capture_output=True, text=True, timeout=60, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert not done.stderr, done.stderr  # deprecations
         return list(yaml.safe_load_all(done.stdout))

@@ -8,7 +8,16 @@ ROOT = Path(__file__).parents[2]
 Object = dict[str, Any]
 Documents = list[Object]
 
-_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+_VOLUMES = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+}
 
 
 def templates(document: Object) -> list[Object]:
@@ -52,8 +61,12 @@ def _container(container: Object, outer: Object) -> Iterator[str]:
     if any("hostPort" in port for port in container.get("ports") or []):
         yield "takes a port of the host"
     image = container["image"]
-    if "@sha256:" not in image and (":" not in image.rpartition("/")[2] or image.endswith(":latest")):
+    if "@sha256:" not in image and (
+        ":" not in image.rpartition("/")[2] or image.endswith(":latest")
+    ):
         yield f"image {image} has no fixed tag"
     sizes = container.get("resources") or {}
-    if not {"cpu", "memory"} <= set(sizes.get("requests") or {}) or "memory" not in (sizes.get("limits") or {}):
+    if not {"cpu", "memory"} <= set(sizes.get("requests") or {}) or "memory" not in (
+        sizes.get("limits") or {}
+    ):
         yield "does not say what it needs"

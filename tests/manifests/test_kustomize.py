@@ -23,7 +23,10 @@ OTHERS = ("kubeflow.org/", "kueue.x-k8s.io/", "scheduling.volcano.sh/", "monitor
 
 
 def _check(documents: Documents) -> None:
-    names = [(d["apiVersion"], d["kind"], d["metadata"].get("namespace"), d["metadata"]["name"]) for d in documents]
+    names = [
+        (d["apiVersion"], d["kind"], d["metadata"].get("namespace"), d["metadata"]["name"])
+        for d in documents
+    ]
     assert len(names) == len(set(names))
     for document in documents:
         where = f"{document['kind']} {document['metadata']['name']}"
@@ -31,11 +34,20 @@ def _check(documents: Documents) -> None:
             _validate(document, where)
         for template in templates(document):
             meta = {"name": "x", **template.get("metadata", {})}
-            _validate({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]}, where)
+            _validate(
+                {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": template["spec"]},
+                where,
+            )
             assert list(faults(template)) == [], where
-            mounted = {m["name"] for c in template["spec"]["containers"] for m in c.get("volumeMounts", [])}
-            claims = {c["metadata"]["name"] for c in document["spec"].get("volumeClaimTemplates", [])}
-            assert mounted <= {v["name"] for v in template["spec"].get("volumes", [])} | claims, where
+            mounted = {
+                m["name"] for c in template["spec"]["containers"] for m in c.get("volumeMounts", [])
+            }
+            claims = {
+                c["metadata"]["name"] for c in document["spec"].get("volumeClaimTemplates", [])
+            }
+            assert mounted <= {v["name"] for v in template["spec"].get("volumes", [])} | claims, (
+                where
+            )
 
 
 def _validate(document: dict[str, Any], where: str) -> None:
@@ -52,7 +64,9 @@ def _validate(document: dict[str, Any], where: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_everything_renders_to_valid_objects(kustomize: Callable[[Path], Documents], k8s: Path, folder: str) -> None:
+def test_everything_renders_to_valid_objects(
+    kustomize: Callable[[Path], Documents], k8s: Path, folder: str
+) -> None:
     documents = kustomize(k8s / folder)
     assert documents
     _check(documents)
@@ -73,27 +87,39 @@ def plain(kustomize: Callable[[Path], Documents], k8s: Path) -> tuple[str, Docum
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_each_component_does_what_it_says(
-    kustomize: Callable[[Path], Documents], k8s: Path, plain: tuple[str, Documents], component: str, tmp_path: Path
+    kustomize: Callable[[Path], Documents],
+    k8s: Path,
+    plain: tuple[str, Documents],
+    component: str,
+    tmp_path: Path,
 ) -> None:
     """Added to the overlay for one machine, it changes objects or brings some, and all stay valid."""
     shutil.copytree(k8s, tmp_path / "k8s")
     overlay = tmp_path / "k8s/overlays/gpu-8"
     file = overlay / "kustomization.yaml"
     text, before = plain
-    file.write_text(text.replace("images:\n", f"components:\n  - ../../components/{component}\nimages:\n"))
+    file.write_text(
+        text.replace("images:\n", f"components:\n  - ../../components/{component}\nimages:\n")
+    )
     after = kustomize(overlay)
     assert before != after
     _check(after)
 
 
-def test_the_namespace_enforces_what_the_pods_meet(kustomize: Callable[[Path], Documents], k8s: Path) -> None:
+def test_the_namespace_enforces_what_the_pods_meet(
+    kustomize: Callable[[Path], Documents], k8s: Path
+) -> None:
     (namespace,) = [d for d in kustomize(k8s / "base") if d["kind"] == "Namespace"]
     labels = namespace["metadata"]["labels"]
-    assert {labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("enforce", "warn", "audit")} == {"restricted"}
+    assert {
+        labels[f"pod-security.kubernetes.io/{mode}"] for mode in ("enforce", "warn", "audit")
+    } == {"restricted"}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_what_an_overlay_refers_to_is_there(kustomize: Callable[[Path], Documents], k8s: Path, overlay: str) -> None:
+def test_what_an_overlay_refers_to_is_there(
+    kustomize: Callable[[Path], Documents], k8s: Path, overlay: str
+) -> None:
     """Accounts, priority classes, config maps; and the Secrets, where it brings its own services."""
     documents = kustomize(k8s / "overlays" / overlay)
     there = {(d["kind"], d["metadata"]["name"]) for d in documents}
@@ -112,11 +138,20 @@ def test_what_an_overlay_refers_to_is_there(kustomize: Callable[[Path], Document
                         assert ("Secret", source["secretRef"]["name"]) in there
 
 
-def test_each_network_rule_names_pods_that_are(kustomize: Callable[[Path], Documents], k8s: Path) -> None:
+def test_each_network_rule_names_pods_that_are(
+    kustomize: Callable[[Path], Documents], k8s: Path
+) -> None:
     documents = kustomize(k8s / "overlays/local")
-    components = {t["metadata"]["labels"]["app.kubernetes.io/component"] for d in documents for t in templates(d)}
+    components = {
+        t["metadata"]["labels"]["app.kubernetes.io/component"]
+        for d in documents
+        for t in templates(d)
+    }
     policies = [d for d in documents if d["kind"] == "NetworkPolicy"]
-    assert any(p["spec"]["podSelector"] == {} and set(p["spec"]["policyTypes"]) == {"Ingress", "Egress"} for p in policies)
+    assert any(
+        p["spec"]["podSelector"] == {} and set(p["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+        for p in policies
+    )
     named = set(re.findall(r"app.kubernetes.io/component': '([\w-]+)'", str(policies)))
     assert named
     assert named <= components
@@ -124,26 +159,35 @@ def test_each_network_rule_names_pods_that_are(kustomize: Callable[[Path], Docum
 
 def _matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     known = {"In": lambda e: labels.get(e["key"]) in e["values"]}
-    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
-        known[e["operator"]](e) for e in selector.get("matchExpressions", [])
-    )
+    return all(
+        labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()
+    ) and all(known[e["operator"]](e) for e in selector.get("matchExpressions", []))
 
 
-def _open(policies: Documents, way: str, own: dict[str, str], other: dict[str, str], port: int) -> bool:
+def _open(
+    policies: Documents, way: str, own: dict[str, str], other: dict[str, str], port: int
+) -> bool:
     """Whether ``own`` may reach (``egress``), or be reached by (``ingress``), ``other`` at a TCP port."""
     specs = [
-        p["spec"] for p in policies if way.capitalize() in p["spec"]["policyTypes"] and _matches(p["spec"]["podSelector"], own)
+        p["spec"]
+        for p in policies
+        if way.capitalize() in p["spec"]["policyTypes"] and _matches(p["spec"]["podSelector"], own)
     ]
     peers = {"ingress": "from", "egress": "to"}[way]
     return not specs or any(
         (peers not in rule or any(_matches(peer["podSelector"], other) for peer in rule[peers]))
-        and ("ports" not in rule or any((p["protocol"], p["port"]) == ("TCP", port) for p in rule["ports"]))
+        and (
+            "ports" not in rule
+            or any((p["protocol"], p["port"]) == ("TCP", port) for p in rule["ports"])
+        )
         for spec in specs
         for rule in spec.get(way, [])
     )
 
 
-def test_the_network_rules_open_these_ways_and_no_others(kustomize: Callable[[Path], Documents], k8s: Path) -> None:
+def test_the_network_rules_open_these_ways_and_no_others(
+    kustomize: Callable[[Path], Documents], k8s: Path
+) -> None:
     """Between the pods of the overlay that has them all, as a network plugin that enforces the rules must read them."""
     documents = kustomize(k8s / "overlays/local")
     policies = [d for d in documents if d["kind"] == "NetworkPolicy"]
@@ -154,7 +198,8 @@ def test_the_network_rules_open_these_ways_and_no_others(kustomize: Callable[[Pa
         for one in labels
         for other in labels
         for port in ports
-        if _open(policies, "egress", one, other, port) and _open(policies, "ingress", other, one, port)
+        if _open(policies, "egress", one, other, port)
+        and _open(policies, "ingress", other, one, port)
     }
     assert ways == {
         *(("trainer", "trainer", port) for port in ports),
@@ -168,7 +213,9 @@ def test_the_network_rules_open_these_ways_and_no_others(kustomize: Callable[[Pa
 
 
 def _files() -> Iterator[Path]:
-    done = subprocess.run(["git", "ls-files", "k8s"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", "ls-files", "k8s"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     yield from (ROOT / name for name in done.stdout.splitlines())
 
 
@@ -182,12 +229,16 @@ def test_each_file_says_how_it_is_used_and_holds_no_secret() -> None:
             assert word in head, f"{path}: no line {word!r}"
         for document in yaml.safe_load_all(text):
             assert document["kind"] != "Secret", path
-        assert not re.search(r"(PASSWORD|SECRET_ACCESS_KEY|TOKEN)['\"]?[:=] *['\"]?[A-Za-z0-9]{12,}", text), path
+        assert not re.search(
+            r"(PASSWORD|SECRET_ACCESS_KEY|TOKEN)['\"]?[:=] *['\"]?[A-Za-z0-9]{12,}", text
+        ), path
         assert ":latest" not in text, path
     assert not [path for path in _files() if path.suffix == ".env"]
 
 
-def test_the_operator_is_pinned_and_its_flags_are_raised(kustomize: Callable[[Path], Documents], tmp_path: Path) -> None:
+def test_the_operator_is_pinned_and_its_flags_are_raised(
+    kustomize: Callable[[Path], Documents], tmp_path: Path
+) -> None:
     """Against a stand-in for the remote base, which only a network has; tests/cluster runs the operator itself."""
     own = ROOT / "k8s/third-party/training-operator"
     text = (own / "kustomization.yaml").read_text()
@@ -195,16 +246,30 @@ def test_the_operator_is_pinned_and_its_flags_are_raised(kustomize: Callable[[Pa
         "  - https://github.com/kubeflow/training-operator//manifests/overlays/standalone?ref=v1.9.3"
     ]
     shutil.copytree(own, tmp_path / "own")
-    (tmp_path / "own/kustomization.yaml").write_text(re.sub(r"  - https://\S+", "  - base.yaml", text))
+    (tmp_path / "own/kustomization.yaml").write_text(
+        re.sub(r"  - https://\S+", "  - base.yaml", text)
+    )
     image = "ghcr.io/kubeflow/training-v1/training-operator:v1-d6eb98e"
     container = {"name": "training-operator", "command": ["/manager"], "image": image}
     labels = {"control-plane": "kubeflow-training-operator"}
-    template = {"metadata": {"labels": labels}, "spec": {"containers": [container], "serviceAccountName": "training-operator"}}
+    template = {
+        "metadata": {"labels": labels},
+        "spec": {"containers": [container], "serviceAccountName": "training-operator"},
+    }
     spec = {"selector": {"matchLabels": labels}, "template": template}
-    base = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "training-operator"}, "spec": spec}
+    base = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "training-operator"},
+        "spec": spec,
+    }
     (tmp_path / "own/base.yaml").write_text(yaml.safe_dump(base))
     (deployment,) = kustomize(tmp_path / "own")
     _validate(deployment, "training-operator")
     (patched,) = deployment["spec"]["template"]["spec"]["containers"]
-    assert patched["args"] == ["--controller-threads=16", "--kube-api-qps=500", "--kube-api-burst=1000"]
+    assert patched["args"] == [
+        "--controller-threads=16",
+        "--kube-api-qps=500",
+        "--kube-api-burst=1000",
+    ]
     assert (patched["image"], patched["command"]) == (image, ["/manager"])

@@ -50,7 +50,12 @@ def test_kubeflows_own_model_loses_nothing(options: JobOptions) -> None:
     model = client.deserialize(FakeResponse(job), "KubeflowOrgV1PyTorchJob")
     assert client.sanitize_for_serialization(model) == job
     (template,) = templates(job)
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **template["metadata"]}, "spec": template["spec"]}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "x", **template["metadata"]},
+        "spec": template["spec"],
+    }
     kubernetes_validate.validate(pod, "1.34", strict=True)
     assert list(faults(template)) == []
 
@@ -61,23 +66,41 @@ def test_what_the_operator_needs() -> None:
     spec = job["spec"]
     assert list(spec["pytorchReplicaSpecs"]) == ["Worker"]
     worker = spec["pytorchReplicaSpecs"]["Worker"]
-    assert (worker["replicas"], worker["restartPolicy"], spec["nprocPerNode"]) == (64, "ExitCode", "8")
+    assert (worker["replicas"], worker["restartPolicy"], spec["nprocPerNode"]) == (
+        64,
+        "ExitCode",
+        "8",
+    )
     assert spec["elasticPolicy"] == {
         "rdzvBackend": "c10d", "rdzvId": "resnet50", "minReplicas": 64, "maxReplicas": 64, "maxRestarts": 0,
     }  # fmt: skip
     (container,) = _pod(job)["containers"]
-    assert (container["name"], container["command"]) == ("pytorch", ["python", "-m", "trainer.launch"])
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == container["resources"]["requests"]["nvidia.com/gpu"] == "8"
+    assert (container["name"], container["command"]) == (
+        "pytorch",
+        ["python", "-m", "trainer.launch"],
+    )
+    assert (
+        container["resources"]["limits"]["nvidia.com/gpu"]
+        == container["resources"]["requests"]["nvidia.com/gpu"]
+        == "8"
+    )
     assert _pod(job)["terminationGracePeriodSeconds"] > 100
 
 
 def test_without_gpus_none_is_asked_for_and_idle_processors_may_be_used() -> None:
-    (container,) = _pod(_job("fashion-resnet8", options=JobOptions(2, 0, procs_per_node=2)))["containers"]
-    assert container["resources"] == {"requests": {"cpu": "2", "memory": "8Gi"}, "limits": {"memory": "8Gi"}}
+    (container,) = _pod(_job("fashion-resnet8", options=JobOptions(2, 0, procs_per_node=2)))[
+        "containers"
+    ]
+    assert container["resources"] == {
+        "requests": {"cpu": "2", "memory": "8Gi"},
+        "limits": {"memory": "8Gi"},
+    }
 
 
 def test_pods_with_gpus_tolerate_the_taint_of_gpu_nodes() -> None:
-    assert _pod(_job())["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert _pod(_job())["tolerations"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    ]
     assert not {"tolerations", "nodeSelector"} & set(_pod(_job("fashion-resnet8", options=CPU)))
 
 
@@ -85,7 +108,9 @@ def test_pods_go_to_the_nodes_that_are_asked_for(convoy_ok: Run) -> None:
     nodes = ("--node-selector", "cloud.example/pool=big", "--node-selector", "disk=")
     taints = ("team", "a.b/c:NoExecute", "d=e", "f=:NoSchedule")
     given = [word for taint in taints for word in ("--toleration", taint)]
-    said = convoy_ok("render", "fashion-resnet8", "--nodes", 2, "--gpus-per-node", 0, *nodes, *given)
+    said = convoy_ok(
+        "render", "fashion-resnet8", "--nodes", 2, "--gpus-per-node", 0, *nodes, *given
+    )
     (job,) = yaml.safe_load_all(said)
     assert _pod(job)["nodeSelector"] == {"cloud.example/pool": "big", "disk": ""}
     assert _pod(job)["tolerations"] == [
@@ -96,27 +121,46 @@ def test_pods_go_to_the_nodes_that_are_asked_for(convoy_ok: Run) -> None:
     ]
 
 
-def test_secrets_are_named_and_nothing_of_the_environment_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_named_and_nothing_of_the_environment_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2hunter2@mlflow")
     documents = render("resnet50", [], GPU)
     assert "hunter2" not in to_yaml(documents)
     (container,) = _pod(documents[-1])["containers"]
-    assert [source["secretRef"]["name"] for source in container["envFrom"]] == ["convoy-object-store", "convoy-mlflow"]
+    assert [source["secretRef"]["name"] for source in container["envFrom"]] == [
+        "convoy-object-store",
+        "convoy-mlflow",
+    ]
 
 
 def test_a_recipe_of_ones_own_travels_in_a_config_map(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("# é\n" + (RECIPES / "resnet50.yaml").read_text().replace("name: resnet50\n", "name: My_Net.v2\n", 1))
-    config_map, job = render(str(recipe), ["batch.global_size=512"], JobOptions(2, 8, namespace="team"))
+    recipe.write_text(
+        "# é\n"
+        + (RECIPES / "resnet50.yaml")
+        .read_text()
+        .replace("name: resnet50\n", "name: My_Net.v2\n", 1)
+    )
+    config_map, job = render(
+        str(recipe), ["batch.global_size=512"], JobOptions(2, 8, namespace="team")
+    )
     assert config_map["metadata"]["name"] == "my-net-v2-recipe"
     assert config_map["metadata"]["namespace"] == job["metadata"]["namespace"] == "team"
     assert config_map["data"] == {"mine.yaml": recipe.read_text()}
     (container,) = _pod(job)["containers"]
     assert container["args"][:2] == ["--", "/etc/convoy/mine.yaml"]
-    assert {"name": "recipe", "mountPath": "/etc/convoy", "readOnly": True} in container["volumeMounts"]
+    assert {"name": "recipe", "mountPath": "/etc/convoy", "readOnly": True} in container[
+        "volumeMounts"
+    ]
     assert {"name": "recipe", "configMap": {"name": "my-net-v2-recipe"}} in _pod(job)["volumes"]
-    assert yaml.safe_load(next(iter(yaml.safe_load_all(to_yaml([config_map, job]))))["data"]["mine.yaml"])["name"] == "My_Net.v2"
+    assert (
+        yaml.safe_load(
+            next(iter(yaml.safe_load_all(to_yaml([config_map, job]))))["data"]["mine.yaml"]
+        )["name"]
+        == "My_Net.v2"
+    )
 
 
 def test_checkpoints_never_stay_in_a_pod(tmp_path: Path) -> None:
@@ -168,7 +212,11 @@ def test_all_faults_of_the_options_are_told_at_once() -> None:
 
 
 def _shipped() -> list[Path]:
-    return [p for p in sorted((ROOT / "k8s").rglob("*.yaml")) if p.read_text().startswith("# Made by: convoy render ")]
+    return [
+        p
+        for p in sorted((ROOT / "k8s").rglob("*.yaml"))
+        if p.read_text().startswith("# Made by: convoy render ")
+    ]
 
 
 @pytest.mark.parametrize("path", _shipped(), ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -188,7 +236,9 @@ def test_each_network_has_its_job() -> None:
     assert names == {"alexnet", "vgg16", "googlenet", "resnet50", "resnet152"}
 
 
-def test_the_command_prints_yaml_alone_and_refuses_in_one_line(convoy_ok: Run, convoy_refuses: Run) -> None:
+def test_the_command_prints_yaml_alone_and_refuses_in_one_line(
+    convoy_ok: Run, convoy_refuses: Run
+) -> None:
     said = convoy_ok("render", "resnet50", "--nodes", 2, "--gpus-per-node", 8)
     assert said.startswith("# Made by: convoy render resnet50 --nodes 2 --gpus-per-node 8\n")
     assert [document["kind"] for document in yaml.safe_load_all(said)] == ["PyTorchJob"]

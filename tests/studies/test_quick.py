@@ -19,7 +19,16 @@ VERDICTS = {"borne out", "not borne out", "undecided"}
 
 @pytest.mark.timeout(3600)
 def test_all_studies(convoy_ok: Command, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipelines.cli", "study", "all", "--quick", "--dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "study",
+        "all",
+        "--quick",
+        "--dir",
+        str(tmp_path),
+    ]
     with (tmp_path / "first.log").open("wb") as log:
         first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     give_up = time.monotonic() + 600
@@ -40,7 +49,9 @@ def test_all_studies(convoy_ok: Command, tmp_path: Path) -> None:
         assert (tmp_path / name / "plot.png").stat().st_size > 10_000
 
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("studies").experiment_id], max_results=1000)
+    runs = client.search_runs(
+        [client.get_experiment_by_name("studies").experiment_id], max_results=1000
+    )
     logged = {run.info.run_id: run.info.status for run in runs}
     result = json.loads((tmp_path / "accumulation/result.json").read_text())
     assert len(result["mlflow_runs"]) == 2

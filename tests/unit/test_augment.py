@@ -27,14 +27,22 @@ def _encoded(image: Image.Image, form: str, **options: object) -> bytes:
 def _view(encoded: bytes, uniforms: np.ndarray, size: int, **augment: object) -> np.ndarray:
     """What a recipe with these keys makes of an image."""
     config = RunConfig.model_validate(
-        {"model": {"name": "resnet8"}, "data": {"train": "none"}, "train": {"max_steps": 1}, "augment": augment}
+        {
+            "model": {"name": "resnet8"},
+            "data": {"train": "none"},
+            "train": {"max_steps": 1},
+            "augment": augment,
+        }
     )
     out = np.empty((size, size, 3), np.uint8)
     build_train_transform(config)(memoryview(encoded), uniforms, out)
     return out
 
 
-@pytest.mark.parametrize("box", [(0, 0, 640, 427), (0, 0, 200, 427), (10, 10, 310, 310), (0, 0, 233, 57), (0, 0, 224, 224)])
+@pytest.mark.parametrize(
+    "box",
+    [(0, 0, 640, 427), (0, 0, 200, 427), (10, 10, 310, 310), (0, 0, 233, 57), (0, 0, 224, 224)],
+)
 def test_the_evaluation_view_is_torchvisions(photographs: list[Image.Image], box: tuple) -> None:
     image = photographs[0].crop(box)
     want = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(image)
@@ -48,7 +56,9 @@ def test_a_whole_image_is_left_as_it_is(photographs: list[Image.Image]) -> None:
     assert np.array_equal(to_array(eval_transform(image, 28, 1.0)), np.asarray(image))
 
 
-def test_random_resized_crop_follows_torchvisions_distribution(photographs: list[Image.Image]) -> None:
+def test_random_resized_crop_follows_torchvisions_distribution(
+    photographs: list[Image.Image],
+) -> None:
     """Read off the place and size of crops of an image whose pixels are their own coordinates."""
     width, height = 200, 150
     ours, theirs = [], []
@@ -59,10 +69,19 @@ def test_random_resized_crop_follows_torchvisions_distribution(photographs: list
     torch.manual_seed(0)
     for _ in range(3000):
         crop = _view(encoded, random.random(UNIFORMS), 64, flip=False).astype(float)
-        spans = crop[:, -1, 0].mean() - crop[:, 0, 0].mean(), crop[-1, :, 1].mean() - crop[0, :, 1].mean()
+        spans = (
+            crop[:, -1, 0].mean() - crop[:, 0, 0].mean(),
+            crop[-1, :, 1].mean() - crop[0, :, 1].mean(),
+        )
         ours.append([*spans, crop[..., 0].mean()])
         params = theirs_transform.make_params([chart])
-        theirs.append([params["width"] * 63 / 64, params["height"] * 63 / 64, params["left"] + params["width"] / 2])
+        theirs.append(
+            [
+                params["width"] * 63 / 64,
+                params["height"] * 63 / 64,
+                params["left"] + params["width"] / 2,
+            ]
+        )
     for column in range(3):
         a, b = np.array(ours)[:, column], np.array(theirs)[:, column]
         for q in (0.1, 0.25, 0.5, 0.75, 0.9):
@@ -89,7 +108,9 @@ def test_any_shape_gives_a_square(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, (1, 2, 3))
     uniforms = np.random.default_rng(0).random(UNIFORMS)
     for crop in ("resized", "padded", "none"):
-        assert (_view(_encoded(image, "PNG"), uniforms, 32, crop=crop) == (1, 2, 3)).all() or crop == "padded"
+        assert (
+            _view(_encoded(image, "PNG"), uniforms, 32, crop=crop) == (1, 2, 3)
+        ).all() or crop == "padded"
     assert eval_transform(image, 32, 0.875).size == (32, 32)
 
 
@@ -110,7 +131,10 @@ def test_flip_is_for_half_of_them(photographs: list[Image.Image]) -> None:
     image = photographs[0].crop((0, 0, 28, 28))
     random, encoded = np.random.default_rng(0), _encoded(image, "PNG")
     flipped = sum(
-        np.array_equal(_view(encoded, random.random(UNIFORMS), 28, crop="none", eval_crop=1.0), np.asarray(image)[:, ::-1])
+        np.array_equal(
+            _view(encoded, random.random(UNIFORMS), 28, crop="none", eval_crop=1.0),
+            np.asarray(image)[:, ::-1],
+        )
         for _ in range(1000)
     )
     assert 430 < flipped < 570
@@ -146,9 +170,14 @@ def test_each_change_is_torchvisions(photographs: list[Image.Image], name: str) 
     strengths = {"rotate": (-30.0, 17.0), "posterize": (2.0, -4.0)}.get(name, (-0.3, 0.27))
     strengths = (-12.0, 40.0) if name.startswith("translate") else strengths
     for strength in strengths:
-        apart = np.abs(to_array(change(image, name, strength)).astype(int) - to_array(_torchvisions(name, image, strength)))
+        apart = np.abs(
+            to_array(change(image, name, strength)).astype(int)
+            - to_array(_torchvisions(name, image, strength))
+        )
         assert (apart > 0).mean() < 0.01, "but for pixels on the border between two"
-        assert name == "identity" or (to_array(change(image, name, strength)) != to_array(image)).any()
+        assert (
+            name == "identity" or (to_array(change(image, name, strength)) != to_array(image)).any()
+        )
 
 
 @pytest.mark.parametrize("policy", ["rand", "trivial"])
@@ -156,7 +185,8 @@ def test_changes_are_drawn_as_torchvisions(policy: str, monkeypatch: pytest.Monk
     """The strengths that each change gets, against the table that torchvision's transform draws from."""
     drawn: dict[str, set[float]] = {name: set() for name in CHANGES}
     monkeypatch.setattr(
-        "trainer.data.transforms.auto_augment.change", lambda image, name, value: (drawn[name].add(round(value, 3)), image)[1]
+        "trainer.data.transforms.auto_augment.change",
+        lambda image, name, value: (drawn[name].add(round(value, 3)), image)[1],
     )
     image, random = Image.new("RGB", (224, 224)), np.random.default_rng(0)
     for _ in range(20_000):
@@ -165,7 +195,10 @@ def test_changes_are_drawn_as_torchvisions(policy: str, monkeypatch: pytest.Monk
         else:
             trivial_augment(image, random.random(UNIFORMS))
     theirs = (v2.RandAugment() if policy == "rand" else v2.TrivialAugmentWide())._AUGMENTATION_SPACE
-    named = {key.lower().replace("shear", "shear_").replace("translate", "translate_"): value for key, value in theirs.items()}
+    named = {
+        key.lower().replace("shear", "shear_").replace("translate", "translate_"): value
+        for key, value in theirs.items()
+    }
     named["auto_contrast"] = named.pop("autocontrast", None) or named.get("auto_contrast")
     for name in CHANGES:
         magnitudes, signed = named["auto_contrast" if name == "autocontrast" else name]
@@ -177,9 +210,15 @@ def test_changes_are_drawn_as_torchvisions(policy: str, monkeypatch: pytest.Monk
             ours = {8 - round(abs(value)) for value in drawn[name]}
             assert ours == set(values)
         elif name == "solarize":
-            assert sorted({round(1 - abs(value), 3) for value in drawn[name]}) == pytest.approx(sorted(set(values)), abs=2e-3)
+            assert sorted({round(1 - abs(value), 3) for value in drawn[name]}) == pytest.approx(
+                sorted(set(values)), abs=2e-3
+            )
         else:
-            both = {round(sign * value, 3) for value in values for sign in (1, -1)} if signed else {round(v, 3) for v in values}
+            both = (
+                {round(sign * value, 3) for value in values for sign in (1, -1)}
+                if signed
+                else {round(v, 3) for v in values}
+            )
             assert sorted(drawn[name]) == pytest.approx(sorted({v + 0.0 for v in both}), abs=2e-3)
 
 
@@ -190,21 +229,34 @@ def test_erasing_follows_torchvisions_distribution() -> None:
     for _ in range(3000):
         pixels = np.zeros((64, 64, 3), np.uint8)
         erase(pixels, 0.7, np.array([1, 1, 1], np.uint8), random.random(UNIFORMS))
-        for found, mask in ((ours, pixels[..., 0]), (theirs, eraser(torch.zeros(3, 64, 64))[0].numpy())):
+        for found, mask in (
+            (ours, pixels[..., 0]),
+            (theirs, eraser(torch.zeros(3, 64, 64))[0].numpy()),
+        ):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            found.append([len(rows), len(columns), rows.mean() if len(rows) else -1, columns.mean() if len(rows) else -1])
+            found.append(
+                [
+                    len(rows),
+                    len(columns),
+                    rows.mean() if len(rows) else -1,
+                    columns.mean() if len(rows) else -1,
+                ]
+            )
     for column in range(4):
         for q in (0.1, 0.25, 0.4, 0.5, 0.75, 0.9):
             a, b = (np.quantile(np.array(found)[:, column], q) for found in (ours, theirs))
             assert a == pytest.approx(b, abs=3), (column, q)
 
 
-def test_a_recipes_augmentation_is_a_function_of_its_numbers(photographs: list[Image.Image]) -> None:
+def test_a_recipes_augmentation_is_a_function_of_its_numbers(
+    photographs: list[Image.Image],
+) -> None:
     encoded, random = _encoded(photographs[0], "JPEG"), np.random.default_rng(3)
     for _ in range(5):
         uniforms = random.random(UNIFORMS)
         plain, *rest = (
-            _view(encoded, uniforms, 64, **keys) for keys in ({}, {"auto": "rand"}, {"auto": "trivial"}, {"erase": 1.0})
+            _view(encoded, uniforms, 64, **keys)
+            for keys in ({}, {"auto": "rand"}, {"auto": "trivial"}, {"erase": 1.0})
         )
         again = _view(encoded, uniforms, 64, auto="rand")
         assert np.array_equal(rest[0], again)
@@ -214,7 +266,9 @@ def test_a_recipes_augmentation_is_a_function_of_its_numbers(photographs: list[I
 def test_normalize_is_torchvisions(photographs: list[Image.Image]) -> None:
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     pixels = torch.from_numpy(np.asarray(photographs[0]).copy())[None]
-    want = TF.normalize(TF.to_dtype(pixels.permute(0, 3, 1, 2), torch.float32, scale=True), mean, std)
+    want = TF.normalize(
+        TF.to_dtype(pixels.permute(0, 3, 1, 2), torch.float32, scale=True), mean, std
+    )
     got = normalize(pixels, mean, std)
     assert torch.allclose(got, want, atol=1e-5)
     assert got.is_contiguous(memory_format=torch.channels_last)
@@ -224,7 +278,10 @@ def test_normalize_is_torchvisions(photographs: list[Image.Image]) -> None:
 def test_decoding_is_pils(photographs: list[Image.Image], form: str) -> None:
     for mode in ("RGB", "L"):
         encoded = _encoded(photographs[0].convert(mode), form)
-        assert np.array_equal(to_array(decode_rgb(encoded)), np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")))
+        assert np.array_equal(
+            to_array(decode_rgb(encoded)),
+            np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")),
+        )
 
 
 def test_cmyk_palette_and_alpha_become_rgb(photographs: list[Image.Image]) -> None:
@@ -237,9 +294,16 @@ def test_cmyk_palette_and_alpha_become_rgb(photographs: list[Image.Image]) -> No
         assert to_array(decode_rgb(encoded)).shape == (427, 640, 3)
 
 
-def test_what_is_no_whole_image_is_refused(photographs: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_whole_image_is_refused(
+    photographs: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = _encoded(photographs[0], "JPEG")
-    for encoded in (b"", b"no image", whole[: len(whole) // 2], _encoded(photographs[0], "PNG")[:5000]):
+    for encoded in (
+        b"",
+        b"no image",
+        whole[: len(whole) // 2],
+        _encoded(photographs[0], "PNG")[:5000],
+    ):
         with pytest.raises(DecodeError):
             decode_rgb(encoded)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL's own bound

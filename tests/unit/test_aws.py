@@ -20,14 +20,26 @@ from trainer.data.storage.retry import RetryPolicy
 from trainer.data.storage.store import open_store
 from trainer.errors import UserError
 
-BRIEF = RetryPolicy(tries=2, seconds=1, first_wait=0.01, longest_wait=0.05, refusals=1, connect_seconds=1, silent_seconds=1)
+BRIEF = RetryPolicy(
+    tries=2,
+    seconds=1,
+    first_wait=0.01,
+    longest_wait=0.05,
+    refusals=1,
+    connect_seconds=1,
+    silent_seconds=1,
+)
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home folder and an environment without AWS variables."""
     for name in [*os.environ]:
-        if name.startswith("AWS_") or name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if name.startswith("AWS_") or name in (
+            "SSL_CERT_FILE",
+            "REQUESTS_CA_BUNDLE",
+            "CURL_CA_BUNDLE",
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -74,9 +86,7 @@ s3 =
 dynamodb =
   endpoint_url = http://127.0.0.1:1
 """
-CREDENTIALS = (
-    "[default]\naws_access_key_id=DEFAULTKEY\naws_secret_access_key=a\n[lab]\naws_access_key_id=LABKEY\naws_secret_access_key=b\n"
-)
+CREDENTIALS = "[default]\naws_access_key_id=DEFAULTKEY\naws_secret_access_key=a\n[lab]\naws_access_key_id=LABKEY\naws_secret_access_key=b\n"
 
 
 @pytest.mark.parametrize(
@@ -86,15 +96,45 @@ CREDENTIALS = (
         ({"AWS_PROFILE": "lab"}, "LABKEY", "eu-west-3", "lab/b"),
         ({"AWS_DEFAULT_PROFILE": "lab"}, "LABKEY", "eu-west-3", "lab/b"),
         ({"AWS_PROFILE": "", "AWS_REGION": " "}, "DEFAULTKEY", "eu-west-1", "default/b"),
-        ({"AWS_REGION": "us-west-2", "AWS_DEFAULT_REGION": "us-west-1"}, "DEFAULTKEY", "us-west-2", "default/b"),
+        (
+            {"AWS_REGION": "us-west-2", "AWS_DEFAULT_REGION": "us-west-1"},
+            "DEFAULTKEY",
+            "us-west-2",
+            "default/b",
+        ),
         ({"AWS_DEFAULT_REGION": "us-west-1"}, "DEFAULTKEY", "us-west-1", "default/b"),
         ({"AWS_ENDPOINT_URL": "{url}/all"}, "DEFAULTKEY", "eu-west-1", "all/b"),
-        ({"AWS_ENDPOINT_URL": "{url}/all", "AWS_ENDPOINT_URL_S3": "{url}/s3/"}, "DEFAULTKEY", "eu-west-1", "s3/b"),
-        ({"AWS_ENDPOINT_URL": "{url}/all", "AWS_ENDPOINT_URL_S3": ""}, "DEFAULTKEY", "eu-west-1", "all/b"),
+        (
+            {"AWS_ENDPOINT_URL": "{url}/all", "AWS_ENDPOINT_URL_S3": "{url}/s3/"},
+            "DEFAULTKEY",
+            "eu-west-1",
+            "s3/b",
+        ),
+        (
+            {"AWS_ENDPOINT_URL": "{url}/all", "AWS_ENDPOINT_URL_S3": ""},
+            "DEFAULTKEY",
+            "eu-west-1",
+            "all/b",
+        ),
         ({"AWS_ENDPOINT_URL": "", "AWS_PROFILE": "lab"}, "LABKEY", "eu-west-3", "lab/b"),
-        ({"AWS_ACCESS_KEY_ID": "ENVKEY", "AWS_SECRET_ACCESS_KEY": "s", "AWS_PROFILE": "lab"}, "ENVKEY", "eu-west-3", "lab/b"),
-        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "DEFAULTKEY", "eu-west-1", "default/b"),
-        ({"AWS_BUCKET": "other", "AWS_BUCKET_NAME": "other"}, "DEFAULTKEY", "eu-west-1", "default/b"),
+        (
+            {"AWS_ACCESS_KEY_ID": "ENVKEY", "AWS_SECRET_ACCESS_KEY": "s", "AWS_PROFILE": "lab"},
+            "ENVKEY",
+            "eu-west-3",
+            "lab/b",
+        ),
+        (
+            {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""},
+            "DEFAULTKEY",
+            "eu-west-1",
+            "default/b",
+        ),
+        (
+            {"AWS_BUCKET": "other", "AWS_BUCKET_NAME": "other"},
+            "DEFAULTKEY",
+            "eu-west-1",
+            "default/b",
+        ),
     ],
 )
 def test_environment_profile_and_config_file_have_the_precedence_of_the_aws_tools(
@@ -119,8 +159,12 @@ def test_files_elsewhere_and_credentials_of_a_program_are_read(
     home: Path, s3: tuple[MemoryS3, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "program.py"
-    program.write_text('print(\'{"Version": 1, "AccessKeyId": "PROGRAMKEY", "SecretAccessKey": "s"}\')')
-    (tmp_path / "config").write_text(f"[default]\nendpoint_url={s3[1]}\ncredential_process={sys.executable} {program}\n")
+    program.write_text(
+        'print(\'{"Version": 1, "AccessKeyId": "PROGRAMKEY", "SecretAccessKey": "s"}\')'
+    )
+    (tmp_path / "config").write_text(
+        f"[default]\nendpoint_url={s3[1]}\ncredential_process={sys.executable} {program}\n"
+    )
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     assert "Credential=PROGRAMKEY/" in _asked(s3[0])
     (tmp_path / "credentials").write_text(CREDENTIALS)
@@ -129,11 +173,16 @@ def test_files_elsewhere_and_credentials_of_a_program_are_read(
 
 
 def test_a_config_file_alone_can_hold_the_credentials(home: Path, s3: tuple[MemoryS3, str]) -> None:
-    _config(home, f"[default]\nendpoint_url={s3[1]}\naws_access_key_id=CONFIGKEY\naws_secret_access_key=s\n")
+    _config(
+        home,
+        f"[default]\nendpoint_url={s3[1]}\naws_access_key_id=CONFIGKEY\naws_secret_access_key=s\n",
+    )
     assert "Credential=CONFIGKEY/" in _asked(s3[0])
 
 
-def test_configured_endpoints_can_be_ignored(home: Path, keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configured_endpoints_can_be_ignored(
+    home: Path, keys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _config(home, "[default]\nregion=eu-west-1\nendpoint_url=http://127.0.0.1:1\n")
     monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
     assert s3_settings().endpoint is None
@@ -141,8 +190,13 @@ def test_configured_endpoints_can_be_ignored(home: Path, keys: None, monkeypatch
     assert s3_settings().endpoint == "https://s3.eu-west-1.amazonaws.com"
 
 
-def test_virtual_hosting_puts_the_bucket_into_the_host(home: Path, keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    _config(home, "[default]\ns3 =\n  addressing_style = virtual\nendpoint_url = https://store.example:9000/\n")
+def test_virtual_hosting_puts_the_bucket_into_the_host(
+    home: Path, keys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _config(
+        home,
+        "[default]\ns3 =\n  addressing_style = virtual\nendpoint_url = https://store.example:9000/\n",
+    )
     found = s3_settings()
     assert found.virtual_hosted
     assert bucket_endpoint(found, "b") == "https://b.store.example:9000"
@@ -154,26 +208,51 @@ def test_virtual_hosting_puts_the_bucket_into_the_host(home: Path, keys: None, m
     ("variables", "config", "told"),
     [
         ({"AWS_PROFILE": "nobody"}, "", "nobody"),
-        ({}, "[default]\nservices = local\n", "services 'local', which the config file does not define"),
+        (
+            {},
+            "[default]\nservices = local\n",
+            "services 'local', which the config file does not define",
+        ),
         ({}, "[default\nregion=x", "config"),
         ({"AWS_REGION": "us east\t1"}, "", "is not a region"),
         ({"AWS_ENDPOINT_URL": "ftp://x"}, "", "AWS_ENDPOINT_URL: 'ftp://x' is not an endpoint"),
         ({"AWS_ENDPOINT_URL": "http://"}, "", "needs a host"),
-        ({}, "[default]\nendpoint_url = http://x:99999\n", "endpoint_url of profile default: 'http://x:99999'"),
+        (
+            {},
+            "[default]\nendpoint_url = http://x:99999\n",
+            "endpoint_url of profile default: 'http://x:99999'",
+        ),
         ({"AWS_CA_BUNDLE": "/no/such.pem"}, "", "AWS_CA_BUNDLE: /no/such.pem: No such file"),
         ({"AWS_CA_BUNDLE": "/"}, "", "AWS_CA_BUNDLE: /: Is a directory"),
         ({"AWS_CA_BUNDLE": __file__}, "", "holds no CA certificate in PEM form"),
         ({}, "[default]\nca_bundle = ~/missing.pem\n", "missing.pem: No such file"),
         ({"AWS_ACCESS_KEY_ID": "ENVKEY\n"}, "", "AWS_ACCESS_KEY_ID: holds a space, a newline"),
-        ({"AWS_SECRET_ACCESS_KEY": "hidden\n"}, "", "AWS_SECRET_ACCESS_KEY: holds a space, a newline"),
+        (
+            {"AWS_SECRET_ACCESS_KEY": "hidden\n"},
+            "",
+            "AWS_SECRET_ACCESS_KEY: holds a space, a newline",
+        ),
         ({"AWS_SESSION_TOKEN": "hidden\r"}, "", "AWS_SESSION_TOKEN: holds a space, a newline"),
         ({"AWS_SKIP_SIGNATURE": "maybe"}, "", "maybe"),
-        ({"AWS_ENDPOINT_URL": "http://me:hidden@127.0.0.1:9"}, "", "AWS_ENDPOINT_URL: credentials do not belong in an endpoint"),
-        ({"AWS_ENDPOINT_URL": "me:hidden@127.0.0.1:9"}, "", "AWS_ENDPOINT_URL: credentials do not belong in an endpoint"),
+        (
+            {"AWS_ENDPOINT_URL": "http://me:hidden@127.0.0.1:9"},
+            "",
+            "AWS_ENDPOINT_URL: credentials do not belong in an endpoint",
+        ),
+        (
+            {"AWS_ENDPOINT_URL": "me:hidden@127.0.0.1:9"},
+            "",
+            "AWS_ENDPOINT_URL: credentials do not belong in an endpoint",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_line(
-    home: Path, keys: None, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], config: str, told: str
+    home: Path,
+    keys: None,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    config: str,
+    told: str,
 ) -> None:
     _config(home, config)
     for name, value in variables.items():
@@ -248,15 +327,46 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
 
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "9", "-subj", "/CN=our CA")
+    openssl(
+        "req",
+        "-x509",
+        *key,
+        "-keyout",
+        "ca.key",
+        "-out",
+        "ca.pem",
+        "-days",
+        "9",
+        "-subj",
+        "/CN=our CA",
+    )
     openssl("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=store")
     (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
-    signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "9", "-extfile", "names")
+    signing = (
+        "-CA",
+        "ca.pem",
+        "-CAkey",
+        "ca.key",
+        "-CAcreateserial",
+        "-days",
+        "9",
+        "-extfile",
+        "names",
+    )
     openssl("x509", "-req", "-in", "server.csr", "-out", "server.pem", *signing)
     return folder
 
 
-@pytest.mark.parametrize("how", ["AWS_CA_BUNDLE", "ca_bundle", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "all public CAs and ours"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "AWS_CA_BUNDLE",
+        "ca_bundle",
+        "SSL_CERT_FILE",
+        "REQUESTS_CA_BUNDLE",
+        "all public CAs and ours",
+    ],
+)
 def test_the_bundle_of_a_private_ca_is_used(
     home: Path, keys: None, certificates: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -276,17 +386,24 @@ def test_the_bundle_of_a_private_ca_is_used(
         assert "/us-east-1/s3/" in _asked(store)
 
 
-def test_a_certificate_that_is_not_accepted_is_named(keys: None, certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_that_is_not_accepted_is_named(
+    keys: None, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair = (certificates / "server.pem", certificates / "server.key")
     monkeypatch.setattr("trainer.data.storage.client._QUIET_RETRIES", {"max_retries": 0})
     with serving(constant(200), pair) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        with pytest.raises(UserError, match=r"certificate of the object store at https://.*set AWS_CA_BUNDLE"):
+        with pytest.raises(
+            UserError, match=r"certificate of the object store at https://.*set AWS_CA_BUNDLE"
+        ):
             _asked(MemoryS3())
     with serving(constant(200), pair, host="localhost") as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificates / "ca.pem"))
-        with pytest.raises(UserError, match=r"certificate of the object store at https://localhost.* is for another host name"):
+        with pytest.raises(
+            UserError,
+            match=r"certificate of the object store at https://localhost.* is for another host name",
+        ):
             _asked(MemoryS3())
     with serving(constant(200), (certificates / "ca.pem", certificates / "ca.key")) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)

@@ -50,16 +50,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def cached(shards: Path, folder: Path, max_bytes: int = 2**30, digest: str = DIGEST) -> tuple[Cache, Store]:
+def cached(
+    shards: Path, folder: Path, max_bytes: int = 2**30, digest: str = DIGEST
+) -> tuple[Cache, Store]:
     store = open_store(str(shards))
     return Cache(store, folder, max_bytes, digest, SIZES, BLOCK), store
 
 
 def check(cache: Cache, name: str, ranges: Sequence[tuple[int, int]]) -> None:
     parts = cache.read_ranges(name, [start for start, _ in ranges], [end for _, end in ranges])
-    assert [bytes(part) == CONTENTS[name][start:end] for part, (start, end) in zip(parts, ranges, strict=True)] == [True] * len(
-        ranges
-    )
+    assert [
+        bytes(part) == CONTENTS[name][start:end]
+        for part, (start, end) in zip(parts, ranges, strict=True)
+    ] == [True] * len(ranges)
 
 
 def whole(name: str) -> list[tuple[int, int]]:
@@ -84,20 +87,31 @@ def used(folder: Path) -> int:
 name_and_ranges = st.sampled_from(sorted(SIZES)).flatmap(
     lambda name: st.tuples(
         st.just(name),
-        st.lists(st.tuples(st.integers(0, SIZES[name]), st.integers(0, SIZES[name])).map(lambda p: (min(p), max(p))), max_size=4),
+        st.lists(
+            st.tuples(st.integers(0, SIZES[name]), st.integers(0, SIZES[name])).map(
+                lambda p: (min(p), max(p))
+            ),
+            max_size=4,
+        ),
     )
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(reads=st.lists(name_and_ranges, max_size=6), max_blocks=st.integers(1, 20))
-def test_random_ranges(shards: Path, tmp_path: Path, reads: list[tuple[str, list[tuple[int, int]]]], max_blocks: int) -> None:
+def test_random_ranges(
+    shards: Path, tmp_path: Path, reads: list[tuple[str, list[tuple[int, int]]]], max_blocks: int
+) -> None:
     """Over one folder, whatever bound it had before."""
     cache, _ = cached(shards, tmp_path / "cache", max_blocks * FILE)
     for name, ranges in reads:
         check(cache, name, ranges)
         assert sum(path.stat().st_size for path in files(tmp_path / "cache")) <= max_blocks * FILE
-    assert cache.hit_bytes + cache.missed_bytes == sum(end - start for _, ranges in reads for start, end in ranges)
+    assert cache.hit_bytes + cache.missed_bytes == sum(
+        end - start for _, ranges in reads for start, end in ranges
+    )
 
 
 def test_what_was_read_once_is_not_fetched_again(shards: Path, tmp_path: Path) -> None:
@@ -124,9 +138,13 @@ def test_the_least_recently_used_go_first(shards: Path, tmp_path: Path) -> None:
     assert [int(path.name.split(".")[2]) for path in files(tmp_path)] == [0, 2, 4, 5, 6, 7]
     assert store.counts.bytes == 8 * BLOCK
     other, _ = cached(shards, tmp_path, 3 * FILE, digest="other")
-    assert [int(path.name.split(".")[2]) for path in files(tmp_path)] == [2, 6, 7], "a smaller bound holds from the start on"
+    assert [int(path.name.split(".")[2]) for path in files(tmp_path)] == [2, 6, 7], (
+        "a smaller bound holds from the start on"
+    )
     check(other, "b.tar", [(0, 3 * BLOCK)])
-    assert {path.parent.name for path in files(tmp_path)} == {"other"}, "the bound is over all data sets"
+    assert {path.parent.name for path in files(tmp_path)} == {"other"}, (
+        "the bound is over all data sets"
+    )
 
 
 def test_a_bound_below_a_block_keeps_nothing(shards: Path, tmp_path: Path) -> None:
@@ -171,7 +189,9 @@ def test_a_damaged_block_is_fetched_again_and_told(
     (line,) = [record.getMessage() for record in caplog.records]
     assert "a.tar.000001: has " in line
     assert "it is fetched again" in line
-    assert int((tmp_path / "convoy-block_cache.total").read_text()) >= sum(path.stat().st_size for path in files(tmp_path))
+    assert int((tmp_path / "convoy-block_cache.total").read_text()) >= sum(
+        path.stat().st_size for path in files(tmp_path)
+    )
 
 
 def test_what_the_store_refuses_is_refused(shards: Path, tmp_path: Path) -> None:
@@ -182,7 +202,9 @@ def test_what_the_store_refuses_is_refused(shards: Path, tmp_path: Path) -> None
         cache.read_ranges("b.tar", [0], [SIZES["b.tar"] + 1])
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"is not a folder, so shards cannot be cached in it \(data.cache_dir\)"):
+        with pytest.raises(
+            UserError, match=r"is not a folder, so shards cannot be cached in it \(data.cache_dir\)"
+        ):
             cached(shards, folder)
 
 
@@ -212,8 +234,12 @@ def test_threads_that_want_the_same_fetch_it_once(shards: Path, tmp_path: Path) 
 
 # Processes -----------------------------------------------------------------------------------------------------------------------
 
-_FORKS = multiprocessing.get_context("forkserver")  # of a process without threads, which has imported what takes long
-_FORKS.set_forkserver_preload(["trainer.data.storage.cache", "trainer.data.index", "hypothesis", "pytest"])
+_FORKS = multiprocessing.get_context(
+    "forkserver"
+)  # of a process without threads, which has imported what takes long
+_FORKS.set_forkserver_preload(
+    ["trainer.data.storage.cache", "trainer.data.index", "hypothesis", "pytest"]
+)
 
 
 def _read_all(shards: Path, folder: Path, start: Any, fetched: Any) -> None:
@@ -226,7 +252,9 @@ def _read_all(shards: Path, folder: Path, start: Any, fetched: Any) -> None:
 
 def test_two_processes_fetch_the_same_once(shards: Path, tmp_path: Path) -> None:
     start, fetched = _FORKS.Barrier(2), _FORKS.Queue()
-    processes = [_FORKS.Process(target=_read_all, args=(shards, tmp_path, start, fetched)) for _ in range(2)]
+    processes = [
+        _FORKS.Process(target=_read_all, args=(shards, tmp_path, start, fetched)) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     total = sum(fetched.get(timeout=60) for _ in processes)
@@ -255,7 +283,9 @@ def test_processes_that_are_killed_harm_nobody(shards: Path, tmp_path: Path) -> 
     stop, reads = _FORKS.Event(), [_FORKS.Value("q", 0) for _ in range(4)]
 
     def start(number: int, seed: int) -> Any:
-        process = _FORKS.Process(target=_hammer, args=(shards, tmp_path, seed, stop, reads[number]), daemon=True)
+        process = _FORKS.Process(
+            target=_hammer, args=(shards, tmp_path, seed, stop, reads[number]), daemon=True
+        )
         process.start()
         return process
 
@@ -266,7 +296,9 @@ def test_processes_that_are_killed_harm_nobody(shards: Path, tmp_path: Path) -> 
             before = [value.value for value in reads]
             wait = time.monotonic() + draw.uniform(0.2, 0.6)
             give_up = time.monotonic() + 60
-            while time.monotonic() < wait or any(value.value < old + 20 for value, old in zip(reads, before, strict=True)):
+            while time.monotonic() < wait or any(
+                value.value < old + 20 for value, old in zip(reads, before, strict=True)
+            ):
                 assert time.monotonic() < give_up, "they hang"
                 assert all(process.exitcode is None for process in processes), "a read was wrong"
                 most = max(most, used(tmp_path))
@@ -282,7 +314,9 @@ def test_processes_that_are_killed_harm_nobody(shards: Path, tmp_path: Path) -> 
     finally:
         for process in processes:
             process.kill()
-    assert most <= _BOUND + 4 * 3 * FILE + 20, "the bound, and what is being written: three blocks of each process at most"
+    assert most <= _BOUND + 4 * 3 * FILE + 20, (
+        "the bound, and what is being written: three blocks of each process at most"
+    )
     cache, _ = cached(shards, tmp_path, _BOUND)
     assert not list(tmp_path.glob("*/*.convoy-part")), "what the dead left behind"
     assert used(tmp_path) <= _BOUND + 20
@@ -290,7 +324,9 @@ def test_processes_that_are_killed_harm_nobody(shards: Path, tmp_path: Path) -> 
         check(cache, name, whole(name))
 
 
-def test_a_part_of_a_living_process_stays_and_of_a_dead_one_goes(shards: Path, tmp_path: Path) -> None:
+def test_a_part_of_a_living_process_stays_and_of_a_dead_one_goes(
+    shards: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / ("5" * 64)
     folder.mkdir()
     (folder / "a.tar.000000.convoy-part").write_bytes(b"left behind")
@@ -301,12 +337,16 @@ def test_a_part_of_a_living_process_stays_and_of_a_dead_one_goes(shards: Path, t
     assert not list(folder.glob("*.convoy-part"))
 
 
-def test_a_writer_that_stands_still_blocks_nobody(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_stands_still_blocks_nobody(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(block_cache, "_LOCK_SECONDS", 0.2)
     cache, store = cached(shards, tmp_path)
     with block_cache.DiskBlockCache(tmp_path, 2**30).acquire(["5" * 64 + "/a.tar.000000"]):
         check(cache, "a.tar", [(10, 20), (BLOCK, BLOCK + 5)])
-        assert store.counts.bytes == 10 + BLOCK, "of the block that is held, what was asked for and no more"
+        assert store.counts.bytes == 10 + BLOCK, (
+            "of the block that is held, what was asked for and no more"
+        )
     check(cache, "a.tar", [(10, 20)])
     assert store.counts.bytes == 10 + 2 * BLOCK
 
@@ -317,7 +357,12 @@ def test_a_writer_that_stands_still_blocks_nobody(shards: Path, tmp_path: Path, 
 @contextmanager
 def _mounted(folder: Path, options: str) -> Iterator[None]:
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"file systems cannot be mounted here: {done.stderr.strip()}")
     try:
@@ -327,7 +372,9 @@ def _mounted(folder: Path, options: str) -> Iterator[None]:
 
 
 def _one_line(caplog: pytest.LogCaptureFixture) -> str:
-    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    (line,) = [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ]
     return line
 
 
@@ -337,13 +384,18 @@ def test_a_full_disk(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixt
         cache, store = cached(shards, folder)
         for _ in range(2):
             check(cache, "a.tar", whole("a.tar"))
-        assert _one_line(caplog) == f"{folder}: No space left on device; shards are no longer cached there"
+        assert (
+            _one_line(caplog)
+            == f"{folder}: No space left on device; shards are no longer cached there"
+        )
         assert cache.hit_bytes > 0, "what is there is used"
         assert store.counts.bytes < 2 * SIZES["a.tar"] + 4 * BLOCK
         assert not list(folder.glob("*/*.convoy-part"))
 
 
-def test_a_disk_that_cannot_be_written_to(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_that_cannot_be_written_to(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "disk"
     with _mounted(folder, "size=16m"):
         check(cached(shards, folder)[0], "a.tar", [(0, 2 * BLOCK)])
@@ -351,11 +403,16 @@ def test_a_disk_that_cannot_be_written_to(shards: Path, tmp_path: Path, caplog: 
         cache, store = cached(shards, folder)
         for _ in range(2):
             check(cache, "a.tar", whole("a.tar"))
-        assert _one_line(caplog) == f"{folder}: Read-only file system; shards are no longer cached there"
+        assert (
+            _one_line(caplog)
+            == f"{folder}: Read-only file system; shards are no longer cached there"
+        )
         assert store.counts.bytes == 2 * (SIZES["a.tar"] - 2 * BLOCK)
 
 
-def test_files_that_may_not_be_so_large(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_may_not_be_so_large(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cache, store = cached(shards, tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK // 2, limits[1]))
@@ -375,13 +432,16 @@ def test_files_that_may_not_be_so_large(shards: Path, tmp_path: Path, caplog: py
 def test_digests(tmp_path: Path) -> None:
 
     contents = {
-        f"{number:02d}.tar": np.random.default_rng(number).bytes(9_000_000 if number == 0 else 1000) for number in range(14)
+        f"{number:02d}.tar": np.random.default_rng(number).bytes(9_000_000 if number == 0 else 1000)
+        for number in range(14)
     }
     shards = []
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         sha256 = hashlib.sha256(content).hexdigest()
-        shards.append(Shard(name=name, samples=0, sha256=sha256, bytes=len(content), offsets=[0], keys=[]))
+        shards.append(
+            Shard(name=name, samples=0, sha256=sha256, bytes=len(content), offsets=[0], keys=[])
+        )
     index = Index(
         split="train", samples=0, bytes=sum(map(len, contents.values())), classes=[], class_ids=[], plan="",
         digest=digest_of([], [], shards), shards=shards,

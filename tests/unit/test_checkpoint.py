@@ -15,14 +15,24 @@ from trainer.engine.deepspeed.optimizer_state import TrainingState
 from trainer.errors import UserError
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
 
-COURSE = {"model.name": "resnet8", "optimizer.base_lr": 0.1, "optimizer.betas": [0.9, 0.999], "data.train": "sha256:1"}
+FINGERPRINT = {
+    "model.name": "resnet8",
+    "optimizer.base_lr": 0.1,
+    "optimizer.betas": [0.9, 0.999],
+    "data.train": "sha256:1",
+}
 
 
 def _checkpoint(step: int, top1: float | None = None) -> Checkpoint:
-    model = {"conv.weight": torch.full((2, 3), float(step)), "norm.num_batches_tracked": torch.tensor(step)}
+    model = {
+        "conv.weight": torch.full((2, 3), float(step)),
+        "norm.num_batches_tracked": torch.tensor(step),
+    }
     slots = {"momentum_buffer/conv.weight": torch.randn(2, 3)}
     result = {"loss": 0.5, "top1": top1, "evaluated_step": step if top1 is not None else 0}
-    return Checkpoint(TrainingState(model, slots, step, 7, {"cur_scale": 1024.0}), COURSE, result, "run")
+    return Checkpoint(
+        TrainingState(model, slots, step, 7, {"cur_scale": 1024.0}), FINGERPRINT, result, "run"
+    )
 
 
 def _saved(url: str, *steps: int, keep: int = 9) -> CheckpointManager:
@@ -34,7 +44,9 @@ def _saved(url: str, *steps: int, keep: int = 9) -> CheckpointManager:
 
 
 def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.rglob("checkpoint.json"))
+    return sorted(
+        int(path.parent.name.removeprefix("step-")) for path in folder.rglob("checkpoint.json")
+    )
 
 
 @pytest.fixture(params=["disk", "object store"])
@@ -55,9 +67,13 @@ def test_the_newest_comes_back_bit_for_bit(url: str) -> None:
     written.state.model["conv.weight"].zero_()  # training goes on: what was to be kept was copied
     checkpoints.wait()
     notes: list[str] = []
-    found = CheckpointManager(url, 9).load_latest(COURSE, notes.append)
+    found = CheckpointManager(url, 9).load_latest(FINGERPRINT, notes.append)
     assert found is not None
-    assert (found.state.step, found.state.updates, found.state.scaler) == (20, 7, {"cur_scale": 1024.0})
+    assert (found.state.step, found.state.updates, found.state.scaler) == (
+        20,
+        7,
+        {"cur_scale": 1024.0},
+    )
     assert (found.result, found.run_id, notes) == (written.result, "run", [])
     assert torch.equal(found.state.model["conv.weight"], torch.full((2, 3), 20.0))
     assert found.state.model["norm.num_batches_tracked"] == 20
@@ -67,9 +83,17 @@ def test_the_newest_comes_back_bit_for_bit(url: str) -> None:
 def test_plain_tools_read_it(tmp_path: Path) -> None:
     _saved(str(tmp_path), 1200)
     folder = tmp_path / "step-000001200"
-    assert torch.equal(load_file(folder / "model.safetensors")["conv.weight"], torch.full((2, 3), 1200.0))
+    assert torch.equal(
+        load_file(folder / "model.safetensors")["conv.weight"], torch.full((2, 3), 1200.0)
+    )
     told = json.loads((folder / "checkpoint.json").read_text())
-    sums = subprocess.run(["sha256sum", *sorted(told["files"])], cwd=folder, capture_output=True, text=True, check=True).stdout
+    sums = subprocess.run(
+        ["sha256sum", *sorted(told["files"])],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert sums.split()[::2] == [told["files"][name]["sha256"] for name in sorted(told["files"])]
 
 
@@ -88,7 +112,7 @@ def test_a_torn_or_changed_one_is_passed_over_and_told(url: str, file: str, dama
     else:
         store.delete([name])
     notes: list[str] = []
-    found = CheckpointManager(url, 9).load_latest(COURSE, notes.append)
+    found = CheckpointManager(url, 9).load_latest(FINGERPRINT, notes.append)
     assert found is not None
     assert found.state.step == 10
     if damage == "gone" and file == "checkpoint.json":
@@ -100,18 +124,31 @@ def test_a_torn_or_changed_one_is_passed_over_and_told(url: str, file: str, dama
 
 
 def test_none_is_none(url: str) -> None:
-    assert CheckpointManager(url, 3).load_latest(COURSE, print) is None
+    assert CheckpointManager(url, 3).load_latest(FINGERPRINT, print) is None
 
 
 def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
     checkpoints = CheckpointManager(str(tmp_path), 2)
-    for step, top1 in ((1, 0.3), (2, 0.9), (3, 0.5), (4, None), (5, 0.6), (6, 0.9), (7, 0.1), (8, None)):
+    for step, top1 in (
+        (1, 0.3),
+        (2, 0.9),
+        (3, 0.5),
+        (4, None),
+        (5, 0.6),
+        (6, 0.9),
+        (7, 0.1),
+        (8, None),
+    ):
         checkpoints.save(_checkpoint(step, top1))
     checkpoints.wait()
     assert _steps(tmp_path) == [6, 7, 8], "of two that are equally good the newer"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000006", "step-000000007", "step-000000008"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000000006",
+        "step-000000007",
+        "step-000000008",
+    ]
     again = CheckpointManager(str(tmp_path), 1)  # another process knows the best too
-    again.load_latest(COURSE, print)
+    again.load_latest(FINGERPRINT, print)
     again.save(_checkpoint(9, 0.2))
     again.wait()
     assert _steps(tmp_path) == [6, 9]
@@ -123,16 +160,23 @@ def test_what_a_kill_left_half_written_is_removed_later(tmp_path: Path) -> None:
     (tmp_path / "step-000000020" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("not ours")
     _saved(str(tmp_path), 30)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "step-000000010", "step-000000030"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "notes.txt",
+        "step-000000010",
+        "step-000000030",
+    ]
 
 
 def test_one_of_another_recipe_is_refused(tmp_path: Path) -> None:
     _saved(str(tmp_path), 10)
-    other = COURSE | {"optimizer.base_lr": 0.2, "model.name": "vgg11"}
+    other = FINGERPRINT | {"optimizer.base_lr": 0.2, "model.name": "vgg11"}
     with pytest.raises(UserError) as refused:
         CheckpointManager(str(tmp_path), 3).load_latest(other, print)
     told = str(refused.value)
-    assert "step-000000010 is of another recipe: model.name is 'resnet8' there and 'vgg11' here" in told
+    assert (
+        "step-000000010 is of another recipe: model.name is 'resnet8' there and 'vgg11' here"
+        in told
+    )
     assert "optimizer.base_lr is 0.1 there and 0.2 here" in told
     assert "checkpoint.resume=never" in told
 
@@ -141,7 +185,7 @@ def test_beginning_anew_removes_those_that_stand(url: str) -> None:
     _saved(url, 10, 20)
     checkpoints = CheckpointManager(url, 3)
     checkpoints.clear()
-    assert CheckpointManager(url, 3).load_latest(COURSE, print) is None
+    assert CheckpointManager(url, 3).load_latest(FINGERPRINT, print) is None
 
 
 FULL = """
@@ -170,14 +214,32 @@ def test_a_full_disk_is_told_and_the_old_one_stays(tmp_path: Path) -> None:
     (tmp_path / "save.py").write_text(code)
     mount = f"mount -t tmpfs -o size=200k none {url}"
     inside = f"{sys.executable} {tmp_path}/save.py && find {url} -type f | sort"
-    can = subprocess.run(["unshare", "--mount", "sh", "-c", mount], capture_output=True, check=False).returncode == 0
-    command = ["unshare", "--mount", "sh", "-c", f"{mount} && {inside}"] if can else ["bash", "-c", f"ulimit -f 200; {inside}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}, check=False)
+    can = (
+        subprocess.run(
+            ["unshare", "--mount", "sh", "-c", mount], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
+    command = (
+        ["unshare", "--mount", "sh", "-c", f"{mount} && {inside}"]
+        if can
+        else ["bash", "-c", f"ulimit -f 200; {inside}"]
+    )
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no checkpoint of step 3, training goes on:") == 1
     assert "No space left" in done.stderr or not can
     names = {line.rpartition("checkpoints/")[2] for line in done.stdout.split()}
-    assert names == {f"step-000000002/{file}" for file in ("model.safetensors", "optimizer.safetensors", "checkpoint.json")}
+    assert names == {
+        f"step-000000002/{file}"
+        for file in ("model.safetensors", "optimizer.safetensors", "checkpoint.json")
+    }
 
 
 def test_a_place_that_cannot_be_written_is_refused() -> None:

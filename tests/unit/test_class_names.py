@@ -34,16 +34,26 @@ def test_every_encoding_line_end_and_separator_gives_the_same_names(
 @pytest.mark.parametrize(
     ("content", "ids", "names"),
     [
-        (TENCH + "n02119789 fox\n", ["n01443537", "n01440764"], ["goldfish, Carassius auratus", "tench, Tinca tinca"]),
+        (
+            TENCH + "n02119789 fox\n",
+            ["n01443537", "n01440764"],
+            ["goldfish, Carassius auratus", "tench, Tinca tinca"],
+        ),
         ('id,name\ncat,"cat, domestic"\ndog,hound', IDS, ["cat, domestic", "hound"]),
         ("guinea pig\tCavia\ndog\thound", ["dog", "guinea pig"], ["hound", "Cavia"]),
         ("cat\ndog\nowl", IDS, IDS),
         ("shirt\ntrouser, long", ["0", "1"], ["shirt", "trouser, long"]),
         ("cafe\u0301 coffee", ["caf\u00e9"], ["coffee"]),
-        ('{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}', ["n01443537", "n01440764"], ["goldfish", "tench"]),
+        (
+            '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}',
+            ["n01443537", "n01440764"],
+            ["goldfish", "tench"],
+        ),
     ],
 )
-def test_names_are_found_by_id(content: str, ids: list[str], names: list[str], tmp_path: Path) -> None:
+def test_names_are_found_by_id(
+    content: str, ids: list[str], names: list[str], tmp_path: Path
+) -> None:
     assert names_by_id(file(tmp_path, content), ids) == names
 
 
@@ -72,7 +82,10 @@ def test_names_are_found_by_id(content: str, ids: list[str], names: list[str], t
     ],
 )
 def test_names_are_found_by_label(content: str, names: list[str], tmp_path: Path) -> None:
-    assert names_by_label(file(tmp_path, content, "names.json" if content[0] in "[{" else "names.txt")) == names
+    assert (
+        names_by_label(file(tmp_path, content, "names.json" if content[0] in "[{" else "names.txt"))
+        == names
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +105,9 @@ def test_names_are_found_by_label(content: str, names: list[str], tmp_path: Path
         ("cat\ta\tb\ndog\tc", "more than two columns"),
     ],
 )
-def test_files_that_do_not_name_every_class_are_errors(content: str | bytes, reason: str, tmp_path: Path) -> None:
+def test_files_that_do_not_name_every_class_are_errors(
+    content: str | bytes, reason: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
         names_by_id(file(tmp_path, content), IDS)
     assert reason in str(caught.value)
@@ -101,13 +116,20 @@ def test_files_that_do_not_name_every_class_are_errors(content: str | bytes, rea
 
 
 def test_names_numbered_from_1_are_not_given_to_classes_numbered_from_0(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="numbers its names from 1 to 3, but the classes begin with 0"):
+    with pytest.raises(
+        UserError, match="numbers its names from 1 to 3, but the classes begin with 0"
+    ):
         names_by_id(file(tmp_path, "1 a\n2 b\n3 c"), ["0", "1", "2"])
 
 
-def test_classes_that_a_file_does_not_name_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_that_a_file_does_not_name_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert names_by_id(file(tmp_path, "cat domestic cat\nowl b"), IDS) == ["domestic cat", "dog"]
-    assert "names 1 of the 2 classes; the others keep their ids as names: 'dog'" in capsys.readouterr().err
+    assert (
+        "names 1 of the 2 classes; the others keep their ids as names: 'dog'"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +144,10 @@ def test_classes_that_a_file_does_not_name_are_reported(tmp_path: Path, capsys: 
         ("0;cat\n1;dog", "line 1: '0;cat' is a number and a name, but not separated"),
         ("0: cat\n1: dog", "line 1: '0: cat' is a number and a name, but not separated"),
         ("names:\n  0: cat\n  1: dog", "line 2: '0: cat' is a number and a name"),
-        (" {0: 'tench, Tinca tinca',\n 1: 'goldfish'}", "is a number and a name, but not separated"),
+        (
+            " {0: 'tench, Tinca tinca',\n 1: 'goldfish'}",
+            "is a number and a name, but not separated",
+        ),
         ("- cat\n- dog", "looks like YAML"),
         ("item {\n id: 1\n}", "looks like YAML, JSON or code"),
         ('{"cat": -1, "dog": 0}', "its keys are not numbers"),
@@ -135,7 +160,9 @@ def test_classes_that_a_file_does_not_name_are_reported(tmp_path: Path, capsys: 
         ("{}", "neither a JSON list of names"),
     ],
 )
-def test_files_that_do_not_name_labels_are_errors(content: str, reason: str, tmp_path: Path) -> None:
+def test_files_that_do_not_name_labels_are_errors(
+    content: str, reason: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
         names_by_label(file(tmp_path, content, "names.json" if content[0] in "[{" else "names.txt"))
     assert reason in str(caught.value)
@@ -148,18 +175,25 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 
 
 def test_synsets_keep_the_order_of_the_file() -> None:
-    assert list(synsets("f", b"\xef\xbb\xbf" + TENCH.replace("\n", "\r\n").encode())) == ["n01440764", "n01443537"]
+    assert list(synsets("f", b"\xef\xbb\xbf" + TENCH.replace("\n", "\r\n").encode())) == [
+        "n01440764",
+        "n01443537",
+    ]
     with pytest.raises(UserError, match="WordNet id"):
         synsets("f", b"tench\n")
 
 
-def test_pack_reads_the_same_files_as_index(jpeg_folder: Path, convoy_refuses: Run, tmp_path: Path) -> None:
+def test_pack_reads_the_same_files_as_index(
+    jpeg_folder: Path, convoy_refuses: Run, tmp_path: Path
+) -> None:
     """``--class-names``, and synset_words.txt in the source."""
     classes = list_source(str(jpeg_folder)).splits[0].class_ids
     words = "\ufeff" + "".join(f"{identity}\tname of {identity}\r\n" for identity in classes)
     names = file(tmp_path, words)
     packed = list_source(str(jpeg_folder), ListOptions(str(names))).splits[0]
     assert packed.classes == [f"name of {identity}" for identity in classes]
-    told = convoy_refuses("pack", jpeg_folder, tmp_path / "out", "--class-names", file(tmp_path, "owl a\n", "owl.txt"))
+    told = convoy_refuses(
+        "pack", jpeg_folder, tmp_path / "out", "--class-names", file(tmp_path, "owl a\n", "owl.txt")
+    )
     assert "owl.txt: names none of the" in told
     assert not (tmp_path / "out").exists()

@@ -40,7 +40,13 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(tmp_path: Path) -> 
 
 
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
-    wrong = ["batch.global_size=many", "schedule.name=linear", "data.wrokers=1", "nonsense", "train.epochs=0"]
+    wrong = [
+        "batch.global_size=many",
+        "schedule.name=linear",
+        "data.wrokers=1",
+        "nonsense",
+        "train.epochs=0",
+    ]
     faults = _faults(tmp_path, GOOD, *wrong)
     assert len(faults) == 5
     text = "\n".join(faults)
@@ -56,13 +62,17 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
 
 def test_what_must_be_given(tmp_path: Path) -> None:
     needed = ("model", "data", "train")
-    assert set(_faults(tmp_path, "name: x\n")) == {f"recipe.yaml: {section}: must be given" for section in needed}
+    assert set(_faults(tmp_path, "name: x\n")) == {
+        f"recipe.yaml: {section}: must be given" for section in needed
+    }
     assert _faults(tmp_path, GOOD.replace("epochs: 1", "seed: 1")) == (
         "recipe.yaml: train.epochs or train.max_steps must be given",
     )
 
 
-@pytest.mark.parametrize("text", ["a: [1\n", "- 1\n- 2\n", "model: {name: a}\nmodel: {name: b}\n", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["a: [1\n", "- 1\n- 2\n", "model: {name: a}\nmodel: {name: b}\n", "\xff"]
+)
 def test_what_is_no_recipe(tmp_path: Path, text: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes(text.encode("latin-1"))
@@ -80,7 +90,9 @@ def test_an_unknown_recipe_names_the_shipped_ones() -> None:
 def test_overrides_win_and_numbers_need_no_dot(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(GOOD)
-    config = load_config(str(recipe), ["optimizer.weight_decay=5e-4", "optimizer.base_lr=1", "data.val=/data/val"])
+    config = load_config(
+        str(recipe), ["optimizer.weight_decay=5e-4", "optimizer.base_lr=1", "data.val=/data/val"]
+    )
     assert config.optimizer.weight_decay == pytest.approx(5e-4)
     assert config.optimizer.base_lr == 1.0
     assert config.flat()["data.val"] == "/data/val"
@@ -88,7 +100,13 @@ def test_overrides_win_and_numbers_need_no_dot(tmp_path: Path) -> None:
 
 def test_every_key_has_a_unit_or_a_meaning_that_a_person_can_read() -> None:
     assert len(known_keys()) == len(set(known_keys()))
-    assert {"model.name", "data.train", "batch.global_size", "optimizer.base_lr", "tracking.register_as"} <= set(known_keys())
+    assert {
+        "model.name",
+        "data.train",
+        "batch.global_size",
+        "optimizer.base_lr",
+        "tracking.register_as",
+    } <= set(known_keys())
 
 
 def _numbers(schema: dict[str, Any], definitions: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -118,12 +136,20 @@ NUMERIC = _numeric_keys()
 
 def test_the_walk_over_numeric_keys_finds_them() -> None:
     keys = {key for key, _, _ in NUMERIC}
-    assert {"optimizer.base_lr", "optimizer.betas", "data.mean", "ema", "train.hang_minutes"} <= keys
+    assert {
+        "optimizer.base_lr",
+        "optimizer.betas",
+        "data.mean",
+        "ema",
+        "train.hang_minutes",
+    } <= keys
     assert len(keys) > 50
 
 
 @pytest.mark.parametrize(("key", "schema", "is_list"), NUMERIC, ids=[key for key, _, _ in NUMERIC])
-def test_every_number_is_finite_and_bounded(key: str, schema: dict[str, Any], is_list: bool) -> None:
+def test_every_number_is_finite_and_bounded(
+    key: str, schema: dict[str, Any], is_list: bool
+) -> None:
     low = schema.get("minimum", schema.get("exclusiveMinimum"))
     high = schema.get("maximum", schema.get("exclusiveMaximum"))
     assert low is not None
@@ -185,14 +211,20 @@ def test_surprising_values_are_one_line(override: str, reason: str) -> None:
 def test_numbers_and_dates_read_as_in_yaml_1_2() -> None:
     config = load_config(
         "digits-resnet8",
-        ["optimizer.weight_decay=1e-4", "data.shuffle_window=1_000", "name=2024-01-31", "augment.flip=off"],
+        [
+            "optimizer.weight_decay=1e-4",
+            "data.shuffle_window=1_000",
+            "name=2024-01-31",
+            "augment.flip=off",
+        ],
     )
     assert (config.optimizer.weight_decay, config.data.shuffle_window) == (1e-4, 1000)
     assert (config.name, config.augment.flip) == ("2024-01-31", False)
 
 
 _BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in itertools.pairwise("abcdefghi")
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in itertools.pairwise("abcdefghi")
 )
 
 
@@ -221,7 +253,9 @@ def test_unusable_recipe_files_are_one_line(tmp_path: Path, content: bytes, reas
 
 
 @pytest.mark.parametrize("change", [("", "\ufeff"), ("\n", "\r\n")])
-def test_byte_order_marks_and_windows_line_ends_are_read(tmp_path: Path, change: tuple[str, str]) -> None:
+def test_byte_order_marks_and_windows_line_ends_are_read(
+    tmp_path: Path, change: tuple[str, str]
+) -> None:
     recipe = tmp_path / "recipe.yaml"
     text = change[1] + GOOD if change[0] == "" else GOOD.replace(*change)
     recipe.write_bytes(text.encode())
@@ -252,7 +286,9 @@ def test_what_is_not_a_recipe_file_is_named(recipe: str, reason: str) -> None:
                 st.text(max_size=20),
                 st.floats().map(repr),
                 st.integers().map(str),
-                st.sampled_from(["[]", "{}", "[[1]]", "{a: {b: 1}}", "!!set {a}", "~", "&a *a", "<<", "="]),
+                st.sampled_from(
+                    ["[]", "{}", "[[1]]", "{a: {b: 1}}", "!!set {a}", "~", "&a *a", "<<", "="]
+                ),
             ),
         ),
         max_size=3,

@@ -19,7 +19,13 @@ from trainer.errors import UserError, report
 from trainer.secrets.credentials import take_credentials, without_credentials
 from trainer.secrets.redaction import redact, redact_credentials
 
-TAKEN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "PGUSER", "PGPASSWORD", "CONVOY_CREDENTIALS_HOST")
+TAKEN = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "PGUSER",
+    "PGPASSWORD",
+    "CONVOY_CREDENTIALS_HOST",
+)
 URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 RECIPE = "model: {name: resnet8}\ndata: {train: /data}\ntrain: {epochs: 1}\n"
 
@@ -51,7 +57,13 @@ def recipe(tmp_path: Path) -> Path:
 )
 @pytest.mark.parametrize("place", ["override", "quoted override", "recipe", "MLFLOW_TRACKING_URI"])
 def test_credentials_of_mlflow_go_into_the_environment(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, place: str, uri: str, clean: str, user: str, password: str
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    uri: str,
+    clean: str,
+    user: str,
+    password: str,
 ) -> None:
     overrides = []
     if place == "recipe":
@@ -126,7 +138,9 @@ def test_other_credentials_are_refused_and_not_echoed(recipe: Path, override: st
     assert "hunter2" not in str(error.value)
 
 
-def test_credentials_are_not_sent_to_another_server(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_are_not_sent_to_another_server(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@ours:5000")
     take_credentials()
     load_config(str(recipe), ["tracking.uri=http://ours:5000/"])
@@ -154,7 +168,10 @@ def test_the_recorded_recipe_has_no_credentials(text: str) -> None:
     assert without_credentials(RECIPE + "# a comment\n") == RECIPE + "# a comment\n"
 
 
-@pytest.mark.parametrize(("override", "comment"), [("tracking.uri=http://me:hunter2@host", ""), ("", "# http://me:hunter2@host\n")])
+@pytest.mark.parametrize(
+    ("override", "comment"),
+    [("tracking.uri=http://me:hunter2@host", ""), ("", "# http://me:hunter2@host\n")],
+)
 def test_a_manifest_with_credentials_is_refused(recipe: Path, override: str, comment: str) -> None:
     recipe.write_text(recipe.read_text().replace("/data", "s3://b/x") + comment)
     with pytest.raises(UserError, match=r"MLFLOW_TRACKING_PASSWORD.*--mlflow-secret") as error:
@@ -163,9 +180,14 @@ def test_a_manifest_with_credentials_is_refused(recipe: Path, override: str, com
     assert "MLFLOW_TRACKING_PASSWORD" not in os.environ
 
 
-def test_usage_errors_and_broken_recipes_do_not_echo_credentials(convoy_refuses: Run, recipe: Path) -> None:
+def test_usage_errors_and_broken_recipes_do_not_echo_credentials(
+    convoy_refuses: Run, recipe: Path
+) -> None:
     assert "hunter2" not in convoy_refuses("train", recipe, "--uri=http://me:hunter2@host")
-    recipe.write_text(RECIPE + "tracking: {uri: http://a-name-that-is-quite-long.for-this:hunter2@host.example.com:5000/x, }: }\n")
+    recipe.write_text(
+        RECIPE
+        + "tracking: {uri: http://a-name-that-is-quite-long.for-this:hunter2@host.example.com:5000/x, }: }\n"
+    )
     told = convoy_refuses("train", recipe)
     assert "hunter2" not in told
     assert "line 4" in told
@@ -214,7 +236,9 @@ secret = st.text(st.sampled_from("aB3~._-!$&()*+,;=%:"), min_size=8, max_size=16
 
 @settings(max_examples=60, deadline=None)
 @given(
-    plain.filter(lambda text: "://" not in text and "@" not in text), secret, st.sampled_from(["http", "s3", "postgresql+psycopg2"])
+    plain.filter(lambda text: "://" not in text and "@" not in text),
+    secret,
+    st.sampled_from(["http", "s3", "postgresql+psycopg2"]),
 )
 def test_no_password_of_a_url_survives(around: str, password: str, scheme: str) -> None:
     text = f"{around} {scheme}://me:Q9{password}@host/x {around}"
@@ -248,10 +272,14 @@ def test_secrets_of_the_environment_are_hidden_in_what_is_reported(
         shown = capsys.readouterr().err + (tmp_path / "log").read_text()
         assert not [text for text in told if text in shown]
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "convoy")
-    assert redact("convoy: a word that is also a password") == "convoy: a word that is also a password"
+    assert (
+        redact("convoy: a word that is also a password") == "convoy: a word that is also a password"
+    )
 
 
-def test_credentials_of_an_override_are_in_no_command_line_after_the_command_has_started(recipe: Path) -> None:
+def test_credentials_of_an_override_are_in_no_command_line_after_the_command_has_started(
+    recipe: Path,
+) -> None:
     """`convoy train` replaces itself by the launcher; what it is called with then is what everybody on the machine can read."""
     code = (
         "import os, sys; os.execv = lambda program, command: sys.exit(' '.join(command));"

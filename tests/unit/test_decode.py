@@ -22,7 +22,15 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from trainer.data.decode import decoder
-from trainer.data.decode.decoder import MAX_PIXELS, Box, DecodeError, crop_by_pillow, decode_crop, decode_rgb, decoder_in_use
+from trainer.data.decode.decoder import (
+    MAX_PIXELS,
+    Box,
+    DecodeError,
+    crop_by_pillow,
+    decode_crop,
+    decode_rgb,
+    decoder_in_use,
+)
 
 PHOTOGRAPH = load_sample_images().images[0]  # uint8 [427, 640, 3]
 SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
@@ -56,8 +64,12 @@ def reference(content: bytes, box: Box | None, size: int, flip: bool = False) ->
     """What Pillow makes of it: float [size, size, 3]."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
     left, top, width, height = box or (0, 0, *image.size)
-    image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image, dtype=np.float64)
+    image = image.crop((left, top, left + width, top + height)).resize(
+        (size, size), Image.Resampling.BILINEAR
+    )
+    return np.asarray(
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image, dtype=np.float64
+    )
 
 
 def cropped(content: bytes, box: Box | None, size: int, flip: bool = False) -> np.ndarray:
@@ -73,7 +85,11 @@ def cropped(content: bytes, box: Box | None, size: int, flip: bool = False) -> n
 def jpegs(draw: st.DrawFn) -> bytes:
     width, height = draw(st.integers(1, 150)), draw(st.integers(1, 150))
     image = photograph(width, height, draw(st.integers(0, 400)), draw(st.integers(0, 250)))
-    options: dict = {"quality": draw(st.integers(20, 98)), "progressive": draw(st.booleans()), "optimize": draw(st.booleans())}
+    options: dict = {
+        "quality": draw(st.integers(20, 98)),
+        "progressive": draw(st.booleans()),
+        "optimize": draw(st.booleans()),
+    }
     if interval := draw(st.sampled_from([0, 0, 1, 5])):
         options["restart_marker_blocks"] = interval
     chroma = draw(st.sampled_from(["grey", "4:4:4", "4:2:2", "4:2:0", "4:4:0"]))
@@ -95,11 +111,17 @@ def boxes(draw: st.DrawFn, content: bytes) -> Box:
 @given(st.data())
 def test_a_crop_is_pillows(data: st.DataObject) -> None:
     content = data.draw(jpegs())
-    box, size, flip = data.draw(boxes(content)), data.draw(st.sampled_from([1, 3, 8, 16, 33, 80])), data.draw(st.booleans())
+    box, size, flip = (
+        data.draw(boxes(content)),
+        data.draw(st.sampled_from([1, 3, 8, 16, 33, 80])),
+        data.draw(st.booleans()),
+    )
     difference = np.abs(cropped(content, box, size, flip) - reference(content, box, size, flip))
     if min(box[2:]) < 4 * size:  # decoded at full scale
         assert difference.max() <= 2
-        assert difference.mean() <= 1 or size < 8  # of photographs it is below 0.5, but a crop may be one pixel wide and all alike
+        assert (
+            difference.mean() <= 1 or size < 8
+        )  # of photographs it is below 0.5, but a crop may be one pixel wide and all alike
     else:
         assert difference.mean() < 3 or size < 8
 
@@ -110,7 +132,10 @@ def test_what_is_not_resized_is_pillows_to_the_bit(data: st.DataObject) -> None:
     content = data.draw(jpegs())
     left, top, width, height = data.draw(boxes(content))
     size = min(width, height)
-    assert (cropped(content, (left, top, size, size), size) == reference(content, (left, top, size, size), size)).all()
+    assert (
+        cropped(content, (left, top, size, size), size)
+        == reference(content, (left, top, size, size), size)
+    ).all()
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchVision are deprecated:DeprecationWarning")
@@ -121,18 +146,28 @@ def test_training_crops_are_torchvisions(progressive: bool) -> None:
     large = photograph(640, 427).resize((1800, 1200), Image.Resampling.LANCZOS)
     for image in (photograph(500, 375), large):
         content = encoded(image, quality=92, progressive=progressive)
-        whole = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        whole = decode_image(
+            torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB
+        )
         for _ in range(6):
-            top, left, height, width = v2.RandomResizedCrop.get_params(whole, [0.08, 1.0], [3 / 4, 4 / 3])
-            theirs = v2.functional.resized_crop(whole, top, left, height, width, [224, 224], antialias=True)
+            top, left, height, width = v2.RandomResizedCrop.get_params(
+                whole, [0.08, 1.0], [3 / 4, 4 / 3]
+            )
+            theirs = v2.functional.resized_crop(
+                whole, top, left, height, width, [224, 224], antialias=True
+            )
             ours = cropped(content, (left, top, width, height), 224)
             difference = np.abs(ours - theirs.permute(1, 2, 0).numpy())
-            assert difference.mean() < 0.7  # decoded at half the scale from 896 on, where single pixels differ by more
+            assert (
+                difference.mean() < 0.7
+            )  # decoded at half the scale from 896 on, where single pixels differ by more
             assert difference.max() <= (2 if min(width, height) < 896 else 15)
 
 
 def test_shrinking_by_much_keeps_the_mean() -> None:
-    content = encoded(photograph(640, 16), quality=95, subsampling=0)  # 40 columns become one, at full scale: 16 rows do not shrink
+    content = encoded(
+        photograph(640, 16), quality=95, subsampling=0
+    )  # 40 columns become one, at full scale: 16 rows do not shrink
     assert np.abs(cropped(content, None, 16) - reference(content, None, 16)).max() <= 1
 
 
@@ -144,7 +179,9 @@ ODD = {
     "png-palette": encoded(photograph(90, 60).quantize(16), "PNG", transparency=3),
     "png-rgba": encoded(photograph(90, 60).convert("RGBA"), "PNG"),
     "png-grey-alpha": encoded(photograph(90, 60).convert("LA"), "PNG"),
-    "png-16-bit": encoded(Image.fromarray(np.arange(5400, dtype=np.uint16).reshape(60, 90) * 12), "PNG"),
+    "png-16-bit": encoded(
+        Image.fromarray(np.arange(5400, dtype=np.uint16).reshape(60, 90) * 12), "PNG"
+    ),
     "png-1-bit": encoded(photograph(90, 60).convert("1"), "PNG"),
     "gif": encoded(photograph(90, 60), "GIF"),
     "webp": encoded(photograph(90, 60), "WEBP"),
@@ -164,8 +201,13 @@ def test_whatever_imagenet_holds(name: str) -> None:
     width, height = Image.open(io.BytesIO(content)).size
     box = (width // 3, height // 3, (width + 1) // 2, (height + 1) // 2)
     for flip in (False, True):
-        assert np.abs(cropped(content, box, 32, flip) - reference(content, box, 32, flip)).max() <= 2
-    assert (np.asarray(decode_rgb(content)) == np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))).all()
+        assert (
+            np.abs(cropped(content, box, 32, flip) - reference(content, box, 32, flip)).max() <= 2
+        )
+    assert (
+        np.asarray(decode_rgb(content))
+        == np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    ).all()
 
 
 def test_the_ycck_file_is_one() -> None:
@@ -178,11 +220,21 @@ def test_orientation_is_ignored_as_imagefolder_does() -> None:
     exif[0x0112] = 6  # turned by 90 degrees
     content = encoded(photograph(90, 60), exif=exif)
     assert decode_rgb(content).size == (90, 60)
-    assert np.abs(cropped(content, (0, 0, 90, 60), 32) - reference(content, (0, 0, 90, 60), 32)).max() <= 2
+    assert (
+        np.abs(cropped(content, (0, 0, 90, 60), 32) - reference(content, (0, 0, 90, 60), 32)).max()
+        <= 2
+    )
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff\xd8", b"\xff\xd8\xff\xd9", random.Random(0).randbytes(5000), b"<html>404 Not Found</html>" * 9]
+    "content",
+    [
+        b"",
+        b"\xff\xd8",
+        b"\xff\xd8\xff\xd9",
+        random.Random(0).randbytes(5000),
+        b"<html>404 Not Found</html>" * 9,
+    ],
 )
 def test_what_is_no_image_is_refused(content: bytes) -> None:
     with pytest.raises(DecodeError, match=r"."):
@@ -193,15 +245,26 @@ def test_what_is_no_image_is_refused(content: bytes) -> None:
 
 def test_bombs_are_refused_by_their_header() -> None:
     header = struct.pack(">IIBBBBB", 14000, 14000, 8, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    for content in (png + struct.pack(">I", 0) + b"IDAT" + bytes(4), with_size(encoded(photograph(16, 16)), 14000, 14000)):
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + b"IHDR"
+        + header
+        + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    )
+    for content in (
+        png + struct.pack(">I", 0) + b"IDAT" + bytes(4),
+        with_size(encoded(photograph(16, 16)), 14000, 14000),
+    ):
         assert MAX_PIXELS < 14000 * 14000
         for use in (decode_rgb, lambda content: cropped(content, (0, 0, 8, 8), 8)):
             with pytest.raises(DecodeError, match="bomb"):
                 use(content)
 
 
-@pytest.mark.parametrize("box", [(-1, 0, 5, 5), (0, 0, 91, 5), (0, 58, 5, 3), (3, 3, 0, 5), (0, 0, 2**40, 5)])
+@pytest.mark.parametrize(
+    "box", [(-1, 0, 5, 5), (0, 0, 91, 5), (0, 58, 5, 3), (3, 3, 0, 5), (0, 0, 2**40, 5)]
+)
 def test_a_box_outside_is_the_callers_mistake(box: Box) -> None:
     with pytest.raises(ValueError, match="not inside"):
         cropped(encoded(photograph(90, 60)), box, 8)
@@ -211,7 +274,9 @@ TO_CUT = {
     "baseline": encoded(photograph(90, 60)),
     "progressive": encoded(photograph(90, 60), progressive=True),
     "restarts": encoded(photograph(90, 60), restart_marker_blocks=2),
-    "thumbnail": encoded(photograph(90, 60), exif=b"Exif\0\0" + encoded(photograph(16, 12))),  # an end marker in the middle
+    "thumbnail": encoded(
+        photograph(90, 60), exif=b"Exif\0\0" + encoded(photograph(16, 12))
+    ),  # an end marker in the middle
 }
 
 
@@ -236,12 +301,19 @@ def test_the_native_decoder_leaves_every_cut_file_to_pillow(name: str) -> None:
 
 def test_broken_bytes_never_crash() -> None:
     draw = random.Random(1)
-    files = [*TO_CUT.values(), as_440(encoded(photograph(64, 48), subsampling=1)), ODD["grey"], ODD["cmyk"]]
+    files = [
+        *TO_CUT.values(),
+        as_440(encoded(photograph(64, 48), subsampling=1)),
+        ODD["grey"],
+        ODD["cmyk"],
+    ]
     outcomes = {"decoded": 0, "refused": 0}
     for number in range(1500):
         content = bytearray(draw.choice(files))
         for _ in range(draw.choice([1, 2, 9])):
-            content[draw.randrange(2, len(content) if number % 2 else min(len(content), 640))] = draw.randrange(256)
+            content[draw.randrange(2, len(content) if number % 2 else min(len(content), 640))] = (
+                draw.randrange(256)
+            )
         try:
             cropped(bytes(content), None if number % 5 else (0, 0, 8, 8), 16)
             outcomes["decoded"] += 1
@@ -251,9 +323,13 @@ def test_broken_bytes_never_crash() -> None:
 
 
 def test_threads_give_the_same_bytes() -> None:
-    contents = [encoded(photograph(200, 150, 10 * i, 5 * i), progressive=i % 2 == 1) for i in range(20)] * 10
+    contents = [
+        encoded(photograph(200, 150, 10 * i, 5 * i), progressive=i % 2 == 1) for i in range(20)
+    ] * 10
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda content: cropped(content, (11, 7, 150, 120), 96, True), contents))
+        found = list(
+            pool.map(lambda content: cropped(content, (11, 7, 150, 120), 96, True), contents)
+        )
     for content, pixels in zip(contents[:20], found, strict=False):
         assert np.abs(pixels - reference(content, (11, 7, 150, 120), 96, True)).max() <= 2
     for i, pixels in enumerate(found):
@@ -286,10 +362,15 @@ def test_pillow_takes_over_where_nothing_was_built() -> None:
         "print(decoder_in_use(), out.tobytes().hex(), sep='|')\n"
     )
     content = encoded(photograph(90, 60))
-    result = subprocess.run([sys.executable, "-c", code], input=content, capture_output=True, check=True).stdout.decode()
+    result = subprocess.run(
+        [sys.executable, "-c", code], input=content, capture_output=True, check=True
+    ).stdout.decode()
     name, pixels = result.strip().split("|")
     assert "Pillow" in name
-    assert (np.frombuffer(bytes.fromhex(pixels), np.uint8).reshape(16, 16, 3) == reference(content, (3, 4, 50, 40), 16, True)).all()
+    assert (
+        np.frombuffer(bytes.fromhex(pixels), np.uint8).reshape(16, 16, 3)
+        == reference(content, (3, 4, 50, 40), 16, True)
+    ).all()
 
 
 def test_the_python_decoder_is_pillows_to_the_bit() -> None:
@@ -315,9 +396,13 @@ def test_headers() -> None:
 @pytest.mark.parametrize("shape", [(8, 9, 3), (8, 8, 4), (8, 8), (0, 0, 3)])
 def test_the_native_decoder_writes_into_squares_only(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="size, size"):
-        decoder._native.decode_crop(encoded(photograph(90, 60)), (0, 0, 9, 9), np.empty(shape, np.uint8), False)
+        decoder._native.decode_crop(
+            encoded(photograph(90, 60)), (0, 0, 9, 9), np.empty(shape, np.uint8), False
+        )
     with pytest.raises((ValueError, BufferError)):
-        decoder._native.decode_crop(encoded(photograph(90, 60)), (0, 0, 9, 9), np.empty((8, 16, 3), np.uint8)[:, ::2], False)
+        decoder._native.decode_crop(
+            encoded(photograph(90, 60)), (0, 0, 9, 9), np.empty((8, 16, 3), np.uint8)[:, ::2], False
+        )
 
 
 def test_the_native_decoder_was_built_where_it_can_be() -> None:

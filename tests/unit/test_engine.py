@@ -42,10 +42,14 @@ def test_sizes_that_do_not_divide_name_the_nearest_that_do(arguments: tuple, tol
 
 def test_the_linear_scaling_rule() -> None:
     # Goyal et al. 2017: 0.1 for 256, so 3.2 for 8k
-    assert scaled_learning_rate(OptimizerConfig(base_lr=0.1, base_batch=256), 8192) == pytest.approx(3.2)
+    assert scaled_learning_rate(
+        OptimizerConfig(base_lr=0.1, base_batch=256), 8192
+    ) == pytest.approx(3.2)
 
 
-def _rates(schedule: ScheduleConfig, peak: float = 1.6, steps_per_epoch: int = 10, steps: int = 90) -> list[float]:
+def _rates(
+    schedule: ScheduleConfig, peak: float = 1.6, steps_per_epoch: int = 10, steps: int = 90
+) -> list[float]:
     """Of each step, for a global batch that is sixteen times the base batch."""
     optimizer = OptimizerConfig(base_lr=peak / 16, base_batch=16)
     rate = learning_rate_schedule(schedule, optimizer, 256, steps_per_epoch, steps)
@@ -66,7 +70,9 @@ def _with_torch(peak: float, steps: int, scheduler: str, **options: object) -> l
 def test_gradual_warmup_then_cosine_equals_torchs_scheduler() -> None:
     rates = _rates(ScheduleConfig(name="cosine", warmup_epochs=2))
     assert rates[:20] == pytest.approx([1.6 * (s + 1) / 20 for s in range(20)])
-    assert rates[20:] == pytest.approx(_with_torch(1.6, 70, "CosineAnnealingLR", T_max=70), abs=1e-9)
+    assert rates[20:] == pytest.approx(
+        _with_torch(1.6, 70, "CosineAnnealingLR", T_max=70), abs=1e-9
+    )
 
 
 def test_warmup_of_goyal_et_al() -> None:
@@ -80,12 +86,16 @@ def test_warmup_of_goyal_et_al() -> None:
 
 def test_step_decay_equals_torchs_scheduler() -> None:
     rates = _rates(ScheduleConfig(name="step", milestones=[3.0, 6.0, 8.0]))
-    assert rates == pytest.approx(_with_torch(1.6, 90, "MultiStepLR", milestones=[30, 60, 80], gamma=0.1))
+    assert rates == pytest.approx(
+        _with_torch(1.6, 90, "MultiStepLR", milestones=[30, 60, 80], gamma=0.1)
+    )
 
 
 def test_polynomial_decay_equals_torchs_scheduler() -> None:
     rates = _rates(ScheduleConfig(name="polynomial", power=3.0, warmup_epochs=1))
-    assert rates[10:] == pytest.approx(_with_torch(1.6, 80, "PolynomialLR", total_iters=80, power=3.0), abs=1e-9)
+    assert rates[10:] == pytest.approx(
+        _with_torch(1.6, 80, "PolynomialLR", total_iters=80, power=3.0), abs=1e-9
+    )
 
 
 def test_warmups_that_make_no_sense_are_refused() -> None:
@@ -156,7 +166,9 @@ def test_sgd_needs_no_momentum_correction() -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 1000))
-def test_the_mean_over_micro_batches_is_the_mean_over_samples(micro_batches: int, size: int, seed: int) -> None:
+def test_the_mean_over_micro_batches_is_the_mean_over_samples(
+    micro_batches: int, size: int, seed: int
+) -> None:
     """Also where micro-batches hold different numbers of real samples, one of them perhaps none."""
     torch.manual_seed(seed)
     logits = torch.randn(micro_batches, size, 7, dtype=torch.float64, requires_grad=True)
@@ -167,7 +179,8 @@ def test_the_mean_over_micro_batches_is_the_mean_over_samples(micro_batches: int
     expected = F.cross_entropy(logits[real].float(), labels[real])
     (want,) = torch.autograd.grad(expected, logits)
     parts = [
-        weighted_loss(logits[i], labels[i], weights[i].float(), float(weights.sum()), micro_batches) for i in range(micro_batches)
+        weighted_loss(logits[i], labels[i], weights[i].float(), float(weights.sum()), micro_batches)
+        for i in range(micro_batches)
     ]
     mean = torch.stack(parts).mean()
     (got,) = torch.autograd.grad(mean, logits)
@@ -181,6 +194,10 @@ def test_top1_and_top5_equal_torchs_topk() -> None:
     top = logits.topk(5).indices
     want = [(top[:, 0] == labels).sum(), (top == labels[:, None]).any(1).sum(), 1000]
     assert count_correct(logits, labels).tolist() == [int(x) for x in want]
-    assert count_correct(torch.zeros(3, 10), torch.tensor([0, 4, 5])).tolist() == [1, 2, 3], "a tie goes to the lower class"
-    assert count_correct(torch.randn(4, 3), torch.tensor([0, 1, 2, 0])).tolist()[1:] == [4, 4], "fewer than five classes"
+    assert count_correct(torch.zeros(3, 10), torch.tensor([0, 4, 5])).tolist() == [1, 2, 3], (
+        "a tie goes to the lower class"
+    )
+    assert count_correct(torch.randn(4, 3), torch.tensor([0, 1, 2, 0])).tolist()[1:] == [4, 4], (
+        "fewer than five classes"
+    )
     assert not math.isnan(float(weighted_loss(logits, labels, torch.zeros(1000), 1.0, 1)))

@@ -32,7 +32,9 @@ from trainer.faults.hardware_errors import (
 from trainer.faults.node_fault_log import FOLDER, record_fault, repeated_faults
 
 PLACE = "node gpu-17, GPU 3"
-_NCCL = "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.27.5\n{}"
+_NCCL = (
+    "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.27.5\n{}"
+)
 
 
 def _raised(error: BaseException) -> BaseException:
@@ -43,7 +45,9 @@ def _raised(error: BaseException) -> BaseException:
 
 
 DEVICE_FAULTS = [
-    torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously"),
+    torch.AcceleratorError(
+        "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously"
+    ),
     torch.AcceleratorError("CUDA error: uncorrectable NVLink error detected during the execution"),
     torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
     torch.AcceleratorError("CUDA error: unspecified launch failure"),
@@ -60,30 +64,53 @@ DEVICE_FAULTS = [
     RuntimeError("Triton Error [CUDA]: an illegal instruction was encountered"),
     RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR\nYou can try to repro this exception"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb)`"),
+    RuntimeError(
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb)`"
+    ),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"),
     RuntimeError("No CUDA GPUs are available"),
     RuntimeError("CUDA unknown error - this may be due to an incorrectly set up environment"),
-    RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"),
+    RuntimeError(
+        "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"
+    ),
     RuntimeError("Failed to initialize NVML: Driver/library version mismatch"),
-    RuntimeError("Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost. Reboot the system"),
-    dist.DistBackendError(_NCCL.format("unhandled system error", "ncclSystemError: System call failed")),
+    RuntimeError(
+        "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost. Reboot the system"
+    ),
     dist.DistBackendError(
-        _NCCL.format("unhandled cuda error", "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n")
+        _NCCL.format("unhandled system error", "ncclSystemError: System call failed")
+    ),
+    dist.DistBackendError(
+        _NCCL.format(
+            "unhandled cuda error",
+            "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n",
+        )
         + "Cuda failure 214 'uncorrectable ECC error encountered'"
     ),
-    dist.DistBackendError(_NCCL.format("internal error", "ncclInternalError: Internal check failed.\nLast error:\nNet/IB")),
+    dist.DistBackendError(
+        _NCCL.format(
+            "internal error", "ncclInternalError: Internal check failed.\nLast error:\nNet/IB"
+        )
+    ),
     OSError(errno.EIO, os.strerror(errno.EIO), "/data/train-000003.tar"),
     OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/mnt/nfs/index.json"),
 ]
 
 LOST_PEERS = [
-    dist.DistBackendError(_NCCL.format("remote process exited or there was a network error", "ncclRemoteError: A call failed")),
-    dist.DistBackendError("NCCL communicator was aborted on rank 3. Original reason: watchdog timeout"),
+    dist.DistBackendError(
+        _NCCL.format(
+            "remote process exited or there was a network error", "ncclRemoteError: A call failed"
+        )
+    ),
+    dist.DistBackendError(
+        "NCCL communicator was aborted on rank 3. Original reason: watchdog timeout"
+    ),
     dist.DistNetworkError("The client socket has timed out after 600000ms while trying to connect"),
     dist.DistStoreError("wait timeout after 300000ms, keys: /default_pg/0"),
-    RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711"),
+    RuntimeError(
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711"
+    ),
     ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
     OSError(errno.EHOSTUNREACH, "No route to host"),
     RuntimeError("Connection reset by peer"),
@@ -99,11 +126,19 @@ PROGRAM_ERRORS = [
     RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 4x8)"),
-    RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
-    dist.DistBackendError(_NCCL.format("invalid usage", "ncclInvalidUsage: This usually reflects invalid usage of NCCL")),
+    RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
+    ),
+    dist.DistBackendError(
+        _NCCL.format(
+            "invalid usage", "ncclInvalidUsage: This usually reflects invalid usage of NCCL"
+        )
+    ),
     RuntimeError("ProcessGroupGloo::allreduce: unsupported layout"),
     RuntimeError("ProcessGroupNCCL does not support gather of bool tensors"),
-    RuntimeError("[enforce fail at ../gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 2048 vs 1024"),
+    RuntimeError(
+        "[enforce fail at ../gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 2048 vs 1024"
+    ),
     FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
     BrokenPipeError(errno.EPIPE, "Broken pipe"),
     ValueError("CUDA error: quoted in another error's text"),
@@ -116,7 +151,9 @@ def _text(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize("error", DEVICE_FAULTS, ids=_text)
-def test_a_device_fault_is_retried_and_names_node_gpu_and_error(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_device_fault_is_retried_and_names_node_gpu_and_error(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = classify_fault(_raised(error), PLACE)
     assert isinstance(found, HardwareFault)
     assert report(found, "convoy: rank 5") == EXIT_RETRY
@@ -130,7 +167,10 @@ def test_a_device_fault_is_retried_and_names_node_gpu_and_error(error: Exception
 
 def test_nccls_last_error_names_what_failed() -> None:
     text = "NCCL error in: NCCLUtils.cpp:94, unhandled system error\nncclSystemError: System call failed.\nLast error:\n"
-    found = classify_fault(dist.DistBackendError(text + "NET/IB: ibv_reg_mr_iova2 failed: Cannot allocate memory"), PLACE)
+    found = classify_fault(
+        dist.DistBackendError(text + "NET/IB: ibv_reg_mr_iova2 failed: Cannot allocate memory"),
+        PLACE,
+    )
     assert isinstance(found, HardwareFault)
     assert "ibv_reg_mr_iova2 failed" in str(found)
 
@@ -143,7 +183,9 @@ def test_a_lost_peer_is_retried_and_is_not_a_fault_of_this_node(error: Exception
 
 
 @pytest.mark.parametrize("error", PROGRAM_ERRORS, ids=_text)
-def test_errors_of_the_program_stay_bugs_with_their_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_of_the_program_stay_bugs_with_their_traceback(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = classify_fault(_raised(error), PLACE)
     assert found is error
     assert report(found, "convoy") == EXIT_BUG
@@ -161,20 +203,34 @@ def _real_allocation_failures() -> list[Exception]:
     return errors
 
 
-def test_memory_that_ran_out_is_the_users_to_fix_and_says_how(capsys: pytest.CaptureFixture[str]) -> None:
-    values = {"model": {"name": "resnet8"}, "data": {"train": "none", "val": "none"}, "train": {"max_steps": 1}}
+def test_memory_that_ran_out_is_the_users_to_fix_and_says_how(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values = {
+        "model": {"name": "resnet8"},
+        "data": {"train": "none", "val": "none"},
+        "train": {"max_steps": 1},
+    }
     config = RunConfig.model_validate(values)
     advice = memory_advice(config, 64)
     assert "batch.micro_size than 64" in advice
     assert "precision=bf16" in advice
     gpu = [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"),
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
+        ),
         torch.AcceleratorError("CUDA error: out of memory"),
         RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        dist.DistBackendError(_NCCL.format("unhandled cuda error", "Last error:\nCuda failure 2 'out of memory'")),
-        dist.DistBackendError(_NCCL.format("unhandled cuda error", "Last error:\nFailed to CUDA calloc async 608 bytes")),
+        dist.DistBackendError(
+            _NCCL.format("unhandled cuda error", "Last error:\nCuda failure 2 'out of memory'")
+        ),
+        dist.DistBackendError(
+            _NCCL.format(
+                "unhandled cuda error", "Last error:\nFailed to CUDA calloc async 608 bytes"
+            )
+        ),
         RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
         RuntimeError("cudaErrorMemoryAllocation: cannot allocate"),
         RuntimeError("CUDA_ERROR_OUT_OF_MEMORY"),
@@ -197,7 +253,10 @@ def test_memory_that_ran_out_is_the_users_to_fix_and_says_how(capsys: pytest.Cap
     [
         (RuntimeError("can't start new thread"), "ulimit -u"),
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "ulimit -u"),
-        (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "/dev/shm"),
+        (
+            RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"),
+            "/dev/shm",
+        ),
         (
             dist.DistBackendError(
                 _NCCL.format("unhandled system error", "ncclSystemError: x\nLast error:\n")
@@ -205,11 +264,16 @@ def test_memory_that_ran_out_is_the_users_to_fix_and_says_how(capsys: pytest.Cap
             ),
             "/dev/shm",
         ),
-        (RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."), "driver"),
+        (
+            RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."),
+            "driver",
+        ),
     ],
     ids=["thread", "process", "shared memory", "shared memory of NCCL", "driver"],
 )
-def test_a_limit_of_the_machine_is_for_the_user_to_raise(error: Exception, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_limit_of_the_machine_is_for_the_user_to_raise(
+    error: Exception, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert report(classify_fault(_raised(error), PLACE), "convoy") == EXIT_USER
     said = capsys.readouterr().err
     assert PLACE in said
@@ -246,17 +310,23 @@ def test_a_fault_below_another_exception_is_found() -> None:
 
 
 def test_a_gpu_that_this_build_does_not_support_is_not_retried() -> None:
-    error = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")
+    error = torch.AcceleratorError(
+        "CUDA error: no kernel image is available for execution on the device"
+    )
     found = classify_fault(error, PLACE)
     assert isinstance(found, UserError)
     assert "does not support the GPU" in str(found)
 
 
-def test_a_pod_that_sees_fewer_gpus_than_it_requested_is_retried_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pod_that_sees_fewer_gpus_than_it_requested_is_retried_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv(GPUS_VARIABLE, "8")
     monkeypatch.setenv(NODE_VARIABLE, "gpu-17")
     for visible in (0, 7):
-        with pytest.raises(HardwareFault, match=f"node gpu-17 .*: the driver offers {visible} of the 8 GPUs"):
+        with pytest.raises(
+            HardwareFault, match=f"node gpu-17 .*: the driver offers {visible} of the 8 GPUs"
+        ):
             check_gpus(visible, 8)
     check_gpus(8, 8)
     monkeypatch.delenv(GPUS_VARIABLE)
@@ -274,16 +344,24 @@ def node(monkeypatch: pytest.MonkeyPatch) -> str:
     return "gpu-17"
 
 
-def _write(url: str, node: str, seconds_ago: float, rank: int, fault: str = "CUDA error: ECC") -> None:
+def _write(
+    url: str, node: str, seconds_ago: float, rank: int, fault: str = "CUDA error: ECC"
+) -> None:
     record = {"node": node, "rank": rank, "time": time.time() - seconds_ago, "fault": fault}
-    open_store(url, create=True).write(f"{FOLDER}/{1e9 - seconds_ago:.0f}-{node}-rank-{rank}.json", json.dumps(record).encode())
+    open_store(url, create=True).write(
+        f"{FOLDER}/{1e9 - seconds_ago:.0f}-{node}-rank-{rank}.json", json.dumps(record).encode()
+    )
 
 
-def test_repeated_faults_of_a_node_are_counted_and_cordoning_is_suggested(node: str, tmp_path: Path) -> None:
+def test_repeated_faults_of_a_node_are_counted_and_cordoning_is_suggested(
+    node: str, tmp_path: Path
+) -> None:
     url = str(tmp_path)
     assert record_fault(url, 3, "CUDA error: uncorrectable ECC error encountered") == ""
     assert repeated_faults(open_store(url)) == []
-    assert record_fault(url, 4, "CUDA error: uncorrectable ECC error encountered") == "", "one incident of several ranks"
+    assert record_fault(url, 4, "CUDA error: uncorrectable ECC error encountered") == "", (
+        "one incident of several ranks"
+    )
     _write(url, node, 3600, 3)
     _write(url, "gpu-4", 7200, 0)
     advice = record_fault(url, 3, "CUDA error: unknown error")
@@ -306,7 +384,9 @@ def test_the_next_start_and_the_last_refusal_name_the_failing_node(
         check_restart_budget(url, 1)
 
 
-def test_records_do_not_count_as_checkpoints_and_corrupt_ones_are_skipped(node: str, tmp_path: Path) -> None:
+def test_records_do_not_count_as_checkpoints_and_corrupt_ones_are_skipped(
+    node: str, tmp_path: Path
+) -> None:
     from trainer.training.checkpoint import CheckpointManager
 
     url = str(tmp_path)

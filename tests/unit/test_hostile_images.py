@@ -33,12 +33,21 @@ def _encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def _noise(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(16, 40), st.booleans(), st.sampled_from([(16, 0.875), (24, 1.0), (20, 0.7)]))
-def test_the_centre_of_a_long_image_is_torchvisions(short: int, ratio: int, upright: bool, crop: tuple) -> None:
+@given(
+    st.integers(1, 40),
+    st.integers(16, 40),
+    st.booleans(),
+    st.sampled_from([(16, 0.875), (24, 1.0), (20, 0.7)]),
+)
+def test_the_centre_of_a_long_image_is_torchvisions(
+    short: int, ratio: int, upright: bool, crop: tuple
+) -> None:
     """Where the whole resized image can still be made, it is the reference."""
     size, part = crop
     shape = (short, short * ratio) if upright else (short * ratio, short)
@@ -83,8 +92,14 @@ def test_decoding_keeps_one_copy_of_the_pixels() -> None:
 def _png_header(width: int, height: int) -> bytes:
     """A PNG that states a size and holds nothing."""
     chunks = b""
-    for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")):
-        chunks += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    for kind, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", b""),
+        (b"IEND", b""),
+    ):
+        chunks += (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
@@ -103,7 +118,9 @@ def _png_header(width: int, height: int) -> bytes:
     ],
     ids=["bomb", "dds", "eps", "html", "lfs", "avif", "svg", "jpeg", "empty"],
 )
-def test_only_supported_formats_are_opened_and_the_reason_is_given(content: bytes, reason: str) -> None:
+def test_only_supported_formats_are_opened_and_the_reason_is_given(
+    content: bytes, reason: str
+) -> None:
     with pytest.raises(DecodeError, match=reason):
         decode_rgb(content)
 
@@ -111,7 +128,9 @@ def test_only_supported_formats_are_opened_and_the_reason_is_given(content: byte
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    facts = ModelMetadata("resnet8", {"width": 4}, ["0", "1"], 2, 8, 0.875, [0.5] * 3, [0.5] * 3, True)
+    facts = ModelMetadata(
+        "resnet8", {"width": 4}, ["0", "1"], 2, 8, 0.875, [0.5] * 3, [0.5] * 3, True
+    )
     save_model(folder, facts.build(), facts)
     return str(folder)
 
@@ -125,21 +144,31 @@ def with_a_cut_image(tmp_path: Path, convoy_ok: Run) -> str:
     for number in range(8):
         parts: list[bytes] = []
         image = _encoded(_noise(20, 20))
-        write_sample(parts.append, f"picture-{number}", "png", image[: len(image) // 2] if number == 5 else image, number % 2)
+        write_sample(
+            parts.append,
+            f"picture-{number}",
+            "png",
+            image[: len(image) // 2] if number == 5 else image,
+            number % 2,
+        )
         content += b"".join(parts)
     (folder / "a.tar").write_bytes(content + end_mark(len(content)))
     convoy_ok("index", folder, "--workers", 1)
     return str(folder)
 
 
-def test_evaluation_names_the_sample_that_cannot_be_decoded(model: str, with_a_cut_image: str) -> None:
+def test_evaluation_names_the_sample_that_cannot_be_decoded(
+    model: str, with_a_cut_image: str
+) -> None:
     with pytest.raises(UserError, match=r"picture-5.*: cannot be decoded: ") as raised:
         evaluate(model, with_a_cut_image)
     assert with_a_cut_image in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_training_names_the_sample_that_cannot_be_decoded(with_a_cut_image: str, tmp_path: Path, convoy_refuses: Run) -> None:
+def test_training_names_the_sample_that_cannot_be_decoded(
+    with_a_cut_image: str, tmp_path: Path, convoy_refuses: Run
+) -> None:
     options = [
         f"data.train={with_a_cut_image}",
         f"data.val={with_a_cut_image}",
@@ -158,7 +187,10 @@ def test_prediction_names_the_file_and_classifies_the_thin_one(model: str, tmp_p
     (tmp_path / "thin.png").write_bytes(_encoded(_noise(60_000, 1)))
     (answer,) = predict_files(model, [str(tmp_path / "thin.png")])
     assert len(answer["top5"]) == 2
-    for name, content in (("cut.jpg", _encoded(_noise(64, 64), "JPEG")[:600]), ("page.jpg", b"<html></html>")):
+    for name, content in (
+        ("cut.jpg", _encoded(_noise(64, 64), "JPEG")[:600]),
+        ("page.jpg", b"<html></html>"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"{name}: cannot be decoded: "):
             predict_files(model, [str(tmp_path / name)])

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from images import NOT_SUPPORTED, encode, jpeg, pixels, png
 from PIL import Image
 
-from trainer.data.decode.image_formats import EXTENSIONS, MAX_PIXELS, ImageFault, identify, open_supported
+from trainer.data.decode.image_formats import (
+    EXTENSIONS,
+    MAX_PIXELS,
+    ImageFault,
+    identify,
+    open_supported,
+)
 
 
 def identified(content: bytes) -> str:
@@ -42,7 +48,9 @@ COMPLETE = {
     "gif-animated": encode(LARGE, "GIF", save_all=True, append_images=[pixels(2, 120, 90)]),
     "bmp": encode(LARGE, "BMP"),
     "tiff": encode(LARGE, "TIFF"),
-    "tiff-pages": encode(LARGE, "TIFF", save_all=True, append_images=[LARGE], compression="tiff_lzw"),
+    "tiff-pages": encode(
+        LARGE, "TIFF", save_all=True, append_images=[LARGE], compression="tiff_lzw"
+    ),
     "ppm": encode(LARGE, "PPM"),
 }
 
@@ -61,14 +69,28 @@ def test_truncated_images_are_rejected_wherever_they_end(name: str) -> None:
     harmless = {"gif": 1, "gif-animated": 1, "ppm": 0}.get(name, 0)  # a GIF's trailer says nothing
     if name in ("mpo", "tiff-pages"):  # the first image counts, and is complete
         content = content[: len(content) // 2 - 50]
-    for cut in (1, 2, 3, 11, 12, 13, 40, len(content) // 3, len(content) // 2, len(content) - 100, len(content) - 4):
+    for cut in (
+        1,
+        2,
+        3,
+        11,
+        12,
+        13,
+        40,
+        len(content) // 3,
+        len(content) // 2,
+        len(content) - 100,
+        len(content) - 4,
+    ):
         if cut > harmless:
             assert fault_of(content[:-cut])
 
 
 def test_a_thumbnail_with_an_end_marker_does_not_make_a_truncated_jpeg_complete() -> None:
     thumbnail, image = jpeg(quality=30), encode(LARGE, "JPEG")
-    content = image[:2] + b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + image[2:]
+    content = (
+        image[:2] + b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + image[2:]
+    )
     assert identified(content) == "jpg"
     assert "end-of-image" in fault_of(content[:-2])
     assert "truncated" in fault_of(content[: len(thumbnail) + 6])
@@ -86,7 +108,9 @@ def test_headers_longer_than_what_is_read_first() -> None:
 
 
 @pytest.mark.parametrize("name", NOT_SUPPORTED)
-def test_other_formats_are_rejected_by_name_and_never_opened(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_formats_are_rejected_by_name_and_never_opened(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content, reason = NOT_SUPPORTED[name]
     for plugin in ("EPS", "DDS", "PSD", "ICO", "AVIF", "JPEG2000", "TGA"):
         Image.init()
@@ -98,12 +122,19 @@ def test_other_formats_are_rejected_by_name_and_never_opened(name: str, monkeypa
 
 def test_decompression_bombs_are_rejected_by_their_header() -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     for side in (13_378, 60_000):
         header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
         assert side * side > MAX_PIXELS
-        bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+        bomb = (
+            b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(b""))
+            + chunk(b"IEND", b"")
+        )
         assert "bomb" in fault_of(bomb)
 
 
@@ -113,7 +144,9 @@ def test_decompression_bombs_are_rejected_by_their_header() -> None:
 def test_hostile_bytes_give_an_extension_or_a_reason(name: str, data: st.DataObject) -> None:
     content = bytearray(COMPLETE[name])
     for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, min(len(content) - 1, 600)))] = data.draw(st.integers(0, 255))
+        content[data.draw(st.integers(0, min(len(content) - 1, 600)))] = data.draw(
+            st.integers(0, 255)
+        )
     end = data.draw(st.integers(0, len(content)))
     for part in (bytes(content), bytes(content[:end]), bytes(content[end:])):
         try:

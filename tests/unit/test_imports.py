@@ -24,7 +24,11 @@ LAYERS = [
     ["trainer.models"],
     ["trainer.training.batch_plan", "trainer.training.lr_schedule"],
     ["trainer.training.optimizers", "trainer.training.loss"],
-    ["trainer.distributed.env", "trainer.distributed.collectives", "trainer.distributed.process_group"],
+    [
+        "trainer.distributed.env",
+        "trainer.distributed.collectives",
+        "trainer.distributed.process_group",
+    ],
     ["trainer.training.preemption", "trainer.engine.dropout_rng", "trainer.engine.partition"],
     ["trainer.engine.input_transfer", "trainer.engine.deepspeed"],
     ["trainer.engine.cuda_graphs", "trainer.engine.model_chunk"],
@@ -37,7 +41,12 @@ LAYERS = [
     ["trainer.export.packaged_code", "trainer.faults.node_fault_log"],
     ["trainer.distributed.pod_startup", "trainer.tracking.run_status"],
     ["trainer.weights.class_matching", "trainer.weights.state_dict_file"],
-    ["trainer.config.preflight", "trainer.export.model_registry", "trainer.launch", "trainer.weights.pretrained"],
+    [
+        "trainer.config.preflight",
+        "trainer.export.model_registry",
+        "trainer.launch",
+        "trainer.weights.pretrained",
+    ],
     ["trainer.tracking.run_record"],
     ["trainer.__main__"],
     ["pipelines"],
@@ -46,14 +55,21 @@ LAYERS = [
 
 def _level(module: str) -> int:
     names = [(name, i) for i, layer in enumerate(LAYERS) for name in layer]
-    matches = [(len(name), i) for name, i in names if module == name or module.startswith(f"{name}.")]
+    matches = [
+        (len(name), i) for name, i in names if module == name or module.startswith(f"{name}.")
+    ]
     assert matches, f"{module} stands in no layer: add it to LAYERS"
     return max(matches)[1]
 
 
 def _modules() -> list[tuple[str, Path]]:
-    files = [p for package in ("trainer", "pipelines") for p in sorted((ROOT / package).rglob("*.py"))]
-    return [(".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), p) for p in files]
+    files = [
+        p for package in ("trainer", "pipelines") for p in sorted((ROOT / package).rglob("*.py"))
+    ]
+    return [
+        (".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), p)
+        for p in files
+    ]
 
 
 def _imported(path: Path) -> set[str]:
@@ -67,7 +83,9 @@ def _imported(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("trainer", "pipelines")}
 
 
-@pytest.mark.parametrize(("module", "path"), _modules(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("module", "path"), _modules(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_imports_go_one_way(module: str, path: Path) -> None:
     if path.name == "__init__.py":
         outside = {name for name in _imported(path) if not name.startswith(module)}
@@ -76,7 +94,9 @@ def test_imports_go_one_way(module: str, path: Path) -> None:
     known = {name for name, _ in _modules()}
     packages = {name for name, path in _modules() if path.name == "__init__.py"}
     for imported in _imported(path) & known - packages:
-        assert _level(imported) <= _level(module), f"{module} imports {imported}, which comes after it"
+        assert _level(imported) <= _level(module), (
+            f"{module} imports {imported}, which comes after it"
+        )
 
 
 @pytest.mark.parametrize("heavy", ["torch", "mlflow", "deepspeed", "pandas"])
@@ -92,5 +112,7 @@ def test_a_rank_that_tracks_nothing_does_not_load_mlflow() -> None:
         "group.join(env.DistEnv.from_env()); group.leave();"
         "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules and 'pandas' not in sys.modules; import mlflow"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,14 @@ from trainer.errors import UserError
 
 
 def _shard(name: str = "a.tar", **changes: Any) -> Shard:
-    fields = {"name": name, "samples": 2, "sha256": "0" * 64, "bytes": 10240, "offsets": [0, 2048, 4096], "keys": ["a", "b"]}
+    fields = {
+        "name": name,
+        "samples": 2,
+        "sha256": "0" * 64,
+        "bytes": 10240,
+        "offsets": [0, 2048, 4096],
+        "keys": ["a", "b"],
+    }
     return Shard.model_construct(**(fields | changes))
 
 
@@ -27,7 +34,9 @@ def _index(*shards: Shard, **changes: Any) -> dict[str, Any]:
         plan="",
         shards=list(shards),
     )
-    return json.loads(json.dumps(index.model_dump(warnings=False))) | {"digest": "sha256:0"} | changes
+    return (
+        json.loads(json.dumps(index.model_dump(warnings=False))) | {"digest": "sha256:0"} | changes
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,7 +51,10 @@ def _index(*shards: Shard, **changes: Any) -> dict[str, Any]:
             _index(_shard(), format="convoy-index/2"),
             "its format is 'convoy-index/2', but this version of Convoy reads 'convoy-index/1'",
         ),
-        (_index(_shard(offsets=[0, -5, 4096])), "offsets.1: Input should be greater than or equal to 0"),
+        (
+            _index(_shard(offsets=[0, -5, 4096])),
+            "offsets.1: Input should be greater than or equal to 0",
+        ),
         (_index(_shard(offsets=[0, 2**70, 4096])), "offsets.1: Input should be"),
         (_index(_shard(offsets=[0, 4096, 2048])), "sample 1 does not begin before the next one"),
         (_index(_shard(offsets=[0, 4096, 4096])), "sample 1 does not begin before the next one"),
@@ -74,7 +86,9 @@ def test_a_corrupt_index_is_one_line(content: bytes | dict[str, Any], reason: st
 
 def test_a_corrupt_index_ends_commands_with_one_line(convoy_refuses: Run, tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps(_index(_shard(offsets=[0, -1, 2]))))
-    told = convoy_refuses("order", tmp_path, "--epoch", 0, "--world-size", 1, "--rank", 0, "--batch-size", 2)
+    told = convoy_refuses(
+        "order", tmp_path, "--epoch", 0, "--world-size", 1, "--rank", 0, "--batch-size", 2
+    )
     assert len(told.splitlines()) == 1
 
 
@@ -89,4 +103,6 @@ def test_an_index_that_cannot_be_read_is_not_written(tmp_path: Path) -> None:
     good = Index.of("train", ["é"], ["x"], [_shard()])
     write_index(store, "index.json", good)
     assert open_index(str(tmp_path))[0] == good
-    assert b"shards_in" not in (tmp_path / "index.json").read_bytes(), "indexes of folders of their own stay as they were"
+    assert b"shards_in" not in (tmp_path / "index.json").read_bytes(), (
+        "indexes of folders of their own stay as they were"
+    )

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from pipelines.datasets.sources.keys import has_equal_keys, sample_keys
 from trainer.data.shards.tar import header, split_name
 
-names = st.lists(st.tuples(st.sampled_from(["cat", "Cat", "猫", "狗", "-c", "a.b", "x" * 60]), st.text(min_size=1, max_size=8)))
+names = st.lists(
+    st.tuples(
+        st.sampled_from(["cat", "Cat", "猫", "狗", "-c", "a.b", "x" * 60]),
+        st.text(min_size=1, max_size=8),
+    )
+)
 
 
 def keys_of(pairs: list[tuple[str, str]]) -> list[str]:
@@ -43,9 +48,13 @@ def test_equal_names_are_numbered_and_existing_names_kept() -> None:
 
 
 def test_long_and_foreign_names_stay_recognizable() -> None:
-    long = [("portal", f"screenshot_of_the_customer_portal_2024_production_{i:07d}") for i in range(3)]
+    long = [
+        ("portal", f"screenshot_of_the_customer_portal_2024_production_{i:07d}") for i in range(3)
+    ]
     assert [key[-7:] for key in keys_of(long)] == ["0000000", "0000001", "0000002"]
-    assert keys_of([("café", "Größe_1"), ("猫", "屏幕截图_17"), ("狗", "屏幕截图_17"), ("猫", "屏")]) == [
+    assert keys_of(
+        [("café", "Größe_1"), ("猫", "屏幕截图_17"), ("狗", "屏幕截图_17"), ("猫", "屏")]
+    ) == [
         "cafe/Gro_e_1",
         "class-2/__17",
         "class-1/__17",

@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 
 from trainer.distributed.pod_startup import pod_from_environment
 from trainer.errors import Preempted, UserError
-from trainer.process.launch_environment import check_rank_environment, check_single_node, local_rank_environment, loopback_interface
+from trainer.process.launch_environment import (
+    check_rank_environment,
+    check_single_node,
+    local_rank_environment,
+    loopback_interface,
+)
 from trainer.process.proxies import bypass_proxies_for_local_services
 from trainer.process.stop_signals import StopSignals
 from trainer.process.supervisor import exit_code
@@ -31,23 +36,59 @@ _NAMES = [
     "AZ_BATCH_MASTER_NODE", "AZUREML_EXPERIMENT_ID", "JOB_COMPLETION_INDEX", "PYTHONOPTIMIZE", "PYTHONINSPECT", "OMP_NUM_THREADS",
     "CONVOY_STORE_FD", "CONVOY_RUN_ID_FILE", "CONVOY_LAUNCHER_PID", "USE_LIBUV",
 ]  # fmt: skip
-_VALUES = st.sampled_from(["", "0", "1", "2", "17", "-1", "nonsense", "127.0.0.1", "10.0.0.7", "node17.corp.invalid", "eth7"])
+_VALUES = st.sampled_from(
+    [
+        "",
+        "0",
+        "1",
+        "2",
+        "17",
+        "-1",
+        "nonsense",
+        "127.0.0.1",
+        "10.0.0.7",
+        "node17.corp.invalid",
+        "eth7",
+    ]
+)
 
 
 @settings(max_examples=40 if settings.default.derandomize else 2000, deadline=None)
-@given(st.dictionaries(st.sampled_from(_NAMES), _VALUES | st.text("0123456789abc:.", max_size=8)), st.integers(1, 4))
-def test_a_local_ranks_environment_follows_from_its_launcher_alone(leftover: dict[str, str], world_size: int) -> None:
-    plain = {"PATH": "/usr/bin", "CUDA_VISIBLE_DEVICES": "", "MLFLOW_TRACKING_URI": "http://mlflow:5000", "CONVOY_CPUS": "8"}
+@given(
+    st.dictionaries(st.sampled_from(_NAMES), _VALUES | st.text("0123456789abc:.", max_size=8)),
+    st.integers(1, 4),
+)
+def test_a_local_ranks_environment_follows_from_its_launcher_alone(
+    leftover: dict[str, str], world_size: int
+) -> None:
+    plain = {
+        "PATH": "/usr/bin",
+        "CUDA_VISIBLE_DEVICES": "",
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+        "CONVOY_CPUS": "8",
+    }
     for rank in range(world_size):
         clean = local_rank_environment(plain, rank, world_size, 1234)
         dirty = local_rank_environment(plain | leftover, rank, world_size, 1234)
-        if not leftover.get("OMP_NUM_THREADS", "").isdigit() or int(leftover["OMP_NUM_THREADS"]) == 0:
+        if (
+            not leftover.get("OMP_NUM_THREADS", "").isdigit()
+            or int(leftover["OMP_NUM_THREADS"]) == 0
+        ):
             assert dirty == clean
         else:
             assert dirty | {"OMP_NUM_THREADS": ""} == clean | {"OMP_NUM_THREADS": ""}
         assert clean.items() >= plain.items()
-        assert (clean["RANK"], clean["WORLD_SIZE"], clean["MASTER_ADDR"]) == (str(rank), str(world_size), "127.0.0.1")
-        assert clean["GLOO_SOCKET_IFNAME"] == clean["NCCL_SOCKET_IFNAME"] == loopback_interface() == "lo"
+        assert (clean["RANK"], clean["WORLD_SIZE"], clean["MASTER_ADDR"]) == (
+            str(rank),
+            str(world_size),
+            "127.0.0.1",
+        )
+        assert (
+            clean["GLOO_SOCKET_IFNAME"]
+            == clean["NCCL_SOCKET_IFNAME"]
+            == loopback_interface()
+            == "lo"
+        )
 
 
 @settings(max_examples=60 if settings.default.derandomize else 5000, deadline=None)
@@ -65,7 +106,12 @@ def test_leftovers_are_ignored_or_refused_but_never_waited_for(leftover: dict[st
     assert any(f"{name}={value}" in refused for name, value in leftover.items()), refused
 
 
-_TRAINER_V2 = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "job-node-0-0.job"}
+_TRAINER_V2 = {
+    "PET_NNODES": "2",
+    "PET_NPROC_PER_NODE": "1",
+    "PET_NODE_RANK": "0",
+    "PET_MASTER_ADDR": "job-node-0-0.job",
+}
 _TRAINER_V2 |= {"PET_MASTER_PORT": "29500", "JOB_COMPLETION_INDEX": "0"}
 _PYTORCH_JOB = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "23456", "PET_NPROC_PER_NODE": "1"}
 
@@ -91,9 +137,13 @@ _PYTORCH_JOB = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "23456", "PET_NPR
         {"PMI_RANK": "1"},
     ],
 )  # fmt: skip
-def test_several_nodes_or_tasks_without_a_rendezvous_are_refused(environment: dict[str, str]) -> None:
+def test_several_nodes_or_tasks_without_a_rendezvous_are_refused(
+    environment: dict[str, str],
+) -> None:
     assert pod_from_environment(environment) is None
-    with pytest.raises(UserError, match=r"\w+=\S+.*several nodes or tasks.*PET_RDZV_ENDPOINT.*unset") as error:
+    with pytest.raises(
+        UserError, match=r"\w+=\S+.*several nodes or tasks.*PET_RDZV_ENDPOINT.*unset"
+    ) as error:
         check_single_node(environment)
     assert len(error.value.faults) == 1
 
@@ -102,13 +152,40 @@ def test_several_nodes_or_tasks_without_a_rendezvous_are_refused(environment: di
     "environment",
     [
         {},
-        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+        {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",
+        },
         {"RANK": "1", "WORLD_SIZE": "2"},
-        {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": socket.gethostname()},
-        {"PET_NNODES": "1", "PET_MASTER_ADDR": "job-node-0-0.job", "PET_NODE_RANK": "0", "JOB_COMPLETION_INDEX": "0"},
-        {"SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"},
+        {
+            "RANK": "3",
+            "LOCAL_RANK": "3",
+            "WORLD_SIZE": "4",
+            "LOCAL_WORLD_SIZE": "4",
+            "MASTER_ADDR": socket.gethostname(),
+        },
+        {
+            "PET_NNODES": "1",
+            "PET_MASTER_ADDR": "job-node-0-0.job",
+            "PET_NODE_RANK": "0",
+            "JOB_COMPLETION_INDEX": "0",
+        },
+        {
+            "SLURM_NNODES": "1",
+            "SLURM_PROCID": "0",
+            "SLURM_NTASKS": "1",
+            "SLURM_STEP_NUM_TASKS": "1",
+        },
         {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1"},
-        {"SLURM_PROCID": "0", "SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"},
+        {
+            "SLURM_PROCID": "0",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_STEP_NUM_NODES": "1",
+        },
     ],
 )
 def test_one_node_trains_whatever_is_left_in_its_environment(environment: dict[str, str]) -> None:
@@ -129,7 +206,9 @@ def test_one_node_trains_whatever_is_left_in_its_environment(environment: dict[s
         ),
     ],
 )  # fmt: skip
-def test_an_incomplete_rank_environment_is_refused_in_one_line(environment: dict[str, str], named: str) -> None:
+def test_an_incomplete_rank_environment_is_refused_in_one_line(
+    environment: dict[str, str], named: str
+) -> None:
     with pytest.raises(UserError) as error:
         check_rank_environment(environment)
     assert named in str(error.value)
@@ -142,23 +221,36 @@ def test_the_runs_exit_code_is_the_most_telling_of_its_ranks() -> None:
     assert exit_code([144, 2], None) == exit_code([-9, 2], signal.SIGTERM) == 2
     assert exit_code([1, 144], None) == 1
     assert exit_code([143, 143], None) == 143
-    assert exit_code([-9, 144], None) == exit_code([143, 144], None) == exit_code([-11], None) == 144
+    assert (
+        exit_code([-9, 144], None) == exit_code([143, 144], None) == exit_code([-11], None) == 144
+    )
     assert exit_code([143, 144], signal.SIGTERM) == 143
     assert exit_code([143, -9], signal.SIGINT) == 130
     assert exit_code([143], signal.SIGHUP) == 129
 
 
-_LOCAL = ["http://127.0.0.1:9000", "http://localhost:9000", "http://[::1]:9000", "http://mlflow:5000", "http://s3.storage.svc:1"]
+_LOCAL = [
+    "http://127.0.0.1:9000",
+    "http://localhost:9000",
+    "http://[::1]:9000",
+    "http://mlflow:5000",
+    "http://s3.storage.svc:1",
+]
 
 
 @pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "proxy.corp.invalid:3128"])
-@pytest.mark.parametrize("old", [{}, {"no_proxy": "corp.invalid"}, {"NO_PROXY": "corp.invalid"}, {"no_proxy": "*"}])
+@pytest.mark.parametrize(
+    "old", [{}, {"no_proxy": "corp.invalid"}, {"NO_PROXY": "corp.invalid"}, {"no_proxy": "*"}]
+)
 def test_local_services_need_no_proxy_and_remote_ones_keep_it(
     old: dict[str, str], proxy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in ({"http_proxy": proxy, "HTTPS_PROXY": proxy, "MLFLOW_TRACKING_URI": "http://mlflow:5000"} | old).items():
+    for name, value in (
+        {"http_proxy": proxy, "HTTPS_PROXY": proxy, "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+        | old
+    ).items():
         monkeypatch.setenv(name, value)
     bypass_proxies_for_local_services(os.environ)
     everything = old.get("no_proxy") == "*"
@@ -169,7 +261,10 @@ def test_local_services_need_no_proxy_and_remote_ones_keep_it(
     for url, through in (("http://s3.example.com", True), ("http://a.corp.invalid", not old)):
         assert requests.utils.should_bypass_proxies(url, None) == (everything or not through)
         assert bool(should_bypass_proxies(url)) == (everything or not through)
-    assert ProxyConfiguration({"http": proxy}).proxy_url_for("http://s3.example.com") == f"http://{proxy.split('//')[-1]}"
+    assert (
+        ProxyConfiguration({"http": proxy}).proxy_url_for("http://s3.example.com")
+        == f"http://{proxy.split('//')[-1]}"
+    )
 
 
 def test_nothing_changes_without_a_proxy() -> None:
@@ -181,7 +276,13 @@ def test_nothing_changes_without_a_proxy() -> None:
 def _signalled(code: str) -> subprocess.CompletedProcess:
     program = "import os, signal, sys, time\nfrom trainer.process.stop_signals import StopSignals\n"
     program += "from trainer.errors import Preempted\n"
-    return subprocess.run([sys.executable, "-c", program + code], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", program + code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def test_stop_signals_are_raised_then_recorded_and_ignored_ones_stay_ignored() -> None:

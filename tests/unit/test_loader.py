@@ -25,7 +25,13 @@ def _config(data: Path, global_size: int, **keys: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"name": "resnet8"},
-            "data": {"train": str(data / "train"), "image_size": 8, "shuffle_window": 96, "seed": 5, **keys},
+            "data": {
+                "train": str(data / "train"),
+                "image_size": 8,
+                "shuffle_window": 96,
+                "seed": 5,
+                **keys,
+            },
             "batch": {"global_size": global_size, "eval_size": 13},
             "train": {"max_steps": 1},
         }
@@ -49,13 +55,25 @@ class Counting:
 
 
 def _rank(
-    config: RunConfig, data: Path, world: int, rank: int, accumulation: int = 1, start: int = 0, **options: Any
+    config: RunConfig,
+    data: Path,
+    world: int,
+    rank: int,
+    accumulation: int = 1,
+    start: int = 0,
+    **options: Any,
 ) -> list[Batch]:
     index, store = open_index(str(data / "train"))
-    return list(train_loader(config, index, options.get("store", store), 1, world, rank, accumulation, start))
+    return list(
+        train_loader(
+            config, index, options.get("store", store), 1, world, rank, accumulation, start
+        )
+    )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.sampled_from([(1, 1), (2, 1), (3, 2), (6, 1), (12, 2)]),
     st.integers(0, 14),
@@ -71,18 +89,33 @@ def test_any_ranks_workers_and_start_give_the_same_samples(
     index, _ = open_index(str(digits / "train"))
     order = epoch_order(index.sizes, 5, 1, 48, 96)
     alone = _rank(_config(digits, 48, workers=0), digits, 1, 0)
-    pixels = {(step, key): image for step, batch in enumerate(alone) for key, image in zip(batch.keys, batch.pixels, strict=False)}
+    pixels = {
+        (step, key): image
+        for step, batch in enumerate(alone)
+        for key, image in zip(batch.keys, batch.pixels, strict=False)
+    }
     ranks = [_rank(config, digits, world, rank, accumulation, start) for rank in range(world)]
-    assert {len(batches) for batches in ranks} == {max(0, order.steps - start) * accumulation}, "the same steps on every rank"
+    assert {len(batches) for batches in ranks} == {max(0, order.steps - start) * accumulation}, (
+        "the same steps on every rank"
+    )
     for step in range(start, order.steps):
-        parts = [batches[(step - start) * accumulation + a] for batches in ranks for a in range(accumulation)]
+        parts = [
+            batches[(step - start) * accumulation + a]
+            for batches in ranks
+            for a in range(accumulation)
+        ]
         keys = sorted(key for part in parts for key in part.keys)
         assert keys == sorted(
-            index.key(int(n)) for n, weight in zip(order.samples[step], order.weights[step], strict=True) if weight
+            index.key(int(n))
+            for n, weight in zip(order.samples[step], order.weights[step], strict=True)
+            if weight
         )
         for part in parts:
             kept = part.pixels[part.weights > 0]
-            assert all(np.array_equal(image, pixels[step, key]) for key, image in zip(part.keys, kept, strict=True))
+            assert all(
+                np.array_equal(image, pixels[step, key])
+                for key, image in zip(part.keys, kept, strict=True)
+            )
 
 
 @pytest.mark.parametrize(("world", "prefetch_mb"), [(1, 64), (2, 64), (4, 1), (8, 64)])
@@ -98,27 +131,48 @@ def test_each_byte_is_read_once_over_all_ranks(digits: Path, world: int, prefetc
     assert counting.requests < 6 * 48 + len(index.shards) * 4, "long stretches"
 
 
-def test_a_set_smaller_than_the_shuffle_window_is_read_in_long_stretches_where_it_fits(digits: Path) -> None:
+def test_a_set_smaller_than_the_shuffle_window_is_read_in_long_stretches_where_it_fits(
+    digits: Path,
+) -> None:
     index, store = open_index(str(digits / "train"))
     wanted = -(-2 * index.bytes // MB)
     for prefetch_mb, long in ((wanted + 1, True), (wanted // 2, False)):
         counting = Counting(store)
-        _rank(_config(digits, 48, prefetch_mb=prefetch_mb, shuffle_window=10**6), digits, 1, 0, store=counting)
+        _rank(
+            _config(digits, 48, prefetch_mb=prefetch_mb, shuffle_window=10**6),
+            digits,
+            1,
+            0,
+            store=counting,
+        )
         assert (counting.requests < index.samples / 4) == long
 
 
 def test_it_is_said_how_much_room_long_stretches_want(digits: Path) -> None:
     """The figure that is told is enough, and a little less is not; nothing is told of a local folder or behind a cache."""
     index, _ = open_index(str(digits / "train"))
-    keys: dict[str, Any] = {"train": "s3://bucket/digits", "shuffle_window": 10**6, "prefetch_mb": 1}
+    keys: dict[str, Any] = {
+        "train": "s3://bucket/digits",
+        "shuffle_window": 10**6,
+        "prefetch_mb": 1,
+    }
     said = prefetch_hint(_config(digits, 48, **keys), index, 1)
     assert said is not None
     wanted = int(said.split("; with ")[1].split(",")[0])
     assert wanted == pytest.approx(2 * index.bytes / MB, abs=1.1, rel=0.03)
     assert prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": wanted}), index, 1) is None
-    assert prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": wanted - 1}), index, 1) is not None
-    assert prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": -(-wanted // 2)}), index, 2) is None, "half of it each"
-    assert prefetch_hint(_config(digits, 48, **keys | {"train": str(digits / "train")}), index, 1) is None
+    assert (
+        prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": wanted - 1}), index, 1)
+        is not None
+    )
+    assert (
+        prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": -(-wanted // 2)}), index, 2)
+        is None
+    ), "half of it each"
+    assert (
+        prefetch_hint(_config(digits, 48, **keys | {"train": str(digits / "train")}), index, 1)
+        is None
+    )
     assert prefetch_hint(_config(digits, 48, cache_dir="/cache", **keys), index, 1) is None
 
 
@@ -145,12 +199,16 @@ def test_windows_are_the_steps_in_order_and_within_the_bound(
 ) -> None:
     order = EpochOrder(np.zeros((steps, 1), np.int64), np.ones((steps, 1), np.float32), block)
     windows = list(step_windows(order, start, lane, lanes, budget))
-    assert [step for first, end in windows for step in range(first, end)] == list(range(start, steps))
+    assert [step for first, end in windows for step in range(first, end)] == list(
+        range(start, steps)
+    )
     for first, end in windows:
         assert end == first + 1 or (end - first) * lane * lanes <= budget / 2 + 1
 
 
-def test_a_rank_does_not_hold_more_than_it_may(jpeg_folder: Path, tmp_path: Path, convoy_ok: Any) -> None:
+def test_a_rank_does_not_hold_more_than_it_may(
+    jpeg_folder: Path, tmp_path: Path, convoy_ok: Any
+) -> None:
     """How far the reading runs ahead of the consumer, in bytes."""
     convoy_ok("pack", jpeg_folder, tmp_path, "--shards", 4)
     index, store = open_index(str(tmp_path / "train"))
@@ -183,11 +241,15 @@ def spoiled(digits_folder: Path, tmp_path: Path, convoy_ok: Any) -> tuple[Path, 
 
 def test_a_bad_sample_stops_the_run_and_is_named(spoiled: tuple[Path, str, str]) -> None:
     data, key, _ = spoiled
-    with pytest.raises(UserError, match=rf"train-000002\.tar: sample {key} at byte [\d,]+: cannot be decoded"):
+    with pytest.raises(
+        UserError, match=rf"train-000002\.tar: sample {key} at byte [\d,]+: cannot be decoded"
+    ):
         _rank(_config(data, 48), data, 1, 0)
 
 
-def test_a_bad_sample_that_is_skipped_weighs_nothing_and_is_told(spoiled: tuple[Path, str, str], digits: Path) -> None:
+def test_a_bad_sample_that_is_skipped_weighs_nothing_and_is_told(
+    spoiled: tuple[Path, str, str], digits: Path
+) -> None:
     data, key, other = spoiled
     config = _config(data, 48, bad_samples="skip")
     good = _rank(_config(digits, 48), digits, 1, 0)
@@ -214,12 +276,33 @@ def test_a_bad_sample_that_is_skipped_weighs_nothing_and_is_told(spoiled: tuple[
 
 
 def test_images_grow_with_the_epochs(digits: Path) -> None:
-    keys = {"image_size": 224, "initial_size": 128, "grow_from": 2, "grow_until": 10, "size_step": 32}
+    keys = {
+        "image_size": 224,
+        "initial_size": 128,
+        "grow_from": 2,
+        "grow_until": 10,
+        "size_step": 32,
+    }
     data = _config(digits, 48, **keys).data
-    assert [data.size_in(epoch) for epoch in range(12)] == [128, 128, 128, 128, 160, 160, 192, 192, 192, 224, 224, 224]
+    assert [data.size_in(epoch) for epoch in range(12)] == [
+        128,
+        128,
+        128,
+        128,
+        160,
+        160,
+        192,
+        192,
+        192,
+        224,
+        224,
+        224,
+    ]
     small = _config(digits, 48, image_size=16, initial_size=8, grow_until=2, size_step=4)
     index, store = open_index(str(digits / "train"))
-    sides = [next(train_loader(small, index, store, epoch, 1, 0, 1)).pixels.shape for epoch in range(3)]
+    sides = [
+        next(train_loader(small, index, store, epoch, 1, 0, 1)).pixels.shape for epoch in range(3)
+    ]
     assert sides == [(48, 8, 8, 3), (48, 12, 12, 3), (48, 16, 16, 3)]
 
 
@@ -248,4 +331,7 @@ def test_labels_alone_are_those_of_the_images(digits: Path) -> None:
     config = _config(digits, 48)
     whole = _first(train_loader(config, index, store, 0, 1, 0, 1), 3)
     labels = _first(train_loader(config, index, store, 0, 1, 0, 1, labels_only=True), 3)
-    assert all(np.array_equal(a.labels, b.labels) and a.keys == b.keys for a, b in zip(whole, labels, strict=True))
+    assert all(
+        np.array_equal(a.labels, b.labels) and a.keys == b.keys
+        for a, b in zip(whole, labels, strict=True)
+    )

@@ -15,22 +15,31 @@ from helpers import Run
 from pipelines.local import servers
 
 
-def test_up_twice_status_and_down(convoy: Run, convoy_ok: Run, convoy_refuses: Run, tmp_path: Path) -> None:
+def test_up_twice_status_and_down(
+    convoy: Run, convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
+) -> None:
     folder = tmp_path / "services"
     try:
         first = convoy_ok("local", "up", "--dir", folder)
         state = json.loads(convoy_ok("local", "status", "--dir", folder, "--json"))
-        assert convoy_ok("local", "up", "--dir", folder) == first, "started twice is no error, and nothing new is started"
+        assert convoy_ok("local", "up", "--dir", folder) == first, (
+            "started twice is no error, and nothing new is started"
+        )
         assert json.loads(convoy_ok("local", "status", "--dir", folder, "--json")) == state
         assert set(state) == {"s3", "mlflow"}
         family = [p for s in state.values() for p in _family(s["pid"])]
         for process in family:
             for connection in process.net_connections("tcp"):
-                assert connection.status != psutil.CONN_LISTEN or connection.laddr.ip in ("127.0.0.1", "::1"), "loopback only"
+                assert connection.status != psutil.CONN_LISTEN or connection.laddr.ip in (
+                    "127.0.0.1",
+                    "::1",
+                ), "loopback only"
         services = servers.load(folder)
         assert services is not None
         secret = services.secret_key
-        assert not any(secret in part for process in family for part in process.cmdline()), "no secret on a command line"
+        assert not any(secret in part for process in family for part in process.cmdline()), (
+            "no secret on a command line"
+        )
         for name in ("services.json", "s3.json"):
             assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
         assert services.mlflow_url in convoy_ok("local", "env", "--dir", folder)

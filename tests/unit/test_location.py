@@ -14,14 +14,30 @@ from trainer.data.storage.location import Location, is_remote, parse_storage_url
 from trainer.data.storage.store import open_store
 from trainer.errors import UserError
 
-LITERAL = ["run#1", "run#2", "run", "run?v=1", "a%20b", "a b", "a%2Fb", "100%", "é", "e\u0301", "日本", "a+b", "a&b=c"]
+LITERAL = [
+    "run#1",
+    "run#2",
+    "run",
+    "run?v=1",
+    "a%20b",
+    "a b",
+    "a%2Fb",
+    "100%",
+    "é",
+    "e\u0301",
+    "日本",
+    "a+b",
+    "a&b=c",
+]
 LITERAL += ["[1]{2}", "~x", "a:b@c", "a;b,c'd"]
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
 def test_a_prefix_is_taken_literally(scheme: str) -> None:
     for prefix in LITERAL:
-        assert parse_storage_url(f"{scheme}://bucket/{prefix}/x") == Location(scheme, "bucket", f"{prefix}/x")
+        assert parse_storage_url(f"{scheme}://bucket/{prefix}/x") == Location(
+            scheme, "bucket", f"{prefix}/x"
+        )
         assert parse_storage_url(f"{scheme}://bucket/{prefix}").url == f"{scheme}://bucket/{prefix}"
 
 
@@ -38,7 +54,11 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = str(tmp_path / "a#b?c %41")
     for url in (here, "a#b?c %41", "./a#b?c %41", f"{tmp_path}//a#b?c %41/"):
         assert parse_storage_url(url) == Location("file", "", here)
-    for url in (f"file://{tmp_path}/run#1", f"FILE://{tmp_path}/run#1", f"file://localhost{tmp_path}/run#1"):
+    for url in (
+        f"file://{tmp_path}/run#1",
+        f"FILE://{tmp_path}/run#1",
+        f"file://localhost{tmp_path}/run#1",
+    ):
         assert parse_storage_url(url).prefix == str(tmp_path / "run#1")
     assert parse_storage_url("~/data").prefix == str(tmp_path / "home" / "data")
     assert parse_storage_url("./~/data").prefix == str(tmp_path / "~" / "data")
@@ -156,7 +176,22 @@ def test_credentials_are_refused_and_not_echoed(url: str) -> None:
 
 urls = st.builds(
     "{}{}{}".format,
-    st.sampled_from(["s3://", "S3://", "gs://", "az://", "file://", "file:///", "/", "./", "~/", "s3:/", "https://", ""]),
+    st.sampled_from(
+        [
+            "s3://",
+            "S3://",
+            "gs://",
+            "az://",
+            "file://",
+            "file:///",
+            "/",
+            "./",
+            "~/",
+            "s3:/",
+            "https://",
+            "",
+        ]
+    ),
     st.text(st.sampled_from("ab.-_~:@/\\#?%2F +é\u0301日\x00\x7f\udcff$&="), max_size=12),
     st.sampled_from(["", "/", "//", "/x", "/.", "/..", " "]),
 )
@@ -197,12 +232,17 @@ def test_a_real_store_holds_the_key_that_the_url_spells(
     key = f"literal/{name}/x y#%41.tar"
     assert client.get_object(Bucket=servers.BUCKET, Key=key)["Body"].read() == b"abc"
     client.put_object(Bucket=servers.BUCKET, Key=f"literal/{name}2/x", Body=b"of another run")
-    client.put_object(Bucket=servers.BUCKET, Key=f"literal/{quote(name)}-other/x", Body=b"of another run")
+    client.put_object(
+        Bucket=servers.BUCKET, Key=f"literal/{quote(name)}-other/x", Body=b"of another run"
+    )
     assert store.sizes() == {"x y#%41.tar": 3}
     assert bytes(store.read_ranges("x y#%41.tar", [1], [3])[0]) == b"bc"
     store.delete(["x y#%41.tar"])
     assert store.sizes() == {}
-    assert client.get_object(Bucket=servers.BUCKET, Key=f"literal/{name}2/x")["Body"].read() == b"of another run"
+    assert (
+        client.get_object(Bucket=servers.BUCKET, Key=f"literal/{name}2/x")["Body"].read()
+        == b"of another run"
+    )
 
 
 @pytest.mark.parametrize("name", ["run#1", "a%20b", "a?b", "日本"])

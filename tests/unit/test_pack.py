@@ -35,10 +35,14 @@ def _index(split: Path) -> Index:
 
 
 def _snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
-def test_image_files_stay_untouched_and_plain_webdataset_reads_them(convoy_ok: Run, jpeg_folder: Path, tmp_path: Path) -> None:
+def test_image_files_stay_untouched_and_plain_webdataset_reads_them(
+    convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
+) -> None:
     convoy_ok("pack", jpeg_folder, tmp_path, "--shards", 3)
     samples = _with_webdataset(tmp_path / "train")
     sources = {f"{p.parent.name}/{p.stem}": p for p in jpeg_folder.rglob("*.JPEG")}
@@ -50,7 +54,9 @@ def test_image_files_stay_untouched_and_plain_webdataset_reads_them(convoy_ok: R
         assert ["china", "flower"][int(sample["cls"])] == source.parent.name
 
 
-def test_the_index_tells_where_each_sample_is(convoy_ok: Run, jpeg_folder: Path, tmp_path: Path) -> None:
+def test_the_index_tells_where_each_sample_is(
+    convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
+) -> None:
     convoy_ok("pack", jpeg_folder, tmp_path, "--shards", 4)
     index = _index(tmp_path / "train")
     assert (index.samples, index.classes, len(index.shards)) == (40, ["china", "flower"], 4)
@@ -64,7 +70,9 @@ def test_the_index_tells_where_each_sample_is(convoy_ok: Run, jpeg_folder: Path,
         assert [m.name.removesuffix(".jpg") for m in images] == shard.keys
 
 
-def test_equal_input_and_seed_give_equal_bytes_on_any_number_of_workers(convoy_ok: Run, jpeg_folder: Path, tmp_path: Path) -> None:
+def test_equal_input_and_seed_give_equal_bytes_on_any_number_of_workers(
+    convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(jpeg_folder, copy)
     for path in copy.rglob("*.JPEG"):
@@ -81,8 +89,20 @@ def test_parts_at_a_time_give_the_same_bytes_as_one_run(
 ) -> None:
     """An Indexed Job's pods, of which any may come last, be killed, or run again."""
     convoy_ok("pack", jpeg_folder, tmp_path / "one", "--shards", 7)
-    command = [sys.executable, "-m", "pipelines.cli", "pack", str(jpeg_folder), str(tmp_path / "parts"), "--shards", "7"]
-    pods = [subprocess.Popen([*command, "--parts", "3", "--part", str(part)], stderr=subprocess.DEVNULL) for part in (1, 2)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "pack",
+        str(jpeg_folder),
+        str(tmp_path / "parts"),
+        "--shards",
+        "7",
+    ]
+    pods = [
+        subprocess.Popen([*command, "--parts", "3", "--part", str(part)], stderr=subprocess.DEVNULL)
+        for part in (1, 2)
+    ]
     assert [pod.wait(timeout=120) for pod in pods] == [0, 0]
     assert not (tmp_path / "parts/train/index.json").exists()
     for _ in range(2):
@@ -90,7 +110,9 @@ def test_parts_at_a_time_give_the_same_bytes_as_one_run(
     assert _snapshot(tmp_path / "parts") == _snapshot(tmp_path / "one")
     overwrite = ["--shards", 7, "--parts", 3, "--overwrite"]
     assert "is not empty" in convoy_refuses("pack", jpeg_folder, tmp_path / "parts", *overwrite)
-    assert "--part: 3 is not below" in convoy_refuses("pack", jpeg_folder, tmp_path / "x", "--parts", 3, "--part", 3)
+    assert "--part: 3 is not below" in convoy_refuses(
+        "pack", jpeg_folder, tmp_path / "x", "--parts", 3, "--part", 3
+    )
 
 
 def test_samples_are_shuffled_over_shards(digits: Path) -> None:
@@ -104,13 +126,20 @@ def test_idx_files_become_png_with_the_same_pixels(convoy_ok: Run, tmp_path: Pat
     source = tmp_path / "idx"
     source.mkdir()
     random = np.random.default_rng(0)
-    pixels = {"train": random.integers(0, 256, (50, 9, 7), np.uint8), "t10k": random.integers(0, 256, (20, 9, 7), np.uint8)}
+    pixels = {
+        "train": random.integers(0, 256, (50, 9, 7), np.uint8),
+        "t10k": random.integers(0, 256, (20, 9, 7), np.uint8),
+    }
     labels = {name: random.integers(0, 4, len(p), dtype=np.uint8) for name, p in pixels.items()}
     for name in pixels:
         head = bytes([0, 0, 8, 3]) + np.array(pixels[name].shape, ">i4").tobytes()
-        (source / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(head + pixels[name].tobytes()))
+        (source / f"{name}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(head + pixels[name].tobytes())
+        )
         head = bytes([0, 0, 8, 1]) + np.array([len(labels[name])], ">i4").tobytes()
-        (source / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(head + labels[name].tobytes()))
+        (source / f"{name}-labels-idx1-ubyte.gz").write_bytes(
+            gzip.compress(head + labels[name].tobytes())
+        )
     names = tmp_path / "names.txt"
     names.write_text("0 T-shirt/top\n1 Ankle boot\n")
     convoy_ok("pack", source, tmp_path / "out", "--shards", 2, "--class-names", names)
@@ -119,7 +148,9 @@ def test_idx_files_become_png_with_the_same_pixels(convoy_ok: Run, tmp_path: Pat
         assert len(samples) == len(pixels[name])
         for i in range(len(samples)):
             sample = samples[f"{name}-{i:06d}"]
-            assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), pixels[name][i])
+            assert np.array_equal(
+                np.asarray(Image.open(io.BytesIO(sample["png"]))), pixels[name][i]
+            )
             assert int(sample["cls"]) == labels[name][i]
     assert _index(tmp_path / "out/train").classes == ["T-shirt/top", "Ankle boot", "2", "3"]
 
@@ -144,14 +175,20 @@ def imagenet(tmp_path: Path, jpeg_folder: Path) -> Path:
     files = sorted(jpeg_folder.rglob("*.JPEG"))
     ids = ["n01440764", "n01443537", "n02119789"]
     classes = {
-        f"{identity}.tar": _tar(None, {f"{identity}_{i}.JPEG": files[10 * c + i].read_bytes() for i in range(10)})
+        f"{identity}.tar": _tar(
+            None, {f"{identity}_{i}.JPEG": files[10 * c + i].read_bytes() for i in range(10)}
+        )
         for c, identity in enumerate(ids)
     }
     _tar(root / "ILSVRC2012_img_train.tar", classes)
     val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": files[30 + i].read_bytes() for i in range(6)}
     _tar(root / "ILSVRC2012_img_val.tar", dict(reversed(val.items())))
     # devkit numbers: 1 = fox, 2 = tench, 3 = goldfish, and an inner node as 4
-    rows = [(1, "n02119789", "kit fox", 0), (2, "n01440764", "tench", 0), (3, "n01443537", "goldfish", 0)]
+    rows = [
+        (1, "n02119789", "kit fox", 0),
+        (2, "n01440764", "tench", 0),
+        (3, "n01443537", "goldfish", 0),
+    ]
     rows.append((4, "n00000001", "animal", 3))
     kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
     meta = io.BytesIO()
@@ -177,11 +214,15 @@ def test_imagenets_own_tars(convoy_ok: Run, imagenet: Path, tmp_path: Path) -> N
         for label, identity in enumerate(index.class_ids):
             with tarfile.open(fileobj=outer.extractfile(f"{identity}.tar")) as inner:
                 want = {m.name.removesuffix(".JPEG"): inner.extractfile(m).read() for m in inner}
-            samples = [s for s in _with_webdataset(tmp_path / "out/train") if int(s["cls"]) == label]
+            samples = [
+                s for s in _with_webdataset(tmp_path / "out/train") if int(s["cls"]) == label
+            ]
             assert {s["__key__"].split("/")[-1]: s["jpg"] for s in samples} == want
 
 
-def test_a_ground_truth_in_unknown_order_is_refused(convoy_refuses: Run, imagenet: Path, tmp_path: Path) -> None:
+def test_a_ground_truth_in_unknown_order_is_refused(
+    convoy_refuses: Run, imagenet: Path, tmp_path: Path
+) -> None:
     (imagenet / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     assert "needs the devkit" in convoy_refuses("pack", imagenet, tmp_path / "out")
     assert not (tmp_path / "out" / "val" / "index.json").exists()
@@ -201,12 +242,32 @@ def test_to_object_storage_the_index_comes_last_and_a_second_run_resumes(
     big = tmp_path / "big"  # enough shards that a kill falls between them
     for copy in range(6):
         shutil.copytree(jpeg_folder, big / f"c{copy}")
-    command = [sys.executable, "-m", "pipelines.cli", "pack", str(big), url, "--nested", "--shards", "240", "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "pack",
+        str(big),
+        url,
+        "--nested",
+        "--shards",
+        "240",
+        "--workers",
+        "1",
+    ]
     with subprocess.Popen(
-        command, env={**service_env, "PATH": "/usr/bin"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        env={**service_env, "PATH": "/usr/bin"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     ) as killed:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and killed.poll() is None and not _names(store, obstore, ".tar", 5):
+        while (
+            time.monotonic() < deadline
+            and killed.poll() is None
+            and not _names(store, obstore, ".tar", 5)
+        ):
             time.sleep(0.02)
         family = psutil.Process(killed.pid).children(recursive=True)
         killed.send_signal(signal.SIGKILL)
@@ -219,7 +280,10 @@ def test_to_object_storage_the_index_comes_last_and_a_second_run_resumes(
     assert int(re.search(r"going on, (\d+) of 240", done)[1]) >= 4  # type: ignore[index]
     convoy_ok("pack", big, tmp_path / "whole", "--nested", "--shards", 240)
     whole = {p.name: p.read_bytes() for p in (tmp_path / "whole/train").iterdir()}
-    remote = {n.split("/")[-1]: obstore.get(store, n).bytes().to_bytes() for n in _names(store, obstore, "")}
+    remote = {
+        n.split("/")[-1]: obstore.get(store, n).bytes().to_bytes()
+        for n in _names(store, obstore, "")
+    }
     assert remote == whole, "as if it had never been interrupted, nothing left over"
 
 
@@ -275,15 +339,21 @@ def _png() -> bytes:
     return buffer.getvalue()
 
 
-def test_an_empty_class_folder_is_refused(convoy_refuses: Run, jpeg_folder: Path, tmp_path: Path) -> None:
+def test_an_empty_class_folder_is_refused(
+    convoy_refuses: Run, jpeg_folder: Path, tmp_path: Path
+) -> None:
     source = tmp_path / "source"
     shutil.copytree(jpeg_folder, source)
     (source / "nothing").mkdir()
-    assert f"{source / 'nothing'}: this class folder is empty" in convoy_refuses("pack", source, tmp_path / "out")
+    assert f"{source / 'nothing'}: this class folder is empty" in convoy_refuses(
+        "pack", source, tmp_path / "out"
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_names_that_a_tar_or_webdataset_could_not_tell_apart(convoy_ok: Run, tmp_path: Path) -> None:
+def test_names_that_a_tar_or_webdataset_could_not_tell_apart(
+    convoy_ok: Run, tmp_path: Path
+) -> None:
     source = tmp_path / "source"
     for name in ("a.b.png", "a_b.png", "ünï.png", "x" * 200 + ".png"):
         (source / "class one").mkdir(parents=True, exist_ok=True)
@@ -299,11 +369,16 @@ def test_names_that_a_tar_or_webdataset_could_not_tell_apart(convoy_ok: Run, tmp
 def test_verify_reads_both_splits_back(convoy_ok: Run, digits: Path) -> None:
     verdict = json.loads(convoy_ok("verify", digits, "--json"))
     assert verdict["ok"]
-    assert [(s["samples"], s["shards"], s["faults"]) for s in verdict["splits"]] == [(600, 5, []), (151, 5, [])]
+    assert [(s["samples"], s["shards"], s["faults"]) for s in verdict["splits"]] == [
+        (600, 5, []),
+        (151, 5, []),
+    ]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "label"])
-def test_a_tampered_shard_is_named(convoy_refuses: Run, digits: Path, tmp_path: Path, damage: str) -> None:
+def test_a_tampered_shard_is_named(
+    convoy_refuses: Run, digits: Path, tmp_path: Path, damage: str
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(digits / "train", copy)
     shard = copy / "train-000003.tar"
@@ -313,7 +388,9 @@ def test_a_tampered_shard_is_named(convoy_refuses: Run, digits: Path, tmp_path: 
     elif damage == "cut":
         content = content[:-512]
     elif damage == "label":
-        start = content.index(b".cls\0") // 512 * 512 + 512  # the first label follows its header block
+        start = (
+            content.index(b".cls\0") // 512 * 512 + 512
+        )  # the first label follows its header block
         content[start : start + 1] = b"8" if content[start : start + 1] != b"8" else b"9"
     if damage == "gone":
         shard.unlink()
@@ -324,7 +401,9 @@ def test_a_tampered_shard_is_named(convoy_refuses: Run, digits: Path, tmp_path: 
     assert "train-000002.tar" not in told
 
 
-def test_an_index_that_was_changed_by_hand_is_no_index(convoy_refuses: Run, digits: Path, tmp_path: Path) -> None:
+def test_an_index_that_was_changed_by_hand_is_no_index(
+    convoy_refuses: Run, digits: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(digits / "train", copy)
     index = copy / "index.json"

@@ -65,17 +65,30 @@ def test_each_file_that_cannot_be_packed_is_named_and_counted(
     num_bad = len(NOT_SUPPORTED) + 3
     told = convoy_refuses("pack", source, tmp_path / "out", "--workers", 1)
     reasons = {f"{source}/cat/{name}.jpg: ": reason for name, (_, reason) in NOT_SUPPORTED.items()}
-    reasons |= {f"{source}/cat/cut\\n.jpg: ": "truncated", f"{source}/dog/gone.jpg: ": "/none", f"{source}/front.jpg: ": "no class"}
+    reasons |= {
+        f"{source}/cat/cut\\n.jpg: ": "truncated",
+        f"{source}/dog/gone.jpg: ": "/none",
+        f"{source}/front.jpg: ": "no class",
+    }
     for path, reason in reasons.items():
-        assert re.search(f"^convoy: {re.escape(path)}.*{re.escape(reason)}", told, re.MULTILINE), path
+        assert re.search(f"^convoy: {re.escape(path)}.*{re.escape(reason)}", told, re.MULTILINE), (
+            path
+        )
     assert f"{num_bad} of {num_bad + 6} files cannot be packed; --skip-bad leaves them out" in told
     assert not (tmp_path / "out").exists()
     done = convoy("pack", source, tmp_path / "out", "--workers", 1, "--skip-bad")
     assert done.returncode == 0, done.stderr
     for path, reason in reasons.items():
-        assert re.search(f"^convoy: left out: {re.escape(path)}.*{re.escape(reason)}", done.stderr, re.MULTILINE), path
-    assert f"{num_bad + 8} images and other files: 6 to pack, 2 skipped by a rule, {num_bad} left out" in done.stderr
-    assert keys(tmp_path / "out/train") == {f"{name}/{number}" for name in ("cat", "dog") for number in range(3)}
+        assert re.search(
+            f"^convoy: left out: {re.escape(path)}.*{re.escape(reason)}", done.stderr, re.MULTILINE
+        ), path
+    assert (
+        f"{num_bad + 8} images and other files: 6 to pack, 2 skipped by a rule, {num_bad} left out"
+        in done.stderr
+    )
+    assert keys(tmp_path / "out/train") == {
+        f"{name}/{number}" for name in ("cat", "dog") for number in range(3)
+    }
     assert convoy("verify", tmp_path / "out").returncode == 0
 
 
@@ -95,7 +108,9 @@ def test_a_png_without_its_end_is_named_and_decoding_decides(
 ) -> None:
     content = encode(pixels(1, 40, 30), "PNG")
     (source / "cat/end.png").write_bytes(content[:-12])  # Pillow decodes it completely
-    assert Image.open(source / "cat/end.png").convert("RGB").tobytes() == pixels(1, 40, 30).tobytes()
+    assert (
+        Image.open(source / "cat/end.png").convert("RGB").tobytes() == pixels(1, 40, 30).tobytes()
+    )
     pack(str(source), str(tmp_path / "one"), PackOptions(workers=1, decode=True))
     assert "IEND" not in capsys.readouterr().err
     (source / "cat/cut.png").write_bytes(content[: len(content) // 2])
@@ -104,7 +119,10 @@ def test_a_png_without_its_end_is_named_and_decoding_decides(
     capsys.readouterr()
     pack(str(source), str(tmp_path / "three"), OPTIONS)
     doubts = [line for line in capsys.readouterr().err.splitlines() if "IEND" in line]
-    assert [name in line for name, line in zip(("cut", "end"), sorted(doubts), strict=True)] == [True, True]
+    assert [name in line for name, line in zip(("cut", "end"), sorted(doubts), strict=True)] == [
+        True,
+        True,
+    ]
     (verdict,) = verify(str(tmp_path / "three"), workers=1)
     assert ["cat/cut" in fault for fault in verdict.faults] == [True]
 
@@ -126,7 +144,9 @@ def test_decode_finds_corruption_in_the_middle_as_verify_does(source: Path, tmp_
 
 
 @pytest.mark.usefixtures("in_process")
-def test_images_of_val_that_are_in_train_are_reported(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_of_val_that_are_in_train_are_reported(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     both = tmp_path / "both"
     shutil.copytree(source, both / "train")
     shutil.copytree(source, both / "val")
@@ -214,19 +234,25 @@ def test_destinations_that_cannot_be_written_are_refused_at_once(
 
 
 @pytest.mark.usefixtures("no_work")
-def test_a_source_that_the_splits_would_be_written_into_is_refused(source: Path, tmp_path: Path) -> None:
+def test_a_source_that_the_splits_would_be_written_into_is_refused(
+    source: Path, tmp_path: Path
+) -> None:
     source.rename(tmp_path / "train")
     with pytest.raises(UserError, match="packing writes to train/, which contains the source"):
         pack(str(tmp_path / "train"), str(tmp_path), OPTIONS)
 
 
 @pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize("content", [b"<html>", b"", b"[]", b"7", b'{"resume_digest": 7}', b"\xff\xfe", b'{"x": "y"}'])
+@pytest.mark.parametrize(
+    "content", [b"<html>", b"", b"[]", b"7", b'{"resume_digest": 7}', b"\xff\xfe", b'{"x": "y"}']
+)
 def test_a_corrupt_plan_is_one_line(source: Path, tmp_path: Path, content: bytes) -> None:
     records = tmp_path / "out/train/.pack"
     records.mkdir(parents=True)
     (records / "plan.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"plan\.json: is not the record of an unfinished pack") as caught:
+    with pytest.raises(
+        UserError, match=r"plan\.json: is not the record of an unfinished pack"
+    ) as caught:
         pack(str(source), str(tmp_path / "out"), OPTIONS)
     assert len(caught.value.faults) == 1
     assert (records / "plan.json").read_bytes() == content
@@ -265,7 +291,9 @@ def test_overwrite_replaces_a_data_set_and_nothing_else(source: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_corrupt_record_costs_its_shard_only(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_record_costs_its_shard_only(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As a crash of the machine may leave it. The plan of an unfinished pack is made by failing at the index."""
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -288,7 +316,9 @@ def test_a_corrupt_record_costs_its_shard_only(source: Path, tmp_path: Path, cap
 # --- verify ---------------------------------------------------------------------------------------
 
 
-def test_verify_bounds_its_lines_and_lists_all_faults_as_json(convoy: Run, convoy_refuses: Run, tmp_path: Path) -> None:
+def test_verify_bounds_its_lines_and_lists_all_faults_as_json(
+    convoy: Run, convoy_refuses: Run, tmp_path: Path
+) -> None:
     from pipelines.datasets.index_shards import IndexOptions, index_shards
 
     folder = tmp_path / "theirs"
@@ -296,7 +326,10 @@ def test_verify_bounds_its_lines_and_lists_all_faults_as_json(convoy: Run, convo
     for shard in range(3):
         with tarfile.open(folder / f"{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
             for number in range(12):
-                for extension, content in (("jpg", jpeg()[: -9 if number else None]), ("cls", b"0")):
+                for extension, content in (
+                    ("jpg", jpeg()[: -9 if number else None]),
+                    ("cls", b"0"),
+                ):
                     (tmp_path / "member").write_bytes(content)
                     archive.add(tmp_path / "member", f"{shard}-{number}.{extension}")
     index_shards(str(folder), IndexOptions(workers=1))

@@ -30,9 +30,13 @@ assert ours == ["trainer"] and trainer.fit.__module__ == "trainer", ours
             assert "from trainer" not in text, file
             assert "import trainer" not in text, file
         names = {str(file.relative_to(package)) for file in package.rglob("*.py")}
-        assert not names & {"launch.py", "tracking.py", "data/storage.py", "engine/loop.py"}, "only what prediction needs"
+        assert not names & {"launch.py", "tracking.py", "data/storage.py", "engine/loop.py"}, (
+            "only what prediction needs"
+        )
         command = [sys.executable, "-c", program, str(package.parent), package.name]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        )
         assert done.returncode == 0, done.stderr
     assert not package.exists()
     with packaged_code() as (again, _):

@@ -27,7 +27,9 @@ ENDLESS = "train.epochs=2147483647"
 
 def _resolved(digits: Path, out: Path, *overrides: str, ranks: int = 1) -> RunPlan:
     places = [f"data.train={digits}/train", f"data.val={digits}/val", f"train.output_dir={out}"]
-    return build_run_plan("digits-resnet8", [*places, "schedule.warmup_epochs=0", *overrides], ranks, False)
+    return build_run_plan(
+        "digits-resnet8", [*places, "schedule.warmup_epochs=0", *overrides], ranks, False
+    )
 
 
 def _refusal(digits: Path, out: Path, *overrides: str, ranks: int = 1) -> str:
@@ -37,13 +39,21 @@ def _refusal(digits: Path, out: Path, *overrides: str, ranks: int = 1) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(("name", "side"), [("resnet8", 4), ("resnet8", 5), ("resnet18", 17), ("googlenet", 15), ("vgg11_bn", 32)])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("resnet8", 4), ("resnet8", 5), ("resnet18", 17), ("googlenet", 15), ("vgg11_bn", 32)],
+)
 def test_batch_norm_of_one_value_is_refused_exactly_where_torch_refuses_it(
     digits: Path, tmp_path: Path, name: str, side: int
 ) -> None:
     torch.manual_seed(0)
     model = build_model(name, 10, side, width=2).train()
-    settings = [f"model.name={name}", "model.width=2", f"data.image_size={side}", "batch.micro_size=1"]
+    settings = [
+        f"model.name={name}",
+        "model.width=2",
+        f"data.image_size={side}",
+        "batch.micro_size=1",
+    ]
     refused = ""
     try:
         model(torch.randn(1, 3, side, side))
@@ -51,12 +61,16 @@ def test_batch_norm_of_one_value_is_refused_exactly_where_torch_refuses_it(
         refused = str(error)
     if refused:
         assert refused.startswith("Expected more than 1 value per channel")
-        assert f"1 sample at data.image_size {side}" in _refusal(digits, tmp_path / "out", *settings)
+        assert f"1 sample at data.image_size {side}" in _refusal(
+            digits, tmp_path / "out", *settings
+        )
     else:
         check_model(_resolved(digits, tmp_path / "out", *settings))
 
 
-def test_batch_norm_counts_ranks_only_where_it_is_synchronized(digits: Path, tmp_path: Path) -> None:
+def test_batch_norm_counts_ranks_only_where_it_is_synchronized(
+    digits: Path, tmp_path: Path
+) -> None:
     settings = ["data.image_size=4", "batch.micro_size=1"]
     assert "one value per channel" in _refusal(digits, tmp_path / "out", *settings, ranks=2)
     check_model(_resolved(digits, tmp_path, *settings, "train.sync_batch_norm=true", ranks=2))
@@ -68,7 +82,9 @@ def test_the_smallest_side_of_growing_images_is_checked(digits: Path, tmp_path: 
     growing = ["data.image_size=8", "data.grow_until=2", "data.size_step=1", "augment.padding=0"]
     refusal = _refusal(digits, tmp_path / "out", *growing, "data.initial_size=2")
     assert "data.initial_size: 2 is too small for resnet8" in refusal
-    refusal = _refusal(digits, tmp_path / "out", *growing, "data.initial_size=4", "batch.micro_size=1")
+    refusal = _refusal(
+        digits, tmp_path / "out", *growing, "data.initial_size=4", "batch.micro_size=1"
+    )
     assert "data.initial_size 4" in refusal
 
 
@@ -76,18 +92,29 @@ def test_the_smallest_side_of_growing_images_is_checked(digits: Path, tmp_path: 
     "settings",
     [
         ["model.name=vgg16", "model.width=65536", "data.image_size=32"],
-        ["model.width=8192", "model.num_classes=16777216", "model.name=resnet50", "data.image_size=32"],
+        [
+            "model.width=8192",
+            "model.num_classes=16777216",
+            "model.name=resnet50",
+            "data.image_size=32",
+        ],
         ["data.image_size=16384", "batch.global_size=512", "batch.micro_size=512"],
         ["data.image_size=16384", "batch.eval_size=2147483647"],
     ],
 )
-def test_what_cannot_fit_into_memory_is_refused(digits: Path, tmp_path: Path, settings: list[str]) -> None:
+def test_what_cannot_fit_into_memory_is_refused(
+    digits: Path, tmp_path: Path, settings: list[str]
+) -> None:
     assert "memory: the run needs at least" in _refusal(digits, tmp_path / "out", *settings)
 
 
 @pytest.mark.parametrize("key", ["train.output_dir", "checkpoint.url", "data.cache_dir"])
-@pytest.mark.parametrize("place", ["/proc/convoy/x", "file/x", "file", "x" * 300, "dangling/x"], ids=range(5))
-def test_a_place_that_cannot_be_written_is_named(digits: Path, tmp_path: Path, key: str, place: str) -> None:
+@pytest.mark.parametrize(
+    "place", ["/proc/convoy/x", "file/x", "file", "x" * 300, "dangling/x"], ids=range(5)
+)
+def test_a_place_that_cannot_be_written_is_named(
+    digits: Path, tmp_path: Path, key: str, place: str
+) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to("/proc/nowhere")
     folder = tmp_path / place
@@ -98,7 +125,10 @@ def test_a_place_that_cannot_be_written_is_named(digits: Path, tmp_path: Path, k
 
 def test_every_unwritable_place_is_reported_at_once(digits: Path, tmp_path: Path) -> None:
     refusal = _refusal(digits, tmp_path / "out", "checkpoint.url=/proc/a", "data.cache_dir=/proc/b")
-    assert [line.partition(":")[0] for line in refusal.splitlines()] == ["checkpoint.url", "data.cache_dir"]
+    assert [line.partition(":")[0] for line in refusal.splitlines()] == [
+        "checkpoint.url",
+        "data.cache_dir",
+    ]
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(digits: Path, tmp_path: Path) -> None:
@@ -112,12 +142,16 @@ def test_the_checks_leave_nothing_behind(digits: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checkpoints_that_do_not_fit_are_refused_with_both_sizes(digits: Path, tmp_path: Path) -> None:
+def test_checkpoints_that_do_not_fit_are_refused_with_both_sizes(
+    digits: Path, tmp_path: Path
+) -> None:
     refusal = _refusal(digits, tmp_path / "out", ENDLESS, "checkpoint.keep=2147483647")
     assert "MiB needed" in refusal
     assert "MiB free" in refusal
     assert "checkpoint.keep=2147483647" in refusal
-    refusal = _refusal(digits, tmp_path / "out", ENDLESS, "data.log_keys=true", "batch.global_size=512")
+    refusal = _refusal(
+        digits, tmp_path / "out", ENDLESS, "data.log_keys=true", "batch.global_size=512"
+    )
     assert "for data.log_keys" in refusal
 
 
@@ -136,7 +170,9 @@ def test_space_is_needed_for_what_the_run_will_write(digits: Path, tmp_path: Pat
         least = tensors * size.parameters
         assert least <= _checkpoint_bytes(run, size) <= least * 1.05 + 65536
     assert _most_checkpoints(_resolved(digits, tmp_path, "train.epochs=2")) == 2
-    assert _most_checkpoints(_resolved(digits, tmp_path, "train.epochs=90", "checkpoint.keep=1")) == 3
+    assert (
+        _most_checkpoints(_resolved(digits, tmp_path, "train.epochs=90", "checkpoint.keep=1")) == 3
+    )
     without = ["train.epochs=90", "checkpoint.keep=1", "data.val=null"]
     assert _most_checkpoints(_resolved(digits, tmp_path, *without)) == 2
 
@@ -152,7 +188,10 @@ def test_checkpoints_that_exist_need_no_more_space(digits: Path, tmp_path: Path)
     assert before["checkpoint.url"] - after["checkpoint.url"] == 500_000
 
 
-@pytest.mark.parametrize("setting", ["train.output_dir={}/train/x", "checkpoint.url=file://{}/val", "data.cache_dir={}/train"])
+@pytest.mark.parametrize(
+    "setting",
+    ["train.output_dir={}/train/x", "checkpoint.url=file://{}/val", "data.cache_dir={}/train"],
+)
 def test_outputs_inside_the_data_are_refused(digits: Path, tmp_path: Path, setting: str) -> None:
     with pytest.raises(UserError, match="must not change"):
         _resolved(digits, tmp_path, setting.format(digits))
@@ -165,14 +204,25 @@ def test_outputs_inside_the_data_are_refused(digits: Path, tmp_path: Path, setti
 
 def test_no_other_spelling_hides_an_output_inside_the_data(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(digits)
-    settings = ("train.output_dir={}/link/train/x", "checkpoint.url=FILE://{}/link/val", "checkpoint.url={}/x/../link/train")
+    settings = (
+        "train.output_dir={}/link/train/x",
+        "checkpoint.url=FILE://{}/link/val",
+        "checkpoint.url={}/x/../link/train",
+    )
     for setting in settings:
         with pytest.raises(UserError, match="must not change"):
             _resolved(digits, tmp_path, setting.format(tmp_path))
-    for train, checkpoint in (("S3://b/d", "s3://b/d/c"), ("s3://b/d/", "S3://b/d"), ("s3://b", "s3://b/c")):
+    for train, checkpoint in (
+        ("S3://b/d", "s3://b/d/c"),
+        ("s3://b/d/", "S3://b/d"),
+        ("s3://b", "s3://b/c"),
+    ):
         with pytest.raises(UserError, match=r"is inside data\.train"):
             check_config(
-                load_config("digits-resnet8", [f"data.train={train}", "data.val=s3://v/d", f"checkpoint.url={checkpoint}"])
+                load_config(
+                    "digits-resnet8",
+                    [f"data.train={train}", "data.val=s3://v/d", f"checkpoint.url={checkpoint}"],
+                )
             )
 
 
@@ -230,13 +280,17 @@ def small_files() -> Iterator[int]:
 
 def test_a_store_does_not_wait_for_a_disk_fault(tmp_path: Path, small_files: int) -> None:
     store = open_store(str(tmp_path))
-    with pytest.raises(UserError, match=r"a/b cannot be written: the file is larger than the limit"):
+    with pytest.raises(
+        UserError, match=r"a/b cannot be written: the file is larger than the limit"
+    ):
         store.write("a/b", bytes(2 * small_files))
     assert [path.name for path in tmp_path.rglob("*")] == ["a"]
     assert store.counts.retries == 0
 
 
-def test_a_failed_checkpoint_is_counted_and_removed(tmp_path: Path, small_files: int, capsys: pytest.CaptureFixture) -> None:
+def test_a_failed_checkpoint_is_counted_and_removed(
+    tmp_path: Path, small_files: int, capsys: pytest.CaptureFixture
+) -> None:
     checkpoints = CheckpointManager(str(tmp_path), 3)
     for step, numbers in ((1, 10), (2, small_files), (3, small_files)):
         state = TrainingState({"weight": torch.zeros(numbers)}, {}, step, 1, None)
@@ -259,13 +313,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, small_files: int)
     assert (tmp_path / "sub/file").read_text() == "before"
 
 
-def test_a_log_keeps_its_lines_until_the_disk_takes_them(tmp_path: Path, small_files: int, capsys: pytest.CaptureFixture) -> None:
+def test_a_log_keeps_its_lines_until_the_disk_takes_them(
+    tmp_path: Path, small_files: int, capsys: pytest.CaptureFixture
+) -> None:
     log = AppendLog(tmp_path / "log")
     lines = [f"{number:0999d}" for number in range(120)]
     for line in lines:
         log.write(line)
     assert capsys.readouterr().err.count("its lines are kept in memory") == 1
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10 * small_files, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (10 * small_files, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    )
     assert log.close() == 0
     assert (tmp_path / "log").read_text().splitlines() == lines
 
@@ -288,21 +346,42 @@ def test_a_disk_fault_anywhere_is_one_line(capsys: pytest.CaptureFixture) -> Non
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_training_without_space_for_its_result_ends_with_one_line(digits: Path, tmp_path: Path) -> None:
+def test_a_training_without_space_for_its_result_ends_with_one_line(
+    digits: Path, tmp_path: Path
+) -> None:
     """Checkpoints and weights are larger than a file may be; the other files are not."""
     places = [f"data.train={digits}/train", "data.val=null", f"train.output_dir={tmp_path}/out"]
-    settings = ["train.epochs=2", "schedule.warmup_epochs=0", "batch.global_size=300", "batch.micro_size=300"]
+    settings = [
+        "train.epochs=2",
+        "schedule.warmup_epochs=0",
+        "batch.global_size=300",
+        "batch.micro_size=300",
+    ]
     command = [sys.executable, "-m", "trainer", "digits-resnet8", *places, *settings]
-    done = subprocess.run(["prlimit", "--fsize=100000", *command], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        ["prlimit", "--fsize=100000", *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == EXIT_USER, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("training goes on: ") == 2
-    assert done.stderr.splitlines()[-1].startswith(f"convoy: {tmp_path}/out/model.safetensors cannot be written")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"convoy: {tmp_path}/out/model.safetensors cannot be written"
+    )
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-def test_unwritable_outputs_end_several_ranks_before_they_start(convoy_refuses: Run, digits: Path) -> None:
-    settings = [f"data.train={digits}/train", f"data.val={digits}/val", "train.output_dir=/proc/convoy"]
+def test_unwritable_outputs_end_several_ranks_before_they_start(
+    convoy_refuses: Run, digits: Path
+) -> None:
+    settings = [
+        f"data.train={digits}/train",
+        f"data.val={digits}/val",
+        "train.output_dir=/proc/convoy",
+    ]
     told = convoy_refuses("train", "digits-resnet8", *settings, "--procs", 2).splitlines()
     assert len(told) == 1
     assert told[0].startswith("convoy: train.output_dir: /proc/convoy cannot be written: ")

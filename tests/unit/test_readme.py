@@ -20,7 +20,9 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_documents_name_what_is_there(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     group = typer.main.get_command(app)
-    for words in re.findall(r"(?:`|^|\()convoy ([a-z]+(?: (?:up|down|env|status))?)", text, re.MULTILINE):
+    for words in re.findall(
+        r"(?:`|^|\()convoy ([a-z]+(?: (?:up|down|env|status))?)", text, re.MULTILINE
+    ):
         command = group
         for word in words.split():
             command = command.commands.get(word)  # type: ignore[attr-defined]
@@ -30,7 +32,9 @@ def test_documents_name_what_is_there(path: Path) -> None:
         assert target in targets, f"make {target}"
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (path.parent / link).exists(), link
-    for key in re.findall(r"\b((?:model|data|batch|optimizer|schedule|augment|tracking|train)\.[a-z_]+)=", text):
+    for key in re.findall(
+        r"\b((?:model|data|batch|optimizer|schedule|augment|tracking|train)\.[a-z_]+)=", text
+    ):
         assert key in known_keys(), key
 
 
@@ -41,7 +45,11 @@ def test_tables_of_networks_are_what_the_command_computes(path: str, least: int)
         for line in markdown(model_info(v.name) for v in list_models()).splitlines()
         if line.startswith("| ")
     }
-    rows = [line for line in (ROOT / path).read_text(encoding="utf-8").splitlines() if line.split(" | ")[0] in made]
+    rows = [
+        line
+        for line in (ROOT / path).read_text(encoding="utf-8").splitlines()
+        if line.split(" | ")[0] in made
+    ]
     assert len(rows) > least
     for row in rows:
         assert row == made[row.split(" | ")[0]]

@@ -25,7 +25,13 @@ def test_shipped_recipes_satisfy_the_schema(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("optimizer.momentun", 0.9), ("data.image_size", "large"), ("train.epochs", 0), ("precision", "fp8"), ("batch", 3)],
+    [
+        ("optimizer.momentun", 0.9),
+        ("data.image_size", "large"),
+        ("train.epochs", 0),
+        ("precision", "fp8"),
+        ("batch", 3),
+    ],
 )
 def test_schema_rejects_what_the_trainer_rejects(key: str, value: object) -> None:
     recipe = read_recipe(RECIPES / "resnet50.yaml")
@@ -40,7 +46,9 @@ def test_keys_are_those_of_the_configuration_with_its_defaults() -> None:
     keys = recipe_keys()
     assert [key.key for key in keys] == known_keys()
     minimal = load_config("resnet50").model_dump()
-    defaults = type(load_config("resnet50"))(model={"name": "resnet50"}, data={"train": "x"}, train={"epochs": 1}).flat()  # type: ignore[arg-type]
+    defaults = type(load_config("resnet50"))(
+        model={"name": "resnet50"}, data={"train": "x"}, train={"epochs": 1}
+    ).flat()  # type: ignore[arg-type]
     assert minimal.keys() == {key.key.partition(".")[0] for key in keys}
     given = {"model.name", "data.train", "train.epochs"}
     assert {key.key: key.default for key in keys if key.key not in given} == {
@@ -54,7 +62,11 @@ def test_plan_follows_torchvision_and_torchs_schedulers() -> None:
     config, plan = plan_recipe("resnet50", ["batch.global_size=8192"], ranks=256, samples=IMAGENET)
     model = torchvision.models.resnet50()
     assert plan.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert (plan.micro_batch_size, plan.accumulation_steps, plan.data_parallel_ranks) == (32, 1, 256)
+    assert (plan.micro_batch_size, plan.accumulation_steps, plan.data_parallel_ranks) == (
+        32,
+        1,
+        256,
+    )
     assert plan.steps_per_epoch == -(-IMAGENET // 8192)
     assert plan.steps == 90 * plan.steps_per_epoch
     warmup = 5 * plan.steps_per_epoch
@@ -63,7 +75,9 @@ def test_plan_follows_torchvision_and_torchs_schedulers() -> None:
         optimizer,
         [
             torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, warmup - 1),
-            torch.optim.lr_scheduler.MultiStepLR(optimizer, [(e - 5) * plan.steps_per_epoch for e in (30, 60, 80)], 0.1),
+            torch.optim.lr_scheduler.MultiStepLR(
+                optimizer, [(e - 5) * plan.steps_per_epoch for e in (30, 60, 80)], 0.1
+            ),
         ],
         [warmup],
     )

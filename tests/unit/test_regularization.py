@@ -36,7 +36,9 @@ CLASSES = 7
 
 def _logits_and_labels(size: int, heads: int = 1) -> tuple[tuple[Tensor, ...], Tensor]:
     torch.manual_seed(size)
-    return tuple(3 * torch.randn(size, CLASSES) for _ in range(heads)), torch.randint(0, CLASSES, (size,))
+    return tuple(3 * torch.randn(size, CLASSES) for _ in range(heads)), torch.randint(
+        0, CLASSES, (size,)
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
@@ -46,7 +48,9 @@ def test_label_smoothing_is_timms(smoothing: float) -> None:
     theirs = LabelSmoothingCrossEntropy(smoothing)
     want = theirs(main, labels) + 0.3 * (theirs(first, labels) + theirs(second, labels))
     ones = torch.ones(11)
-    torch.testing.assert_close(weighted_loss((main, first, second), labels, ones, 11.0, 1, smoothing), want)
+    torch.testing.assert_close(
+        weighted_loss((main, first, second), labels, ones, 11.0, 1, smoothing), want
+    )
     soft = SoftTargetCrossEntropy()(main, mixup_target(labels, CLASSES, 1.0, smoothing))
     torch.testing.assert_close(weighted_loss(main, labels, ones, 11.0, 1, smoothing), soft)
 
@@ -99,7 +103,9 @@ class Given:
     seed=st.integers(0, 2**32 - 1),
     smoothing=st.sampled_from([0.0, 0.1]),
 )
-def test_pixels_and_loss_are_timms(cuts: bool, lam: float, size: int, pairs: int, seed: int, smoothing: float) -> None:
+def test_pixels_and_loss_are_timms(
+    cuts: bool, lam: float, size: int, pairs: int, seed: int, smoothing: float
+) -> None:
     torch.manual_seed(seed)
     images, labels = torch.randn(2 * pairs, 3, size, size), torch.randint(0, CLASSES, (2 * pairs,))
     logits, weights = torch.randn(2 * pairs, CLASSES), (torch.rand(2 * pairs) > 0.3).float()
@@ -116,8 +122,13 @@ def test_pixels_and_loss_are_timms(cuts: bool, lam: float, size: int, pairs: int
     torch.testing.assert_close(apply_mix(channels_last, mix), want)
     each = -(targets * torch.log_softmax(logits, 1)).sum(1)
     total = float(weights.sum())
-    torch.testing.assert_close(weighted_loss(logits, labels, weights, total, 1, smoothing, mix.lam), (each * weights).sum() / total)
-    in_tensor = weighted_loss((logits, logits), labels, weights, total, 1, smoothing, torch.tensor(mix.lam))
+    torch.testing.assert_close(
+        weighted_loss(logits, labels, weights, total, 1, smoothing, mix.lam),
+        (each * weights).sum() / total,
+    )
+    in_tensor = weighted_loss(
+        (logits, logits), labels, weights, total, 1, smoothing, torch.tensor(mix.lam)
+    )
     torch.testing.assert_close(in_tensor, 1.3 * (each * weights).sum() / total)
 
 
@@ -125,21 +136,34 @@ def test_pixels_and_loss_are_timms(cuts: bool, lam: float, size: int, pairs: int
 def test_a_pair_is_mixed_as_torchvision_does(box: tuple[int, int, int, int] | None) -> None:
     """Its partner is the neighbour in a rolled batch: of two samples, the same one."""
     torch.manual_seed(0)
-    images, labels, logits = torch.randn(2, 3, 16, 16), torch.tensor([1, 4]), torch.randn(2, CLASSES)
+    images, labels, logits = (
+        torch.randn(2, 3, 16, 16),
+        torch.tensor([1, 4]),
+        torch.randn(2, CLASSES),
+    )
     if box is None:
         lam, theirs, params = 0.3, v2.MixUp(num_classes=CLASSES), {"lam": 0.3}
     else:
         top, bottom, left, right = box
         lam = 1 - (bottom - top) * (right - left) / 256
-        theirs, params = v2.CutMix(num_classes=CLASSES), {"box": (left, top, right, bottom), "lam_adjusted": lam}
+        theirs, params = (
+            v2.CutMix(num_classes=CLASSES),
+            {"box": (left, top, right, bottom), "lam_adjusted": lam},
+        )
     params |= {"labels": labels, "batch_size": 2}
-    torch.testing.assert_close(apply_mix(images.clone(), Mix(lam, box)), theirs.transform(images, params))
-    want = torch.nn.functional.cross_entropy(logits, theirs.transform(labels, params), label_smoothing=0.1)
+    torch.testing.assert_close(
+        apply_mix(images.clone(), Mix(lam, box)), theirs.transform(images, params)
+    )
+    want = torch.nn.functional.cross_entropy(
+        logits, theirs.transform(labels, params), label_smoothing=0.1
+    )
     torch.testing.assert_close(weighted_loss(logits, labels, torch.ones(2), 2.0, 1, 0.1, lam), want)
 
 
 def _drawn(mixup: float, cutmix: float, size: int = 32, count: int = 4000) -> list[Mix]:
-    mixes = [draw_mix(mix_generator(0, 1, i // 8, i % 8), mixup, cutmix, size) for i in range(count)]
+    mixes = [
+        draw_mix(mix_generator(0, 1, i // 8, i % 8), mixup, cutmix, size) for i in range(count)
+    ]
     assert all(mixes)
     return mixes  # type: ignore[return-value]
 
@@ -159,10 +183,16 @@ def test_boxes_are_distributed_as_timms(alpha: float) -> None:
     """Also those that reach over the border, whose lambda is corrected."""
     ours = _drawn(0.0, alpha)
     np.random.seed(0)
-    theirs = [timm_mixup.cutmix_bbox_and_lam((3, 32, 32), np.random.beta(alpha, alpha)) for _ in range(4000)]
+    theirs = [
+        timm_mixup.cutmix_bbox_and_lam((3, 32, 32), np.random.beta(alpha, alpha))
+        for _ in range(4000)
+    ]
     assert ks_2samp([mix.lam for mix in ours], [lam for _, lam in theirs]).pvalue > 0.01
     for side in range(4):
-        assert ks_2samp([mix.box[side] for mix in ours], [box[side] for box, _ in theirs]).pvalue > 0.01  # type: ignore[index]
+        assert (
+            ks_2samp([mix.box[side] for mix in ours], [box[side] for box, _ in theirs]).pvalue
+            > 0.01
+        )  # type: ignore[index]
 
 
 def test_with_both_on_each_has_its_own_alpha_and_half_of_the_batches() -> None:
@@ -179,7 +209,13 @@ def _config(data: Path, **augment: float) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"name": "resnet8"},
-            "data": {"train": str(data / "train"), "image_size": 8, "workers": 0, "shuffle_window": 96, "seed": 5},
+            "data": {
+                "train": str(data / "train"),
+                "image_size": 8,
+                "workers": 0,
+                "shuffle_window": 96,
+                "seed": 5,
+            },
             "batch": {"global_size": 48},
             "augment": {"crop": "none", **augment},
             "train": {"max_steps": 1},
@@ -187,36 +223,56 @@ def _config(data: Path, **augment: float) -> RunConfig:
     )
 
 
-def _batches(data: Path, epoch: int, world: int, accumulation: int, steps: int, **augment: float) -> dict[tuple[int, int], Batch]:
+def _batches(
+    data: Path, epoch: int, world: int, accumulation: int, steps: int, **augment: float
+) -> dict[tuple[int, int], Batch]:
     """By step and number of the micro-batch, from every rank."""
     index, store = open_index(str(data / "train"))
     found = {}
     for rank in range(world):
-        batches = train_loader(_config(data, **augment), index, store, epoch, world, rank, accumulation)
+        batches = train_loader(
+            _config(data, **augment), index, store, epoch, world, rank, accumulation
+        )
         for i, batch in enumerate(islice(batches, steps * accumulation)):
             found[i // accumulation, i % accumulation * world + rank] = batch
         batches.close()  # type: ignore[attr-defined]
     return found
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.sampled_from([(2, 1), (4, 1), (2, 2), (3, 4), (12, 1), (6, 2)]), st.integers(0, 3), st.sampled_from([(0.2, 1.0), (0.0, 0.5)])
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_the_same_mixes_for_every_number_of_ranks(digits: Path, split: tuple[int, int], epoch: int, alphas: tuple) -> None:
+@given(
+    st.sampled_from([(2, 1), (4, 1), (2, 2), (3, 4), (12, 1), (6, 2)]),
+    st.integers(0, 3),
+    st.sampled_from([(0.2, 1.0), (0.0, 0.5)]),
+)
+def test_the_same_mixes_for_every_number_of_ranks(
+    digits: Path, split: tuple[int, int], epoch: int, alphas: tuple
+) -> None:
     augment = dict(zip(("mixup", "cutmix"), alphas, strict=True))
     world, accumulation = split
     shared = _batches(digits, epoch, world, accumulation, 3, **augment)
     alone = _batches(digits, epoch, 1, world * accumulation, 3, **augment)
-    assert {place: (b.keys, b.mix) for place, b in shared.items()} == {place: (b.keys, b.mix) for place, b in alone.items()}
-    assert len({b.mix for b in alone.values()}) > 1.5 * world * accumulation, "each micro-batch has its own"
+    assert {place: (b.keys, b.mix) for place, b in shared.items()} == {
+        place: (b.keys, b.mix) for place, b in alone.items()
+    }
+    assert len({b.mix for b in alone.values()}) > 1.5 * world * accumulation, (
+        "each micro-batch has its own"
+    )
     assert all(b.lam == b.mix.lam for b in alone.values())  # type: ignore[union-attr]
 
 
-def test_mixes_change_with_the_epoch_and_the_seed_and_are_off_where_not_asked_for(digits: Path) -> None:
+def test_mixes_change_with_the_epoch_and_the_seed_and_are_off_where_not_asked_for(
+    digits: Path,
+) -> None:
     first, second = (_batches(digits, epoch, 1, 2, 2, mixup=0.2)[0, 0].mix for epoch in (0, 1))
     assert first != second
-    assert first == draw_mix(mix_generator(5, 0, 0, 0), 0.2, 0.0, 8) != draw_mix(mix_generator(6, 0, 0, 0), 0.2, 0.0, 8)
+    assert (
+        first
+        == draw_mix(mix_generator(5, 0, 0, 0), 0.2, 0.0, 8)
+        != draw_mix(mix_generator(6, 0, 0, 0), 0.2, 0.0, 8)
+    )
     off = _batches(digits, 0, 1, 2, 2)
     assert {(b.mix, b.lam) for b in off.values()} == {(None, None)}
 
@@ -235,12 +291,18 @@ class Bare(Engine):
 
 
 @pytest.mark.parametrize("box", [None, (2, 7, 0, 5)])
-def test_an_engine_mixes_in_fp32_before_the_cast(digits: Path, box: tuple[int, int, int, int] | None) -> None:
+def test_an_engine_mixes_in_fp32_before_the_cast(
+    digits: Path, box: tuple[int, int, int, int] | None
+) -> None:
     config = _config(digits).model_copy(update={"precision": "bf16"})
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
     batch = Batch(pixels, np.zeros(6, np.int64), np.ones(6, np.float32), 6.0, [], Mix(0.3, box))
-    got = Bare(torch.nn.Flatten(), config, BatchPlan(6, 6, 1, 1), torch.device("cpu"))._images(batch)
-    normal = v2.functional.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, config.data.mean, config.data.std)
+    got = Bare(torch.nn.Flatten(), config, BatchPlan(6, 6, 1, 1), torch.device("cpu"))._images(
+        batch
+    )
+    normal = v2.functional.normalize(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, config.data.mean, config.data.std
+    )
     want = normal.clone()
     if box is None:
         want = want.mul_(0.3).add_(normal.flip(0).mul_(0.7))
@@ -257,7 +319,9 @@ def test_a_micro_batch_of_one_has_nobody_to_mix_with(digits: Path, tmp_path: Pat
         f"model: {{name: resnet8}}\ndata: {{train: {digits}/train}}\ntrain: {{epochs: 1}}\nbatch: {{micro_size: 1}}\n"
     )
     build_run_plan(str(recipe), [], 1, False)
-    with pytest.raises(UserError, match=r"augment\.cutmix: mixes the samples of a micro-batch, but that holds 1"):
+    with pytest.raises(
+        UserError, match=r"augment\.cutmix: mixes the samples of a micro-batch, but that holds 1"
+    ):
         build_run_plan(str(recipe), ["augment.cutmix=1"], 1, False)
 
 
@@ -270,7 +334,13 @@ def _refused(tmp_path: Path, setting: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "setting", ["train.label_smoothing=1", "train.label_smoothing=-0.1", "augment.mixup=-1", "augment.cutmix=.inf"]
+    "setting",
+    [
+        "train.label_smoothing=1",
+        "train.label_smoothing=-0.1",
+        "augment.mixup=-1",
+        "augment.cutmix=.inf",
+    ],
 )
 def test_values_out_of_range_are_refused(tmp_path: Path, setting: str) -> None:
     key, _, value = setting.partition("=")

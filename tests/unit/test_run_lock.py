@@ -35,9 +35,22 @@ LONG = 60.0
 
 def _lock(url: object, lease: float = LONG, run: str = "mine", **changes: object) -> RunLock:
     """A lock that records who takes it over; ``changes``: to its owner's record."""
-    lock = RunLock(str(url), "convoy train", run, "use another place", lease_seconds=lease, on_taken_over=lambda error: None)
-    process = {key: changes.pop(key) for key in list(changes) if key in ("host", "pid", "start_ticks", "pid_namespace", "boot_id")}
-    lock.owner = dataclasses.replace(lock.owner, process=dataclasses.replace(lock.owner.process, **process), **changes)
+    lock = RunLock(
+        str(url),
+        "convoy train",
+        run,
+        "use another place",
+        lease_seconds=lease,
+        on_taken_over=lambda error: None,
+    )
+    process = {
+        key: changes.pop(key)
+        for key in list(changes)
+        if key in ("host", "pid", "start_ticks", "pid_namespace", "boot_id")
+    }
+    lock.owner = dataclasses.replace(
+        lock.owner, process=dataclasses.replace(lock.owner.process, **process), **changes
+    )
     return lock
 
 
@@ -99,7 +112,9 @@ def test_nothing_is_left_after_the_release(url: str, tmp_path: Path) -> None:
     if "://" in url:
         assert open_store(url).sizes() == {}
     else:
-        assert list(tmp_path.iterdir()) == [], "a folder that the lock made is removed if nothing was written there"
+        assert list(tmp_path.iterdir()) == [], (
+            "a folder that the lock made is removed if nothing was written there"
+        )
 
 
 def test_exactly_one_of_several_that_start_together_becomes_the_owner(url: str) -> None:
@@ -108,7 +123,9 @@ def test_exactly_one_of_several_that_start_together_becomes_the_owner(url: str) 
         owners: list[RunLock] = []
         refused: list[LockHeld] = []
 
-        def start(place: str = place, barrier: threading.Barrier = barrier, owners=owners, refused=refused) -> None:
+        def start(
+            place: str = place, barrier: threading.Barrier = barrier, owners=owners, refused=refused
+        ) -> None:
             lock = _lock(place)
             barrier.wait()
             try:
@@ -150,7 +167,10 @@ def test_exactly_one_process_takes_over_the_lock_of_a_dead_one(tmp_path: Path) -
     for number in range(rounds):
         _abandon(_lock(tmp_path / str(number), pid=dead.pid))
     barrier = context.Barrier(3)
-    processes = [context.Process(target=_contend, args=(tmp_path, barrier, rounds, seed)) for seed in range(3)]
+    processes = [
+        context.Process(target=_contend, args=(tmp_path, barrier, rounds, seed))
+        for seed in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -170,9 +190,15 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> None:
     """It is a zombie still: nobody has asked for its exit code."""
-    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], cwd=Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, tmp_path], cwd=Path(__file__).parents[2]
+    )
     try:
-        until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        until(
+            lambda: (
+                Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            )
+        )
         assert owner_of(str(tmp_path)).run == "killed"
         assert _seconds_to_acquire(_lock(tmp_path)) < LONG / 2
     finally:
@@ -184,7 +210,9 @@ def test_a_reused_pid_does_not_keep_a_lock_alive(url: str) -> None:
     assert _seconds_to_acquire(_lock(url)) < LONG / 2
 
 
-@pytest.mark.parametrize("change", [{"host": "node-b"}, {"boot_id": "another"}, {"pid_namespace": "pid:[1]"}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"host": "node-b"}, {"boot_id": "another"}, {"pid_namespace": "pid:[1]"}], ids=str
+)
 def test_a_dead_process_elsewhere_is_waited_for_until_its_lease_ends(
     tmp_path: Path, change: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,7 +237,11 @@ def test_a_live_process_elsewhere_is_found_by_its_renewal_whatever_its_clock_say
 
 
 def test_a_restarted_pod_of_the_same_job_takes_over_at_once(url: str) -> None:
-    environment = {"PET_RDZV_ENDPOINT": "r-worker-0:1", "PET_RDZV_ID": "r", "CONVOY_NAMESPACE": "team"}
+    environment = {
+        "PET_RDZV_ENDPOINT": "r-worker-0:1",
+        "PET_RDZV_ID": "r",
+        "CONVOY_NAMESPACE": "team",
+    }
     pod = pod_identity(environment)
     assert pod == f"team/r/{socket.gethostname()}"
     with _held(_lock(url, pod=pod, pid_namespace="pid:[1]")) as old:
@@ -229,7 +261,9 @@ def test_outside_of_a_job_there_is_no_pod() -> None:
     assert pod_identity({"PET_RDZV_ID": "x"}) is None
 
 
-def test_a_start_is_counted_for_the_job_that_owns_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_is_counted_for_the_job_that_owns_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from trainer.distributed.pod_startup import STARTS, check_restart_budget
 
     monkeypatch.setenv("PET_RDZV_ENDPOINT", "b-worker-0:1")
@@ -243,7 +277,9 @@ def test_a_start_is_counted_for_the_job_that_owns_the_lock(tmp_path: Path, monke
     assert json.loads((tmp_path / STARTS).read_text())["starts"] == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"token": "x"}', b"\xff\xfe", b"null", b"[" * 9999], ids=repr)
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'{"token": "x"}', b"\xff\xfe", b"null", b"[" * 9999], ids=repr
+)
 def test_a_corrupt_lock_is_replaced_after_a_lease(tmp_path: Path, content: bytes) -> None:
     (tmp_path / LOCK_NAME).write_bytes(content)
     assert 0.1 < _seconds_to_acquire(_lock(tmp_path, 0.1)) < 10
@@ -287,7 +323,9 @@ def test_a_copy_of_a_live_runs_folder_can_be_used_after_a_lease(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["link", "place/", "./place", "place/../place", "file"], ids=str)
-def test_two_names_of_one_folder_are_one_place(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_names_of_one_folder_are_one_place(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "place").mkdir()
     (tmp_path / "link").symlink_to("place")
@@ -304,7 +342,9 @@ def test_an_owner_that_was_taken_over_never_removes_the_new_lock(url: str) -> No
         assert owner_of(url) == new.owner
 
 
-def test_storage_that_fails_for_less_than_a_lease_is_outlasted(url: str, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+def test_storage_that_fails_for_less_than_a_lease_is_outlasted(
+    url: str, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
     with _held(_lock(url)) as lock:
         with _unreachable(lock, monkeypatch):
             lock._renew()
@@ -312,11 +352,16 @@ def test_storage_that_fails_for_less_than_a_lease_is_outlasted(url: str, monkeyp
         lock._renew()
         lock.check()
     told = capfd.readouterr().err.splitlines()
-    assert "run.lock could not be renewed (Input/output error); unless it is, this process ends in" in told[0]
+    assert (
+        "run.lock could not be renewed (Input/output error); unless it is, this process ends in"
+        in told[0]
+    )
     assert told[1].endswith("run.lock is renewed again")
 
 
-def test_an_owner_whose_lease_is_over_waits_with_writing_until_it_is_renewed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_whose_lease_is_over_waits_with_writing_until_it_is_renewed(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with _held(_lock(url, LEASE)) as lock:
         lock._outage = LONG
         written: list[float] = []
@@ -335,11 +380,16 @@ def test_an_owner_whose_lease_is_over_waits_with_writing_until_it_is_renewed(url
         assert len(written) == 1
 
 
-def test_an_owner_that_cannot_renew_loses_the_lock_in_the_end(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_that_cannot_renew_loses_the_lock_in_the_end(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lock = _lock(url, 0.2)
     with _held(lock), _unreachable(lock, monkeypatch):
         until(lambda: lock._age() > lock._outage)
-        with pytest.raises(LockLost, match=r"could not be renewed for \d+ s; this process stops writing there and ends"):
+        with pytest.raises(
+            LockLost,
+            match=r"could not be renewed for \d+ s; this process stops writing there and ends",
+        ):
             lock.check()
         with pytest.raises(LockLost):
             lock.check()
@@ -372,7 +422,9 @@ while True:
 def _writer(folder: Path) -> Iterator[subprocess.Popen]:
     """A process that owns the folder and writes there."""
     command = [sys.executable, "-c", WRITER, folder, str(LEASE)]
-    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             until(lambda: (folder / "written").exists())
             process.send_signal(signal.SIGSTOP)
@@ -381,7 +433,9 @@ def _writer(folder: Path) -> Iterator[subprocess.Popen]:
             process.kill()
 
 
-def test_a_stopped_process_that_was_taken_over_writes_nothing_more_and_ends_with_144(tmp_path: Path) -> None:
+def test_a_stopped_process_that_was_taken_over_writes_nothing_more_and_ends_with_144(
+    tmp_path: Path,
+) -> None:
     with _writer(tmp_path) as process, ExitStack() as stack:
         until(lambda: time.time() - (tmp_path / LOCK_NAME).stat().st_mtime > LEASE)
         new = stack.enter_context(_held(_lock(tmp_path)))
@@ -476,7 +530,9 @@ def test_ranks_that_lost_their_launcher_are_waited_for(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as launcher:
         pass
     old = _lock(tmp_path)
-    old.owner = dataclasses.replace(old.owner, launcher=dataclasses.replace(old.owner.process, pid=launcher.pid))
+    old.owner = dataclasses.replace(
+        old.owner, launcher=dataclasses.replace(old.owner.process, pid=launcher.pid)
+    )
     old.acquire()
     threading.Timer(0.3, old.release).start()
     assert 0.2 < _seconds_to_acquire(_lock(tmp_path)) < 10
@@ -493,7 +549,9 @@ def test_a_run_may_keep_checkpoints_in_its_output_folder_itself(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
-def test_both_places_of_a_dead_run_elsewhere_are_waited_for_at_the_same_time(tmp_path: Path) -> None:
+def test_both_places_of_a_dead_run_elsewhere_are_waited_for_at_the_same_time(
+    tmp_path: Path,
+) -> None:
     places = [tmp_path / "out", tmp_path / "checkpoints"]
     for place in places:
         _abandon(_lock(place, 1.5, host="elsewhere", location=str(place.resolve())))
@@ -539,7 +597,14 @@ def test_a_tracker_writes_and_sends_nothing_without_the_lock(tmp_path: Path) -> 
             raise LockLost("taken over")
 
     spool = tmp_path / "tracking.jsonl"
-    first = {"run_id": None, "experiment": "e", "name": "n", "tags": {}, "params": {}, "datasets": []}
+    first = {
+        "run_id": None,
+        "experiment": "e",
+        "name": "n",
+        "tags": {},
+        "params": {},
+        "datasets": [],
+    }
     tracker = MlflowTracker("http://127.0.0.1:9", spool, first, check_lock=check)
     tracker.log_metrics({"loss": 1.0}, 1)
     lost.set()
@@ -563,14 +628,18 @@ def test_sync_and_register_leave_a_live_run_alone(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("run")
     with _held(_lock(tmp_path / "run")):
         for path in (spool, tmp_path / "link" / spool.name):
-            with pytest.raises(LockHeld, match=r"run 'mine'.*a run that trains sends its entries itself"):
+            with pytest.raises(
+                LockHeld, match=r"run 'mine'.*a run that trains sends its entries itself"
+            ):
                 cli.sync(str(path))
         with pytest.raises(LockHeld, match="register the model when that has ended"):
             cli.register(str(tmp_path / "run"), "name")
     assert {path.name for path in spool.parent.iterdir()} == {"result.json", "tracking.jsonl"}
 
 
-def test_commands_without_anything_to_do_leave_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_without_anything_to_do_leave_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="there is no such file"):
         cli.sync(str(tmp_path / "missing" / "tracking.jsonl"))
@@ -583,7 +652,9 @@ def test_commands_without_anything_to_do_leave_no_lock(tmp_path: Path, monkeypat
     assert {path.name for path in tmp_path.iterdir()} == {"result.json", "tracking.jsonl"}
 
 
-def test_a_destination_is_packed_by_one_command_at_a_time(digits_folder: Path, tmp_path: Path, url: str) -> None:
+def test_a_destination_is_packed_by_one_command_at_a_time(
+    digits_folder: Path, tmp_path: Path, url: str
+) -> None:
     place = RunLock(url, "convoy pack", None, "wait", "pack.lock")
     with _held(place), pytest.raises(LockHeld, match=r"`convoy pack`.*use another destination"):
         pack(str(digits_folder), url, PackOptions(workers=1))
@@ -598,11 +669,20 @@ def test_a_destination_is_packed_by_one_command_at_a_time(digits_folder: Path, t
         assert not Path(url).exists()
 
 
-def test_different_parts_are_packed_at_the_same_time_but_not_the_same_part(digits_folder: Path, tmp_path: Path) -> None:
+def test_different_parts_are_packed_at_the_same_time_but_not_the_same_part(
+    digits_folder: Path, tmp_path: Path
+) -> None:
     with _held(RunLock(str(tmp_path), "convoy pack", None, "wait", "pack-1-of-2.lock")):
         with pytest.raises(LockHeld):
-            pack(str(digits_folder), str(tmp_path), PackOptions(shards=2, workers=1, part=1, parts=2))
-        assert pack(str(digits_folder), str(tmp_path), PackOptions(shards=2, workers=1, part=0, parts=2)) == []
+            pack(
+                str(digits_folder), str(tmp_path), PackOptions(shards=2, workers=1, part=1, parts=2)
+            )
+        assert (
+            pack(
+                str(digits_folder), str(tmp_path), PackOptions(shards=2, workers=1, part=0, parts=2)
+            )
+            == []
+        )
 
 
 def test_demo_and_study_leave_a_live_one_alone(tmp_path: Path) -> None:

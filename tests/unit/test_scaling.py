@@ -25,7 +25,9 @@ EXPECTED = {
 def _rates(config: RunConfig) -> list[float]:
     """Of every step of a run on Fashion-MNIST, whose last images fill no batch."""
     per_epoch = IMAGES // config.batch.global_size
-    rate = learning_rate_schedule(config.schedule, config.optimizer, config.batch.global_size, per_epoch, EPOCHS * per_epoch)
+    rate = learning_rate_schedule(
+        config.schedule, config.optimizer, config.batch.global_size, per_epoch, EPOCHS * per_epoch
+    )
     return [rate(step) for step in range(EPOCHS * per_epoch)]
 
 
@@ -55,18 +57,27 @@ def test_the_rows_differ_in_batch_rate_and_warmup_alone() -> None:
         "schedule.warmup_epochs",
         "schedule.warmup_lr",
     }
-    rest = [{key: value for key, value in load_config(recipe).flat().items() if key not in free} for recipe in EXPECTED]
+    rest = [
+        {key: value for key, value in load_config(recipe).flat().items() if key not in free}
+        for recipe in EXPECTED
+    ]
     assert all(other == rest[0] for other in rest)
     assert rest[0]["batch.micro_size"] == 64
 
 
 def test_the_studies_run_all_of_them() -> None:
-    assert sorted(linear_scaling.RECIPES) == sorted(EXPECTED) == sorted(path.stem for path in RECIPES.glob("warmup-*.yaml"))
+    assert (
+        sorted(linear_scaling.RECIPES)
+        == sorted(EXPECTED)
+        == sorted(path.stem for path in RECIPES.glob("warmup-*.yaml"))
+    )
     assert set(warmup.RECIPES) <= set(linear_scaling.RECIPES)
 
 
 def _figures(**top1: list[float]) -> dict[str, dict[str, object]]:
-    return {name.replace("_", "-"): {"top1_percent": mean_std(values)} for name, values in top1.items()}
+    return {
+        name.replace("_", "-"): {"top1_percent": mean_std(values)} for name, values in top1.items()
+    }
 
 
 def test_claims_are_judged_seed_by_seed() -> None:
@@ -83,5 +94,10 @@ def test_claims_are_judged_seed_by_seed() -> None:
     assert "+2.10 points, +2.10 points, +2.20 points" in claims[1].why
     (cold,) = warmup.judge(figures)
     assert cold.verdict == UNDECIDED
-    two = _figures(**{name.replace("-", "_"): entry["top1_percent"]["each"][:2] for name, entry in figures.items()})  # type: ignore[index]
+    two = _figures(
+        **{
+            name.replace("-", "_"): entry["top1_percent"]["each"][:2]
+            for name, entry in figures.items()
+        }
+    )  # type: ignore[index]
     assert {claim.verdict for claim in linear_scaling.judge(two)} == {UNDECIDED}

@@ -46,7 +46,9 @@ def make_tree(root: Path, files: dict[str, Content]) -> Path:
 
 
 def classes(*folders: str) -> dict[str, Content]:
-    return {os.path.join(folder, name): PNG for folder in folders for name in ("cat/1.png", "dog/2.png")}
+    return {
+        os.path.join(folder, name): PNG for folder in folders for name in ("cat/1.png", "dog/2.png")
+    }
 
 
 def listed(root: Path, layout: Layout = "auto", nested: bool = False) -> Source:
@@ -83,15 +85,23 @@ def paths(split: Split) -> set[str]:
         ("trainData", "EvalData"),
     ],
 )
-def test_split_folders_are_recognized_in_every_spelling(tmp_path: Path, train: str, val: str) -> None:
+def test_split_folders_are_recognized_in_every_spelling(
+    tmp_path: Path, train: str, val: str
+) -> None:
     source = listed(make_tree(tmp_path, classes(train, val)))
-    assert [(split.name, split.class_ids) for split in source.splits] == [("train", ["cat", "dog"]), ("val", ["cat", "dog"])]
+    assert [(split.name, split.class_ids) for split in source.splits] == [
+        ("train", ["cat", "dog"]),
+        ("val", ["cat", "dog"]),
+    ]
     assert [paths(split) for split in source.splits] == [
-        {f"{tmp_path}/{folder}/cat/1.png", f"{tmp_path}/{folder}/dog/2.png"} for folder in (train, val)
+        {f"{tmp_path}/{folder}/cat/1.png", f"{tmp_path}/{folder}/dog/2.png"}
+        for folder in (train, val)
     ]
 
 
-@pytest.mark.parametrize("name", ["trainer", "testament", "cat", "evaluator", "n01440764", "train_test", "trainval", "0"])
+@pytest.mark.parametrize(
+    "name", ["trainer", "testament", "cat", "evaluator", "n01440764", "train_test", "trainval", "0"]
+)
 def test_other_names_are_not_splits(name: str) -> None:
     assert split_kind(name) is None
 
@@ -110,7 +120,10 @@ def test_other_names_are_not_splits(name: str) -> None:
         (classes("archive"), "name {root}/archive as the source"),
         (classes("archive/train", "archive/val"), "name {root}/archive as the source"),
         (classes("fold1", "fold2"), "which would become one class"),
-        ({"cat/train/1.png": PNG, "cat/test/2.png": PNG, "dog/train/1.png": PNG}, "split's folder within"),
+        (
+            {"cat/train/1.png": PNG, "cat/test/2.png": PNG, "dog/train/1.png": PNG},
+            "split's folder within",
+        ),
         ({"cat/1.png": PNG, "dog/1.png": PNG, "dog/Testing/2.png": PNG}, "split's folder within"),
         ({"train/1.png": PNG, "test/2.png": PNG}, "no class folders"),
         (classes("train") | {"test/1.png": PNG}, "no class folders"),
@@ -121,25 +134,40 @@ def test_other_names_are_not_splits(name: str) -> None:
         ({"train/images/1.png": PNG, "val/images/1.png": PNG}, "list of images without classes"),
         ({"images/train/1.png": PNG, "labels/train/1.txt": b"x"}, "split's folder within"),
         (classes(".") | {"train-images-idx3-ubyte": b"x"}, "train-images-idx3-ubyte"),
-        ({"cat/1.png": PNG, "dog/1.png": "/none", "dog/2.png": "/none"}, "dog/2.png: is a link to /none"),
+        (
+            {"cat/1.png": PNG, "dog/1.png": "/none", "dog/2.png": "/none"},
+            "dog/2.png: is a link to /none",
+        ),
         ({}, "no class folders"),
         (classes(".") | {"owl": None}, "this class folder is empty"),
-        (classes("train") | {"val/cat/1.png": PNG, "val/Dog/1.png": PNG}, "it contains 'dog', which is spelled differently"),
+        (
+            classes("train") | {"val/cat/1.png": PNG, "val/Dog/1.png": PNG},
+            "it contains 'dog', which is spelled differently",
+        ),
         (classes("train") | {"val/images/1.png": PNG}, "not in {root}/train"),
     ],
 )
-def test_ambiguous_sources_are_refused(tmp_path: Path, files: dict[str, Content], reason: str) -> None:
+def test_ambiguous_sources_are_refused(
+    tmp_path: Path, files: dict[str, Content], reason: str
+) -> None:
     assert reason.format(root=tmp_path) in refused(make_tree(tmp_path, files))
 
 
 def test_what_is_ambiguous_can_be_said(tmp_path: Path) -> None:
-    vehicles = make_tree(tmp_path / "vehicles", {f"{name}/1.png": PNG for name in ("bus", "car", "train")})
+    vehicles = make_tree(
+        tmp_path / "vehicles", {f"{name}/1.png": PNG for name in ("bus", "car", "train")}
+    )
     assert listed(vehicles, layout="classes").splits[0].class_ids == ["bus", "car", "train"]
-    kaggle = make_tree(tmp_path / "kaggle", classes("train", "extra") | {"test/1.jpg": PNG, "labels.csv": b"x"})
+    kaggle = make_tree(
+        tmp_path / "kaggle", classes("train", "extra") | {"test/1.jpg": PNG, "labels.csv": b"x"}
+    )
     source = listed(kaggle, layout="splits")
     assert [split.name for split in source.splits] == ["train"]
     assert source.account.num_skipped == 4
-    animals = make_tree(tmp_path / "animals", {"animal/cat/1.png": PNG, "animal/dog/1.png": PNG, "car/red/1.png": PNG})
+    animals = make_tree(
+        tmp_path / "animals",
+        {"animal/cat/1.png": PNG, "animal/dog/1.png": PNG, "car/red/1.png": PNG},
+    )
     (split,) = listed(animals, nested=True).splits
     assert split.class_ids == ["animal", "car"]
     assert [item.key for item in split.items] == ["animal/1", "animal/1-2", "car/1"]
@@ -147,24 +175,33 @@ def test_what_is_ambiguous_can_be_said(tmp_path: Path) -> None:
 
 
 def test_a_test_split_beside_val_is_skipped_and_counted(tmp_path: Path) -> None:
-    source = listed(make_tree(tmp_path, classes("train", "val", "test") | {"README": b"", "docs/a.md": b""}))
+    source = listed(
+        make_tree(tmp_path, classes("train", "val", "test") | {"README": b"", "docs/a.md": b""})
+    )
     assert [split.name for split in source.splits] == ["train", "val"]
     assert source.account.skipped == {
         "beside the split folders": [f"{tmp_path}/README"],
         "in folders beside the splits": [f"{tmp_path}/docs/a.md"],
-        "a test split; val is packed as val": [f"{tmp_path}/test/cat/1.png", f"{tmp_path}/test/dog/2.png"],
+        "a test split; val is packed as val": [
+            f"{tmp_path}/test/cat/1.png",
+            f"{tmp_path}/test/dog/2.png",
+        ],
     }
 
 
 def test_one_folder_called_images_within_each_class_is_not_a_level(tmp_path: Path) -> None:
-    tiny = {f"train/n0{c}/images/{i}.JPEG": PNG for c in "12" for i in "34"} | {"train/n01/n01_boxes.txt": b"x"}
+    tiny = {f"train/n0{c}/images/{i}.JPEG": PNG for c in "12" for i in "34"} | {
+        "train/n01/n01_boxes.txt": b"x"
+    }
     (split,) = listed(make_tree(tmp_path, tiny)).splits
     assert split.class_ids == ["n01", "n02"]
     assert [item.key for item in split.items][:2] == ["n01/3", "n01/4"]
 
 
 def test_labels_are_those_of_train_where_val_lacks_classes(tmp_path: Path) -> None:
-    source = listed(make_tree(tmp_path, classes("train") | {"train/ant/1.png": PNG, "val/dog/1.png": PNG}))
+    source = listed(
+        make_tree(tmp_path, classes("train") | {"train/ant/1.png": PNG, "val/dog/1.png": PNG})
+    )
     assert [item.label for item in source.splits[1].items] == [2]
     assert "val has no images of 2 of the 3 classes: ant, cat" in source.account.notes
 
@@ -183,7 +220,9 @@ def test_labels_are_those_of_train_where_val_lacks_classes(tmp_path: Path) -> No
         (["cat", "cat "], "differ only by spaces or Unicode normalization"),
     ],
 )
-def test_class_names_that_cannot_be_told_apart_are_refused(tmp_path: Path, names: list[str], reason: str) -> None:
+def test_class_names_that_cannot_be_told_apart_are_refused(
+    tmp_path: Path, names: list[str], reason: str
+) -> None:
     assert reason in refused(make_tree(tmp_path, {f"{name}/1.png": PNG for name in names}))
 
 
@@ -194,15 +233,28 @@ def test_classes_that_differ_by_case_are_noted(tmp_path: Path) -> None:
 
 
 def test_files_of_any_name_are_packed_under_a_safe_key(tmp_path: Path) -> None:
-    names = [os.fsdecode(b"caf\xe9.png"), "a\nb.png", "-rf.png", "a.b.c.png", "猫.PNG", " .png", "a'\"$`b.png", "noextension"]
+    names = [
+        os.fsdecode(b"caf\xe9.png"),
+        "a\nb.png",
+        "-rf.png",
+        "a.b.c.png",
+        "猫.PNG",
+        " .png",
+        "a'\"$`b.png",
+        "noextension",
+    ]
     (split,) = listed(make_tree(tmp_path, {f"cat/{name}": PNG for name in names})).splits
     assert paths(split) == {f"{tmp_path}/cat/{name}" for name in names}
     assert [result.fault for result in check_items(split.items, decode=True)] == [""] * len(names)
     assert all(read_item(item) == PNG and item.source.isprintable() for item in split.items)
 
 
-def test_the_order_of_a_listing_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = make_tree(tmp_path, {f"cat/{'x' * 50}{i}{'y' * 30}.png": PNG for i in range(20)} | classes("."))
+def test_the_order_of_a_listing_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_tree(
+        tmp_path, {f"cat/{'x' * 50}{i}{'y' * 30}.png": PNG for i in range(20)} | classes(".")
+    )
     expected = listed(root).splits[0].items
     scandir = os.scandir
 
@@ -224,11 +276,18 @@ def test_links_are_followed_and_broken_ones_named(tmp_path: Path) -> None:
     root = make_tree(
         tmp_path / "source",
         classes(".")
-        | {"cat/9.png": str(outside / "9.png"), "owl": "../outside/owl", "cat/gone.png": "/none/1.png", "cat/me": "me"},
+        | {
+            "cat/9.png": str(outside / "9.png"),
+            "owl": "../outside/owl",
+            "cat/gone.png": "/none/1.png",
+            "cat/me": "me",
+        },
     )
     source = listed(root)
     assert source.splits[0].class_ids == ["cat", "dog", "owl"]
-    assert paths(source.splits[0]) == {f"{root}/{name}" for name in ("cat/1.png", "cat/9.png", "dog/2.png", "owl/1.png")}
+    assert paths(source.splits[0]) == {
+        f"{root}/{name}" for name in ("cat/1.png", "cat/9.png", "dog/2.png", "owl/1.png")
+    }
     assert source.account.rejected == [
         f"{root}/cat/gone.png: is a link to /none/1.png, which does not exist",
         f"{root}/cat/me: is a link that leads back to itself",
@@ -246,12 +305,16 @@ def test_links_are_followed_and_broken_ones_named(tmp_path: Path) -> None:
         ({"dog/cats": "../cat"}, "dog/cats: is the same folder as"),
     ],
 )
-def test_links_to_folders_that_lose_or_repeat_images_are_refused(tmp_path: Path, files: dict[str, Content], reason: str) -> None:
+def test_links_to_folders_that_lose_or_repeat_images_are_refused(
+    tmp_path: Path, files: dict[str, Content], reason: str
+) -> None:
     assert reason in refused(make_tree(tmp_path, classes(".") | files), nested=True)
 
 
 def test_a_link_that_is_gone_among_the_splits_is_refused(tmp_path: Path) -> None:
-    assert "val: is a link to /none, which does not exist" in refused(make_tree(tmp_path, classes("train") | {"val": "/none"}))
+    assert "val: is a link to /none, which does not exist" in refused(
+        make_tree(tmp_path, classes("train") | {"val": "/none"})
+    )
 
 
 def test_pipes_sockets_and_devices_are_rejected_and_never_opened(tmp_path: Path) -> None:
@@ -259,7 +322,10 @@ def test_pipes_sockets_and_devices_are_rejected_and_never_opened(tmp_path: Path)
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(path)
 
-    root = make_tree(tmp_path, classes(".") | {"cat/p.png": os.mkfifo, "cat/s.png": make_socket, "cat/n.png": "/dev/zero"})
+    root = make_tree(
+        tmp_path,
+        classes(".") | {"cat/p.png": os.mkfifo, "cat/s.png": make_socket, "cat/n.png": "/dev/zero"},
+    )
     assert [line.removeprefix(f"{root}/cat/") for line in listed(root).account.rejected] == [
         "n.png: is a device, not a file",
         "p.png: is a named pipe, not a file",
@@ -283,7 +349,10 @@ def without_privileges() -> Iterator[None]:
 @pytest.fixture
 def readable_by_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """pytest's own folders are readable by their owner only."""
-    folder = Path(os.path.realpath(os.environ.get("TMPDIR", "/tmp"))) / f"{tmp_path_factory.mktemp('x').name}-{os.getpid()}"
+    folder = (
+        Path(os.path.realpath(os.environ.get("TMPDIR", "/tmp")))
+        / f"{tmp_path_factory.mktemp('x').name}-{os.getpid()}"
+    )
     folder.mkdir(mode=0o755)
     yield folder
     for path in folder.rglob("*"):
@@ -292,7 +361,9 @@ def readable_by_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_unreadable_folders_are_refused_and_unreadable_files_rejected(readable_by_all: Path) -> None:
+def test_unreadable_folders_are_refused_and_unreadable_files_rejected(
+    readable_by_all: Path,
+) -> None:
     nested = classes(".") | {"cat/deep/3.png": PNG}
     for folder, files in {
         "cat": classes("."),
@@ -305,12 +376,19 @@ def test_unreadable_folders_are_refused_and_unreadable_files_rejected(readable_b
         root = make_tree(readable_by_all / folder.replace("/", "-"), files)
         (root / folder).chmod(0)
         with without_privileges():
-            assert "extra" in refused(root) if folder == "extra" else f"{root / folder}: cannot be listed" in refused(root)
+            assert (
+                "extra" in refused(root)
+                if folder == "extra"
+                else f"{root / folder}: cannot be listed" in refused(root)
+            )
     root = make_tree(readable_by_all / "file", classes("."))
     (root / "cat/1.png").chmod(0)
     items = listed(root).splits[0].items
     with without_privileges():
-        assert [result.fault for result in check_items(items, decode=False)] == ["Permission denied", ""]
+        assert [result.fault for result in check_items(items, decode=False)] == [
+            "Permission denied",
+            "",
+        ]
         with pytest.raises(UserError, match="Permission denied"):
             read_item(items[0])
     (root).chmod(0)
@@ -329,8 +407,16 @@ _FOLDERS = ["cat", "dog", "cat/deep", "dog/deep/er", "cat/.git", "__MACOSX/cat",
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sets(st.tuples(st.sampled_from(_FOLDERS), st.sampled_from(sorted(_FILES))), min_size=1, max_size=25))
-def test_every_file_is_packed_skipped_or_rejected(tmp_path_factory: pytest.TempPathFactory, chosen: set[tuple[str, str]]) -> None:
+@given(
+    st.sets(
+        st.tuples(st.sampled_from(_FOLDERS), st.sampled_from(sorted(_FILES))),
+        min_size=1,
+        max_size=25,
+    )
+)
+def test_every_file_is_packed_skipped_or_rejected(
+    tmp_path_factory: pytest.TempPathFactory, chosen: set[tuple[str, str]]
+) -> None:
     root = tmp_path_factory.mktemp("tree")
     make_tree(root, {os.path.join(folder, name): _FILES[name] for folder, name in chosen})
     files = {os.path.join(path, name) for path, _, names in os.walk(root) for name in names}
@@ -338,13 +424,24 @@ def test_every_file_is_packed_skipped_or_rejected(tmp_path_factory: pytest.TempP
         source = listed(root, layout="classes", nested=True)
     except UserError as error:
         tops = {p.name for p in root.iterdir() if p.is_dir() and p.name[0] not in "._"}
-        visible = {top for top in tops for f in files if f.startswith(f"{root}/{top}/") and not _is_skipped(f, root)}
+        visible = {
+            top
+            for top in tops
+            for f in files
+            if f.startswith(f"{root}/{top}/") and not _is_skipped(f, root)
+        }
         assert tops != visible or not tops, error  # noqa: PT017
         return
     (split,) = source.splits
     results = check_items(split.items, decode=True)
-    packed = {item.path: item for item, result in zip(split.items, results, strict=True) if not result.fault}
-    rejected = {item.path for item, result in zip(split.items, results, strict=True) if result.fault}
+    packed = {
+        item.path: item
+        for item, result in zip(split.items, results, strict=True)
+        if not result.fault
+    }
+    rejected = {
+        item.path for item, result in zip(split.items, results, strict=True) if result.fault
+    }
     rejected |= {line.partition(": ")[0] for line in source.account.rejected}
     skipped = [path for of_rule in source.account.skipped.values() for path in of_rule]
     assert len(packed) + len(rejected) + len(skipped) == len(files)
@@ -359,7 +456,11 @@ def test_every_file_is_packed_skipped_or_rejected(tmp_path_factory: pytest.TempP
 
 def _is_skipped(path: str, root: Path) -> bool:
     parts = Path(path).relative_to(root).parts
-    return parts[0] == "__MACOSX" or parts[-1] == "Thumbs.db" or any(part.startswith(".") for part in parts)
+    return (
+        parts[0] == "__MACOSX"
+        or parts[-1] == "Thumbs.db"
+        or any(part.startswith(".") for part in parts)
+    )
 
 
 def _decodes(path: str) -> bool:
@@ -385,7 +486,12 @@ def tar(members: dict[str, bytes]) -> bytes:
 
 
 def class_tars(classes: dict[str, list[str]]) -> bytes:
-    return tar({f"{name}.tar": tar({n: png(i) for i, n in enumerate(names)}) for name, names in classes.items()})
+    return tar(
+        {
+            f"{name}.tar": tar({n: png(i) for i, n in enumerate(names)})
+            for name, names in classes.items()
+        }
+    )
 
 
 THREE = class_tars({f"n0{c}": [f"n0{c}_{i}.JPEG" for i in range(4)] for c in (1, 2, 3)})
@@ -423,12 +529,19 @@ def test_a_damaged_imagenet_tar_is_refused_or_every_image_is_found(
     [
         ({"cat": ["0.JPEG"], "dog": ["1.JPEG"]}, ["0", "1"]),
         ({"cat": ["0.JPEG"], "dog": ["0.JPEG"]}, ["cat/0", "dog/0"]),
-        ({"cat": ["a.v1.JPEG", "x" * 110 + ".JPEG"], "dog": ["猫.JPEG"]}, ["a_v1", "x" * 18 + "__" + "x" * 20, "_"]),
+        (
+            {"cat": ["a.v1.JPEG", "x" * 110 + ".JPEG"], "dog": ["猫.JPEG"]},
+            ["a_v1", "x" * 18 + "__" + "x" * 20, "_"],
+        ),
         ({"cat": ["sub/0.JPEG", "0.JPEG"]}, ["cat/0", "cat/0-2"]),
     ],
 )
-def test_names_in_imagenet_tars_become_unique_keys(tmp_path: Path, members: dict[str, list[str]], keys: list[str]) -> None:
-    assert [item.key for item in listed(write_train(tmp_path, class_tars(members))).splits[0].items] == keys
+def test_names_in_imagenet_tars_become_unique_keys(
+    tmp_path: Path, members: dict[str, list[str]], keys: list[str]
+) -> None:
+    assert [
+        item.key for item in listed(write_train(tmp_path, class_tars(members))).splits[0].items
+    ] == keys
 
 
 def test_imagenet_sources_that_are_ambiguous_or_incomplete_are_refused(tmp_path: Path) -> None:
@@ -436,28 +549,38 @@ def test_imagenet_sources_that_are_ambiguous_or_incomplete_are_refused(tmp_path:
         root = make_tree(write_train(tmp_path / f"both-{name}", THREE), classes(name))
         assert f"{root / name}: contains images" in refused(root)
     inner = tar({"1.JPEG": PNG})
-    assert "more than once" in refused(write_train(tmp_path / "a", tar({"x/n01.tar": inner, "y/n01.tar": inner})))
+    assert "more than once" in refused(
+        write_train(tmp_path / "a", tar({"x/n01.tar": inner, "y/n01.tar": inner}))
+    )
     twice = inner[: len(PNG) // 512 * 512 + 1024] + inner  # the same member, two images
-    assert "contains 1.JPEG more than once" in refused(write_train(tmp_path / "f", tar({"n01.tar": twice})))
+    assert "contains 1.JPEG more than once" in refused(
+        write_train(tmp_path / "f", tar({"n01.tar": twice}))
+    )
     assert "contains no images" in refused(write_train(tmp_path / "b", tar({"n01.tar": tar({})})))
     assert "n02.tar is not a tar archive" in refused(
         write_train(tmp_path / "c", tar({"n01.tar": inner, "n02.tar": inner[512:]}))
     ).replace(": is", " is")
     assert "is not a class's tar" in refused(write_train(tmp_path / "d", inner))
     devkit = write_train(tmp_path / "e", THREE)
-    (devkit / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(tar({"x": bytes(9000)}))[:-20])
+    (devkit / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(
+        gzip.compress(tar({"x": bytes(9000)}))[:-20]
+    )
     assert "ILSVRC2012_devkit_t12.tar.gz: cannot be read" in refused(devkit)
 
 
 def test_other_files_beside_imagenets_tars_are_counted(tmp_path: Path) -> None:
-    root = make_tree(write_train(tmp_path, THREE), {"checksums.md5": b"", "boxes/a.xml": b"", ".DS_Store": b""})
+    root = make_tree(
+        write_train(tmp_path, THREE), {"checksums.md5": b"", "boxes/a.xml": b"", ".DS_Store": b""}
+    )
     assert listed(root).account.num_skipped == 3
 
 
 # --- idx files ------------------------------------------------------------------------------------
 
 
-def write_idx(root: Path, kind: str, shape: tuple[int, ...], content: bytes, name: str = "train") -> None:
+def write_idx(
+    root: Path, kind: str, shape: tuple[int, ...], content: bytes, name: str = "train"
+) -> None:
     root.mkdir(exist_ok=True)
     head = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes()
     (root / f"{name}-{kind}-idx{len(shape)}-ubyte.gz").write_bytes(gzip.compress(head + content))
@@ -475,7 +598,10 @@ def write_idx(root: Path, kind: str, shape: tuple[int, ...], content: bytes, nam
     ],
 )
 def test_idx_files_that_do_not_fit_are_refused(
-    tmp_path: Path, images: tuple[tuple[int, ...], bytes], labels: tuple[tuple[int, ...], bytes], reason: str
+    tmp_path: Path,
+    images: tuple[tuple[int, ...], bytes],
+    labels: tuple[tuple[int, ...], bytes],
+    reason: str,
 ) -> None:
     write_idx(tmp_path, "images", *images)
     write_idx(tmp_path, "labels", *labels)
@@ -487,7 +613,14 @@ def test_idx_files_that_are_damaged_are_refused(tmp_path: Path) -> None:
     write_idx(tmp_path, "labels", (3,), bytes(3))
     path = tmp_path / "train-images-idx3-ubyte.gz"
     good = path.read_bytes()
-    for content in (good[:-9], good[:9], good[:20] + b"\xff\xff" + good[22:], b"<html>", b"", gzip.compress(b"\0\0\x0d\3")):
+    for content in (
+        good[:-9],
+        good[:9],
+        good[:20] + b"\xff\xff" + good[22:],
+        b"<html>",
+        b"",
+        gzip.compress(b"\0\0\x0d\3"),
+    ):
         path.write_bytes(content)
         assert str(path) in refused(tmp_path)
     path.write_bytes(good)

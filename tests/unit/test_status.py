@@ -11,7 +11,10 @@ Object = dict[str, Any]
 
 
 def _job(*conditions: str, **spec: Any) -> Object:
-    told = [{"type": kind, "status": "True", "message": f"PyTorchJob r50 is {kind.lower()}."} for kind in conditions]
+    told = [
+        {"type": kind, "status": "True", "message": f"PyTorchJob r50 is {kind.lower()}."}
+        for kind in conditions
+    ]
     worker = {"Worker": {"replicas": 2}}
     return {
         "metadata": {"name": "r50", "labels": {}},
@@ -20,7 +23,13 @@ def _job(*conditions: str, **spec: Any) -> Object:
     }
 
 
-def _pod(number: int, phase: str = "Running", state: Object | None = None, scheduled: str = "True", **condition: str) -> Object:
+def _pod(
+    number: int,
+    phase: str = "Running",
+    state: Object | None = None,
+    scheduled: str = "True",
+    **condition: str,
+) -> Object:
     containers = [{"name": "pytorch", "image": "convoy:1", "state": state}] if state else []
     conditions = [{"type": "PodScheduled", "status": scheduled, **condition}]
     return {
@@ -115,19 +124,29 @@ def test_each_state_is_one_line(job: Object, pods: list[Object], log: str, line:
 
 def test_refused_pods_are_told_by_the_jobs_events() -> None:
     message = 'Error creating: pods "r50-worker-0" is forbidden: exceeded quota: convoy'
-    status = summarize_job(_job("Created"), [], [{"reason": "FailedCreatePod", "message": message}], "")
+    status = summarize_job(
+        _job("Created"), [], [{"reason": "FailedCreatePod", "message": message}], ""
+    )
     assert status.line() == f"r50: queued: its pods are refused: {message}"
 
 
 def test_a_job_in_kueues_queue_is_not_called_suspended() -> None:
     job = _job("Created", runPolicy={"suspend": True})
     job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "team"
-    assert summarize_job(job, [], [], "").line() == "r50: queued: Kueue's queue team admits it when there is room"
+    assert (
+        summarize_job(job, [], [], "").line()
+        == "r50: queued: Kueue's queue team admits it when there is room"
+    )
 
 
 def test_figures_and_exit_codes_for_programs() -> None:
     status = summarize_job(_job("Running"), RUNNING, [], LOG)
-    assert (status.step, status.total, status.images_per_second, status.left) == (400, 1000, 2345.0, "0:02:03")
+    assert (status.step, status.total, status.images_per_second, status.left) == (
+        400,
+        1000,
+        2345.0,
+        "0:02:03",
+    )
     assert not status.finished
     assert summarize_job(_job("Succeeded"), [], [], "").exit_code == 0
     assert summarize_job(_job("Failed"), [_pod(0, "Failed", _ended(2))], [], "").exit_code == 2

@@ -10,16 +10,30 @@ _PROGRAM = "import sys\nfrom trainer.process.standard_streams import secure_stan
 
 
 def test_output_that_nobody_reads_is_discarded() -> None:
-    program = _PROGRAM + "for number in range(20_000): print('line', number)\nprint('done', file=sys.stderr)"
+    program = (
+        _PROGRAM
+        + "for number in range(20_000): print('line', number)\nprint('done', file=sys.stderr)"
+    )
     command = f"{sys.executable} -c '{program.replace(chr(39), chr(34))}' | head -n 1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "line 0\n", "done\n")
 
 
 def test_a_closed_stream_does_not_receive_the_next_files_descriptor(tmp_path: object) -> None:
-    program = _PROGRAM + "file = open(sys.argv[1], 'w'); print('not this'); print('nor this', file=sys.stderr); file.write('this')"
+    program = (
+        _PROGRAM
+        + "file = open(sys.argv[1], 'w'); print('not this'); print('nor this', file=sys.stderr); file.write('this')"
+    )
     command = f'exec \'{sys.executable}\' -c "$1" "$2" <&- >&- 2>&-'
-    done = subprocess.run(["bash", "-c", command, "bash", program, f"{tmp_path}/file"], timeout=60, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command, "bash", program, f"{tmp_path}/file"], timeout=60, check=False
+    )
     assert done.returncode == 0
     with open(f"{tmp_path}/file") as file:
         assert file.read() == "this"
@@ -29,12 +43,19 @@ def test_a_full_disk_under_the_log_ends_nothing() -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", _PROGRAM + "print('x', flush=True)"], stdout=full, timeout=60, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", _PROGRAM + "print('x', flush=True)"],
+            stdout=full,
+            timeout=60,
+            check=False,
+        )
     assert done.returncode == 0
 
 
 def test_a_terminal_that_cannot_show_a_character_ends_nothing() -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-c", _PROGRAM + "print('caf\\u00e9')"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "caf\\xe9\n")

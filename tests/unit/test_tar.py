@@ -12,8 +12,14 @@ from trainer.data.shards import tar as shard
 pytestmark = pytest.mark.skipif(shard._native is None, reason="the native code was not built")
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
-NAMES = st.text(st.sampled_from("abc/.-_ é"), min_size=1, max_size=12).filter(lambda name: not name.strip("/.").isspace())
-FILES = st.lists(st.tuples(NAMES | st.just("x" * 101) | st.just("x/" * 60 + "x"), st.binary(max_size=1200)), min_size=1, max_size=4)
+NAMES = st.text(st.sampled_from("abc/.-_ é"), min_size=1, max_size=12).filter(
+    lambda name: not name.strip("/.").isspace()
+)
+FILES = st.lists(
+    st.tuples(NAMES | st.just("x" * 101) | st.just("x/" * 60 + "x"), st.binary(max_size=1200)),
+    min_size=1,
+    max_size=4,
+)
 KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE])
 
 
@@ -49,10 +55,15 @@ def by_tarfile(content: bytes) -> list[tuple[str, int, int]] | None:
 
 
 @given(FILES, st.sampled_from(FORMATS), KINDS)
-def test_it_finds_what_tarfile_finds_or_leaves_it_to_it(files: list[tuple[str, bytes]], form: int, kind: bytes) -> None:
+def test_it_finds_what_tarfile_finds_or_leaves_it_to_it(
+    files: list[tuple[str, bytes]], form: int, kind: bytes
+) -> None:
     content = stretch(files, form, kind)
     found = shard._native.members(content)
-    plain = all(name.isascii() and len(name) <= 100 for name, _ in files) and kind in (tarfile.REGTYPE, tarfile.AREGTYPE)
+    plain = all(name.isascii() and len(name) <= 100 for name, _ in files) and kind in (
+        tarfile.REGTYPE,
+        tarfile.AREGTYPE,
+    )
     if plain and not any(name.endswith("/") for name, _ in files):
         assert found is not None
     assert found is None or found == by_tarfile(content)

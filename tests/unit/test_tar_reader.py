@@ -19,9 +19,14 @@ NAMES = {"plain": "a/{}", "long": "é/" + "x" * 120 + "{}"}
 def archive(form: int = tarfile.GNU_FORMAT, pattern: str = "a/{}", comment: str = "") -> bytes:
     """Five pairs of an image of up to 700 bytes and a label; pax headers before each in pax archives."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=form, pax_headers={"comment": comment} if comment else None) as tar:
+    with tarfile.open(
+        fileobj=out, mode="w", format=form, pax_headers={"comment": comment} if comment else None
+    ) as tar:
         for number in range(5):
-            for extension, content in (("png", bytes(150 * number + 100).replace(b"\0", b"\xa5")), ("cls", b"%d" % number)):
+            for extension, content in (
+                ("png", bytes(150 * number + 100).replace(b"\0", b"\xa5")),
+                ("cls", b"%d" % number),
+            ):
                 info = tarfile.TarInfo(pattern.format(f"{number}.{extension}"))
                 info.size, info.mtime = len(content), 1.5
                 tar.addfile(info, io.BytesIO(content))
@@ -29,7 +34,10 @@ def archive(form: int = tarfile.GNU_FORMAT, pattern: str = "a/{}", comment: str 
 
 
 def found(raw: bytes) -> list[tuple[str, int, int]]:
-    return [(member.name, member.data_offset, member.size) for member in read_members(io.BytesIO(raw), len(raw))]
+    return [
+        (member.name, member.data_offset, member.size)
+        for member in read_members(io.BytesIO(raw), len(raw))
+    ]
 
 
 def rejected(raw: bytes) -> str:
@@ -43,8 +51,15 @@ def by_tarfile(raw: bytes) -> list[tuple[str, int, int]]:
         return [(member.name, member.offset_data, member.size) for member in tar]
 
 
-def header(name: bytes = b"a.png", size: bytes = b"00000000000\0", kind: bytes = b"0", magic: bytes = b"ustar\x0000") -> bytes:
-    block = bytearray(name.ljust(100, b"\0") + bytes(24) + size.ljust(12, b"\0") + bytes(12) + b" " * 8 + kind)
+def header(
+    name: bytes = b"a.png",
+    size: bytes = b"00000000000\0",
+    kind: bytes = b"0",
+    magic: bytes = b"ustar\x0000",
+) -> bytes:
+    block = bytearray(
+        name.ljust(100, b"\0") + bytes(24) + size.ljust(12, b"\0") + bytes(12) + b" " * 8 + kind
+    )
     block = block.ljust(257, b"\0") + magic.ljust(255, b"\0")
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
@@ -59,16 +74,24 @@ END = bytes(1024)
 
 @pytest.mark.parametrize("pattern", NAMES)
 @pytest.mark.parametrize("form", FORMATS)
-def test_members_of_valid_archives_are_those_of_tarfile(form: str, pattern: str, tmp_path: Path) -> None:
+def test_members_of_valid_archives_are_those_of_tarfile(
+    form: str, pattern: str, tmp_path: Path
+) -> None:
     if (form, pattern) == ("ustar", "long"):
         pattern = "y" * 90 + "/" + "x" * 80 + "{}"  # what a prefix has space for
-    raw = archive(FORMATS[form], NAMES.get(pattern, pattern), "one for all" if form == "pax" else "")
+    raw = archive(
+        FORMATS[form], NAMES.get(pattern, pattern), "one for all" if form == "pax" else ""
+    )
     assert found(raw) == by_tarfile(raw)
     (tmp_path / "a.tar").write_bytes(b"before" + raw + b"behind")
     inner = list_members(tmp_path / "a.tar", 6, len(raw))
-    assert [(member.name, member.data_offset, member.size) for member in inner] == by_tarfile(raw), "of an archive in a file"
+    assert [(member.name, member.data_offset, member.size) for member in inner] == by_tarfile(
+        raw
+    ), "of an archive in a file"
     end = inner[-1].end
-    assert members_in(memoryview(raw)[:end]) == [(name, start, start + size) for name, start, size in by_tarfile(raw)]
+    assert members_in(memoryview(raw)[:end]) == [
+        (name, start, start + size) for name, start, size in by_tarfile(raw)
+    ]
 
 
 def test_data_are_read_from_files_that_cannot_seek() -> None:
@@ -91,7 +114,10 @@ def test_truncated_archives_are_rejected_at_every_length(form: str, pattern: str
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(list(FORMATS.values())), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 7)), min_size=1, max_size=2))
+@given(
+    st.sampled_from(list(FORMATS.values())),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 7)), min_size=1, max_size=2),
+)
 def test_flipped_bits_lose_no_member(form: int, flips: list[tuple[float, int]]) -> None:
     """Of headers, padding and end: a pax record's name has no checksum, and the data have none either."""
     raw = bytearray(archive(form))
@@ -105,7 +131,9 @@ def test_flipped_bits_lose_no_member(form: int, flips: list[tuple[float, int]]) 
     assert [member[1:] for member in members] == [member[1:] for member in expected]
 
 
-@pytest.mark.parametrize("field", [0, 99, 100, 124, 135, 136, 148, 156, 157, 257, 265, 345, 499, 511])
+@pytest.mark.parametrize(
+    "field", [0, 99, 100, 124, 135, 136, 148, 156, 157, 257, 265, 345, 499, 511]
+)
 def test_a_header_with_a_flipped_bit_is_rejected(field: int) -> None:
     raw = bytearray(archive())
     second = by_tarfile(raw)[3][1] - 512
@@ -117,7 +145,9 @@ def test_what_stands_behind_the_end_of_archive_mark_is_rejected() -> None:
     one, two = archive(), archive(pattern="b/{}")
     assert "several archives were concatenated" in rejected(one + two)
     data_end = list(read_members(io.BytesIO(one), len(one)))[-1].end
-    assert f"continues at byte {data_end + 512:,}" in rejected(one[:data_end] + bytes(512) + two), "one zero block between"
+    assert f"continues at byte {data_end + 512:,}" in rejected(one[:data_end] + bytes(512) + two), (
+        "one zero block between"
+    )
     assert found(one[:data_end] + two), "without a mark between them they are one archive"
     assert "continues at byte" in rejected(one + b"x")
     assert found(one + bytes(77)) == by_tarfile(one)
@@ -149,7 +179,9 @@ def test_sizes_that_are_invalid_or_exceed_the_file_are_rejected(size: bytes, rea
 
 
 @pytest.mark.parametrize(
-    "size", [b"          5\0", b"5\0", b"00000000005 ", b"000000000005", b"\x80" + bytes(10) + b"\x05"], ids=repr
+    "size",
+    [b"          5\0", b"5\0", b"00000000005 ", b"000000000005", b"\x80" + bytes(10) + b"\x05"],
+    ids=repr,
 )
 def test_sizes_in_every_valid_form_are_read(size: bytes) -> None:
     assert found(header(size=size) + b"12345".ljust(512, b"x") + END) == [("a.png", 512, 5)]
@@ -196,7 +228,12 @@ def test_a_first_name_that_begins_like_another_format_is_a_name() -> None:
 
 
 def test_v7_headers_links_and_folders_are_yielded_with_their_kind() -> None:
-    raw = header(b"folder/", kind=b"\0", magic=b"") + header(b"old.png", kind=b"\0", magic=b"") + header(b"l", kind=b"2") + END
+    raw = (
+        header(b"folder/", kind=b"\0", magic=b"")
+        + header(b"old.png", kind=b"\0", magic=b"")
+        + header(b"l", kind=b"2")
+        + END
+    )
     assert [(m.name, m.kind) for m in read_members(io.BytesIO(raw), len(raw))] == [
         ("folder/", "directory"), ("old.png", "file"), ("l", "symbolic link"),
     ]  # fmt: skip

@@ -24,9 +24,27 @@ from trainer.data.storage.store import Store, open_store
 from trainer.errors import RetryableError, UserError
 
 SIZE = 8 * 2**20 + 12_345
-QUICK = RetryPolicy(tries=12, seconds=8, first_wait=0.01, longest_wait=0.1, refusals=12, connect_seconds=1, silent_seconds=0.4)
-BRIEF = RetryPolicy(tries=3, seconds=2, first_wait=0.01, longest_wait=0.05, refusals=2, connect_seconds=1, silent_seconds=0.3)
-MISSES = 64 * 1024  # bytes that may be on their way when a connection breaks, beside an incomplete chunk
+QUICK = RetryPolicy(
+    tries=12,
+    seconds=8,
+    first_wait=0.01,
+    longest_wait=0.1,
+    refusals=12,
+    connect_seconds=1,
+    silent_seconds=0.4,
+)
+BRIEF = RetryPolicy(
+    tries=3,
+    seconds=2,
+    first_wait=0.01,
+    longest_wait=0.05,
+    refusals=2,
+    connect_seconds=1,
+    silent_seconds=0.3,
+)
+MISSES = (
+    64 * 1024
+)  # bytes that may be on their way when a connection breaks, beside an incomplete chunk
 
 Open = Callable[..., Store]
 
@@ -100,7 +118,9 @@ def in_order(*faults: Fault | None) -> Callable[[], Fault | None]:
 def check(store: Store, content: bytes, ranges: list[tuple[int, int]]) -> None:
     parts = store.read_ranges("object", [start for start, _ in ranges], [end for _, end in ranges])
     assert [len(part) for part in parts] == [end - start for start, end in ranges]
-    assert all(bytes(part) == content[start:end] for part, (start, end) in zip(parts, ranges, strict=True))
+    assert all(
+        bytes(part) == content[start:end] for part, (start, end) in zip(parts, ranges, strict=True)
+    )
 
 
 RANGES = [
@@ -111,8 +131,12 @@ RANGES = [
 ]
 
 
-@pytest.mark.parametrize("ranges", RANGES, ids=["whole", "edges", "touching and apart", "out of order"])
-def test_each_byte_is_fetched_once(opened: Open, proxy: HttpProxy, content: bytes, ranges: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(
+    "ranges", RANGES, ids=["whole", "edges", "touching and apart", "out of order"]
+)
+def test_each_byte_is_fetched_once(
+    opened: Open, proxy: HttpProxy, content: bytes, ranges: list[tuple[int, int]]
+) -> None:
     store = opened(proxy.port)
     proxy.reset()
     check(store, content, ranges)
@@ -121,7 +145,9 @@ def test_each_byte_is_fetched_once(opened: Open, proxy: HttpProxy, content: byte
     assert store.counts.retries == 0
 
 
-def test_ranges_that_overlap_are_fetched_once(opened: Open, proxy: HttpProxy, content: bytes) -> None:
+def test_ranges_that_overlap_are_fetched_once(
+    opened: Open, proxy: HttpProxy, content: bytes
+) -> None:
     store = opened(proxy.port)
     proxy.reset()
     check(store, content, [(1000, 5000), (0, 3000), (2000, 2500)])
@@ -133,7 +159,9 @@ def test_a_folder_gives_the_same(tmp_path: Path, content: bytes) -> None:
     store = open_store(str(tmp_path), patience=BRIEF)
     for ranges in (RANGES[0], *RANGES[2:]):
         check(store, content, ranges)
-    with pytest.raises(UserError, match=f"object: has {SIZE:,} bytes, but bytes up to {SIZE + 1:,} are needed"):
+    with pytest.raises(
+        UserError, match=f"object: has {SIZE:,} bytes, but bytes up to {SIZE + 1:,} are needed"
+    ):
         store.read_ranges("object", [0], [SIZE + 1])
     with pytest.raises(UserError, match="nothing: not found"):
         store.read_ranges("nothing", [0], [1])
@@ -154,7 +182,9 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kind}-{fault.status}-{fault.after}")
+@pytest.mark.parametrize(
+    "fault", FAULTS, ids=lambda fault: f"{fault.kind}-{fault.status}-{fault.after}"
+)
 def test_a_fault_is_outlasted(
     opened: Open, proxy: HttpProxy, content: bytes, fault: Fault, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -165,10 +195,18 @@ def test_a_fault_is_outlasted(
         check(store, content, [(10, 8_000_000)])
     assert store.counts.retries == proxy.faults == 3
     assert store.counts.bytes == 2 * 7_999_990
-    unread = fault.after if fault.kind == "reset" else 0  # a reset throws away what the kernel holds
+    unread = (
+        fault.after if fault.kind == "reset" else 0
+    )  # a reset throws away what the kernel holds
     assert proxy.bytes <= 2 * 8_000_000 + 3 * (256 * 1024 + MISSES + unread)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "trainer.data.storage.retry"]
-    assert line.startswith("s3://convoy/x/object: byte "), "one line, though there were three retries"
+    (line,) = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "trainer.data.storage.retry"
+    ]
+    assert line.startswith("s3://convoy/x/object: byte "), (
+        "one line, though there were three retries"
+    )
     assert "; try 2 of 13 in " in line
 
 
@@ -212,13 +250,24 @@ fault_strategy = st.one_of(
     st.builds(Fault, st.sampled_from(["truncated", "reset"]), after=st.integers(0, 3_000_000)),
     st.sampled_from([Fault("shifted"), Fault("whole"), Fault("stalled", after=100_000)]),
 )
-range_strategy = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(lambda pair: (min(pair), max(pair)))
+range_strategy = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(
+    lambda pair: (min(pair), max(pair))
+)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(faults=st.lists(fault_strategy, max_size=11), ranges=st.lists(range_strategy, min_size=1, max_size=4))
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    faults=st.lists(fault_strategy, max_size=11),
+    ranges=st.lists(range_strategy, min_size=1, max_size=4),
+)
 def test_any_mix_of_faults(
-    opened: Open, proxy: HttpProxy, content: bytes, faults: list[Fault | None], ranges: list[tuple[int, int]]
+    opened: Open,
+    proxy: HttpProxy,
+    content: bytes,
+    faults: list[Fault | None],
+    ranges: list[tuple[int, int]],
 ) -> None:
     store = opened(proxy.port)
     proxy.reset(in_order(*faults))
@@ -232,7 +281,9 @@ TOXICS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "attributes"), TOXICS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("kind", "attributes"), TOXICS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_slow_connection_is_not_a_broken_one(
     opened: Open, toxiproxy: Toxiproxy, content: bytes, kind: str, attributes: dict[str, int]
 ) -> None:
@@ -242,7 +293,9 @@ def test_a_slow_connection_is_not_a_broken_one(
     assert store.counts.retries == 0
 
 
-def test_a_connection_cut_after_every_megabyte(opened: Open, toxiproxy: Toxiproxy, content: bytes) -> None:
+def test_a_connection_cut_after_every_megabyte(
+    opened: Open, toxiproxy: Toxiproxy, content: bytes
+) -> None:
     store = opened(toxiproxy.port)
     with toxiproxy.toxic("limit_data", bytes=1_000_000):
         check(store, content, [(0, SIZE)])
@@ -251,7 +304,9 @@ def test_a_connection_cut_after_every_megabyte(opened: Open, toxiproxy: Toxiprox
 
 
 @pytest.mark.parametrize(
-    ("kind", "attributes"), [("reset_peer", {"timeout": 10}), ("timeout", {"timeout": 0})], ids=["reset", "silence"]
+    ("kind", "attributes"),
+    [("reset_peer", {"timeout": 10}), ("timeout", {"timeout": 0})],
+    ids=["reset", "silence"],
 )
 def test_a_connection_that_gives_nothing(
     opened: Open, toxiproxy: Toxiproxy, content: bytes, kind: str, attributes: dict[str, int]
@@ -266,7 +321,9 @@ def test_a_connection_that_gives_nothing(
         opened(toxiproxy.port, BRIEF).read_ranges("object", [0], [10])
 
 
-def test_a_store_that_refuses_connections_for_a_while(opened: Open, toxiproxy: Toxiproxy, content: bytes) -> None:
+def test_a_store_that_refuses_connections_for_a_while(
+    opened: Open, toxiproxy: Toxiproxy, content: bytes
+) -> None:
     store = opened(toxiproxy.port)
     toxiproxy.switch(on=False)
     try:
@@ -276,7 +333,9 @@ def test_a_store_that_refuses_connections_for_a_while(opened: Open, toxiproxy: T
             toxiproxy.switch(on=True)
             reading.result(30)
         toxiproxy.switch(on=False)
-        with pytest.raises(RetryableError, match=r"cannot be reached \(AWS_ENDPOINT_URL\); given up after 4 tries"):
+        with pytest.raises(
+            RetryableError, match=r"cannot be reached \(AWS_ENDPOINT_URL\); given up after 4 tries"
+        ):
             opened(toxiproxy.port, BRIEF).read_ranges("object", [0], [10])
     finally:
         toxiproxy.switch(on=True)
@@ -299,26 +358,38 @@ def test_what_waiting_does_not_change_is_told_at_once(opened: Open, proxy: HttpP
     proxy.reset()
     with pytest.raises(UserError, match=r"^s3://convoy/x/nothing: byte 0: not found$"):
         store.read_ranges("nothing", [0], [10])
-    with pytest.raises(UserError, match=f"^s3://convoy/x/object: byte {SIZE + 5:,}: the object ends before these bytes$"):
+    with pytest.raises(
+        UserError,
+        match=f"^s3://convoy/x/object: byte {SIZE + 5:,}: the object ends before these bytes$",
+    ):
         store.read_ranges("object", [SIZE + 5], [SIZE + 10])
     with pytest.raises(UserError, match="no such bucket"):
         open_store("s3://nobody/x", patience=QUICK).read_ranges("object", [0], [10])
     assert store.counts.retries == 0
 
 
-def test_an_object_that_changed_is_an_error(opened: Open, proxy: HttpProxy, server: S3Server) -> None:
+def test_an_object_that_changed_is_an_error(
+    opened: Open, proxy: HttpProxy, server: S3Server
+) -> None:
     store = opened(proxy.port)
     proxy.reset()
     _put(server, "changing", b"a" * 1000)
     assert store.read_ranges("changing", [0], [10]) == [b"a" * 10]
     _put(server, "changing", b"b" * 1000)
-    with pytest.raises(UserError, match=r"changing: was changed while it was read: 1,000 bytes with ETag .* 1,000 bytes with ETag"):
+    with pytest.raises(
+        UserError,
+        match=r"changing: was changed while it was read: 1,000 bytes with ETag .* 1,000 bytes with ETag",
+    ):
         store.read_ranges("changing", [10], [20])
 
 
 def test_whole_objects_outlast_faults_too(opened: Open, proxy: HttpProxy, content: bytes) -> None:
     store = opened(proxy.port)
-    proxy.reset(in_order(Fault("status"), Fault("truncated", after=5_000_000), Fault("reset", after=1_000_000)))
+    proxy.reset(
+        in_order(
+            Fault("status"), Fault("truncated", after=5_000_000), Fault("reset", after=1_000_000)
+        )
+    )
     assert store.read_small("object") == content
     proxy.reset(in_order(Fault("status", status=500)))
     assert store.size("object") == SIZE
@@ -331,7 +402,12 @@ def test_whole_objects_outlast_faults_too(opened: Open, proxy: HttpProxy, conten
 
 
 def test_rotated_credentials_are_picked_up(
-    opened: Open, server: S3Server, proxy: HttpProxy, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Open,
+    server: S3Server,
+    proxy: HttpProxy,
+    content: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The server refuses the old key before the file has the new one, as when a mounted secret follows late."""
     opened(proxy.port)  # for its address
@@ -341,7 +417,9 @@ def test_rotated_credentials_are_picked_up(
     path = tmp_path / "credentials"
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
     _write_credentials(path, *server.credentials)
-    patience = RetryPolicy(tries=100, seconds=30, first_wait=0.05, longest_wait=0.2, refusals=300, silent_seconds=2)
+    patience = RetryPolicy(
+        tries=100, seconds=30, first_wait=0.05, longest_wait=0.2, refusals=300, silent_seconds=2
+    )
     store = open_store(f"s3://{servers.BUCKET}/x", patience=patience)
     check(store, content, [(0, 1000)])
     server.rotate()
@@ -357,12 +435,17 @@ def test_rotated_credentials_are_picked_up(
         open_store(f"s3://{servers.BUCKET}/x", patience=patience).read_ranges("object", [0], [10])
 
 
-def test_credentials_that_stay_refused(opened: Open, server: S3Server, proxy: HttpProxy, content: bytes) -> None:
+def test_credentials_that_stay_refused(
+    opened: Open, server: S3Server, proxy: HttpProxy, content: bytes
+) -> None:
     store = opened(proxy.port, BRIEF)
     proxy.reset()
     check(store, content, [(0, 1000)])
     proxy.reset(lambda: Fault("status", status=400, code="ExpiredToken"))
-    with pytest.raises(RetryableError, match=r"the credentials have expired; get new ones .* given up after 3 tries"):
+    with pytest.raises(
+        RetryableError,
+        match=r"the credentials have expired; get new ones .* given up after 3 tries",
+    ):
         store.read_ranges("object", [0], [10])
 
 
@@ -376,11 +459,17 @@ def _write_credentials(path: Path, access_key: str, secret_key: str) -> None:
 
 
 def test_a_server_killed_and_started_again(
-    opened: Open, server: S3Server, proxy: HttpProxy, content: bytes, caplog: pytest.LogCaptureFixture
+    opened: Open,
+    server: S3Server,
+    proxy: HttpProxy,
+    content: bytes,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In the middle of a read of one piece: its answer is held back until it is gone."""
     caplog.set_level(logging.WARNING)
-    store = opened(proxy.port, RetryPolicy(tries=1000, first_wait=0.05, longest_wait=0.3, silent_seconds=20))
+    store = opened(
+        proxy.port, RetryPolicy(tries=1000, first_wait=0.05, longest_wait=0.3, silent_seconds=20)
+    )
     proxy.reset(in_order(Fault("stalled", after=3_000_000)))
     with ThreadPoolExecutor(1) as thread:
         reading = thread.submit(check, store, content, [(0, 8_000_000)])

@@ -47,7 +47,9 @@ def say(text: str) -> None:
 
 
 def install_packages() -> None:
-    missing = sorted({package for program, package in PACKAGES.items() if not shutil.which(program)})
+    missing = sorted(
+        {package for program, package in PACKAGES.items() if not shutil.which(program)}
+    )
     if not missing:
         return
     if os.geteuid() or not shutil.which("apt-get"):
@@ -62,7 +64,9 @@ def install_packages() -> None:
 @contextlib.contextmanager
 def building_programs() -> Iterator[Callable[[], Path]]:
     """Compiles the programs beside what the caller does; gives what waits for them and returns their folder."""
-    process = subprocess.Popen([HERE / "build.sh"], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [HERE / "build.sh"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
 
     def finished(seconds: float | None = None) -> Path:
         folder, _ = process.communicate(timeout=seconds)
@@ -85,7 +89,10 @@ class Supervisor:
 
     def __init__(self, state: State, store: Path) -> None:
         self.state = state
-        with socket.create_server(("127.0.0.1", 0), backlog=512) as listener, (state.folder / "supervisor.log").open("wb") as log:
+        with (
+            socket.create_server(("127.0.0.1", 0), backlog=512) as listener,
+            (state.folder / "supervisor.log").open("wb") as log,
+        ):
             self.port = int(listener.getsockname()[1])  # of the API server on this machine
             self.process = subprocess.Popen(
                 [
@@ -97,7 +104,12 @@ class Supervisor:
             )  # fmt: skip
         state.record([self.process.pid])
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        wait_for("the supervisor", lambda: self.process.poll() is not None or bool(children.read_text().split()), 10, 0.01)
+        wait_for(
+            "the supervisor",
+            lambda: self.process.poll() is not None or bool(children.read_text().split()),
+            10,
+            0.01,
+        )
         if self.process.poll() is None:
             state.record([self.process.pid, int(children.read_text().split()[0])])
         self._until("containerd")
@@ -115,7 +127,9 @@ class Supervisor:
             say(f"{name} {seconds} s")
             if name == last:
                 return
-        raise ClusterError(f"the cluster did not start; see {self.state.folder}/supervisor.log and {self.state.logs}")
+        raise ClusterError(
+            f"the cluster did not start; see {self.state.folder}/supervisor.log and {self.state.logs}"
+        )
 
 
 class Kubectl:
@@ -125,16 +139,29 @@ class Kubectl:
         self.command = [str(programs / "kubectl"), "--kubeconfig", str(state.kubeconfig)]
 
     def __call__(self, *arguments: str, stdin: str | None = None) -> str:
-        done = subprocess.run([*self.command, *arguments], input=stdin, capture_output=True, text=True)
+        done = subprocess.run(
+            [*self.command, *arguments], input=stdin, capture_output=True, text=True
+        )
         if done.returncode:
             raise ClusterError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
         return done.stdout
 
     def succeeds(self, *arguments: str, stdin: str | None = None) -> bool:
-        return subprocess.run([*self.command, *arguments], input=stdin, capture_output=True, text=True).returncode == 0
+        return (
+            subprocess.run(
+                [*self.command, *arguments], input=stdin, capture_output=True, text=True
+            ).returncode
+            == 0
+        )
 
     def apply(self, *manifests: dict[str, Any]) -> None:
-        self("apply", "--server-side", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}))
+        self(
+            "apply",
+            "--server-side",
+            "-f",
+            "-",
+            stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)}),
+        )
 
 
 def write_kubeconfig(state: State, port: int) -> None:
@@ -160,7 +187,9 @@ def up(state: State, with_trainer: bool) -> None:
             return
         clean(state)
         install_packages()
-        of_debian = images.build(CHECKOUT, cache(), with_trainer, say)  # waits for disk and network while the compiler computes
+        of_debian = images.build(
+            CHECKOUT, cache(), with_trainer, say
+        )  # waits for disk and network while the compiler computes
         try:
             tools = start(state, of_debian, finished)
         except BaseException:
@@ -227,11 +256,20 @@ def down(state: State) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="cluster.py", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="cluster.py", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("command", choices=["up", "down"])
-    parser.add_argument("--state", type=Path, default=default_state(), help="the cluster's folder (default %(default)s)")
     parser.add_argument(
-        "--without-trainer", action="store_true", help="leave out the trainer's image, which takes minutes to build"
+        "--state",
+        type=Path,
+        default=default_state(),
+        help="the cluster's folder (default %(default)s)",
+    )
+    parser.add_argument(
+        "--without-trainer",
+        action="store_true",
+        help="leave out the trainer's image, which takes minutes to build",
     )
     arguments = parser.parse_args()
     state = State(arguments.state.resolve())

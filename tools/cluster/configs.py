@@ -31,7 +31,10 @@ def kwokctl(state: State, programs: Path) -> str:
     admin = pki(state) / "admin"
 
     def patch(component: str, override: bool = False, **arguments: str) -> dict[str, Any]:
-        extra = [{"key": key.replace("_", "-"), "value": value, "override": override} for key, value in arguments.items()]
+        extra = [
+            {"key": key.replace("_", "-"), "value": value, "override": override}
+            for key, value in arguments.items()
+        ]
         return {"name": component, "extraArgs": extra}
 
     options = {
@@ -114,7 +117,11 @@ def cni() -> str:
         },
     }
     return json.dumps(
-        {"cniVersion": "1.0.0", "name": CLUSTER, "plugins": [bridge, {"type": "portmap", "capabilities": {"portMappings": True}}]}
+        {
+            "cniVersion": "1.0.0",
+            "name": CLUSTER,
+            "plugins": [bridge, {"type": "portmap", "capabilities": {"portMappings": True}}],
+        }
     )
 
 
@@ -167,7 +174,12 @@ def kube_proxy(state: State) -> str:
             "hostnameOverride": NODE,
             "clientConnection": {"kubeconfig": str(state.inner_kubeconfig)},
             # These are the whole machine's and stay as they are.
-            "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+            "conntrack": {
+                "maxPerCore": 0,
+                "min": 0,
+                "tcpEstablishedTimeout": "0s",
+                "tcpCloseWaitTimeout": "0s",
+            },
             "iptables": {"minSyncPeriod": "100ms"},
         },
         indent=2,
@@ -182,7 +194,10 @@ def volumes(state: State) -> list[dict[str, Any]]:
     storage_class = {
         "apiVersion": "storage.k8s.io/v1",
         "kind": "StorageClass",
-        "metadata": {"name": STORAGE_CLASS, "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}},
+        "metadata": {
+            "name": STORAGE_CLASS,
+            "annotations": {"storageclass.kubernetes.io/is-default-class": "true"},
+        },
         "provisioner": "kubernetes.io/no-provisioner",
         "volumeBindingMode": "WaitForFirstConsumer",
     }
@@ -200,7 +215,12 @@ def volumes(state: State) -> list[dict[str, Any]]:
             "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": [here]}]}},
         }
         made.append(
-            {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"local-{number:03}"}, "spec": specification}
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": f"local-{number:03}"},
+                "spec": specification,
+            }
         )
     return [storage_class, *made]
 

@@ -35,7 +35,16 @@ FILES = Path(__file__).resolve().parent / "images"
 KEY_LABEL = "convoy.key"
 BASE = "localhost/convoy-base:dev"
 DEPENDENCY_INPUTS = ("Dockerfile", "requirements.lock", "pyproject.toml", "tools/setup.sh")
-TRAINER_INPUTS = (*DEPENDENCY_INPUTS, ".dockerignore", "setup.py", "README.md", "LICENSE", "trainer", "pipelines", "convoy_entry")
+TRAINER_INPUTS = (
+    *DEPENDENCY_INPUTS,
+    ".dockerignore",
+    "setup.py",
+    "README.md",
+    "LICENSE",
+    "trainer",
+    "pipelines",
+    "convoy_entry",
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,9 @@ def digest(*parts: str | Path) -> str:
     """Of texts and of files' contents."""
     total = hashlib.sha256()
     for part in parts:
-        total.update(hashlib.sha256(part.read_bytes() if isinstance(part, Path) else part.encode()).digest())
+        total.update(
+            hashlib.sha256(part.read_bytes() if isinstance(part, Path) else part.encode()).digest()
+        )
     return total.hexdigest()[:16]
 
 
@@ -88,7 +99,9 @@ class Builder:
             "BUILDAH_ISOLATION": "chroot",
         }
 
-    def run(self, *command: str | Path, stdin: str | None = None, cwd: Path | None = None, **more: str) -> None:
+    def run(
+        self, *command: str | Path, stdin: str | None = None, cwd: Path | None = None, **more: str
+    ) -> None:
         log = self.folder / "build.log"
         with log.open("ab") as output:
             done = subprocess.run(
@@ -103,7 +116,9 @@ class Builder:
         return bool(known.get(image.name) == image.key)
 
     def is_built(self, image: Image) -> bool:
-        there = subprocess.run(["buildah", "images", "--quiet", image.name], env=self.environment, capture_output=True)
+        there = subprocess.run(
+            ["buildah", "images", "--quiet", image.name], env=self.environment, capture_output=True
+        )
         return self.is_recorded(image) and there.returncode == 0
 
     def built(self, image: Image) -> None:
@@ -120,13 +135,29 @@ class Builder:
 
     def dockerfile(self, image: Image, text: str, context: Path, **arguments: str) -> None:
         options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
-        self.run("buildah", "build", "--layers", "--format", "oci", *options, "-t", image.name, "-f", "-", context, stdin=text)
+        self.run(
+            "buildah",
+            "build",
+            "--layers",
+            "--format",
+            "oci",
+            *options,
+            "-t",
+            image.name,
+            "-f",
+            "-",
+            context,
+            stdin=text,
+        )
 
 
 def apt_mirror() -> str:
     """The mirror that this machine's apt uses."""
     listed = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages"], check=True, capture_output=True, text=True
+        ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     sites = [site for site in listed.stdout.split() if "security" not in site]
     if not sites:
@@ -192,17 +223,23 @@ def build_planned(builder: Builder, plan: Plan, say: Callable[[str], None]) -> l
     return [image for image, _ in plan]
 
 
-def build(checkout: Path, cache: Path, with_trainer: bool, say: Callable[[str], None]) -> list[Image]:
+def build(
+    checkout: Path, cache: Path, with_trainer: bool, say: Callable[[str], None]
+) -> list[Image]:
     """The images on Debian's base."""
     builder = Builder(cache / "cluster-images")
     postgres = (FILES / "postgres.Dockerfile").read_text()
     base = Image(BASE, digest(*DEBOOTSTRAP, BASE_DOCKERFILE, *own_certificates()))
     if with_trainer:
-        builder.start_over_when_changed(digest(base.key, *(checkout / name for name in DEPENDENCY_INPUTS)))
+        builder.start_over_when_changed(
+            digest(base.key, *(checkout / name for name in DEPENDENCY_INPUTS))
+        )
     plan: Plan = [
         (base, lambda image: build_base(builder, image)),
         (
-            Image("localhost/convoy-postgres:dev", digest(base.key, postgres, FILES / "postgres.sh")),
+            Image(
+                "localhost/convoy-postgres:dev", digest(base.key, postgres, FILES / "postgres.sh")
+            ),
             lambda image: builder.dockerfile(image, postgres, FILES, BASE=BASE),
         ),
     ]
@@ -210,7 +247,9 @@ def build(checkout: Path, cache: Path, with_trainer: bool, say: Callable[[str], 
         plan.append(
             (
                 Image("localhost/convoy:dev", digest(base.key, *sources(checkout))),
-                lambda image: builder.run(checkout / "tools/image.sh", cwd=checkout, BASE=BASE, IMAGE=image.name),
+                lambda image: builder.run(
+                    checkout / "tools/image.sh", cwd=checkout, BASE=BASE, IMAGE=image.name
+                ),
             )
         )
         fashion = (checkout / "k8s/overlays/local/data.Dockerfile").read_text()
@@ -227,9 +266,13 @@ def build_programs(programs: Path, cache: Path, say: Callable[[str], None]) -> l
     """The images that hold one static program each."""
     builder = Builder(cache / "cluster-images")
 
-    def single(name: str, program: str, path: str, user: int) -> tuple[Image, Callable[[Image], None]]:
+    def single(
+        name: str, program: str, path: str, user: int
+    ) -> tuple[Image, Callable[[Image], None]]:
         text = f'FROM scratch\nCOPY {program} {path}\nUSER {user}:{user}\nENTRYPOINT ["{path}"]\n'
-        return Image(name, digest(programs / program)), lambda image: builder.dockerfile(image, text, programs)
+        return Image(name, digest(programs / program)), lambda image: builder.dockerfile(
+            image, text, programs
+        )
 
     plan = [
         single("localhost/pause:3.10", "pause", "/pause", 65535),
@@ -246,29 +289,42 @@ class Node:
         self.files = store / "io.containerd.content.v1.content/blobs/sha256"
 
     def output(self, *arguments: str) -> str:
-        return subprocess.run([*self.ctr, *arguments], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [*self.ctr, *arguments], check=True, capture_output=True, text=True
+        ).stdout
 
     def has(self, image: Image) -> bool:
         return f"{KEY_LABEL}={image.key}" in self.output("images", "ls", f"name=={image.name}")
 
     def blobs(self) -> dict[str, int]:
         """Hexadecimal SHA-256 and size in bytes of all that the store holds."""
-        names = [line.removeprefix("sha256:") for line in self.output("content", "ls", "-q").split()]
+        names = [
+            line.removeprefix("sha256:") for line in self.output("content", "ls", "-q").split()
+        ]
         return {name: (self.files / name).stat().st_size for name in names}
 
     def load(self, image: Image, layout: Path, known: dict[str, int]) -> None:
         """Reads an OCI layout, but for the blobs that the store knows."""
         index = layout / "index.json"
         manifests = json.loads(index.read_text())["manifests"]
-        annotated = [{**manifest, "annotations": {"io.containerd.image.name": image.name}} for manifest in manifests]
+        annotated = [
+            {**manifest, "annotations": {"io.containerd.image.name": image.name}}
+            for manifest in manifests
+        ]
         index.write_text(json.dumps({"schemaVersion": 2, "manifests": annotated}))
         new = [path for path in (layout / "blobs/sha256").iterdir() if path.name not in known]
         process = subprocess.Popen(
-            [*self.ctr, "images", "import", "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [*self.ctr, "images", "import", "-"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         assert process.stdin is not None
         assert process.stderr is not None
-        with process.stdin, tarfile.open(fileobj=process.stdin, mode="w|", bufsize=1 << 20) as archive:
+        with (
+            process.stdin,
+            tarfile.open(fileobj=process.stdin, mode="w|", bufsize=1 << 20) as archive,
+        ):
             for path in (layout / "oci-layout", *new, index):
                 archive.add(path, arcname=str(path.relative_to(layout)))
                 path.unlink()  # a layer of 6 GB need not be there three times
@@ -298,7 +354,14 @@ def load(wanted: list[Image], cache: Path, node: Node, say: Callable[[str], None
             with (layout / "blobs/sha256" / name).open("wb") as file:
                 file.truncate(size)
         source, destination = f"containers-storage:{image.name}", f"oci:{layout}:{image.name}"
-        builder.run("skopeo", "copy", "--insecure-policy", "--dest-oci-accept-uncompressed-layers", source, destination)
+        builder.run(
+            "skopeo",
+            "copy",
+            "--insecure-policy",
+            "--dest-oci-accept-uncompressed-layers",
+            source,
+            destination,
+        )
         node.load(image, layout, known)
         shutil.rmtree(layout)
         say(f"handed {image.name} to the node in {time.monotonic() - start:.1f} s")

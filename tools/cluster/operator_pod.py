@@ -38,7 +38,11 @@ def kustomization() -> dict[str, Any]:
     volume = {"name": "init-container", "configMap": {"name": "training-operator-init-container"}}
     container = "/spec/template/spec/containers/0"
     deployment = [
-        {"op": "add", "path": f"{container}/args/-", "value": "-pytorch-init-container-image=localhost/convoy-base:dev"},
+        {
+            "op": "add",
+            "path": f"{container}/args/-",
+            "value": "-pytorch-init-container-image=localhost/convoy-base:dev",
+        },
         {"op": "add", "path": f"{container}/args/-", "value": "-enable-scheme=pytorchjob"},
         {"op": "add", "path": f"{container}/readinessProbe/initialDelaySeconds", "value": 0},
         {"op": "add", "path": f"{container}/readinessProbe/periodSeconds", "value": 1},
@@ -48,7 +52,10 @@ def kustomization() -> dict[str, Any]:
     namespace = {
         "apiVersion": "v1",
         "kind": "Namespace",
-        "metadata": {"name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
+        "metadata": {
+            "name": NAMESPACE,
+            "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
+        },
     }
     return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -62,9 +69,14 @@ def kustomization() -> dict[str, Any]:
                 "newTag": "1.9.3",
             }
         ],
-        "configMapGenerator": [{"name": "training-operator-init-container", "files": ["initContainer.yaml"]}],
+        "configMapGenerator": [
+            {"name": "training-operator-init-container", "files": ["initContainer.yaml"]}
+        ],
         "patches": [
-            {"target": {"kind": "Deployment", "name": "training-operator"}, "patch": json.dumps(deployment)},
+            {
+                "target": {"kind": "Deployment", "name": "training-operator"},
+                "patch": json.dumps(deployment),
+            },
             {"patch": json.dumps(namespace)},
         ],
     }
@@ -75,7 +87,9 @@ def ship(folder: Path, upstream: Path) -> None:
     shutil.copytree(CHECKOUT / "k8s/third-party/training-operator", folder)
     file = folder / "kustomization.yaml"
     text, count = re.subn(
-        r"https://github.com/kubeflow/training-operator//manifests\S+", os.path.relpath(upstream, folder), file.read_text()
+        r"https://github.com/kubeflow/training-operator//manifests\S+",
+        os.path.relpath(upstream, folder),
+        file.read_text(),
     )
     if count != 1:
         raise ClusterError(f"{file} does not name its upstream once")
@@ -84,7 +98,11 @@ def ship(folder: Path, upstream: Path) -> None:
 
 PROBE = {
     "pytorchReplicaSpecs": {
-        "Worker": {"template": {"spec": {"containers": [{"name": "pytorch", "image": "localhost/pause:3.10"}]}}}
+        "Worker": {
+            "template": {
+                "spec": {"containers": [{"name": "pytorch", "image": "localhost/pause:3.10"}]}
+            }
+        }
     }
 }
 
@@ -100,6 +118,13 @@ def apply_operator(state: State, tools: Path, kubectl: Kubectl) -> None:
 def wait_for_operator(kubectl: Kubectl) -> None:
     kubectl("-n", NAMESPACE, "rollout", "status", "--timeout=120s", "deployment/training-operator")
     # Ready is not enough: until the webhook has its certificate in place, each job is refused.
-    probe = json.dumps({"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": {"name": "probe"}, "spec": PROBE})
+    probe = json.dumps(
+        {
+            "apiVersion": "kubeflow.org/v1",
+            "kind": "PyTorchJob",
+            "metadata": {"name": "probe"},
+            "spec": PROBE,
+        }
+    )
     asked = ("-n", "default", "create", "--dry-run=server", "-f", "-")
     wait_for("the operator's webhook", lambda: kubectl.succeeds(*asked, stdin=probe), 60, 0.2)

@@ -26,7 +26,11 @@ def default_state() -> Path:
 
 def cache() -> Path:
     own = os.environ.get("CONVOY_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"
+    return (
+        Path(own)
+        if own
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"
+    )
 
 
 class ClusterError(Exception):
@@ -75,7 +79,9 @@ class State:
         if not self.processes.is_file():
             return []
         return [
-            pid for pid, started in json.loads(self.processes.read_text()) if started is not None and start_time(pid) == started
+            pid
+            for pid, started in json.loads(self.processes.read_text())
+            if started is not None and start_time(pid) == started
         ]
 
 
@@ -103,7 +109,11 @@ def end(pids: list[int], grace: float = 10) -> None:
     started = {pid: start_time(pid) for pid in pids}
 
     def left() -> list[int]:
-        return [pid for pid, moment in started.items() if moment is not None and start_time(pid) == moment]
+        return [
+            pid
+            for pid, moment in started.items()
+            if moment is not None and start_time(pid) == moment
+        ]
 
     for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
         for pid in left():

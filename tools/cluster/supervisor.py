@@ -38,11 +38,20 @@ KERNEL_SETTINGS = {
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
-    subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr, env={**os.environ, **(env or {})})
+    subprocess.run(
+        [str(part) for part in command],
+        check=True,
+        stdout=sys.stderr,
+        env={**os.environ, **(env or {})},
+    )
 
 
 def make_mounts(state: State) -> None:
-    for folder in ("/run", "/var/lib", "/var/log"):  # where the kubelet, CNI plugins and shims write, whatever their options say
+    for folder in (
+        "/run",
+        "/var/lib",
+        "/var/log",
+    ):  # where the kubelet, CNI plugins and shims write, whatever their options say
         run("mount", "-t", "tmpfs", "tmpfs", folder)
     settings = state.folder / "kernel"
     for name, value in KERNEL_SETTINGS.items():
@@ -70,13 +79,18 @@ def make_network() -> None:
 def cgroup_folders(state: State) -> list[Path]:
     """The cluster's cgroup in each hierarchy of this machine."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    return [Path(fields[1]) / state.cgroup for fields in mounts if fields[2] in ("cgroup", "cgroup2")]
+    return [
+        Path(fields[1]) / state.cgroup for fields in mounts if fields[2] in ("cgroup", "cgroup2")
+    ]
 
 
 def make_cgroups(state: State) -> None:
     for folder in cgroup_folders(state):
         folder.mkdir(exist_ok=True)
-        for name in ("cpuset.cpus", "cpuset.mems"):  # empty in a new group of the first version, and nothing could run in it
+        for name in (
+            "cpuset.cpus",
+            "cpuset.mems",
+        ):  # empty in a new group of the first version, and nothing could run in it
             if (folder / name).exists() and (folder.parent / name).exists():
                 (folder / name).write_text((folder.parent / name).read_text())
 
@@ -114,7 +128,12 @@ class Parts:
         self.start("containerd", "containerd", "--config", folder / "containerd.toml")
 
         def answers() -> bool:
-            return subprocess.run(["ctr", "-a", state.containerd, "version"], capture_output=True).returncode == 0
+            return (
+                subprocess.run(
+                    ["ctr", "-a", state.containerd, "version"], capture_output=True
+                ).returncode
+                == 0
+            )
 
         wait_for("containerd", answers, 60)
         forget_containers(state)
@@ -138,14 +157,18 @@ class Parts:
             "kubelet", self.programs / "kubelet", "--config", folder / "kubelet.json", "--kubeconfig", state.inner_kubeconfig,
             "--hostname-override", configs.NODE, "--node-ip", configs.NODE_IP, "--root-dir", folder / "kubelet",
         )  # fmt: skip
-        self.start("kube-proxy", self.programs / "kube-proxy", "--config", folder / "kube-proxy.json")
+        self.start(
+            "kube-proxy", self.programs / "kube-proxy", "--config", folder / "kube-proxy.json"
+        )
         self.start("coredns", self.programs / "coredns", "-conf", folder / "Corefile")
 
 
 def forget_containers(state: State) -> None:
     """The store also remembers the containers of the cluster before, whose processes are gone."""
     ctr = ["ctr", "-a", str(state.containerd), "-n", "k8s.io"]
-    old = subprocess.run([*ctr, "containers", "ls", "-q"], check=True, capture_output=True, text=True).stdout.split()
+    old = subprocess.run(
+        [*ctr, "containers", "ls", "-q"], check=True, capture_output=True, text=True
+    ).stdout.split()
     if old:
         subprocess.run([*ctr, "containers", "rm", *old], check=True, stdout=sys.stderr)
 

@@ -28,7 +28,9 @@ def _usable_alpha(value: float) -> float:
 
 Alpha = Annotated[float, Field(ge=0, le=1000), AfterValidator(_usable_alpha)]
 Mean = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
-Deviation = Annotated[list[Annotated[float, Field(ge=1e-3, le=10)]], Field(min_length=3, max_length=3)]
+Deviation = Annotated[
+    list[Annotated[float, Field(ge=1e-3, le=10)]], Field(min_length=3, max_length=3)
+]
 
 
 def _is_url(value: str) -> str:

@@ -13,7 +13,10 @@ from trainer.errors import UserError
 RECIPES = Path(__file__).parent / "recipes"
 
 _MAX_BYTES = 2**20  # of a recipe file; the shipped ones have 1 KiB
-_MAX_NODES, _MAX_DEPTH = 10_000, 16  # after aliases are expanded: a few lines of them can mean gigabytes
+_MAX_NODES, _MAX_DEPTH = (
+    10_000,
+    16,
+)  # after aliases are expanded: a few lines of them can mean gigabytes
 
 
 def find_recipe(recipe: str) -> Path:
@@ -33,7 +36,9 @@ def find_recipe(recipe: str) -> Path:
     if "://" in recipe:
         raise UserError(f"recipe {recipe!r} is a URL; download it and pass the local file")
     nearest = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.4) or list(shipped)
-    raise UserError(f"recipe {recipe!r} is neither a file nor a shipped recipe; nearest: {', '.join(nearest)}")
+    raise UserError(
+        f"recipe {recipe!r} is neither a file nor a shipped recipe; nearest: {', '.join(nearest)}"
+    )
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -111,7 +116,10 @@ class _Loader(yaml.SafeLoader):
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         text = str(node.value)
         if ":" in text or re.match(r"[-+]?0[\d_]", text):
-            raise _error(node, f"{text!r} is octal or sexagesimal in YAML; write a plain number, or use quotes")
+            raise _error(
+                node,
+                f"{text!r} is octal or sexagesimal in YAML; write a plain number, or use quotes",
+            )
         try:
             if node.tag.endswith("int"):
                 return int(super().construct_yaml_int(node))

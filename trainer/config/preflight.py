@@ -89,7 +89,9 @@ def check_model(run: RunPlan) -> ModelSize:
             try:
                 build_model(facts.name, facts.num_classes, side, **facts.options)
             except UserError as error:
-                raise UserError(str(error).replace("data.image_size", "data.initial_size")) from None
+                raise UserError(
+                    str(error).replace("data.image_size", "data.initial_size")
+                ) from None
     shared = run.batch.ranks if run.config.train.sync_batch_norm else 1
     if run.batch.micro_size * shared == 1:
         _check_batch_norm(model, run, side)
@@ -110,7 +112,9 @@ def _check_batch_norm(model: "nn.Module", run: RunPlan, side: int) -> None:
 
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0].shape))
+            layer.register_forward_pre_hook(
+                lambda _, inputs, name=name: note(name, inputs[0].shape)
+            )
     model.train()
     model(torch.empty(2, 3, side, side, device="meta"))
     if single:
@@ -153,7 +157,9 @@ def _check_temporary_folder() -> None:
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
-        raise UserError(f"TMPDIR: {error.strerror}; set it to a folder that can be written") from None
+        raise UserError(
+            f"TMPDIR: {error.strerror}; set it to a folder that can be written"
+        ) from None
 
 
 def _local(url: str) -> Path | None:
@@ -167,7 +173,9 @@ def _probe_outputs(run: RunPlan) -> None:
     if local is not None and config.checkpoint.url is not None:
         folders["checkpoint.url"] = local
     cache = config.data.cache_dir
-    if cache is not None and not os.path.exists(Path(cache) / CACHE_TOTAL):  # a filled one may be read-only
+    if cache is not None and not os.path.exists(
+        Path(cache) / CACHE_TOTAL
+    ):  # a filled one may be read-only
         folders["data.cache_dir"] = Path(cache)
     faults = []
     for key, folder in folders.items():
@@ -201,13 +209,17 @@ def _probe_object_store(url: str) -> None:
 def _needs(run: RunPlan, size: ModelSize, local_ranks: int) -> Iterator[_Need]:
     config = run.config
     output = config.output_dir
-    yield _Need("train.output_dir", output, "the trained model", size.state + _SMALL_FILES_BYTES, 10)
+    yield _Need(
+        "train.output_dir", output, "the trained model", size.state + _SMALL_FILES_BYTES, 10
+    )
     if tracking_uri(config):
         spool = min(run.stop_step * _SPOOL_BYTES_PER_STEP, _SPOOL_MOST_BYTES)
         left = max(0, spool - _bytes_in(output, "*tracking.jsonl"))
         yield _Need("train.output_dir", output, "what MLflow has not accepted yet", left, 2)
     if config.data.log_keys:
-        yield _Need("train.output_dir", output, "data.log_keys", _key_bytes(run, local_ranks), local_ranks)
+        yield _Need(
+            "train.output_dir", output, "data.log_keys", _key_bytes(run, local_ranks), local_ranks
+        )
     if (folder := _local(run.config.checkpoint_url)) is not None:
         count, one = _most_checkpoints(run), _checkpoint_bytes(run, size)
         left = max(0, count * one - _bytes_in(folder, "step-*/*"))

@@ -16,7 +16,10 @@ from trainer.training.batch_plan import BatchPlan, plan_batches
 from trainer.training.lr_schedule import learning_rate_schedule
 
 _SHAPING = (
-    *(f"data.{key}" for key in ("image_size", "initial_size", "grow_from", "grow_until", "size_step")),
+    *(
+        f"data.{key}"
+        for key in ("image_size", "initial_size", "grow_from", "grow_until", "size_step")
+    ),
     *(f"data.{key}" for key in ("shuffle_window", "seed", "tail", "mean", "std")),
     "batch.global_size",
     *(f"train.{key}" for key in ("seed", "label_smoothing", "sync_batch_norm")),
@@ -40,11 +43,15 @@ class RunPlan:
     num_classes: int
 
     @property
-    def course(self) -> dict[str, Any]:
+    def config_fingerprint(self) -> dict[str, Any]:
         """The keys that shape the training, by name: what a checkpoint and the run that goes on from it must share. How the
         work is spread, in which precision it is computed and where things are kept is not among them."""
         shaping = ("model.", "optimizer.", "schedule.", "augment.", "ema", *_SHAPING)
-        keys = {key: value for key, value in self.config.flat().items() if key.startswith(shaping) and key != "model.init"}
+        keys = {
+            key: value
+            for key, value in self.config.flat().items()
+            if key.startswith(shaping) and key != "model.init"
+        }
         return keys | {
             "model.num_classes": self.num_classes,
             "data.train": self.train.digest,
@@ -52,7 +59,9 @@ class RunPlan:
         }
 
 
-def build_run_plan(recipe: str, overrides: list[str], world_size: int, check_storage: bool) -> RunPlan:
+def build_run_plan(
+    recipe: str, overrides: list[str], world_size: int, check_storage: bool
+) -> RunPlan:
     """Read the recipe and the indexes, derive the rest. Raises UserError.
 
     ``check_storage`` compares the presence and size of every shard too: one listing, so one rank of a job does it.
@@ -60,13 +69,17 @@ def build_run_plan(recipe: str, overrides: list[str], world_size: int, check_sto
     config = load_config(recipe, overrides)
     check_config(config)
     if config.train.compile and not shutil.which(compiler := os.environ.get("CXX") or "g++"):
-        raise UserError(f"train.compile: needs a C++ compiler, but there is no {compiler} here; install it, or leave this off")
+        raise UserError(
+            f"train.compile: needs a C++ compiler, but there is no {compiler} here; install it, or leave this off"
+        )
     train, train_store = open_index(config.data.train)
     val, val_store = open_index(config.data.val) if config.data.val else (None, None)
     num_classes = config.model.num_classes or len(train.classes)
     for url, index in ((config.data.train, train), (config.data.val, val)):
         if index is not None and len(index.classes) > num_classes:
-            raise UserError(f"model.num_classes: {num_classes} is less than the {len(index.classes)} classes of {url}")
+            raise UserError(
+                f"model.num_classes: {num_classes} is less than the {len(index.classes)} classes of {url}"
+            )
     _check_splits(config, train, val, num_classes)
     batch = split_ranks(config, world_size, train.samples)
     per_epoch, total, stop = run_length(config, batch.global_size, train.samples)
@@ -80,7 +93,19 @@ def build_run_plan(recipe: str, overrides: list[str], world_size: int, check_sto
         check_shards(train, train_store)
         if val is not None and val_store is not None:
             check_shards(val, val_store)
-    return RunPlan(config, train, train_store, val, val_store, world_size, batch, per_epoch, total, stop, num_classes)
+    return RunPlan(
+        config,
+        train,
+        train_store,
+        val,
+        val_store,
+        world_size,
+        batch,
+        per_epoch,
+        total,
+        stop,
+        num_classes,
+    )
 
 
 def run_length(config: RunConfig, global_size: int, samples: int) -> tuple[int, int, int]:
@@ -125,7 +150,9 @@ def _check_splits(config: RunConfig, train: Index, val: Index | None, num_classe
     if val is None:
         return
     if val.class_ids != train.class_ids[: len(val.class_ids)]:
-        raise UserError(f"data.val: the classes of {config.data.val} are not those of {config.data.train}")
+        raise UserError(
+            f"data.val: the classes of {config.data.val} are not those of {config.data.train}"
+        )
     for ours, theirs, name in zip(train.classes, val.classes, val.class_ids, strict=False):
         if ours != theirs and name not in (ours, theirs):
             raise UserError(
@@ -138,11 +165,17 @@ def split_ranks(config: RunConfig, world_size: int, samples: int) -> BatchPlan:
     """How ``world_size`` ranks share the batches; ``samples``: of the training split. Raises UserError with what would divide."""
     stages = config.parallel.pipeline_stages
     if world_size % stages:
-        raise UserError(f"parallel.pipeline_stages: {world_size} ranks do not divide by {stages}; use a multiple of {stages} ranks")
-    batch = plan_batches(config.batch.global_size, config.batch.micro_size, world_size // stages, samples)
+        raise UserError(
+            f"parallel.pipeline_stages: {world_size} ranks do not divide by {stages}; use a multiple of {stages} ranks"
+        )
+    batch = plan_batches(
+        config.batch.global_size, config.batch.micro_size, world_size // stages, samples
+    )
     if (config.augment.mixup or config.augment.cutmix) and batch.micro_size < 2:
         key = "mixup" if config.augment.mixup else "cutmix"
-        raise UserError(f"augment.{key}: mixes the samples of a micro-batch, but that holds 1; use batch.micro_size 2 or more")
+        raise UserError(
+            f"augment.{key}: mixes the samples of a micro-batch, but that holds 1; use batch.micro_size 2 or more"
+        )
     return batch
 
 

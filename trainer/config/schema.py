@@ -148,9 +148,13 @@ class DataConfig(_Section):
     def _grows(self) -> "DataConfig":
         if self.initial_size is not None:
             if self.initial_size > self.image_size:
-                raise ValueError(f"initial_size: {self.initial_size} is more than image_size {self.image_size}")
+                raise ValueError(
+                    f"initial_size: {self.initial_size} is more than image_size {self.image_size}"
+                )
             if self.grow_until is None or self.grow_until <= self.grow_from:
-                raise ValueError(f"initial_size: needs grow_until, in epochs, above grow_from {self.grow_from:g}")
+                raise ValueError(
+                    f"initial_size: needs grow_until, in epochs, above grow_from {self.grow_from:g}"
+                )
         return self
 
     def size_in(self, epoch: int) -> int:
@@ -159,7 +163,9 @@ class DataConfig(_Section):
             return self.image_size
         grown = max(0.0, (epoch - self.grow_from) / (self.grow_until - self.grow_from))
         side = self.initial_size + grown * (self.image_size - self.initial_size)
-        return max(self.initial_size, min(self.image_size, round(side / self.size_step) * self.size_step))
+        return max(
+            self.initial_size, min(self.image_size, round(side / self.size_step) * self.size_step)
+        )
 
 
 class BatchConfig(_Section):
@@ -354,16 +360,22 @@ class RunConfig(_Section):
     def _padding_keeps_a_part(self) -> "RunConfig":
         side, padding = self.data.size_in(0), self.augment.padding
         if self.augment.crop == "padded" and padding >= side:
-            raise ValueError(f"augment.padding: {padding} can shift all of an image of {side} pixels away; use less")
+            raise ValueError(
+                f"augment.padding: {padding} can shift all of an image of {side} pixels away; use less"
+            )
         return self
 
     @model_validator(mode="after")
     def _placeholders_are_known(self) -> "RunConfig":
         url, output = self.checkpoint.url or "", self.train.output_dir
         if PLACEHOLDER in url:
-            raise ValueError(f"checkpoint.url: {url} holds {PLACEHOLDER}, which only train.output_dir replaces; write the name")
+            raise ValueError(
+                f"checkpoint.url: {url} holds {PLACEHOLDER}, which only train.output_dir replaces; write the name"
+            )
         if "{" in output.replace(PLACEHOLDER, ""):
-            raise ValueError(f"train.output_dir: {output} holds a placeholder that does not exist; the only one is {PLACEHOLDER}")
+            raise ValueError(
+                f"train.output_dir: {output} holds a placeholder that does not exist; the only one is {PLACEHOLDER}"
+            )
         return self
 
     @property

@@ -8,7 +8,9 @@ def header(encoded: Encoded, /) -> tuple[int, int, bool] | None:
     """Width and height, pixels as stored, and whether ``decode_crop`` takes this kind: baseline or progressive, 8 bits, grey
     or YCbCr. None for what is no JPEG. Reads nothing behind the first scan's header."""
 
-def decode_crop(encoded: Encoded, box: tuple[int, int, int, int], out: np.ndarray, flip: bool, /) -> None:
+def decode_crop(
+    encoded: Encoded, box: tuple[int, int, int, int], out: np.ndarray, flip: bool, /
+) -> None:
     """The ``box`` (left, top, width, height; pixels as stored) of a JPEG, resized and, with ``flip``, mirrored.
 
     ``out``: uint8 [size, size, 3], contiguous, size at most 16,384; holds anything after an error. Raises ValueError for

@@ -57,7 +57,12 @@ class Collator:
 
     def begin(self, part: MicroBatch, samples: list[Sample]) -> _PendingBatch:
         size = len(samples)
-        return _PendingBatch(part, samples, self.allocate((size, part.side, part.side, 3), np.uint8), np.zeros(size, np.int64))
+        return _PendingBatch(
+            part,
+            samples,
+            self.allocate((size, part.side, part.side, 3), np.uint8),
+            np.zeros(size, np.int64),
+        )
 
     def work(self, batch: _PendingBatch, first: int) -> list[tuple[int, str]]:
         """Decode some samples from number ``first`` on; returns those that are bad, each with a line that says why."""
@@ -66,7 +71,11 @@ class Collator:
             sample, part = batch.samples[i], batch.part
             try:
                 if self.view is not None:
-                    self.view(encoded_image(sample), None if part.uniforms is None else part.uniforms[i], batch.pixels[i])
+                    self.view(
+                        encoded_image(sample),
+                        None if part.uniforms is None else part.uniforms[i],
+                        batch.pixels[i],
+                    )
             except DecodeError as error:
                 line = f"{sample['__where__']}: cannot be decoded: {error}"
                 if not self.skip_bad:
@@ -75,13 +84,19 @@ class Collator:
                 bad.append((i, line))
                 continue
             except MemoryError:
-                raise UserError(f"{sample['__where__']}: there is not enough memory to decode this image") from None
+                raise UserError(
+                    f"{sample['__where__']}: there is not enough memory to decode this image"
+                ) from None
             batch.labels[i] = label_of(sample, self.num_classes)
         return bad
 
     def end(self, batch: _PendingBatch, bad: list[tuple[int, str]]) -> Batch:
         part, weights = batch.part, batch.part.weights
-        keys = [sample["__key__"] for sample, weight in zip(batch.samples, weights, strict=True) if weight > 0]
+        keys = [
+            sample["__key__"]
+            for sample, weight in zip(batch.samples, weights, strict=True)
+            if weight > 0
+        ]
         lines = [line for i, line in bad if weights[i] > 0]
         if bad:
             weights = weights.copy()
@@ -89,7 +104,9 @@ class Collator:
         return Batch(batch.pixels, batch.labels, weights, part.global_weight, keys, part.mix, lines)
 
 
-def decode_batches(items: Iterable[Fetched], decoder: Collator, pool: ThreadPoolExecutor | None, ahead: int) -> Iterator[Batch]:
+def decode_batches(
+    items: Iterable[Fetched], decoder: Collator, pool: ThreadPoolExecutor | None, ahead: int
+) -> Iterator[Batch]:
     """Batches in order, ``ahead`` of the consumer, their samples decoded by all threads; without a pool, at once."""
     queue: deque[_PendingBatch] = deque()
 
@@ -101,7 +118,9 @@ def decode_batches(items: Iterable[Fetched], decoder: Collator, pool: ThreadPool
         batch = decoder.begin(part, samples)
         firsts = range(0, len(samples), _TASK)
         if pool is None:
-            yield decoder.end(batch, [fault for first in firsts for fault in decoder.work(batch, first)])
+            yield decoder.end(
+                batch, [fault for first in firsts for fault in decoder.work(batch, first)]
+            )
             continue
         batch.tasks = [pool.submit(decoder.work, batch, first) for first in firsts]
         queue.append(batch)

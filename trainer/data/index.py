@@ -60,7 +60,11 @@ class Shard(BaseModel):
 
     def digest_fault(self, sha256: str) -> str | None:
         """The same of a shard with this SHA-256."""
-        return None if sha256 == self.sha256 else f"its SHA-256 is {sha256[:16]}..., the index says {self.sha256[:16]}..."
+        return (
+            None
+            if sha256 == self.sha256
+            else f"its SHA-256 is {sha256[:16]}..., the index says {self.sha256[:16]}..."
+        )
 
 
 class Index(BaseModel):
@@ -146,11 +150,15 @@ def parse_index(raw: bytes, where: str) -> Index:
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            raise not_json(raw, where, "write it again with `convoy index` or `convoy pack --overwrite`") from None
+            raise not_json(
+                raw, where, "write it again with `convoy index` or `convoy pack --overwrite`"
+            ) from None
         place = ".".join(str(part) for part in first["loc"])
         if place == "format":
             found = str(first["input"])[:40]
-            raise UserError(f"{where}: its format is {found!r}, but this version of Convoy reads {FORMAT!r}") from None
+            raise UserError(
+                f"{where}: its format is {found!r}, but this version of Convoy reads {FORMAT!r}"
+            ) from None
         message = f"{place}: {first['msg']}" if place else first["msg"]
         raise UserError(f"{where} is not an index that Convoy wrote: {message}") from None
     if fault := _index_fault(index):
@@ -166,7 +174,9 @@ def _index_fault(index: Index) -> str | None:
         return "a shard occurs twice"
     if not index.shards or not index.samples:
         return "holds no samples"
-    if index.samples != sum(s.samples for s in index.shards) or index.bytes != sum(s.bytes for s in index.shards):
+    if index.samples != sum(s.samples for s in index.shards) or index.bytes != sum(
+        s.bytes for s in index.shards
+    ):
         return "its totals are not the sums over its shards"
     if not index.classes or len(index.classes) != len(index.class_ids):
         return f"has {len(index.classes)} classes, but {len(index.class_ids)} class_ids"
@@ -185,7 +195,9 @@ def write_index(store: Store, name: str, index: Index) -> None:
         raw = index.to_json()
     except UnicodeEncodeError as error:
         text = error.object[max(0, error.start - 20) : error.end + 20]
-        raise UserError(f"{where}: cannot be written: {text!r} is not valid Unicode; rename the file or folder") from None
+        raise UserError(
+            f"{where}: cannot be written: {text!r} is not valid Unicode; rename the file or folder"
+        ) from None
     if parse_index(raw, where) != index:
         raise AssertionError(f"{where}: is read as another index than the one to be written")
     store.write(name, raw)
@@ -196,9 +208,15 @@ def open_index(url: str) -> tuple[Index, Store]:
     store = open_store(url)
     raw = store.read_small(INDEX_NAME)
     if raw is None:
-        splits = [f"{store.url}/{name}" for name in ("train", "val") if store.read_small(f"{name}/{INDEX_NAME}") is not None]
+        splits = [
+            f"{store.url}/{name}"
+            for name in ("train", "val")
+            if store.read_small(f"{name}/{INDEX_NAME}") is not None
+        ]
         hint = f"; it is above splits: name {' or '.join(splits)}" if splits else ""
-        raise UserError(f"{url}: no {INDEX_NAME} is there, so no data set that `convoy pack` finished{hint}")
+        raise UserError(
+            f"{url}: no {INDEX_NAME} is there, so no data set that `convoy pack` finished{hint}"
+        )
     index = parse_index(raw, f"{url.rstrip('/')}/{INDEX_NAME}")
     return index, open_store(_parent(url)) if index.shards_in else store
 
@@ -213,7 +231,14 @@ def _parent(url: str) -> str:
 def check_shards(index: Index, store: Store) -> None:
     """Compare presence and size of every shard with the index, by one listing; raises UserError with a line each (ten at most)."""
     there = store.sizes()
-    _refuse(store, [(shard, fault) for shard in index.shards if (fault := shard.size_fault(there.get(shard.name)))])
+    _refuse(
+        store,
+        [
+            (shard, fault)
+            for shard in index.shards
+            if (fault := shard.size_fault(there.get(shard.name)))
+        ],
+    )
 
 
 def check_digests(index: Index, store: Store, numbers: Iterable[int]) -> None:
@@ -239,4 +264,6 @@ def check_digests(index: Index, store: Store, numbers: Iterable[int]) -> None:
 
 def _refuse(store: Store, faults: list[tuple[Shard, str]]) -> None:
     if faults:
-        raise UserError(*shortened([f"{store.url}/{shard.name}: {fault}" for shard, fault in faults], "shards"))
+        raise UserError(
+            *shortened([f"{store.url}/{shard.name}: {fault}" for shard, fault in faults], "shards")
+        )

@@ -54,29 +54,49 @@ def train_loader(
     side = data.size_in(epoch)
 
     def mix(step: int, micro_batch: int) -> Mix | None:
-        return draw_mix(mix_generator(data.seed, epoch, step, micro_batch), augment.mixup, augment.cutmix, side)
+        return draw_mix(
+            mix_generator(data.seed, epoch, step, micro_batch), augment.mixup, augment.cutmix, side
+        )
 
     def windows() -> Iterator[Window]:
-        order = epoch_order(index.sizes, data.seed, epoch, global_size, data.shuffle_window, data.tail)
+        order = epoch_order(
+            index.sizes, data.seed, epoch, global_size, data.shuffle_window, data.tail
+        )
         slots = micro_batch_slots(global_size, world_size, rank, accumulation_steps)
         lane = index.bytes / index.samples  # bytes a step
-        for first, end in step_windows(order, start_step, lane, slots.size, data.prefetch_mb * 2**20):
+        for first, end in step_windows(
+            order, start_step, lane, slots.size, data.prefetch_mb * 2**20
+        ):
             window = []
             for step in range(first, end):
                 uniforms = augment_uniforms(data.seed, epoch, step, global_size, UNIFORMS)
                 whole = float(order.weights[step].sum())
                 window += [
                     MicroBatch(
-                        order.samples[step, s], order.weights[step, s], whole, side, uniforms[s], mix(step, a * world_size + rank)
+                        order.samples[step, s],
+                        order.weights[step, s],
+                        whole,
+                        side,
+                        uniforms[s],
+                        mix(step, a * world_size + rank),
                     )
                     for a, s in enumerate(slots)
                 ]
             yield window
 
-    return _run(config, windows, index, store, None if labels_only else build_train_transform(config), allocate)
+    return _run(
+        config,
+        windows,
+        index,
+        store,
+        None if labels_only else build_train_transform(config),
+        allocate,
+    )
 
 
-def step_windows(order: EpochOrder, start: int, lane: float, lanes: int, budget: int) -> Iterator[tuple[int, int]]:
+def step_windows(
+    order: EpochOrder, start: int, lane: float, lanes: int, budget: int
+) -> Iterator[tuple[int, int]]:
     """Steps (first, end) whose bytes are fetched together, from ``start`` on.
 
     ``lane``: bytes that a lane reads a step; ``lanes``: how many the rank serves; ``budget``: bytes that it may hold. A window
@@ -105,7 +125,10 @@ def prefetch_hint(config: RunConfig, index: Index, ranks: int) -> str | None:
     data, global_size = config.data, config.batch.global_size
     if data.cache_dir is not None or not is_remote(data.train):
         return None
-    block = min(block_steps(data.shuffle_window, global_size), steps_per_epoch(index.samples, global_size, data.tail))
+    block = min(
+        block_steps(data.shuffle_window, global_size),
+        steps_per_epoch(index.samples, global_size, data.tail),
+    )
     wanted = ceil(2 * block * index.bytes / index.samples * (global_size // ranks) / 2**20)
     if wanted <= data.prefetch_mb:
         return None
@@ -121,14 +144,21 @@ def build_train_transform(config: RunConfig) -> Transform:
         assert uniforms is not None
         flip = augment.flip and uniforms[0] < 0.5
         if augment.crop == "resized":
-            decode_crop(encoded, lambda width, height: crop_box(width, height, augment.min_area, uniforms), out, flip)
+            decode_crop(
+                encoded,
+                lambda width, height: crop_box(width, height, augment.min_area, uniforms),
+                out,
+                flip,
+            )
         else:
             image = eval_transform(decode_rgb(encoded), len(out), augment.eval_crop)
             if augment.crop == "padded":
                 image = padded_crop(image, len(out), augment.padding, uniforms)
             out[:] = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
         if augment.auto == "rand":
-            out[:] = rand_augment(Image.fromarray(out), augment.rand_layers, augment.rand_magnitude, uniforms)
+            out[:] = rand_augment(
+                Image.fromarray(out), augment.rand_layers, augment.rand_magnitude, uniforms
+            )
         elif augment.auto == "trivial":
             out[:] = trivial_augment(Image.fromarray(out), uniforms)
         if augment.erase:
@@ -142,7 +172,12 @@ def _grey(config: RunConfig) -> np.ndarray:
 
 
 def eval_loader(
-    config: RunConfig, index: Index, store: RangeReader, world_size: int, rank: int, allocate: Allocate = np.empty
+    config: RunConfig,
+    index: Index,
+    store: RangeReader,
+    world_size: int,
+    rank: int,
+    allocate: Allocate = np.empty,
 ) -> Iterator[Batch]:
     """A rank's stretch of the validation split, each sample once; the last batch may be smaller. Bad ones are left out."""
     data, size = config.data, config.batch.eval_size
@@ -150,7 +185,9 @@ def eval_loader(
     def windows() -> Iterator[Window]:
         samples = np.array(eval_range(index.samples, world_size, rank))
         batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-        per_window = max(1, int(min(4 * _LONG, data.prefetch_mb * 2**18) / (index.bytes / index.samples * size)))
+        per_window = max(
+            1, int(min(4 * _LONG, data.prefetch_mb * 2**18) / (index.bytes / index.samples * size))
+        )
         for first in range(0, len(batches), per_window):
             yield [
                 MicroBatch(b, np.ones(len(b), np.float32), float(len(b)), data.image_size, None)
@@ -158,12 +195,19 @@ def eval_loader(
             ]
 
     def view(encoded: memoryview, uniforms: np.ndarray | None, out: np.ndarray) -> None:
-        out[:] = np.asarray(eval_transform(decode_rgb(encoded), data.image_size, config.augment.eval_crop))
+        out[:] = np.asarray(
+            eval_transform(decode_rgb(encoded), data.image_size, config.augment.eval_crop)
+        )
 
     for batch in _run(config, windows, index, store, view, allocate):
         good = batch.weights > 0
         if not good.all():
-            batch = replace(batch, pixels=batch.pixels[good], labels=batch.labels[good], weights=batch.weights[good])
+            batch = replace(
+                batch,
+                pixels=batch.pixels[good],
+                labels=batch.labels[good],
+                weights=batch.weights[good],
+            )
         yield batch
 
 
@@ -176,15 +220,23 @@ def _run(
     allocate: Allocate,
 ) -> Generator[Batch, None, None]:
     data = config.data
-    decoder = Collator(view, len(index.classes), data.bad_samples == "skip", _grey(config), allocate)
+    decoder = Collator(
+        view, len(index.classes), data.bad_samples == "skip", _grey(config), allocate
+    )
     with ExitStack() as stack:
         fetchers = stack.enter_context(threads(data.requests, "fetch"))
         decoders = stack.enter_context(threads(data.workers, "decode")) if data.workers else None
         stages = [
             windows,  # Window
             partial(
-                fetch_samples, index=index, store=store, pool=fetchers, budget=data.prefetch_mb * 2**20
+                fetch_samples,
+                index=index,
+                store=store,
+                pool=fetchers,
+                budget=data.prefetch_mb * 2**20,
             ),  # MicroBatch, list[Sample]
-            partial(decode_batches, decoder=decoder, pool=decoders, ahead=data.prefetch_batches),  # Batch
+            partial(
+                decode_batches, decoder=decoder, pool=decoders, ahead=data.prefetch_batches
+            ),  # Batch
         ]
         yield from wds.DataPipeline(*stages)

@@ -36,7 +36,9 @@ def _generator(*seeds: int) -> np.random.Generator:
 def steps_per_epoch(samples: int, global_size: int, tail: str) -> int:
     """Optimizer steps of an epoch. ``pad``: the last partial global batch is a step too; ``drop``: it is left out."""
     if samples < global_size:
-        raise UserError(f"batch.global_size: {global_size} is more than the {samples} samples of data.train")
+        raise UserError(
+            f"batch.global_size: {global_size} is more than the {samples} samples of data.train"
+        )
     return samples // global_size if tail == "drop" else -(-samples // global_size)
 
 
@@ -45,7 +47,9 @@ def block_steps(window: int, global_size: int) -> int:
     return max(1, -(-window // global_size))
 
 
-def epoch_order(sizes: np.ndarray, seed: int, epoch: int, global_size: int, window: int, tail: str = "pad") -> EpochOrder:
+def epoch_order(
+    sizes: np.ndarray, seed: int, epoch: int, global_size: int, window: int, tail: str = "pad"
+) -> EpochOrder:
     """The order of one epoch over shards of ``sizes`` samples.
 
     With ``pad`` a lane that is one sample shorter than the others repeats its last one with weight zero.
@@ -71,7 +75,9 @@ def epoch_order(sizes: np.ndarray, seed: int, epoch: int, global_size: int, wind
     return EpochOrder(row[lane_starts[None, :] + np.minimum(step, lengths - 1)], weights, block)
 
 
-def micro_batch_slots(global_size: int, world_size: int, rank: int, accumulation_steps: int) -> np.ndarray:
+def micro_batch_slots(
+    global_size: int, world_size: int, rank: int, accumulation_steps: int
+) -> np.ndarray:
     """The slots of a global batch that a rank serves: int64 [accumulation_steps, micro_size].
 
     Slot ``j`` belongs to micro-batch ``j mod (world_size x accumulation_steps)``: which samples share a micro-batch (and

@@ -28,13 +28,21 @@ def broadcast_from_rank0(work: Callable[[], T]) -> T:
     return result
 
 
-def broadcast_tensors_from_rank0(tensors: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
+def broadcast_tensors_from_rank0(
+    tensors: dict[str, Tensor] | None, device: torch.device
+) -> dict[str, Tensor]:
     """Those of the first rank, on every rank. All ranks take part."""
     first = dist.get_rank() == 0
-    described = broadcast_from_rank0(lambda: {name: (value.shape, value.dtype) for name, value in (tensors or {}).items()})
+    described = broadcast_from_rank0(
+        lambda: {name: (value.shape, value.dtype) for name, value in (tensors or {}).items()}
+    )
     received = {}
     for name, (shape, dtype) in described.items():
-        value = tensors[name].to(device) if first and tensors else torch.empty(shape, dtype=dtype, device=device)
+        value = (
+            tensors[name].to(device)
+            if first and tensors
+            else torch.empty(shape, dtype=dtype, device=device)
+        )
         dist.broadcast(value, src=0)
         received[name] = value
     return received

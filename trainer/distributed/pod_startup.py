@@ -19,7 +19,9 @@ from trainer.locks.run_lock import owner_of
 
 STARTS = "starts.json"
 _STORE_MINUTES = 5.0  # for an object store that starts, or moves to another node, at the same time
-_HOST_MINUTES = 30.0  # for the first pod, whose node may still pull the image; then this one is made anew
+_HOST_MINUTES = (
+    30.0  # for the first pod, whose node may still pull the image; then this one is made anew
+)
 _LAST_SECONDS = 60.0  # that the first pod may take to end after its ranks have
 _SEEN_SECONDS = 5.0  # until its end has come to the operator
 _BETWEEN_TRIES = 0.5
@@ -51,15 +53,21 @@ def pod_from_environment(environment: Mapping[str, str] = os.environ) -> PodEnv 
     if not endpoint:
         return None
     if (backend := environment.get("PET_RDZV_BACKEND") or "c10d") != "c10d":
-        raise UserError(f"PET_RDZV_BACKEND: {backend!r} is not supported; set spec.elasticPolicy.rdzvBackend: c10d")
+        raise UserError(
+            f"PET_RDZV_BACKEND: {backend!r} is not supported; set spec.elasticPolicy.rdzvBackend: c10d"
+        )
     host, _, port = endpoint.rpartition(":")
     nodes = environment.get("PET_NNODES", "1").rpartition(":")[2]
     procs = environment.get("PET_NPROC_PER_NODE", "1")
     if not (host and port.isdigit()):
         raise UserError(f"PET_RDZV_ENDPOINT: {endpoint!r} is not host:port")
     if not nodes.isdigit() or not procs.isdigit():
-        raise UserError(f"PET_NNODES, PET_NPROC_PER_NODE: {nodes!r} and {procs!r} must be numbers; set spec.nprocPerNode")
-    return PodEnv(int(nodes), int(procs), host, int(port), environment.get("PET_RDZV_ID") or "convoy")
+        raise UserError(
+            f"PET_NNODES, PET_NPROC_PER_NODE: {nodes!r} and {procs!r} must be numbers; set spec.nprocPerNode"
+        )
+    return PodEnv(
+        int(nodes), int(procs), host, int(port), environment.get("PET_RDZV_ID") or "convoy"
+    )
 
 
 def wait_for_data(config: RunConfig) -> None:
@@ -80,7 +88,9 @@ def _wait_for_index(url: str, minutes: float) -> None:
         nonlocal store
         waited = (time.monotonic() - started) / 60
         try:
-            if store is None and (is_remote(url) or local_path(url).is_dir()):  # a folder may be packed later
+            if store is None and (
+                is_remote(url) or local_path(url).is_dir()
+            ):  # a folder may be packed later
                 store = open_store(url)
             if store is not None and store.read_small(INDEX_NAME) is not None:
                 return None
@@ -102,7 +112,9 @@ def wait_for_host(pod: PodEnv) -> None:
             socket.create_connection((pod.host, pod.port), timeout=3).close()
         except OSError as error:
             if (time.monotonic() - started) / 60 >= _HOST_MINUTES:
-                raise RetryableError(f"{pod.host}:{pod.port}, where the ranks meet, cannot be reached: {error}") from None
+                raise RetryableError(
+                    f"{pod.host}:{pod.port}, where the ranks meet, cannot be reached: {error}"
+                ) from None
             return f"rendezvous at {pod.host}:{pod.port}: {error.strerror or error}"
         return None
 
@@ -145,7 +157,10 @@ def check_restart_budget(url: str, most: int) -> None:
         if is_of_another_job(owner_of(url)):
             return  # the first rank refuses to start, or waits; the count is the other job's
         store = open_store(url, create=True)
-        newest = max((name.partition("/")[0] for name in store.sizes() if name.startswith("step-")), default="")
+        newest = max(
+            (name.partition("/")[0] for name in store.sizes() if name.startswith("step-")),
+            default="",
+        )
         before, starts = _read(store)
         starts = starts + 1 if before == newest else 1
         if starts > most:

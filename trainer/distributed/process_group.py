@@ -23,7 +23,13 @@ def init_distributed(ranks: DistEnv, fp16: bool = False) -> torch.device:
     ``fp16``: half precision is wanted, which DeepSpeed must be told that a CPU can do too.
     """
     alone = ranks.world_size == 1
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    defaults = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     os.environ.update(defaults if alone else defaults | os.environ)  # DeepSpeed insists on them
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -37,16 +43,26 @@ def init_distributed(ranks: DistEnv, fp16: bool = False) -> torch.device:
     logger.setLevel(logging.ERROR)  # it warns of every optimizer that it did not write
     # its shared-memory reduction is compiled at start: no compiler in a pod, and gloo does without
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # shapes stay the same: the fastest algorithm of each convolution, tried once
+        torch.backends.cudnn.benchmark = (
+            True  # shapes stay the same: the fastest algorithm of each convolution, tried once
+        )
     backend = "nccl" if device.type == "cuda" else "gloo"
     if alone:  # no port is needed
-        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+        )
     elif STORE_FD in os.environ:
         dist.init_process_group(
-            backend, store=_local_store(ranks), rank=ranks.rank, world_size=ranks.world_size, timeout=_COLLECTIVE_TIMEOUT
+            backend,
+            store=_local_store(ranks),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=_COLLECTIVE_TIMEOUT,
         )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     return device

@@ -192,7 +192,12 @@ class GraphedLayers:
         ranks: int,
         recorder: Callable[[], Recorder] = CudaRecorder,
     ) -> None:
-        self._layers, self._run, self._grad_reducer, self._recorder = layers, run, gradients, recorder
+        self._layers, self._run, self._grad_reducer, self._recorder = (
+            layers,
+            run,
+            gradients,
+            recorder,
+        )
         self._segments = _segments(layers, 1 if ranks == 1 else _SEGMENTS)
         self._graphs: dict[Any, list[_Graph | None] | None] = {}
         gradients.zero_before_step = True
@@ -230,7 +235,9 @@ class GraphedLayers:
 
     def _capture(self, image: Tensor) -> list[_Graph | None]:
         recorder = self._recorder()
-        graphs = [_Graph(s, self._run, self._grad_reducer) if able else None for s, able in self._segments]
+        graphs = [
+            _Graph(s, self._run, self._grad_reducer) if able else None for s, able in self._segments
+        ]
         inputs: list[Tensor] = []
         with recorder.warm_up():
             value: Value = image

@@ -31,7 +31,9 @@ class DataParallel(Engine):
     ``model`` belongs to the engine, which keeps it in training mode.
     """
 
-    def __init__(self, model: nn.Sequential, config: RunConfig, batch: BatchPlan, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Sequential, config: RunConfig, batch: BatchPlan, device: torch.device
+    ) -> None:
         import deepspeed
 
         super().__init__(model, config, batch, device)
@@ -39,9 +41,13 @@ class DataParallel(Engine):
         stage = ModelChunk(OrderedDict(model.named_children()), config.train, self._dropout_rng)
         optimizer = build_optimizer(stage, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(stage)
-        engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, config=deepspeed_config(config, batch))
+        engine, *_ = deepspeed.initialize(
+            model=stage, optimizer=optimizer, config=deepspeed_config(config, batch)
+        )
         if config.train.channels_last and config.parallel.zero_stage == 0:
-            engine.module.to(memory_format=torch.channels_last)  # only now, since it cannot broadcast such weights
+            engine.module.to(
+                memory_format=torch.channels_last
+            )  # only now, since it cannot broadcast such weights
             for master in chain(*getattr(engine.optimizer, "fp32_groups", [])):
                 if master.dim() == 4:  # else its gradient would be laid out anew in every step
                     master.data = master.data.contiguous(memory_format=torch.channels_last)
@@ -53,7 +59,9 @@ class DataParallel(Engine):
         if graphs and self._grad_reducer is not None:
             stage.use_graphs(self._grad_reducer, batch.ranks)
         buffers = self._grad_reducer.buffers if self._grad_reducer is not None else ()
-        self._attach_engine(engine, weights, GradNorm(engine, config.optimizer.clip_grad_norm, buffers))
+        self._attach_engine(
+            engine, weights, GradNorm(engine, config.optimizer.clip_grad_norm, buffers)
+        )
 
     def step(self, batches: Iterator[Batch], learning_rate: float) -> StepOutput:
         self._prepare(learning_rate)
@@ -63,9 +71,20 @@ class DataParallel(Engine):
         for number in range(1, self._batch.accumulation_steps + 1):
             last = number == self._batch.accumulation_steps
             batch = next(batches)
-            labels, weights = to_device(batch.labels, self._device), to_device(batch.weights, self._device)
+            labels, weights = (
+                to_device(batch.labels, self._device),
+                to_device(batch.weights, self._device),
+            )
             outputs = self._engine(self._images(batch))
-            loss = weighted_loss(outputs, labels, weights, batch.global_weight, micro_batches, self._smoothing, batch.lam)
+            loss = weighted_loss(
+                outputs,
+                labels,
+                weights,
+                batch.global_weight,
+                micro_batches,
+                self._smoothing,
+                batch.lam,
+            )
             if self._grad_reducer is not None:
                 self._grad_reducer.prepare_for_backward(last)
             self._engine.backward(loss)
@@ -78,7 +97,9 @@ class DataParallel(Engine):
         self._finish(skipped)
         return StepOutput(total, int(batch.global_weight), keys, skipped)
 
-    def _gather_full_state_dict(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    def _gather_full_state_dict(
+        self, own: dict[str, Tensor], names: list[str]
+    ) -> dict[str, Tensor]:
         return {name: own[name] for name in names}
 
     def _data_group(self) -> Any:
@@ -88,7 +109,12 @@ class DataParallel(Engine):
 def _uses_graphs(config: RunConfig, device: torch.device) -> bool:
     """Not where gradients are DeepSpeed's, activations are computed again, or layers are compiled, which is untested."""
     train = config.train
-    eager = train.cuda_graphs == "off" or train.activation_checkpointing or train.compile or config.parallel.zero_stage > 1
+    eager = (
+        train.cuda_graphs == "off"
+        or train.activation_checkpointing
+        or train.compile
+        or config.parallel.zero_stage > 1
+    )
     return device.type == "cuda" and not eager
 
 

@@ -19,7 +19,9 @@ class DropoutRNG:
         self._seed, self._first, self._stride = seed, first, stride
         self.position = (0, 0)
         self._step = self._count = 0
-        for number, layer in enumerate(module for module in model.modules() if isinstance(module, nn.Dropout)):
+        for number, layer in enumerate(
+            module for module in model.modules() if isinstance(module, nn.Dropout)
+        ):
             layer.register_forward_pre_hook(partial(self._before, number))
 
     def begin(self, step: int) -> None:
@@ -39,4 +41,9 @@ class DropoutRNG:
 
 def dropout_seed(seed: int, step: int, micro_batch: int, layer: int) -> int:
     """Of torch's generator before the ``layer``-th dropout of the model."""
-    return int(np.random.SeedSequence([seed, _DROPOUT, step, micro_batch, layer]).generate_state(1, np.uint64)[0] >> 1)
+    return int(
+        np.random.SeedSequence([seed, _DROPOUT, step, micro_batch, layer]).generate_state(
+            1, np.uint64
+        )[0]
+        >> 1
+    )

@@ -48,8 +48,12 @@ class Engine(ABC):
     _dropout_rng: DropoutRNG
     _grad_norm: GradNorm
 
-    def __init__(self, model: nn.Module, config: RunConfig, batch: BatchPlan, device: torch.device) -> None:
-        self._shapes = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+    def __init__(
+        self, model: nn.Module, config: RunConfig, batch: BatchPlan, device: torch.device
+    ) -> None:
+        self._shapes = {
+            name: (value.shape, value.dtype) for name, value in model.state_dict().items()
+        }
         self._trained = [name for name, _ in model.named_parameters()]
         self._batch, self._device = batch, device
         self._mean, self._std = config.data.mean, config.data.std
@@ -76,7 +80,9 @@ class Engine(ABC):
         """One optimizer step of the next ``accumulation_steps`` micro-batches."""
 
     @abstractmethod
-    def _gather_full_state_dict(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    def _gather_full_state_dict(
+        self, own: dict[str, Tensor], names: list[str]
+    ) -> dict[str, Tensor]:
         """The tensors ``names`` of the whole model, of which ``own`` are this rank's part."""
 
     @abstractmethod
@@ -90,7 +96,9 @@ class Engine(ABC):
         for _, buffer in self._statistics():
             buffer.copy_(self._mean_over_ranks(buffer))
         own |= {name: buffer.clone() for name, buffer in module.named_buffers()}
-        return self._gather_full_state_dict({self._to_fqn(name): value for name, value in own.items()}, list(self._shapes))
+        return self._gather_full_state_dict(
+            {self._to_fqn(name): value for name, value in own.items()}, list(self._shapes)
+        )
 
     def ema_state_dict(self) -> dict[str, Tensor] | None:
         """The same of the moving averages; None where the run keeps none."""
@@ -101,14 +109,20 @@ class Engine(ABC):
     def training_state(self) -> TrainingState:
         """All that is needed to go on from here, on any number of ranks."""
         return TrainingState(
-            self.full_state_dict(), self._slots(), self._global_step, self._fp32_state.updates(), self._fp32_state.scaler()
+            self.full_state_dict(),
+            self._slots(),
+            self._global_step,
+            self._fp32_state.updates(),
+            self._fp32_state.scaler(),
         )
 
     def restore(self, state: TrainingState) -> None:
         """Go on from ``state``, whose ``model`` this engine was made of, so that the masters are its weights already."""
         own = {self._to_fqn(name): name for name in self._engine.module.state_dict()}
         slots = [(slot.partition("/"), value) for slot, value in state.slots.items()]
-        self._fp32_state.set_slots({f"{slot}/{own[name]}": v for (slot, _, name), v in slots if name in own}, state.updates)
+        self._fp32_state.set_slots(
+            {f"{slot}/{own[name]}": v for (slot, _, name), v in slots if name in own}, state.updates
+        )
         for (slot, _, name), value in slots:
             if slot == EMA and own.get(name) in self._averages:
                 self._averages[own[name]].copy_(value)
@@ -117,7 +131,11 @@ class Engine(ABC):
 
     def _slots(self) -> dict[str, Tensor]:
         """By ``slot/name``, of the whole model."""
-        return {f"{slot}/{name}": value for slot in self._fp32_state.names for name, value in self._slot(slot).items()}
+        return {
+            f"{slot}/{name}": value
+            for slot in self._fp32_state.names
+            for name, value in self._slot(slot).items()
+        }
 
     def _slot(self, slot: str) -> dict[str, Tensor]:
         """One slot of the whole model, by name."""
@@ -125,10 +143,16 @@ class Engine(ABC):
         if slot == EMA:
             own |= {name: self._mean_over_ranks(value) for name, value in self._averages.items()}
             names = [name for name, (_, dtype) in self._shapes.items() if dtype.is_floating_point]
-        return self._gather_full_state_dict({self._to_fqn(name): value for name, value in own.items()}, names)
+        return self._gather_full_state_dict(
+            {self._to_fqn(name): value for name, value in own.items()}, names
+        )
 
     def _statistics(self) -> list[tuple[str, Tensor]]:
-        return [(name, buffer) for name, buffer in self._engine.module.named_buffers() if buffer.is_floating_point()]
+        return [
+            (name, buffer)
+            for name, buffer in self._engine.module.named_buffers()
+            if buffer.is_floating_point()
+        ]
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         total = value.clone()
@@ -166,7 +190,9 @@ class Engine(ABC):
 
     def _images(self, batch: Batch) -> Tensor:
         """[N, 3, size, size] in the training type, made on the device."""
-        return apply_mix(normalize(to_device(batch.pixels, self._device), self._mean, self._std), batch.mix).to(self._type)
+        return apply_mix(
+            normalize(to_device(batch.pixels, self._device), self._mean, self._std), batch.mix
+        ).to(self._type)
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

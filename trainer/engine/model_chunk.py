@@ -21,7 +21,9 @@ class ModelChunk(nn.Sequential):
     """Neighbouring layers of a model. What enters and leaves is contiguous, as a transport needs; inside, activations have the
     layout of ``train.channels_last``."""
 
-    def __init__(self, layers: "OrderedDict[str, nn.Module]", config: TrainConfig, draws: DropoutRNG) -> None:
+    def __init__(
+        self, layers: "OrderedDict[str, nn.Module]", config: TrainConfig, draws: DropoutRNG
+    ) -> None:
         super().__init__(layers)
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self._dropout_rng = draws
@@ -31,21 +33,38 @@ class ModelChunk(nn.Sequential):
         self._segments = [row[start : start + length] for start in range(0, len(row), length)]
         for first, *_ in self._segments:
             if isinstance(first, nn.ReLU):
-                first.inplace = False  # its input belongs to another rank, or is kept to compute from again
+                first.inplace = (
+                    False  # its input belongs to another rank, or is kept to compute from again
+                )
         if config.compile:
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # kinds of block in a deep network
+            torch._dynamo.config.recompile_limit = max(
+                64, torch._dynamo.config.recompile_limit
+            )  # kinds of block in a deep network
             for layer in self:
-                if not any(isinstance(module, nn.Dropout) for module in layer.modules()):  # whose hook is not to be traced
-                    layer.compile(dynamic=False)  # else those of one kind share code for any size, slow to make and to run
+                if not any(
+                    isinstance(module, nn.Dropout) for module in layer.modules()
+                ):  # whose hook is not to be traced
+                    layer.compile(
+                        dynamic=False
+                    )  # else those of one kind share code for any size, slow to make and to run
 
     def forward(self, value: Value) -> Value:
         value = _laid_out(value, self._layout)
         position = self._dropout_rng.advance() if self.training else (0, 0)
         if self.training and self._graphs is not None and isinstance(value, Tensor):
             return _laid_out(self._graphs(value), torch.contiguous_format)
-        again = self._segments[:-1] if self.training else []  # the last one's backward pass comes at once
+        again = (
+            self._segments[:-1] if self.training else []
+        )  # the last one's backward pass comes at once
         for layers in again:
-            value = checkpoint(self._run, layers, position, value, use_reentrant=False, context_fn=partial(_recomputing, layers))
+            value = checkpoint(
+                self._run,
+                layers,
+                position,
+                value,
+                use_reentrant=False,
+                context_fn=partial(_recomputing, layers),
+            )
         for layers in self._segments[len(again) :]:
             value = self._run(layers, position, value)
         return _laid_out(value, torch.contiguous_format)
@@ -65,7 +84,9 @@ class ModelChunk(nn.Sequential):
         return value
 
 
-def _recomputing(layers: Sequence[nn.Module]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _recomputing(
+    layers: Sequence[nn.Module],
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For the forward pass and for its repetition, in which batch norm must not count the same batch again."""
     return nullcontext(), _StatisticsKept(layers)
 
@@ -76,7 +97,9 @@ class _StatisticsKept(AbstractContextManager[None]):
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         modules = (module for layer in layers for module in layer.modules())
-        self._norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self._norms = [
+            module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
         self._kept: list[tuple[float | None, Tensor | None]] = []
 
     def __enter__(self) -> None:

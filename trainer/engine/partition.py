@@ -15,39 +15,53 @@ def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
     costs = dict.fromkeys((name for name, _ in model.named_children()), 0)
 
     def count(name: str, layer: nn.Module, output: Tensor) -> None:
-        costs[name] += output[0].numel() * (1 + (layer.weight[0].numel() if isinstance(layer, nn.Conv2d | nn.Linear) else 0))
+        costs[name] += output[0].numel() * (
+            1 + (layer.weight[0].numel() if isinstance(layer, nn.Conv2d | nn.Linear) else 0)
+        )
 
     meta = copy.deepcopy(model).to("meta").eval()
     for name, layer in meta.named_modules():
         if not list(layer.children()):
             owner = name.partition(".")[0]
-            layer.register_forward_hook(lambda layer, _, output, owner=owner: count(owner, layer, output))
+            layer.register_forward_hook(
+                lambda layer, _, output, owner=owner: count(owner, layer, output)
+            )
     meta(torch.empty(1, 3, image_size, image_size, device="meta"))
     return costs
 
 
-def assign_layers(costs: dict[str, int], stages: int, given: Sequence[str] | None = None) -> list[list[str]]:
+def assign_layers(
+    costs: dict[str, int], stages: int, given: Sequence[str] | None = None
+) -> list[list[str]]:
     """The layers' names, stage by stage: cut where the costliest stage costs least, or before the layers ``given``.
 
     Raises UserError for more stages than layers, and for a given split that is none.
     """
     names = list(costs)
     if stages > len(names):
-        raise UserError(f"parallel.pipeline_stages: {stages} is more than the {len(names)} layers of the model")
+        raise UserError(
+            f"parallel.pipeline_stages: {stages} is more than the {len(names)} layers of the model"
+        )
     if given is not None:
         unknown = [name for name in given if name not in names[1:]]
         if unknown:
             able = ", ".join(names[1:])
-            raise UserError(f"parallel.split: {unknown[0]!r} is no layer that a stage can begin with; those: {able}")
+            raise UserError(
+                f"parallel.split: {unknown[0]!r} is no layer that a stage can begin with; those: {able}"
+            )
         cuts = [0, *(names.index(name) for name in given), len(names)]
         if cuts != sorted(set(cuts)) or len(cuts) != stages + 1:
-            raise UserError(f"parallel.split: must name {stages - 1} layers in their order, for {stages} stages")
+            raise UserError(
+                f"parallel.split: must name {stages - 1} layers in their order, for {stages} stages"
+            )
     else:
         cuts = _balanced(list(costs.values()), stages)
     return [names[start:stop] for start, stop in pairwise(cuts)]
 
 
-def validate_stage_boundaries(model: nn.Sequential, parts: list[list[str]], given: Sequence[str] | None) -> None:
+def validate_stage_boundaries(
+    model: nn.Sequential, parts: list[list[str]], given: Sequence[str] | None
+) -> None:
     """Raises UserError if a stage has no weights to train: ZeRO and bf16 optimizers cannot be made for such a stage."""
     layers = dict(model.named_children())
     for number, names in enumerate(parts):
@@ -55,8 +69,14 @@ def validate_stage_boundaries(model: nn.Sequential, parts: list[list[str]], give
             key = "parallel.pipeline_stages" if given is None else "parallel.split"
             value = len(parts) if given is None else list(given)
             row = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            advice = "use fewer stages or set parallel.split" if given is None else "move the layers at which its stages begin"
-            raise UserError(f"{key}: {value} leaves stage {number} ({row}) without weights; {advice}")
+            advice = (
+                "use fewer stages or set parallel.split"
+                if given is None
+                else "move the layers at which its stages begin"
+            )
+            raise UserError(
+                f"{key}: {value} leaves stage {number} ({row}) without weights; {advice}"
+            )
 
 
 def _balanced(costs: Sequence[int], parts: int) -> list[int]:
@@ -66,7 +86,10 @@ def _balanced(costs: Sequence[int], parts: int) -> list[int]:
     for count in range(2, parts + 1):
         for stop in range(count, len(costs) + 1):
             best[count, stop] = min(
-                (max(best[count - 1, cut][0], sums[stop] - sums[cut]), [*best[count - 1, cut][1], stop])
+                (
+                    max(best[count - 1, cut][0], sums[stop] - sums[cut]),
+                    [*best[count - 1, cut][1], stop],
+                )
                 for cut in range(count - 1, stop)
             )
     return best[parts, len(costs)][1]

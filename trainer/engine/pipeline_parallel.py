@@ -46,10 +46,15 @@ class PipelineParallel(Engine):
 
         super().__init__(model, config, batch, device)
         self._stage_of = {name: stage for stage, names in enumerate(parts) for name in names}
-        self._dropout_rng = DropoutRNG(model, config.train.seed, dist.get_rank() % batch.ranks, batch.ranks)
+        self._dropout_rng = DropoutRNG(
+            model, config.train.seed, dist.get_rank() % batch.ranks, batch.ranks
+        )
         layers = dict(model.named_children())
         stages = [
-            ModelChunk(OrderedDict((name, layers[name]) for name in names), config.train, self._dropout_rng) for names in parts
+            ModelChunk(
+                OrderedDict((name, layers[name]) for name in names), config.train, self._dropout_rng
+            )
+            for names in parts
         ]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
             pipe = PipelineModule(
@@ -61,15 +66,25 @@ class PipelineParallel(Engine):
             )
         for number, stage in enumerate(stages):
             if number != pipe.stage_id:
-                stage.to("meta")  # else the pipe, and who gave the model, hold all of its weights on every rank
+                stage.to(
+                    "meta"
+                )  # else the pipe, and who gave the model, hold all of its weights on every rank
         optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(pipe)
-        engine, *_ = deepspeed.initialize(model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch))
+        engine, *_ = deepspeed.initialize(
+            model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch)
+        )
         if config.train.sync_batch_norm:
             synchronize_batch_norm(pipe, engine.grid.get_data_parallel_group())
         _free_after_backward(engine)
         self._attach_engine(
-            engine, weights, GradNorm(engine, config.optimizer.clip_grad_norm, stages=engine.grid.get_pipe_parallel_group())
+            engine,
+            weights,
+            GradNorm(
+                engine,
+                config.optimizer.clip_grad_norm,
+                stages=engine.grid.get_pipe_parallel_group(),
+            ),
         )
 
     def _loss(self, outputs: Any, targets: tuple[Tensor, ...]) -> Tensor:
@@ -84,24 +99,37 @@ class PipelineParallel(Engine):
         def loaded() -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
             for batch in batches:
                 taken.append(batch)
-                weights = to_device(batch.weights, self._device) * (micro_batches / batch.global_weight)
+                weights = to_device(batch.weights, self._device) * (
+                    micro_batches / batch.global_weight
+                )
                 labels = to_device(batch.labels, self._device)
                 lam = () if batch.lam is None else (torch.full((), batch.lam, device=self._device),)
                 # the last stage takes the targets alone
-                yield self._images(batch) if self._engine.is_first_stage() else labels, (labels, weights, *lam)
+                yield (
+                    self._images(batch) if self._engine.is_first_stage() else labels,
+                    (labels, weights, *lam),
+                )
 
         loss = self._engine.train_batch(loaded()).detach().clone().reshape(())
-        keys = [key for batch in taken for key in batch.keys] if self._engine.is_first_stage() else []
+        keys = (
+            [key for batch in taken for key in batch.keys] if self._engine.is_first_stage() else []
+        )
         skipped = self._skipped()
         self._finish(skipped)
         return StepOutput(loss, int(taken[0].global_weight) if taken else 0, keys, skipped)
 
-    def _gather_full_state_dict(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    def _gather_full_state_dict(
+        self, own: dict[str, Tensor], names: list[str]
+    ) -> dict[str, Tensor]:
         grid = self._engine.grid
         whole: dict[str, Tensor] = {}
         for name in names:
             shape, dtype = self._shapes[name]
-            value = own[name].contiguous() if name in own else torch.empty(shape, dtype=dtype, device=self._device)
+            value = (
+                own[name].contiguous()
+                if name in own
+                else torch.empty(shape, dtype=dtype, device=self._device)
+            )
             source = grid.stage_to_global(stage_id=self._stage_of[name.partition(".")[0]])
             dist.broadcast(value, source, group=grid.get_pipe_parallel_group())
             whole[name] = value

@@ -38,7 +38,9 @@ class ModelMetadata:
 
     @classmethod
     def of(cls, config: RunConfig, classes: list[str], num_classes: int) -> "ModelMetadata":
-        options = config.model.model_dump(exclude={"name", "num_classes", "init"}, exclude_none=True)
+        options = config.model.model_dump(
+            exclude={"name", "num_classes", "init"}, exclude_none=True
+        )
         data = config.data
         return cls(
             config.model.name,
@@ -58,7 +60,9 @@ class ModelMetadata:
 
 def save_model(folder: Path, model: nn.Module, facts: ModelMetadata) -> None:
     """Write both files; each appears whole or not at all. Raises UserError where the disk is full."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
     write_file(folder / WEIGHTS_NAME, save(weights))
     write_file(folder / FACTS_NAME, json.dumps(vars(facts), indent=1, ensure_ascii=False) + "\n")
 
@@ -73,7 +77,9 @@ class Predictor:
         try:
             model.load_state_dict(load_file(weights))
         except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{weights}: does not hold the weights of {self.facts.name}: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"{weights}: does not hold the weights of {self.facts.name}: {str(error).splitlines()[0]}"
+            ) from None
         layout = torch.channels_last if self.facts.channels_last else torch.contiguous_format
         self.model = model.eval().to(self.device).to(memory_format=layout)
 
@@ -81,7 +87,10 @@ class Predictor:
     def predict(self, images: list[bytes]) -> np.ndarray:
         """Probabilities, float32 [N, num_classes]. Raises DecodeError for bytes that are no image."""
         facts = self.facts
-        views = [to_array(eval_transform(decode_rgb(image), facts.image_size, facts.eval_crop)) for image in images]
+        views = [
+            to_array(eval_transform(decode_rgb(image), facts.image_size, facts.eval_crop))
+            for image in images
+        ]
         pixels = torch.from_numpy(np.stack(views)).to(self.device)
         logits = self.model(normalize(pixels, facts.mean, facts.std))
         probabilities: np.ndarray = torch.softmax(logits.float(), dim=1).cpu().numpy()

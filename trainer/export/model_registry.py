@@ -64,7 +64,7 @@ def register(
         try:
             client = MlflowClient(tracking_uri=uri)
             version = _version(client, run_id, name, export, example, tags, logged)
-            return challenge(client, name, version, top1, val_digest)
+            return promote_if_better(client, name, version, top1, val_digest)
         except Exception as error:
             if not is_service_error(error):
                 raise
@@ -73,7 +73,9 @@ def register(
                 raise _refused(uri, name, fault, run_id) from error
             if wait is None:
                 where = redact_credentials(uri)
-                raise RetryableError(f"MLflow at {where} did not register {name}: {fault.reason}") from error
+                raise RetryableError(
+                    f"MLflow at {where} did not register {name}: {fault.reason}"
+                ) from error
         time.sleep(wait)
     raise AssertionError("unreachable")
 
@@ -87,7 +89,9 @@ def _refused(uri: str, name: str, fault: Fault, run_id: str) -> UserError:
         )
     if fault.kind == "unauthorized":
         return UserError(f"{name} has no new version: {refusal(uri, fault)}")
-    return UserError(f"MLflow at {redact_credentials(uri)} refuses to register run {run_id} as {name}: {fault.reason}")
+    return UserError(
+        f"MLflow at {redact_credentials(uri)} refuses to register run {run_id} as {name}: {fault.reason}"
+    )
 
 
 def _version(
@@ -117,7 +121,9 @@ def _version(
         logged["info"] = _log_model(client, run, export, example, logged)
     info = logged["info"]
     with single_try():
-        version = client.create_model_version(name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id)
+        version = client.create_model_version(
+            name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id
+        )
     return str(version.version)
 
 
@@ -160,7 +166,9 @@ def _num_classes(export: Path) -> int:
     return int(json.loads((export / FACTS_NAME).read_text(encoding="utf-8"))["num_classes"])
 
 
-def challenge(client: Any, name: str, version: str, top1: float | None, val_digest: str) -> Registered:
+def promote_if_better(
+    client: Any, name: str, version: str, top1: float | None, val_digest: str
+) -> Registered:
     """Alias ``challenger``; it becomes ``champion`` when its top1 is not worse than the champion's on the same data."""
     client.set_registered_model_alias(name, "challenger", version)
     aliases = client.get_registered_model(name).aliases
@@ -173,7 +181,12 @@ def challenge(client: Any, name: str, version: str, top1: float | None, val_dige
             return Registered(name, version, "challenger", why)
         best = champion.tags.get("top1", "None")
         if best != "None" and top1 < float(best):
-            return Registered(name, version, "challenger", f"the champion, version {champion.version}, has top1 {float(best):.4f}")
+            return Registered(
+                name,
+                version,
+                "challenger",
+                f"the champion, version {champion.version}, has top1 {float(best):.4f}",
+            )
     client.set_registered_model_alias(name, "champion", version)
     client.delete_registered_model_alias(name, "challenger")
     return Registered(name, version, "champion", "no champion has a better top1")

@@ -83,7 +83,11 @@ def _files_of(module: str) -> list[Path]:
     if base.is_dir():
         own = [base / "__init__.py"]
     else:
-        own = [path for path in (base.with_suffix(".py"), *sorted(base.parent.glob(f"{base.name}.*.so"))) if path.is_file()]
+        own = [
+            path
+            for path in (base.with_suffix(".py"), *sorted(base.parent.glob(f"{base.name}.*.so")))
+            if path.is_file()
+        ]
     if not own:
         return []
     return own + [_ROOT.joinpath(*parts[:depth], "__init__.py") for depth in range(len(parts))]

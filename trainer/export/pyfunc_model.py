@@ -16,12 +16,23 @@ class ConvoyModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined
     """Column ``image`` of encoded bytes (JPEG, PNG, ...) in, float32 [N, classes] of probabilities out."""
 
     def load_context(self, context: Any) -> None:
-        self.predictor = Predictor(Path(context.artifacts["weights"]), Path(context.artifacts["facts"]))
+        self.predictor = Predictor(
+            Path(context.artifacts["weights"]), Path(context.artifacts["facts"])
+        )
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> np.ndarray:
         images = [bytes(image) for image in model_input["image"]]
-        parts = [self.predictor.predict(images[i : i + _IMAGES_AT_ONCE]) for i in range(0, len(images), _IMAGES_AT_ONCE)]
-        return np.concatenate(parts) if parts else np.empty((0, self.predictor.facts.num_classes), np.float32)
+        parts = [
+            self.predictor.predict(images[i : i + _IMAGES_AT_ONCE])
+            for i in range(0, len(images), _IMAGES_AT_ONCE)
+        ]
+        return (
+            np.concatenate(parts)
+            if parts
+            else np.empty((0, self.predictor.facts.num_classes), np.float32)
+        )
 
 
 mlflow.models.set_model(ConvoyModel())

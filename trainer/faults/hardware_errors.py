@@ -94,11 +94,28 @@ _INTERCONNECT_FAULTS = re.compile(
 )
 _FAILED_DEVICES = frozenset(
     getattr(errno, name)
-    for name in ("EIO", "ESTALE", "ENODEV", "ENXIO", "EREMOTEIO", "ENOLINK", "ECOMM", "ENOMEDIUM", "EUCLEAN")
+    for name in (
+        "EIO",
+        "ESTALE",
+        "ENODEV",
+        "ENXIO",
+        "EREMOTEIO",
+        "ENOLINK",
+        "ECOMM",
+        "ENOMEDIUM",
+        "EUCLEAN",
+    )
     if hasattr(errno, name)
 )
 _FAILED_CONNECTIONS = frozenset(
-    (errno.ETIMEDOUT, errno.ENOTCONN, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EHOSTDOWN)
+    (
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+        errno.ENETUNREACH,
+        errno.ENETDOWN,
+        errno.EHOSTUNREACH,
+        errno.EHOSTDOWN,
+    )
 )
 
 _LINE_LENGTH = 300
@@ -125,7 +142,10 @@ def check_gpus(visible: int, procs: int) -> None:
     """
     requested = int(os.environ.get(GPUS_VARIABLE) or 0)
     if visible < requested:
-        raise HardwareFault(describe_place(), f"the driver offers {visible} of the {requested} GPUs that the pod requested")
+        raise HardwareFault(
+            describe_place(),
+            f"the driver offers {visible} of the {requested} GPUs that the pod requested",
+        )
     if 0 < visible < procs:
         raise UserError(
             f"{procs} ranks on a machine with {visible} GPUs; start {visible}, or hide them: CUDA_VISIBLE_DEVICES= trains without"
@@ -136,7 +156,9 @@ def memory_advice(config: RunConfig, micro_size: int) -> str:
     """How a training run needs less memory; names only what it does not do already."""
     ways = []
     if micro_size > 1:
-        ways.append(f"a smaller batch.micro_size than {micro_size} (the global batch stays the same)")
+        ways.append(
+            f"a smaller batch.micro_size than {micro_size} (the global batch stays the same)"
+        )
     if not config.train.activation_checkpointing:
         ways.append("train.activation_checkpointing=true")
     if config.precision == "fp32":
@@ -174,7 +196,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         if current is None:
             return
         yield current
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+        current = current.__cause__ or (
+            None if current.__suppress_context__ else current.__context__
+        )
 
 
 def _classify(error: BaseException, place: str, advice: str) -> UserError | RetryableError | None:
@@ -187,7 +211,9 @@ def _classify(error: BaseException, place: str, advice: str) -> UserError | Retr
     if "OutOfMemoryError" in kinds or out_of_device_memory:
         return _out_of_memory("GPU memory", place, text, advice)
     if is_runtime_error and _OUT_OF_SHARED_MEMORY.search(text):
-        return _out_of_memory("shared memory", place, text, "give the pod or container a larger /dev/shm")
+        return _out_of_memory(
+            "shared memory", place, text, "give the pod or container a larger /dev/shm"
+        )
     collective = "DistError" in kinds or (is_runtime_error and _COLLECTIVE.search(text))
     allocates = is_runtime_error and not collective and _OUT_OF_HOST_MEMORY.search(text)
     no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
@@ -204,12 +230,19 @@ def _classify(error: BaseException, place: str, advice: str) -> UserError | Retr
     if not is_runtime_error and not any(name.startswith("NVML") for name in kinds):
         return None
     if _UNSUPPORTED_GPU.search(text):
-        return UserError(f"{place}: this build of PyTorch does not support the GPU: {_first_line(text)}")
+        return UserError(
+            f"{place}: this build of PyTorch does not support the GPU: {_first_line(text)}"
+        )
     if runtime and _PROGRAM_ERRORS.search(said):
         return None
     if collective and _WRONG_USE_OF_COLLECTIVES.search(text):
         return None
-    if runtime or "AcceleratorError" in kinds or _LIBRARY_FAULTS.search(text) or _DRIVER_FAULTS.search(text):
+    if (
+        runtime
+        or "AcceleratorError" in kinds
+        or _LIBRARY_FAULTS.search(text)
+        or _DRIVER_FAULTS.search(text)
+    ):
         return HardwareFault(place, _fault_line(text))
     if collective and _INTERCONNECT_FAULTS.search(text):
         return HardwareFault(place, _fault_line(text))
@@ -219,7 +252,9 @@ def _classify(error: BaseException, place: str, advice: str) -> UserError | Retr
 
 
 def _out_of_memory(memory: str, place: str, text: str, advice: str) -> UserError:
-    return UserError(f"out of {memory} on {place}: {_first_line(text)}" + (f"; {advice}" if advice else ""))
+    return UserError(
+        f"out of {memory} on {place}: {_first_line(text)}" + (f"; {advice}" if advice else "")
+    )
 
 
 def _classify_os_error(error: OSError, place: str) -> RetryableError | None:
@@ -242,4 +277,8 @@ def _fault_line(text: str) -> str:
     """The first line, and NCCL's "Last error", which names the device or the peer."""
     last = re.search(r"Last error:\s*(.+)", text)
     first = _first_line(text)
-    return f"{first} ({last[1].strip()[:_LINE_LENGTH]})" if last and last[1].strip() not in first else first
+    return (
+        f"{first} ({last[1].strip()[:_LINE_LENGTH]})"
+        if last and last[1].strip() not in first
+        else first
+    )

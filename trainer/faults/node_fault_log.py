@@ -37,13 +37,17 @@ def record_fault(url: str, rank: int, fault: str) -> str:
             node = node_name()
             now = time.time()
             stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
-            name = f"{FOLDER}/{stamp}-{re.sub(r'[^A-Za-z0-9._-]', '_', node)[:100]}-rank-{rank}.json"
+            name = (
+                f"{FOLDER}/{stamp}-{re.sub(r'[^A-Za-z0-9._-]', '_', node)[:100]}-rank-{rank}.json"
+            )
             record = {"node": node, "rank": rank, "time": now, "fault": fault}
             store.write(name, (json.dumps(record) + "\n").encode())
             # Ranks of one node fail together: incidents, not records, are counted.
             incidents = _incidents(_read(store)).get(node, [])
             if len(incidents) > 1:
-                advice.append(f"this is hardware fault {len(incidents)} of node {node} in this run; {_what_to_do(node)}")
+                advice.append(
+                    f"this is hardware fault {len(incidents)} of node {node} in this run; {_what_to_do(node)}"
+                )
 
     thread = threading.Thread(target=work, name="fault-record", daemon=True)
     thread.start()
@@ -78,13 +82,23 @@ def _read(store: Store) -> list[dict[str, Any]]:
         store.delete(names[:-_MOST_RECORDS])
     records = []
     for name in names[-_MOST_RECORDS:]:
-        with suppress(ValueError, KeyError, TypeError):  # a record is advice: one that is corrupt is none
+        with suppress(
+            ValueError, KeyError, TypeError
+        ):  # a record is advice: one that is corrupt is none
             record = json.loads(store.read_small(name) or b"")
-            records.append({"node": str(record["node"]), "time": float(record["time"]), "fault": str(record["fault"])})
+            records.append(
+                {
+                    "node": str(record["node"]),
+                    "time": float(record["time"]),
+                    "fault": str(record["fault"]),
+                }
+            )
     return records
 
 
-def _incidents(records: list[dict[str, Any]], seconds: float = 60.0) -> dict[str, list[dict[str, Any]]]:
+def _incidents(
+    records: list[dict[str, Any]], seconds: float = 60.0
+) -> dict[str, list[dict[str, Any]]]:
     """The records of each node, where those within ``seconds`` of one another count once."""
     nodes: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in sorted(records, key=lambda record: record["time"]):

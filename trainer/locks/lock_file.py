@@ -92,9 +92,14 @@ class FolderLockFile:
 
     def read(self) -> Seen | None:
         try:
-            with self._path.open("rb") as file:  # opening makes NFS ask the server for the attributes
+            with self._path.open(
+                "rb"
+            ) as file:  # opening makes NFS ask the server for the attributes
                 return _seen(file.fileno())
-        except (FileNotFoundError, NotADirectoryError):  # `create` names the file that is in the way
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+        ):  # `create` names the file that is in the way
             return None
 
     def create(self, content: bytes) -> Seen | None:
@@ -103,7 +108,9 @@ class FolderLockFile:
             try:
                 os.link(part, self._path)
             except FileExistsError:
-                return seen if part.stat().st_nlink == 2 else None  # NFS may repeat a request that succeeded
+                return (
+                    seen if part.stat().st_nlink == 2 else None
+                )  # NFS may repeat a request that succeeded
             except OSError as error:
                 if error.errno not in _NO_LINK:
                     raise
@@ -168,7 +175,10 @@ class FolderLockFile:
             except FileNotFoundError:
                 is_current = False
             found = _seen(file)
-            unchanged = is_current and (found.version, found.content) == (seen.version, seen.content)
+            unchanged = is_current and (found.version, found.content) == (
+                seen.version,
+                seen.content,
+            )
             yield file if unchanged else None
         finally:
             os.close(file)
@@ -181,7 +191,9 @@ class FolderLockFile:
                 return
             except BlockingIOError:
                 if time.monotonic() >= give_up:
-                    raise TimeoutError(errno.ETIMEDOUT, "another process holds the file", str(self._path)) from None
+                    raise TimeoutError(
+                        errno.ETIMEDOUT, "another process holds the file", str(self._path)
+                    ) from None
                 time.sleep(0.01)
             except OSError as error:
                 if error.errno not in _NO_FLOCK:
@@ -204,7 +216,9 @@ class FolderLockFile:
             part.unlink(missing_ok=True)
 
     def _make_folder(self) -> None:
-        missing = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
+        missing = [
+            folder for folder in (self._folder, *self._folder.parents) if not folder.exists()
+        ]
         self._folder = folder_of(self._url, create=True).resolve()
         self._created_folders = missing or self._created_folders
 
@@ -254,7 +268,9 @@ class ObjectLockFile:
     def _write(self, content: bytes, seen: Seen | None) -> Seen | None:
         if self.is_atomic:
             try:
-                version = self._store.write_if(self._name, content, None if seen is None else dict(seen.version))  # type: ignore[call-overload]
+                version = self._store.write_if(
+                    self._name, content, None if seen is None else dict(seen.version)
+                )  # type: ignore[call-overload]
             except NotImplementedError:
                 self.is_atomic = False
             else:

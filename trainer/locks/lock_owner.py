@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-_MAX_RECORD_LEASE_SECONDS = 600.0  # a larger value in a lock is corrupt and must not make others wait
+_MAX_RECORD_LEASE_SECONDS = (
+    600.0  # a larger value in a lock is corrupt and must not make others wait
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Process:
 def process_of(pid: int) -> Process:
     """A process of this host."""
     state = _process_state(pid)
-    return Process(socket.gethostname(), _boot_id(), _pid_namespace(), pid, state[1] if state else 0)
+    return Process(
+        socket.gethostname(), _boot_id(), _pid_namespace(), pid, state[1] if state else 0
+    )
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,12 @@ def _job(pod: str | None) -> str | None:
 
 
 def _parse_process(record: Mapping[str, object]) -> Process:
-    host, boot_id, pid_namespace = (str(record[key]) for key in ("host", "boot_id", "pid_namespace"))
-    return Process(host, boot_id, pid_namespace, int(str(record["pid"])), int(str(record["start_ticks"])))
+    host, boot_id, pid_namespace = (
+        str(record[key]) for key in ("host", "boot_id", "pid_namespace")
+    )
+    return Process(
+        host, boot_id, pid_namespace, int(str(record["pid"])), int(str(record["start_ticks"]))
+    )
 
 
 def _process_state(pid: int) -> tuple[str, int] | None:

@@ -73,7 +73,9 @@ class RunLock:
         self._lease = lease_seconds
         self._outage = lease_seconds * OUTAGE_SECONDS / LEASE_SECONDS
         self._poll = min(max(lease_seconds / 60, _MIN_POLL_SECONDS), _MAX_POLL_SECONDS)
-        self.owner = Owner.current(redact_credentials(self._file.location), program, run, lease_seconds)
+        self.owner = Owner.current(
+            redact_credentials(self._file.location), program, run, lease_seconds
+        )
         self._on_taken_over = on_taken_over
         self._watch: _Watch | None = None
         self._seen: Seen | None = None
@@ -147,7 +149,11 @@ class RunLock:
     def _is_ending(self, holder: Owner) -> bool:
         """Whether the launcher of its ranks was killed, so that they end by themselves."""
         launcher = holder.launcher
-        return launcher is not None and self.owner.process.shares_pids_with(launcher) and not launcher.is_alive()
+        return (
+            launcher is not None
+            and self.owner.process.shares_pids_with(launcher)
+            and not launcher.is_alive()
+        )
 
     def _waiting_for(self, holder: Owner | None) -> str:
         if holder is None:
@@ -237,7 +243,9 @@ class RunLock:
         self._seen, self._renewed = new, before
         if self._is_failing:
             self._is_failing = False
-            print(f"convoy: {self._where}: {self._name} is renewed again", file=sys.stderr, flush=True)
+            print(
+                f"convoy: {self._where}: {self._name} is renewed again", file=sys.stderr, flush=True
+            )
 
     def _can_write_again(self, now: float) -> bool:
         """Whether a lock that is gone was just deleted. No other owner can have come and gone within the lease, unless it
@@ -258,7 +266,9 @@ class RunLock:
 
     def _lose(self, what: str, taken_over: bool) -> None:
         if self._lost is None or taken_over:
-            self._lost = LockLost(f"{self._where}: {self._name} {what}; this process stops writing there and ends")
+            self._lost = LockLost(
+                f"{self._where}: {self._name} {what}; this process stops writing there and ends"
+            )
             if taken_over:
                 self._on_taken_over(self._lost)
 
@@ -276,7 +286,11 @@ class RunLock:
                     self._file.delete(self._seen)
         except (UserError, RetryableError, OSError) as error:
             reason = redact_credentials(str(error)).splitlines()[0][:200]
-            print(f"convoy: {self._where}: {self._name} could not be removed ({reason}); it expires", file=sys.stderr, flush=True)
+            print(
+                f"convoy: {self._where}: {self._name} could not be removed ({reason}); it expires",
+                file=sys.stderr,
+                flush=True,
+            )
         finally:
             timer.cancel()
             self._seen = None
@@ -290,7 +304,10 @@ class RunLocks:
 
     def acquire(self, output_dir: str, checkpoint_url: str, run: str) -> None:
         """Own both. Raises as ``RunLock.acquire``; ``release`` is needed then too."""
-        for url, key in ((output_dir, "name or train.output_dir"), (checkpoint_url, "checkpoint.url")):
+        for url, key in (
+            (output_dir, "name or train.output_dir"),
+            (checkpoint_url, "checkpoint.url"),
+        ):
             lock = RunLock(url, "convoy train", run, f"use another {key}, or wait until that ends")
             if lock.owner.location not in [held.owner.location for held in self._locks]:
                 self._locks.append(lock)

@@ -7,7 +7,16 @@ Networks" (2012), whose two GPUs are the two groups of its convolutions. ``alexn
 
 from torch import nn
 
-from trainer.models.layers import Activation, HeadKind, LocalResponseNorm, Stem, average_head, nonlinearity, scaled, stack
+from trainer.models.layers import (
+    Activation,
+    HeadKind,
+    LocalResponseNorm,
+    Stem,
+    average_head,
+    nonlinearity,
+    scaled,
+    stack,
+)
 from trainer.models.registry import ModelSpec, register
 
 _FULL = 4096
@@ -48,7 +57,9 @@ def alexnet(
         if number <= 2 and towers > 1:
             layers.append((f"norm{number}", LocalResponseNorm()))
         if number in (1, 2, 5):
-            layers.append((f"pool{number}", nn.MaxPool2d(3, 2)))  # windows overlap: 3.4 of the paper
+            layers.append(
+                (f"pool{number}", nn.MaxPool2d(3, 2))
+            )  # windows overlap: 3.4 of the paper
     pooled = 6 if stem == "imagenet" else 1
     tower = [
         ("avgpool", nn.AdaptiveAvgPool2d(pooled)),  # the identity at 224 pixels
@@ -61,7 +72,9 @@ def alexnet(
         ("act7", nonlinearity(activation)),
         ("head", nn.Linear(full, num_classes)),
     ]
-    model = stack([*layers, *(tower if head == "tower" else average_head(c5, num_classes, dropout))])
+    model = stack(
+        [*layers, *(tower if head == "tower" else average_head(c5, num_classes, dropout))]
+    )
     if towers > 1:
         _initialize_2012(model)
     return model
@@ -76,9 +89,29 @@ def _initialize_2012(model: nn.Sequential) -> None:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             assert layer.bias is not None
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.constant_(layer.bias, 1.0 if name in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0)
+            nn.init.constant_(
+                layer.bias, 1.0 if name in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0
+            )
 
 
 _SMALLEST = {"imagenet": 63, "small": 15}
-register(ModelSpec("alexnet", 2012, "alexnet", alexnet, _SMALLEST, {"channels": (64, 192, 384, 256, 256), "towers": 1}))
-register(ModelSpec("alexnet2012", 2012, "alexnet", alexnet, _SMALLEST, {"channels": (96, 256, 384, 384, 256), "towers": 2}))
+register(
+    ModelSpec(
+        "alexnet",
+        2012,
+        "alexnet",
+        alexnet,
+        _SMALLEST,
+        {"channels": (64, 192, 384, 256, 256), "towers": 1},
+    )
+)
+register(
+    ModelSpec(
+        "alexnet2012",
+        2012,
+        "alexnet",
+        alexnet,
+        _SMALLEST,
+        {"channels": (96, 256, 384, 384, 256), "towers": 2},
+    )
+)

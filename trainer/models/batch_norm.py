@@ -26,7 +26,16 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
         assert self.momentum is not None
         mean, var = self.running_mean, self.running_var
-        return F.batch_norm(x, mean, var, self.weight.float(), self.bias.float(), self.training, self.momentum, self.eps)
+        return F.batch_norm(
+            x,
+            mean,
+            var,
+            self.weight.float(),
+            self.bias.float(),
+            self.training,
+            self.momentum,
+            self.eps,
+        )
 
     def _synchronized(self, x: Tensor) -> Tensor:
         assert self.momentum is not None
@@ -38,7 +47,9 @@ class BatchNorm2d(nn.BatchNorm2d):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)  # without bias, as torch's
+            self.running_var.lerp_(
+                var * (count / (count - 1)), self.momentum
+            )  # without bias, as torch's
         out: Tensor = _NormalizeTogether.apply(
             values, self.weight.float(), self.bias.float(), mean, var, count, self.eps, self.group
         )  # type: ignore[no-untyped-call]
@@ -78,7 +89,15 @@ class _NormalizeTogether(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, count: Tensor, eps: float, group: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        count: Tensor,
+        eps: float,
+        group: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps, ctx.group = eps, group

@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.models.layers import Activation, LocalResponseNorm, Stem, Value, conv_norm, nonlinearity, on_image, scaled, stack
+from trainer.models.layers import (
+    Activation,
+    LocalResponseNorm,
+    Stem,
+    Value,
+    conv_norm,
+    nonlinearity,
+    on_image,
+    scaled,
+    stack,
+)
 from trainer.models.registry import ModelSpec, register
 
 _WIDTH = 64
@@ -38,10 +48,18 @@ class ConvUnit(nn.Module):
     weight_layers = 1
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int, batch_norm: bool, activation: Activation
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int,
+        batch_norm: bool,
+        activation: Activation,
     ) -> None:
         super().__init__()
-        self.conv, self.bn = conv_norm(in_channels, out_channels, kernel, stride, batch_norm, eps=1e-3)
+        self.conv, self.bn = conv_norm(
+            in_channels, out_channels, kernel, stride, batch_norm, eps=1e-3
+        )
         self.act = nonlinearity(activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +73,12 @@ class Inception(nn.Module):
     weight_layers = 2
 
     def __init__(
-        self, channels: tuple[int, ...], five: int, batch_norm: bool, activation: Activation, reduction: bool = True
+        self,
+        channels: tuple[int, ...],
+        five: int,
+        batch_norm: bool,
+        activation: Activation,
+        reduction: bool = True,
     ) -> None:
         super().__init__()
         x, one, three_reduced, three, five_reduced, five_channels, pool = channels
@@ -68,7 +91,10 @@ class Inception(nn.Module):
         self.reduce5: nn.Module
         if reduction:
             self.reduce3, self.branch3 = unit(x, three_reduced, 1), unit(three_reduced, three, 3)
-            self.reduce5, self.branch5 = unit(x, five_reduced, 1), unit(five_reduced, five_channels, five)
+            self.reduce5, self.branch5 = (
+                unit(x, five_reduced, 1),
+                unit(five_reduced, five_channels, five),
+            )
         else:
             self.weight_layers = 1
             self.reduce3, self.branch3 = nn.Identity(), unit(x, three, 3)
@@ -80,7 +106,12 @@ class Inception(nn.Module):
         return on_image(self._branches, value)
 
     def _branches(self, x: Tensor) -> Tensor:
-        branches = [self.branch1(x), self.branch3(self.reduce3(x)), self.branch5(self.reduce5(x)), self.project(self.pool(x))]
+        branches = [
+            self.branch1(x),
+            self.branch3(self.reduce3(x)),
+            self.branch5(self.reduce5(x)),
+            self.project(self.pool(x)),
+        ]
         return torch.cat(branches, 1)
 
 
@@ -181,9 +212,16 @@ def googlenet(
 
     first, third = units(64, 192)
     large = stem == "imagenet"
-    layers: list[tuple[str, nn.Module]] = [("conv1", unit(3, first, 7, 2) if large else unit(3, first, 3))]
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv1", unit(3, first, 7, 2) if large else unit(3, first, 3))
+    ]
     layers += [("pool1", Pool(3))] if large else []
-    layers += [*local_norm("norm1"), ("conv2", unit(first, first, 1)), ("conv3", unit(first, third, 3)), *local_norm("norm2")]
+    layers += [
+        *local_norm("norm1"),
+        ("conv2", unit(first, first, 1)),
+        ("conv3", unit(first, third, 3)),
+        *local_norm("norm2"),
+    ]
     layers.append(("pool2", Pool(3)))
     x = third
     for name, channels in _INCEPTIONS.items():
@@ -192,11 +230,18 @@ def googlenet(
         elif name == "5a":
             layers.append(("pool4", Pool(3 if paper else 2)))
         _, *inner = units(*channels)
-        layers.append((f"inception{name}", Inception((x, *inner), 5 if paper else 3, batch_norm, activation, reduction)))
+        layers.append(
+            (
+                f"inception{name}",
+                Inception((x, *inner), 5 if paper else 3, batch_norm, activation, reduction),
+            )
+        )
         x = inner[0] + inner[2] + inner[4] + inner[5]
         if name in _AUXILIARY_AFTER:
             reduced, hidden = units(128, 1024)
-            head = AuxiliaryHead((x, reduced, hidden), num_classes, not paper, batch_norm, 0.7, activation)
+            head = AuxiliaryHead(
+                (x, reduced, hidden), num_classes, not paper, batch_norm, 0.7, activation
+            )
             layers.append((f"aux{_AUXILIARY_AFTER[name]}", head))
     default_dropout = 0.4 if paper else 0.2
     layers.append(("head", Head(x, num_classes, default_dropout if dropout is None else dropout)))
@@ -223,7 +268,18 @@ def _initialize_normal(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-register(ModelSpec("googlenet", 2014, "googlenet", googlenet, {"imagenet": 15, "small": 4}, {"paper": False}))
 register(
-    ModelSpec("googlenet2014", 2014, "googlenet", googlenet, {"imagenet": 31, "small": 8}, {"paper": True, "batch_norm": False})
+    ModelSpec(
+        "googlenet", 2014, "googlenet", googlenet, {"imagenet": 15, "small": 4}, {"paper": False}
+    )
+)
+register(
+    ModelSpec(
+        "googlenet2014",
+        2014,
+        "googlenet",
+        googlenet,
+        {"imagenet": 31, "small": 8},
+        {"paper": True, "batch_norm": False},
+    )
 )

@@ -29,7 +29,9 @@ def stack(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
 def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in channels-last layout; mean and std are those of pixels from 0 to 1."""
     images = pixels.permute(0, 3, 1, 2).float()
-    return images.sub_(_grey_levels(tuple(mean), pixels.device)).div_(_grey_levels(tuple(std), pixels.device))
+    return images.sub_(_grey_levels(tuple(mean), pixels.device)).div_(
+        _grey_levels(tuple(std), pixels.device)
+    )
 
 
 @lru_cache
@@ -63,7 +65,12 @@ def average_head(channels: int, num_classes: int, dropout: float) -> list[tuple[
 
 
 def conv_norm(
-    in_channels: int, out_channels: int, kernel: int, stride: int = 1, batch_norm: bool = True, eps: float = 1e-5
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int = 1,
+    batch_norm: bool = True,
+    eps: float = 1e-5,
 ) -> tuple[nn.Conv2d, nn.Module]:
     """A convolution, padded to keep the size at stride 1, and its batch norm; without that a bias takes its place."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=not batch_norm)
@@ -77,7 +84,9 @@ class LocalResponseNorm(nn.Module):
     every precision: those of half-precision activations above 255 would overflow.
     """
 
-    def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> None:
+    def __init__(
+        self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0
+    ) -> None:
         super().__init__()
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
 

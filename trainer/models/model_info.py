@@ -28,7 +28,13 @@ _TOP5 = {
     "plain34": (10.02, _RESNET),
 }
 """Published top-5 error on ImageNet, percent, with its source; a form that no paper measured has none."""
-_CIFAR_ERROR = {"resnet20": 8.75, "resnet32": 7.51, "resnet44": 7.17, "resnet56": 6.97, "resnet110": 6.43}
+_CIFAR_ERROR = {
+    "resnet20": 8.75,
+    "resnet32": 7.51,
+    "resnet44": 7.17,
+    "resnet56": 6.97,
+    "resnet110": 6.43,
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,9 @@ def forward_costs(model: nn.Module, image_size: int) -> tuple[int, int]:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and not name.startswith("aux"):
             layer.register_forward_hook(count)
-    kept, _ = saved_activation_bytes(model, torch.empty(IMAGES_TRACED, 3, image_size, image_size, device="meta"))
+    kept, _ = saved_activation_bytes(
+        model, torch.empty(IMAGES_TRACED, 3, image_size, image_size, device="meta")
+    )
     return sum(counts), kept
 
 
@@ -139,12 +147,16 @@ def saved_activation_bytes(model: nn.Module, value: Any) -> tuple[int, Any]:
 
     Of what the forward pass saves each storage counts once; weights and batch norm's few statistics a channel do not.
     """
-    weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    weights = {
+        tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]
+    }
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.shape[:1] == (IMAGES_TRACED,) and tensor.untyped_storage()._cdata not in weights:
-            saved[tensor.untyped_storage()._cdata] = tensor  # held, so that no other storage gets its place
+            saved[tensor.untyped_storage()._cdata] = (
+                tensor  # held, so that no other storage gets its place
+            )
         return tensor
 
     for layer in model.modules():

@@ -32,7 +32,9 @@ class ModelSpec:
 
     @property
     def default_stem(self) -> str:
-        stem = self.arguments.get("stem") or inspect.signature(self.builder).parameters["stem"].default
+        stem = (
+            self.arguments.get("stem") or inspect.signature(self.builder).parameters["stem"].default
+        )
         return str(stem)
 
 
@@ -52,12 +54,16 @@ def list_models() -> list[ModelSpec]:
 def get_model_spec(name: str) -> ModelSpec:
     """Raises UserError with the nearest names."""
     if name not in _VARIANTS:
-        nearest = difflib.get_close_matches(name.lower(), _VARIANTS, n=3, cutoff=0.3) or list(_VARIANTS)
+        nearest = difflib.get_close_matches(name.lower(), _VARIANTS, n=3, cutoff=0.3) or list(
+            _VARIANTS
+        )
         raise UserError(f"model.name: there is no model {name!r}; nearest: {', '.join(nearest)}")
     return _VARIANTS[name]
 
 
-def build_model(name: str, num_classes: int, image_size: int | None = None, **options: Any) -> nn.Sequential:
+def build_model(
+    name: str, num_classes: int, image_size: int | None = None, **options: Any
+) -> nn.Sequential:
     """Build a network; options that are None keep the network's own value.
 
     The result is an ordered list of layers that may be cut between any two. It maps images [N, 3, H, W] to logits
@@ -81,5 +87,7 @@ def build_model(name: str, num_classes: int, image_size: int | None = None, **op
     if image_size is not None and image_size < smallest:
         small = variant.smallest_input["small"]
         hint = f", or {small} with model.stem=small" if small < smallest else ""
-        raise UserError(f"data.image_size: {image_size} is too small for {name}, which needs at least {smallest} pixels{hint}")
+        raise UserError(
+            f"data.image_size: {image_size} is too small for {name}, which needs at least {smallest} pixels{hint}"
+        )
     return model

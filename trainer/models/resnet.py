@@ -54,7 +54,15 @@ class BasicBlock(Block):
     weight_layers = 2
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, stride_in: StrideIn, batch_norm: bool, **block: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        stride_in: StrideIn,
+        batch_norm: bool,
+        **block: Any,
+    ) -> None:
         super().__init__(**block)
         self.conv1, self.bn1 = conv_norm(in_channels, channels, 3, stride, batch_norm)
         self.conv2, self.bn2 = conv_norm(channels, channels, 3, 1, batch_norm)
@@ -78,7 +86,15 @@ class Bottleneck(Block):
     weight_layers = 3
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, stride_in: StrideIn, batch_norm: bool, **block: Any) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        stride_in: StrideIn,
+        batch_norm: bool,
+        **block: Any,
+    ) -> None:
         super().__init__(**block)
         first, second = (stride, 1) if stride_in == "1x1" else (1, stride)
         self.conv1, self.bn1 = conv_norm(in_channels, channels, 1, first, batch_norm)
@@ -119,13 +135,21 @@ def resnet(
     Raises UserError for an option that the network has no place for.
     """
     if stride_in is not None and block is BasicBlock:
-        raise UserError("model.stride_in: only networks of bottleneck blocks have it: depths 50, 101 and 152")
+        raise UserError(
+            "model.stride_in: only networks of bottleneck blocks have it: depths 50, 101 and 152"
+        )
     if zero_init_gamma and not (residual and batch_norm):
-        raise UserError("model.zero_init_gamma: needs shortcuts and batch norm, else every block would give zeros")
+        raise UserError(
+            "model.zero_init_gamma: needs shortcuts and batch norm, else every block would give zeros"
+        )
     channels = first_channels if width is None else width
     kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
     conv, norm = conv_norm(3, channels, kernel, stride, batch_norm)
-    layers: list[tuple[str, nn.Module]] = [("conv", conv), ("bn", norm), ("act", nonlinearity(activation))]
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv", conv),
+        ("bn", norm),
+        ("act", nonlinearity(activation)),
+    ]
     if stem == "imagenet":
         layers.append(("maxpool", nn.MaxPool2d(3, 2, 1)))
     projection = len(blocks) == 4  # on ImageNet; option A on CIFAR (4.2)
@@ -136,16 +160,24 @@ def resnet(
         for number in range(count):
             stride = 2 if stage > 0 and number == 0 else 1
             shortcut = _shortcut(x, out, stride, projection, batch_norm) if residual else None
-            made = block(x, inner, stride, kind, batch_norm, shortcut=shortcut, activation=activation)
+            made = block(
+                x, inner, stride, kind, batch_norm, shortcut=shortcut, activation=activation
+            )
             layers.append((f"stage{stage + 1}_{number}", made))
             x = out
-    layers += [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("head", nn.Linear(x, num_classes))]
+    layers += [
+        ("pool", nn.AdaptiveAvgPool2d(1)),
+        ("flatten", nn.Flatten()),
+        ("head", nn.Linear(x, num_classes)),
+    ]
     model = stack(layers)
     _initialize(model, zero_init_gamma)
     return model
 
 
-def _shortcut(in_channels: int, out_channels: int, stride: int, projection: bool, batch_norm: bool) -> nn.Module:
+def _shortcut(
+    in_channels: int, out_channels: int, stride: int, projection: bool, batch_norm: bool
+) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     if projection:
@@ -182,12 +214,34 @@ def _register() -> None:
     """Every depth, residual and plain. Padding lets all sizes through; below the smallest, some stride finds one pixel alone."""
     for family, residual in (("resnet", True), ("plain", False)):
         for depth in _CIFAR_DEPTHS:
-            arguments = {"block": BasicBlock, "blocks": ((depth - 2) // 6,) * 3, "first_channels": 16}
+            arguments = {
+                "block": BasicBlock,
+                "blocks": ((depth - 2) // 6,) * 3,
+                "first_channels": 16,
+            }
             arguments |= {"residual": residual, "stem": "small"}
-            register(ModelSpec(f"{family}{depth}", 2015, family, resnet, {"imagenet": 9, "small": 3}, arguments))
+            register(
+                ModelSpec(
+                    f"{family}{depth}", 2015, family, resnet, {"imagenet": 9, "small": 3}, arguments
+                )
+            )
         for depth, (block, blocks) in _IMAGENET_BLOCKS.items():
-            arguments = {"block": block, "blocks": blocks, "first_channels": 64, "residual": residual}
-            register(ModelSpec(f"{family}{depth}", 2015, family, resnet, {"imagenet": 17, "small": 5}, arguments))
+            arguments = {
+                "block": block,
+                "blocks": blocks,
+                "first_channels": 64,
+                "residual": residual,
+            }
+            register(
+                ModelSpec(
+                    f"{family}{depth}",
+                    2015,
+                    family,
+                    resnet,
+                    {"imagenet": 17, "small": 5},
+                    arguments,
+                )
+            )
 
 
 _register()

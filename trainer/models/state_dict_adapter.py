@@ -33,7 +33,11 @@ _SUBSTITUTIONS = {  # in this order: a new name may look like an old one further
         (r"^head\.fc\.", "fc."),
     ],
 }
-_TIMM_VGG = {"classifier.0.": "pre_logits.fc1.", "classifier.3.": "pre_logits.fc2.", "classifier.6.": "head.fc."}
+_TIMM_VGG = {
+    "classifier.0.": "pre_logits.fc1.",
+    "classifier.3.": "pre_logits.fc2.",
+    "classifier.6.": "head.fc.",
+}
 _TORCHVISION = re.compile(r"alexnet|googlenet|resnet(18|34|50|101|152)|vgg(11|13|16|19)(_bn)?")
 _TIMM = re.compile(r"resnet(18|34|50|101|152)|vgg(11|13|16|19)(_bn)?")
 
@@ -66,7 +70,9 @@ def key_map(scheme: StateDictAdapter, variant: ModelSpec, model: nn.Sequential) 
     if scheme == "timm":
         for name, theirs in names.items():
             for ours, timms in _TIMM_VGG.items():
-                names[name] = theirs.replace(ours, timms) if theirs.startswith(ours) else names[name]
+                names[name] = (
+                    theirs.replace(ours, timms) if theirs.startswith(ours) else names[name]
+                )
     return names
 
 
@@ -99,16 +105,23 @@ def auxiliary_names(model: nn.Sequential) -> list[str]:
     return [name for name in model.state_dict() if re.match(r"aux\d\.", name)]
 
 
-def detect(state: Mapping[str, Tensor], variant: ModelSpec, model: nn.Sequential) -> StateDictAdapter:
+def detect(
+    state: Mapping[str, Tensor], variant: ModelSpec, model: nn.Sequential
+) -> StateDictAdapter:
     """The scheme in which most names of ``state`` are the model's."""
-    return max(schemes_of(variant.name), key=lambda scheme: len(set(key_map(scheme, variant, model).values()) & set(state)))
+    return max(
+        schemes_of(variant.name),
+        key=lambda scheme: len(set(key_map(scheme, variant, model).values()) & set(state)),
+    )
 
 
 def export_state(scheme: StateDictAdapter, name: str, model: nn.Sequential) -> State:
     """The model's weights under another library's names and in its shapes."""
     names = key_map(scheme, get_model_spec(name), model)
     state = {names[own]: value.detach() for own, value in model.state_dict().items()}
-    if scheme == "timm" and name.startswith("vgg"):  # its fully connected layers are convolutions over the whole image
+    if scheme == "timm" and name.startswith(
+        "vgg"
+    ):  # its fully connected layers are convolutions over the whole image
         side = cast(nn.AdaptiveAvgPool2d, model.get_submodule("avgpool")).output_size
         assert isinstance(side, int)
         for key, kernel in (("pre_logits.fc1.weight", side), ("pre_logits.fc2.weight", 1)):
@@ -116,8 +129,13 @@ def export_state(scheme: StateDictAdapter, name: str, model: nn.Sequential) -> S
     return state
 
 
-def to_native_state_dict(state: Mapping[str, Tensor], scheme: StateDictAdapter, variant: ModelSpec, model: nn.Sequential) -> State:
+def to_native_state_dict(
+    state: Mapping[str, Tensor], scheme: StateDictAdapter, variant: ModelSpec, model: nn.Sequential
+) -> State:
     """A state dict in the model's own names; those that the model does not have stay as they are."""
     own = {theirs: name for name, theirs in key_map(scheme, variant, model).items()}
     convolved = ("pre_logits.fc1.weight", "pre_logits.fc2.weight") if scheme == "timm" else ()
-    return {own.get(key, key): value.flatten(1) if key in convolved else value for key, value in state.items()}
+    return {
+        own.get(key, key): value.flatten(1) if key in convolved else value
+        for key, value in state.items()
+    }

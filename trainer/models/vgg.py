@@ -5,7 +5,15 @@ from typing import Literal
 from torch import nn
 
 from trainer.models.batch_norm import BatchNorm2d
-from trainer.models.layers import Activation, HeadKind, Stem, average_head, nonlinearity, scaled, stack
+from trainer.models.layers import (
+    Activation,
+    HeadKind,
+    Stem,
+    average_head,
+    nonlinearity,
+    scaled,
+    stack,
+)
 from trainer.models.registry import ModelSpec, register
 
 _FULL = 4096
@@ -36,11 +44,15 @@ def vgg(
     """
     layers: list[tuple[str, nn.Module]] = []
     channels = 3
-    for stage, (base, count) in enumerate(zip(_CHANNELS, _CONVOLUTIONS[depth], strict=True), start=1):
+    for stage, (base, count) in enumerate(
+        zip(_CHANNELS, _CONVOLUTIONS[depth], strict=True), start=1
+    ):
         out = scaled(base, width, _CHANNELS[0])
         kernels = (3,) * count if filters == "stacked" else (2 * count + 1,)
         for number, kernel in enumerate(kernels, start=1):
-            layers.append((f"conv{stage}_{number}", nn.Conv2d(channels, out, kernel, 1, kernel // 2)))
+            layers.append(
+                (f"conv{stage}_{number}", nn.Conv2d(channels, out, kernel, 1, kernel // 2))
+            )
             if batch_norm:
                 layers.append((f"bn{stage}_{number}", BatchNorm2d(out)))
             layers.append((f"act{stage}_{number}", nonlinearity(activation)))
@@ -59,7 +71,9 @@ def vgg(
         ("drop7", nn.Dropout(dropout)),
         ("head", nn.Linear(full, num_classes)),
     ]
-    model = stack([*layers, *(tower if head == "tower" else average_head(channels, num_classes, dropout))])
+    model = stack(
+        [*layers, *(tower if head == "tower" else average_head(channels, num_classes, dropout))]
+    )
     _initialize(model)
     return model
 

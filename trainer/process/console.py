@@ -34,7 +34,9 @@ class TrainingProgress:
     def update(self, step: int, text: str) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif not self._quiet and (step == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES):
+        elif not self._quiet and (
+            step == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES
+        ):
             self._last_line = time.monotonic()
             print(f"step {step}/{self._total} {text}{self._left(step)}", flush=True)
 

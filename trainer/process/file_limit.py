@@ -15,4 +15,6 @@ def raise_open_file_limit() -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     if hard != resource.RLIM_INFINITY and hard < _NEEDED:
-        raise UserError(f"ulimit -n: only {hard} files may be open at once, a rank needs {_NEEDED}; raise the hard limit")
+        raise UserError(
+            f"ulimit -n: only {hard} files may be open at once, a rank needs {_NEEDED}; raise the hard limit"
+        )

@@ -43,11 +43,17 @@ def without_launcher_variables(environment: Mapping[str, str]) -> dict[str, str]
         for name, value in environment.items()
         if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
     }
-    filters = [entry for entry in kept.pop("PYTHONWARNINGS", "").split(",") if entry and not entry.startswith("error")]
+    filters = [
+        entry
+        for entry in kept.pop("PYTHONWARNINGS", "").split(",")
+        if entry and not entry.startswith("error")
+    ]
     return kept | ({"PYTHONWARNINGS": ",".join(filters)} if filters else {})
 
 
-def local_rank_environment(environment: Mapping[str, str], rank: int, world_size: int, port: int) -> dict[str, str]:
+def local_rank_environment(
+    environment: Mapping[str, str], rank: int, world_size: int, port: int
+) -> dict[str, str]:
     """All variables of a rank of a run on this machine, whatever is left in ``environment``.
 
     ``port``: of the rendezvous store on 127.0.0.1. The ranks connect over the loopback interface:
@@ -55,7 +61,9 @@ def local_rank_environment(environment: Mapping[str, str], rank: int, world_size
     """
     threads = _thread_limit(environment) or str(max(1, cpus(environment) // world_size))
     loopback = loopback_interface()
-    interfaces = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} if loopback else {}
+    interfaces = (
+        {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} if loopback else {}
+    )
     return without_launcher_variables(environment) | interfaces | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -131,7 +139,9 @@ def check_working_directory() -> None:
     try:
         os.getcwd()
     except OSError:
-        raise UserError("the working directory does not exist any more; change to one that does") from None
+        raise UserError(
+            "the working directory does not exist any more; change to one that does"
+        ) from None
 
 
 def leftovers(environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -161,13 +171,24 @@ def _several_nodes(environment: Mapping[str, str]) -> str | None:
 
 def _several_tasks(environment: Mapping[str, str]) -> str | None:
     """SLURM's srun and MPI's mpirun start the same command once per task."""
-    started_by_slurm = any(name in environment for name in ("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"))
+    started_by_slurm = any(
+        name in environment for name in ("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID")
+    )
     step = ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"]
     # within a step (srun) the job's counts are those of all steps: `srun --nodes=1 --ntasks=1 convoy train ...` is one task
-    job = [] if any(name in environment for name in step) else ["SLURM_NNODES", "SLURM_JOB_NUM_NODES"]
+    job = (
+        [] if any(name in environment for name in step) else ["SLURM_NNODES", "SLURM_JOB_NUM_NODES"]
+    )
     counts = [*step, *job] if started_by_slurm else []
     counts += ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"]
-    ranks = ["SLURM_PROCID", "SLURM_NODEID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK"]
+    ranks = [
+        "SLURM_PROCID",
+        "SLURM_NODEID",
+        "OMPI_COMM_WORLD_RANK",
+        "PMI_RANK",
+        "PMIX_RANK",
+        "MV2_COMM_WORLD_RANK",
+    ]
     several = [name for name in counts if _number(environment, name) > 1]
     several += [name for name in ranks if _number(environment, name) > 0]
     return f"{several[0]}={environment[several[0]]}" if several else None
@@ -205,13 +226,19 @@ def check_rank_environment(environment: Mapping[str, str] = os.environ) -> tuple
         return 0, 1, 0
     missing = [name for name in _REQUIRED if name not in environment]
     if missing:
-        raise UserError(f"{', '.join(missing)}: missing; start ranks with `convoy train --procs N` or `torchrun -m trainer`")
+        raise UserError(
+            f"{', '.join(missing)}: missing; start ranks with `convoy train --procs N` or `torchrun -m trainer`"
+        )
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not re.fullmatch(r"\d{1,9}", environment[name].strip()):
             raise UserError(f"{name}={environment[name]!r}: is not a number")
-    rank, world_size, local_rank = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, world_size, local_rank = (
+        int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    )
     if not local_rank <= rank < world_size:
-        raise UserError(f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size}: contradict each other")
+        raise UserError(
+            f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size}: contradict each other"
+        )
     return rank, world_size, local_rank
 
 

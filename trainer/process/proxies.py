@@ -37,7 +37,11 @@ def bypass_proxies_for_local_services(environment: MutableMapping[str, str] = os
 def is_local(host: str) -> bool:
     """Whether ``host`` is this machine, a name without a dot or a Kubernetes service."""
     name = host.strip("[]").rstrip(".").lower()
-    return is_loopback(name) or (":" not in name and "." not in name) or name.endswith(_CLUSTER_DOMAINS)
+    return (
+        is_loopback(name)
+        or (":" not in name and "." not in name)
+        or name.endswith(_CLUSTER_DOMAINS)
+    )
 
 
 def is_loopback(host: str) -> bool:

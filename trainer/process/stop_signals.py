@@ -12,7 +12,9 @@ from trainer.errors import Preempted
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _STUCK_SECONDS = 3.0  # until a main thread that has not noticed the signal is held to be blocked
 _UNWIND_SECONDS = 30.0  # that one has to clean up which has
-_FORCE_SECONDS = 1.0  # between two SIGINTs of an impatient user; one key press may be delivered twice
+_FORCE_SECONDS = (
+    1.0  # between two SIGINTs of an impatient user; one key press may be delivered twice
+)
 
 
 class StopSignals:
@@ -35,11 +37,15 @@ class StopSignals:
         """In the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to even if the main thread is blocked
+        signal.set_wakeup_fd(
+            writer, warn_on_full_buffer=False
+        )  # written to even if the main thread is blocked
         for number in STOP_SIGNALS:
             if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
-        threading.Thread(target=self._end_if_stuck, args=(reader,), name="stop-signals", daemon=True).start()
+        threading.Thread(
+            target=self._end_if_stuck, args=(reader,), name="stop-signals", daemon=True
+        ).start()
 
     def defer(self, action: Callable[[int], None] = lambda number: None) -> None:
         """From now on the first signal calls ``action`` with its number instead of raising Preempted."""
@@ -73,7 +79,9 @@ class StopSignals:
             came = time.monotonic()
             while self._action is _terminate:
                 time.sleep(0.1)
-                if time.monotonic() - came >= (_STUCK_SECONDS if self.received is None else _UNWIND_SECONDS):
+                if time.monotonic() - came >= (
+                    _STUCK_SECONDS if self.received is None else _UNWIND_SECONDS
+                ):
                     os._exit(128 + number)
 
 

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER
-from trainer.process.launch_environment import LAUNCHER_PID, RUN_ID_FILE, STORE_FD, local_rank_environment
+from trainer.process.launch_environment import (
+    LAUNCHER_PID,
+    RUN_ID_FILE,
+    STORE_FD,
+    local_rank_environment,
+)
 from trainer.process.stop_signals import StopSignals
 
 STOP_SECONDS = 100.0
@@ -47,10 +52,16 @@ def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: Stop
             if process.returncode is None:
                 _kill_group(process)
                 process.wait()
-    codes = [unfinished.code_of(rank, process.returncode) or 0 for rank, process in enumerate(ranks)]
+    codes = [
+        unfinished.code_of(rank, process.returncode) or 0 for rank, process in enumerate(ranks)
+    ]
     for rank, code in enumerate(codes):
         if ranks[rank].returncode == 0 and code and signals.received is None:
-            print(f"convoy: rank {rank} ended with exit code 0, but before its work was done", file=sys.stderr, flush=True)
+            print(
+                f"convoy: rank {rank} ended with exit code 0, but before its work was done",
+                file=sys.stderr,
+                flush=True,
+            )
         if code < 0 and rank not in asked and signals.received is None:
             name = signal.Signals(-code).name
             hint = "; the kernel does that when memory runs out" if code == -signal.SIGKILL else ""
@@ -71,7 +82,9 @@ def exit_code(codes: Iterable[int], received: int | None) -> int:
         return 0
     if received is not None:
         return 128 + received
-    return EXIT_PREEMPTED if failed == {EXIT_PREEMPTED} else EXIT_RETRY  # one that was killed is a lost peer
+    return (
+        EXIT_PREEMPTED if failed == {EXIT_PREEMPTED} else EXIT_RETRY
+    )  # one that was killed is a lost peer
 
 
 class UnfinishedRanks:
@@ -104,7 +117,9 @@ def report_finished() -> None:
             _unfinished_file(Path(file), os.environ["LOCAL_RANK"]).unlink(missing_ok=True)
 
 
-def _start(ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[str], run_id_file: Path) -> None:
+def _start(
+    ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[str], run_id_file: Path
+) -> None:
     """Rank 0 inherits the listening socket of the rendezvous store, so that no other process can take its port."""
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, procs)) as listener:
         port = listener.getsockname()[1]
@@ -124,7 +139,9 @@ def _start(ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[s
             )
 
 
-def _watch(ranks: list["subprocess.Popen[bytes]"], unfinished: UnfinishedRanks, signals: StopSignals) -> set[int]:
+def _watch(
+    ranks: list["subprocess.Popen[bytes]"], unfinished: UnfinishedRanks, signals: StopSignals
+) -> set[int]:
     """Until all have ended. Returns the ranks that were asked to end or killed.
 
     Ranks that lose a peer get a moment to report it and end by themselves.
@@ -133,13 +150,19 @@ def _watch(ranks: list["subprocess.Popen[bytes]"], unfinished: UnfinishedRanks, 
     ask_at = give_up = math.inf
     while running := [rank for rank, process in enumerate(ranks) if not _has_ended(process)]:
         now = time.monotonic()
-        failed = {code for rank, process in enumerate(ranks) if (code := unfinished.code_of(rank, process.returncode))}
+        failed = {
+            code
+            for rank, process in enumerate(ranks)
+            if (code := unfinished.code_of(rank, process.returncode))
+        }
         if signals.received is not None:
             ask_at = min(ask_at, now)
             give_up = min(give_up, now + STOP_SECONDS)
         elif failed:
             ask_at = min(ask_at, now + _REPORT_SECONDS)
-            give_up = min(give_up, now + (STOP_SECONDS if failed == {EXIT_PREEMPTED} else _LOST_PEER_SECONDS))
+            give_up = min(
+                give_up, now + (STOP_SECONDS if failed == {EXIT_PREEMPTED} else _LOST_PEER_SECONDS)
+            )
         for rank in running:
             if signals.forced or now >= give_up:
                 asked.add(rank)

@@ -54,7 +54,11 @@ def take_from_values(values: dict[str, Any]) -> None:
     if isinstance(tracking, dict) and isinstance(uri := tracking.get("uri"), str):
         tracking["uri"] = take_from_uri(uri.strip(), URI_KEY)
         _drop_foreign(tracking["uri"])
-    faults = [f"{key}: {_REFUSED}" for key, value in _texts(values) if key != URI_KEY and redact_credentials(value) != value]
+    faults = [
+        f"{key}: {_REFUSED}"
+        for key, value in _texts(values)
+        if key != URI_KEY and redact_credentials(value) != value
+    ]
     if faults:
         raise UserError(*faults)
 
@@ -84,7 +88,9 @@ def take_from_uri(uri: str, where: str) -> str:
     elif not colon:
         return uri  # a user name alone is not a secret
     else:
-        raise UserError(f"{where}: a password in a {kind}:// URI would appear in logs; use an MLflow server, or PostgreSQL")
+        raise UserError(
+            f"{where}: a password in a {kind}:// URI would appear in logs; use an MLflow server, or PostgreSQL"
+        )
     if colon:
         os.environ[names[0]], os.environ[names[1]] = unquote(user), unquote(password)
         if names is _SERVER:

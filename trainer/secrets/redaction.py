@@ -23,11 +23,15 @@ _HEADER = re.compile(
     r"(?i)(?P<name>\bauthorization[\"']?\s*[:=]\s*[b\"']*(?:basic|bearer|token|digest|negotiate|aws4-hmac-sha256)\s+)"
     r"(?P<value>[^\r\n\"']+)"
 )
-_BEARER = re.compile(r"(?P<name>\b(?:Bearer|Basic) )(?P<value>(?=[^\s\"']*[0-9=+/_])[A-Za-z0-9+/=._~-]{8,})")
+_BEARER = re.compile(
+    r"(?P<name>\b(?:Bearer|Basic) )(?P<value>(?=[^\s\"']*[0-9=+/_])[A-Za-z0-9+/=._~-]{8,})"
+)
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:PG)?(?:PASSWORD|PASSWD|SECRET|TOKEN|SECRET_ACCESS_KEY|ACCESS_KEY|ACCOUNT_KEY|SAS_KEY|API_KEY)$"
 )
-_SECRET_VALUE = re.compile(r"(?=.*[^a-z]).{6,}|.{16,}", re.DOTALL)  # others are words of innocent text
+_SECRET_VALUE = re.compile(
+    r"(?=.*[^a-z]).{6,}|.{16,}", re.DOTALL
+)  # others are words of innocent text
 
 
 def redact_credentials(text: str) -> str:
@@ -64,8 +68,16 @@ def _secrets() -> list[str]:
         elif found := re.search(r"://[^/\s?#:]*:([^/\s?#]*)@", value):  # proxies
             values |= {found[1], unquote(found[1])}
     secrets = {value for value in values if _SECRET_VALUE.fullmatch(value)}
-    forms = secrets | {quote(value, safe="") for value in secrets} | {quote_plus(value) for value in secrets}
+    forms = (
+        secrets
+        | {quote(value, safe="") for value in secrets}
+        | {quote_plus(value) for value in secrets}
+    )
     encoded = {value.encode(errors="surrogateescape") for value in secrets}
     if password := os.environ.get("MLFLOW_TRACKING_PASSWORD"):
-        encoded.add(f"{os.environ.get('MLFLOW_TRACKING_USERNAME', '')}:{password}".encode(errors="surrogateescape"))
+        encoded.add(
+            f"{os.environ.get('MLFLOW_TRACKING_USERNAME', '')}:{password}".encode(
+                errors="surrogateescape"
+            )
+        )
     return sorted(forms | {b64encode(value).decode() for value in encoded}, key=len, reverse=True)

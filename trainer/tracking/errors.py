@@ -87,8 +87,20 @@ def classify(error: BaseException) -> Fault:
 
 def is_service_error(error: BaseException) -> bool:
     """Whether MLflow, its stores or the network raised it, rather than a bug of the caller."""
-    packages = {"mlflow", "requests", "urllib3", "boto3", "botocore", "sqlalchemy", "google", "azure"}
-    return any(isinstance(cause, OSError) or type(cause).__module__.partition(".")[0] in packages for cause in _chain(error))
+    packages = {
+        "mlflow",
+        "requests",
+        "urllib3",
+        "boto3",
+        "botocore",
+        "sqlalchemy",
+        "google",
+        "azure",
+    }
+    return any(
+        isinstance(cause, OSError) or type(cause).__module__.partition(".")[0] in packages
+        for cause in _chain(error)
+    )
 
 
 _UNAVAILABLE = "TEMPORARILY_UNAVAILABLE"

@@ -51,7 +51,9 @@ def single_try() -> Iterator[None]:
 class MlflowRun:
     """A run that exists on the server. Made by `open`; raises what MLflow's client raises."""
 
-    def __init__(self, client: Any, key: str, run: Any, existed: bool, record: DeliveryRecord) -> None:
+    def __init__(
+        self, client: Any, key: str, run: Any, existed: bool, record: DeliveryRecord
+    ) -> None:
         self.client = client
         self.key = key
         self.run_id = str(run.info.run_id)
@@ -65,7 +67,9 @@ class MlflowRun:
         self._taken: dict[tuple[str, int], int] = {}
 
     @classmethod
-    def open(cls, client: Any, key: str, entries: Mapping[int, Entry], record: DeliveryRecord) -> "MlflowRun":
+    def open(
+        cls, client: Any, key: str, entries: Mapping[int, Entry], record: DeliveryRecord
+    ) -> "MlflowRun":
         """Find the run by its id or key, or create it. Raises RunUnavailable if it was deleted, if
         its experiment was, or if nothing says how to create it."""
         found = find_run(client, key, entries, record)
@@ -112,7 +116,10 @@ class MlflowRun:
             step = self._step(name, entry)
             if self._has(name, step, entry.attempt):
                 continue
-            if several_attempts and self._taken.setdefault((name, step), entry.attempt) != entry.attempt:
+            if (
+                several_attempts
+                and self._taken.setdefault((name, step), entry.attempt) != entry.attempt
+            ):
                 continue
             metric = Metric(name, value, entry.content["time_ms"], step)
             content = {**_own_fields(entry), "step": step, "values": {name: value}}
@@ -154,14 +161,17 @@ class MlflowRun:
                 params[name] = text
             elif data.params[name] != text:
                 tags[f"convoy.changed.{name}"] = text
-        pairs: list[tuple[str, str, str, Any]] = [("param", name, value, Param(name, value)) for name, value in params.items()]
+        pairs: list[tuple[str, str, str, Any]] = [
+            ("param", name, value, Param(name, value)) for name, value in params.items()
+        ]
         for name, value in tags.items():
             text = _shortened(value, _MAX_TAG)
             if data.tags.get(name) != text:
                 pairs.append(("tag", name, text, RunTag(name, text)))
         own = _own_fields(entry)
         items = [
-            Item(kind, entry.digest, own | {"kind": kind, "key": name, "value": text}, value) for kind, name, text, value in pairs
+            Item(kind, entry.digest, own | {"kind": kind, "key": name, "value": text}, value)
+            for kind, name, text, value in pairs
         ]
         for dataset in entry.content["datasets"]:
             content = own | {"kind": "dataset", "dataset": dataset}
@@ -193,7 +203,9 @@ class MlflowRun:
             self._record.created(self.key, self.run_id, certain=True)
 
 
-def find_run(client: Any, key: str, entries: Mapping[int, Entry], record: DeliveryRecord) -> Any | None:
+def find_run(
+    client: Any, key: str, entries: Mapping[int, Entry], record: DeliveryRecord
+) -> Any | None:
     """The run that the record or an entry names, if it is this run, else the one with the key.
 
     Raises RunUnavailable if it was deleted.

@@ -28,7 +28,11 @@ from trainer.training.metrics import TrainState
 
 
 def start_tracking(
-    run: RunPlan, recipe: str, ranks: DistEnv, found: Checkpoint | None, check_lock: Callable[[], None] = lambda: None
+    run: RunPlan,
+    recipe: str,
+    ranks: DistEnv,
+    found: Checkpoint | None,
+    check_lock: Callable[[], None] = lambda: None,
 ) -> tuple[Tracker, SystemMetrics | None]:
     """Start logging to MLflow on the first rank if a server is named. ``found``: the checkpoint
     that the run resumes from.
@@ -109,7 +113,12 @@ def _description(run: RunPlan, recipe: str, ranks: DistEnv) -> dict[str, Any]:
 def _documents(run: RunPlan, recipe: str) -> dict[str, str]:
     """The recipe as given, the configuration that came of it, and the environment."""
     packages = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
-    machine = [f"python {platform.python_version()}", platform.platform(), f"{os.cpu_count()} CPUs", ""]
+    machine = [
+        f"python {platform.python_version()}",
+        platform.platform(),
+        f"{os.cpu_count()} CPUs",
+        "",
+    ]
     return {
         "recipe.yaml": without_credentials(find_recipe(recipe).read_text(encoding="utf-8")),
         "config.json": run.config.model_dump_json(indent=1) + "\n",
@@ -128,7 +137,9 @@ def _git_commit() -> str | None:
     return asked.stdout.strip() or None
 
 
-def finalize_run(run: RunPlan, result: TrainState, tracker: Tracker, failed_checkpoints: int) -> None:
+def finalize_run(
+    run: RunPlan, result: TrainState, tracker: Tracker, failed_checkpoints: int
+) -> None:
     """Leave ``result.json``, then register the model if a name is given.
 
     Raises UserError if the registry refuses it for good, RetryableError if a retry may succeed.
@@ -164,9 +175,13 @@ def _register(run: RunPlan, result: TrainState, run_id: str | None) -> dict[str,
     if uri is None or run_id is None:
         where = redact_credentials(str(uri))
         raise RetryableError(f"MLflow at {where} was not there, so {name} has no new version")
-    index, store = (run.val, run.val_store) if run.val and run.val_store else (run.train, run.train_store)
+    index, store = (
+        (run.val, run.val_store) if run.val and run.val_store else (run.train, run.train_store)
+    )
     example = read_image(0, index, store)
-    registered = register(uri, run_id, name, config.output_dir, example, result.top1, result.top5, index.digest)
+    registered = register(
+        uri, run_id, name, config.output_dir, example, result.top1, result.top5, index.digest
+    )
     print(
         f"registered {registered.name} version {registered.version} as {registered.alias}: {registered.why}",
         flush=True,

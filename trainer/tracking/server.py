@@ -86,7 +86,9 @@ def validate_tracking_uri(uri: str, key: str = "tracking.uri") -> None:
     elif scheme == "databricks":
         return
     elif scheme not in _plugin_schemes():
-        refuse("has a scheme that MLflow does not know; it takes http, https, sqlite, postgresql, mysql, mssql and databricks")
+        refuse(
+            "has a scheme that MLflow does not know; it takes http, https, sqlite, postgresql, mysql, mssql and databricks"
+        )
 
 
 def _validate_database(database: str, scheme: str, path: str, uri: str, refuse: Any) -> None:
@@ -115,9 +117,13 @@ def _plugin_schemes() -> set[str]:
 def check_registered_name(name: str) -> None:
     """Raises UserError for a name that MLflow's registry rejects (mlflow.utils.validation)."""
     if "/" in name or ":" in name:
-        raise UserError(f"tracking.register_as: {name!r} is wrong: MLflow allows neither / nor : in the name of a registered model")
+        raise UserError(
+            f"tracking.register_as: {name!r} is wrong: MLflow allows neither / nor : in the name of a registered model"
+        )
     if name == "." or name.startswith(".."):
-        raise UserError(f"tracking.register_as: {name!r} is wrong: MLflow does not allow a relative path as the name of a model")
+        raise UserError(
+            f"tracking.register_as: {name!r} is wrong: MLflow does not allow a relative path as the name of a model"
+        )
 
 
 def check_server(uri: str, experiment: str, register_as: str | None) -> Fault | None:

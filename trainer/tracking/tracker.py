@@ -18,7 +18,14 @@ from trainer.tracking.server import connect, refusal
 from trainer.tracking.spool.artifact_uploader import ArtifactUploader
 from trainer.tracking.spool.delivery_record import DeliveryRecord, RejectedEntries
 from trainer.tracking.spool.run_uploader import RunUploader
-from trainer.tracking.spool.spool import SpoolWriter, new_run_key, now_ms, record_path, rejected_path, set_aside
+from trainer.tracking.spool.spool import (
+    SpoolWriter,
+    new_run_key,
+    now_ms,
+    record_path,
+    rejected_path,
+    set_aside,
+)
 from trainer.tracking.spool.spool_reader import SpoolReader, is_spool_of
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
@@ -91,7 +98,9 @@ class MlflowTracker:
         self._rejected = RejectedEntries(rejected_path(spool))
         self._put("run", time_ms=attempt, **description)
         self._reader = SpoolReader(spool, self._record.sent, growing=True)
-        self._runs = RunUploader(self.run_key, self._reader, self._record, self._rejected, lambda: connect(uri), attempt)
+        self._runs = RunUploader(
+            self.run_key, self._reader, self._record, self._rejected, lambda: connect(uri), attempt
+        )
         self._artifacts = ArtifactUploader(self._runs, spool, self._record, self._rejected)
         self._more = threading.Event()
         self._closing = threading.Event()
@@ -150,7 +159,9 @@ class MlflowTracker:
             self._spool.unlink(missing_ok=True)
             self._record.remove()
         else:
-            _say(f"{self._spool} keeps what MLflow at {self._server} did not accept; send it with: convoy sync {self._spool}")
+            _say(
+                f"{self._spool} keeps what MLflow at {self._server} did not accept; send it with: convoy sync {self._spool}"
+            )
         self._report_losses()
         self._writer.close()
         return self._runs.status_sent is not None
@@ -229,7 +240,9 @@ class MlflowTracker:
             self._failed(stop.fault)
         except Exception as error:  # whatever it is, training continues
             if isinstance(error, OSError) and error.filename:  # of this machine, not of the server
-                self._say_once(str(error.filename), f"{error.filename}: {error.strerror}; training continues")
+                self._say_once(
+                    str(error.filename), f"{error.filename}: {error.strerror}; training continues"
+                )
             else:
                 self._failed(classify(error))
         return False
@@ -241,7 +254,9 @@ class MlflowTracker:
             text = f"MLflow at {self._server} cannot be reached ({fault.reason})"
         else:
             text = refusal(self._uri, fault)
-        self._say_once(fault.kind, f"{text}; training continues and metrics are kept in {self._spool}")
+        self._say_once(
+            fault.kind, f"{text}; training continues and metrics are kept in {self._spool}"
+        )
         self._contact.set()
 
     def _say_once(self, kind: str, text: str) -> None:

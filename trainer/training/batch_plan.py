@@ -22,9 +22,13 @@ def plan_batches(global_size: int, micro_size: int | None, ranks: int, samples: 
     ``samples``: of the training split, of which every rank must get some.
     """
     if ranks > samples:
-        raise UserError(f"{ranks} ranks are more than the {samples} samples of data.train; use at most {samples}")
+        raise UserError(
+            f"{ranks} ranks are more than the {samples} samples of data.train; use at most {samples}"
+        )
     if global_size > samples:
-        raise UserError(f"batch.global_size: {global_size} is more than the {samples} samples of data.train")
+        raise UserError(
+            f"batch.global_size: {global_size} is more than the {samples} samples of data.train"
+        )
     if global_size % ranks:
         raise UserError(
             f"batch.global_size: {global_size} does not divide by {ranks} ranks; nearest that do: {_nearest(global_size, ranks)}"
@@ -34,7 +38,10 @@ def plan_batches(global_size: int, micro_size: int | None, ranks: int, samples: 
     if share % micro:
         small = [d for d in range(1, math.isqrt(share) + 1) if share % d == 0]
         divisors = [*small, *(share // d for d in small)]
-        below, above = max(d for d in divisors if d < micro or d == 1), min(d for d in divisors if d > micro or d == share)
+        below, above = (
+            max(d for d in divisors if d < micro or d == 1),
+            min(d for d in divisors if d > micro or d == share),
+        )
         sizes = " or ".join(map(str, sorted({below, above})))
         raise UserError(
             f"batch.micro_size: {micro} does not divide the {share} samples of a rank ({global_size} / {ranks} ranks); "

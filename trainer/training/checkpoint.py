@@ -29,7 +29,7 @@ from trainer.faults.disk_space import file_system, mib
 from trainer.locks.run_lock import LockLost
 
 MANIFEST = "checkpoint.json"
-_FORMAT = 1
+_FORMAT = 2
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 _SHOWN = 5
 """Differing recipe keys that a refusal names."""
@@ -41,11 +41,11 @@ class CorruptCheckpoint(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``course``: the keys that shape the training, which a run that goes on must share; ``result``: figures of the run so far;
+    """``config_fingerprint``: the keys that shape the training, which a run that goes on must share; ``result``: figures of the run so far;
     ``run_id``: in MLflow; ``run_key``: names the run in the spool of its tracker."""
 
     state: TrainingState
-    course: dict[str, Any]
+    config_fingerprint: dict[str, Any]
     result: dict[str, Any]
     run_id: str | None
     run_key: str | None = None
@@ -55,7 +55,7 @@ def resume_or_start(
     url: str,
     keep: int,
     resume: bool,
-    course: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     device: torch.device,
     check_lock: Callable[[], None] = lambda: None,
 ) -> tuple["CheckpointManager | None", Checkpoint | None, list[str]]:
@@ -72,7 +72,7 @@ def resume_or_start(
         if not resume:
             return None, []  # ``clear`` is for when nothing can be refused any more
         notes: list[str] = []
-        read = kept.load_latest(course, notes.append)
+        read = kept.load_latest(fingerprint, notes.append)
         if read is None:
             return None, notes
         notes.append(f"goes on from {url}/{_folder(read.state.step)}")
@@ -103,7 +103,9 @@ class CheckpointManager:
         self._top1: dict[int, float] = {}
         """Of the steps whose checkpoint says it."""
 
-    def load_latest(self, course: Mapping[str, Any], tell: Callable[[str], None]) -> Checkpoint | None:
+    def load_latest(
+        self, fingerprint: Mapping[str, Any], tell: Callable[[str], None]
+    ) -> Checkpoint | None:
         """The newest good one. One that is torn or changed is passed over, and told.
 
         Raises UserError where it is of another recipe, RetryableError where the store cannot be read.
@@ -117,7 +119,7 @@ class CheckpointManager:
             except CorruptCheckpoint as error:
                 tell(f"checkpoint {self._name(step)} is passed over: {error}")
         if found is not None:
-            _check_fingerprint(self._name(found.state.step), found.course, course)
+            _check_fingerprint(self._name(found.state.step), found.config_fingerprint, fingerprint)
         return found
 
     def clear(self) -> None:
@@ -130,7 +132,9 @@ class CheckpointManager:
         self.wait()
         state = checkpoint.state
         model, slots = _copied(state.model), _copied(state.slots)
-        self._writer = threading.Thread(target=self._write, args=(checkpoint, model, slots), name="checkpoint")
+        self._writer = threading.Thread(
+            target=self._write, args=(checkpoint, model, slots), name="checkpoint"
+        )
         self._writer.start()
 
     def wait(self) -> None:
@@ -139,7 +143,9 @@ class CheckpointManager:
             self._writer.join()
             self._writer = None
 
-    def _write(self, checkpoint: Checkpoint, model: dict[str, Tensor], slots: dict[str, Tensor]) -> None:
+    def _write(
+        self, checkpoint: Checkpoint, model: dict[str, Tensor], slots: dict[str, Tensor]
+    ) -> None:
         state, step = checkpoint.state, checkpoint.state.step
         try:
             files = {}
@@ -156,11 +162,13 @@ class CheckpointManager:
                 "result": checkpoint.result,
                 "mlflow_run_id": checkpoint.run_id,
                 "run_key": checkpoint.run_key,
-                "course": checkpoint.course,
+                "config_fingerprint": checkpoint.config_fingerprint,
                 "files": files,
             }
             self._check_lock()
-            self._store.write(f"{_folder(step)}/{MANIFEST}", (json.dumps(manifest, indent=1) + "\n").encode())
+            self._store.write(
+                f"{_folder(step)}/{MANIFEST}", (json.dumps(manifest, indent=1) + "\n").encode()
+            )
             self.failures_in_a_row = 0
             self._note(step, manifest)
             self._prune(step)
@@ -195,7 +203,9 @@ class CheckpointManager:
         return "" if free is None else f" ({mib(needed)} needed, {mib(free)} free)"
 
     def _discard(self, step: int) -> None:
-        with suppress(UserError, RetryableError, OSError):  # what stays behind is no checkpoint, or one too many
+        with suppress(
+            UserError, RetryableError, OSError
+        ):  # what stays behind is no checkpoint, or one too many
             self._delete(step)
 
     def _delete(self, step: int) -> None:
@@ -229,9 +239,20 @@ class CheckpointManager:
         content = self._store.read_small(f"{_folder(step)}/{MANIFEST}") or b""
         try:
             manifest = json.loads(content)
-            if manifest["format"] != _FORMAT or manifest["step"] != step:
-                raise CorruptCheckpoint(f"{MANIFEST} is of format {manifest['format']} and step {manifest['step']}")
-            if not {"updates", "scaler", "result", "mlflow_run_id", "course", "files"} <= set(manifest):
+            if manifest["format"] not in (1, _FORMAT) or manifest["step"] != step:
+                raise CorruptCheckpoint(
+                    f"{MANIFEST} is of format {manifest['format']} and step {manifest['step']}"
+                )
+            if manifest["format"] == 1:  # written before version 0.2
+                manifest["config_fingerprint"] = manifest.pop("course")
+            if not {
+                "updates",
+                "scaler",
+                "result",
+                "mlflow_run_id",
+                "config_fingerprint",
+                "files",
+            } <= set(manifest):
                 raise CorruptCheckpoint(f"{MANIFEST} lacks keys")
         except (ValueError, KeyError, TypeError):
             raise CorruptCheckpoint(f"{MANIFEST} cannot be read") from None
@@ -241,11 +262,16 @@ class CheckpointManager:
     def _read(self, step: int, manifest: Mapping[str, Any]) -> Checkpoint:
         tensors = []
         for name in (_MODEL, _OPTIMIZER):
-            content, stated = self._store.read_small(f"{_folder(step)}/{name}"), manifest["files"].get(name, {})
+            content, stated = (
+                self._store.read_small(f"{_folder(step)}/{name}"),
+                manifest["files"].get(name, {}),
+            )
             if content is None:
                 raise CorruptCheckpoint(f"{name} is missing")
             if len(content) != stated.get("bytes"):
-                raise CorruptCheckpoint(f"{name} has {len(content):,} bytes instead of {stated.get('bytes'):,}")
+                raise CorruptCheckpoint(
+                    f"{name} has {len(content):,} bytes instead of {stated.get('bytes'):,}"
+                )
             if hashlib.sha256(content).hexdigest() != stated.get("sha256"):
                 raise CorruptCheckpoint(f"{name} has another SHA-256 than {MANIFEST} says")
             try:
@@ -254,7 +280,13 @@ class CheckpointManager:
                 raise CorruptCheckpoint(f"{name}: {error}") from None
         model, slots = tensors
         state = TrainingState(model, slots, step, manifest["updates"], manifest["scaler"])
-        return Checkpoint(state, manifest["course"], manifest["result"], manifest["mlflow_run_id"], manifest.get("run_key"))
+        return Checkpoint(
+            state,
+            manifest["config_fingerprint"],
+            manifest["result"],
+            manifest["mlflow_run_id"],
+            manifest.get("run_key"),
+        )
 
 
 def _folder(step: int) -> str:
@@ -264,14 +296,20 @@ def _folder(step: int) -> str:
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, apart from what training goes on to change."""
     plain = torch.contiguous_format
-    return {name: torch.empty_like(value, device="cpu", memory_format=plain).copy_(value) for name, value in tensors.items()}
+    return {
+        name: torch.empty_like(value, device="cpu", memory_format=plain).copy_(value)
+        for name, value in tensors.items()
+    }
 
 
 def _check_fingerprint(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raises UserError that names the keys that differ."""
     differing = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
     if differing:
-        told = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differing[:_SHOWN]]
+        told = [
+            f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+            for key in differing[:_SHOWN]
+        ]
         more = f", and {len(differing) - _SHOWN} keys more" if len(differing) > _SHOWN else ""
         raise UserError(
             f"checkpoint {name} is of another recipe: {', '.join(told)}{more}; use another checkpoint.url, or begin anew with "

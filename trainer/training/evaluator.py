@@ -29,7 +29,9 @@ def evaluate(
     before it had read all its samples.
     """
     model.eval()
-    counts = torch.zeros(4, dtype=torch.int64, device=device)  # top1, top5, samples, ranks that stopped
+    counts = torch.zeros(
+        4, dtype=torch.int64, device=device
+    )  # top1, top5, samples, ranks that stopped
     for batch in batches:
         if preemption.received:
             counts[3] = 1

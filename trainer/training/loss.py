@@ -30,7 +30,9 @@ def weighted_loss(
         own = F.cross_entropy(head.float(), labels, reduction="none", label_smoothing=smoothing)
         if lam is None:
             return own
-        other = F.cross_entropy(head.float(), labels.flip(0), reduction="none", label_smoothing=smoothing)
+        other = F.cross_entropy(
+            head.float(), labels.flip(0), reduction="none", label_smoothing=smoothing
+        )
         return lam * own + (1 - lam) * other
 
     main, *auxiliary = logits if isinstance(logits, tuple) else (logits,)
@@ -44,4 +46,6 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """int64 [3]: samples whose label is the first, or among the first five, and samples in all. A tie goes to the lower class."""
     ranked = torch.argsort(logits.float(), dim=1, descending=True, stable=True)[:, :5]
     hits = ranked == labels[:, None]
-    return torch.stack([hits[:, 0].sum(), hits.any(1).sum(), hits.new_full((), len(labels), dtype=torch.int64)])
+    return torch.stack(
+        [hits[:, 0].sum(), hits.any(1).sum(), hits.new_full((), len(labels), dtype=torch.int64)]
+    )

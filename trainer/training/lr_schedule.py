@@ -13,7 +13,11 @@ def scaled_learning_rate(optimizer: OptimizerConfig, global_size: int) -> float:
 
 
 def learning_rate_schedule(
-    schedule: ScheduleConfig, optimizer: OptimizerConfig, global_size: int, steps_per_epoch: int, total_steps: int
+    schedule: ScheduleConfig,
+    optimizer: OptimizerConfig,
+    global_size: int,
+    steps_per_epoch: int,
+    total_steps: int,
 ) -> Callable[[int], float]:
     """The learning rate of optimizer step 0, 1, ... ``total_steps - 1``, whose peak follows the linear scaling rule.
 
@@ -33,7 +37,9 @@ def learning_rate_schedule(
     if low is None:
         low = 0.0 if schedule.warmup == "gradual" else min(optimizer.base_lr, peak)
     if warmup and low > peak:
-        raise UserError(f"schedule.warmup_lr: {low} is above the peak of {peak:.6g}, to which warmup should climb")
+        raise UserError(
+            f"schedule.warmup_lr: {low} is above the peak of {peak:.6g}, to which warmup should climb"
+        )
     drops = [round(epoch * steps_per_epoch) for epoch in schedule.milestones]
 
     def learning_rate(step: int) -> float:

@@ -68,7 +68,10 @@ class MetricsMeter:
         state.images_per_second = state.images / max(state.train_seconds, 1e-9)
         state.data_wait_fraction = state.waited_seconds / max(state.train_seconds, 1e-9)
         seconds = max(self.train_seconds, 1e-9)
-        values = {"images_per_second": self.images / seconds, "data_wait_fraction": self.waited_seconds / seconds}
+        values = {
+            "images_per_second": self.images / seconds,
+            "data_wait_fraction": self.waited_seconds / seconds,
+        }
         self.images, self.waited_seconds, self.train_seconds = 0, 0.0, 0.0
         return values
 

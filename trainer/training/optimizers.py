@@ -21,14 +21,23 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
     if config.decay_norm_and_bias or not config.weight_decay:
         return [{"params": list(parameters.values()), "weight_decay": config.weight_decay}]
     norms = {name for name, module in model.named_modules() if isinstance(module, _NORMS)}
-    free = {name for name in parameters if name.rpartition(".")[0] in norms or name.rpartition(".")[2] == "bias"}
+    free = {
+        name
+        for name in parameters
+        if name.rpartition(".")[0] in norms or name.rpartition(".")[2] == "bias"
+    }
     return [
-        {"params": [p for name, p in parameters.items() if name not in free], "weight_decay": config.weight_decay},
+        {
+            "params": [p for name, p in parameters.items() if name not in free],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [p for name, p in parameters.items() if name in free], "weight_decay": 0.0},
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, learning_rate: float
+) -> torch.optim.Optimizer:
     """sgd: torch's, whose velocity does not hold the learning rate, so that a change of it needs no momentum correction
     (Goyal et al. 2017, 3, remark 2); adamw: torch's (Loshchilov and Hutter 2019); lars and lamb: timm's (You et al. 2017, 2020),
     without trust ratio on weights that do not decay. torch's are fused: one pass over memory, not four."""
@@ -37,14 +46,20 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: fl
     if config.name == "adamw":
         return _laying_out(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
     if config.name == "lamb":
-        from timm.optim.lamb import Lamb  # here: timm imports torchvision, two seconds of every rank's start
+        from timm.optim.lamb import (
+            Lamb,
+        )  # here: timm imports torchvision, two seconds of every rank's start
 
         return Lamb(groups, lr=learning_rate, betas=betas, max_grad_norm=None)
     if config.name == "lars":
         from timm.optim.lars import Lars
 
         return Lars(groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov)
-    return _laying_out(torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True))
+    return _laying_out(
+        torch.optim.SGD(
+            groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True
+        )
+    )
 
 
 def _laying_out(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -27,7 +27,9 @@ class PreemptionSignal:
     def start_all_reduce(self) -> None:
         """Before a step."""
         self._flag.fill_(self.received)
-        self._work = dist.all_reduce(self._flag, group=self._group, async_op=True) if self._group else None
+        self._work = (
+            dist.all_reduce(self._flag, group=self._group, async_op=True) if self._group else None
+        )
 
     def any_rank_received(self) -> bool:
         """After a step: whether any rank had received the signal when the step began. All ranks take part."""

@@ -59,11 +59,19 @@ class Trainer:
         self.plan, self.env, self.device = plan, env, device
         self.engine, self.eval_model, self.state = engine, eval_model, state
         self.tracker, self.progress, self.preemption = tracker, progress, preemption
-        self._save, self._heartbeat, self._on_samples_consumed = save, heartbeat, on_samples_consumed
+        self._save, self._heartbeat, self._on_samples_consumed = (
+            save,
+            heartbeat,
+            on_samples_consumed,
+        )
         config, data = plan.config, plan.config.data
         self._meter = MetricsMeter()
         self._learning_rate = learning_rate_schedule(
-            config.schedule, config.optimizer, plan.batch.global_size, plan.steps_per_epoch, plan.total_steps
+            config.schedule,
+            config.optimizer,
+            plan.batch.global_size,
+            plan.steps_per_epoch,
+            plan.total_steps,
         )
         self._train_store = with_cache(plan.train_store, plan.train, data.cache_dir, data.cache_gb)
         self._val_store = None
@@ -83,7 +91,9 @@ class Trainer:
             self.progress.note("nothing is left to train; checkpoint.resume=never begins anew")
             self._update_eval_model()
         while self.state.steps < self.plan.stop_step:
-            with closing(self._train_batches()) as batches:  # a loader that is not exhausted holds threads
+            with closing(
+                self._train_batches()
+            ) as batches:  # a loader that is not exhausted holds threads
                 self._train_epoch(batches)
             self._end_epoch()
         return self.state
@@ -93,7 +103,11 @@ class Trainer:
             preempted = self._train_step(batches)
             epoch_ended = self._is_epoch_end(self.state.steps)
             saves = preempted or (self._is_checkpoint_step(self.state.steps) and not epoch_ended)
-            if saves or epoch_ended or self.state.steps % self.plan.config.train.log_every_steps == 0:
+            if (
+                saves
+                or epoch_ended
+                or self.state.steps % self.plan.config.train.log_every_steps == 0
+            ):
                 self._log()
             if saves:
                 self._save_checkpoint()
@@ -107,7 +121,9 @@ class Trainer:
         """One optimizer step; returns whether any rank received a stop signal."""
         started = time.perf_counter()
         self.preemption.start_all_reduce()
-        output = self.engine.step(self._meter.time_batches(batches), self._learning_rate(self.state.steps))
+        output = self.engine.step(
+            self._meter.time_batches(batches), self._learning_rate(self.state.steps)
+        )
         preempted = self.preemption.any_rank_received()
         self._heartbeat()
         self._meter.update(output, time.perf_counter() - started)
@@ -130,7 +146,13 @@ class Trainer:
         state, data, bad = self.state, self.plan.config.data, list[str]()
         try:
             state.top1, state.top5, state.val_samples = evaluate(
-                self.eval_model, self._eval_batches(bad), self.device, data.mean, data.std, self.preemption, self._heartbeat
+                self.eval_model,
+                self._eval_batches(bad),
+                self.device,
+                data.mean,
+                data.std,
+                self.preemption,
+                self._heartbeat,
             )
         except Preempted:
             self._save_checkpoint()  # the run that resumes from it evaluates first
@@ -140,14 +162,20 @@ class Trainer:
             for line in all_gather_list(bad):
                 self.progress.note(f"not evaluated: {line}")
         epoch = math.ceil(state.steps / self.plan.steps_per_epoch)
-        self.tracker.log_metrics({"top1": state.top1, "top5": state.top5, "epoch": epoch}, state.steps)
-        self.progress.note(f"epoch {epoch}: top1 {state.top1:.4f}, top5 {state.top5:.4f} of {state.val_samples:,} images")
+        self.tracker.log_metrics(
+            {"top1": state.top1, "top5": state.top5, "epoch": epoch}, state.steps
+        )
+        self.progress.note(
+            f"epoch {epoch}: top1 {state.top1:.4f}, top5 {state.top5:.4f} of {state.val_samples:,} images"
+        )
 
     def _save_checkpoint(self) -> None:
         self._save(self.engine.training_state(), asdict(self.state))
 
     def _update_eval_model(self) -> None:
-        self.eval_model.load_state_dict(self.engine.ema_state_dict() or self.engine.full_state_dict())
+        self.eval_model.load_state_dict(
+            self.engine.ema_state_dict() or self.engine.full_state_dict()
+        )
 
     # --- which step is what -------------------------------------------------------------------
 
@@ -189,7 +217,9 @@ class Trainer:
         val, store, env = self.plan.val, self._val_store, self.env
         assert val is not None
         assert store is not None
-        for batch in eval_loader(self.plan.config, val, store, env.world_size, env.rank, self._allocate):
+        for batch in eval_loader(
+            self.plan.config, val, store, env.world_size, env.rank, self._allocate
+        ):
             bad += batch.bad
             yield batch
 
@@ -218,7 +248,9 @@ class Trainer:
             self.tracker.log_metrics(values | (metrics if step == last else {}), step)
         for step, loss, output in zip(steps, losses, outputs, strict=True):
             if not math.isfinite(loss) and not output.skipped:  # fp16 recovers from an overflow
-                raise Diverged(f"the loss of step {step} is {loss}: {_ADVICE}; its samples: {_sample_keys(output)}")
+                raise Diverged(
+                    f"the loss of step {step} is {loss}: {_ADVICE}; its samples: {_sample_keys(output)}"
+                )
         self.state.loss = float(losses[-1])
         self.progress.update(
             last,

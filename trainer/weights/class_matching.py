@@ -10,7 +10,9 @@ from trainer.errors import UserError
 _SHOWN = 5
 
 
-def match_classes(outputs: Sequence[Collection[str]], index: Index, model: str, data: str) -> list[int]:
+def match_classes(
+    outputs: Sequence[Collection[str]], index: Index, model: str, data: str
+) -> list[int]:
     """The model's output for each class of the dataset, in the dataset's order.
 
     ``outputs``: the names by which each output is known. A dataset's class matches by its id
@@ -19,7 +21,9 @@ def match_classes(outputs: Sequence[Collection[str]], index: Index, model: str, 
     Raises UserError that names the classes which match no output, several outputs, or an output that
     another class has.
     """
-    if len(index.classes) == len(outputs) == 1000 and index.classes == [str(number) for number in range(1000)]:
+    if len(index.classes) == len(outputs) == 1000 and index.classes == [
+        str(number) for number in range(1000)
+    ]:
         return list(range(1000))
     known: dict[str, list[int]] = defaultdict(list)
     for number, names in enumerate(outputs):
@@ -58,8 +62,16 @@ def imagenet_output_names() -> list[set[str]]:
     from timm.data.imagenet_info import ImageNetInfo
 
     info: Any = ImageNetInfo("imagenet-1k")
-    rows = zip(_imagenet_ids(), info.label_descriptions(detailed=False), _imagenet_categories(), strict=True)
-    return [{wordnet_id, described, described.partition(",")[0], category} for wordnet_id, described, category in rows]
+    rows = zip(
+        _imagenet_ids(),
+        info.label_descriptions(detailed=False),
+        _imagenet_categories(),
+        strict=True,
+    )
+    return [
+        {wordnet_id, described, described.partition(",")[0], category}
+        for wordnet_id, described, category in rows
+    ]
 
 
 def _imagenet_ids() -> list[str]:

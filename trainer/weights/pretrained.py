@@ -79,10 +79,14 @@ def select_weights(url: str, name: str, key: str | None = None) -> FittingWeight
         if not chosen:
             most = max(candidate.score for candidate in candidates)
             keys = sorted({candidate.path for candidate in candidates if candidate.score == most})
-            raise UserError(f"--key: {url} has no weights at {key!r}; it has: {', '.join(map(repr, keys))}")
+            raise UserError(
+                f"--key: {url} has no weights at {key!r}; it has: {', '.join(map(repr, keys))}"
+            )
         return _selected(chosen[0], [], url)
     best = max(candidate.score for candidate in candidates)
-    if best < len(key_map("convoy", variant, model)) // 4:  # another network's: the caller says what differs
+    if (
+        best < len(key_map("convoy", variant, model)) // 4
+    ):  # another network's: the caller says what differs
         complete = [candidate for candidate in candidates if not candidate.others]
         closest = max(complete, key=lambda candidate: (len(candidate.state), len(candidate.path)))
         return FittingWeights(closest.state, closest.scheme, [])
@@ -90,7 +94,9 @@ def select_weights(url: str, name: str, key: str | None = None) -> FittingWeight
     averages = [candidate for candidate in fitting if is_average(candidate.path)]
     if len(averages or fitting) > 1:
         names = ", ".join(candidate.name for candidate in averages or fitting)
-        raise UserError(f"{url}: holds several sets of weights for {name}: {names}; choose one: convoy weights import --key KEY")
+        raise UserError(
+            f"{url}: holds several sets of weights for {name}: {names}; choose one: convoy weights import --key KEY"
+        )
     chosen = averages or fitting
     unfit = [c for c in candidates if is_average(c.path) and not averages and c.score > best // 2]
     return _selected(chosen[0], [c for c in [*fitting, *unfit] if c is not chosen[0]], url)
@@ -101,29 +107,46 @@ def _selected(chosen: _Candidate, rest: list[_Candidate], url: str) -> FittingWe
     if rest:
         kind = "averaged (EMA) weights" if is_average(chosen.path) else "weights"
         unused = ", ".join(dict.fromkeys(candidate.name for candidate in rest))
-        notes.append(f"{url}: takes the {kind} at {chosen.name}, not those at {unused}; --key selects others")
+        notes.append(
+            f"{url}: takes the {kind} at {chosen.name}, not those at {unused}; --key selects others"
+        )
     elif is_average(chosen.path):
         notes.append(f"{url}: the averaged (EMA) weights at {chosen.name}")
-    others = [key for key in chosen.others if key != "n_averaged"]  # the counter of torch's AveragedModel
+    others = [
+        key for key in chosen.others if key != "n_averaged"
+    ]  # the counter of torch's AveragedModel
     if others:
         more = f" and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
-        notes.append(f"{url}: ignores {len(others):,} tensors outside {chosen.name}: {', '.join(others[:_SHOWN])}{more}")
+        notes.append(
+            f"{url}: ignores {len(others):,} tensors outside {chosen.name}: {', '.join(others[:_SHOWN])}{more}"
+        )
     return FittingWeights(chosen.state, chosen.scheme, notes)
 
 
 def _candidates(one: WeightSet, variant: ModelSpec, model: nn.Sequential) -> list[_Candidate]:
     """Each prefix of the set's names, with the scheme of names that fits best below it."""
     names = {
-        scheme: {n for n in key_map(scheme, variant, model).values() if _COUNTER not in n} for scheme in schemes_of(variant.name)
+        scheme: {n for n in key_map(scheme, variant, model).values() if _COUNTER not in n}
+        for scheme in schemes_of(variant.name)
     }
     prefixes = {""}
     for key in one.tensors:
         parts = key.split(".")
-        prefixes |= {".".join(parts[:depth]) + "." for depth in range(1, min(_PREFIX_DEPTH, len(parts) - 1) + 1)}
+        prefixes |= {
+            ".".join(parts[:depth]) + "."
+            for depth in range(1, min(_PREFIX_DEPTH, len(parts) - 1) + 1)
+        }
     found = []
     for prefix in sorted(prefixes):
-        state = {key[len(prefix) :]: value for key, value in one.tensors.items() if key.startswith(prefix)}
-        score, scheme = max(((len(names[scheme] & set(state)), scheme) for scheme in names), key=lambda pair: pair[0])
+        state = {
+            key[len(prefix) :]: value
+            for key, value in one.tensors.items()
+            if key.startswith(prefix)
+        }
+        score, scheme = max(
+            ((len(names[scheme] & set(state)), scheme) for scheme in names),
+            key=lambda pair: pair[0],
+        )
         others = tuple(key for key in one.tensors if not key.startswith(prefix))
         path = ".".join(filter(None, (one.key, prefix.removesuffix("."))))
         found.append(_Candidate(path, state, scheme, score, others))
@@ -140,7 +163,9 @@ def _without_copies(candidates: list[_Candidate]) -> list[_Candidate]:
 
 
 def _same_tensors(one: State, other: State) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[key]) for key, value in one.items()
+    )
 
 
 def load_weights(
@@ -171,9 +196,13 @@ def load_weights(
         trained_on = None
     if data is not None and trained_on is not None and data.classes != trained_on:
         try:
-            outputs = match_classes(output_names(trained_on, len(trained_on)), data, url, "the dataset")
+            outputs = match_classes(
+                output_names(trained_on, len(trained_on)), data, url, "the dataset"
+            )
         except UserError:
-            notes.append(f"{url}: was trained on other classes ({trained_on[0]}, ...), so the head is made new")
+            notes.append(
+                f"{url}: was trained on other classes ({trained_on[0]}, ...), so the head is made new"
+            )
             own = {key: value for key, value in own.items() if key not in present}
             return _filled(model, own, present, weights, notes, url, name)
         notes.append(f"{url}: the head's outputs are matched with the dataset's classes by name")
@@ -192,7 +221,13 @@ def load_weights(
 
 
 def _filled(
-    model: nn.Sequential, own: State, new: list[str], weights: FittingWeights, notes: list[str], url: str, name: str
+    model: nn.Sequential,
+    own: State,
+    new: list[str],
+    weights: FittingWeights,
+    notes: list[str],
+    url: str,
+    name: str,
 ) -> LoadReport:
     """Check ``own`` against the model and load it; the weights called ``new`` stay as they are."""
     expected, variant, scheme = model.state_dict(), get_model_spec(name), weights.scheme
@@ -204,7 +239,11 @@ def _filled(
     if faults:
         first = f"{url}: does not hold the weights of {name}{_likely(weights.state, name)}"
         raise UserError(first, *(f"{url}: {fault}" for fault in faults))
-    bad = [key for key, value in own.items() if value.is_floating_point() and not value.isfinite().all()]
+    bad = [
+        key
+        for key, value in own.items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
     if bad:
         raise UserError(f"{url}: {_listed('with NaN or infinite values', bad)}")
     model.load_state_dict(own, strict=False)
@@ -216,7 +255,9 @@ def _check_heads(own: State, heads: list[str], url: str) -> None:
     counts = {key: own[key].shape[0] if own[key].dim() else 0 for key in heads}
     if len(set(counts.values())) > 1 or 0 in counts.values():
         found = ", ".join(f"{key} {_shape(own[key])}" for key in heads)
-        raise UserError(f"{url}: is corrupt: its classification heads differ in the number of outputs or have none: {found}")
+        raise UserError(
+            f"{url}: is corrupt: its classification heads differ in the number of outputs or have none: {found}"
+        )
 
 
 def classes_in(weights: FittingWeights, name: str) -> int | None:
@@ -237,7 +278,9 @@ def _misfits(own: State, expected: State, new: list[str], names: dict[str, str])
     integers = [
         f"{names[key]} {own[key].dtype}"
         for key in own
-        if key in expected and expected[key].is_floating_point() and not own[key].is_floating_point()
+        if key in expected
+        and expected[key].is_floating_point()
+        and not own[key].is_floating_point()
     ]
     kinds = [
         ("missing", [names[key] for key in missing]),
@@ -265,11 +308,16 @@ def _likely(state: State, name: str) -> str:
         with torch.device("meta"):
             model = build_model(variant.name, 1000)
         heads = set(head_names(model))
-        shapes = {key: value.shape for key, value in model.state_dict().items() if not key.endswith(_COUNTER)}
+        shapes = {
+            key: value.shape
+            for key, value in model.state_dict().items()
+            if not key.endswith(_COUNTER)
+        }
         for scheme in schemes_of(variant.name):
             names = key_map(scheme, variant, model)
             fitting = sum(
-                names[key] in given and (key in heads or _same_size(given[names[key]], shape)) for key, shape in shapes.items()
+                names[key] in given and (key in heads or _same_size(given[names[key]], shape))
+                for key, shape in shapes.items()
             )
             score = fitting / max(len(shapes), len(given))
             if score > best_score:
@@ -278,4 +326,6 @@ def _likely(state: State, name: str) -> str:
 
 
 def _same_size(given: tuple[int, ...], own: torch.Size) -> bool:
-    return given == tuple(own) or (len(given) == 4 and len(own) == 2 and torch.Size(given).numel() == own.numel())
+    return given == tuple(own) or (
+        len(given) == 4 and len(own) == 2 and torch.Size(given).numel() == own.numel()
+    )

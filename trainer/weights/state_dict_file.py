@@ -38,7 +38,10 @@ _INERT: list[Any] = [
     pathlib.PosixPath,
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(
+        (np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+        for core in ("core", "_core")
+    ),
 ]
 """Values beside the weights in the checkpoints of timm (``args``), torchvision and many scripts (``best_acc``). To build
 them runs no code of the file."""
@@ -78,13 +81,20 @@ def read_weight_sets(url: str) -> list[WeightSet]:
         if found is None:
             raise UserError(f"{url}: there is no such file")
         content = found
-    sets = [WeightSet(key, _unwrapped(tensors, url)) for key, tensors in _dictionaries(_parse(content, url))]
+    sets = [
+        WeightSet(key, _unwrapped(tensors, url))
+        for key, tensors in _dictionaries(_parse(content, url))
+    ]
     if not sets:
         raise UserError(f"{url}: does not hold tensors by name")
     for one in sets:
         for name, value in one.tensors.items():
             if value.is_meta or value.layout is not torch.strided:
-                kind = "meta tensor, which has no values" if value.is_meta else "sparse tensor, which is not supported"
+                kind = (
+                    "meta tensor, which has no values"
+                    if value.is_meta
+                    else "sparse tensor, which is not supported"
+                )
                 raise UserError(f"{url}: {name} is a {kind}; save the model's dense weights")
     return sets
 
@@ -98,26 +108,38 @@ def classes_beside(url: str) -> list[str] | None:
     path = Path(location.prefix)
     if location.is_remote:
         folder, _, file = location.url.rpartition("/")
-        content = open_store(folder).read_small(FACTS_NAME) if location.prefix and file == WEIGHTS_NAME else None
+        content = (
+            open_store(folder).read_small(FACTS_NAME)
+            if location.prefix and file == WEIGHTS_NAME
+            else None
+        )
     else:
         facts = (path if path.is_dir() else path.parent) / FACTS_NAME
-        is_model = (path / WEIGHTS_NAME if path.is_dir() else path).is_file() and (path.is_dir() or path.name == WEIGHTS_NAME)
+        is_model = (path / WEIGHTS_NAME if path.is_dir() else path).is_file() and (
+            path.is_dir() or path.name == WEIGHTS_NAME
+        )
         content = facts.read_bytes() if is_model and facts.is_file() else None
     if content is None:
         return None
     try:
         return [str(name) for name in json.loads(content)["classes"]]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{url}: the {FACTS_NAME} beside the weights is corrupt; it should list the model's classes") from None
+        raise UserError(
+            f"{url}: the {FACTS_NAME} beside the weights is corrupt; it should list the model's classes"
+        ) from None
 
 
 def _parse(content: bytes, url: str) -> Any:
-    if content[8:9] == b"{":  # after the length of a safetensors header, whose first byte can be a pickle's
+    if (
+        content[8:9] == b"{"
+    ):  # after the length of a safetensors header, whose first byte can be a pickle's
         try:
             return load_safetensors(content)
         except SafetensorError as error:
             raise UserError(f"{url}: is damaged: {error}") from None
-    if content[:4] != b"PK\x03\x04" and content[:1] != b"\x80":  # torch's zip file, and the bare pickle before it
+    if (
+        content[:4] != b"PK\x03\x04" and content[:1] != b"\x80"
+    ):  # torch's zip file, and the bare pickle before it
         raise UserError(f"{url}: is neither a .safetensors nor a .pth file")
     _check_zip(content, url)
     try:
@@ -145,9 +167,13 @@ def _check_zip(content: bytes, url: str) -> None:
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
         raise UserError(f"{url}: is damaged: {error}; copy it again") from None
     if changed:
-        raise UserError(f"{url}: is damaged: the checksum of {changed} in it is wrong; copy it again")
+        raise UserError(
+            f"{url}: is damaged: the checksum of {changed} in it is wrong; copy it again"
+        )
     if "constants.pkl" in names:
-        raise UserError(f"{url}: is a TorchScript program; save the weights alone: torch.save(model.state_dict(), FILE)")
+        raise UserError(
+            f"{url}: is a TorchScript program; save the weights alone: torch.save(model.state_dict(), FILE)"
+        )
 
 
 def _dictionaries(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:

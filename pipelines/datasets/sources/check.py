@@ -31,7 +31,17 @@ def check_items(items: list[Item], decode: bool) -> list[Checked]:
 
 def with_extension(item: Item, extension: str) -> Item:
     """The item with its format's extension; dataclasses.replace takes five times as long."""
-    return Item(item.key, item.label, item.path, item.offset, item.size, extension, item.changed, item.is_idx, item.name)
+    return Item(
+        item.key,
+        item.label,
+        item.path,
+        item.offset,
+        item.size,
+        extension,
+        item.changed,
+        item.is_idx,
+        item.name,
+    )
 
 
 def _check(item: Item, decode: bool) -> Checked:
@@ -41,7 +51,9 @@ def _check(item: Item, decode: bool) -> Checked:
         try:
 
             def read(start: int, end: int) -> bytes:
-                return os.pread(descriptor, max(0, min(end, item.size) - start), item.offset + start)
+                return os.pread(
+                    descriptor, max(0, min(end, item.size) - start), item.offset + start
+                )
 
             head = read(0, _SAMPLED)
             try:

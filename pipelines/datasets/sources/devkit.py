@@ -36,9 +36,13 @@ class Devkit:
         """The class of each validation image, by the images' names."""
         raw = self._find(TRUTH)
         if raw is None:
-            raise UserError(f"{self._root}: needs the devkit for val.tar: {ARCHIVE}, or data/{TRUTH} of it")
+            raise UserError(
+                f"{self._root}: needs the devkit for val.tar: {ARCHIVE}, or data/{TRUTH} of it"
+            )
         if not self._by_number:
-            raise UserError(f"{self._root}: needs the devkit's meta.mat (or a synset_words.txt in its order) to read {TRUTH}")
+            raise UserError(
+                f"{self._root}: needs the devkit's meta.mat (or a synset_words.txt in its order) to read {TRUTH}"
+            )
         if self._is_alphabetical:
             raise UserError(
                 f"{self._root}/synset_words.txt: is in alphabetical order, but {TRUTH} counts in the devkit's order, "
@@ -47,7 +51,9 @@ class Devkit:
         truth = []
         for number, line in enumerate(raw.split(), start=1):
             if not line.isdigit() or int(line) not in self._by_number:
-                raise UserError(f"{TRUTH}: line {number}: {line[:40]!r} is none of the {len(self._by_number)} classes")
+                raise UserError(
+                    f"{TRUTH}: line {number}: {line[:40]!r} is none of the {len(self._by_number)} classes"
+                )
             truth.append(self._by_number[int(line)])
         return truth
 
@@ -62,7 +68,9 @@ class Devkit:
         except MemoryError:
             raise
         except Exception as error:  # SciPy's reader raises whatever its parsing runs into
-            raise UserError(f"{self._root}: meta.mat of the devkit cannot be read: {error}; extract it again") from None
+            raise UserError(
+                f"{self._root}: meta.mat of the devkit cannot be read: {error}; extract it again"
+            ) from None
 
     def _find(self, name: str) -> bytes | None:
         for folder in FOLDERS:
@@ -77,7 +85,9 @@ class Devkit:
             return None
         try:
             with tarfile.open(packed) as tar:
-                members = [member for member in tar if Path(member.name).name == name and member.isfile()]
+                members = [
+                    member for member in tar if Path(member.name).name == name and member.isfile()
+                ]
                 file = tar.extractfile(members[0]) if members else None
                 return file.read() if file else None
         except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, OSError) as error:

@@ -11,7 +11,9 @@ Marked = tuple[Item, int]
 """An item and the checksum of its beginning."""
 
 
-def leak_note(train: Sequence[Marked], val: Sequence[Marked], read: Callable[[Item], bytes]) -> str | None:
+def leak_note(
+    train: Sequence[Marked], val: Sequence[Marked], read: Callable[[Item], bytes]
+) -> str | None:
     """A line about images of ``val`` with the same bytes as one of ``train``, if there are any."""
     marks = {(item.size, mark) for item, mark in val}
     candidates: dict[tuple[int, int], list[Item]] = {}
@@ -23,7 +25,9 @@ def leak_note(train: Sequence[Marked], val: Sequence[Marked], read: Callable[[It
     doubtful = [(item, (item.size, mark)) for item, mark in val if (item.size, mark) in candidates]
     for item, key in doubtful[:_COMPARED]:
         if key not in digests:
-            digests[key] = {hashlib.sha256(read(other)).digest(): other for other in candidates[key]}
+            digests[key] = {
+                hashlib.sha256(read(other)).digest(): other for other in candidates[key]
+            }
         if other := digests[key].get(hashlib.sha256(read(item)).digest()):
             equal.append((item, other))
     if not equal:

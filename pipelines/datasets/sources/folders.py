@@ -56,7 +56,9 @@ def folder_splits(root: Path, layout: Layout, nested: bool, account: Account) ->
         raise UserError(*shortened([*account.faults, *account.rejected], "faults"))
     _check_single_class(found[0], account)
     ids = [one.name for one in found[0]]
-    return [_split(folder.name, classes, ids) for folder, classes in zip(folders, found, strict=True)]
+    return [
+        _split(folder.name, classes, ids) for folder, classes in zip(folders, found, strict=True)
+    ]
 
 
 def _class_folders(root: str, nested: bool, account: Account) -> list[_Class]:
@@ -99,15 +101,22 @@ def _check_names(classes: list[_Class], account: Account) -> None:
     by_case: dict[str, list[str]] = {}
     for one in classes:
         if any(0xDC80 <= ord(char) <= 0xDCFF for char in one.name):
-            account.fault(one.path, "the name of this class is not UTF-8; rename the folder (`convmv` does)")
+            account.fault(
+                one.path, "the name of this class is not UTF-8; rename the folder (`convmv` does)"
+            )
             continue
         if any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in one.name):
-            account.fault(one.path, "the name of this class contains a control character; rename the folder")
+            account.fault(
+                one.path, "the name of this class contains a control character; rename the folder"
+            )
             continue
         form = unicodedata.normalize("NFC", one.name).strip()
         if (other := by_form.setdefault(form, one.name)) != one.name:
             both = f"{other!a} and {one.name!a}"
-            account.fault(one.path, f"the classes {both} differ only by spaces or Unicode normalization; rename or merge them")
+            account.fault(
+                one.path,
+                f"the classes {both} differ only by spaces or Unicode normalization; rename or merge them",
+            )
         by_case.setdefault(form.casefold(), []).append(one.name)
     account.notes.extend(
         f"classes whose names differ only by case stay apart: {', '.join(names)}"
@@ -127,7 +136,10 @@ def _check_levels(one: _Class, account: Account) -> None:
             f"name {printable(one.path)} as the source if the splits are in it (--nested if it is a part of the class)",
         )
         return
-    has_images = any(not relative and os.path.splitext(file.name)[1].lower() not in _SIDE_FILES for relative, file in one.files)
+    has_images = any(
+        not relative and os.path.splitext(file.name)[1].lower() not in _SIDE_FILES
+        for relative, file in one.files
+    )
     if not tops or has_images:
         return
     folders = [relative for relative, _ in one.files if relative]
@@ -149,10 +161,14 @@ def _check_same_classes(train: list[_Class], val: list[_Class], account: Account
         if one.name not in known:
             near = similar.get(_loosely(one.name))
             hint = f"; it contains {near!a}, which is spelled differently" if near else ""
-            account.fault(one.path, f"this class is not in {printable(os.path.dirname(train[0].path))}{hint}")
+            account.fault(
+                one.path, f"this class is not in {printable(os.path.dirname(train[0].path))}{hint}"
+            )
     if missing := sorted(known - {one.name for one in val}):
         named = ", ".join(shortened([printable(name) for name in missing]))
-        account.notes.append(f"val has no images of {len(missing)} of the {len(train)} classes: {named}")
+        account.notes.append(
+            f"val has no images of {len(missing)} of the {len(train)} classes: {named}"
+        )
 
 
 def _loosely(name: str) -> str:

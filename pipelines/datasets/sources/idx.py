@@ -24,7 +24,10 @@ def is_idx_folder(root: Path) -> bool:
 def idx_splits(root: Path, account: Account) -> list[Split]:
     """``train-*`` and ``t10k-*``, plain or gzip; the labels are the classes. Raises UserError."""
     splits = []
-    pairs = {name: [_find(root, f"{prefix}-{kind}-ubyte") for kind in _KINDS] for name, prefix in _PREFIXES.items()}
+    pairs = {
+        name: [_find(root, f"{prefix}-{kind}-ubyte") for kind in _KINDS]
+        for name, prefix in _PREFIXES.items()
+    }
     used = [path.name for pair in pairs.values() for path in pair if path is not None]
     skip_others(root, used, "not the idx files that were read", account)
     for name, prefix in _PREFIXES.items():
@@ -32,7 +35,9 @@ def idx_splits(root: Path, account: Account) -> list[Split]:
         if images is None and labels is None and name == "val":
             continue
         if images is None or labels is None:
-            raise UserError(f"{root}: needs both {prefix}-images-idx3-ubyte.gz and {prefix}-labels-idx1-ubyte.gz")
+            raise UserError(
+                f"{root}: needs both {prefix}-images-idx3-ubyte.gz and {prefix}-labels-idx1-ubyte.gz"
+            )
         splits.append(_split(name, prefix, images, labels))
     ids = max((split.class_ids for split in splits), key=len)
     return [replace(split, class_ids=ids, classes=list(ids)) for split in splits]
@@ -43,11 +48,22 @@ def _split(name: str, prefix: str, images: Path, labels: Path) -> Split:
     if len(pixels) != len(numbers):
         raise UserError(f"{labels}: has {len(numbers)} labels for {len(pixels)} images")
     if not pixels.size:
-        raise UserError(f"{images}: holds no pixels; its shape is {' x '.join(map(str, pixels.shape))}")
+        raise UserError(
+            f"{images}: holds no pixels; its shape is {' x '.join(map(str, pixels.shape))}"
+        )
     _, height, width = pixels.shape
     changed = images.stat().st_mtime_ns
     items = [
-        Item(f"{prefix}-{i:06d}", int(label), str(images), i, height * width, "png", changed, is_idx=True)
+        Item(
+            f"{prefix}-{i:06d}",
+            int(label),
+            str(images),
+            i,
+            height * width,
+            "png",
+            changed,
+            is_idx=True,
+        )
         for i, label in enumerate(numbers)
     ]
     ids = [str(i) for i in range(int(numbers.max()) + 1)]
@@ -55,7 +71,9 @@ def _split(name: str, prefix: str, images: Path, labels: Path) -> Split:
 
 
 def _find(root: Path, name: str) -> Path | None:
-    return next((root / f"{name}{end}" for end in (".gz", "") if (root / f"{name}{end}").is_file()), None)
+    return next(
+        (root / f"{name}{end}" for end in (".gz", "") if (root / f"{name}{end}").is_file()), None
+    )
 
 
 @lru_cache(maxsize=2)
@@ -76,10 +94,14 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: cannot be read: {reason}") from None
     if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) < 4 + 4 * dimensions:
-        raise UserError(f"{path}: is not an idx file of unsigned bytes in {dimensions} dimensions; it begins with {raw[:4]!r}")
+        raise UserError(
+            f"{path}: is not an idx file of unsigned bytes in {dimensions} dimensions; it begins with {raw[:4]!r}"
+        )
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
     found = len(raw) - 4 - 4 * dimensions
     if found != math.prod(shape):
         size = " x ".join(map(str, shape))
-        raise UserError(f"{path}: its header says {size} = {math.prod(shape):,} bytes of data, but it has {found:,}")
+        raise UserError(
+            f"{path}: its header says {size} = {math.prod(shape):,} bytes of data, but it has {found:,}"
+        )
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)

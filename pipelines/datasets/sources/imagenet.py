@@ -24,25 +24,38 @@ def imagenet_splits(root: Path, account: Account) -> list[Split]:
     """
     train, val = _find(root, "train"), _find(root, "val")
     used = {path.name for path in (train, val) if path is not None}
-    devkit_files = {ARCHIVE, TRUTH, "meta.mat", "synset_words.txt", *(folder.split("/")[0] for folder in FOLDERS)}
+    devkit_files = {
+        ARCHIVE,
+        TRUTH,
+        "meta.mat",
+        "synset_words.txt",
+        *(folder.split("/")[0] for folder in FOLDERS),
+    }
     skip_others(root, used | devkit_files, "beside ImageNet's tars", account)
     devkit = Devkit(root)
     splits = []
     if train is not None:
         splits.append(_train_split(train, devkit, account))
     if val is not None:
-        splits.append(_val_split(val, train, splits[0].class_ids if splits else None, devkit, account))
+        splits.append(
+            _val_split(val, train, splits[0].class_ids if splits else None, devkit, account)
+        )
     return splits
 
 
 def _find(root: Path, split: str) -> Path | None:
-    return next((root / n for n in (f"ILSVRC2012_img_{split}.tar", f"{split}.tar") if (root / n).is_file()), None)
+    return next(
+        (root / n for n in (f"ILSVRC2012_img_{split}.tar", f"{split}.tar") if (root / n).is_file()),
+        None,
+    )
 
 
 def _train_split(path: Path, devkit: Devkit, account: Account) -> Split:
     classes = sorted(_members(path, account))
     if wrong := [name for name, _, _ in classes if not name.endswith(".tar")]:
-        raise UserError(f"{path}: {wrong[0]} is not a class's tar, as ILSVRC2012_img_train.tar contains")
+        raise UserError(
+            f"{path}: {wrong[0]} is not a class's tar, as ILSVRC2012_img_train.tar contains"
+        )
     ids = [PurePosixPath(name).stem for name, _, _ in classes]
     if twice := sorted({identity for identity in ids if ids.count(identity) > 1}):
         raise UserError(f"{path}: contains {twice[0]}.tar more than once")
@@ -65,10 +78,14 @@ def _train_split(path: Path, devkit: Devkit, account: Account) -> Split:
         names += [(ids[label], PurePosixPath(n).stem) for n, _, _ in inner]
     if faults:
         raise UserError(*shortened(faults, "faults"))
-    return Split("train", ids, [devkit.words.get(i, i) for i in ids], _items(path, names, labels, found))
+    return Split(
+        "train", ids, [devkit.words.get(i, i) for i in ids], _items(path, names, labels, found)
+    )
 
 
-def _val_split(path: Path, train: Path | None, ids: list[str] | None, devkit: Devkit, account: Account) -> Split:
+def _val_split(
+    path: Path, train: Path | None, ids: list[str] | None, devkit: Devkit, account: Account
+) -> Split:
     images = sorted(_members(path, account))
     truth = devkit.ground_truth()
     if len(truth) != len(images):
@@ -77,9 +94,14 @@ def _val_split(path: Path, train: Path | None, ids: list[str] | None, devkit: De
     if unknown := sorted(set(truth) - set(ids)):
         raise UserError(f"{TRUTH}: names class {unknown[0]}, which is not in {train}")
     label_of = {identity: label for label, identity in enumerate(ids)}
-    names = [(identity, PurePosixPath(name).stem) for (name, _, _), identity in zip(images, truth, strict=True)]
+    names = [
+        (identity, PurePosixPath(name).stem)
+        for (name, _, _), identity in zip(images, truth, strict=True)
+    ]
     labels = [label_of[identity] for identity in truth]
-    return Split("val", ids, [devkit.words.get(i, i) for i in ids], _items(path, names, labels, images))
+    return Split(
+        "val", ids, [devkit.words.get(i, i) for i in ids], _items(path, names, labels, images)
+    )
 
 
 def _items(path: Path, names: list[tuple[str, str]], labels: list[int], found: Found) -> list[Item]:
@@ -89,7 +111,9 @@ def _items(path: Path, names: list[tuple[str, str]], labels: list[int], found: F
     changed = path.stat().st_mtime_ns
     return [
         Item(key, label, str(path), offset, size, changed=changed, name=name)
-        for key, label, (name, offset, size) in zip(sample_keys(names, labels), labels, found, strict=True)
+        for key, label, (name, offset, size) in zip(
+            sample_keys(names, labels), labels, found, strict=True
+        )
     ]
 
 
@@ -108,7 +132,9 @@ def _members(path: Path, account: Account, start: int = 0, size: int | None = No
         if any(skipped_by_name(part, is_folder=False) for part in PurePosixPath(member.name).parts):
             account.skip(HIDDEN, f"{path}: {member.name}")
         elif not member.is_file:
-            raise UserError(f"{path}: {printable(member.name)} is a {member.kind}, not a file; write the tar with --dereference")
+            raise UserError(
+                f"{path}: {printable(member.name)} is a {member.kind}, not a file; write the tar with --dereference"
+            )
         elif member.name in found:
             raise UserError(f"{path}: contains {printable(member.name)} more than once")
         else:

@@ -74,7 +74,9 @@ class Account:
         lines = []
         for rule, paths in self.skipped.items():
             named = ", ".join(printable(path) for path in paths[:_NAMED])
-            lines.append(f"skipped {len(paths):,} ({rule}): {named}{', ...' if len(paths) > _NAMED else ''}")
+            lines.append(
+                f"skipped {len(paths):,} ({rule}): {named}{', ...' if len(paths) > _NAMED else ''}"
+            )
         return lines
 
 

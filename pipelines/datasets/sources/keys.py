@@ -20,7 +20,9 @@ def sample_keys(names: Sequence[tuple[str, str]], labels: Sequence[int]) -> list
     for (folder, stem), label in zip(names, labels, strict=True):
         prefix = folders.get((folder, label))
         if prefix is None:
-            prefix = folders[folder, label] = f"{_safe(folder, f'class-{label}')}/" if folder else ""
+            prefix = folders[folder, label] = (
+                f"{_safe(folder, f'class-{label}')}/" if folder else ""
+            )
         wanted.append(prefix + _safe(stem, "_"))
     return _numbered(wanted)
 
@@ -37,7 +39,9 @@ def _numbered(wanted: list[str]) -> list[str]:
     keys, seen = [], set()
     following: dict[str, int] = {}
     for key in wanted:
-        if counts[key] == 1 or key not in seen:  # the first one, and names that exist as such, keep it
+        if (
+            counts[key] == 1 or key not in seen
+        ):  # the first one, and names that exist as such, keep it
             seen.add(key)
             keys.append(key)
             continue
@@ -52,7 +56,9 @@ def _numbered(wanted: list[str]) -> list[str]:
 
 def _safe(name: str, fallback: str) -> str:
     if not name.isascii():
-        name = "".join(char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
+        name = "".join(
+            char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char)
+        )
         name = re.sub(r"[^\x00-\x7f]+", "_", name)  # one for a word of another script
         if not name.strip("_"):
             return fallback

@@ -33,7 +33,22 @@ _WORDS = {
     "testing": "test",
     "tst": "test",
 }
-_FILLERS = frozenset(["set", "sets", "data", "dataset", "split", "image", "images", "img", "imgs", "folder", "seg", "samples"])
+_FILLERS = frozenset(
+    [
+        "set",
+        "sets",
+        "data",
+        "dataset",
+        "split",
+        "image",
+        "images",
+        "img",
+        "imgs",
+        "folder",
+        "seg",
+        "samples",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +84,13 @@ def find_split_folders(root: str, layout: Layout, account: Account) -> list[Spli
     words = {folder.name: kind for folder in folders if (kind := split_kind(folder.name))}
     if layout == "classes" or not words:
         if layout == "splits":
-            raise UserError(f"{printable(root)}: --layout splits, but it contains no folder train or val")
+            raise UserError(
+                f"{printable(root)}: --layout splits, but it contains no folder train or val"
+            )
         return [SplitFolder("train", root)]
-    splits = [folder for folder in folders if folder.name in words and _contains_folders(folder, account)]
+    splits = [
+        folder for folder in folders if folder.name in words and _contains_folders(folder, account)
+    ]
     if account.faults:
         return []
     if not splits:
@@ -81,7 +100,14 @@ def find_split_folders(root: str, layout: Layout, account: Account) -> list[Spli
             "its train and val folders; --layout classes if the folders of SOURCE are the classes"
         )
     chosen = _choose(root, {folder: words[folder.name] for folder in splits})
-    _skip_rest(root, [folder for folder in folders if folder not in chosen.values()], chosen, words, layout, account)
+    _skip_rest(
+        root,
+        [folder for folder in folders if folder not in chosen.values()],
+        chosen,
+        words,
+        layout,
+        account,
+    )
     return [SplitFolder(name, folder.path) for name, folder in chosen.items()]
 
 
@@ -93,7 +119,9 @@ def _choose(root: str, kinds: dict[Entry, str]) -> dict[str, Entry]:
     for same in by_kind.values():
         if len(same) > 1:
             names = " and ".join(printable(folder.name) for folder in same)
-            raise UserError(f"{printable(root)}: {names} are the same split; splits are never merged: move one of them away")
+            raise UserError(
+                f"{printable(root)}: {names} are the same split; splits are never merged: move one of them away"
+            )
     if "train" not in by_kind:
         raise UserError(
             f"{printable(root)}: contains {', '.join(sorted(printable(f.name) for f in kinds))} but no train folder, whose "
@@ -106,10 +134,17 @@ def _choose(root: str, kinds: dict[Entry, str]) -> dict[str, Entry]:
 
 
 def _skip_rest(
-    root: str, folders: list[Entry], chosen: dict[str, Entry], words: dict[str, str], layout: Layout, account: Account
+    root: str,
+    folders: list[Entry],
+    chosen: dict[str, Entry],
+    words: dict[str, str],
+    layout: Layout,
+    account: Account,
 ) -> None:
     """Account for what is beside the split folders; raises UserError if classes may be among it."""
-    loose = [entry.path for entry in Walk(account).entries(root, is_class=False) if not entry.is_folder]
+    loose = [
+        entry.path for entry in Walk(account).entries(root, is_class=False) if not entry.is_folder
+    ]
     account.skip("beside the split folders", *loose)
     ambiguous, flat = [], []
     for folder in folders:
@@ -119,8 +154,12 @@ def _skip_rest(
         if kind == "test" and "val" in chosen:
             account.skip(f"a test split; {printable(chosen['val'].name)} is packed as val", *files)
         elif layout == "auto" and kind:
-            flat.append(f"{printable(folder.path)}: is named like a split, but contains no class folders; --layout splits skips it")
-        elif layout == "auto" and (unreadable or any(map(looks_like_image, files)) or os.path.islink(folder.path)):
+            flat.append(
+                f"{printable(folder.path)}: is named like a split, but contains no class folders; --layout splits skips it"
+            )
+        elif layout == "auto" and (
+            unreadable or any(map(looks_like_image, files)) or os.path.islink(folder.path)
+        ):
             ambiguous.append(printable(folder.name))
         else:
             account.skip("in folders beside the splits", *files)
@@ -136,7 +175,9 @@ def _skip_rest(
 
 
 def _contains_folders(folder: Entry, account: Account) -> bool:
-    listed = Account()  # its files are accounted for later, but a folder that cannot be listed is not
+    listed = (
+        Account()
+    )  # its files are accounted for later, but a folder that cannot be listed is not
     found = any(entry.is_folder for entry in Walk(listed).entries(folder.path))
     account.faults += listed.faults
     return found

@@ -76,5 +76,7 @@ def read_item(item: Item) -> bytes:
     except OSError as error:
         raise UserError(f"{item.source}: cannot be read any more: {error.strerror}") from None
     if len(content) != item.size or status.st_mtime_ns != item.changed:
-        raise UserError(f"{item.source}: was changed while it was being packed; pack again when the source is complete")
+        raise UserError(
+            f"{item.source}: was changed while it was being packed; pack again when the source is complete"
+        )
     return content

@@ -12,7 +12,9 @@ from trainer.errors import UserError
 
 HIDDEN = "hidden, or left by a desktop system"
 _LEFTOVERS = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"})
-_LEFTOVER_FOLDERS = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
+_LEFTOVER_FOLDERS = frozenset(
+    {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+)
 
 _IMAGE_SUFFIXES = frozenset(
     {
@@ -22,7 +24,12 @@ _IMAGE_SUFFIXES = frozenset(
     }
 )  # fmt: skip
 _IMAGE_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
-_SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,9 @@ class Walk:
         first = self._visited.setdefault(identity, folder.path)
         if first == folder.path:
             return True
-        self.account.fault(folder.path, f"is the same folder as {printable(first)}; remove one of the links")
+        self.account.fault(
+            folder.path, f"is the same folder as {printable(first)}; remove one of the links"
+        )
         return False
 
     def _scan(self, folder: str) -> list[os.DirEntry[str]]:
@@ -121,7 +130,9 @@ def files_below(folder: str, unreadable: list[str] | None = None) -> list[str]:
     errors: list[OSError] = []
     for path, folders, names in os.walk(folder, onerror=errors.append):
         found += [os.path.join(path, name) for name in names]
-        found += [os.path.join(path, name) for name in folders if os.path.islink(os.path.join(path, name))]
+        found += [
+            os.path.join(path, name) for name in folders if os.path.islink(os.path.join(path, name))
+        ]
     failed = [str(error.filename) for error in errors]
     if unreadable is not None:
         unreadable += failed

@@ -33,7 +33,13 @@ def training_of(scale: Scale, kind: str, micro: int, seed: int) -> Training:
         "model.name=resnet8", f"model.batch_norm={KINDS[kind]}", f"optimizer.base_lr={scale.choose(0.01, 0.00125)}",
         f"batch.global_size={BATCH}", f"batch.micro_size={micro}", f"train.epochs={scale.choose(3, 5)}", "train.log_every_steps=1",
     )  # fmt: skip
-    return Training(f"resnet8-{kind.replace(' ', '-')}-micro-{micro}", seed, scale.choose(4096, 6144), 2000, keys)
+    return Training(
+        f"resnet8-{kind.replace(' ', '-')}-micro-{micro}",
+        seed,
+        scale.choose(4096, 6144),
+        2000,
+        keys,
+    )
 
 
 def micro_sizes(kind: str, scale: Scale) -> tuple[int, ...]:
@@ -44,7 +50,10 @@ def micro_sizes(kind: str, scale: Scale) -> tuple[int, ...]:
 
 def trainings(scale: Scale) -> list[Training]:
     return [
-        training_of(scale, kind, micro, seed) for seed in range(scale.seeds) for kind in KINDS for micro in micro_sizes(kind, scale)
+        training_of(scale, kind, micro, seed)
+        for seed in range(scale.seeds)
+        for kind in KINDS
+        for micro in micro_sizes(kind, scale)
     ]
 
 
@@ -56,19 +65,28 @@ def activation_mib(micro: int) -> float:
 
 
 def measured(runs: Runs, scale: Scale) -> Figures:
-    figures: Figures = {"activation_mib": {micro: round(activation_mib(micro), 1) for micro in MICRO}, "kinds": {}}
+    figures: Figures = {
+        "activation_mib": {micro: round(activation_mib(micro), 1) for micro in MICRO},
+        "kinds": {},
+    }
     for kind in KINDS:
         entry = {}
         for micro in micro_sizes(kind, scale):
             own = [training_of(scale, kind, micro, seed) for seed in range(scale.seeds)]
             losses = [runs.losses(training) for training in own]
-            whole = [runs.losses(training_of(scale, kind, MICRO[0], seed)) for seed in range(scale.seeds)]
+            whole = [
+                runs.losses(training_of(scale, kind, MICRO[0], seed)) for seed in range(scale.seeds)
+            ]
             entry[micro] = {
                 "losses": [[round(float(v), 5) for v in row] for row in losses],
-                "largest_difference_nats": max(float(abs(a - b).max()) for a, b in zip(losses, whole, strict=True)),
+                "largest_difference_nats": max(
+                    float(abs(a - b).max()) for a, b in zip(losses, whole, strict=True)
+                ),
                 "fall_nats": min(fall_of(row.tolist()) for row in losses),
                 "peak_mib": mean_std([runs.outcome(training)["peak_mib"] for training in own], 1),
-                "images_per_second": mean_std([runs.outcome(training)["images_per_second"] for training in own], 1),
+                "images_per_second": mean_std(
+                    [runs.outcome(training)["images_per_second"] for training in own], 1
+                ),
             }
         figures["kinds"][kind] = entry
     return figures
@@ -84,7 +102,9 @@ def judge(figures: Figures) -> list[Claim]:
     told = f"peak memory {saved:,.0f} MiB lower at {last} than at {first}; activations computed: {expected:,.0f} MiB"
     return [
         same_curves("T4", "any micro-batch gives the same losses", apart, fall),
-        Claim("T4", "a smaller micro-batch needs less memory", verdict_if(saved >= expected / 2), told),
+        Claim(
+            "T4", "a smaller micro-batch needs less memory", verdict_if(saved >= expected / 2), told
+        ),
     ]
 
 
@@ -94,9 +114,20 @@ def plot(figures: Figures, file: Path) -> None:
         lines = ("-", "--", ":")
         for (micro, values), colour, line in zip(entry.items(), plots.COLOURS, lines, strict=False):
             label = f"{BATCH // int(micro)} x {micro}"
-            plots.band(curve, range(1, len(values["losses"][0]) + 1), values["losses"], colour, label, linestyle=line)
+            plots.band(
+                curve,
+                range(1, len(values["losses"][0]) + 1),
+                values["losses"],
+                colour,
+                label,
+                linestyle=line,
+            )
         plots.bars(
-            memory, [f"{BATCH // int(m)} x {m}" for m in entry], [v["peak_mib"] for v in entry.values()], plots.COLOURS, "{:,.0f}"
+            memory,
+            [f"{BATCH // int(m)} x {m}" for m in entry],
+            [v["peak_mib"] for v in entry.values()],
+            plots.COLOURS,
+            "{:,.0f}",
         )
         for place, micro in enumerate(entry):
             memory.plot(
@@ -107,7 +138,9 @@ def plot(figures: Figures, file: Path) -> None:
                 label="activations, computed" if not place else None,
             )
         curve.set(xlabel="optimizer step", ylabel="training loss, cross-entropy (nats)")
-        memory.set(xlabel="accumulation steps x micro-batch", ylabel="peak memory of the process (MiB)")
+        memory.set(
+            xlabel="accumulation steps x micro-batch", ylabel="peak memory of the process (MiB)"
+        )
         for axes in (curve, memory):
             axes.legend(frameon=False)
 

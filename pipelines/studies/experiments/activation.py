@@ -34,16 +34,31 @@ def training_of(scale: Scale, kind: str, rate: float, seed: int) -> Training:
         "model.name=plain8", "model.width=8", "model.batch_norm=false", f"model.activation={kind}",
         f"optimizer.base_lr={rate}", "optimizer.weight_decay=0.0", "schedule.name=constant", f"train.epochs={scale.choose(14, 20)}",
     )  # fmt: skip
-    return Training(f"plain8-{kind}-{rate:g}", seed, scale.choose(1024, 2048), scale.val_samples, keys, "train", may_diverge=True)
+    return Training(
+        f"plain8-{kind}-{rate:g}",
+        seed,
+        scale.choose(1024, 2048),
+        scale.val_samples,
+        keys,
+        "train",
+        may_diverge=True,
+    )
 
 
 def trainings(scale: Scale) -> list[Training]:
-    return [training_of(scale, kind, rate, seed) for seed in range(scale.seeds) for kind in KINDS for rate in rates(scale)]
+    return [
+        training_of(scale, kind, rate, seed)
+        for seed in range(scale.seeds)
+        for kind in KINDS
+        for rate in rates(scale)
+    ]
 
 
 def steps_to_goal(steps: list[int], errors: list[float]) -> int:
     """The first at which the error was measured to be at most the goal; where it never was, twice the last step."""
-    return next((step for step, error in zip(steps, errors, strict=True) if error <= GOAL), 2 * steps[-1])
+    return next(
+        (step for step, error in zip(steps, errors, strict=True) if error <= GOAL), 2 * steps[-1]
+    )
 
 
 def _errors(runs: Runs, training: Training) -> tuple[list[int], list[float]]:
@@ -67,13 +82,21 @@ def _kind(runs: Runs, scale: Scale, kind: str) -> dict[str, Any]:
     best = min(by_rate, key=lambda rate: float(by_rate[rate]["steps_to_goal"]["mean"]))
     images, labels = measure.some_images(runs, 128)
     config = runs.run_of(training_of(scale, kind, float(best), 0)).config()
-    starts = [config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})}) for seed in range(STARTS)]
+    starts = [
+        config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+        for seed in range(STARTS)
+    ]
     ended = [training_of(scale, kind, float(best), seed) for seed in range(scale.seeds)]
     return {
         "by_rate": by_rate,
         "best_rate": best,
-        "gradient_at_start": [measure.gradient_norms(measure.untrained(start), images, labels) for start in starts],
-        "gradient_trained": [measure.gradient_norms(measure.trained(runs, training), images, labels) for training in ended],
+        "gradient_at_start": [
+            measure.gradient_norms(measure.untrained(start), images, labels) for start in starts
+        ],
+        "gradient_trained": [
+            measure.gradient_norms(measure.trained(runs, training), images, labels)
+            for training in ended
+        ],
     }
 
 
@@ -98,7 +121,10 @@ def judge(figures: Figures) -> list[Claim]:
             differences_text(saved, 0, " steps"),
         )
     ]
-    for when, text in (("gradient_at_start", "at the start"), ("gradient_trained", "after training")):
+    for when, text in (
+        ("gradient_at_start", "at the start"),
+        ("gradient_trained", "after training"),
+    ):
         rows = [[first_to_last(norms) for norms in figures[kind][when]] for kind in KINDS]
         ratios = [a / b for a, b in zip(*rows, strict=True)]
         told = "times tanh's: " + differences_text(ratios, 2)
@@ -113,14 +139,25 @@ def _best(figures: Figures, kind: str) -> dict[str, Any]:
 
 
 def plot(figures: Figures, file: Path) -> None:
-    with plots.panels(2, "Plain-8 without batch norm, with ReLU and with tanh", file) as (errors, gradient):
+    with plots.panels(2, "Plain-8 without batch norm, with ReLU and with tanh", file) as (
+        errors,
+        gradient,
+    ):
         for kind, colour in zip(KINDS, (plots.BLUE, plots.ORANGE), strict=True):
             best = _best(figures, kind)
-            plots.band(errors, best["steps"], best["errors"], colour, f"{kind}, rate {figures[kind]['best_rate']}")
+            plots.band(
+                errors,
+                best["steps"],
+                best["errors"],
+                colour,
+                f"{kind}, rate {figures[kind]['best_rate']}",
+            )
             for when, line in (("gradient_at_start", "--"), ("gradient_trained", "-")):
                 rows = [list(norms.values()) for norms in figures[kind][when]]
                 label = f"{kind}, {'start' if line == '--' else 'trained'}"
-                plots.band(gradient, range(len(rows[0])), rows, colour, label, linestyle=line, marker=".")
+                plots.band(
+                    gradient, range(len(rows[0])), rows, colour, label, linestyle=line, marker="."
+                )
         errors.axhline(GOAL, color=plots.BLACK, linewidth=0.8, linestyle=":")
         errors.set(xlabel="optimizer step (64 images)", ylabel="training error (%)", ylim=(0, 100))
         names = list(figures["relu"]["gradient_at_start"][0])
@@ -133,7 +170,10 @@ def plot(figures: Figures, file: Path) -> None:
 def paragraph(figures: Figures) -> str:
     relu, tanh = (_best(figures, kind)["steps_to_goal"] for kind in KINDS)
     rows = {
-        kind: [mean_std([first_to_last(n) for n in figures[kind][w]])["mean"] for w in ("gradient_at_start", "gradient_trained")]
+        kind: [
+            mean_std([first_to_last(n) for n in figures[kind][w]])["mean"]
+            for w in ("gradient_at_start", "gradient_trained")
+        ]
         for kind in KINDS
     }
     return (

@@ -31,11 +31,18 @@ def training_of(scale: Scale, kind: str, rate: float, seed: int) -> Training:
         f"model.name={KINDS[kind]}", "model.stem=small", "model.width=8", "model.dropout=0.0", f"optimizer.base_lr={rate}",
         "schedule.name=constant", f"train.epochs={scale.choose(2, 3)}",
     )  # fmt: skip
-    return Training(f"vgg11-{kind}-norm-{rate:g}", seed, scale.choose(2048, 4096), 2000, keys, may_diverge=True)
+    return Training(
+        f"vgg11-{kind}-norm-{rate:g}", seed, scale.choose(2048, 4096), 2000, keys, may_diverge=True
+    )
 
 
 def trainings(scale: Scale) -> list[Training]:
-    return [training_of(scale, kind, rate, seed) for seed in range(scale.seeds) for kind in KINDS for rate in rates(scale)]
+    return [
+        training_of(scale, kind, rate, seed)
+        for seed in range(scale.seeds)
+        for kind in KINDS
+        for rate in rates(scale)
+    ]
 
 
 def last_loss(runs: Runs, training: Training) -> float | None:
@@ -48,7 +55,11 @@ def last_loss(runs: Runs, training: Training) -> float | None:
 
 def decades(tried: list[float], losses: list[float | None]) -> float:
     """Orders of magnitude from the least to the greatest rate that trains; a step of the grid for one alone, 0 for none."""
-    good = [rate for rate, loss in zip(tried, losses, strict=True) if loss is not None and loss < LEARNED]
+    good = [
+        rate
+        for rate, loss in zip(tried, losses, strict=True)
+        if loss is not None and loss < LEARNED
+    ]
     step = math.log10(tried[-1] / tried[0]) / (len(tried) - 1)
     return round(math.log10(max(good) / min(good)) + step, 3) if good else 0.0
 
@@ -57,26 +68,56 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     tried = list(rates(scale))
     figures: Figures = {"rates": tried}
     for kind in KINDS:
-        losses = [[last_loss(runs, training_of(scale, kind, rate, seed)) for rate in tried] for seed in range(scale.seeds)]
-        figures[kind] = {"losses": losses, "decades": mean_std([decades(tried, row) for row in losses], 3)}
+        losses = [
+            [last_loss(runs, training_of(scale, kind, rate, seed)) for rate in tried]
+            for seed in range(scale.seeds)
+        ]
+        figures[kind] = {
+            "losses": losses,
+            "decades": mean_std([decades(tried, row) for row in losses], 3),
+        }
     return figures
 
 
 def judge(figures: Figures) -> list[Claim]:
-    wider = [a - b for a, b in zip(figures["with"]["decades"]["each"], figures["without"]["decades"]["each"], strict=True)]
+    wider = [
+        a - b
+        for a, b in zip(
+            figures["with"]["decades"]["each"], figures["without"]["decades"]["each"], strict=True
+        )
+    ]
     text = "the range of rates that train is wider with batch norm"
-    return [Claim("I7", text, verdict_by_seeds(wider), differences_text(wider, 2, " orders of magnitude"))]
+    return [
+        Claim(
+            "I7", text, verdict_by_seeds(wider), differences_text(wider, 2, " orders of magnitude")
+        )
+    ]
 
 
 def plot(figures: Figures, file: Path) -> None:
     highest = 2 * LEARNED * 1.3
-    with plots.panels(1, "VGG-11's small form: training loss by learning rate", file, 4.6) as (axes,):
+    with plots.panels(1, "VGG-11's small form: training loss by learning rate", file, 4.6) as (
+        axes,
+    ):
         for kind, colour in (("with", plots.BLUE), ("without", plots.ORANGE)):
-            rows = [[highest if loss is None else min(loss, highest) for loss in row] for row in figures[kind]["losses"]]
+            rows = [
+                [highest if loss is None else min(loss, highest) for loss in row]
+                for row in figures[kind]["losses"]
+            ]
             plots.band(axes, figures["rates"], rows, colour, f"{kind} batch norm", marker="o")
         axes.axhline(LEARNED, color=plots.BLACK, linestyle=":", linewidth=0.9)
-        axes.annotate("below: it trains", (figures["rates"][0], LEARNED), textcoords="offset points", xytext=(0, -12), fontsize=9)
-        axes.set(xscale="log", xlabel="learning rate (batch 64)", ylabel="training loss at the end (nats); at the top: diverged")
+        axes.annotate(
+            "below: it trains",
+            (figures["rates"][0], LEARNED),
+            textcoords="offset points",
+            xytext=(0, -12),
+            fontsize=9,
+        )
+        axes.set(
+            xscale="log",
+            xlabel="learning rate (batch 64)",
+            ylabel="training loss at the end (nats); at the top: diverged",
+        )
         axes.legend(frameon=False)
 
 
@@ -84,7 +125,11 @@ def paragraph(figures: Figures) -> str:
     cells = []
     for kind in KINDS:
         rows = figures[kind]["losses"]
-        good = [r for i, r in enumerate(figures["rates"]) if all(row[i] is not None and row[i] < LEARNED for row in rows)]
+        good = [
+            r
+            for i, r in enumerate(figures["rates"])
+            if all(row[i] is not None and row[i] < LEARNED for row in rows)
+        ]
         gone = [r for i, r in enumerate(figures["rates"]) if any(row[i] is None for row in rows)]
         named = f"{min(good):g} to {max(good):g}" if good else "none"
         end = f", diverged at {', '.join(f'{rate:g}' for rate in gone)}" if gone else ""

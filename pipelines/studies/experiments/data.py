@@ -50,7 +50,9 @@ def first_of_idx(content: bytes, samples: int) -> bytes:
     rank = content[3]
     dimensions = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
     if samples > dimensions[0]:
-        raise UserError(f"Fashion-MNIST has {dimensions[0]:,} images in this split, not {samples:,}")
+        raise UserError(
+            f"Fashion-MNIST has {dimensions[0]:,} images in this split, not {samples:,}"
+        )
     size = 1
     for dimension in dimensions[1:]:
         size *= dimension

@@ -49,7 +49,9 @@ def training_of(scale: Scale, ranks: int, seed: int) -> Training:
         "model.name=resnet8", "model.batch_norm=false", f"optimizer.base_lr={scale.choose(0.02, 0.0025)}",
         f"batch.global_size={BATCH}", f"batch.micro_size={MICRO}", "train.epochs=3",
     )  # fmt: skip
-    return Training(f"resnet8-ranks-{ranks}", seed, scale.choose(2048, 6000), 2000, keys, procs=ranks)
+    return Training(
+        f"resnet8-ranks-{ranks}", seed, scale.choose(2048, 6000), 2000, keys, procs=ranks
+    )
 
 
 def trainings(scale: Scale) -> list[Training]:
@@ -70,11 +72,33 @@ def link_of(seconds: dict[int, float]) -> tuple[float, float]:
 def measure_link(folder: Path) -> tuple[float, float]:
     """Of two processes on this machine."""
     file = folder / "allreduce.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "pipelines.studies.experiments.allreduce", str(file)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+    ]
+    command += [
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        "-m",
+        "pipelines.studies.experiments.allreduce",
+        str(file),
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        raise RetryableError(f"the AllReduce of two processes failed: {done.stderr.strip().splitlines()[-1][:200]}")
+        raise RetryableError(
+            f"the AllReduce of two processes failed: {done.stderr.strip().splitlines()[-1][:200]}"
+        )
     return link_of({int(size): seconds for size, seconds in json.loads(file.read_text()).items()})
 
 
@@ -85,26 +109,44 @@ def efficiency(ranks: int) -> dict[str, float]:
     compute = IMAGES_A_GPU / (images / (GOYAL_HOURS[8] * 3600 * 8))
     servers = max(1, ranks // GPUS_A_SERVER)
     wire = ring(servers, 4 * model_info("resnet50").parameters, LATENCY, GOYAL_BANDWIDTH)
-    return {"after": round(compute / (compute + wire), 4), "under": round(compute / max(compute, wire), 4)}
+    return {
+        "after": round(compute / (compute + wire), 4),
+        "under": round(compute / max(compute, wire), 4),
+    }
 
 
 def measured(runs: Runs, scale: Scale) -> Figures:
     latency, bandwidth = measure_link(runs.folder)
-    own = {ranks: [training_of(scale, ranks, seed) for seed in range(scale.seeds)] for ranks in RANKS}
+    own = {
+        ranks: [training_of(scale, ranks, seed) for seed in range(scale.seeds)] for ranks in RANKS
+    }
     losses = {ranks: [runs.losses(training) for training in of] for ranks, of in own.items()}
-    speeds = {ranks: [runs.outcome(training)["images_per_second"] for training in of] for ranks, of in own.items()}
+    speeds = {
+        ranks: [runs.outcome(training)["images_per_second"] for training in of]
+        for ranks, of in own.items()
+    }
     size = 4 * describe_small()
-    seconds = {ranks: mean_std([BATCH / speed for speed in each], 5) for ranks, each in speeds.items()}
+    seconds = {
+        ranks: mean_std([BATCH / speed for speed in each], 5) for ranks, each in speeds.items()
+    }
     return {
-        "losses": {ranks: [[round(float(v), 5) for v in row] for row in rows] for ranks, rows in losses.items()},
+        "losses": {
+            ranks: [[round(float(v), 5) for v in row] for row in rows]
+            for ranks, rows in losses.items()
+        },
         "largest_difference_nats": max(
-            float(abs(one - many).max()) for rows in losses.values() for one, many in zip(losses[1], rows, strict=True)
+            float(abs(one - many).max())
+            for rows in losses.values()
+            for one, many in zip(losses[1], rows, strict=True)
         ),
         "fall_nats": min(fall_of(row.tolist()) for rows in losses.values() for row in rows),
         "step_seconds": seconds,
         "speedup_of_two": mean_std([b / a for a, b in zip(speeds[1], speeds[2], strict=True)], 3),
         "link": {"latency_seconds": latency, "bytes_per_second": bandwidth},
-        "model_step_seconds": {ranks: seconds[1]["mean"] / ranks + ring(ranks, size, latency, bandwidth) for ranks in RANKS},
+        "model_step_seconds": {
+            ranks: seconds[1]["mean"] / ranks + ring(ranks, size, latency, bandwidth)
+            for ranks in RANKS
+        },
         "gradient_bytes": size,
         "efficiency": {ranks: efficiency(ranks) for ranks in (8, 16, 32, 64, 128, 256, 512)},
         "goyal_efficiency": round(GOYAL_HOURS[8] * 8 / (GOYAL_HOURS[256] * 256), 4),
@@ -132,9 +174,17 @@ def judge(figures: Figures) -> list[Claim]:
     return [
         same_curves("P4", "1, 2 and 4 ranks give the same losses", apart, figures["fall_nats"]),
         Claim(
-            "T1", f"two ranks here are {LEAST_SPEEDUP} times one", verdict_by_seeds(gains, LEAST_SPEEDUP), differences_text(gains)
+            "T1",
+            f"two ranks here are {LEAST_SPEEDUP} times one",
+            verdict_by_seeds(gains, LEAST_SPEEDUP),
+            differences_text(gains),
         ),
-        Claim("T1", "8 to 256 GPUs scale as the model of compute and AllReduce says", verdict_if(within), told),
+        Claim(
+            "T1",
+            "8 to 256 GPUs scale as the model of compute and AllReduce says",
+            verdict_if(within),
+            told,
+        ),
         Claim(
             "T1",
             "which is nearly linear to 512",
@@ -146,23 +196,69 @@ def judge(figures: Figures) -> list[Claim]:
 
 def plot(figures: Figures, file: Path) -> None:
     with plots.panels(3, "Data parallelism", file, 4.6) as (curve, step, far):
-        for (ranks, rows), colour, line in zip(figures["losses"].items(), plots.COLOURS, ("-", "--", ":"), strict=False):
+        for (ranks, rows), colour, line in zip(
+            figures["losses"].items(), plots.COLOURS, ("-", "--", ":"), strict=False
+        ):
             plots.band(
-                curve, range(1, len(rows[0]) + 1), rows, colour, f"{ranks} rank{'s' if ranks != '1' else ''}", linestyle=line
+                curve,
+                range(1, len(rows[0]) + 1),
+                rows,
+                colour,
+                f"{ranks} rank{'s' if ranks != '1' else ''}",
+                linestyle=line,
             )
-        curve.set(xlabel=f"optimizer step ({BATCH} images)", ylabel="training loss, cross-entropy (nats)")
+        curve.set(
+            xlabel=f"optimizer step ({BATCH} images)", ylabel="training loss, cross-entropy (nats)"
+        )
         plots.bars(
-            step, list(figures["step_seconds"]), [_ms(v) for v in figures["step_seconds"].values()], [plots.BLUE] * 3, "{:.0f}"
+            step,
+            list(figures["step_seconds"]),
+            [_ms(v) for v in figures["step_seconds"].values()],
+            [plots.BLUE] * 3,
+            "{:.0f}",
         )
         model = [1e3 * seconds for seconds in figures["model_step_seconds"].values()]
-        step.plot(range(len(model)), model, "D", color=plots.ORANGE, label="compute / ranks + AllReduce, each rank a core")
+        step.plot(
+            range(len(model)),
+            model,
+            "D",
+            color=plots.ORANGE,
+            label="compute / ranks + AllReduce, each rank a core",
+        )
         step.set(xlabel=f"ranks, on {figures['cores']} cores", ylabel="step time (ms)")
         counts = [int(n) for n in figures["efficiency"]]
-        low, high = ([100 * entry[key] for entry in figures["efficiency"].values()] for key in ("after", "under"))
-        far.fill_between(counts, low, high, color=plots.SKY, alpha=0.4, label="model: AllReduce after to under the backward pass")
-        far.plot([256], [100 * figures["goyal_efficiency"]], "o", color=plots.ORANGE, label="Goyal et al. 2017: 8 to 256 P100")
-        far.plot([DLE[1]], [100 * DLE[2] / DLE[1]], "s", color=plots.GREEN, label="NVIDIA DLE: 1 to 8 A100")
-        far.set(xscale="log", xlabel="GPUs", ylabel="speed a GPU, of that on 8 (DLE: on 1) (%)", ylim=(0, 105))
+        low, high = (
+            [100 * entry[key] for entry in figures["efficiency"].values()]
+            for key in ("after", "under")
+        )
+        far.fill_between(
+            counts,
+            low,
+            high,
+            color=plots.SKY,
+            alpha=0.4,
+            label="model: AllReduce after to under the backward pass",
+        )
+        far.plot(
+            [256],
+            [100 * figures["goyal_efficiency"]],
+            "o",
+            color=plots.ORANGE,
+            label="Goyal et al. 2017: 8 to 256 P100",
+        )
+        far.plot(
+            [DLE[1]],
+            [100 * DLE[2] / DLE[1]],
+            "s",
+            color=plots.GREEN,
+            label="NVIDIA DLE: 1 to 8 A100",
+        )
+        far.set(
+            xscale="log",
+            xlabel="GPUs",
+            ylabel="speed a GPU, of that on 8 (DLE: on 1) (%)",
+            ylim=(0, 105),
+        )
         far.set_xticks(counts, [str(n) for n in counts])
         far.minorticks_off()
         for axes in (curve, step, far):

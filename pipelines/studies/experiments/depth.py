@@ -52,15 +52,22 @@ def trainings(scale: Scale) -> list[Training]:
 def block_difference() -> dict[str, object]:
     """What the shortcut adds: to the code of a block, to its parameters, to what it computes from the same weights."""
     with torch.device("meta"):
-        parameters = [measure.count_parameters(build_model(f"{family}{DEEP}", 10)) for family in FAMILIES]
-    plain, residual = (build_model(f"{family}8", 10, width=4).eval().get_submodule("stage1_0") for family in FAMILIES)
+        parameters = [
+            measure.count_parameters(build_model(f"{family}{DEEP}", 10)) for family in FAMILIES
+        ]
+    plain, residual = (
+        build_model(f"{family}8", 10, width=4).eval().get_submodule("stage1_0")
+        for family in FAMILIES
+    )
     assert isinstance(plain, Block)
     assert isinstance(residual, Block)
     plain.load_state_dict(residual.state_dict())
     x = torch.randn(2, 4, 8, 8)
     with torch.inference_mode():
         sums = nn.functional.relu(residual.residual(x) + x)
-        equal = torch.equal(residual(x), sums) and torch.equal(plain(x), nn.functional.relu(plain.residual(x)))
+        equal = torch.equal(residual(x), sums) and torch.equal(
+            plain(x), nn.functional.relu(plain.residual(x))
+        )
     lines = [line.strip() for line in inspect.getsource(Block.forward).splitlines()]
     return {
         "lines_of_code": [line for line in lines if "self.shortcut(x)" in line],
@@ -70,7 +77,11 @@ def block_difference() -> dict[str, object]:
 
 
 def measured(runs: Runs, scale: Scale) -> Figures:
-    figures: Figures = {"depths": sorted({depth for _, depth in networks(scale)}), "block": block_difference(), "networks": {}}
+    figures: Figures = {
+        "depths": sorted({depth for _, depth in networks(scale)}),
+        "block": block_difference(),
+        "networks": {},
+    }
     for (family, depth), seeds in networks(scale).items():
         own = [training_of(scale, family, depth, seed) for seed in range(seeds)]
         losses = [runs.losses(training) for training in own]
@@ -83,29 +94,46 @@ def measured(runs: Runs, scale: Scale) -> Figures:
             "steps": smoothed[0][0],
             "losses": [values for _, values in smoothed],
             "test_steps": tests[0][0].tolist(),
-            "test_errors": [[round(100 - 100 * float(value), 2) for value in values] for _, values in tests],
+            "test_errors": [
+                [round(100 - 100 * float(value), 2) for value in values] for _, values in tests
+            ],
         }
     return figures
 
 
 def judge(figures: Figures) -> list[Claim]:
     def growth(family: str) -> list[float]:
-        shallow, deep = (figures["networks"][f"{family}{depth}"]["last_loss"]["each"] for depth in (SHALLOW, DEEP))
+        shallow, deep = (
+            figures["networks"][f"{family}{depth}"]["last_loss"]["each"]
+            for depth in (SHALLOW, DEEP)
+        )
         return [b - a for a, b in zip(shallow, deep, strict=True)]
 
     plain, residual = growth("plain"), growth("resnet")
     apart = [p - r for p, r in zip(plain, residual, strict=True)]
     block = figures["block"]
     added = f"{len(block['lines_of_code'])} line (`{block['lines_of_code'][0]}`), {block['more_parameters']} parameters"
-    same = len(block["lines_of_code"]) == 1 and block["more_parameters"] == 0 and block["output_is_f_plus_x"]
+    same = (
+        len(block["lines_of_code"]) == 1
+        and block["more_parameters"] == 0
+        and block["output_is_f_plus_x"]
+    )
 
     def claim(statement: str, text: str, values: list[float]) -> Claim:
-        return Claim(statement, text, verdict_by_seeds(values), differences_text(values, 3, " nats"))
+        return Claim(
+            statement, text, verdict_by_seeds(values), differences_text(values, 3, " nats")
+        )
 
     return [
         claim("P2", f"plain-{DEEP} ends with a higher training loss than plain-{SHALLOW}", plain),
-        claim("P2", f"res-{DEEP} ends with a lower training loss than res-{SHALLOW}", [-value for value in residual]),
-        claim("I6", "depth costs the residual network less training loss than the plain one", apart),
+        claim(
+            "P2",
+            f"res-{DEEP} ends with a lower training loss than res-{SHALLOW}",
+            [-value for value in residual],
+        ),
+        claim(
+            "I6", "depth costs the residual network less training loss than the plain one", apart
+        ),
         Claim("P3", "the residual block is the plain one, + x", verdict_if(bool(same)), added),
     ]
 
@@ -114,7 +142,9 @@ def plot(figures: Figures, file: Path) -> None:
     colours = dict(zip(figures["depths"], (plots.BLUE, plots.ORANGE, plots.GREEN), strict=False))
     highest = max(max(row) for entry in figures["networks"].values() for row in entry["losses"])
     lowest = min(min(row) for entry in figures["networks"].values() for row in entry["losses"])
-    with plots.panels(2, "Depth: thick, training loss; dashed, test error (right)", file, 5.0) as row:
+    with plots.panels(
+        2, "Depth: thick, training loss; dashed, test error (right)", file, 5.0
+    ) as row:
         for axes, family, title in zip(row, FAMILIES, ("plain", "residual: + x"), strict=True):
             right = axes.twinx()
             for depth, colour in colours.items():
@@ -122,9 +152,20 @@ def plot(figures: Figures, file: Path) -> None:
                 if entry is None:
                     continue
                 plots.band(axes, entry["steps"], entry["losses"], colour, f"{depth} layers")
-                plots.band(right, entry["test_steps"], entry["test_errors"], colour, "", linestyle="--", marker=".")
+                plots.band(
+                    right,
+                    entry["test_steps"],
+                    entry["test_errors"],
+                    colour,
+                    "",
+                    linestyle="--",
+                    marker=".",
+                )
             axes.set(
-                title=title, xlabel="optimizer step", ylabel="training loss, cross-entropy (nats)", ylim=(lowest * 0.9, highest)
+                title=title,
+                xlabel="optimizer step",
+                ylabel="training loss, cross-entropy (nats)",
+                ylim=(lowest * 0.9, highest),
             )
             right.set(ylabel="test error (%)", ylim=(0, 100))
             right.spines[["top"]].set_visible(False)

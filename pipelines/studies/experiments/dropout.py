@@ -44,27 +44,57 @@ def measured(runs: Runs, scale: Scale) -> Figures:
             "test_top1_percent": mean_std(test, 2),
             "gap_points": mean_std([a - b for a, b in zip(train, test, strict=True)], 2),
             "test_steps": curves[0][0].tolist(),
-            "test_curves": [[round(100 * float(value), 2) for value in values] for _, values in curves],
+            "test_curves": [
+                [round(100 * float(value), 2) for value in values] for _, values in curves
+            ],
         }
     return figures
 
 
 def judge(figures: Figures) -> list[Claim]:
     def gains(key: str) -> list[float]:
-        return [a - b for a, b in zip(figures["with"][key]["each"], figures["without"][key]["each"], strict=True)]
+        return [
+            a - b
+            for a, b in zip(
+                figures["with"][key]["each"], figures["without"][key]["each"], strict=True
+            )
+        ]
 
     narrower, better = [-value for value in gains("gap_points")], gains("test_top1_percent")
     return [
-        Claim("I2", "the gap is narrower with dropout", verdict_by_seeds(narrower), differences_text(narrower, unit=" points")),
-        Claim("I2", "and test accuracy is higher", verdict_by_seeds(better), differences_text(better, unit=" points")),
+        Claim(
+            "I2",
+            "the gap is narrower with dropout",
+            verdict_by_seeds(narrower),
+            differences_text(narrower, unit=" points"),
+        ),
+        Claim(
+            "I2",
+            "and test accuracy is higher",
+            verdict_by_seeds(better),
+            differences_text(better, unit=" points"),
+        ),
     ]
 
 
 def plot(figures: Figures, file: Path) -> None:
-    with plots.panels(2, f"AlexNet's small form on {SAMPLES:,} training images, with and without dropout", file) as (gap, curve):
+    with plots.panels(
+        2, f"AlexNet's small form on {SAMPLES:,} training images, with and without dropout", file
+    ) as (gap, curve):
         for kind, colour in (("without", plots.ORANGE), ("with", plots.BLUE)):
-            plots.band(curve, figures[kind]["test_steps"], figures[kind]["test_curves"], colour, f"{kind} dropout")
-        plots.bars(gap, list(KINDS), [figures[kind]["gap_points"] for kind in KINDS], (plots.ORANGE, plots.BLUE))
+            plots.band(
+                curve,
+                figures[kind]["test_steps"],
+                figures[kind]["test_curves"],
+                colour,
+                f"{kind} dropout",
+            )
+        plots.bars(
+            gap,
+            list(KINDS),
+            [figures[kind]["gap_points"] for kind in KINDS],
+            (plots.ORANGE, plots.BLUE),
+        )
         gap.set(xlabel="dropout", ylabel="training accuracy - test accuracy (points)")
         curve.set(xlabel="optimizer step (64 images)", ylabel="test top-1 (%)")
         curve.legend(frameon=False)

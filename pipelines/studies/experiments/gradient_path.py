@@ -31,7 +31,10 @@ STARTS = 5
 def trainings(scale: Scale) -> list[Training]:
     """Those of ``depth``, which are not made twice."""
     return [
-        training_of(scale, family, depth, seed) for seed in range(scale.seeds) for family in FAMILIES for depth in (SHALLOW, DEEP)
+        training_of(scale, family, depth, seed)
+        for seed in range(scale.seeds)
+        for family in FAMILIES
+        for depth in (SHALLOW, DEEP)
     ]
 
 
@@ -48,7 +51,10 @@ def _constant(branch: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
-    return [float(f"{value:.5g}") for value in measure.gradients_at_blocks(model, images, labels).values()]
+    return [
+        float(f"{value:.5g}")
+        for value in measure.gradients_at_blocks(model, images, labels).values()
+    ]
 
 
 def measured(runs: Runs, scale: Scale) -> Figures:
@@ -58,11 +64,16 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         for depth in (SHALLOW, DEEP):
             own = [training_of(scale, family, depth, seed) for seed in range(scale.seeds)]
             config = runs.run_of(own[0]).config()
-            starts = [config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})}) for seed in range(STARTS)]
+            starts = [
+                config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+                for seed in range(STARTS)
+            ]
             alone = only_shortcuts(measure.untrained(config))
             figures[f"{family}{depth}"] = {
                 "start": [_norms(measure.untrained(start), images, labels) for start in starts],
-                "trained": [_norms(measure.trained(runs, training), images, labels) for training in own],
+                "trained": [
+                    _norms(measure.trained(runs, training), images, labels) for training in own
+                ],
                 "shortcuts_alone": _alone(alone, images, labels) if family == "resnet" else 0.0,
             }
     return figures
@@ -102,14 +113,26 @@ def judge(figures: Figures) -> list[Claim]:
 
 
 def plot(figures: Figures, file: Path) -> None:
-    styles: dict[str, Any] = {f"plain{SHALLOW}": (plots.YELLOW, "--"), f"plain{DEEP}": (plots.ORANGE, "-")}
+    styles: dict[str, Any] = {
+        f"plain{SHALLOW}": (plots.YELLOW, "--"),
+        f"plain{DEEP}": (plots.ORANGE, "-"),
+    }
     styles |= {f"resnet{SHALLOW}": (plots.SKY, "--"), f"resnet{DEEP}": (plots.BLUE, "-")}
     with plots.panels(2, f"Gradient that reaches each block ({IMAGES} images)", file) as row:
-        for axes, when, title in zip(row, ("start", "trained"), ("at the start", "after training"), strict=True):
+        for axes, when, title in zip(
+            row, ("start", "trained"), ("at the start", "after training"), strict=True
+        ):
             for name, (colour, line) in styles.items():
                 rows = figures[name][when]
                 places = [100 * i / (len(rows[0]) - 1) for i in range(len(rows[0]))]
-                plots.band(axes, places, rows, colour, name.replace("resnet", "res-").replace("plain", "plain-"), linestyle=line)
+                plots.band(
+                    axes,
+                    places,
+                    rows,
+                    colour,
+                    name.replace("resnet", "res-").replace("plain", "plain-"),
+                    linestyle=line,
+                )
             axes.set(
                 title=title,
                 yscale="log",
@@ -123,7 +146,8 @@ def paragraph(figures: Figures) -> str:
     cells = []
     for name in (f"plain{SHALLOW}", f"plain{DEEP}", f"resnet{SHALLOW}", f"resnet{DEEP}"):
         start, trained = (
-            mean_std([10 ** orders(norms) for norms in figures[name][when]], 3)["mean"] for when in ("start", "trained")
+            mean_std([10 ** orders(norms) for norms in figures[name][when]], 3)["mean"]
+            for when in ("start", "trained")
         )
         cells.append(f"{name}: {start:.3g} at the start, {trained:.3g} after training")
     alone = figures[f"resnet{DEEP}"]["shortcuts_alone"]

@@ -47,7 +47,9 @@ def stack_of(kind: str, blocks: int, seed: int) -> nn.Sequential:
     family, options = KINDS[kind]
     torch.manual_seed(seed)
     network = build_model(f"{family}{DEPTHS[blocks]}", 10, width=CHANNELS, **options)
-    return nn.Sequential(*(layer for name, layer in network.named_children() if name.startswith("stage1_")))
+    return nn.Sequential(
+        *(layer for name, layer in network.named_children() if name.startswith("stage1_"))
+    )
 
 
 def feature_maps(images: Tensor) -> Tensor:
@@ -99,13 +101,16 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     x, steps = feature_maps(images), scale.choose(60, 200)
     figures: Figures = {"steps": steps, "kinds": {}}
     for kind in KINDS:
-        curves: dict[int, Any] = {n: [_best(kind, n, seed, x, steps) for seed in range(scale.seeds)] for n in DEPTHS}
+        curves: dict[int, Any] = {
+            n: [_best(kind, n, seed, x, steps) for seed in range(scale.seeds)] for n in DEPTHS
+        }
         figures["kinds"][kind] = {
             "last_loss": {n: mean_std([sum(c[-10:]) / 10 for c in curves[n]], 6) for n in DEPTHS},
             "curves": {n: [[float(f"{v:.4g}") for v in c] for c in curves[n]] for n in DEPTHS},
         }
     figures["explained"] = {
-        kind: mean_std([explained(kind, x, seed, 2 * steps) for seed in range(scale.seeds)]) for kind in (RESIDUAL, ZERO_GAIN)
+        kind: mean_std([explained(kind, x, seed, 2 * steps) for seed in range(scale.seeds)])
+        for kind in (RESIDUAL, ZERO_GAIN)
     }
     return figures
 
@@ -113,15 +118,31 @@ def measured(runs: Runs, scale: Scale) -> Figures:
 def judge(figures: Figures) -> list[Claim]:
     claims = []
     for n in map(str, DEPTHS):
-        plain, residual = (figures["kinds"][kind]["last_loss"][n]["each"] for kind in (PLAIN, RESIDUAL))
+        plain, residual = (
+            figures["kinds"][kind]["last_loss"][n]["each"] for kind in (PLAIN, RESIDUAL)
+        )
         ratios = [p / max(r, 1e-12) for p, r in zip(plain, residual, strict=True)]
         told = "times the residual ones' error: " + differences_text(ratios, 1)
         claims.append(
-            Claim("R1", f"{n} plain block{'s' if n != '1' else ''} err twice as much", verdict_by_seeds(ratios, 2.0), told)
+            Claim(
+                "R1",
+                f"{n} plain block{'s' if n != '1' else ''} err twice as much",
+                verdict_by_seeds(ratios, 2.0),
+                told,
+            )
         )
-    starts = [curve[0] for curves in figures["kinds"][ZERO_GAIN]["curves"].values() for curve in curves]
+    starts = [
+        curve[0] for curves in figures["kinds"][ZERO_GAIN]["curves"].values() for curve in curves
+    ]
     text = "a residual block whose last gain is 0 is the identity before it has learned anything"
-    claims.append(Claim("R1", text, verdict_if(max(starts) == 0), f"error of the first step {max(starts):g} for 1, 3 and 9 blocks"))
+    claims.append(
+        Claim(
+            "R1",
+            text,
+            verdict_if(max(starts) == 0),
+            f"error of the first step {max(starts):g} for 1, 3 and 9 blocks",
+        )
+    )
     parts = figures["explained"][ZERO_GAIN]["each"]
     text = f"a residual block (last gain 0) asked for H learns F(x) = H(x) - x, at least {EXPLAINED:.0%} of it"
     return [*claims, Claim("R2", text, verdict_by_seeds(parts, EXPLAINED), differences_text(parts))]
@@ -130,19 +151,36 @@ def judge(figures: Figures) -> list[Claim]:
 def plot(figures: Figures, file: Path) -> None:
     deepest = str(max(DEPTHS))
     with plots.panels(2, "Blocks asked to be the identity", file) as (by_step, by_depth):
-        for (kind, entry), colour in zip(figures["kinds"].items(), (plots.ORANGE, plots.BLUE, plots.GREEN), strict=True):
+        for (kind, entry), colour in zip(
+            figures["kinds"].items(), (plots.ORANGE, plots.BLUE, plots.GREEN), strict=True
+        ):
             rows = [[value + 1e-9 for value in row] for row in entry["curves"][deepest]]
             plots.band(by_step, range(1, figures["steps"] + 1), rows, colour, kind)
-            each = [[entry["last_loss"][n]["each"][i] + 1e-9 for n in entry["last_loss"]] for i in range(len(rows))]
+            each = [
+                [entry["last_loss"][n]["each"][i] + 1e-9 for n in entry["last_loss"]]
+                for i in range(len(rows))
+            ]
             plots.band(by_depth, list(DEPTHS), each, colour, kind, marker="o")
-        by_step.set(title=f"{deepest} blocks", xlabel="optimizer step", ylabel="squared error / variance of x", yscale="log")
-        by_depth.set(title="At the end", xlabel="blocks", ylabel="squared error / variance of x", yscale="log", xticks=list(DEPTHS))
+        by_step.set(
+            title=f"{deepest} blocks",
+            xlabel="optimizer step",
+            ylabel="squared error / variance of x",
+            yscale="log",
+        )
+        by_depth.set(
+            title="At the end",
+            xlabel="blocks",
+            ylabel="squared error / variance of x",
+            yscale="log",
+            xticks=list(DEPTHS),
+        )
         by_step.legend(frameon=False)
 
 
 def paragraph(figures: Figures) -> str:
     cells = "; ".join(
-        f"{kind}: " + ", ".join(f"{n} blocks {values['mean']:.2g}" for n, values in entry["last_loss"].items())
+        f"{kind}: "
+        + ", ".join(f"{n} blocks {values['mean']:.2g}" for n, values in entry["last_loss"].items())
         for kind, entry in figures["kinds"].items()
     )
     parts = figures["explained"]

@@ -62,16 +62,21 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     options = {network: small | {"reduction": network == "reduced"} for network in NETWORKS}
     figures: Figures = {
         "googlenet2014": {
-            network: costs("googlenet2014", 1000, 224, reduction=network == "reduced") for network in ("reduced", "unreduced")
+            network: costs("googlenet2014", 1000, 224, reduction=network == "reduced")
+            for network in ("reduced", "unreduced")
         },
         "trained": {},
     }
     for network in NETWORKS:
         own = [training for training in trainings(scale) if training.name == _name(network)]
         width = NARROW if network.endswith("narrow") else WIDTH
-        figures["trained"][network] = costs("googlenet", 10, SIDE, width=width, **options[network]) | {
+        figures["trained"][network] = costs(
+            "googlenet", 10, SIDE, width=width, **options[network]
+        ) | {
             "top1_percent": mean_std([runs.top1(training) for training in own]),
-            "images_per_second": mean_std([runs.outcome(training)["images_per_second"] for training in own], 1),
+            "images_per_second": mean_std(
+                [runs.outcome(training)["images_per_second"] for training in own], 1
+            ),
         }
     return figures
 
@@ -82,27 +87,59 @@ def judge(figures: Figures) -> list[Claim]:
     for key, unit in (("multiply_adds", "multiply-adds"), ("parameters", "parameters")):
         with_, without = paper["reduced"][key], paper["unreduced"][key]
         told = f"{with_ / 1e6:,.0f}M and {without / 1e6:,.0f}M, {without / with_:.1f} times"
-        claims.append(Claim("I4", f"GoogLeNet with 1x1 reduction needs fewer {unit}", verdict_if(with_ < without), told))
+        claims.append(
+            Claim(
+                "I4",
+                f"GoogLeNet with 1x1 reduction needs fewer {unit}",
+                verdict_if(with_ < without),
+                told,
+            )
+        )
     reduced = trained["reduced"]["top1_percent"]["each"]
-    gains = [a - b for a, b in zip(reduced, trained["unreduced, narrow"]["top1_percent"]["each"], strict=True)]
+    gains = [
+        a - b
+        for a, b in zip(reduced, trained["unreduced, narrow"]["top1_percent"]["each"], strict=True)
+    ]
     text = "and is more accurate than one without, narrowed to as many multiply-adds"
-    claims.append(Claim("I4", text, verdict_by_seeds(gains), differences_text(gains, unit=" points")))
+    claims.append(
+        Claim("I4", text, verdict_by_seeds(gains), differences_text(gains, unit=" points"))
+    )
     return claims
 
 
 def plot(figures: Figures, file: Path) -> None:
-    with plots.panels(2, "Inception modules with and without 1x1 reduction", file) as (work, accuracy):
+    with plots.panels(2, "Inception modules with and without 1x1 reduction", file) as (
+        work,
+        accuracy,
+    ):
         paper = figures["googlenet2014"]
         values = [paper[n]["multiply_adds"] / 1e9 for n in ("reduced", "unreduced")]
-        plots.bars(work, ("with", "without"), [{"mean": v, "each": [v]} for v in values], (plots.BLUE, plots.ORANGE), "{:.2f}")
+        plots.bars(
+            work,
+            ("with", "without"),
+            [{"mean": v, "each": [v]} for v in values],
+            (plots.BLUE, plots.ORANGE),
+            "{:.2f}",
+        )
         work.set_ylabel("multiply-adds an image (billions), GoogLeNet, 224 pixels")
-        for (network, entry), colour in zip(figures["trained"].items(), plots.COLOURS, strict=False):
+        for (network, entry), colour in zip(
+            figures["trained"].items(), plots.COLOURS, strict=False
+        ):
             top1, cost = entry["top1_percent"], entry["multiply_adds"] / 1e6
             accuracy.plot([cost] * len(top1["each"]), top1["each"], ".", color=colour, markersize=5)
             accuracy.plot(
-                cost, top1["mean"], "o", color=colour, markersize=9, label=f"{network}: {entry['parameters']:,} parameters"
+                cost,
+                top1["mean"],
+                "o",
+                color=colour,
+                markersize=9,
+                label=f"{network}: {entry['parameters']:,} parameters",
             )
-        accuracy.set(xlabel="multiply-adds an image (millions)", ylabel="top-1 on Fashion-MNIST (%)", xlim=(0, None))
+        accuracy.set(
+            xlabel="multiply-adds an image (millions)",
+            ylabel="top-1 on Fashion-MNIST (%)",
+            xlim=(0, None),
+        )
         accuracy.legend(frameon=False)
         accuracy.margins(y=0.3)
 

@@ -2,9 +2,25 @@
 
 from pathlib import Path
 
-from pipelines.studies.experiments.scaling import FAST, GROUPS, SLOW, better, measured_of, plot_groups, same, trainings_of
+from pipelines.studies.experiments.scaling import (
+    FAST,
+    GROUPS,
+    SLOW,
+    better,
+    measured_of,
+    plot_groups,
+    same,
+    trainings_of,
+)
 from pipelines.studies.framework.runner import Runs
-from pipelines.studies.framework.study import Claim, Figures, Scale, Study, Training, format_mean_std
+from pipelines.studies.framework.study import (
+    Claim,
+    Figures,
+    Scale,
+    Study,
+    Training,
+    format_mean_std,
+)
 
 SMALL, LARGE, UNSCALED = GROUPS[SLOW]
 FAST_SMALL, FAST_LARGE, _ = GROUPS[FAST]

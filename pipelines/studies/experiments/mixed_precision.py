@@ -40,11 +40,17 @@ def training_of(scale: Scale, precision: str, seed: int) -> Training:
         "model.name=resnet8", "model.width=4", f"precision={precision}", "parallel.zero_stage=1",
         f"train.epochs={scale.choose(2, 4)}", "optimizer.base_lr=0.05",
     )  # fmt: skip
-    return Training(f"resnet8-{precision}", seed, scale.choose(1024, 8192), scale.choose(500, 2000), keys)
+    return Training(
+        f"resnet8-{precision}", seed, scale.choose(1024, 8192), scale.choose(500, 2000), keys
+    )
 
 
 def trainings(scale: Scale) -> list[Training]:
-    return [training_of(scale, precision, seed) for seed in range(scale.seeds) for precision in PRECISIONS]
+    return [
+        training_of(scale, precision, seed)
+        for seed in range(scale.seeds)
+        for precision in PRECISIONS
+    ]
 
 
 def activation_mib(name: str, dtype: torch.dtype) -> float:
@@ -53,7 +59,12 @@ def activation_mib(name: str, dtype: torch.dtype) -> float:
         model = build_model(name, 1000, 224)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return saved_activation_bytes(model, torch.empty(IMAGES_TRACED, 3, 224, 224, device="meta", dtype=dtype))[0] / 2**20
+    return (
+        saved_activation_bytes(
+            model, torch.empty(IMAGES_TRACED, 3, 224, 224, device="meta", dtype=dtype)
+        )[0]
+        / 2**20
+    )
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -62,7 +73,10 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Ten
     outputs = measure.output_gradients(model, images, labels)
     weights = [p.grad for p in model.parameters() if p.grad is not None]
     found = {"weights": weights, "activations": outputs}
-    flat = {kind: torch.cat([value.flatten().abs() for value in values]) for kind, values in found.items()}
+    flat = {
+        kind: torch.cat([value.flatten().abs() for value in values])
+        for kind, values in found.items()
+    }
     return {kind: values[values > 0] for kind, values in flat.items()}
 
 
@@ -81,18 +95,27 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         figures["precisions"][precision] = {
             "last_loss": mean_std([float(row[-window:].mean()) for row in losses]),
             "top1_percent": mean_std([runs.top1(training) for training in own], 2),
-            "images_per_second": mean_std([runs.outcome(training)["images_per_second"] for training in own], 1),
+            "images_per_second": mean_std(
+                [runs.outcome(training)["images_per_second"] for training in own], 1
+            ),
             "steps": smoothed[0][0],
             "losses": [values for _, values in smoothed],
         }
     images, labels = measure.some_images(runs, 64)
-    trained = [measure.trained(runs, training_of(scale, "fp32", seed)) for seed in range(scale.seeds)]
+    trained = [
+        measure.trained(runs, training_of(scale, "fp32", seed)) for seed in range(scale.seeds)
+    ]
     by_seed = [gradients(model, images, labels) for model in trained]
     figures["histogram_percent"], figures["lost_percent"] = {}, {}
     for kind in KINDS:
         each = [values[kind] for values in by_seed]
-        counts = [torch.histc(values.log2().clamp(BINS[0], BINS[-1]), len(BINS) - 1, BINS[0], BINS[-1]) for values in each]
-        figures["histogram_percent"][kind] = [[round(float(100 * n / row.sum()), 3) for n in row] for row in counts]
+        counts = [
+            torch.histc(values.log2().clamp(BINS[0], BINS[-1]), len(BINS) - 1, BINS[0], BINS[-1])
+            for values in each
+        ]
+        figures["histogram_percent"][kind] = [
+            [round(float(100 * n / row.sum()), 3) for n in row] for row in counts
+        ]
         figures["lost_percent"][kind] = {
             "without": mean_std([100 * lost(values, 1.0) for values in each]),
             "with": mean_std([100 * lost(values, SCALE) for values in each]),
@@ -108,33 +131,65 @@ def judge(figures: Figures) -> list[Claim]:
     by = figures["precisions"]
     claims = []
     for precision in PRECISIONS[1:]:
-        pairs = zip(by[precision]["last_loss"]["each"], by["fp32"]["last_loss"]["each"], strict=True)
+        pairs = zip(
+            by[precision]["last_loss"]["each"], by["fp32"]["last_loss"]["each"], strict=True
+        )
         room = [NEAR - abs(a - b) for a, b in pairs]
         told = f"room left to {NEAR} nats: " + differences_text(room, 3)
-        claims.append(Claim("T3", f"{precision} ends within {NEAR} nats of fp32's training loss", verdict_by_seeds(room), told))
+        claims.append(
+            Claim(
+                "T3",
+                f"{precision} ends within {NEAR} nats of fp32's training loss",
+                verdict_by_seeds(room),
+                told,
+            )
+        )
     memory = figures["resnet50_activation_mib"]
     told = f"ResNet-50: {memory['fp32']} and {memory['fp16']} MiB of activations an image, computed"
-    claims.append(Claim("T3", "16 bits take less memory", verdict_if(memory["fp16"] < 0.7 * memory["fp32"]), told))
+    claims.append(
+        Claim(
+            "T3",
+            "16 bits take less memory",
+            verdict_if(memory["fp16"] < 0.7 * memory["fp32"]),
+            told,
+        )
+    )
     faster = [
-        a / b - 1 for a, b in zip(by["bf16"]["images_per_second"]["each"], by["fp32"]["images_per_second"]["each"], strict=True)
+        a / b - 1
+        for a, b in zip(
+            by["bf16"]["images_per_second"]["each"],
+            by["fp32"]["images_per_second"]["each"],
+            strict=True,
+        )
     ]
     told = differences_text([100 * value for value in faster], 0, "%") + "; a processor, not a GPU"
     claims.append(Claim("T3", "bf16 is faster here", verdict_by_seeds(faster), told))
-    without, with_ = (figures["lost_percent"]["activations"][key]["mean"] for key in ("without", "with"))
+    without, with_ = (
+        figures["lost_percent"]["activations"][key]["mean"] for key in ("without", "with")
+    )
     told = f"{without:.2f}% become 0 without, {with_:.2f}% with a scale of {SCALE:,.0f}"
     text = "fp16 loses gradients of activations that loss scaling keeps"
     return [*claims, Claim("T3", text, verdict_if(without > 0.1 and with_ < without / 10), told)]
 
 
 def plot(figures: Figures, file: Path) -> None:
-    with plots.panels(2, "Mixed precision: ResNet-8, a quarter of its channels", file, 4.6) as (curve, histogram):
-        for (precision, entry), colour, line in zip(figures["precisions"].items(), plots.COLOURS, ("-", "--", ":"), strict=False):
+    with plots.panels(2, "Mixed precision: ResNet-8, a quarter of its channels", file, 4.6) as (
+        curve,
+        histogram,
+    ):
+        for (precision, entry), colour, line in zip(
+            figures["precisions"].items(), plots.COLOURS, ("-", "--", ":"), strict=False
+        ):
             plots.band(curve, entry["steps"], entry["losses"], colour, precision, linestyle=line)
         curve.set(xlabel="optimizer step (64 images)", ylabel="training loss, cross-entropy (nats)")
         curve.legend(frameon=False)
-        for (kind, rows), colour in zip(figures["histogram_percent"].items(), (plots.BLUE, plots.ORANGE), strict=True):
+        for (kind, rows), colour in zip(
+            figures["histogram_percent"].items(), (plots.BLUE, plots.ORANGE), strict=True
+        ):
             heights = [sum(column) / len(column) for column in zip(*rows, strict=True)]
-            histogram.stairs(heights, figures["bins"], fill=True, alpha=0.6, color=colour, label=f"in {kind}")
+            histogram.stairs(
+                heights, figures["bins"], fill=True, alpha=0.6, color=colour, label=f"in {kind}"
+            )
         histogram.axvline(-25, color=plots.BLACK, linestyle=":")
         histogram.annotate(
             "fp16 rounds to 0",

@@ -39,14 +39,18 @@ def training_of(scale: Scale, stages: int, seed: int) -> Training:
         "model.name=resnet8", "model.batch_norm=false", "optimizer.base_lr=0.02",
         "batch.global_size=128", "batch.micro_size=32", f"parallel.pipeline_stages={stages}", "train.epochs=3",
     )  # fmt: skip
-    return Training(f"resnet8-stages-{stages}", seed, scale.choose(2048, 10_000), 2000, keys, procs=stages)
+    return Training(
+        f"resnet8-stages-{stages}", seed, scale.choose(2048, 10_000), 2000, keys, procs=stages
+    )
 
 
 def trainings(scale: Scale) -> list[Training]:
     return [training_of(scale, stages, seed) for seed in range(scale.seeds) for stages in (1, 2)]
 
 
-def stage_memory(name: str, stages: int, image_size: int = 224, micro: int = MICRO) -> list[dict[str, Any]]:
+def stage_memory(
+    name: str, stages: int, image_size: int = 224, micro: int = MICRO
+) -> list[dict[str, Any]]:
     """Of each stage: parameters, and MiB of weights with what belongs to them and of activations.
 
     Stage s of S holds the activations of up to S - s micro-batches at a time (one forward, one backward by turns: Narayanan et al.
@@ -66,7 +70,9 @@ def stage_memory(name: str, stages: int, image_size: int = 224, micro: int = MIC
                 "layers": f"{names[0]} to {names[-1]}",
                 "parameters": parameters,
                 "weights_mib": round(parameters * BYTES_A_PARAMETER / 2**20, 1),
-                "activations_mib": round(kept * micro * min(stages - place, MICRO_BATCHES) / 2**20, 1),
+                "activations_mib": round(
+                    kept * micro * min(stages - place, MICRO_BATCHES) / 2**20, 1
+                ),
             }
         )
         value = value.detach()
@@ -79,7 +85,9 @@ def bubble(stages: int, micro_batches: int = MICRO_BATCHES) -> float:
 
 
 def measured(runs: Runs, scale: Scale) -> Figures:
-    networks = {name: {stages: stage_memory(name, stages) for stages in STAGES} for name in NETWORKS}
+    networks = {
+        name: {stages: stage_memory(name, stages) for stages in STAGES} for name in NETWORKS
+    }
     apart, fall = [], []
     for seed in range(scale.seeds):
         whole, halves = (runs.losses(training_of(scale, stages, seed)) for stages in (1, 2))
@@ -88,9 +96,16 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     return {
         "networks": networks,
         "bubble": {stages: round(bubble(stages), 4) for stages in STAGES},
-        "fullest_mib": {name: {stages: _fullest(rows) for stages, rows in by.items()} for name, by in networks.items()},
+        "fullest_mib": {
+            name: {stages: _fullest(rows) for stages, rows in by.items()}
+            for name, by in networks.items()
+        },
         "fullest_mib_small_micro": {
-            name: {stages: _fullest(stage_memory(name, stages, micro=MICRO // stages)) for stages in STAGES} for name in NETWORKS
+            name: {
+                stages: _fullest(stage_memory(name, stages, micro=MICRO // stages))
+                for stages in STAGES
+            }
+            for name in NETWORKS
         },
         "largest_difference_nats": mean_std(apart, 6),
         "fall_nats": min(fall),
@@ -110,21 +125,47 @@ def judge(figures: Figures) -> list[Claim]:
         claims.append(Claim("T2", text, verdict_if(four < alone), told))
         small = figures["fullest_mib_small_micro"][name]["4"]
         told = f"{alone / 1024:.1f} GiB alone, {small / 1024:.1f} on the fullest of four with micro-batches of {MICRO // 4}"
-        claims.append(Claim("T2", f"and does where {name}'s micro-batches are a quarter as large", verdict_if(small < alone), told))
+        claims.append(
+            Claim(
+                "T2",
+                f"and does where {name}'s micro-batches are a quarter as large",
+                verdict_if(small < alone),
+                told,
+            )
+        )
     apart = max(figures["largest_difference_nats"]["each"])
-    return [*claims, same_curves("T2", "two stages give the losses of one", apart, figures["fall_nats"])]
+    return [
+        *claims,
+        same_curves("T2", "two stages give the losses of one", apart, figures["fall_nats"]),
+    ]
 
 
 def plot(figures: Figures, file: Path) -> None:
-    with plots.panels(len(NETWORKS), f"Memory by stage, {MICRO_BATCHES} micro-batches of {MICRO}, fp32", file, 4.8) as row:
+    with plots.panels(
+        len(NETWORKS), f"Memory by stage, {MICRO_BATCHES} micro-batches of {MICRO}, fp32", file, 4.8
+    ) as row:
         for axes, (name, by_stages) in zip(row, figures["networks"].items(), strict=True):
             labels: list[str] = []
             for stages, rows in by_stages.items():
                 for place, entry in enumerate(rows):
-                    weights, activations = entry["weights_mib"] / 1024, entry["activations_mib"] / 1024
+                    weights, activations = (
+                        entry["weights_mib"] / 1024,
+                        entry["activations_mib"] / 1024,
+                    )
                     first = not labels
-                    axes.bar(len(labels), weights, color=plots.BLUE, label="weights, gradients, momentum" if first else None)
-                    axes.bar(len(labels), activations, bottom=weights, color=plots.ORANGE, label="activations" if first else None)
+                    axes.bar(
+                        len(labels),
+                        weights,
+                        color=plots.BLUE,
+                        label="weights, gradients, momentum" if first else None,
+                    )
+                    axes.bar(
+                        len(labels),
+                        activations,
+                        bottom=weights,
+                        color=plots.ORANGE,
+                        label="activations" if first else None,
+                    )
                     labels.append(f"{place + 1}/{stages}")
             axes.set_xticks(range(len(labels)), labels)
             axes.set(title=name, xlabel="stage / of how many", ylabel="memory (GiB)")

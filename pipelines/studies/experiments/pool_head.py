@@ -28,9 +28,20 @@ TOLERANCE = 0.5
 
 
 def trainings(scale: Scale) -> list[Training]:
-    keys = ("model.name=vgg11_bn", "model.stem=small", "model.width=8", f"train.epochs={scale.choose(3, 6)}")
+    keys = (
+        "model.name=vgg11_bn",
+        "model.stem=small",
+        "model.width=8",
+        f"train.epochs={scale.choose(3, 6)}",
+    )
     return [
-        Training(f"vgg11-{head}", seed, scale.train_samples, scale.val_samples, (*keys, f"model.head={head}"))
+        Training(
+            f"vgg11-{head}",
+            seed,
+            scale.train_samples,
+            scale.val_samples,
+            (*keys, f"model.head={head}"),
+        )
         for seed in range(scale.seeds)
         for head in HEADS
     ]
@@ -50,40 +61,80 @@ def parameters(name: str, **options: object) -> dict[str, int]:
 def measured(runs: Runs, scale: Scale) -> Figures:
     tops = {head: [t for t in trainings(scale) if t.name == f"vgg11-{head}"] for head in HEADS}
     return {
-        "parameters": {name: {head: parameters(name, head=head) for head in HEADS} for name in NETWORKS},
-        "trained_parameters": {head: measure.count_parameters(measure.trained(runs, tops[head][0])) for head in HEADS},
-        "top1_percent": {head: mean_std([runs.top1(training) for training in tops[head]]) for head in HEADS},
+        "parameters": {
+            name: {head: parameters(name, head=head) for head in HEADS} for name in NETWORKS
+        },
+        "trained_parameters": {
+            head: measure.count_parameters(measure.trained(runs, tops[head][0])) for head in HEADS
+        },
+        "top1_percent": {
+            head: mean_std([runs.top1(training) for training in tops[head]]) for head in HEADS
+        },
     }
 
 
 def judge(figures: Figures) -> list[Claim]:
     claims = []
     for name in NETWORKS:
-        tower, average = figures["parameters"][name]["tower"], figures["parameters"][name]["average"]
+        tower, average = (
+            figures["parameters"][name]["tower"],
+            figures["parameters"][name]["average"],
+        )
         share, saved = tower["fully_connected"] / tower["all"], tower["all"] - average["all"]
         told = f"{share:.1%} of {tower['all'] / 1e6:.2f}M sit in the tower; {saved / 1e6:.2f}M fewer without it"
-        claims.append(Claim("I5", f"{name}: millions of parameters fewer", verdict_if(share > 0.5 and saved >= 2e6), told))
+        claims.append(
+            Claim(
+                "I5",
+                f"{name}: millions of parameters fewer",
+                verdict_if(share > 0.5 and saved >= 2e6),
+                told,
+            )
+        )
     tops = figures["top1_percent"]
     gains = [a - b for a, b in zip(tops["average"]["each"], tops["tower"]["each"], strict=True)]
     text = f"and no more than {TOLERANCE} points of top-1 are lost"
-    claims.append(Claim("I5", text, verdict_by_seeds(gains, -TOLERANCE), differences_text(gains, unit=" points")))
+    claims.append(
+        Claim(
+            "I5", text, verdict_by_seeds(gains, -TOLERANCE), differences_text(gains, unit=" points")
+        )
+    )
     return claims
 
 
 def plot(figures: Figures, file: Path) -> None:
-    with plots.panels(2, "A tower of fully connected layers against an average over the image", file) as (sizes, accuracy):
+    with plots.panels(
+        2, "A tower of fully connected layers against an average over the image", file
+    ) as (sizes, accuracy):
         labels = []
         for place, (name, head) in enumerate((n, h) for n in NETWORKS for h in HEADS):
             values = figures["parameters"][name][head]
             convolutions, full = values["convolutions"] / 1e6, values["fully_connected"] / 1e6
-            sizes.bar(place, convolutions, color=plots.BLUE, label="convolutions" if place == 0 else None)
-            sizes.bar(place, full, bottom=convolutions, color=plots.ORANGE, label="fully connected" if place == 0 else None)
-            sizes.annotate(f"{convolutions + full:.1f}M", (place, convolutions + full), ha="center", va="bottom")
+            sizes.bar(
+                place, convolutions, color=plots.BLUE, label="convolutions" if place == 0 else None
+            )
+            sizes.bar(
+                place,
+                full,
+                bottom=convolutions,
+                color=plots.ORANGE,
+                label="fully connected" if place == 0 else None,
+            )
+            sizes.annotate(
+                f"{convolutions + full:.1f}M",
+                (place, convolutions + full),
+                ha="center",
+                va="bottom",
+            )
             labels.append(f"{name}\n{head}")
         sizes.set_xticks(range(len(labels)), labels)
         sizes.set_ylabel("parameters (millions), 1,000 classes")
         sizes.legend(frameon=False)
-        plots.points(accuracy, HEADS, [figures["top1_percent"][head] for head in HEADS], (plots.ORANGE, plots.BLUE))
+        plots.points(
+            accuracy,
+            HEADS,
+            [figures["top1_percent"][head] for head in HEADS],
+            (plots.ORANGE, plots.BLUE),
+        )
         accuracy.set_ylabel("top-1 on Fashion-MNIST (%), small VGG-11")
 
 

@@ -42,7 +42,11 @@ def train_samples(scale: Scale) -> int:
 def trainings_of(recipes: Sequence[str], scale: Scale) -> list[Training]:
     """Seed by seed, so that a study that is cut short has whole seeds."""
     samples = train_samples(scale), scale.choose(2000, 10_000)
-    return [Training(recipe, seed, *samples, recipe=recipe) for seed in range(scale.seeds) for recipe in recipes]
+    return [
+        Training(recipe, seed, *samples, recipe=recipe)
+        for seed in range(scale.seeds)
+        for recipe in recipes
+    ]
 
 
 def measured_of(recipes: Sequence[str], runs: Runs, scale: Scale) -> Figures:
@@ -70,13 +74,20 @@ def measured_of(recipes: Sequence[str], runs: Runs, scale: Scale) -> Figures:
 
 def differences(figures: Figures, one: str, other: str) -> list[float]:
     """Points of top-1, seed by seed."""
-    pairs = zip(figures[one]["top1_percent"]["each"], figures[other]["top1_percent"]["each"], strict=True)
+    pairs = zip(
+        figures[one]["top1_percent"]["each"], figures[other]["top1_percent"]["each"], strict=True
+    )
     return [round(a - b, 2) for a, b in pairs]
 
 
 def better(statement: str, figures: Figures, one: str, other: str) -> Claim:
     values = differences(figures, one, other)
-    return Claim(statement, f"{one} does better than {other}", verdict_by_seeds(values), differences_text(values, unit=" points"))
+    return Claim(
+        statement,
+        f"{one} does better than {other}",
+        verdict_by_seeds(values),
+        differences_text(values, unit=" points"),
+    )
 
 
 def same(statement: str, figures: Figures, one: str, other: str) -> Claim:
@@ -86,19 +97,33 @@ def same(statement: str, figures: Figures, one: str, other: str) -> Claim:
     verdict = UNDECIDED
     if len(values) >= LEAST_SEEDS:
         verdict = BORNE_OUT if min(values) <= 0 <= max(values) else NOT_BORNE_OUT
-    return Claim(statement, f"{one} does as well as {other}", verdict, differences_text(values, unit=" points"))
+    return Claim(
+        statement,
+        f"{one} does as well as {other}",
+        verdict,
+        differences_text(values, unit=" points"),
+    )
 
 
-def plot_groups(figures: Figures, groups: Mapping[str, tuple[str, ...]], title: str, file: Path) -> None:
+def plot_groups(
+    figures: Figures, groups: Mapping[str, tuple[str, ...]], title: str, file: Path
+) -> None:
     """Training loss against samples seen, a panel for each rate."""
     with plots.panels(len(groups), title, file, 5.0) as row:
         for axes, (rate, recipes) in zip(row, groups.items(), strict=True):
-            for recipe, colour in zip(recipes, (plots.BLACK, plots.BLUE, plots.ORANGE), strict=True):
+            for recipe, colour in zip(
+                recipes, (plots.BLACK, plots.BLUE, plots.ORANGE), strict=True
+            ):
                 entry: dict[str, Any] = figures[recipe]
                 label = f"{recipe}: top-1 {entry['top1_percent']['mean']:.2f}%"
-                plots.band(axes, [n / 1e3 for n in entry["samples"]], entry["losses"], colour, label)
+                plots.band(
+                    axes, [n / 1e3 for n in entry["samples"]], entry["losses"], colour, label
+                )
             axes.set(
-                title=f"Rate {rate}", xlabel="samples seen (thousands)", ylabel="training loss, cross-entropy (nats)", yscale="log"
+                title=f"Rate {rate}",
+                xlabel="samples seen (thousands)",
+                ylabel="training loss, cross-entropy (nats)",
+                yscale="log",
             )
             axes.yaxis.set_major_formatter("{x:.1f}")
             axes.yaxis.set_minor_formatter("{x:.1f}")

@@ -5,12 +5,27 @@ from pathlib import Path
 
 from pipelines.studies.framework import measure, plots
 from pipelines.studies.framework.runner import Runs
-from pipelines.studies.framework.study import LEAST_SEEDS, UNDECIDED, Claim, Figures, Scale, Study, Training, mean_std, verdict_if
+from pipelines.studies.framework.study import (
+    LEAST_SEEDS,
+    UNDECIDED,
+    Claim,
+    Figures,
+    Scale,
+    Study,
+    Training,
+    mean_std,
+    verdict_if,
+)
 from trainer.models import list_models
 from trainer.models.model_info import model_info
 
 SMALL = {
-    "alexnet": ("model.name=alexnet", "model.stem=small", "model.width=8", "optimizer.base_lr=0.02"),
+    "alexnet": (
+        "model.name=alexnet",
+        "model.stem=small",
+        "model.width=8",
+        "optimizer.base_lr=0.02",
+    ),
     "vgg11_bn": ("model.name=vgg11_bn", "model.stem=small", "model.width=8"),
     "resnet8": ("model.name=resnet8", "model.width=8"),
 }
@@ -20,7 +35,11 @@ PROTOCOLS = ("one view", "two views")
 
 def training_of(scale: Scale, name: str, seed: int) -> Training:
     return Training(
-        f"size-{name}", seed, scale.choose(2048, 12_000), scale.val_samples, (*SMALL[name], f"train.epochs={scale.choose(2, 3)}")
+        f"size-{name}",
+        seed,
+        scale.choose(2048, 12_000),
+        scale.val_samples,
+        (*SMALL[name], f"train.epochs={scale.choose(2, 3)}"),
     )
 
 
@@ -71,13 +90,22 @@ def measured(runs: Runs, scale: Scale) -> Figures:
             "parameters": measure.count_parameters(measure.trained(runs, own[0])),
             "top1_percent": {
                 "one view": mean_std([runs.top1(training) for training in own], 2),
-                "two views": mean_std([measure.mirrored_top1(runs, training) for training in own], 2),
+                "two views": mean_std(
+                    [measure.mirrored_top1(runs, training) for training in own], 2
+                ),
             },
         }
     table = published()
     theirs = {name: row for name, row in table.items() if row["torchvision_top5_error"] is not None}
-    sizes, errors = ([float(row[key] or 0) for row in theirs.values()] for key in ("parameters", "torchvision_top5_error"))
-    return {"published": table, "rank_correlation": round(rank_correlation(sizes, errors), 3), "small": small}
+    sizes, errors = (
+        [float(row[key] or 0) for row in theirs.values()]
+        for key in ("parameters", "torchvision_top5_error")
+    )
+    return {
+        "published": table,
+        "rank_correlation": round(rank_correlation(sizes, errors), 3),
+        "small": small,
+    }
 
 
 def judge(figures: Figures) -> list[Claim]:
@@ -87,7 +115,12 @@ def judge(figures: Figures) -> list[Claim]:
     correlation = figures["rank_correlation"]
     told = f"Spearman's rho {correlation:+.2f} between parameters and error; -1 would be size alone"
     claims = [
-        Claim("P1", "the order by parameters is not the order by accuracy", verdict_if(abs(correlation) < 0.5), told),
+        Claim(
+            "P1",
+            "the order by parameters is not the order by accuracy",
+            verdict_if(abs(correlation) < 0.5),
+            told,
+        ),
         Claim(
             "P1",
             "GoogLeNet beats VGG-16 in single-network figures, at a 35th of the parameters",
@@ -99,14 +132,31 @@ def judge(figures: Figures) -> list[Claim]:
     forms = [(n, t["paper_top5_error"], t["torchvision_top5_error"]) for n, t in table.items()]
     protocols = {n: abs(a - b) for n, a, b in forms if a is not None and b is not None}
     name, apart = max(protocols.items(), key=lambda item: item[1])
-    text = "the same network's published error differs by more than half a point from source to source"
-    claims.append(Claim("P5", text, verdict_if(apart > 0.5), f"{name}: {apart:.2f} points of top-5 between paper and torchvision"))
+    text = (
+        "the same network's published error differs by more than half a point from source to source"
+    )
+    claims.append(
+        Claim(
+            "P5",
+            text,
+            verdict_if(apart > 0.5),
+            f"{name}: {apart:.2f} points of top-5 between paper and torchvision",
+        )
+    )
     spreads = [entry["top1_percent"]["one view"] for entry in figures["small"].values()]
     ranges = [max(values["each"]) - min(values["each"]) for values in spreads]
     enough = len(spreads[0]["each"]) >= LEAST_SEEDS
     verdict = verdict_if(max(ranges) > 0.3) if enough else UNDECIDED
-    told = "range over seeds " + ", ".join(f"{r:.2f}" for r in ranges) + " points" + ("" if enough else "; too few seeds")
-    return [*claims, Claim("P5", "our own networks' seeds alone differ by more than 0.3 points", verdict, told)]
+    told = (
+        "range over seeds "
+        + ", ".join(f"{r:.2f}" for r in ranges)
+        + " points"
+        + ("" if enough else "; too few seeds")
+    )
+    return [
+        *claims,
+        Claim("P5", "our own networks' seeds alone differ by more than 0.3 points", verdict, told),
+    ]
 
 
 def plot(figures: Figures, file: Path) -> None:
@@ -115,20 +165,48 @@ def plot(figures: Figures, file: Path) -> None:
             (size, "parameters", "parameters (millions)"),
             (work, "multiply_adds", "multiply-adds (millions)"),
         ):
-            for source, colour in (("paper_top5_error", plots.ORANGE), ("torchvision_top5_error", plots.BLUE)):
-                rows = [(n, row[key] / 1e6, row[source]) for n, row in figures["published"].items() if row[source] is not None]
-                axes.plot([x for _, x, _ in rows], [y for _, _, y in rows], "o", color=colour, label=source.partition("_")[0])
+            for source, colour in (
+                ("paper_top5_error", plots.ORANGE),
+                ("torchvision_top5_error", plots.BLUE),
+            ):
+                rows = [
+                    (n, row[key] / 1e6, row[source])
+                    for n, row in figures["published"].items()
+                    if row[source] is not None
+                ]
+                axes.plot(
+                    [x for _, x, _ in rows],
+                    [y for _, _, y in rows],
+                    "o",
+                    color=colour,
+                    label=source.partition("_")[0],
+                )
                 for name, x, y in rows if source == "torchvision_top5_error" else []:
                     if not name.endswith("_bn"):
-                        axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6.5)
+                        axes.annotate(
+                            name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6.5
+                        )
             axes.set(xscale="log", xlabel=label, ylabel="published top-5 error on ImageNet (%)")
             axes.legend(frameon=False)
         for place, entry in enumerate(figures["small"].values()):
-            for shift, protocol, colour in ((-0.12, "one view", plots.BLUE), (0.12, "two views", plots.GREEN)):
+            for shift, protocol, colour in (
+                (-0.12, "one view", plots.BLUE),
+                (0.12, "two views", plots.GREEN),
+            ):
                 each = entry["top1_percent"][protocol]["each"]
-                own.plot([place + shift] * len(each), each, "o", color=colour, label=protocol if place == 0 else None)
+                own.plot(
+                    [place + shift] * len(each),
+                    each,
+                    "o",
+                    color=colour,
+                    label=protocol if place == 0 else None,
+                )
             own.annotate(
-                f"{entry['parameters']:,}\nparameters", (place, min(each)), textcoords="offset points", xytext=(0, -34), ha="center"
+                f"{entry['parameters']:,}\nparameters",
+                (place, min(each)),
+                textcoords="offset points",
+                xytext=(0, -34),
+                ha="center",
             )
         own.set_xticks(range(len(SMALL)), list(SMALL))
         own.set(title="Our small forms, a dot a seed", ylabel="top-1 on Fashion-MNIST (%)")
@@ -140,7 +218,9 @@ def paragraph(figures: Figures) -> str:
     cells = []
     for name, entry in figures["small"].items():
         one, two = (entry["top1_percent"][protocol] for protocol in PROTOCOLS)
-        cells.append(f"{name}, {entry['parameters']:,} parameters: {one['mean']:.2f}% in one view, {two['mean']:.2f}% in two")
+        cells.append(
+            f"{name}, {entry['parameters']:,} parameters: {one['mean']:.2f}% in one view, {two['mean']:.2f}% in two"
+        )
     count = sum(row["torchvision_top5_error"] is not None for row in figures["published"].values())
     return (
         f"Over the {count} networks whose error torchvision publishes, by one recipe's protocol, parameters and top-5 error have a "

@@ -28,9 +28,20 @@ _STAGE = "3"  # the first of VGG-16's with three convolutions
 
 
 def trainings(scale: Scale) -> list[Training]:
-    keys = ("model.name=vgg16_bn", "model.stem=small", "model.width=8", f"train.epochs={scale.choose(3, 6)}")
+    keys = (
+        "model.name=vgg16_bn",
+        "model.stem=small",
+        "model.width=8",
+        f"train.epochs={scale.choose(3, 6)}",
+    )
     return [
-        Training(f"vgg16-{kind}", seed, scale.train_samples, scale.val_samples, (*keys, f"model.filters={kind}"))
+        Training(
+            f"vgg16-{kind}",
+            seed,
+            scale.train_samples,
+            scale.val_samples,
+            (*keys, f"model.filters={kind}"),
+        )
         for seed in range(scale.seeds)
         for kind in KINDS
     ]
@@ -39,7 +50,13 @@ def trainings(scale: Scale) -> list[Training]:
 def stage_layers(kind: str, width: int) -> nn.Sequential:
     """The convolutions of VGG-16's third stage and their non-linearities, ``width`` channels in the first stage."""
     model = build_model("vgg16", 10, width=width, filters=kind)
-    return nn.Sequential(*(layer for name, layer in model.named_children() if name.startswith((f"conv{_STAGE}_", f"act{_STAGE}_"))))
+    return nn.Sequential(
+        *(
+            layer
+            for name, layer in model.named_children()
+            if name.startswith((f"conv{_STAGE}_", f"act{_STAGE}_"))
+        )
+    )
 
 
 def computed(kind: str) -> dict[str, Any]:
@@ -73,24 +90,61 @@ def judge(figures: Figures) -> list[Claim]:
     fields = (stacked["receptive_field_pixels"], single["receptive_field_pixels"])
     weights = (stacked["weights_per_channel_pair"], single["weights_per_channel_pair"])
     bends = (stacked["non_linearities"], single["non_linearities"])
-    gains = [a - b for a, b in zip(stacked["top1_percent"]["each"], single["top1_percent"]["each"], strict=True)]
+    gains = [
+        a - b
+        for a, b in zip(
+            stacked["top1_percent"]["each"], single["top1_percent"]["each"], strict=True
+        )
+    ]
     return [
-        Claim("I3", "three 3x3 see what one 7x7 sees", verdict_if(fields == (7, 7)), f"{fields[0]} and {fields[1]} pixels"),
-        Claim("I3", "with fewer weights", verdict_if(weights[0] < weights[1]), f"{weights[0]} C² and {weights[1]} C²"),
-        Claim("I3", "and more non-linearities", verdict_if(bends[0] > bends[1]), f"{bends[0]} and {bends[1]}"),
-        Claim("I3", "and the network is more accurate", verdict_by_seeds(gains), differences_text(gains, unit=" points")),
+        Claim(
+            "I3",
+            "three 3x3 see what one 7x7 sees",
+            verdict_if(fields == (7, 7)),
+            f"{fields[0]} and {fields[1]} pixels",
+        ),
+        Claim(
+            "I3",
+            "with fewer weights",
+            verdict_if(weights[0] < weights[1]),
+            f"{weights[0]} C² and {weights[1]} C²",
+        ),
+        Claim(
+            "I3",
+            "and more non-linearities",
+            verdict_if(bends[0] > bends[1]),
+            f"{bends[0]} and {bends[1]}",
+        ),
+        Claim(
+            "I3",
+            "and the network is more accurate",
+            verdict_by_seeds(gains),
+            differences_text(gains, unit=" points"),
+        ),
     ]
 
 
 def plot(figures: Figures, file: Path) -> None:
-    with plots.panels(3, "VGG-16, its stages of 3x3 filters against one large filter a stage", file) as (weights, size, accuracy):
+    with plots.panels(
+        3, "VGG-16, its stages of 3x3 filters against one large filter a stage", file
+    ) as (weights, size, accuracy):
         colours = (plots.BLUE, plots.ORANGE)
         for axes, key, scale, label in (
             (weights, "weights_per_channel_pair", 1, "weights in a stage / channels²"),
-            (size, "vgg16_convolution_parameters", 1e-6, "parameters of all convolutions (millions)"),
+            (
+                size,
+                "vgg16_convolution_parameters",
+                1e-6,
+                "parameters of all convolutions (millions)",
+            ),
         ):
-            values = [{"mean": figures[kind][key] * scale, "each": [figures[kind][key] * scale]} for kind in KINDS]
-            plots.bars(axes, ("three 3x3", "one 7x7") if axes is weights else KINDS, values, colours)
+            values = [
+                {"mean": figures[kind][key] * scale, "each": [figures[kind][key] * scale]}
+                for kind in KINDS
+            ]
+            plots.bars(
+                axes, ("three 3x3", "one 7x7") if axes is weights else KINDS, values, colours
+            )
             axes.set_ylabel(label)
         plots.points(accuracy, KINDS, [figures[kind]["top1_percent"] for kind in KINDS], colours)
         accuracy.set_ylabel("top-1 on Fashion-MNIST (%)")

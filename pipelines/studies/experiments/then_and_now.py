@@ -8,7 +8,10 @@ from pipelines.studies.framework.runner import Runs
 from pipelines.studies.framework.study import Claim, Figures, Scale, Study, verdict_if
 from trainer.models.model_info import model_info
 
-IMAGES, EPOCHS = 1_281_167, 90  # of ImageNet's training set; as in Krizhevsky et al. 2012, section 5, "roughly 90 cycles"
+IMAGES, EPOCHS = (
+    1_281_167,
+    90,
+)  # of ImageNet's training set; as in Krizhevsky et al. 2012, section 5, "roughly 90 cycles"
 FLOPS_A_MULTIPLY_ADD = 6
 """2 operations, in the forward pass and twice in the backward one: for the weights' gradients and for the inputs'."""
 UTILIZATION_TODAY = 0.3
@@ -44,8 +47,24 @@ class Report:
 
 
 REPORTS = (
-    Report("AlexNet", "alexnet2012", 90, 2, GTX580, (120, 144), "Krizhevsky et al. 2012, 1 and 5: five to six days"),
-    Report("VGG-16", "vgg16", 74, 4, TITAN_BLACK, (336, 504), "Simonyan, Zisserman 2015, 3.1 and 3.3: two to three weeks"),
+    Report(
+        "AlexNet",
+        "alexnet2012",
+        90,
+        2,
+        GTX580,
+        (120, 144),
+        "Krizhevsky et al. 2012, 1 and 5: five to six days",
+    ),
+    Report(
+        "VGG-16",
+        "vgg16",
+        74,
+        4,
+        TITAN_BLACK,
+        (336, 504),
+        "Simonyan, Zisserman 2015, 3.1 and 3.3: two to three weeks",
+    ),
     Report("ResNet-50", "resnet50", 90, 256, P100, (1, 1), "Goyal et al. 2017, abstract: one hour"),
 )
 MLPERF = {8: 13.466, 64: 2.664, 512: 0.509, 768: 0.369, 3584: 0.183}
@@ -60,7 +79,10 @@ def training_flops(model: str, epochs: int = EPOCHS) -> float:
 def utilization(report: Report) -> tuple[float, float]:
     """Of the peak of all its machines together: least and greatest that the published time allows."""
     peak_hour = report.count * report.machine.peak * 3600
-    low, high = (training_flops(report.model, report.epochs) / (peak_hour * hours) for hours in reversed(report.hours))
+    low, high = (
+        training_flops(report.model, report.epochs) / (peak_hour * hours)
+        for hours in reversed(report.hours)
+    )
     return low, high
 
 
@@ -73,7 +95,9 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     return {
         "flops": {name: training_flops(name) for name in NETWORKS},
         "hours_2_gtx580": {name: round(hours_on(name, 2, GTX580, in_2012), 1) for name in NETWORKS},
-        "hours_8_h100": {name: round(hours_on(name, 8, H100, UTILIZATION_TODAY), 4) for name in NETWORKS},
+        "hours_8_h100": {
+            name: round(hours_on(name, 8, H100, UTILIZATION_TODAY), 4) for name in NETWORKS
+        },
         "published": {
             report.network: {
                 "machines": f"{report.count} {report.machine.name}",
@@ -84,7 +108,9 @@ def measured(runs: Runs, scale: Scale) -> Figures:
             for report in REPORTS
         },
         "mlperf_minutes": MLPERF,
-        "mlperf_efficiency": {n: round(MLPERF[8] * 8 / (minutes * n), 3) for n, minutes in MLPERF.items()},
+        "mlperf_efficiency": {
+            n: round(MLPERF[8] * 8 / (minutes * n), 3) for n, minutes in MLPERF.items()
+        },
     }
 
 
@@ -141,8 +167,16 @@ def plot(figures: Figures, file: Path) -> None:
         counts = [int(n) for n in figures["mlperf_minutes"]]
         minutes = list(figures["mlperf_minutes"].values())
         scaling.plot(counts, minutes, "o-", color=plots.BLUE, label="published, MLPerf 3.0")
-        scaling.plot(counts, [minutes[0] * counts[0] / n for n in counts], "--", color=plots.BLACK, label="if scaling were perfect")
-        scaling.set(xscale="log", yscale="log", xlabel="H100s", ylabel="minutes of ResNet-50 to 75.9% top-1")
+        scaling.plot(
+            counts,
+            [minutes[0] * counts[0] / n for n in counts],
+            "--",
+            color=plots.BLACK,
+            label="if scaling were perfect",
+        )
+        scaling.set(
+            xscale="log", yscale="log", xlabel="H100s", ylabel="minutes of ResNet-50 to 75.9% top-1"
+        )
         scaling.set_xticks(counts, [f"{n:,}" for n in counts])
         scaling.minorticks_off()
         scaling.legend(frameon=False)

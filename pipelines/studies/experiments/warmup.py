@@ -2,9 +2,23 @@
 
 from pathlib import Path
 
-from pipelines.studies.experiments.scaling import FAST, GROUPS, better, measured_of, plot_groups, trainings_of
+from pipelines.studies.experiments.scaling import (
+    FAST,
+    GROUPS,
+    better,
+    measured_of,
+    plot_groups,
+    trainings_of,
+)
 from pipelines.studies.framework.runner import Runs
-from pipelines.studies.framework.study import Claim, Figures, Scale, Study, Training, format_mean_std
+from pipelines.studies.framework.study import (
+    Claim,
+    Figures,
+    Scale,
+    Study,
+    Training,
+    format_mean_std,
+)
 
 RECIPES = GROUPS[FAST]
 SMALL, WARM, COLD = RECIPES
@@ -23,7 +37,9 @@ def judge(figures: Figures) -> list[Claim]:
 
 
 def plot(figures: Figures, file: Path) -> None:
-    plot_groups(figures, {FAST: RECIPES}, "Warmup: a batch of 512 at 8 times the rate of one of 64", file)
+    plot_groups(
+        figures, {FAST: RECIPES}, "Warmup: a batch of 512 at 8 times the rate of one of 64", file
+    )
 
 
 def paragraph(figures: Figures) -> str:

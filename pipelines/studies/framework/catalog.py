@@ -32,8 +32,12 @@ def load(name: str) -> Study:
     """Raises UserError with the nearest names."""
     if name not in NAMES:
         nearest = difflib.get_close_matches(name.lower(), NAMES, n=3, cutoff=0.4) or list(NAMES)
-        raise UserError(f"there is no study {name!r}; nearest: {', '.join(nearest)}; all: `convoy study`")
-    study: Study = importlib.import_module(f"pipelines.studies.experiments.{name.replace('-', '_')}").STUDY
+        raise UserError(
+            f"there is no study {name!r}; nearest: {', '.join(nearest)}; all: `convoy study`"
+        )
+    study: Study = importlib.import_module(
+        f"pipelines.studies.experiments.{name.replace('-', '_')}"
+    ).STUDY
     return study
 
 

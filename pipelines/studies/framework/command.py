@@ -28,7 +28,9 @@ def list_studies() -> Table:
     return table
 
 
-def run_studies(names: Sequence[str], scale: Scale, jobs: int, folder: Path = FOLDER) -> list[dict[str, Any]]:
+def run_studies(
+    names: Sequence[str], scale: Scale, jobs: int, folder: Path = FOLDER
+) -> list[dict[str, Any]]:
     """Run each and print its answer; returns their results. Raises UserError, after the first that fails."""
     folder = folder.absolute()
     chosen = [load(name) for name in (NAMES if list(names) == ["all"] else names)]
@@ -50,7 +52,9 @@ def run_study(study: Study, scale: Scale, runs: Runs) -> dict[str, Any]:
     started = time.monotonic()
     trainings = study.trainings(scale)
     runs.train(trainings, study.name)
-    figures = json.loads(json.dumps(study.measure(runs, scale)))  # as it will be read back: keys are text
+    figures = json.loads(
+        json.dumps(study.measure(runs, scale))
+    )  # as it will be read back: keys are text
     claims = study.judge(figures)
     outcomes = [runs.outcome(training) for training in trainings]
     result = {
@@ -82,7 +86,10 @@ def run_study(study: Study, scale: Scale, runs: Runs) -> dict[str, Any]:
     part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(folder / "result.json")
     for claim in claims:
-        print(f"{study.name}: {claim.statement}: {claim.verdict}: {claim.text} ({claim.why})", flush=True)
+        print(
+            f"{study.name}: {claim.statement}: {claim.verdict}: {claim.text} ({claim.why})",
+            flush=True,
+        )
     print(f"{study.name}: {folder / 'result.json'}, {folder / 'plot.png'}", flush=True)
     return result
 
@@ -94,16 +101,25 @@ def heading(result: dict[str, Any]) -> str:
 def markdown(result: dict[str, Any], picture: str | None = None) -> str:
     """A study's section of docs/studies.md; ``picture``: where its picture lies."""
     kind = "quick run, to see that it works" if result["quick"] else "full run"
-    seeds = f", {result['seeds']} seed{'s' if result['seeds'] > 1 else ''}" if result["seeds"] else ""
+    seeds = (
+        f", {result['seeds']} seed{'s' if result['seeds'] > 1 else ''}" if result["seeds"] else ""
+    )
     minutes = result["training_seconds"] / 60
-    spent = f"{minutes:.1f} min of training" if minutes else "computed and measured, without the trainer"
+    spent = (
+        f"{minutes:.1f} min of training"
+        if minutes
+        else "computed and measured, without the trainer"
+    )
     lines = [
         f"## {heading(result)}",
         f"**{result['question']}**",
         *([f"![{result['study']}]({picture})"] if picture else []),
         result["paragraph"],
         "| statement | claim | verdict | figures |\n| --- | --- | --- | --- |\n"
-        + "\n".join(f"| {c['statement']} | {c['text']} | **{c['verdict']}** | {c['why']} |" for c in result["claims"]),
+        + "\n".join(
+            f"| {c['statement']} | {c['text']} | **{c['verdict']}** | {c['why']} |"
+            for c in result["claims"]
+        ),
         f"Rule, written beforehand: {result['rule']}",
         f"`{result['command']}`: {kind}{seeds}, {spent}, {result['machine']}, {result['date']}.",
     ]
@@ -114,5 +130,10 @@ def summary_table(results: Sequence[dict[str, Any]]) -> Table:
     """A row for each study that was run."""
     table = Table("study", "bears on", "verdict", "training, s", box=None, padding=(0, 2, 0, 0))
     for result in results:
-        table.add_row(result["study"], ", ".join(result["statements"]), result["verdict"], f"{result['training_seconds']:.0f}")
+        table.add_row(
+            result["study"],
+            ", ".join(result["statements"]),
+            result["verdict"],
+            f"{result['training_seconds']:.0f}",
+        )
     return table

@@ -35,7 +35,10 @@ def batches(split: Path, config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
     """Images float32 [N, 3, H, W] and labels int64 [N] of a packed split, as the trainer's evaluation gives them."""
     index, store = open_index(str(split))
     for batch in eval_loader(config, index, store, 1, 0):
-        yield normalize(torch.from_numpy(batch.pixels), config.data.mean, config.data.std), torch.from_numpy(batch.labels)
+        yield (
+            normalize(torch.from_numpy(batch.pixels), config.data.mean, config.data.std),
+            torch.from_numpy(batch.labels),
+        )
 
 
 def some_images(runs: Runs, count: int) -> tuple[Tensor, Tensor]:
@@ -137,7 +140,12 @@ def receptive_field(layers: nn.Module, channels: int, side: int) -> int:
 
 def parameter_share(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> int:
     """Parameters in layers of a kind."""
-    return sum(p.numel() for layer in model.modules() if isinstance(layer, kind) for p in layer.parameters(recurse=False))
+    return sum(
+        p.numel()
+        for layer in model.modules()
+        if isinstance(layer, kind)
+        for p in layer.parameters(recurse=False)
+    )
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -10,7 +10,15 @@ import numpy as np
 
 matplotlib.use("Agg")
 
-BLUE, ORANGE, GREEN, PINK, BLACK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"
+BLUE, ORANGE, GREEN, PINK, BLACK, SKY, YELLOW = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#000000",
+    "#56B4E9",
+    "#E69F00",
+)
 COLOURS = (BLUE, ORANGE, GREEN, PINK, BLACK, SKY, YELLOW)
 
 
@@ -19,7 +27,9 @@ def panels(count: int, title: str, file: Path, height: float = 4.2) -> Iterator[
     """``count`` axes in a row, written to ``file`` at the end."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, count, figsize=(6.0 * count, height), constrained_layout=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, count, figsize=(6.0 * count, height), constrained_layout=True, squeeze=False
+    )
     row = list(axes[0])
     for one in row:
         one.spines[["top", "right"]].set_visible(False)
@@ -33,35 +43,63 @@ def panels(count: int, title: str, file: Path, height: float = 4.2) -> Iterator[
         plt.close(figure)
 
 
-def band(axes: Any, x: Sequence[float], rows: Sequence[Sequence[float]], colour: str, label: str, **style: Any) -> None:
+def band(
+    axes: Any,
+    x: Sequence[float],
+    rows: Sequence[Sequence[float]],
+    colour: str,
+    label: str,
+    **style: Any,
+) -> None:
     """Mean of the rows (one a seed), and a band from the least to the greatest. Rows of unequal length are cut to the shortest."""
     length = min(len(x), *(len(row) for row in rows))
     values = np.array([row[:length] for row in rows], dtype=float)
     axes.plot(x[:length], values.mean(axis=0), color=colour, label=label, linewidth=1.6, **style)
     if len(rows) > 1:
-        axes.fill_between(x[:length], values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(
+            x[:length], values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0
+        )
 
 
-def bars(axes: Any, labels: Sequence[str], spreads: Sequence[dict[str, Any]], colours: Sequence[str], form: str = "{:.1f}") -> None:
+def bars(
+    axes: Any,
+    labels: Sequence[str],
+    spreads: Sequence[dict[str, Any]],
+    colours: Sequence[str],
+    form: str = "{:.1f}",
+) -> None:
     """A bar for each spread, its seeds as dots, its mean above."""
     for place, (values, colour) in enumerate(zip(spreads, colours, strict=False)):
         axes.bar(place, values["mean"], color=colour, width=0.6, alpha=0.85)
         axes.plot([place] * len(values["each"]), values["each"], ".", color=BLACK, markersize=4)
         axes.annotate(
-            form.format(values["mean"]), (place, max(values["each"])), textcoords="offset points", xytext=(0, 5), ha="center"
+            form.format(values["mean"]),
+            (place, max(values["each"])),
+            textcoords="offset points",
+            xytext=(0, 5),
+            ha="center",
         )
     axes.set_xticks(range(len(labels)), labels)
     axes.margins(y=0.15)
 
 
 def points(
-    axes: Any, labels: Sequence[str], spreads: Sequence[dict[str, Any]], colours: Sequence[str], form: str = "{:.1f}"
+    axes: Any,
+    labels: Sequence[str],
+    spreads: Sequence[dict[str, Any]],
+    colours: Sequence[str],
+    form: str = "{:.1f}",
 ) -> None:
     """For values far from zero: a large dot for the mean, a small one for each seed."""
     for place, (values, colour) in enumerate(zip(spreads, colours, strict=True)):
         axes.plot(place, values["mean"], "o", color=colour, markersize=11)
         axes.plot([place] * len(values["each"]), values["each"], ".", color=BLACK, markersize=4)
-        axes.annotate(form.format(values["mean"]), (place, values["mean"]), textcoords="offset points", xytext=(11, -4))
+        axes.annotate(
+            form.format(values["mean"]),
+            (place, values["mean"]),
+            textcoords="offset points",
+            xytext=(11, -4),
+        )
     axes.set_xticks(range(len(labels)), labels)
     axes.margins(x=0.4, y=0.5)
 

@@ -25,11 +25,18 @@ class StudyProgress:
 
     def __enter__(self) -> "StudyProgress":
         if self._costs and sys.stdout.isatty():
-            self._bar = Progress(TextColumn(self._what), BarColumn(), TextColumn("{task.description}"), console=Console())
+            self._bar = Progress(
+                TextColumn(self._what),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                console=Console(),
+            )
             self._task = self._bar.add_task("", total=1.0)
             self._bar.start()
         elif self._costs:
-            print(f"{self._what}: {self._done} of {self._of} trainings are done already", flush=True)
+            print(
+                f"{self._what}: {self._done} of {self._of} trainings are done already", flush=True
+            )
         return self
 
     def at(self, label: str, part: float) -> None:
@@ -54,7 +61,9 @@ class StudyProgress:
 
     def part(self) -> float:
         """Of the whole cost, from 0 to 1."""
-        return sum(self._costs[label] * part for label, part in self._parts.items()) / max(sum(self._costs.values()), 1e-9)
+        return sum(self._costs[label] * part for label, part in self._parts.items()) / max(
+            sum(self._costs.values()), 1e-9
+        )
 
     def left(self) -> str:
         """Time left at the pace so far; nothing is said before 2% are done."""
@@ -64,6 +73,11 @@ class StudyProgress:
         seconds = (time.monotonic() - self._started) * (1 - part) / part
         return f"{timedelta(seconds=round(seconds))} left"
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()

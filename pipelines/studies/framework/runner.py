@@ -53,13 +53,17 @@ class Run:
             there = RunConfig.model_validate_json((self.folder / "config.json").read_text())
         except (OSError, ValueError):
             return False
-        return there.model_dump(exclude={"tracking"}) == self.config().model_dump(exclude={"tracking"})
+        return there.model_dump(exclude={"tracking"}) == self.config().model_dump(
+            exclude={"tracking"}
+        )
 
     def is_done(self) -> bool:
         return self.outcome.exists() and self.is_begun()
 
     def log_tail(self) -> str:
-        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        lines = (
+            self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        )
         return lines[-1][:300] if lines else ""
 
     def steps(self) -> int:
@@ -71,7 +75,11 @@ class Run:
 
     def step(self) -> int:
         """The last that its log tells."""
-        steps = [line.split()[1] for line in self.log.read_text(errors="replace").splitlines() if line.startswith("step ")]
+        steps = [
+            line.split()[1]
+            for line in self.log.read_text(errors="replace").splitlines()
+            if line.startswith("step ")
+        ]
         return int(steps[-1].split("/")[0]) if steps else 0
 
 
@@ -92,7 +100,9 @@ class Runs:
 
             self._client = MlflowClient(tracking_uri=self.uri)
             if self._client.get_experiment_by_name(EXPERIMENT) is None:
-                artifacts = (self.folder / "artifacts").as_uri() if self.uri.startswith("sqlite:") else None
+                artifacts = (
+                    (self.folder / "artifacts").as_uri() if self.uri.startswith("sqlite:") else None
+                )
                 self._client.create_experiment(EXPERIMENT, artifact_location=artifacts)
         return self._client
 
@@ -122,7 +132,9 @@ class Runs:
     def history(self, training: Training, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps int64 [n] and values float64 [n] of a metric, from MLflow."""
         run_id = self.outcome(training)["mlflow_run_id"]
-        points = sorted({(point.step, point.value) for point in self.client.get_metric_history(run_id, key)})
+        points = sorted(
+            {(point.step, point.value) for point in self.client.get_metric_history(run_id, key)}
+        )
         return np.array([step for step, _ in points]), np.array([value for _, value in points])
 
     def losses(self, training: Training) -> np.ndarray:
@@ -132,7 +144,9 @@ class Runs:
         if not outcome["diverged"] and len(values) != outcome["steps"]:
             spool = self.run_of(training).folder / "tracking.jsonl"
             told = f"{training.label}: MLflow has {len(values)} of {outcome['steps']} losses"
-            raise RetryableError(f"{told}; send it the rest with MLFLOW_TRACKING_URI={self.uri} convoy sync {spool}")
+            raise RetryableError(
+                f"{told}; send it the rest with MLFLOW_TRACKING_URI={self.uri} convoy sync {spool}"
+            )
         return values
 
     def train(self, trainings: Sequence[Training], what: str) -> None:
@@ -143,7 +157,9 @@ class Runs:
         todo = [run for run in runs if not run.is_done()]
         if todo:
             _ = self.client
-        with StudyProgress(what, [(run.training.label, _cost(run)) for run in todo], len(runs)) as progress:
+        with StudyProgress(
+            what, [(run.training.label, _cost(run)) for run in todo], len(runs)
+        ) as progress:
             for run, process, started, peak in _finished(todo, self.jobs, progress):
                 _keep(run, process, time.monotonic() - started, peak)
                 progress.ended(run.training.label, _headline(self.outcome(run.training)))
@@ -154,7 +170,9 @@ def check_room(folder: Path, needed: int = _LEAST_FREE) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{folder}: the disk has {free / 2**20:,.0f} MiB free, studies need {needed / 2**20:,.0f}")
+        raise UserError(
+            f"{folder}: the disk has {free / 2**20:,.0f} MiB free, studies need {needed / 2**20:,.0f}"
+        )
 
 
 def _cost(run: Run) -> float:
@@ -165,7 +183,12 @@ def _cost(run: Run) -> float:
     config = run.config()
     options = config.model.model_dump(exclude={"name", "num_classes", "init"}, exclude_none=True)
     images = run.steps() * config.batch.global_size
-    work = sum(layer_costs(build_model(config.model.name, 10, config.data.image_size, **options), config.data.image_size).values())
+    work = sum(
+        layer_costs(
+            build_model(config.model.name, 10, config.data.image_size, **options),
+            config.data.image_size,
+        ).values()
+    )
     return images * work + 2e10  # the start, some seconds
 
 
@@ -178,7 +201,11 @@ def _finished(todo: Sequence[Run], jobs: int, progress: StudyProgress) -> Iterat
     active: dict[str, tuple[Run, subprocess.Popen[bytes], float, float]] = {}
     with _ended(active):
         while waiting or active:
-            while waiting and (not active or sum(a[0].training.procs for a in active.values()) + waiting[0].training.procs <= jobs):
+            while waiting and (
+                not active
+                or sum(a[0].training.procs for a in active.values()) + waiting[0].training.procs
+                <= jobs
+            ):
                 run = waiting.pop(0)
                 active[run.training.label] = (run, _start(run), time.monotonic(), 0.0)
             time.sleep(0.3)
@@ -212,7 +239,11 @@ def _memory(pid: int) -> float:
         for member in (process, *process.children(recursive=True)):
             status = Path(f"/proc/{member.pid}/status")
             if status.exists():
-                peaks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+                peaks = [
+                    line.split()[1]
+                    for line in status.read_text().splitlines()
+                    if line.startswith("VmHWM:")
+                ]
                 total += float(peaks[0]) / 1024 if peaks else 0.0
             else:
                 total += member.memory_info().rss / 2**20
@@ -253,7 +284,9 @@ def _keep(run: Run, process: "subprocess.Popen[bytes]", seconds: float, peak: fl
     if code and not diverged:
         check_room(run.folder)  # a full disk ends a training in many ways
         kind = UserError if code == EXIT_USER else RetryableError
-        raise kind(f"training {run.training.label} ended with exit code {code}: {run.log_tail() or 'no word'}; see {run.log}")
+        raise kind(
+            f"training {run.training.label} ended with exit code {code}: {run.log_tail() or 'no word'}; see {run.log}"
+        )
     facts = {"diverged": diverged, "seconds": round(seconds, 1), "peak_mib": round(peak, 1)}
     if diverged:
         facts |= {"steps": run.step(), "mlflow_run_id": _run_id(run)}
@@ -272,4 +305,8 @@ def _run_id(run: Run) -> str | None:
 
 
 def _headline(outcome: dict[str, Any]) -> str:
-    return "diverged" if outcome["diverged"] else f"top1 {outcome['top1']:.4f}, {outcome['seconds']:.0f} s"
+    return (
+        "diverged"
+        if outcome["diverged"]
+        else f"top1 {outcome['top1']:.4f}, {outcome['seconds']:.0f} s"
+    )

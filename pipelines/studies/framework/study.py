@@ -132,7 +132,12 @@ that); by the second a curve must fall, since curves of networks that learn noth
 def same_curves(statement: str, text: str, apart: float, fall: float) -> Claim:
     """``apart``: greatest difference of one step's losses; ``fall``: by how much the loss fell in the run where it fell least."""
     verdict = UNDECIDED if fall < LEAST_FALL else verdict_if(apart < SAME)
-    return Claim(statement, text, verdict, f"{apart:.2g} nats apart at most, while the loss fell by at least {fall:.2f}")
+    return Claim(
+        statement,
+        text,
+        verdict,
+        f"{apart:.2g} nats apart at most, while the loss fell by at least {fall:.2f}",
+    )
 
 
 def fall_of(losses: Sequence[float]) -> float:
@@ -149,7 +154,9 @@ def verdict_if(holds: bool) -> Verdict:
 def differences_text(differences: Sequence[float], digits: int = 2, unit: str = "") -> str:
     """Seed by seed, and why these do not decide where they are too few."""
     each = ", ".join(f"{value:+.{digits}f}{unit}" for value in differences)
-    few = f"; fewer than {LEAST_SEEDS} seeds decide nothing" if len(differences) < LEAST_SEEDS else ""
+    few = (
+        f"; fewer than {LEAST_SEEDS} seeds decide nothing" if len(differences) < LEAST_SEEDS else ""
+    )
     return f"seed by seed {each}{few}"
 
 

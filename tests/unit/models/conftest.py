@@ -33,7 +33,12 @@ def real_images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Tenso
     folder: Path = tmp_path_factory.mktemp("data")
     items = list_source(str(_find_data(folder).source)).splits[0].items
     chosen = [items[i] for i in np.random.default_rng(0).choice(len(items), 64, replace=False)]
-    pixels = [np.asarray(Image.open(io.BytesIO(read_item(item))).convert("RGB").resize((16, 16))) for item in chosen]
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(read_item(item))).convert("RGB").resize((16, 16)))
+        for item in chosen
+    ]
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
     images = (images - images.mean()) / images.std()
-    return images.contiguous(memory_format=torch.channels_last), torch.tensor([item.label for item in chosen])
+    return images.contiguous(memory_format=torch.channels_last), torch.tensor(
+        [item.label for item in chosen]
+    )

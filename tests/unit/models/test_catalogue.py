@@ -15,7 +15,9 @@ from trainer.models.model_info import forward_costs, model_info
 from trainer.models.state_dict_adapter import schemes_of
 
 
-@pytest.mark.parametrize("name", [v.name for v in list_models() if "torchvision" in schemes_of(v.name)])
+@pytest.mark.parametrize(
+    "name", [v.name for v in list_models() if "torchvision" in schemes_of(v.name)]
+)
 def test_torchvisions_published_figures(name: str) -> None:
     entry = model_info(name)
     meta = next(iter(get_model_weights(name))).meta
@@ -34,7 +36,13 @@ def test_published_depths_and_sizes() -> None:
             assert entry.layers == {"alexnet": 8, "googlenet": 22}[variant.family]
         assert (entry.top5_error is None) == (entry.top5_source is None)
     # He et al. 2015, table 6, and Krizhevsky et al. 2012, section 3.5 (60 million), to the digits printed there
-    for name, millions in (("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85), ("resnet110", 1.7)):
+    for name, millions in (
+        ("resnet20", 0.27),
+        ("resnet32", 0.46),
+        ("resnet44", 0.66),
+        ("resnet56", 0.85),
+        ("resnet110", 1.7),
+    ):
         assert round(model_info(name).parameters / 1e6, 1 if millions > 1 else 2) == millions
     assert round(model_info("alexnet2012").parameters / 1e6) == 61
 
@@ -54,7 +62,9 @@ def test_costs_are_those_of_a_real_pass(name: str) -> None:
             lambda t, saved=saved: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
         ):
             model.train()(torch.randn(images, 3, side, side))
-        kept.append(sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in parameters))
+        kept.append(
+            sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in parameters)
+        )
     with torch.device("meta"):
         multiply_adds, activation_bytes = forward_costs(build_model(name, 10, width=8), side)
     assert multiply_adds == counter.get_total_flops() // 2

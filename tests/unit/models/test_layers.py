@@ -21,7 +21,9 @@ def test_local_response_norm_is_the_papers_sum() -> None:
         expected[:, i] = x[:, i] / (2.0 + 1e-4 * nearest.square().sum(1)) ** 0.75
     torch.testing.assert_close(norm(x), expected)
     large = LocalResponseNorm(alpha=0.1)(x)
-    torch.testing.assert_close(large, nn.LocalResponseNorm(5, alpha=0.5, beta=0.75, k=2.0)(x))  # which divides alpha by 5
+    torch.testing.assert_close(
+        large, nn.LocalResponseNorm(5, alpha=0.5, beta=0.75, k=2.0)(x)
+    )  # which divides alpha by 5
 
 
 def test_local_response_norm_of_half_precision_does_not_overflow() -> None:
@@ -55,9 +57,16 @@ def test_shortcut_a_strides_and_pads_with_zeros() -> None:
 
 @pytest.mark.parametrize("depth", [8, 18, 50])
 def test_plain_network_is_the_residual_one_without_shortcuts(depth: int) -> None:
-    residual, plain = build_model(f"resnet{depth}", 10, width=4), build_model(f"plain{depth}", 10, width=4)
-    assert [name for name, _ in residual.named_children()] == [name for name, _ in plain.named_children()]
-    weights = {key: value for key, value in residual.state_dict().items() if ".shortcut." not in key}
+    residual, plain = (
+        build_model(f"resnet{depth}", 10, width=4),
+        build_model(f"plain{depth}", 10, width=4),
+    )
+    assert [name for name, _ in residual.named_children()] == [
+        name for name, _ in plain.named_children()
+    ]
+    weights = {
+        key: value for key, value in residual.state_dict().items() if ".shortcut." not in key
+    }
     plain.load_state_dict(weights, strict=True)
     for module in residual.modules():
         if isinstance(module, Block):
@@ -66,7 +75,9 @@ def test_plain_network_is_the_residual_one_without_shortcuts(depth: int) -> None
     torch.testing.assert_close(residual(x), plain(x))
 
 
-@pytest.mark.parametrize(("stride_in", "first", "second"), [(None, 1, 2), ("3x3", 1, 2), ("1x1", 2, 1)])
+@pytest.mark.parametrize(
+    ("stride_in", "first", "second"), [(None, 1, 2), ("3x3", 1, 2), ("1x1", 2, 1)]
+)
 def test_stride_placement(stride_in: str | None, first: int, second: int) -> None:
     block = build_model("resnet50", 10, width=4, stride_in=stride_in).get_submodule("stage2_0")
     assert isinstance(block, Bottleneck)
@@ -82,7 +93,11 @@ def test_zero_gamma_makes_each_block_its_shortcut() -> None:
 def test_initialization_of_2012() -> None:
     torch.manual_seed(0)
     model = build_model("alexnet2012", 10, width=32)
-    ones = {name for name, layer in model.named_children() if getattr(layer, "bias", None) is not None and layer.bias.eq(1).all()}
+    ones = {
+        name
+        for name, layer in model.named_children()
+        if getattr(layer, "bias", None) is not None and layer.bias.eq(1).all()
+    }
     assert ones == {"conv2", "conv4", "conv5", "fc6", "fc7"}
     assert model.get_submodule("fc6").weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert model.get_submodule("conv2").groups == 2
@@ -108,7 +123,9 @@ def test_auxiliary_heads_add_their_logits_in_training_only() -> None:
     pooled = []
     head.conv.register_forward_hook(lambda module, inputs, output: pooled.append(inputs[0]))
     head.logits(image)
-    torch.testing.assert_close(pooled[0], nn.functional.avg_pool2d(image, 5, 3))  # the paper's 4x4, exactly
+    torch.testing.assert_close(
+        pooled[0], nn.functional.avg_pool2d(image, 5, 3)
+    )  # the paper's 4x4, exactly
 
 
 def test_auxiliary_losses_weigh_three_tenths() -> None:

@@ -23,7 +23,9 @@ STEPS = 400
         ("plain8", {}),
     ],
 )
-def test_learns_64_images_by_heart(name: str, options: dict[str, object], real_images: tuple[Tensor, Tensor]) -> None:
+def test_learns_64_images_by_heart(
+    name: str, options: dict[str, object], real_images: tuple[Tensor, Tensor]
+) -> None:
     images, labels = real_images
     torch.manual_seed(0)
     if name.startswith(("alexnet", "vgg", "googlenet")):

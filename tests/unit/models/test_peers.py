@@ -41,7 +41,11 @@ def randomized(model: nn.Module) -> nn.Module:
 def sharing_weights_of(peer: nn.Module, name: str, scheme: str, **options: object) -> nn.Sequential:
     with torch.device("meta"):
         model = build_model(name, 1000, **options)
-    model.load_state_dict(to_native_state_dict(peer.state_dict(), scheme, get_model_spec(name), model), assign=True, strict=True)
+    model.load_state_dict(
+        to_native_state_dict(peer.state_dict(), scheme, get_model_spec(name), model),
+        assign=True,
+        strict=True,
+    )
     for parameter in model.parameters():
         parameter.requires_grad_()
     return model
@@ -73,7 +77,9 @@ def compare(name: str, peer: nn.Module, scheme: str, **options: object) -> None:
         assert exported[key].dtype == value.dtype
         assert torch.equal(exported[key], value), key
 
-    side = get_model_spec(name).smallest_input["imagenet"] + 1  # odd sizes and windows over the border too
+    side = (
+        get_model_spec(name).smallest_input["imagenet"] + 1
+    )  # odd sizes and windows over the border too
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         expected = peer.eval()(images)
@@ -93,7 +99,11 @@ def compare(name: str, peer: nn.Module, scheme: str, **options: object) -> None:
 
 
 def test_every_torchvision_variant_is_compared() -> None:
-    bases = {"alexnet", "googlenet", *(f"vgg{d}{bn}" for d in (11, 13, 16, 19) for bn in ("", "_bn"))}
+    bases = {
+        "alexnet",
+        "googlenet",
+        *(f"vgg{d}{bn}" for d in (11, 13, 16, 19) for bn in ("", "_bn")),
+    }
     assert set(IN_TORCHVISION) == bases | {f"resnet{d}" for d in (18, 34, 50, 101, 152)}
     assert set(IN_TIMM) == set(IN_TORCHVISION) - {"alexnet", "googlenet"}
 

@@ -59,7 +59,9 @@ def test_channels_last_computes_the_same(name: str) -> None:
     images = images_for(name)
     expected = model(images)
     model.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(model(images.contiguous(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(images.contiguous(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,7 +71,11 @@ def test_smallest_input(name: str, stem: str) -> None:
     smallest = variant.smallest_input[stem]
     with torch.device("meta"):
         model = build_model(name, 10, image_size=smallest, width=WIDTH, stem=stem).train()
-        if variant.family in ("alexnet", "vgg", "googlenet"):  # in the others padding lets every size through
+        if variant.family in (
+            "alexnet",
+            "vgg",
+            "googlenet",
+        ):  # in the others padding lets every size through
             assert isinstance(model(torch.empty(2, 3, smallest, smallest)), Tensor | tuple)
             with pytest.raises(RuntimeError):
                 model(torch.empty(2, 3, smallest - 1, smallest - 1))
@@ -96,7 +102,9 @@ def test_can_be_cut_between_any_two_layers(name: str) -> None:
             assert all(isinstance(part, Tensor) for part in parts)
         heads = 3 if training and name.startswith("googlenet") else 1
         assert len(parts) == heads
-        for part, expected in zip(parts, whole if isinstance(whole, tuple) else (whole,), strict=True):
+        for part, expected in zip(
+            parts, whole if isinstance(whole, tuple) else (whole,), strict=True
+        ):
             torch.testing.assert_close(part, expected)
 
 
@@ -106,7 +114,9 @@ def test_batch_norm_is_ours_everywhere(name: str) -> None:
         model = build_model(name, 10)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert all(type(m) is BatchNorm2d for m in norms)
-    assert bool(norms) == (name.startswith(("resnet", "plain")) or name.endswith("_bn") or name == "googlenet")
+    assert bool(norms) == (
+        name.startswith(("resnet", "plain")) or name.endswith("_bn") or name == "googlenet"
+    )
 
 
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
@@ -173,14 +183,28 @@ def test_unknown_name_tells_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet8", {"dropout": 0.5}, r"model\.dropout: resnet8 has no such option; those of the resnet family: .*zero_init_gamma"),
-        ("alexnet", {"batch_norm": True}, r"model\.batch_norm: alexnet has no such option; .*alexnet family: activation, dropout"),
+        (
+            "resnet8",
+            {"dropout": 0.5},
+            r"model\.dropout: resnet8 has no such option; those of the resnet family: .*zero_init_gamma",
+        ),
+        (
+            "alexnet",
+            {"batch_norm": True},
+            r"model\.batch_norm: alexnet has no such option; .*alexnet family: activation, dropout",
+        ),
         ("resnet18", {"stride_in": "1x1"}, r"model\.stride_in: only networks of bottleneck"),
         ("plain18", {"zero_init_gamma": True}, r"model\.zero_init_gamma: needs shortcuts"),
-        ("resnet18", {"zero_init_gamma": True, "batch_norm": False}, r"model\.zero_init_gamma: needs"),
+        (
+            "resnet18",
+            {"zero_init_gamma": True, "batch_norm": False},
+            r"model\.zero_init_gamma: needs",
+        ),
         ("alexnet2012", {"width": 9}, r"model\.width: 9 does not divide by 2"),
     ],
 )
-def test_option_without_a_place_is_refused(name: str, options: dict[str, object], message: str) -> None:
+def test_option_without_a_place_is_refused(
+    name: str, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         build_model(name, 10, **options)

@@ -39,11 +39,15 @@ def average(source: nn.Module) -> nn.Module:
     return torchvision.models.resnet18(num_classes=CLASSES)
 
 
-def _imported(tmp_path: Path, content: object, key: str | None = None) -> tuple[dict[str, Tensor], str]:
+def _imported(
+    tmp_path: Path, content: object, key: str | None = None
+) -> tuple[dict[str, Tensor], str]:
     """The weights that an import of ``content`` gives, in torchvision's names, and what it reports."""
     torch.save(content, tmp_path / "c.pth")
     weights = select_weights(str(tmp_path / "c.pth"), "resnet18", key)
-    report = load_weights(build_model("resnet18", CLASSES), "resnet18", str(tmp_path / "c.pth"), weights)
+    report = load_weights(
+        build_model("resnet18", CLASSES), "resnet18", str(tmp_path / "c.pth"), weights
+    )
     return weights.state, "\n".join(report.notes)
 
 
@@ -75,7 +79,9 @@ def test_prefixes_of_wrappers_are_removed(prefix: str, source: nn.Module, tmp_pa
     _assert_holds(state, source)
 
 
-def test_submodules_that_were_compiled_or_checkpointed_are_unwrapped(source: nn.Module, tmp_path: Path) -> None:
+def test_submodules_that_were_compiled_or_checkpointed_are_unwrapped(
+    source: nn.Module, tmp_path: Path
+) -> None:
     model = torchvision.models.resnet18(num_classes=CLASSES)
     model.load_state_dict(source.state_dict())
     model.layer1 = torch.compile(model.layer1)
@@ -84,9 +90,16 @@ def test_submodules_that_were_compiled_or_checkpointed_are_unwrapped(source: nn.
     _assert_holds(state, source)
 
 
-def test_timms_averaged_weights_are_preferred_and_reported(source: nn.Module, average: nn.Module, tmp_path: Path) -> None:
+def test_timms_averaged_weights_are_preferred_and_reported(
+    source: nn.Module, average: nn.Module, tmp_path: Path
+) -> None:
     ema = ModelEmaV3(average)
-    content = {"epoch": 3, "arch": "resnet18", "state_dict": source.state_dict(), "state_dict_ema": ema.module.state_dict()}
+    content = {
+        "epoch": 3,
+        "arch": "resnet18",
+        "state_dict": source.state_dict(),
+        "state_dict_ema": ema.module.state_dict(),
+    }
     state, notes = _imported(tmp_path, content | {"version": 2, "metric": 70.1})
     _assert_holds(state, average)
     assert "averaged (EMA) weights at state_dict_ema, not those at state_dict" in notes
@@ -94,27 +107,39 @@ def test_timms_averaged_weights_are_preferred_and_reported(source: nn.Module, av
     _assert_holds(state, source)
 
 
-def test_torchs_averaged_model_is_preferred(source: nn.Module, average: nn.Module, tmp_path: Path) -> None:
+def test_torchs_averaged_model_is_preferred(
+    source: nn.Module, average: nn.Module, tmp_path: Path
+) -> None:
     """As torchvision's references save it: names below ``module.`` and a counter beside them."""
     ema = torch.optim.swa_utils.AveragedModel(average)
     optimizer = torch.optim.SGD(source.parameters(), 0.1)
-    content = {"model": source.state_dict(), "optimizer": optimizer.state_dict(), "model_ema": ema.state_dict()}
+    content = {
+        "model": source.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "model_ema": ema.state_dict(),
+    }
     state, notes = _imported(tmp_path, content)
     _assert_holds(state, average)
     assert "model_ema" in notes
     assert "n_averaged" not in notes
 
 
-def test_an_average_that_does_not_fit_is_reported_and_not_used(source: nn.Module, tmp_path: Path) -> None:
+def test_an_average_that_does_not_fit_is_reported_and_not_used(
+    source: nn.Module, tmp_path: Path
+) -> None:
     partial = {key: value for key, value in source.state_dict().items() if "running" not in key}
     state, notes = _imported(tmp_path, {"state_dict": source.state_dict(), "ema": partial})
     _assert_holds(state, source)
     assert "not those at ema" in notes
 
 
-def test_two_sets_that_fit_alike_are_refused_until_one_is_chosen(source: nn.Module, average: nn.Module, tmp_path: Path) -> None:
+def test_two_sets_that_fit_alike_are_refused_until_one_is_chosen(
+    source: nn.Module, average: nn.Module, tmp_path: Path
+) -> None:
     content = _with_prefix("student.", source) | _with_prefix("teacher.", average)
-    with pytest.raises(UserError, match=r"several sets of weights for resnet18: student, teacher; choose one"):
+    with pytest.raises(
+        UserError, match=r"several sets of weights for resnet18: student, teacher; choose one"
+    ):
         _imported(tmp_path, content)
     state, notes = _imported(tmp_path, content, key="teacher")
     _assert_holds(state, average)
@@ -130,7 +155,10 @@ def test_the_same_weights_twice_are_one_set(source: nn.Module, tmp_path: Path) -
 
 def test_what_is_outside_the_model_is_named(source: nn.Module, tmp_path: Path) -> None:
     """As Lightning saves a module with a loss that has weights."""
-    content = {"state_dict": _with_prefix("net.", source) | {"criterion.weight": torch.ones(CLASSES)}, "epoch": 1}
+    content = {
+        "state_dict": _with_prefix("net.", source) | {"criterion.weight": torch.ones(CLASSES)},
+        "epoch": 1,
+    }
     state, notes = _imported(tmp_path, content)
     _assert_holds(state, source)
     assert "ignores 1 tensors outside state_dict.net: criterion.weight" in notes
@@ -144,16 +172,22 @@ def test_a_name_with_and_without_its_wrapper_is_refused(source: nn.Module, tmp_p
 
 def test_integer_weights_are_refused(source: nn.Module, tmp_path: Path) -> None:
     content = source.state_dict() | {"conv1.weight": torch.zeros(64, 3, 7, 7, dtype=torch.int8)}
-    with pytest.raises(UserError, match=r"1 keys not of a floating-point type: conv1\.weight torch\.int8"):
+    with pytest.raises(
+        UserError, match=r"1 keys not of a floating-point type: conv1\.weight torch\.int8"
+    ):
         _imported(tmp_path, content)
 
 
 def test_16_bit_weights_become_fp32(source: nn.Module, tmp_path: Path) -> None:
-    torch.save({key: value.half() for key, value in source.state_dict().items()}, tmp_path / "h.pth")
+    torch.save(
+        {key: value.half() for key, value in source.state_dict().items()}, tmp_path / "h.pth"
+    )
     model = build_model("resnet18", CLASSES)
     load_weights(model, "resnet18", str(tmp_path / "h.pth"))
     assert {value.dtype for value in model.parameters()} == {torch.float32}
-    torch.testing.assert_close(model.state_dict()["conv.weight"], source.state_dict()["conv1.weight"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        model.state_dict()["conv.weight"], source.state_dict()["conv1.weight"], rtol=1e-3, atol=1e-4
+    )
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
@@ -174,12 +208,16 @@ def three_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "packed/train"
 
 
-def test_imagenets_outputs_are_matched_with_a_subset_by_name(three_classes: Path, tmp_path: Path) -> None:
+def test_imagenets_outputs_are_matched_with_a_subset_by_name(
+    three_classes: Path, tmp_path: Path
+) -> None:
     """The head's rows for these classes; torchvision's own network with all 1,000 outputs is the reference."""
     torch.manual_seed(0)
     peer = torchvision.models.resnet18().eval()
     torch.save(peer.state_dict(), tmp_path / "w.pth")
-    lines = import_weights(str(tmp_path / "w.pth"), "resnet18", tmp_path / "m", 64, str(three_classes), None)
+    lines = import_weights(
+        str(tmp_path / "w.pth"), "resnet18", tmp_path / "m", 64, str(three_classes), None
+    )
     assert "the outputs of 3 of ImageNet's 1,000 classes, matched by name" in "\n".join(lines)
     facts = ModelMetadata(**json.loads((tmp_path / "m/model.json").read_text()))
     assert facts.classes == open_index(str(three_classes))[0].classes
@@ -193,10 +231,16 @@ def test_imagenets_outputs_are_matched_with_a_subset_by_name(three_classes: Path
     assert len(predict_files(str(tmp_path / "m"), [str(image)])[0]["top5"]) == 3
 
 
-def test_classes_that_no_output_has_are_refused_by_name(source: nn.Module, three_classes: Path, tmp_path: Path) -> None:
+def test_classes_that_no_output_has_are_refused_by_name(
+    source: nn.Module, three_classes: Path, tmp_path: Path
+) -> None:
     torch.save(source.state_dict(), tmp_path / "seven.pth")
-    with pytest.raises(UserError, match=r"has 3 classes, but the weights in .* have 7 outputs without names"):
-        import_weights(str(tmp_path / "seven.pth"), "resnet18", tmp_path / "m", 64, str(three_classes), None)
+    with pytest.raises(
+        UserError, match=r"has 3 classes, but the weights in .* have 7 outputs without names"
+    ):
+        import_weights(
+            str(tmp_path / "seven.pth"), "resnet18", tmp_path / "m", 64, str(three_classes), None
+        )
     assert not (tmp_path / "m").exists()
 
 
@@ -215,12 +259,16 @@ def test_matching_by_id_then_by_name_in_any_order() -> None:
     outputs = output_names(["cat", "dog", "bird"], 3)
     assert _match(outputs, _Classes(["bird", "cat"])) == [2, 0]
     assert _match(outputs, _Classes(["n1", "n2"], ["dog", "bird"])) == [1, 2]
-    with pytest.raises(UserError, match=r"1 of its 2 classes are not among the 3 classes of MODEL: n2 \(cow\)"):
+    with pytest.raises(
+        UserError, match=r"1 of its 2 classes are not among the 3 classes of MODEL: n2 \(cow\)"
+    ):
         _match(outputs, _Classes(["n1", "n2"], ["dog", "cow"]))
     with pytest.raises(UserError, match="are not among"):
         _match(outputs, _Classes(["0", "1"]))
     numbers = [str(number) for number in range(1000)]
-    assert _match(imagenet_output_names(), _Classes(numbers)) == list(range(1000)), "as third-party shards of ImageNet"
+    assert _match(imagenet_output_names(), _Classes(numbers)) == list(range(1000)), (
+        "as third-party shards of ImageNet"
+    )
 
 
 def test_a_name_of_two_outputs_matches_neither() -> None:
@@ -240,13 +288,20 @@ def test_evaluation_matches_classes_in_another_order(tmp_path: Path, digits: Pat
     head = {key for key in model.state_dict() if key.startswith("head.")}
     names = [f"digit {name}" for name in index.classes]
     for folder, outputs in (("same", list(range(10))), ("permuted", order)):
-        state = {key: value[outputs] if key in head else value for key, value in model.state_dict().items()}
+        state = {
+            key: value[outputs] if key in head else value
+            for key, value in model.state_dict().items()
+        }
         copy = build_model("resnet8", 10, 8, width=4)
         copy.load_state_dict(state)
         classes = [index.classes[i] for i in outputs]
-        facts = ModelMetadata("resnet8", {"width": 4}, classes, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+        facts = ModelMetadata(
+            "resnet8", {"width": 4}, classes, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True
+        )
         save_model(tmp_path / folder, copy, facts)
-    same, permuted = (evaluate(str(tmp_path / folder), f"{digits}/val") for folder in ("same", "permuted"))
+    same, permuted = (
+        evaluate(str(tmp_path / folder), f"{digits}/val") for folder in ("same", "permuted")
+    )
     assert (permuted.top1, permuted.top5) == (same.top1, same.top5)
     assert 0 < same.top5 < 1
     facts = ModelMetadata("resnet8", {"width": 4}, names, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
@@ -257,14 +312,18 @@ def test_evaluation_matches_classes_in_another_order(tmp_path: Path, digits: Pat
 
 def test_more_outputs_than_classes_still_predict(tmp_path: Path) -> None:
     """``model.num_classes`` above the dataset's."""
-    facts = ModelMetadata("resnet8", {"width": 4}, ["a", "b"], 6, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+    facts = ModelMetadata(
+        "resnet8", {"width": 4}, ["a", "b"], 6, 8, 1.0, [0.5] * 3, [0.5] * 3, True
+    )
     save_model(tmp_path, facts.build(), facts)
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     (answer,) = predict_files(str(tmp_path), [str(tmp_path / "x.png")])
     assert len({guess["class"] for guess in answer["top5"]} & {"a", "b", "2", "3", "4", "5"}) == 5
 
 
-def test_fine_tuning_on_other_classes_of_the_same_number_makes_the_head_new(digits: Path, tmp_path: Path) -> None:
+def test_fine_tuning_on_other_classes_of_the_same_number_makes_the_head_new(
+    digits: Path, tmp_path: Path
+) -> None:
     index = open_index(f"{digits}/train")[0]
     for folder, classes, kept in (
         ("same", index.classes, True),
@@ -272,7 +331,9 @@ def test_fine_tuning_on_other_classes_of_the_same_number_makes_the_head_new(digi
         ("numbers", [str(i) for i in range(10)], True),
         ("other", [f"animal {i}" for i in range(10)], False),
     ):
-        facts = ModelMetadata("resnet8", {"width": 4}, list(classes), 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+        facts = ModelMetadata(
+            "resnet8", {"width": 4}, list(classes), 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True
+        )
         trained = facts.build()
         save_model(tmp_path / folder, trained, facts)
         target = build_model("resnet8", 10, 8, width=4)
@@ -284,22 +345,38 @@ def test_fine_tuning_on_other_classes_of_the_same_number_makes_the_head_new(digi
         assert any("made new" in note for note in notes) != kept
 
 
-def test_safetensors_with_prefixed_averages(source: nn.Module, average: nn.Module, tmp_path: Path) -> None:
-    save_file(_with_prefix("model.", source) | _with_prefix("ema_model.", average), tmp_path / "c.safetensors")
+def test_safetensors_with_prefixed_averages(
+    source: nn.Module, average: nn.Module, tmp_path: Path
+) -> None:
+    save_file(
+        _with_prefix("model.", source) | _with_prefix("ema_model.", average),
+        tmp_path / "c.safetensors",
+    )
     weights = select_weights(str(tmp_path / "c.safetensors"), "resnet18")
     _assert_holds(weights.state, average)
     assert "averaged (EMA) weights at ema_model, not those at model" in "\n".join(weights.notes)
 
 
-def test_arguments_and_scores_beside_the_weights_are_accepted(source: nn.Module, average: nn.Module, tmp_path: Path) -> None:
+def test_arguments_and_scores_beside_the_weights_are_accepted(
+    source: nn.Module, average: nn.Module, tmp_path: Path
+) -> None:
     """timm and torchvision store argparse's namespace, scripts NumPy's best accuracy."""
-    beside = {"args": argparse.Namespace(output=tmp_path), "best_acc": np.float64(0.5), "metric": np.float32(1)}
+    beside = {
+        "args": argparse.Namespace(output=tmp_path),
+        "best_acc": np.float64(0.5),
+        "metric": np.float32(1),
+    }
     content = {"state_dict": source.state_dict(), "state_dict_ema": average.state_dict(), **beside}
     _assert_holds(_imported(tmp_path, content)[0], average)
 
 
-def test_other_objects_beside_the_weights_are_refused_with_what_to_do(source: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"could run code: it holds torchvision\.models\.resnet\.ResNet; save the weights alone"):
+def test_other_objects_beside_the_weights_are_refused_with_what_to_do(
+    source: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"could run code: it holds torchvision\.models\.resnet\.ResNet; save the weights alone",
+    ):
         _imported(tmp_path, source)
 
 
@@ -308,7 +385,9 @@ def test_a_changed_byte_is_found_by_the_checksum(source: nn.Module, tmp_path: Pa
     content = bytearray((tmp_path / "w.pth").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "w.pth").write_bytes(content)
-    with pytest.raises(UserError, match=r"is damaged: the checksum of .*/data/[0-9]+ in it is wrong"):
+    with pytest.raises(
+        UserError, match=r"is damaged: the checksum of .*/data/[0-9]+ in it is wrong"
+    ):
         select_weights(str(tmp_path / "w.pth"), "resnet18")
 
 
@@ -325,12 +404,20 @@ def test_files_without_checksums_are_accepted(source: nn.Module, tmp_path: Path)
     [
         ({"fc.weight": torch.zeros(CLASSES, 512, device="meta")}, "fc.weight is a meta tensor"),
         ({"fc.weight": torch.zeros(CLASSES, 512).to_sparse()}, "fc.weight is a sparse tensor"),
-        ({"fc.bias": torch.zeros(3)}, "heads differ in the number of outputs or have none: head.weight 7x512, head.bias 3"),
+        (
+            {"fc.bias": torch.zeros(3)},
+            "heads differ in the number of outputs or have none: head.weight 7x512, head.bias 3",
+        ),
         ({"fc.bias": torch.zeros(0), "fc.weight": torch.zeros(0, 512)}, "head.weight 0x512"),
-        ({"fc.bias": torch.zeros(CLASSES, dtype=torch.complex64)}, "not of a floating-point type: fc.bias"),
+        (
+            {"fc.bias": torch.zeros(CLASSES, dtype=torch.complex64)},
+            "not of a floating-point type: fc.bias",
+        ),
     ],
 )
-def test_weights_that_cannot_be_used_are_refused(change: dict[str, Tensor], reason: str, source: nn.Module, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_used_are_refused(
+    change: dict[str, Tensor], reason: str, source: nn.Module, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
         _imported(tmp_path, source.state_dict() | change)
     assert reason in str(caught.value)
@@ -340,23 +427,35 @@ def test_weights_that_cannot_be_used_are_refused(change: dict[str, Tensor], reas
 def _saved(folder: Path, classes: list[str]) -> nn.Sequential:
     torch.manual_seed(0)
     model = build_model("resnet18", len(classes), 32)
-    save_model(folder, model, ModelMetadata("resnet18", {}, classes, len(classes), 32, 0.875, [0.5] * 3, [0.5] * 3, True))
+    save_model(
+        folder,
+        model,
+        ModelMetadata("resnet18", {}, classes, len(classes), 32, 0.875, [0.5] * 3, [0.5] * 3, True),
+    )
     return model
 
 
-def test_fine_tuning_from_the_weights_file_of_a_run_matches_classes_too(digits: Path, tmp_path: Path) -> None:
+def test_fine_tuning_from_the_weights_file_of_a_run_matches_classes_too(
+    digits: Path, tmp_path: Path
+) -> None:
     index = open_index(str(digits / "train"))[0]
     named = index.model_copy(update={"classes": list("abcdefghij")})
     saved = _saved(tmp_path / "run", named.classes[::-1])
     model = build_model("resnet18", 10, 32)
-    report = load_weights(model, "resnet18", str(tmp_path / "run" / "model.safetensors"), data=named)
+    report = load_weights(
+        model, "resnet18", str(tmp_path / "run" / "model.safetensors"), data=named
+    )
     assert "matched with the dataset's classes by name" in "\n".join(report.notes)
     assert torch.equal(model.state_dict()["head.weight"], saved.state_dict()["head.weight"].flip(0))
 
 
 @pytest.mark.parametrize("file", ["run", "run/model.safetensors"])
-def test_a_model_of_ours_is_not_imported_without_its_class_names(file: str, digits: Path, tmp_path: Path) -> None:
+def test_a_model_of_ours_is_not_imported_without_its_class_names(
+    file: str, digits: Path, tmp_path: Path
+) -> None:
     _saved(tmp_path / "run", list("abcdefghij"))
     with pytest.raises(UserError, match="is a model that Convoy saved"):
-        import_weights(str(tmp_path / file), "resnet18", tmp_path / "out", 32, str(digits / "train"), None)
+        import_weights(
+            str(tmp_path / file), "resnet18", tmp_path / "out", 32, str(digits / "train"), None
+        )
     assert not (tmp_path / "out").exists()

@@ -36,7 +36,9 @@ def images(side: int = 64) -> Tensor:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("form", ["torchvision", "timm"])
-def test_import_and_export_give_the_file_back(resnet18: Path, tmp_path: Path, form: str, suffix: str) -> None:
+def test_import_and_export_give_the_file_back(
+    resnet18: Path, tmp_path: Path, form: str, suffix: str
+) -> None:
     lines = import_weights(str(resnet18), "resnet18", tmp_path / "model", 64, None, None)
     assert "resnet18 from torchvision's names: 11,180,103 parameters" in lines[0]
     export_weights(str(tmp_path / "model"), tmp_path / f"out{suffix}", form)
@@ -49,7 +51,9 @@ def test_import_and_export_give_the_file_back(resnet18: Path, tmp_path: Path, fo
 def test_timms_vgg_through_safetensors(tmp_path: Path) -> None:
     peer = timm.create_model("vgg11", num_classes=3)
     save_file(peer.state_dict(), tmp_path / "vgg.safetensors")
-    lines = import_weights(str(tmp_path / "vgg.safetensors"), "vgg11", tmp_path / "model", 64, None, None)
+    lines = import_weights(
+        str(tmp_path / "vgg.safetensors"), "vgg11", tmp_path / "model", 64, None, None
+    )
     assert "from timm's names" in lines[0]
     export_weights(str(tmp_path / "model"), tmp_path / "out.safetensors", "timm")
     came = load_file(tmp_path / "out.safetensors")
@@ -58,25 +62,39 @@ def test_timms_vgg_through_safetensors(tmp_path: Path) -> None:
 
 def test_an_imported_model_predicts_as_its_source(resnet18: Path, tmp_path: Path) -> None:
     import_weights(str(resnet18), "resnet18", tmp_path / "model", 64, None, None)
-    predictor = Predictor(tmp_path / "model" / "model.safetensors", tmp_path / "model" / "model.json")
+    predictor = Predictor(
+        tmp_path / "model" / "model.safetensors", tmp_path / "model" / "model.json"
+    )
     peer = torchvision.models.resnet18(num_classes=7)
     peer.load_state_dict(torch.load(resnet18))
-    torch.testing.assert_close(predictor.model(images()), peer.eval()(images()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        predictor.model(images()), peer.eval()(images()), rtol=1e-4, atol=1e-4
+    )
     assert predictor.facts.classes == ["0", "1", "2", "3", "4", "5", "6"]
 
 
-def test_imported_googlenet_knows_its_pixels_and_its_lack_of_auxiliary_heads(tmp_path: Path) -> None:
+def test_imported_googlenet_knows_its_pixels_and_its_lack_of_auxiliary_heads(
+    tmp_path: Path,
+) -> None:
     peer = torchvision.models.googlenet(aux_logits=False, init_weights=False)
     torch.save(peer.state_dict(), tmp_path / "g.pth")
-    lines = import_weights(str(tmp_path / "g.pth"), "googlenet", tmp_path / "model", 224, None, None)
+    lines = import_weights(
+        str(tmp_path / "g.pth"), "googlenet", tmp_path / "model", 224, None, None
+    )
     assert any("has no auxiliary heads, so they are made new" in line for line in lines)
-    facts = Predictor(tmp_path / "model" / "model.safetensors", tmp_path / "model" / "model.json").facts
+    facts = Predictor(
+        tmp_path / "model" / "model.safetensors", tmp_path / "model" / "model.json"
+    ).facts
     assert facts.mean == [0.5] * 3
     assert facts.classes[0] == "tench"
 
 
 def test_weights_in_an_object_store(
-    resnet18: Path, tmp_path: Path, bucket: str, service_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    resnet18: Path,
+    tmp_path: Path,
+    bucket: str,
+    service_env: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in service_env.items():
         monkeypatch.setenv(name, value)
@@ -87,14 +105,21 @@ def test_weights_in_an_object_store(
     assert load_weights(model, "resnet18", url).notes == []
     peer = torchvision.models.resnet18(num_classes=7)
     peer.load_state_dict(torch.load(resnet18))
-    for one in (model, Predictor(tmp_path / "model/model.safetensors", tmp_path / "model/model.json").model):
+    for one in (
+        model,
+        Predictor(tmp_path / "model/model.safetensors", tmp_path / "model/model.json").model,
+    ):
         assert torch.allclose(one.eval()(images()), peer.eval()(images()), rtol=1e-5, atol=1e-6)
     with pytest.raises(UserError, match="there is no such file"):
         load_weights(model, "resnet18", f"{bucket}/weights/resnet19.pth")
 
 
-@pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("vgg11", {"width": 8}), ("googlenet", {"width": 8})])
-def test_another_number_of_classes_gets_a_new_head(name: str, options: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet18", {}), ("vgg11", {"width": 8}), ("googlenet", {"width": 8})]
+)
+def test_another_number_of_classes_gets_a_new_head(
+    name: str, options: dict[str, int], tmp_path: Path
+) -> None:
     source = build_model(name, 10, **options)
     save_file(source.state_dict(), tmp_path / "ten.safetensors")
     target = build_model(name, 4, **options)
@@ -109,7 +134,11 @@ def test_another_number_of_classes_gets_a_new_head(name: str, options: dict[str,
 
 def test_checkpoints_of_data_parallel_training_and_old_files(tmp_path: Path) -> None:
     source = torchvision.models.resnet18()
-    state = {f"module.{key}": value for key, value in source.state_dict().items() if "num_batches_tracked" not in key}
+    state = {
+        f"module.{key}": value
+        for key, value in source.state_dict().items()
+        if "num_batches_tracked" not in key
+    }
     torch.save({"model": state, "epoch": 3}, tmp_path / "c.pth")
     model = build_model("resnet18", 1000)
     load_weights(model, "resnet18", str(tmp_path / "c.pth"))
@@ -192,7 +221,10 @@ def test_export_refuses_what_cannot_be(tmp_path: Path) -> None:
     config = load_config("digits-resnet8")
     facts = ModelMetadata.of(config, ["a", "b"], 2)
     save_model(tmp_path / "run", facts.build(), facts)
-    with pytest.raises(UserError, match="torchvision has no resnet8; Convoy's models that it has: alexnet, googlenet, resnet18"):
+    with pytest.raises(
+        UserError,
+        match="torchvision has no resnet8; Convoy's models that it has: alexnet, googlenet, resnet18",
+    ):
         export_weights(str(tmp_path / "run"), tmp_path / "x.pth", "torchvision")
     with pytest.raises(UserError, match=r"--format: 'tf' is none of torchvision, timm, onnx"):
         export_weights(str(tmp_path / "run"), tmp_path / "x.pth", "tf")
@@ -205,10 +237,16 @@ def test_export_refuses_what_cannot_be(tmp_path: Path) -> None:
 def test_export_refuses_a_network_that_the_other_library_does_not_have(tmp_path: Path) -> None:
     """torchvision would take a tanh network's weights and compute something else with them."""
     for key, value in {"activation": "tanh", "head": "average", "filters": "single"}.items():
-        config = load_config("digits-resnet8", ["model.name=vgg11", "model.width=8", "data.image_size=32", f"model.{key}={value}"])
+        config = load_config(
+            "digits-resnet8",
+            ["model.name=vgg11", "model.width=8", "data.image_size=32", f"model.{key}={value}"],
+        )
         facts = ModelMetadata.of(config, ["a", "b"], 2)
         save_model(tmp_path / key, facts.build(), facts)
-        with pytest.raises(UserError, match=f"model.{key}: torchvision's vgg11 has .* alone, not '{value}'; export as onnx"):
+        with pytest.raises(
+            UserError,
+            match=f"model.{key}: torchvision's vgg11 has .* alone, not '{value}'; export as onnx",
+        ):
             export_weights(str(tmp_path / key), tmp_path / "x.pth", "torchvision")
 
 
@@ -221,7 +259,9 @@ def test_onnx_runtime_computes_the_same(name: str, tmp_path: Path) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    facts = ModelMetadata(name, options, [str(i) for i in range(10)], 10, 64, 1.0, [0.5] * 3, [0.5] * 3, True)
+    facts = ModelMetadata(
+        name, options, [str(i) for i in range(10)], 10, 64, 1.0, [0.5] * 3, [0.5] * 3, True
+    )
     save_model(tmp_path, model, facts)
     export_weights(str(tmp_path), tmp_path / "m.onnx", "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])

@@ -26,7 +26,9 @@ from trainer.models import build_model
 
 
 @pytest.mark.parametrize("kernels", [(3, 3, 3), (7,), (5,), (3, 5), (1,)])
-def test_receptive_field_is_one_and_the_sum_of_what_each_filter_adds(kernels: tuple[int, ...]) -> None:
+def test_receptive_field_is_one_and_the_sum_of_what_each_filter_adds(
+    kernels: tuple[int, ...],
+) -> None:
     torch.manual_seed(0)
     layers = nn.Sequential(*(nn.Conv2d(2, 2, kernel, 1, kernel // 2) for kernel in kernels))
     assert measure.receptive_field(layers, 2, 21) == 1 + sum(kernel - 1 for kernel in kernels)
@@ -35,10 +37,15 @@ def test_receptive_field_is_one_and_the_sum_of_what_each_filter_adds(kernels: tu
 def test_small_filters_are_counted() -> None:
     stacked, single = small_filters.computed("stacked"), small_filters.computed("single")
     assert (stacked["receptive_field_pixels"], single["receptive_field_pixels"]) == (7, 7)
-    assert (stacked["weights_per_channel_pair"], single["weights_per_channel_pair"]) == (3 * 3**2, 7**2)
+    assert (stacked["weights_per_channel_pair"], single["weights_per_channel_pair"]) == (
+        3 * 3**2,
+        7**2,
+    )
     assert (stacked["non_linearities"], single["non_linearities"]) == (3, 1)
     convolutions = vgg16().features
-    assert stacked["vgg16_convolution_parameters"] == sum(p.numel() for p in convolutions.parameters())
+    assert stacked["vgg16_convolution_parameters"] == sum(
+        p.numel() for p in convolutions.parameters()
+    )
     pairs = [(3, 64, 5), (64, 128, 5), (128, 256, 7), (256, 512, 7), (512, 512, 7)]
     assert single["vgg16_convolution_parameters"] == sum(a * b * k * k + b for a, b, k in pairs)
 
@@ -62,8 +69,14 @@ def test_inception_without_reduction_by_the_papers_table() -> None:
     weights = multiply_adds = biases = 0
     for x, r3, c3, r5, c5, side in modules.values():
         gained = x * c3 * 9 + x * c5 * 25 - (x * r3 + r3 * c3 * 9 + x * r5 + r5 * c5 * 25)
-        weights, biases, multiply_adds = weights + gained, biases + r3 + r5, multiply_adds + gained * side**2
-    reduced, unreduced = (inception.costs("googlenet2014", 1000, 224, reduction=on) for on in (True, False))
+        weights, biases, multiply_adds = (
+            weights + gained,
+            biases + r3 + r5,
+            multiply_adds + gained * side**2,
+        )
+    reduced, unreduced = (
+        inception.costs("googlenet2014", 1000, 224, reduction=on) for on in (True, False)
+    )
     assert unreduced["multiply_adds"] - reduced["multiply_adds"] == multiply_adds
     assert unreduced["parameters"] - reduced["parameters"] == weights - biases
 
@@ -71,7 +84,9 @@ def test_inception_without_reduction_by_the_papers_table() -> None:
 def test_inceptions_narrow_network_gets_no_less_work() -> None:
     """So that the one with reduction has no advantage by its size."""
     reduced, narrow = (
-        inception.costs("googlenet", 10, inception.SIDE, stem="small", width=width, reduction=on)["multiply_adds"]
+        inception.costs("googlenet", 10, inception.SIDE, stem="small", width=width, reduction=on)[
+            "multiply_adds"
+        ]
         for width, on in ((inception.WIDTH, True), (inception.NARROW, False))
     )
     assert 1.0 <= narrow / reduced < 1.15
@@ -87,7 +102,9 @@ def test_inceptions_narrow_network_gets_no_less_work() -> None:
         ("googlenet2014", {"reduction": False}),
     ],
 )
-def test_networks_of_the_studies_train_and_count_alike(name: str, options: dict[str, object]) -> None:
+def test_networks_of_the_studies_train_and_count_alike(
+    name: str, options: dict[str, object]
+) -> None:
     """Every parameter gets a gradient; multiply-adds are those of torch's own counter in a real pass."""
     torch.manual_seed(0)
     model = build_model(name, 10, 32, width=8, stem="small", **options)
@@ -132,7 +149,11 @@ def test_only_shortcuts_pass_the_gradient() -> None:
 
 def test_the_block_is_the_plain_one_and_x() -> None:
     found = depth.block_difference()
-    assert found == {"lines_of_code": ["out += self.shortcut(x)"], "more_parameters": 0, "output_is_f_plus_x": True}
+    assert found == {
+        "lines_of_code": ["out += self.shortcut(x)"],
+        "more_parameters": 0,
+        "output_is_f_plus_x": True,
+    }
 
 
 def test_stacks_that_are_asked_to_be_the_identity() -> None:
@@ -181,8 +202,16 @@ def test_curves() -> None:
 
 
 def _depth_figures(plain: tuple[float, float], residual: tuple[float, float]) -> Figures:
-    losses = {"plain20": plain[0], "plain56": plain[1], "resnet20": residual[0], "resnet56": residual[1]}
-    networks = {name: {"last_loss": mean_std([loss, loss + 0.01, loss + 0.02])} for name, loss in losses.items()}
+    losses = {
+        "plain20": plain[0],
+        "plain56": plain[1],
+        "resnet20": residual[0],
+        "resnet56": residual[1],
+    }
+    networks = {
+        name: {"last_loss": mean_std([loss, loss + 0.01, loss + 0.02])}
+        for name, loss in losses.items()
+    }
     return {"block": depth.block_difference(), "networks": networks}
 
 
@@ -192,11 +221,19 @@ def test_depth_is_judged_by_what_was_measured() -> None:
 
     assert verdicts((0.5, 0.9), (0.4, 0.3)) == [BORNE_OUT] * 4
     assert verdicts((0.5, 0.9), (0.3, 0.4)) == [BORNE_OUT, NOT_BORNE_OUT, BORNE_OUT, BORNE_OUT]
-    assert verdicts((0.5, 0.4), (0.3, 0.3)) == [NOT_BORNE_OUT, NOT_BORNE_OUT, NOT_BORNE_OUT, BORNE_OUT]
+    assert verdicts((0.5, 0.4), (0.3, 0.3)) == [
+        NOT_BORNE_OUT,
+        NOT_BORNE_OUT,
+        NOT_BORNE_OUT,
+        BORNE_OUT,
+    ]
 
 
 def test_pool_heads_tolerance() -> None:
-    parameters = {name: {head: pool_head.parameters(name, head=head) for head in pool_head.HEADS} for name in pool_head.NETWORKS}
+    parameters = {
+        name: {head: pool_head.parameters(name, head=head) for head in pool_head.HEADS}
+        for name in pool_head.NETWORKS
+    }
 
     def verdict(*average: float) -> str:
         tops = {"tower": mean_std([90.0, 90.0, 90.0]), "average": mean_std(list(average))}

@@ -58,11 +58,18 @@ def invented(tmp_path_factory: pytest.TempPathFactory) -> InventedRuns:
 
 @pytest.mark.parametrize("study", studies(), ids=lambda study: study.name)
 def test_from_measurements_to_a_page(
-    study: Study, invented: InventedRuns, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    study: Study,
+    invented: InventedRuns,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     few_steps = identity.fit  # instead of 60: what is learned does not matter here
-    monkeypatch.setattr(identity, "fit", lambda *args: few_steps(*args[:3], 3, args[4]) + [0.1] * (args[3] - 3))
-    scale = Scale(quick=True, seeds=1 if study.name == "identity" else 2)  # which fits its blocks itself
+    monkeypatch.setattr(
+        identity, "fit", lambda *args: few_steps(*args[:3], 3, args[4]) + [0.1] * (args[3] - 3)
+    )
+    scale = Scale(
+        quick=True, seeds=1 if study.name == "identity" else 2
+    )  # which fits its blocks itself
     returned = run_study(study, scale, invented)
     assert invented.asked == [training.label for training in study.trainings(scale)]
     folder: Path = invented.folder / study.name
@@ -77,4 +84,7 @@ def test_from_measurements_to_a_page(
     assert study.rule in page
     assert "nan" not in result["paragraph"]
     assert (folder / "plot.png").stat().st_size > 10_000
-    assert all(f"{study.name}: {claim.statement}: {claim.verdict}" in capsys.readouterr().out for claim in claims[:1])
+    assert all(
+        f"{study.name}: {claim.statement}: {claim.verdict}" in capsys.readouterr().out
+        for claim in claims[:1]
+    )

@@ -17,10 +17,14 @@ from trainer.errors import UserError
 
 def test_a_training_is_done_once_and_only_with_its_own_configuration(tmp_path: Path) -> None:
     def run(*keys: str) -> Run:
-        return Run(Training("a", 0, 64, 64), tmp_path, ["name=a", f"train.output_dir={tmp_path}", *keys])
+        return Run(
+            Training("a", 0, 64, 64), tmp_path, ["name=a", f"train.output_dir={tmp_path}", *keys]
+        )
 
     assert not run().is_begun()
-    (tmp_path / "config.json").write_text(run("tracking.uri=http://elsewhere").config().model_dump_json())
+    (tmp_path / "config.json").write_text(
+        run("tracking.uri=http://elsewhere").config().model_dump_json()
+    )
     assert run().is_begun()  # wherever it is tracked
     assert not run().is_done()
     (tmp_path / "outcome.json").write_text("{}")
@@ -30,20 +34,26 @@ def test_a_training_is_done_once_and_only_with_its_own_configuration(tmp_path: P
 
 
 def test_names_that_end_alike_have_logs_of_their_own(tmp_path: Path) -> None:
-    logs = {Run(Training("a", 0, 64, 64), tmp_path / f"rate-{rate}", []).log for rate in ("0.1", "0.02")}
+    logs = {
+        Run(Training("a", 0, 64, 64), tmp_path / f"rate-{rate}", []).log for rate in ("0.1", "0.02")
+    }
     assert len(logs) == 2
 
 
 def test_what_a_log_tells(tmp_path: Path) -> None:
     run = Run(Training("a", 0, 64, 64), tmp_path / "a", [])
-    run.log.write_text("a: resnet8, MLflow run 12ab at sqlite:///x\nstep 20/96 epoch 0.3\nstep 40/96 epoch 0.6 loss 1\n")
+    run.log.write_text(
+        "a: resnet8, MLflow run 12ab at sqlite:///x\nstep 20/96 epoch 0.3\nstep 40/96 epoch 0.6 loss 1\n"
+    )
     assert run.step() == 40
     assert run.log_tail().startswith("step 40/96")
 
 
 def test_the_first_entries_of_an_idx_file() -> None:
     content = bytes([0, 0, 8, 3]) + struct.pack(">3i", 3, 2, 2) + bytes(range(12))
-    assert first_of_idx(content, 2) == bytes([0, 0, 8, 3]) + struct.pack(">3i", 2, 2, 2) + bytes(range(8))
+    assert first_of_idx(content, 2) == bytes([0, 0, 8, 3]) + struct.pack(">3i", 2, 2, 2) + bytes(
+        range(8)
+    )
     labels = bytes([0, 0, 8, 1]) + struct.pack(">i", 3) + bytes([7, 8, 9])
     assert first_of_idx(labels, 1) == bytes([0, 0, 8, 1]) + struct.pack(">i", 1) + bytes([7])
     with pytest.raises(UserError, match="has 3 images in this split, not 4"):
@@ -66,7 +76,9 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
 
 
 def test_refusals(convoy_refuses: Command, tmp_path: Path) -> None:
-    assert "no study 'accumulatoin'; nearest: accumulation" in convoy_refuses("study", "accumulatoin")
+    assert "no study 'accumulatoin'; nearest: accumulation" in convoy_refuses(
+        "study", "accumulatoin"
+    )
     file = tmp_path / "file"
     file.write_text("")
     assert str(file) in convoy_refuses("study", "then-and-now", "--dir", file)
@@ -75,7 +87,9 @@ def test_refusals(convoy_refuses: Command, tmp_path: Path) -> None:
 @pytest.mark.skipif(_INSTALLED.is_dir(), reason="the data is installed on this machine")
 def test_no_data(convoy_refuses: Command, tmp_path: Path) -> None:
     nothing = {"PATH": str(tmp_path), "CONVOY_CACHE": str(tmp_path / "cache")}
-    assert "dataset-fashion-mnist" in convoy_refuses("study", "accumulation", "--quick", "--dir", tmp_path / "s", env=nothing)
+    assert "dataset-fashion-mnist" in convoy_refuses(
+        "study", "accumulation", "--quick", "--dir", tmp_path / "s", env=nothing
+    )
 
 
 def _result(folder: Path, name: str) -> dict[str, object]:

@@ -6,7 +6,13 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from pipelines.studies.experiments import accumulation, data_parallel, mixed_precision, model_parallel, size_and_skill
+from pipelines.studies.experiments import (
+    accumulation,
+    data_parallel,
+    mixed_precision,
+    model_parallel,
+    size_and_skill,
+)
 from pipelines.studies.framework import measure
 from trainer.models.model_info import model_info
 
@@ -21,7 +27,9 @@ def test_stages_share_the_whole_network(name: str) -> None:
         assert sum(row["parameters"] for row in rows) == entry.parameters
         one_each = sum(row["activations_mib"] / (stages - place) for place, row in enumerate(rows))
         whole = entry.activation_bytes * model_parallel.MICRO / 2**20
-        assert one_each == pytest.approx(whole, rel=0.1 if stages > 1 else 1e-3)  # what crosses a cut stands on both sides
+        assert one_each == pytest.approx(
+            whole, rel=0.1 if stages > 1 else 1e-3
+        )  # what crosses a cut stands on both sides
         assert one_each >= whole * 0.999
     assert rows[0]["weights_mib"] == pytest.approx(rows[0]["parameters"] * 12 / 2**20, abs=0.1)
 
@@ -76,7 +84,9 @@ def test_gradients_in_outputs_by_hand() -> None:
 
 
 def test_half_the_bits_are_half_the_activations() -> None:
-    whole, half = (mixed_precision.activation_mib("vgg16", dtype) for dtype in (torch.float32, torch.float16))
+    whole, half = (
+        mixed_precision.activation_mib("vgg16", dtype) for dtype in (torch.float32, torch.float16)
+    )
     assert whole == pytest.approx(model_info("vgg16").activation_bytes / 2**20)
     assert 0.5 <= half / whole < 0.7  # what pooling keeps are 64-bit places
 
@@ -90,7 +100,9 @@ def test_rank_correlation_is_scipys() -> None:
 def test_published_figures_are_the_catalogues() -> None:
     table = size_and_skill.published()
     assert table["vgg16"]["paper_top5_error"] == 8.1
-    assert table["resnet50"]["torchvision_top5_error"] == pytest.approx(7.138)  # 92.862% of IMAGENET1K_V1
+    assert table["resnet50"]["torchvision_top5_error"] == pytest.approx(
+        7.138
+    )  # 92.862% of IMAGENET1K_V1
     assert "resnet8" not in table
 
 

@@ -9,8 +9,18 @@ PAGE = Path(__file__).parents[3] / "docs/statements.md"
 
 
 def test_the_page_names_each_statement_and_its_study() -> None:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("|")
+    ]
     tested = {(statement, study.name) for study in studies() for statement in study.statements}
     names = {study.name for study in studies()}
-    listed = {(row[0], cell) for row in rows if re.fullmatch(r"[A-Z]\d", row[0]) for cell in row if cell in names}
+    listed = {
+        (row[0], cell)
+        for row in rows
+        if re.fullmatch(r"[A-Z]\d", row[0])
+        for cell in row
+        if cell in names
+    }
     assert listed == tested

@@ -68,7 +68,12 @@ def _once(call: str, answer: Answer | None) -> Callable[[Request], Answer]:
     ],
 )
 def test_a_request_that_fails_once_is_repeated_without_effect(
-    call: str, answer: Answer, proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses
+    call: str,
+    answer: Answer,
+    proxy: MlflowProxy,
+    write_spool: Spool,
+    only_run: Callable[[], Run],
+    losses: Losses,
 ) -> None:
     spool = write_spool()
     proxy.hook = _once(call, answer)
@@ -171,8 +176,14 @@ def test_parameters_that_are_too_long_or_changed_lose_no_others(
     assert len(run.inputs.dataset_inputs) == 2
     key = run.data.tags["convoy.run_key"]
     again = spool.with_name("again.jsonl")
-    write_run(again, run.info.experiment_id, run_key=key, steps=7, params={"p1": 5, "p2": 2, "new": 3})
-    again.write_text(again.read_text().replace(f'"experiment": "{run.info.experiment_id}"', _experiment(spool, proxy, run)))
+    write_run(
+        again, run.info.experiment_id, run_key=key, steps=7, params={"p1": 5, "p2": 2, "new": 3}
+    )
+    again.write_text(
+        again.read_text().replace(
+            f'"experiment": "{run.info.experiment_id}"', _experiment(spool, proxy, run)
+        )
+    )
     _sync(again, proxy)
     run = only_run()
     assert (run.data.params["p1"], run.data.params["new"]) == ("1", "3")
@@ -188,7 +199,12 @@ def _experiment(spool: Path, proxy: MlflowProxy, run: Run) -> str:
 
 @pytest.mark.parametrize("status", [403, 500])
 def test_an_artifact_that_fails_blocks_neither_metrics_nor_status(
-    status: int, proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses, client: MlflowClient
+    status: int,
+    proxy: MlflowProxy,
+    write_spool: Spool,
+    only_run: Callable[[], Run],
+    losses: Losses,
+    client: MlflowClient,
 ) -> None:
     spool = write_spool()
     proxy.hook = lambda request: (status, b"no", "text/html") if request.method == "PUT" else None
@@ -203,7 +219,12 @@ def test_an_artifact_that_fails_blocks_neither_metrics_nor_status(
 
 
 def test_a_deleted_experiment_keeps_the_spool_until_it_is_restored(
-    proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses, client: MlflowClient, experiment: str
+    proxy: MlflowProxy,
+    write_spool: Spool,
+    only_run: Callable[[], Run],
+    losses: Losses,
+    client: MlflowClient,
+    experiment: str,
 ) -> None:
     gone = client.create_experiment(experiment)
     client.delete_experiment(gone)
@@ -246,7 +267,11 @@ def test_a_run_deleted_in_the_middle_keeps_the_rest_and_other_runs_arrive(
 
 
 def test_a_run_that_the_server_has_lost_is_sent_again_in_full(
-    proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses, client: MlflowClient
+    proxy: MlflowProxy,
+    write_spool: Spool,
+    only_run: Callable[[], Run],
+    losses: Losses,
+    client: MlflowClient,
 ) -> None:
     """As for a second server: the first one's record must not count there."""
     spool = write_spool()
@@ -289,18 +314,33 @@ def test_delivery_that_is_cut_off_resumes_without_repeating(
     _assert_whole(only_run(), losses)
 
 
-def test_corrupt_lines_are_kept_and_block_no_others(write_spool: Spool, proxy: MlflowProxy, only_run: Callable[[], Run]) -> None:
+def test_corrupt_lines_are_kept_and_block_no_others(
+    write_spool: Spool, proxy: MlflowProxy, only_run: Callable[[], Run]
+) -> None:
     spool = write_spool()
     good = spool.read_bytes()
     spool.write_bytes(good.replace(b'"run": "', b'"run": "1-a\'b', 1) + good)
     spool.with_suffix(".sent.json").write_bytes(b"{bad")
-    lines = [b"5", b"[]", b"no entry", b"\xff\xfe", b'{"run": "r"}', b'{"kind": "finish", "run": "1-x"}']
+    lines = [
+        b"5",
+        b"[]",
+        b"no entry",
+        b"\xff\xfe",
+        b'{"run": "r"}',
+        b'{"kind": "finish", "run": "1-x"}',
+    ]
     spool.with_name("tracking.rejected.jsonl").write_bytes(b"\n".join(lines))
     _sync(spool, proxy)
     assert only_run().info.status == "FINISHED"
     assert not spool.exists()
     kept = _rejected(spool)
-    assert [entry["text"] for entry in kept[:5]] == ["5", "[]", "no entry", "\udcff\udcfe", '{"run": "r"}']
+    assert [entry["text"] for entry in kept[:5]] == [
+        "5",
+        "[]",
+        "no entry",
+        "\udcff\udcfe",
+        '{"run": "r"}',
+    ]
     assert [entry["kind"] for entry in kept[5:]] == ["finish", "corrupt"]
     assert "is not a run key" in str(kept[-1]["reason"])
 
@@ -366,7 +406,12 @@ def _first_format(spool: Path) -> None:
 
 
 def test_a_spool_of_the_first_format_is_delivered(
-    proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses, client: MlflowClient, experiment: str
+    proxy: MlflowProxy,
+    write_spool: Spool,
+    only_run: Callable[[], Run],
+    losses: Losses,
+    client: MlflowClient,
+    experiment: str,
 ) -> None:
     """Of which an earlier version had sent the run, but no parameters, and three losses."""
     spool = write_spool()
@@ -416,7 +461,13 @@ def test_a_file_that_changed_since_is_not_sent_as_the_artifact_of_an_old_run(
 )
 @given(seed=st.integers(0, 2**32), cuts=st.booleans(), cut_run=st.booleans())
 def test_spools_of_several_runs_in_any_order_reach_the_right_runs(
-    seed: int, cuts: bool, cut_run: bool, proxy: MlflowProxy, client: MlflowClient, tmp_path: Path, experiment: str
+    seed: int,
+    cuts: bool,
+    cut_run: bool,
+    proxy: MlflowProxy,
+    client: MlflowClient,
+    tmp_path: Path,
+    experiment: str,
 ) -> None:
     """Lines of three runs are shuffled, repeated and truncated; what arrives is what is whole."""
     chance = random.Random(seed)
@@ -425,7 +476,13 @@ def test_spools_of_several_runs_in_any_order_reach_the_right_runs(
     lines: list[bytes] = []
     for number in range(3):
         path = folder / f"{number}.jsonl"
-        write_run(path, experiment, f"{seed}-{number}", steps=chance.randrange(1, 6), metrics={"m": number})
+        write_run(
+            path,
+            experiment,
+            f"{seed}-{number}",
+            steps=chance.randrange(1, 6),
+            metrics={"m": number},
+        )
         lines += path.read_bytes().splitlines()
         path.unlink()
     lines += chance.sample(lines, 5)
@@ -457,10 +514,14 @@ def test_spools_of_several_runs_in_any_order_reach_the_right_runs(
         assert {m.value for m in client.get_metric_history(run.info.run_id, "m")} == {number}
     damaged = {line for line in lines if not _whole(line)}
     if expected.keys() <= named.keys() and damaged:
-        kept = {str(entry["text"]).encode() for entry in _rejected(spool) if entry["kind"] == "corrupt"}
+        kept = {
+            str(entry["text"]).encode() for entry in _rejected(spool) if entry["kind"] == "corrupt"
+        }
         assert kept == damaged
     assert spool.exists() == any(report.fault for report in reports.values())
-    for run in client.search_runs([client.get_experiment_by_name(experiment).experiment_id], run_view_type=ViewType.ALL):
+    for run in client.search_runs(
+        [client.get_experiment_by_name(experiment).experiment_id], run_view_type=ViewType.ALL
+    ):
         client.delete_run(run.info.run_id)
 
 

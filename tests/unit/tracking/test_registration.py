@@ -23,7 +23,9 @@ from trainer.export.model_registry import Registered, register
 @pytest.fixture
 def output(tmp_path: Path, digits: Path) -> Path:
     """The output folder of a finished run that MLflow does not have."""
-    config = load_config("digits-resnet8", [f"data.train={digits}/train", f"data.val={digits}/val", "model.width=4"])
+    config = load_config(
+        "digits-resnet8", [f"data.train={digits}/train", f"data.val={digits}/val", "model.width=4"]
+    )
     classes = open_index(f"{digits}/train")[0].classes
     facts = ModelMetadata.of(config, classes, len(classes))
     save_model(tmp_path / "out", facts.build(), facts)
@@ -35,13 +37,26 @@ def output(tmp_path: Path, digits: Path) -> Path:
 
 @pytest.fixture
 def add(
-    output: Path, proxy: MlflowProxy, client: MlflowClient, experiment: str, monkeypatch: pytest.MonkeyPatch
+    output: Path,
+    proxy: MlflowProxy,
+    client: MlflowClient,
+    experiment: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[], Registered]:
     monkeypatch.setattr(model_registry, "_WAITS", (0.01, 0.01))
     run = client.create_run(client.create_experiment(experiment))
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")
-    return lambda: register(proxy.url, run.info.run_id, experiment[:60], output, picture.getvalue(), 0.5, 0.9, "sha256:0")
+    return lambda: register(
+        proxy.url,
+        run.info.run_id,
+        experiment[:60],
+        output,
+        picture.getvalue(),
+        0.5,
+        0.9,
+        "sha256:0",
+    )
 
 
 def test_a_refused_upload_is_the_users_to_cure_and_a_lost_response_registers_one_version(
@@ -67,7 +82,9 @@ def test_a_refused_upload_is_the_users_to_cure_and_a_lost_response_registers_one
     assert len(client.search_model_versions(f"name = '{experiment[:60]}'")) == 1
 
 
-@pytest.mark.parametrize(("status", "told"), [(403, "refuses the credentials"), (400, "refuses to register")])
+@pytest.mark.parametrize(
+    ("status", "told"), [(403, "refuses the credentials"), (400, "refuses to register")]
+)
 def test_a_registry_that_refuses_is_the_users_to_cure(
     status: int, told: str, add: Callable[[], Registered], proxy: MlflowProxy
 ) -> None:
@@ -77,8 +94,12 @@ def test_a_registry_that_refuses_is_the_users_to_cure(
         add()
 
 
-def test_a_server_that_fails_again_and_again_asks_for_a_retry(add: Callable[[], Registered], proxy: MlflowProxy) -> None:
-    proxy.hook = lambda r: (503, b"", "text/html") if r.is_call("registered-models/create") else None
+def test_a_server_that_fails_again_and_again_asks_for_a_retry(
+    add: Callable[[], Registered], proxy: MlflowProxy
+) -> None:
+    proxy.hook = lambda r: (
+        (503, b"", "text/html") if r.is_call("registered-models/create") else None
+    )
     with pytest.raises(RetryableError, match="did not register"):
         add()
     assert proxy.calls("registered-models/create") >= 3
@@ -86,7 +107,12 @@ def test_a_server_that_fails_again_and_again_asks_for_a_retry(add: Callable[[], 
 
 @pytest.mark.parametrize("spooled", [True, False], ids=["from-its-spool", "never-tracked"])
 def test_a_run_that_mlflow_does_not_have_is_created_to_register_its_model(
-    spooled: bool, output: Path, proxy: MlflowProxy, client: MlflowClient, experiment: str, monkeypatch: pytest.MonkeyPatch
+    spooled: bool,
+    output: Path,
+    proxy: MlflowProxy,
+    client: MlflowClient,
+    experiment: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also if the spool has entries of another run too."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)

@@ -25,7 +25,9 @@ from trainer.tracking.server import check_server, validate_tracking_uri
         "databricks://profile",
     ],
 )
-def test_a_uri_that_mlflow_takes_is_valid(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_uri_that_mlflow_takes_is_valid(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     validate_tracking_uri(uri)
 
@@ -60,7 +62,9 @@ def test_a_uri_that_mlflow_would_reject_is_refused(uri: str, told: str) -> None:
     assert "secret" not in str(refused.value)
 
 
-def test_folders_are_valid_where_mlflow_is_told_to_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_valid_where_mlflow_is_told_to_take_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     validate_tracking_uri("./mlruns")
 
@@ -69,14 +73,22 @@ def test_folders_are_valid_where_mlflow_is_told_to_take_them(monkeypatch: pytest
     ("answer", "told"),
     [
         ((401, b"no", "text/html"), "refuses the credentials (HTTP 401)"),
-        ((403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}', JSON), "refuses the credentials (HTTP 403)"),
+        (
+            (403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}', JSON),
+            "refuses the credentials (HTTP 403)",
+        ),
         ((200, b"<html>log in</html>", "text/html"), "is not an MLflow server"),
         ((404, b"<html>nothing here</html>", "text/html"), "is not an MLflow server"),
         ((200, b'{"status": "ok"}', JSON), "does not return it"),
-        ((400, b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "bad name"}', JSON), "bad name"),
+        (
+            (400, b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "bad name"}', JSON),
+            "bad name",
+        ),
     ],
 )
-def test_a_server_that_does_not_take_the_run_is_refused(answer: tuple[int, bytes, str], told: str, proxy: MlflowProxy) -> None:
+def test_a_server_that_does_not_take_the_run_is_refused(
+    answer: tuple[int, bytes, str], told: str, proxy: MlflowProxy
+) -> None:
     proxy.hook = lambda request: answer
     with pytest.raises(UserError) as refused:
         check_server(proxy.url.replace("://", "://me:secret@"), "any", None)
@@ -85,15 +97,21 @@ def test_a_server_that_does_not_take_the_run_is_refused(answer: tuple[int, bytes
     assert "secret" not in str(refused.value)
 
 
-@pytest.mark.parametrize("answer", [(503, b"", JSON), (429, b"", JSON), (502, b"<html>", "text/html"), (0, b"", "")])
-def test_a_server_that_is_away_is_no_reason_not_to_train(answer: tuple[int, bytes, str], proxy: MlflowProxy) -> None:
+@pytest.mark.parametrize(
+    "answer", [(503, b"", JSON), (429, b"", JSON), (502, b"<html>", "text/html"), (0, b"", "")]
+)
+def test_a_server_that_is_away_is_no_reason_not_to_train(
+    answer: tuple[int, bytes, str], proxy: MlflowProxy
+) -> None:
     proxy.hook = lambda request: answer
     fault = check_server(proxy.url, "any", None)
     assert fault is not None
     assert fault.kind == "unreachable"
 
 
-def test_the_check_waits_a_bounded_time(proxy: MlflowProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_waits_a_bounded_time(
+    proxy: MlflowProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     released = threading.Event()
     monkeypatch.setattr("trainer.tracking.server._CHECK_SECONDS", 0.2)
     proxy.hook = lambda request: (released.wait(20), None)[1]
@@ -103,7 +121,9 @@ def test_the_check_waits_a_bounded_time(proxy: MlflowProxy, monkeypatch: pytest.
     assert "no answer" in fault.reason
 
 
-def test_names_that_the_server_would_refuse_are_refused(proxy: MlflowProxy, client: MlflowClient, experiment: str) -> None:
+def test_names_that_the_server_would_refuse_are_refused(
+    proxy: MlflowProxy, client: MlflowClient, experiment: str
+) -> None:
     gone = client.create_experiment(experiment)
     client.delete_experiment(gone)
     with pytest.raises(UserError, match=rf"restore it .*--experiment-id {gone}"):

@@ -27,7 +27,12 @@ def _train(tracker: MlflowTracker, first: int = 1, last: int = 5, status: str = 
 
 
 def test_a_run_is_delivered_and_leaves_no_spool(
-    proxy: MlflowProxy, tmp_path: Path, experiment: str, only_run: Callable[[], Run], losses: Losses, client: MlflowClient
+    proxy: MlflowProxy,
+    tmp_path: Path,
+    experiment: str,
+    only_run: Callable[[], Run],
+    losses: Losses,
+    client: MlflowClient,
 ) -> None:
     tracker = MlflowTracker(proxy.url, tmp_path / "tracking.jsonl", describe_run(experiment))
     assert _train(tracker)
@@ -39,7 +44,11 @@ def test_a_run_is_delivered_and_leaves_no_spool(
 
 
 def test_logging_never_waits_for_the_server(
-    proxy: MlflowProxy, tmp_path: Path, experiment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    proxy: MlflowProxy,
+    tmp_path: Path,
+    experiment: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     released = threading.Event()
     monkeypatch.setattr("trainer.tracking.tracker._CLOSE_WAIT", 0.3)
@@ -58,7 +67,12 @@ def test_logging_never_waits_for_the_server(
 
 @pytest.mark.parametrize("known", [True, False], ids=["server-reached", "server-away"])
 def test_a_resumed_run_stays_one_run(
-    known: bool, proxy: MlflowProxy, tmp_path: Path, experiment: str, only_run: Callable[[], Run], losses: Losses
+    known: bool,
+    proxy: MlflowProxy,
+    tmp_path: Path,
+    experiment: str,
+    only_run: Callable[[], Run],
+    losses: Losses,
 ) -> None:
     """Also on another machine, and if the first process never reached the server."""
     proxy.hook = (lambda request: None) if known else (lambda request: LOST)
@@ -101,7 +115,12 @@ def test_a_deleted_output_folder_is_not_reported_as_a_fault_of_mlflow(
 
 
 def test_the_spool_of_another_run_is_kept_apart(
-    proxy: MlflowProxy, tmp_path: Path, experiment: str, losses: Losses, client: MlflowClient, capsys: pytest.CaptureFixture
+    proxy: MlflowProxy,
+    tmp_path: Path,
+    experiment: str,
+    losses: Losses,
+    client: MlflowClient,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     spool = tmp_path / "tracking.jsonl"
     foreign = [write_run(spool, experiment, f"foreign-{n}", metrics={"m": 1.0}) for n in range(2)]
@@ -120,7 +139,12 @@ def test_the_spool_of_another_run_is_kept_apart(
 
 
 def test_credentials_that_expire_are_reported_and_metrics_kept(
-    proxy: MlflowProxy, tmp_path: Path, experiment: str, only_run: Callable[[], Run], losses: Losses, capsys: pytest.CaptureFixture
+    proxy: MlflowProxy,
+    tmp_path: Path,
+    experiment: str,
+    only_run: Callable[[], Run],
+    losses: Losses,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     spool = tmp_path / "tracking.jsonl"
     tracker = MlflowTracker(proxy.url, spool, describe_run(experiment))
@@ -160,7 +184,9 @@ def test_a_slow_artifact_store_does_not_delay_metrics(
     released.set()
 
 
-def test_a_server_that_refuses_the_run_is_known_at_once(proxy: MlflowProxy, tmp_path: Path, experiment: str) -> None:
+def test_a_server_that_refuses_the_run_is_known_at_once(
+    proxy: MlflowProxy, tmp_path: Path, experiment: str
+) -> None:
     body = json.dumps({"error_code": "PERMISSION_DENIED", "message": "read only"}).encode()
     proxy.hook = lambda request: (403, body, JSON) if request.is_call("runs/create") else None
     tracker = MlflowTracker(proxy.url, tmp_path / "tracking.jsonl", describe_run(experiment))

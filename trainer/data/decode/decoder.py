@@ -65,18 +65,24 @@ def decode_crop(encoded: bytes | memoryview, choose: Choose, out: np.ndarray, fl
         _refuse_bomb(width, height)
         if plain:
             box = _inside(choose(width, height), width, height)
-            with suppress(ValueError):  # what is cut or corrupt, Pillow judges: the verdict is the same with and without us
+            with suppress(
+                ValueError
+            ):  # what is cut or corrupt, Pillow judges: the verdict is the same with and without us
                 _native.decode_crop(encoded, box, out, flip)
                 return
     crop_by_pillow(encoded, choose, out, flip)
 
 
-def crop_by_pillow(encoded: bytes | memoryview, choose: Choose, out: np.ndarray, flip: bool) -> None:
+def crop_by_pillow(
+    encoded: bytes | memoryview, choose: Choose, out: np.ndarray, flip: bool
+) -> None:
     """``decode_crop`` without native code, for every kind of image."""
     image = decode_rgb(encoded)
     left, top, width, height = _inside(choose(*image.size), *image.size)
     size = (out.shape[1], out.shape[0])
-    image = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BILINEAR)
+    image = image.crop((left, top, left + width, top + height)).resize(
+        size, Image.Resampling.BILINEAR
+    )
     out[...] = to_array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
 
 
@@ -92,6 +98,13 @@ def _refuse_bomb(width: int, height: int) -> None:
 
 def _inside(box: Box, width: int, height: int) -> Box:
     left, top, box_width, box_height = box
-    if left < 0 or top < 0 or box_width < 1 or box_height < 1 or left + box_width > width or top + box_height > height:
+    if (
+        left < 0
+        or top < 0
+        or box_width < 1
+        or box_height < 1
+        or left + box_width > width
+        or top + box_height > height
+    ):
         raise ValueError(f"box {box} is not inside an image of {width} x {height}")
     return box

@@ -11,7 +11,16 @@ from collections.abc import Callable
 
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
-__all__ = ["EXTENSIONS", "FORMATS", "MAX_PIXELS", "ImageFault", "PngWithoutEnd", "describe", "identify", "open_supported"]
+__all__ = [
+    "EXTENSIONS",
+    "FORMATS",
+    "MAX_PIXELS",
+    "ImageFault",
+    "PngWithoutEnd",
+    "describe",
+    "identify",
+    "open_supported",
+]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Names that Pillow's ``formats`` argument accepts; MPO and MPO-like JPEGs are opened by JPEG."""
@@ -128,7 +137,9 @@ def _identify_whole(content: bytes) -> str:
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         needed = struct.unpack_from("<I", content, 4)[0] + 8
         if needed > len(content):
-            raise ImageFault(f"truncated: its header says {needed:,} bytes, but it has {len(content):,}")
+            raise ImageFault(
+                f"truncated: its header says {needed:,} bytes, but it has {len(content):,}"
+            )
         open_supported(content)
         return EXTENSIONS["WEBP"]
     image = open_supported(content)

@@ -9,7 +9,9 @@ from trainer.data.index import Index
 from trainer.data.shards.tar import Sample, encoded_image, read_sample
 from trainer.data.storage.store import RangeReader
 
-_REQUEST = 8 * 2**20  # bytes; most that is asked for at once, so that a long stretch comes in several requests side by side
+_REQUEST = (
+    8 * 2**20
+)  # bytes; most that is asked for at once, so that a long stretch comes in several requests side by side
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ def read_range(stretch: SampleRange, index: Index, store: RangeReader) -> dict[i
     (content,) = store.read_ranges(shard.name, [start], [shard.offsets[stretch.end]])
     samples = {}
     for place in range(stretch.first, stretch.end):
-        where = f"{store.url}/{shard.name}: sample {shard.keys[place]} at byte {shard.offsets[place]:,}"
+        where = (
+            f"{store.url}/{shard.name}: sample {shard.keys[place]} at byte {shard.offsets[place]:,}"
+        )
         part = content[shard.offsets[place] - start : shard.offsets[place + 1] - start]
         samples[first + place] = read_sample(part, shard.keys[place], where)
     return samples
@@ -53,7 +57,11 @@ def read_range(stretch: SampleRange, index: Index, store: RangeReader) -> dict[i
 
 def read_samples(numbers: np.ndarray, index: Index, store: RangeReader) -> dict[int, Sample]:
     """The samples of these numbers, by number, one request after another. Raises as ``read_range``."""
-    return {n: sample for stretch in coalesce(numbers, index) for n, sample in read_range(stretch, index, store).items()}
+    return {
+        n: sample
+        for stretch in coalesce(numbers, index)
+        for n, sample in read_range(stretch, index, store).items()
+    }
 
 
 def read_image(number: int, index: Index, store: RangeReader) -> bytes:

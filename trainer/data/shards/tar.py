@@ -23,17 +23,40 @@ MAX_CLASSES = 2**20
 """Classes of a data set at most; each costs a line of the index and a row of the classifier. Real sets have up to 2**18."""
 
 SIDE_FILES = frozenset(
-    ("json", "jsonl", "txt", "md", "rst", "csv", "tsv", "yaml", "yml", "toml", "xml", "html", "log", "md5", "sha1", "sha256")
+    (
+        "json",
+        "jsonl",
+        "txt",
+        "md",
+        "rst",
+        "csv",
+        "tsv",
+        "yaml",
+        "yml",
+        "toml",
+        "xml",
+        "html",
+        "log",
+        "md5",
+        "sha1",
+        "sha256",
+    )
 )
 """Last extensions of members that describe samples or the archive, and are not part of the training data."""
-_META = re.compile(r"__[^/]*__($|/)|(.*/)?(__MACOSX|@eaDir)/")  # webdataset's rule for metadata; macOS; Synology
+_META = re.compile(
+    r"__[^/]*__($|/)|(.*/)?(__MACOSX|@eaDir)/"
+)  # webdataset's rule for metadata; macOS; Synology
 
 Sample = dict[str, Any]
 """``__key__``, ``__where__`` (for messages) and the members' bytes by extension."""
 
 
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-_NAME, _SIZE, _SUM = slice(0, 100), slice(124, 136), slice(148, 156)  # fields of a header (POSIX.1-1988)
+_NAME, _SIZE, _SUM = (
+    slice(0, 100),
+    slice(124, 136),
+    slice(148, 156),
+)  # fields of a header (POSIX.1-1988)
 
 
 def header(name: str, size: int) -> bytes:
@@ -49,12 +72,19 @@ def header(name: str, size: int) -> bytes:
     return bytes(block)
 
 
-def write_sample(write: Callable[[bytes], Any], key: str, extension: str, image: bytes, label: int) -> None:
+def write_sample(
+    write: Callable[[bytes], Any], key: str, extension: str, image: bytes, label: int
+) -> None:
     """Append a sample to a tar."""
     text = str(label).encode()
     write(header(f"{key}.{extension}", len(image)))
     write(image)
-    write(bytes(-len(image) % BLOCK) + header(f"{key}.cls", len(text)) + text + bytes(-len(text) % BLOCK))
+    write(
+        bytes(-len(image) % BLOCK)
+        + header(f"{key}.cls", len(text))
+        + text
+        + bytes(-len(text) % BLOCK)
+    )
 
 
 def end_mark(length: int) -> bytes:
@@ -74,7 +104,12 @@ def is_system_file(name: str) -> bool:
     """Whether a member is ignored by its name, as webdataset ignores it: hidden files (macOS writes ``._NAME`` before each
     file), ``__NAME__`` metadata, names without an extension, and what desktop systems leave in folders."""
     base = name.rpartition("/")[2]
-    return base.startswith(".") or "." not in base.rstrip(".") or base in ("Thumbs.db", "desktop.ini") or bool(_META.match(name))
+    return (
+        base.startswith(".")
+        or "." not in base.rstrip(".")
+        or base in ("Thumbs.db", "desktop.ini")
+        or bool(_META.match(name))
+    )
 
 
 def is_side_file(name: str) -> bool:
@@ -96,11 +131,15 @@ def read_sample(content: memoryview, key: str, where: str) -> Sample:
         try:
             found = members_in(content)
         except TarError as error:
-            raise UserError(f"{where}: the shard is not the one that was indexed; it {error}") from None
+            raise UserError(
+                f"{where}: the shard is not the one that was indexed; it {error}"
+            ) from None
     for name, start, end in found:
         _add(sample, name, content[start:end], where)
     if "cls" not in sample or not any(extension in IMAGES for extension in sample):
-        raise UserError(f"{where}: an image and its label should stand there, but there is: {', '.join(list(sample)[2:])}")
+        raise UserError(
+            f"{where}: an image and its label should stand there, but there is: {', '.join(list(sample)[2:])}"
+        )
     return sample
 
 
@@ -114,7 +153,9 @@ def _add(sample: Sample, name: str, content: memoryview, where: str) -> None:
 
 def encoded_image(sample: Sample) -> memoryview:
     """The first member that is an image."""
-    image: memoryview = next(content for extension, content in sample.items() if extension in IMAGES)
+    image: memoryview = next(
+        content for extension, content in sample.items() if extension in IMAGES
+    )
     return image
 
 
@@ -123,5 +164,7 @@ def label_of(sample: Sample, num_classes: int) -> int:
     label = parse_label(sample["cls"])
     if label is None or label >= num_classes:
         text = bytes(sample["cls"][:20])
-        raise UserError(f"{sample['__where__']}: label {text!r} is none of the {num_classes} classes of the index")
+        raise UserError(
+            f"{sample['__where__']}: label {text!r} is none of the {num_classes} classes of the index"
+        )
     return label

@@ -27,7 +27,9 @@ def check_format(block: bytes) -> None:
         if block.startswith(magic):
             raise TarError(f"is not a plain tar archive: it {fault}")
     if re.match(rb"\s*<(!doctype|html|\?xml)", block, re.IGNORECASE):
-        raise TarError("is not a tar archive: it is a web page or an XML document, probably an error of a download")
+        raise TarError(
+            "is not a tar archive: it is a web page or an XML document, probably an error of a download"
+        )
 
 
 def has_valid_sum(block: bytes) -> bool:
@@ -47,7 +49,9 @@ def check_sum(block: bytes, at: int) -> None:
         return
     if at == 0:
         raise TarError("is not a tar archive, or its first header is corrupt (wrong checksum)")
-    raise TarError(f"is corrupt: no valid tar header at byte {at:,} (wrong checksum); members behind it would be lost")
+    raise TarError(
+        f"is corrupt: no valid tar header at byte {at:,} (wrong checksum); members behind it would be lost"
+    )
 
 
 def size_in(block: bytes, at: int) -> int:
@@ -79,11 +83,15 @@ def pax_records(data: bytes, at: int) -> dict[bytes, bytes]:
         head = _PAX_RECORD.match(data, position)
         end = position + int(head[1]) if head else 0
         if head is None or not head.end() < end <= len(data) or data[end - 1 : end] != b"\n":
-            raise TarError(f"is corrupt: the pax header at byte {at:,} has an invalid record at its byte {position:,}")
+            raise TarError(
+                f"is corrupt: the pax header at byte {at:,} has an invalid record at its byte {position:,}"
+            )
         records[head[2]] = data[head.end() : end - 1]
         position = end
     if records.get(b"hdrcharset", b"") not in _CHARSETS:
-        raise TarError(f"has names in the unknown encoding {records[b'hdrcharset']!r}, by the pax header at byte {at:,}")
+        raise TarError(
+            f"has names in the unknown encoding {records[b'hdrcharset']!r}, by the pax header at byte {at:,}"
+        )
     return records
 
 
@@ -91,7 +99,9 @@ def check_global(records: dict[bytes, bytes], at: int) -> None:
     """Members are read alone later, so that nothing in a global header may change what they are."""
     for key in records:
         if key in (b"path", b"size", b"linkpath") or key.startswith(b"GNU.sparse."):
-            raise TarError(f"sets {key.decode()!r} of all members in a global pax header at byte {at:,}, which is not supported")
+            raise TarError(
+                f"sets {key.decode()!r} of all members in a global pax header at byte {at:,}, which is not supported"
+            )
 
 
 def long_name(data: bytes, at: int) -> bytes:
@@ -119,7 +129,9 @@ def decode_name(name: bytes, at: int) -> str:
             "rename the file (`convmv`) and write the archive again"
         ) from None
     if _CONTROL.search(text):
-        raise TarError(f"contains a name with a control character at byte {at:,}: {text[:80]!r}; rename the file")
+        raise TarError(
+            f"contains a name with a control character at byte {at:,}: {text[:80]!r}; rename the file"
+        )
     return text
 
 

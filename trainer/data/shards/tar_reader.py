@@ -111,7 +111,9 @@ def read_members(file: Readable, size: int) -> Iterator[Member]:
             archive.skip_to(member.end)
 
 
-def list_members(path: str | os.PathLike[str], start: int = 0, size: int | None = None) -> list[Member]:
+def list_members(
+    path: str | os.PathLike[str], start: int = 0, size: int | None = None
+) -> list[Member]:
     """All members of a local archive, or of one in the bytes ``start`` to ``start + size`` of a file.
 
     Raises TarError, OSError.
@@ -169,13 +171,17 @@ class _Archive:
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.size - self.position:
-            raise TarError(f"is truncated: it ends at byte {self.size:,}, but {what} extends to byte {self.position + count:,}")
+            raise TarError(
+                f"is truncated: it ends at byte {self.size:,}, but {what} extends to byte {self.position + count:,}"
+            )
         parts = []
         left = count
         while left > 0:
             part = self._file.read(left)
             if not part:
-                raise TarError(f"is truncated: it ends at byte {self.position:,} of {self.size:,}, within {what}")
+                raise TarError(
+                    f"is truncated: it ends at byte {self.position:,} of {self.size:,}, within {what}"
+                )
             parts.append(part)
             left -= len(part)
             self.position += len(part)
@@ -242,7 +248,9 @@ def _read_member(archive: _Archive, block: bytes) -> Member | None:
             break
         size = size_in(block, at)
         if size > _MAX_EXTENDED:
-            raise TarError(f"has an extended header of {size:,} bytes at byte {at:,}, which is corrupt or not supported")
+            raise TarError(
+                f"has an extended header of {size:,} bytes at byte {at:,}, which is corrupt or not supported"
+            )
         data = archive.take(size, f"the extended header at byte {at:,}")
         archive.take(-size % BLOCK, f"the extended header at byte {at:,}")
         if kind == b"g":
@@ -264,7 +272,9 @@ def _read_member(archive: _Archive, block: bytes) -> Member | None:
     if path := pax.get(b"path"):
         names.add(decode_name(path, at))
     if len(names) > 1:
-        raise TarError(f"{describe(block, at)} has two names: {', '.join(repr(name) for name in sorted(names))}")
+        raise TarError(
+            f"{describe(block, at)} has two names: {', '.join(repr(name) for name in sorted(names))}"
+        )
     name = names.pop() if names else decode_name(header_name(block), at)
     size = size_in(block, at)
     if pax.get(b"size"):
@@ -285,7 +295,9 @@ def _member(archive: _Archive, block: bytes, name: str, size: int, offset: int) 
     elif flag in _WITHOUT_DATA:
         kind = _WITHOUT_DATA[flag]
         if size and kind.endswith("link"):
-            raise TarError(f"{describe(block, at)} is a {kind} with {size:,} bytes, whose extent is ambiguous")
+            raise TarError(
+                f"{describe(block, at)} is a {kind} with {size:,} bytes, whose extent is ambiguous"
+            )
         size = 0
     else:
         raise TarError(f"{describe(block, at)} is of the unknown type {flag!r}")

@@ -26,7 +26,12 @@ _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _NETLOC = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
-_FILE_VARIABLES = ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "AWS_PROFILE", "AWS_DEFAULT_PROFILE")
+_FILE_VARIABLES = (
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_CONFIG_FILE",
+    "AWS_PROFILE",
+    "AWS_DEFAULT_PROFILE",
+)
 _OTHER_SOURCES = (
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
@@ -63,7 +68,9 @@ def s3_settings() -> S3Settings:
     try:
         session = Session()
         scoped = session.get_scoped_config()
-        region = os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
+        region = (
+            os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
+        )
         bundle = session.get_config_variable("ca_bundle")
         style = (session.get_config_variable("s3") or {}).get("addressing_style")
         source, endpoint = _endpoint(session, scoped)
@@ -71,11 +78,18 @@ def s3_settings() -> S3Settings:
         raise UserError(f"AWS configuration: {_one_line(error)}; {_files()}") from None
     region = region.strip()
     if not re.fullmatch(r"[A-Za-z0-9_-]+", region):
-        raise UserError(f"the AWS region {region!r} is not a region such as us-east-1 (AWS_REGION, AWS_DEFAULT_REGION, {_files()})")
-    virtual = style == "virtual" or os.environ.get("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "").lower() in ("1", "true")
+        raise UserError(
+            f"the AWS region {region!r} is not a region such as us-east-1 (AWS_REGION, AWS_DEFAULT_REGION, {_files()})"
+        )
+    virtual = style == "virtual" or os.environ.get(
+        "AWS_VIRTUAL_HOSTED_STYLE_REQUEST", ""
+    ).lower() in ("1", "true")
     ignored = endpoint is None and any(name in os.environ for name in (*_ENDPOINTS, "AWS_ENDPOINT"))
     if ignored:  # object_store would read the variable all the same
-        endpoint, source = f"https://s3.{region}.amazonaws.com{'.cn' if region.startswith('cn-') else ''}", "AWS_REGION"
+        endpoint, source = (
+            f"https://s3.{region}.amazonaws.com{'.cn' if region.startswith('cn-') else ''}",
+            "AWS_REGION",
+        )
     address = parse_endpoint(endpoint, source) if endpoint else None
     return S3Settings(region, address, virtual, _certificates(bundle), _credentials_are_in_files())
 
@@ -90,7 +104,9 @@ def _endpoint(session: Any, scoped: dict[str, Any]) -> tuple[str, str | None]:
     if section := scoped.get("services"):
         services = session.full_config.get("services", {})
         if section not in services:
-            raise ValueError(f"the profile names services {section!r}, which the config file does not define")
+            raise ValueError(
+                f"the profile names services {section!r}, which the config file does not define"
+            )
         if value := (services[section].get("s3") or {}).get("endpoint_url"):
             return f"endpoint_url of services {section}", value
     if value := scoped.get("endpoint_url"):
@@ -106,14 +122,20 @@ def parse_endpoint(text: str, source: str) -> str:
     shown = redact_credentials(address)
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", address):
         if redact_credentials(f"https://{address}") != f"https://{address}":
-            raise UserError(f"{source}: credentials do not belong in an endpoint; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+            raise UserError(
+                f"{source}: credentials do not belong in an endpoint; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         address = f"https://{address}"
         if _is_loopback(address):
             address = address.replace("https", "http", 1)
     if shown != text.strip():
-        raise UserError(f"{source}: credentials do not belong in an endpoint; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        raise UserError(
+            f"{source}: credentials do not belong in an endpoint; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     wrong = f"{source}: {shown!r} is not an endpoint such as http://HOST:9000 or https://HOST"
-    if not re.fullmatch(r"[\x21-\x7e]+", address) or any(mark in address for mark in "\"'<>\\^`{|}"):
+    if not re.fullmatch(r"[\x21-\x7e]+", address) or any(
+        mark in address for mark in "\"'<>\\^`{|}"
+    ):
         raise UserError(f"{wrong}: it holds a space or a character that an address cannot hold")
     try:
         parts = urlsplit(address)
@@ -123,10 +145,14 @@ def parse_endpoint(text: str, source: str) -> str:
     if parts.scheme not in ("http", "https"):
         raise UserError(f"{wrong}: the scheme must be http or https")
     if not _NETLOC.fullmatch(parts.netloc) or not _is_host(parts.hostname or "") or port == 0:
-        raise UserError(f"{wrong}: it needs a host name or address, and a port from 1 to 65535 after a colon")
+        raise UserError(
+            f"{wrong}: it needs a host name or address, and a port from 1 to 65535 after a colon"
+        )
     if "?" in address or "#" in address:
         raise UserError(f"{wrong}: remove what follows ? or #")
-    if not re.fullmatch(r"[A-Za-z0-9._~/-]*", parts.path) or {".", ".."} & set(parts.path.split("/")):
+    if not re.fullmatch(r"[A-Za-z0-9._~/-]*", parts.path) or {".", ".."} & set(
+        parts.path.split("/")
+    ):
         raise UserError(f"{wrong}: its path {parts.path!r} cannot be used")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
@@ -157,7 +183,12 @@ def credentials_from_files() -> "S3Credential":
         if value:
             _check_key(f"{name} of {_files()}", value)
     until = datetime.now(UTC) + _REREAD + _ASKED_EARLY
-    return {"access_key_id": pair.access_key, "secret_access_key": pair.secret_key, "token": pair.token, "expires_at": until}
+    return {
+        "access_key_id": pair.access_key,
+        "secret_access_key": pair.secret_key,
+        "token": pair.token,
+        "expires_at": until,
+    }
 
 
 def _credentials_are_in_files() -> bool:
@@ -172,7 +203,9 @@ def _credentials_are_in_files() -> bool:
 
 def _forget_empty_variables() -> None:
     """``AWS_ENDPOINT_URL=`` in an env file means that it is not set; object_store takes it literally."""
-    for name in [name for name, value in os.environ.items() if name.startswith("AWS_") and not value.strip()]:
+    for name in [
+        name for name, value in os.environ.items() if name.startswith("AWS_") and not value.strip()
+    ]:
         os.environ.pop(name, None)
 
 
@@ -215,9 +248,13 @@ def _certificates(bundle: str | None) -> bytes | None:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{source}: {path}: {error.strerror}; it must be a file of CA certificates in PEM form") from None
+        raise UserError(
+            f"{source}: {path}: {error.strerror}; it must be a file of CA certificates in PEM form"
+        ) from None
     if b"-----BEGIN CERTIFICATE-----" not in content:
-        raise UserError(f"{source}: {path}: holds no CA certificate in PEM form (-----BEGIN CERTIFICATE-----)")
+        raise UserError(
+            f"{source}: {path}: holds no CA certificate in PEM form (-----BEGIN CERTIFICATE-----)"
+        )
     return content
 
 

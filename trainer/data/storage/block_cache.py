@@ -57,9 +57,13 @@ class DiskBlockCache:
             content = os.pread(file.fileno(), min(last * _PAGE, length) - begin, begin)
             sums = os.pread(file.fileno(), (last - first) * _SUM, length + first * _SUM)
             if os.fstat(file.fileno()).st_size != _size(length):
-                raise Damaged(f"has {os.fstat(file.fileno()).st_size:,} bytes instead of {_size(length):,}")
+                raise Damaged(
+                    f"has {os.fstat(file.fileno()).st_size:,} bytes instead of {_size(length):,}"
+                )
             if sums != _sums(name, content, first):
-                raise Damaged(f"has other bytes between {begin:,} and {begin + len(content):,} than were written")
+                raise Damaged(
+                    f"has other bytes between {begin:,} and {begin + len(content):,} than were written"
+                )
             with suppress(OSError):  # of a disk that cannot be written to
                 os.utime(file.fileno())
         return memoryview(content)[start - begin : end - begin]
@@ -96,7 +100,9 @@ class DiskBlockCache:
         block = self._path(name, _BLOCK)
         with self._locked_total() as total:
             self._shrink(total, _size(len(content)))
-            before = min(block.stat().st_size, _size(len(content))) if block.exists() else 0  # a damaged one
+            before = (
+                min(block.stat().st_size, _size(len(content))) if block.exists() else 0
+            )  # a damaged one
             # counted before it is there: a kill in between counts too much, which the next look through the folder corrects
             _set(total, _get(total) + _size(len(content)) - before)
             self._path(name, _PART).rename(block)
@@ -119,7 +125,9 @@ class DiskBlockCache:
 
     @contextmanager
     def _locked_total(self) -> Iterator[IO[bytes]]:
-        with os.fdopen(os.open(self.folder / CACHE_TOTAL, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as file:
+        with os.fdopen(
+            os.open(self.folder / CACHE_TOTAL, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0
+        ) as file:
             if not _wait_for_lock(file):
                 raise OSError(f"{CACHE_TOTAL} is locked by a process that stands still")
             yield file

@@ -19,11 +19,19 @@ _FETCHED_AT_ONCE = 8  # blocks
 _LOG = logging.getLogger(__name__)
 
 
-def with_cache(store: RangeReader, index: Index, folder: str | None, gigabytes: float) -> RangeReader:
+def with_cache(
+    store: RangeReader, index: Index, folder: str | None, gigabytes: float
+) -> RangeReader:
     """``store``, behind a cache of at most so many GiB where there is a ``folder`` for one."""
     if folder is None:
         return store
-    return Cache(store, folder, int(gigabytes * 2**30), index.digest, {shard.name: shard.bytes for shard in index.shards})
+    return Cache(
+        store,
+        folder,
+        int(gigabytes * 2**30),
+        index.digest,
+        {shard.name: shard.bytes for shard in index.shards},
+    )
 
 
 class Cache:
@@ -55,13 +63,15 @@ class Cache:
         self._sizes = sizes
         self._block_bytes = block_bytes
         self._writes = True
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         """Damaged blocks."""
         self._lock = threading.Lock()
         try:
             self._blocks.clean()
         except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{folder}: is not a folder, so shards cannot be cached in it (data.cache_dir)") from None
+            raise UserError(
+                f"{folder}: is not a folder, so shards cannot be cached in it (data.cache_dir)"
+            ) from None
         except OSError as error:
             self._give_up(error)
 
@@ -69,25 +79,41 @@ class Cache:
     def url(self) -> str:
         return self._store.url
 
-    def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:
+    def read_ranges(
+        self, name: str, starts: Sequence[int], ends: Sequence[int]
+    ) -> list[memoryview]:
         """The bytes ``[start, end)`` of a shard, each pair. Raises what the store raises."""
         size = self._sizes.get(name)
         if size is None or max(ends, default=0) > size:
             return self._store.read_ranges(name, starts, ends)  # which says what is wrong
-        parts = [np.empty(max(0, end - start), np.uint8) for start, end in zip(starts, ends, strict=True)]
-        wanted: dict[int, list[tuple[np.ndarray, int, int]]] = {}  # by block: where to, first and last byte in the block
+        parts = [
+            np.empty(max(0, end - start), np.uint8) for start, end in zip(starts, ends, strict=True)
+        ]
+        wanted: dict[
+            int, list[tuple[np.ndarray, int, int]]
+        ] = {}  # by block: where to, first and last byte in the block
         for part, start, end in zip(parts, starts, ends, strict=True):
-            for number in range(start // self._block_bytes, -(-end // self._block_bytes) if end > start else 0):
+            for number in range(
+                start // self._block_bytes, -(-end // self._block_bytes) if end > start else 0
+            ):
                 base = number * self._block_bytes
                 first, last = max(start, base), min(end, base + self._block_bytes)
-                wanted.setdefault(number, []).append((part[first - start : last - start], first - base, last - base))
-        missing = [number for number in sorted(wanted) if not self._read(name, number, wanted[number], tell=True)]
+                wanted.setdefault(number, []).append(
+                    (part[first - start : last - start], first - base, last - base)
+                )
+        missing = [
+            number
+            for number in sorted(wanted)
+            if not self._read(name, number, wanted[number], tell=True)
+        ]
         for at in range(0, len(missing), _FETCHED_AT_ONCE):
             group = {number: wanted[number] for number in missing[at : at + _FETCHED_AT_ONCE]}
             self._fetch(name, group)
         return [part.data.toreadonly() for part in parts]
 
-    def _read(self, name: str, number: int, pieces: list[tuple[np.ndarray, int, int]], tell: bool = False) -> bool:
+    def _read(
+        self, name: str, number: int, pieces: list[tuple[np.ndarray, int, int]], tell: bool = False
+    ) -> bool:
         """Fill the pieces from the disk; False where the block is not there, or is damaged."""
         block, length = self._name(name, number), self._length(name, number)
         try:
@@ -97,8 +123,8 @@ class Cache:
                     return False
                 piece[:] = np.frombuffer(content, np.uint8)
         except (Damaged, OSError) as error:
-            if tell and block not in self._told:
-                self._told.add(block)
+            if tell and block not in self._reported:
+                self._reported.add(block)
                 _LOG.warning("%s/%s: %s; it is fetched again", self._folder, block, error)
             return False
         self._count(hit=sum(len(piece) for piece, _, _ in pieces))
@@ -116,7 +142,11 @@ class Cache:
                 for number in wanted:
                     if self._read(name, number, wanted[number]):
                         del left[number]
-                whole = {number: block for block, number in of_name.items() if number in left and block in claims}
+                whole = {
+                    number: block
+                    for block, number in of_name.items()
+                    if number in left and block in claims
+                }
                 contents = self._whole(name, whole)
                 for number, content in contents.items():
                     self._fill(content, left.pop(number))
@@ -129,8 +159,15 @@ class Cache:
 
     def _whole(self, name: str, numbers: Iterable[int]) -> dict[int, memoryview]:
         starts = [number * self._block_bytes for number in numbers]
-        ends = [start + self._length(name, number) for start, number in zip(starts, numbers, strict=True)]
-        return dict(zip(numbers, self._store.read_ranges(name, starts, ends), strict=True)) if starts else {}
+        ends = [
+            start + self._length(name, number)
+            for start, number in zip(starts, numbers, strict=True)
+        ]
+        return (
+            dict(zip(numbers, self._store.read_ranges(name, starts, ends), strict=True))
+            if starts
+            else {}
+        )
 
     def _fill(self, content: memoryview, pieces: list[tuple[np.ndarray, int, int]]) -> None:
         for piece, first, last in pieces:
@@ -139,8 +176,14 @@ class Cache:
 
     def _pass_by(self, name: str, wanted: Mapping[int, list[tuple[np.ndarray, int, int]]]) -> None:
         """Read from the store what is needed and no more, and keep nothing."""
-        pieces = [(piece, number * self._block_bytes + first) for number in wanted for piece, first, _ in wanted[number]]
-        contents = self._store.read_ranges(name, [start for _, start in pieces], [start + len(piece) for piece, start in pieces])
+        pieces = [
+            (piece, number * self._block_bytes + first)
+            for number in wanted
+            for piece, first, _ in wanted[number]
+        ]
+        contents = self._store.read_ranges(
+            name, [start for _, start in pieces], [start + len(piece) for piece, start in pieces]
+        )
         for (piece, _), content in zip(pieces, contents, strict=True):
             piece[:] = np.frombuffer(content, np.uint8)
             self._count(missed=len(piece))
@@ -149,7 +192,9 @@ class Cache:
         with self._lock:
             told, self._writes = not self._writes, False
         if not told:
-            _LOG.warning("%s: %s; shards are no longer cached there", self._folder, error.strerror or error)
+            _LOG.warning(
+                "%s: %s; shards are no longer cached there", self._folder, error.strerror or error
+            )
 
     def _count(self, hit: int = 0, missed: int = 0) -> None:
         with self._lock:

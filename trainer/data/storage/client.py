@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store
 
-from trainer.data.storage.aws_credentials import S3Settings, bucket_endpoint, credentials_from_files, s3_settings
+from trainer.data.storage.aws_credentials import (
+    S3Settings,
+    bucket_endpoint,
+    credentials_from_files,
+    s3_settings,
+)
 from trainer.data.storage.location import Location, parse_storage_url
 from trainer.data.storage.store_errors import panics_as_errors
 from trainer.errors import UserError
@@ -16,7 +21,11 @@ from trainer.secrets.redaction import redact_credentials
 
 _QUIET_RETRIES = {  # of what is no read of ranges: object_store does these by itself
     "max_retries": 8,
-    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=3), "base": 2},
+    "backoff": {
+        "init_backoff": timedelta(milliseconds=100),
+        "max_backoff": timedelta(seconds=3),
+        "base": 2,
+    },
     "retry_timeout": timedelta(seconds=20),
 }
 _NO_RETRIES = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
@@ -41,7 +50,9 @@ def folder_of(url: str, create: bool) -> Path:
         elif not path.is_dir():
             raise UserError(f"{url}: there is no such folder")
     except OSError as error:
-        raise UserError(f"{url}: cannot be {'made' if create else 'read'}: {error.strerror}") from None
+        raise UserError(
+            f"{url}: cannot be {'made' if create else 'read'}: {error.strerror}"
+        ) from None
     return path
 
 
@@ -55,7 +66,10 @@ def connector(url: str, connect_seconds: float, silent_seconds: float) -> Callab
         local = LocalStore(str(folder_of(url, create=False)))
         return lambda: Connections(local, local, location.prefix)
     connect = {"connect_timeout": timedelta(seconds=connect_seconds)}
-    for_ranges = connect | {"read_timeout": timedelta(seconds=silent_seconds), "timeout": timedelta(days=1)}
+    for_ranges = connect | {
+        "read_timeout": timedelta(seconds=silent_seconds),
+        "timeout": timedelta(days=1),
+    }
     for_all_else = connect | {"timeout": timedelta(seconds=60)}
 
     def connected() -> Connections:
@@ -64,24 +78,40 @@ def connector(url: str, connect_seconds: float, silent_seconds: float) -> Callab
         try:
             with panics_as_errors():
                 first = _store(location, settings, for_ranges, _NO_RETRIES)
-                return Connections(first, _store(location, settings, for_all_else, _QUIET_RETRIES), address)
+                return Connections(
+                    first, _store(location, settings, for_all_else, _QUIET_RETRIES), address
+                )
         except (BaseError, ValueError, OSError) as error:
-            raise UserError(f"{location.url}: {redact_credentials(str(error).splitlines()[0])}") from None
+            raise UserError(
+                f"{location.url}: {redact_credentials(str(error).splitlines()[0])}"
+            ) from None
 
     return connected
 
 
-def _store(location: Location, settings: S3Settings | None, client: dict[str, Any], retry: dict[str, Any]) -> ObjectStore:
+def _store(
+    location: Location, settings: S3Settings | None, client: dict[str, Any], retry: dict[str, Any]
+) -> ObjectStore:
     """Built from the bucket and the literal prefix: object_store's own parser drops and decodes parts of a URL."""
-    common: dict[str, Any] = {"prefix": location.prefix or None, "client_options": dict(client), "retry_config": retry}
+    common: dict[str, Any] = {
+        "prefix": location.prefix or None,
+        "client_options": dict(client),
+        "retry_config": retry,
+    }
     if location.scheme == "gs":
         return GCSStore(location.bucket, **common)
     if location.scheme == "az":
         return AzureStore(location.bucket, **common)
     assert settings is not None
-    config: Any = {"region": settings.region, "virtual_hosted_style_request": settings.virtual_hosted}
+    config: Any = {
+        "region": settings.region,
+        "virtual_hosted_style_request": settings.virtual_hosted,
+    }
     if endpoint := bucket_endpoint(settings, location.bucket):
-        config |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}  # the second would win from the environment
+        config |= {
+            "endpoint": endpoint,
+            "aws_endpoint_url_s3": endpoint,
+        }  # the second would win from the environment
         common["client_options"]["allow_http"] = endpoint.startswith("http://")
     if settings.root_certificates is not None:
         common["client_options"]["root_certificate"] = settings.root_certificates

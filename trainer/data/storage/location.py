@@ -58,7 +58,10 @@ class Location:
         """Whether ``other`` is this place or below it; folders are compared with their links resolved."""
         if (self.scheme, self.bucket) != (other.scheme, other.bucket):
             return False
-        ours, theirs = (place.prefix if place.is_remote else os.path.realpath(place.prefix).lstrip("/") for place in (self, other))
+        ours, theirs = (
+            place.prefix if place.is_remote else os.path.realpath(place.prefix).lstrip("/")
+            for place in (self, other)
+        )
         return not ours or theirs == ours or theirs.startswith(f"{ours}/")
 
 
@@ -87,7 +90,9 @@ def parse_storage_url(url: str) -> Location:
     if found is None or (found[2] is None and not _MEANT_REMOTE.match(url)):
         return _folder(url, url, shown)
     if found[2] is None:
-        raise UserError(f"{shown}: write {_ALIASES.get(scheme, scheme)}:// with two slashes, or ./{shown} for a folder")
+        raise UserError(
+            f"{shown}: write {_ALIASES.get(scheme, scheme)}:// with two slashes, or ./{shown} for a folder"
+        )
     rest = url[found.end() :]
     if scheme == "file":
         return _file_url(rest, shown)
@@ -146,13 +151,17 @@ def _remote(scheme: str, rest: str, shown: str) -> Location:
     pattern = _CONTAINER if scheme == "az" else _BUCKET
     if not pattern.fullmatch(bucket) or _ADDRESS.fullmatch(bucket):
         what = "container" if scheme == "az" else "bucket"
-        raise UserError(f"{shown}: not a {what} name: letters, digits, dots and dashes; write {scheme}://{what.upper()}/PREFIX")
+        raise UserError(
+            f"{shown}: not a {what} name: letters, digits, dots and dashes; write {scheme}://{what.upper()}/PREFIX"
+        )
     if "\\" in key:
         raise UserError(f"{shown}: separate with / instead of \\")
     key = key.removesuffix("/")
     segments = key.split("/") if key else []
     if "" in segments:
-        raise UserError(f"{shown}: holds an empty segment (//), which is a different key for the store; remove a slash")
+        raise UserError(
+            f"{shown}: holds an empty segment (//), which is a different key for the store; remove a slash"
+        )
     if any(segment in (".", "..") for segment in segments):
         raise UserError(f"{shown}: an object store has no . and .. segments; write the key itself")
     if len(key.encode()) > 1024:
@@ -165,7 +174,9 @@ def _file_url(rest: str, shown: str) -> Location:
     if host not in ("", "localhost") or not slash:
         raise UserError(f"{shown}: write file:///PATH with three slashes, or a plain path")
     if _ESCAPE.search(path):
-        raise UserError(f"{shown}: %XX in a file URL is ambiguous; give the folder as a plain path, where % is a character")
+        raise UserError(
+            f"{shown}: %XX in a file URL is ambiguous; give the folder as a plain path, where % is a character"
+        )
     return _folder(f"/{path}", rest, shown)
 
 
@@ -175,5 +186,7 @@ def _folder(path: str, url: str, shown: str) -> Location:
     try:
         expanded = Path(path).expanduser() if path.startswith("~") else Path(path)
     except RuntimeError:
-        raise UserError(f"{shown}: there is no such user; write ./{shown} if the folder is called so") from None
+        raise UserError(
+            f"{shown}: there is no such user; write ./{shown} if the folder is called so"
+        ) from None
     return Location("file", "", str(expanded.absolute()))

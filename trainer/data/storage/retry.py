@@ -14,7 +14,14 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import ObjectStore
 
-from trainer.data.storage.store_errors import ErrorKind, Interrupted, kind_of, panics_as_errors, reason, status_of
+from trainer.data.storage.store_errors import (
+    ErrorKind,
+    Interrupted,
+    kind_of,
+    panics_as_errors,
+    reason,
+    status_of,
+)
 from trainer.errors import RetryableError, UserError
 
 CHUNK = 256 * 1024  # bytes that come at once; fewer than these are lost with a connection
@@ -59,7 +66,12 @@ class TransferStats:
 class StoreClient:
     """The connections to one store, made again with new credentials when the old ones are refused; its counts and its voice."""
 
-    def __init__(self, url: str, connect: Callable[[], tuple[ObjectStore, ObjectStore, str]], patience: RetryPolicy) -> None:
+    def __init__(
+        self,
+        url: str,
+        connect: Callable[[], tuple[ObjectStore, ObjectStore, str]],
+        patience: RetryPolicy,
+    ) -> None:
         self.url = url
         self.patience = patience
         self.counts = TransferStats()
@@ -74,7 +86,7 @@ class StoreClient:
         self._lock = threading.Lock()
         self.generation = 0
         self.for_ranges, self.for_all_else, self.address = connect()
-        self._told, self._untold = float("-inf"), 0
+        self._reported, self._untold = float("-inf"), 0
 
     def succeeded(self) -> None:
         self.met = self.accepted = True
@@ -90,11 +102,11 @@ class StoreClient:
         """A line of a retry; one in 5 s, with the number of those left out before it."""
         self.counts.add(retries=1)
         with self._lock:
-            if time.monotonic() - self._told < _SECONDS_BETWEEN_LINES:
+            if time.monotonic() - self._reported < _SECONDS_BETWEEN_LINES:
                 self._untold += 1
                 return
             more = f" ({self._untold} more since the last line)" if self._untold else ""
-            self._told, self._untold = time.monotonic(), 0
+            self._reported, self._untold = time.monotonic(), 0
         _LOG.warning("%s%s", text, more)
 
 
@@ -140,8 +152,13 @@ class Retrier:
         left = patience.seconds - (now - self._since)
         if number > limit or left <= 0:
             tries = "1 try" if number == 1 else f"{number} tries"
-            raise RetryableError(f"{where}: {why}; given up after {tries} and {now - self._since:.0f} s") from None
-        wait = min(left, random.uniform(0, min(patience.longest_wait, patience.first_wait * 2 ** (number - 1))))
+            raise RetryableError(
+                f"{where}: {why}; given up after {tries} and {now - self._since:.0f} s"
+            ) from None
+        wait = min(
+            left,
+            random.uniform(0, min(patience.longest_wait, patience.first_wait * 2 ** (number - 1))),
+        )
         again = "; the credentials are read again" if kind is ErrorKind.REFUSED else ""
         link.tell(f"{where}: {why}{again}; try {number + 1} of {limit + 1} in {wait:.1f} s")
         if link.closed.wait(wait):
@@ -151,7 +168,13 @@ class Retrier:
         self.generation = link.generation
 
 
-def read_piece(link: StoreClient, name: str, start: int, into: memoryview, check: Callable[[str | None, int], None]) -> None:
+def read_piece(
+    link: StoreClient,
+    name: str,
+    start: int,
+    into: memoryview,
+    check: Callable[[str | None, int], None],
+) -> None:
     """Fill ``into`` with an object's bytes from ``start`` on, each fetched once.
 
     ``check`` is given the object's ETag and size at every answer. Raises UserError, RetryableError.

@@ -60,7 +60,9 @@ class RangeReader(Protocol):
     @property
     def url(self) -> str: ...
 
-    def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]: ...
+    def read_ranges(
+        self, name: str, starts: Sequence[int], ends: Sequence[int]
+    ) -> list[memoryview]: ...
 
 
 def read_whole(source: RangeReader, name: str, size: int) -> Iterator[memoryview]:
@@ -72,7 +74,9 @@ def read_whole(source: RangeReader, name: str, size: int) -> Iterator[memoryview
 class Store:
     """The objects below one URL. Safe to use from several threads. ``counts`` grow with its use."""
 
-    def __init__(self, url: str, connect: Callable[[], Connections], patience: RetryPolicy = _PATIENCE) -> None:
+    def __init__(
+        self, url: str, connect: Callable[[], Connections], patience: RetryPolicy = _PATIENCE
+    ) -> None:
         self.url = url.rstrip("/")
         self._link = StoreClient(self.url, connect, patience)
         self._seen: dict[str, tuple[str | None, int]] = {}
@@ -88,7 +92,9 @@ class Store:
         """End every wait for a store that is away; those who wait get RetryableError."""
         self._link.closed.set()
 
-    def read_ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:
+    def read_ranges(
+        self, name: str, starts: Sequence[int], ends: Sequence[int]
+    ) -> list[memoryview]:
         """The bytes ``[start, end)`` of an object, each pair. Those that touch or overlap are fetched as one, and no others.
 
         Raises RetryableError after the bounds of ``RetryPolicy``; UserError where there is no such object, where it ends before, and
@@ -108,13 +114,19 @@ class Store:
         parts = []
         for start, end in zip(starts, ends, strict=True):
             number = int(np.searchsorted(firsts, start, side="right")) - 1
-            part = buffers[number][start - firsts[number] : end - firsts[number]] if end > start else np.empty(0, np.uint8)
+            part = (
+                buffers[number][start - firsts[number] : end - firsts[number]]
+                if end > start
+                else np.empty(0, np.uint8)
+            )
             parts.append(part.data.toreadonly())
         return parts
 
     def _read_pieces(self, name: str, pieces: list[tuple[int, memoryview]]) -> None:
         def read(piece: tuple[int, memoryview]) -> None:
-            read_piece(self._link, name, *piece, lambda etag, size: self._check_same(name, etag, size))
+            read_piece(
+                self._link, name, *piece, lambda etag, size: self._check_same(name, etag, size)
+            )
 
         if len(pieces) <= 1:
             for piece in pieces:
@@ -138,16 +150,24 @@ class Store:
                 f"{size:,} bytes with ETag {etag} now"
             )
 
-    def _read_local(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[memoryview]:
+    def _read_local(
+        self, name: str, starts: Sequence[int], ends: Sequence[int]
+    ) -> list[memoryview]:
         endurance = Retrier(self._link)
         while True:
             try:
                 with panics_as_errors():
                     size = obstore.head(self._link.for_ranges, name)["size"]
                     if max(ends, default=0) > size:
-                        raise UserError(f"{self.url}/{name}: has {size:,} bytes, but bytes up to {max(ends):,} are needed")
-                    parts = obstore.get_ranges(self._link.for_ranges, name, starts=starts, ends=ends, coalesce=0)
-                if [len(part) for part in parts] != [end - start for start, end in zip(starts, ends, strict=True)]:
+                        raise UserError(
+                            f"{self.url}/{name}: has {size:,} bytes, but bytes up to {max(ends):,} are needed"
+                        )
+                    parts = obstore.get_ranges(
+                        self._link.for_ranges, name, starts=starts, ends=ends, coalesce=0
+                    )
+                if [len(part) for part in parts] != [
+                    end - start for start, end in zip(starts, ends, strict=True)
+                ]:
                     raise Interrupted("the file was cut short while it was read")
             except (BaseError, OSError) as error:
                 endurance.failed(error, f"{self.url}/{name}")
@@ -155,7 +175,9 @@ class Store:
                 self.counts.add(bytes=sum(map(len, parts)), requests=len(parts))
                 return [memoryview(part) for part in parts]
 
-    def _outlast(self, work: Callable[[ObjectStore], A], where: str, missing: Callable[[], A] | None = None) -> A:
+    def _with_retry(
+        self, work: Callable[[ObjectStore], A], where: str, missing: Callable[[], A] | None = None
+    ) -> A:
         """``work`` through the faults of the world. ``missing``: what a missing object gives, instead of an error.
 
         An address that never answered is the user's to look at: ServiceUnreachable, after object_store's own retries (20 s).
@@ -171,7 +193,9 @@ class Store:
                     self._link.succeeded()
                     return missing()
                 if kind is ErrorKind.PASSING and status_of(error) is None and not self._link.met:
-                    raise ServiceUnreachable(f"{where}: {reason(error, self._link.address)}") from None
+                    raise ServiceUnreachable(
+                        f"{where}: {reason(error, self._link.address)}"
+                    ) from None
                 endurance.failed(error, where)
             else:
                 self._link.succeeded()
@@ -179,7 +203,11 @@ class Store:
 
     def read_small(self, name: str) -> bytes | None:
         """A whole object, or None where there is none. Raises UserError where the store cannot be read at all, RetryableError."""
-        return self._outlast(lambda objects: obstore.get(objects, name).bytes().to_bytes(), f"{self.url}/{name}", lambda: None)
+        return self._with_retry(
+            lambda objects: obstore.get(objects, name).bytes().to_bytes(),
+            f"{self.url}/{name}",
+            lambda: None,
+        )
 
     def read_record(self, name: str) -> dict[str, Any] | None:
         """A JSON object that Convoy wrote, or None if it is missing. Raises UserError in one line for anything else,
@@ -205,7 +233,7 @@ class Store:
             raise Foreign("it has an object of every name")
 
         accepted = self._link.accepted
-        kind = self._outlast(ask, self.url)
+        kind = self._with_retry(ask, self.url)
         self._link.accepted = accepted or kind is ErrorKind.MISSING
         self._link.proven = True
 
@@ -215,15 +243,20 @@ class Store:
         def ask(objects: ObjectStore) -> int | None:
             return obstore.head(objects, name)["size"]
 
-        return self._outlast(ask, f"{self.url}/{name}", lambda: None)
+        return self._with_retry(ask, f"{self.url}/{name}", lambda: None)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every object, by name. The empty object that consoles make for a folder is not one."""
 
         def ask(objects: ObjectStore) -> dict[str, int]:
-            return {meta["path"]: meta["size"] for batch in obstore.list(objects) for meta in batch if meta["path"]}
+            return {
+                meta["path"]: meta["size"]
+                for batch in obstore.list(objects)
+                for meta in batch
+                if meta["path"]
+            }
 
-        found: dict[str, int] = self._outlast(ask, self.url, dict)
+        found: dict[str, int] = self._with_retry(ask, self.url, dict)
         if not found:
             self._prove()
         self._link.proven = True
@@ -239,16 +272,20 @@ class Store:
                 content.seek(first)
             obstore.put(objects, name, content)
 
-        self._outlast(put, f"{self.url}/{name} cannot be written")
+        self._with_retry(put, f"{self.url}/{name} cannot be written")
 
     def read_versioned(self, name: str) -> tuple[bytes, Version, float] | None:
         """An object, its version and its time of modification (seconds since 1970), or None if there is none."""
 
         def ask(objects: ObjectStore) -> tuple[bytes, Version, float]:
             found = obstore.get(objects, name)
-            return found.bytes().to_bytes(), _version(found.meta), found.meta["last_modified"].timestamp()
+            return (
+                found.bytes().to_bytes(),
+                _version(found.meta),
+                found.meta["last_modified"].timestamp(),
+            )
 
-        return self._outlast(ask, f"{self.url}/{name}", lambda: None)
+        return self._with_retry(ask, f"{self.url}/{name}", lambda: None)
 
     def write_if(self, name: str, content: bytes, version: Version | None) -> Version | None:
         """Write an object if it still has ``version`` (None: if it does not exist); returns its new version.
@@ -269,7 +306,7 @@ class Store:
                 raise
 
         self._prove()
-        return self._outlast(put, f"{self.url}/{name} cannot be written")
+        return self._with_retry(put, f"{self.url}/{name} cannot be written")
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
@@ -301,7 +338,7 @@ class Store:
     def delete(self, names: Sequence[str]) -> None:
         """Delete objects; one that is not there is no error."""
         for name in names:
-            self._outlast(
+            self._with_retry(
                 lambda objects, name=name: obstore.delete(objects, name),  # type: ignore[misc]
                 f"{self.url}/{name} cannot be deleted",
                 lambda: None,
@@ -336,11 +373,15 @@ def parse_record(content: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise not_json(content, where) from None
     if not isinstance(record, dict):
-        raise UserError(f"{where}: holds a JSON {type(record).__name__} instead of an object; Convoy did not write it")
+        raise UserError(
+            f"{where}: holds a JSON {type(record).__name__} instead of an object; Convoy did not write it"
+        )
     return record
 
 
-def not_json(content: bytes, where: str, advice: str = "remove it, or restore it from a copy") -> UserError:
+def not_json(
+    content: bytes, where: str, advice: str = "remove it, or restore it from a copy"
+) -> UserError:
     """The error for ``content`` that is not JSON."""
     start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")) and is_remote(where):

@@ -49,13 +49,21 @@ def panics_as_errors() -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ClientPanic(f"the storage client failed: {error}; check the AWS_* variables") from None
+        raise ClientPanic(
+            f"the storage client failed: {error}; check the AWS_* variables"
+        ) from None
 
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _REGION = re.compile(r"<Region>([\w-]+)</Region>")
-_REFUSALS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+_REFUSALS = {
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+}
 _PASSING = {408, 409, 425, 429}
 _WEB_PAGE = re.compile(r"<!doctype html|<html", re.IGNORECASE)
 _FOREIGN = (
@@ -68,7 +76,11 @@ _FOREIGN = (
     "Invalid content length",
     "Unable to extract metadata",
 )
-_REGION_CODES = ("AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException")
+_REGION_CODES = (
+    "AuthorizationHeaderMalformed",
+    "PermanentRedirect",
+    "IllegalLocationConstraintException",
+)
 CHECK_ENDPOINT = "check that AWS_ENDPOINT_URL is its S3 API, not a console or a proxy"
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(?:Other\(\s*OtherError\(\s*)?(\w+)")
 _CERTIFICATE_FAULTS = {
@@ -102,19 +114,37 @@ def kind_of(error: BaseException) -> ErrorKind:
         return ErrorKind.FINAL
     if status is None and disk_fault(error):
         return ErrorKind.FINAL
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403) or code in _REFUSALS:
+    if (
+        isinstance(error, PermissionDeniedError | UnauthenticatedError)
+        or status in (401, 403)
+        or code in _REFUSALS
+    ):
         return ErrorKind.REFUSED
-    if isinstance(error, Foreign) or any(mark in text for mark in (*_FOREIGN, "InvalidCertificate", "InvalidContentType")):
+    if isinstance(error, Foreign) or any(
+        mark in text for mark in (*_FOREIGN, "InvalidCertificate", "InvalidContentType")
+    ):
         return ErrorKind.FOREIGN
     if status is not None and status < 500 and status not in _PASSING and _WEB_PAGE.search(text):
         return ErrorKind.FOREIGN
     if isinstance(error, NotFoundError | FileNotFoundError):
         return ErrorKind.MISSING
-    if isinstance(error, InvalidPathError | NotSupportedError | PermissionError | IsADirectoryError | NotADirectoryError):
+    if isinstance(
+        error,
+        InvalidPathError
+        | NotSupportedError
+        | PermissionError
+        | IsADirectoryError
+        | NotADirectoryError,
+    ):
         return ErrorKind.FINAL
     if "redirect" in text.split("\n")[0]:  # of a bucket in another region
         return ErrorKind.FINAL
-    if status is not None and 300 <= status < 500 and status not in _PASSING and code != "RequestTimeout":
+    if (
+        status is not None
+        and 300 <= status < 500
+        and status not in _PASSING
+        and code != "RequestTimeout"
+    ):
         return ErrorKind.FINAL
     return ErrorKind.PASSING
 
@@ -137,7 +167,11 @@ def reason(error: BaseException, address: str = "") -> str:
     if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"):
         return "the credentials have expired; get new ones (AWS_SESSION_TOKEN, or sign in again)"
     if (region := _REGION.search(text)) or code in _REGION_CODES:
-        where = f"{region[1]}, not the one that is set; AWS_REGION={region[1]}" if region else "another one than AWS_REGION"
+        where = (
+            f"{region[1]}, not the one that is set; AWS_REGION={region[1]}"
+            if region
+            else "another one than AWS_REGION"
+        )
         return f"the bucket's region is {where}"
     if found := _CERTIFICATE.search(text):
         what = _CERTIFICATE_FAULTS.get(found[1], f"is not accepted ({found[1]})")
@@ -152,7 +186,11 @@ def reason(error: BaseException, address: str = "") -> str:
             "(without the right to list, a missing object is denied too)"
         )
     if kind_of(error) is ErrorKind.FOREIGN:
-        what = "a web page" if _WEB_PAGE.search(text) else _first_line(text).removeprefix("Generic S3 error: ")[:120]
+        what = (
+            "a web page"
+            if _WEB_PAGE.search(text)
+            else _first_line(text).removeprefix("Generic S3 error: ")[:120]
+        )
         return f"{store} does not answer as an object store does ({what}); {CHECK_ENDPOINT}"
     if isinstance(error, NotFoundError | FileNotFoundError):
         return "not found"
@@ -165,11 +203,18 @@ def reason(error: BaseException, address: str = "") -> str:
     if status is not None and 300 <= status < 400:
         return f"{store} redirects ({status}); check AWS_ENDPOINT_URL and AWS_REGION"
     if status is not None:
-        return f"the store answered {status} {code}" if code else f"the store answered {status}; {CHECK_ENDPOINT}"
+        return (
+            f"the store answered {status} {code}"
+            if code
+            else f"the store answered {status}; {CHECK_ENDPOINT}"
+        )
     for mark, words in (
         ("ConnectionReset", "the connection was reset"),
         ("IncompleteBody", "the answer was cut short"),
-        ("response body error", "no more bytes came" if "TimedOut" in text else "the connection broke"),
+        (
+            "response body error",
+            "no more bytes came" if "TimedOut" in text else "the connection broke",
+        ),
         ("TimedOut", f"{store} does not answer"),
         ("onnect", f"{store} cannot be reached (AWS_ENDPOINT_URL)"),
         ("error sending request", f"{store} cannot be reached (AWS_ENDPOINT_URL)"),

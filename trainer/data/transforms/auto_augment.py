@@ -39,12 +39,18 @@ _ENHANCERS = {
 }
 
 
-def rand_augment(image: Image.Image, layers: int, magnitude: int, uniforms: np.ndarray) -> Image.Image:
+def rand_augment(
+    image: Image.Image, layers: int, magnitude: int, uniforms: np.ndarray
+) -> Image.Image:
     """``layers`` changes of one strength, one after another."""
     for layer in range(layers):
         which, sign = uniforms[FIRST + 3 * layer : FIRST + 3 * layer + 2]
         name = CHANGES[int(which * len(CHANGES))]
-        image = change(image, name, _strength(name, magnitude, image.width, wide=False) * (1 if sign < 0.5 else -1))
+        image = change(
+            image,
+            name,
+            _strength(name, magnitude, image.width, wide=False) * (1 if sign < 0.5 else -1),
+        )
     return image
 
 
@@ -52,7 +58,11 @@ def trivial_augment(image: Image.Image, uniforms: np.ndarray) -> Image.Image:
     """One change of a strength drawn evenly."""
     which, sign, strength = uniforms[FIRST : FIRST + 3]
     name = CHANGES[int(which * len(CHANGES))]
-    return change(image, name, _strength(name, int(strength * BINS), image.width, wide=True) * (1 if sign < 0.5 else -1))
+    return change(
+        image,
+        name,
+        _strength(name, int(strength * BINS), image.width, wide=True) * (1 if sign < 0.5 else -1),
+    )
 
 
 def _strength(name: str, magnitude: int, width: int, wide: bool) -> float:
@@ -64,7 +74,13 @@ def _strength(name: str, magnitude: int, width: int, wide: bool) -> float:
         return part * (32.0 if wide else 150.0 / 331.0 * width)
     if name == "rotate":
         return part * (135.0 if wide else 30.0)
-    return part * (0.99 if wide else 0.9) if name in _ENHANCERS else part * (6 if wide else 4) if name == "posterize" else part
+    return (
+        part * (0.99 if wide else 0.9)
+        if name in _ENHANCERS
+        else part * (6 if wide else 4)
+        if name == "posterize"
+        else part
+    )
 
 
 def change(image: Image.Image, name: str, strength: float) -> Image.Image:

@@ -18,7 +18,11 @@ def eval_transform(image: Image.Image, size: int, crop: float) -> Image.Image:
     """
     short = round(size / crop)
     width, height = image.size
-    new_width, new_height = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    new_width, new_height = (
+        (short, int(short * height / width))
+        if width <= height
+        else (int(short * width / height), short)
+    )
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
     if new_width * new_height > _LARGEST_RESIZED * short * short:
         across, down = width / new_width, height / new_height
@@ -29,7 +33,9 @@ def eval_transform(image: Image.Image, size: int, crop: float) -> Image.Image:
     return image.crop((left, top, left + size, top + size)) if image.size != (size, size) else image
 
 
-def crop_box(width: int, height: int, min_area: float, uniforms: np.ndarray) -> tuple[int, int, int, int]:
+def crop_box(
+    width: int, height: int, min_area: float, uniforms: np.ndarray
+) -> tuple[int, int, int, int]:
     """Inception's crop (Szegedy et al. 2014, section 6): area in [min_area, 1], aspect in [3/4, 4/3], ten tries, else centre.
 
     Returns left, top, width, height.
@@ -46,5 +52,8 @@ def crop_box(width: int, height: int, min_area: float, uniforms: np.ndarray) -> 
 
 def padded_crop(image: Image.Image, size: int, padding: int, uniforms: np.ndarray) -> Image.Image:
     """A shift by up to ``padding`` pixels in a black border (He et al. 2015, section 4.2)."""
-    left, top = int(uniforms[1] * (2 * padding + 1)) - padding, int(uniforms[2] * (2 * padding + 1)) - padding
+    left, top = (
+        int(uniforms[1] * (2 * padding + 1)) - padding,
+        int(uniforms[2] * (2 * padding + 1)) - padding,
+    )
     return image.crop((left, top, left + size, top + size))

@@ -26,7 +26,9 @@ def validate_parallelism(config: RunConfig) -> None:
             "that it did not apply; use 1"
         )
     if config.parallel.pipeline_stages > 1 and stage > 1:
-        faults.append(f"parallel.zero_stage: {stage} does not go with pipeline stages, which need whole gradients; use 0 or 1")
+        faults.append(
+            f"parallel.zero_stage: {stage} does not go with pipeline stages, which need whole gradients; use 0 or 1"
+        )
     if config.parallel.split is not None and config.parallel.pipeline_stages == 1:
         faults.append("parallel.split: needs parallel.pipeline_stages above 1")
     if optimizer in ("lars", "lamb") and (stage > 0 or config.precision != "fp32"):
@@ -44,16 +46,24 @@ def deepspeed_config(config: RunConfig, batch: BatchPlan) -> dict[str, Any]:
         "train_batch_size": batch.global_size,
         "train_micro_batch_size_per_gpu": batch.micro_size,
         "gradient_accumulation_steps": batch.accumulation_steps,
-        "gradient_clipping": config.optimizer.clip_grad_norm or 0.0,  # left out, it clips every gradient to norm 1
+        "gradient_clipping": config.optimizer.clip_grad_norm
+        or 0.0,  # left out, it clips every gradient to norm 1
         "zero_optimization": _zero_settings(config),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
         "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a step
     }
-    if config.precision == "bf16":  # a gradient that is no number stops the run by its loss; looking for it waits for the GPU
+    if (
+        config.precision == "bf16"
+    ):  # a gradient that is no number stops the run by its loss; looking for it waits for the GPU
         settings["bf16"] = {"enabled": True, "check_grad_overflow": False}
     if config.precision == "fp16":  # 0: a dynamic scale (Micikevicius et al. 2018, 3.2)
-        settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": LOSS_SCALE_WINDOW}
+        settings["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": LOSS_SCALE_WINDOW,
+        }
     return settings
 
 
@@ -69,6 +79,9 @@ def _zero_settings(config: RunConfig) -> dict[str, Any]:
         clips = config.optimizer.clip_grad_norm is not None
         settings["compute_grad_norm"] = clips  # else ``grad_norm.py`` does, when it is logged
     if config.parallel.zero_stage == 3:
-        settings |= {"stage3_prefetch_bucket_size": BUCKET_NUMEL, "stage3_max_reuse_distance": BUCKET_NUMEL}
+        settings |= {
+            "stage3_prefetch_bucket_size": BUCKET_NUMEL,
+            "stage3_max_reuse_distance": BUCKET_NUMEL,
+        }
         settings["stage3_param_persistence_threshold"] = PARAM_PERSISTENCE_THRESHOLD
     return settings

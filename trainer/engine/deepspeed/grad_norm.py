@@ -21,8 +21,19 @@ class GradNorm:
     model together; None if each rank holds all of it.
     """
 
-    def __init__(self, engine: Any, max_norm: float | None, buffers: Sequence[Tensor] = (), stages: Any = None) -> None:
-        self._engine, self._max_norm, self._buffers, self._stages = engine, max_norm, buffers, stages
+    def __init__(
+        self,
+        engine: Any,
+        max_norm: float | None,
+        buffers: Sequence[Tensor] = (),
+        stages: Any = None,
+    ) -> None:
+        self._engine, self._max_norm, self._buffers, self._stages = (
+            engine,
+            max_norm,
+            buffers,
+            stages,
+        )
         # without a wrapper the optimizer updates the module's own parameters, and nothing else clips or keeps a norm
         self._unwrapped = isinstance(engine.optimizer, torch.optim.Optimizer)
         self._norm: Tensor | None = None
@@ -53,21 +64,33 @@ class GradNorm:
         return float(self._norm)
 
     def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        return [
+            parameter.grad
+            for parameter in self._engine.module.parameters()
+            if parameter.grad is not None
+        ]
 
     def _clip(self) -> None:
         self._norm = self._total(self._gradients(), self._stages)
-        torch.nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), self._max_norm or 0.0, self._norm)
+        torch.nn.utils.clip_grads_with_norm_(
+            self._engine.module.parameters(), self._max_norm or 0.0, self._norm
+        )
 
     def _norm_of_partitions(self, norm_type: float = 2) -> Tensor:
         """For ZeRO with stages: each rank holds another part of the gradient, its partition of its stage's."""
         partitions = self._engine.optimizer.averaged_gradients.values()
-        return self._total((gradient for partition in partitions for gradient in partition), dist.group.WORLD)
+        return self._total(
+            (gradient for partition in partitions for gradient in partition), dist.group.WORLD
+        )
 
     def _total(self, gradients: Iterable[Tensor], group: Any) -> Tensor:
         """``group``: the ranks that hold other parts of the gradient, if there are any."""
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._engine.device)
+        norm = (
+            torch.linalg.vector_norm(torch.stack(norms))
+            if norms
+            else torch.zeros((), device=self._engine.device)
+        )
         if group is None:
             return norm
         squared = norm.square()

@@ -33,10 +33,18 @@ class _Bucket:
 class GradReducer:
     """The gradients of one model on one rank. All ranks take part in each backward pass and in ``finalize_backward``."""
 
-    def __init__(self, module: nn.Module, buffers: Sequence[Tensor], places: Sequence[ParamOffsets], ranks: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        buffers: Sequence[Tensor],
+        places: Sequence[ParamOffsets],
+        ranks: int,
+    ) -> None:
         self.buffers, self._ranks = list(buffers), ranks
         self._views: dict[nn.Parameter, Tensor] = {}
-        self._filled: set[int] = set()  # identities: hashing a tensor is a call of a Python function
+        self._filled: set[int] = (
+            set()
+        )  # identities: hashing a tensor is a call of a Python function
         self._handles: list[Any] = []
         self._last = True
         self.zero_before_step = False
@@ -44,12 +52,18 @@ class GradReducer:
         self._buckets: list[_Bucket] = []
         for buffer, offsets in zip(buffers, places, strict=True):
             for parameter, offset in offsets.items():
-                self._views[parameter] = buffer.as_strided(parameter.shape, parameter.stride(), offset)
+                self._views[parameter] = buffer.as_strided(
+                    parameter.shape, parameter.stride(), offset
+                )
                 parameter.register_post_accumulate_grad_hook(self._on_grad_ready)  # type: ignore[no-untyped-call]
             self._buckets += _build_buckets(buffer, offsets)
         number = {parameter: i for i, parameter in enumerate(module.parameters())}
-        self._buckets.sort(key=lambda bucket: -min(number[p] for p in bucket.parameters))  # as backward passes fill them
-        self._bucket_of = {id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters}
+        self._buckets.sort(
+            key=lambda bucket: -min(number[p] for p in bucket.parameters)
+        )  # as backward passes fill them
+        self._bucket_of = {
+            id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters
+        }
         self._waiting: list[_Bucket] = []
 
     def prepare_for_backward(self, last: bool) -> None:
@@ -78,7 +92,9 @@ class GradReducer:
 
     def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         """Add gradients to the buffers, which ``prepare_for_backward`` has set to zero; ``arrived`` must follow."""
-        came = [(self._views[p], g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        came = [
+            (self._views[p], g) for p, g in zip(parameters, gradients, strict=True) if g is not None
+        ]
         if came:
             views, values = zip(*came, strict=True)
             torch._foreach_add_(views, values, alpha=1 / self._ranks)
@@ -142,13 +158,17 @@ class Zero1GradReducer(GradReducer):
     def __init__(self, module: nn.Module, optimizer: Any, ranks: int) -> None:
         self._optimizer = optimizer
         places = param_offsets(optimizer)
-        super().__init__(module, [torch.zeros_like(flat) for flat in optimizer.bit16_groups_flat], places, ranks)
+        super().__init__(
+            module, [torch.zeros_like(flat) for flat in optimizer.bit16_groups_flat], places, ranks
+        )
         self._rank = dist.get_rank()
 
     def finalize_backward(self) -> None:
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
         super().finalize_backward()
-        for number, (buffer, size) in enumerate(zip(self.buffers, self._optimizer.partition_size, strict=True)):
+        for number, (buffer, size) in enumerate(
+            zip(self.buffers, self._optimizer.partition_size, strict=True)
+        ):
             part = buffer.narrow(0, self._rank * size, size)
             self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([part], part)

@@ -53,7 +53,10 @@ class Fp32State:
         self._inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self.names = OPTIMIZER_STATE_KEYS[optimizer_name]
-        unfused = zip(*(getattr(self._wrapped, f"{kind}_groups", []) for kind in ("fp16", "fp32")), strict=False)
+        unfused = zip(
+            *(getattr(self._wrapped, f"{kind}_groups", []) for kind in ("fp16", "fp32")),
+            strict=False,
+        )
         self._masters = {
             id(low): master
             for lows, masters in (unfused if engine.zero_optimization_stage() == 0 else ())
@@ -92,7 +95,11 @@ class Fp32State:
     def update_ema(self, decay: float) -> None:
         """Move the average of each weight towards the weight: a rank's own piece, no communication."""
         masters = self._flat()
-        torch._foreach_lerp_([self._inner.state[master][EMA] for master in masters], [m.detach() for m in masters], 1 - decay)
+        torch._foreach_lerp_(
+            [self._inner.state[master][EMA] for master in masters],
+            [m.detach() for m in masters],
+            1 - decay,
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight, whole."""
@@ -105,7 +112,10 @@ class Fp32State:
     def _wholes(self, slot: str | None) -> dict[str, Tensor]:
         flat = hasattr(self._wrapped, "single_partition_of_fp32_groups")
         known = all_gather_full_params(self._wrapped, slot) if flat else {}
-        return {name: known[p] if p in known else self._read(p, slot) for name, p in self._parameters.items()}
+        return {
+            name: known[p] if p in known else self._read(p, slot)
+            for name, p in self._parameters.items()
+        }
 
     def updates(self) -> int:
         """How many updates the rule has made, where it counts them."""
@@ -118,7 +128,11 @@ class Fp32State:
 
     def scaler(self) -> dict[str, float]:
         scaler = getattr(self._wrapped, "loss_scaler", None)
-        return {name: vars(scaler)[name] for name in _SCALER if name in vars(scaler)} if getattr(scaler, "dynamic", False) else {}
+        return (
+            {name: vars(scaler)[name] for name in _SCALER if name in vars(scaler)}
+            if getattr(scaler, "dynamic", False)
+            else {}
+        )
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Of the masters alone: the weights that a 16-bit engine computes with come from the model it was made of."""
@@ -142,7 +156,11 @@ class Fp32State:
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
             from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-            whole = safe_get_full_optimizer_state(parameter, slot) if slot else safe_get_full_fp32_param(parameter)
+            whole = (
+                safe_get_full_optimizer_state(parameter, slot)
+                if slot
+                else safe_get_full_fp32_param(parameter)
+            )
             return torch.as_tensor(whole).detach()
         master = self._masters.get(id(parameter), parameter)
         return torch.as_tensor(self._inner.state[master][slot] if slot else master).detach()
@@ -151,8 +169,10 @@ class Fp32State:
         from deepspeed import utils
 
         value = value.to(parameter.device, torch.float32)
-        if hasattr(parameter, "ds_id"):  # the whole-tensor call does not know that the last piece is padded
-            piece = _piece(value, parameter)
+        if hasattr(
+            parameter, "ds_id"
+        ):  # the whole-tensor call does not know that the last piece is padded
+            piece = _local_shard(value, parameter)
             if slot:
                 utils.safe_set_local_optimizer_state(parameter, piece, slot)
             else:
@@ -167,7 +187,7 @@ class Fp32State:
             (self._inner.state[master][slot] if slot else master.data).copy_(value)
 
 
-def _piece(value: Tensor, parameter: Any) -> Tensor:
+def _local_shard(value: Tensor, parameter: Any) -> Tensor:
     """This rank's piece of a weight that ZeRO 3 spreads over all, the last one padded with zeros."""
     size, rank = parameter.ds_tensor.numel(), dist.get_rank(group=parameter.ds_process_group)
     flat = value.flatten()[size * rank : size * (rank + 1)]

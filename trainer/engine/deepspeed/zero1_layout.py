@@ -13,7 +13,9 @@ ParamOffsets = dict[nn.Parameter, int]
 
 
 def param_offsets(optimizer: Any) -> list[ParamOffsets]:
-    groups = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True)
+    groups = zip(
+        optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True
+    )
     return [dict(zip(parameters, offsets, strict=True)) for parameters, offsets in groups]
 
 
@@ -22,20 +24,29 @@ def relayout_zero1_weights(optimizer: Any, channels_last: bool) -> None:
     single = optimizer.dtype == torch.float32
     if single:
         for master, parts in zip(
-            optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True
+            optimizer.single_partition_of_fp32_groups,
+            optimizer.parallel_partitioned_bit16_groups,
+            strict=True,
         ):
             master.data = parts[dist.get_rank()]
         optimizer._link_all_hp_params()  # before they lie otherwise: it flattens each, which then is a copy, and keeps it
     for flat, places in zip(optimizer.bit16_groups_flat, param_offsets(optimizer), strict=True):
         for parameter, offset in places.items():
             if channels_last and parameter.dim() == 4:
-                strides = torch.empty_like(parameter, device="meta", memory_format=torch.channels_last).stride()
-                values, place = parameter.detach().clone(), flat.as_strided(parameter.shape, strides, offset)
+                strides = torch.empty_like(
+                    parameter, device="meta", memory_format=torch.channels_last
+                ).stride()
+                values, place = (
+                    parameter.detach().clone(),
+                    flat.as_strided(parameter.shape, strides, offset),
+                )
                 place.copy_(values)
                 parameter.data = place
     if not single:
         optimizer.refresh_fp32_params()
-    optimizer._update_model_bit16_weights = lambda group: None  # it would view them all again, each step, in its own layout
+    optimizer._update_model_bit16_weights = lambda group: (
+        None
+    )  # it would view them all again, each step, in its own layout
     if dist.get_backend() == "gloo" or dist.get_world_size() == 1:
         from deepspeed.runtime.zero import stage_1_and_2
 
@@ -46,7 +57,10 @@ def relayout_zero1_weights(optimizer: Any, channels_last: bool) -> None:
 
 
 def _broadcast_partitions(
-    groups_flat: Sequence[Tensor], partitioned_param_groups: Sequence[Sequence[Tensor]], dp_process_group: Sequence[Any], **_: Any
+    groups_flat: Sequence[Tensor],
+    partitioned_param_groups: Sequence[Sequence[Tensor]],
+    dp_process_group: Sequence[Any],
+    **_: Any,
 ) -> None:
     """What each rank updated goes to all: gloo's broadcasts in place take a third of the time of its all-gather. With one rank
     nothing is sent, where DeepSpeed gathers all the same."""
@@ -77,12 +91,15 @@ def all_gather_full_params(optimizer: Any, slot: str | None) -> dict[nn.Paramete
         else:
             dist.all_gather_into_tensor(whole, part, group)
         wholes |= {
-            parameter: whole.as_strided(parameter.shape, parameter.stride(), offset) for parameter, offset in offsets.items()
+            parameter: whole.as_strided(parameter.shape, parameter.stride(), offset)
+            for parameter, offset in offsets.items()
         }
     return wholes
 
 
-def _set_full_param(parameter: nn.Parameter, value: Tensor, optim_state_key: str | None = None) -> None:
+def _set_full_param(
+    parameter: nn.Parameter, value: Tensor, optim_state_key: str | None = None
+) -> None:
     from deepspeed.utils import set_full_hp_param
 
     laid_out = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -13,7 +13,9 @@ from trainer.tracking.spool.spool import Entry
 class ArtifactUploader:
     """Sends the artifacts that a `RunUploader` has read. May run in another thread than that."""
 
-    def __init__(self, uploader: RunUploader, spool: Path, record: DeliveryRecord, rejected: RejectedEntries) -> None:
+    def __init__(
+        self, uploader: RunUploader, spool: Path, record: DeliveryRecord, rejected: RejectedEntries
+    ) -> None:
         self._uploader = uploader
         self._spool = spool
         self._record = record

@@ -24,7 +24,9 @@ class DeliveryRecord:
         """Keys of runs that may have been created more than once."""
         self._lock = threading.Lock()
         if path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines(
+                keepends=True
+            ):
                 if line.endswith("\n"):
                     self._apply(line.split())
 

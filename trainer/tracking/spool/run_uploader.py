@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from trainer.tracking.errors import DeliveryStopped, Fault, RunMissing, RunUnavailable, ServerUnavailable, classify
+from trainer.tracking.errors import (
+    DeliveryStopped,
+    Fault,
+    RunMissing,
+    RunUnavailable,
+    ServerUnavailable,
+    classify,
+)
 from trainer.tracking.mlflow_run import Item, MlflowRun
 from trainer.tracking.spool.delivery_record import DeliveryRecord, RejectedEntries
 from trainer.tracking.spool.spool import Entry
@@ -112,7 +119,9 @@ class RunUploader:
         """Find or create the run."""
         entries = self._reader.runs.get(self.key, {})
         known = self._record.run_ids.get(self.key)
-        self.run = self._ask(lambda: MlflowRun.open(self._connect(), self.key, entries, self._record))
+        self.run = self._ask(
+            lambda: MlflowRun.open(self._connect(), self.key, entries, self._record)
+        )
         if not self.run.existed:
             self._creations += 1
             if self._creations > _MOST_CREATIONS:

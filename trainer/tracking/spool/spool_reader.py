@@ -52,7 +52,9 @@ class _FirstFormat:
 
     def corrupt(self, raw: bytes) -> None:
         """What follows a corrupt line is of an unknown run if that line may have started one."""
-        if not raw.startswith(tuple(b'{"kind": "%s"' % k for k in (b"metrics", b"artifact", b"finish"))):
+        if not raw.startswith(
+            tuple(b'{"kind": "%s"' % k for k in (b"metrics", b"artifact", b"finish"))
+        ):
             self.key = None
 
 
@@ -145,7 +147,9 @@ class SpoolReader:
             self.corrupt.append(CorruptLine(self._number, text, str(error)))
             return None
         self.attempts.setdefault(key, set()).add(attempt)
-        return Entry(key, attempt, seq, content, line_digest(b"%s %d " % (key.encode(), attempt) + raw))
+        return Entry(
+            key, attempt, seq, content, line_digest(b"%s %d " % (key.encode(), attempt) + raw)
+        )
 
     def read(self, key: str, limit: int) -> list[Entry]:
         """Take the next entries of run ``key``, at most ``limit``; first those found at the start,

@@ -16,7 +16,12 @@ from trainer.tracking.server import connect
 from trainer.tracking.spool.artifact_uploader import ArtifactUploader, send_artifact
 from trainer.tracking.spool.delivery_record import DeliveryRecord, RejectedEntries
 from trainer.tracking.spool.run_uploader import RunUploader
-from trainer.tracking.spool.spool import first_format_record_path, lock_spool, record_path, rejected_path
+from trainer.tracking.spool.spool import (
+    first_format_record_path,
+    lock_spool,
+    record_path,
+    rejected_path,
+)
 from trainer.tracking.spool.spool_reader import SpoolReader
 
 _WAITS = (1.0, 2.0, 4.0)  # seconds between tries
@@ -106,7 +111,10 @@ class SpoolUploader:
 
     def _retry_rejected(self) -> list[RunReport]:
         """Try each rejected entry once more, and keep those that are rejected again."""
-        entries = [_parse_rejected(number, raw) for number, raw in enumerate(self.path.read_bytes().splitlines(), 1)]
+        entries = [
+            _parse_rejected(number, raw)
+            for number, raw in enumerate(self.path.read_bytes().splitlines(), 1)
+        ]
         reports: dict[str, RunReport] = {}
         runs: dict[str, MlflowRun | Fault] = {}
         kept = []
@@ -176,7 +184,12 @@ def _parse_rejected(number: int, raw: bytes) -> dict[str, Any]:
         if isinstance(content, dict) and isinstance(content.get("kind"), str):
             return content
     text = raw.decode("utf-8", "surrogateescape")
-    return {"kind": "corrupt", "line": number, "text": text, "reason": f"line {number} is not an entry"}
+    return {
+        "kind": "corrupt",
+        "line": number,
+        "text": text,
+        "reason": f"line {number} is not an entry",
+    }
 
 
 def _first_format_record(path: Path) -> dict[str, Any]:
