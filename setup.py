@@ -1,4 +1,6 @@
-"""The native decoder, which may be missing: without a compiler or libjpeg-turbo's headers, all but it is installed."""
+"""The native decoder, which may be missing: without a compiler or libjpeg-turbo's headers, all but
+it is installed.
+"""
 
 import subprocess
 from pathlib import Path
@@ -9,7 +11,9 @@ from setuptools.errors import CCompilerError
 
 
 class BuildNative(build_ext):
-    """Links libjpeg-turbo's archive, so that the built file needs nothing of the system; its shared library where that fails."""
+    """Links libjpeg-turbo's archive, so that the built file needs nothing of the system; its shared
+    library where that fails.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         if archive := self._archive("libjpeg.a"):

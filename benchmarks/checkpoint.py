@@ -2,10 +2,12 @@
 
     python benchmarks/checkpoint.py --json FILE [--processes 1 2] [--every 20] [--rounds 4]
 
-resnet18 at 64 px, 16 images a rank, ZeRO 0 and 1, momentum kept too. Steps run one after another; after every so many the state is
-gathered and handed to the writer, whose thread serializes, hashes and writes it to a folder while steps go on. Two figures: the
-pause itself over a step, and the mean step of an interval with a checkpoint over that of an interval without, minus one, which
-holds what the writer takes from the same cores too. Intervals alternate. Wished: at most 0.05 of a step over the interval.
+resnet18 at 64 px, 16 images a rank, ZeRO 0 and 1, momentum kept too. Steps run one after another;
+after every so many the state is gathered and handed to the writer, whose thread serializes, hashes
+and writes it to a folder while steps go on. Two figures: the pause itself over a step, and the mean
+step of an interval with a checkpoint over that of an interval without, minus one, which holds what
+the writer takes from the same cores too. Intervals alternate. Wished: at most 0.05 of a step over
+the interval.
 """
 
 import argparse
@@ -78,10 +80,12 @@ def main() -> None:
         rank_main(arguments.rank)
         return
     print(
-        f"resnet18 at 64 px, 16 images a rank, a checkpoint in {arguments.every} steps, load {os.getloadavg()[0]:.1f}"
+        f"resnet18 at 64 px, 16 images a rank, a checkpoint in {arguments.every} steps, load "
+        f"{os.getloadavg()[0]:.1f}"
     )
     print(
-        f"{'processes':>9} {'ZeRO':>4} {'step, ms':>9} {'pause, ms':>9} {'pause a step':>12} {'slower by':>9} {'MB':>5}"
+        f"{'processes':>9} {'ZeRO':>4} {'step, ms':>9} {'pause, ms':>9} {'pause a step':>12} "
+        f"{'slower by':>9} {'MB':>5}"
     )
     results = []
     for count in arguments.processes:
@@ -107,7 +111,8 @@ def main() -> None:
             )
             size = figures["bytes"] / 1e6
             print(
-                f"{count:9} {stage:4} {step * 1e3:9.0f} {pause * 1e3:9.0f} {share:12.4f} {slower:9.3f} {size:5.0f}",
+                f"{count:9} {stage:4} {step * 1e3:9.0f} {pause * 1e3:9.0f} {share:12.4f} "
+                f"{slower:9.3f} {size:5.0f}",
                 flush=True,
             )
     if arguments.json:

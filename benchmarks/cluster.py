@@ -3,13 +3,15 @@
     make cluster-up; export PATH=... KUBECONFIG=...       (as it prints)
     python benchmarks/cluster.py [--rounds 5] [--rounds-large 3] [--only TEXT] [--json FILE]
 
-Submitted to running: `convoy submit` of ResNet-50 to nodes of 8 GPUs that kwok plays, from the job's first sight in a watch of the
-API server to the last pod's phase Running in another. API server, scheduler and training-operator are real and share this machine's
-processors. The command's own start, from the shell to the job in the API server, stands in a row of its own.
+Submitted to running: `convoy submit` of ResNet-50 to nodes of 8 GPUs that kwok plays, from the
+job's first sight in a watch of the API server to the last pod's phase Running in another. API
+server, scheduler and training-operator are real and share this machine's processors. The command's
+own start, from the shell to the job in the API server, stands in a row of its own.
 
-Training: two pods of a small network, with the services of `k8s/overlays/local`, whose second pod is deleted by force after a
-checkpoint. To the first step, from the job's first sight in the API server; to the next new step, from the command that deletes, to
-the end of the longest time without one. Steps are dated by the trainer, as MLflow has them.
+Training: two pods of a small network, with the services of `k8s/overlays/local`, whose second pod
+is deleted by force after a checkpoint. To the first step, from the job's first sight in the API
+server; to the next new step, from the command that deletes, to the end of the longest time without
+one. Steps are dated by the trainer, as MLflow has them.
 """
 
 import argparse
@@ -43,8 +45,9 @@ from played import GPUS, pool  # noqa: E402
 
 @dataclass(frozen=True)
 class Measure:
-    """``rounds``: within it, a call is a round and gives seconds by the name of their row. ``wished``: at most so many, by the same
-    names."""
+    """``rounds``: within it, a call is a round and gives seconds by the name of their row.
+    ``wished``: at most so many, by the same names.
+    """
 
     name: str
     wished: dict[str, float]

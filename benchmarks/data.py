@@ -1,12 +1,15 @@
-"""How fast training batches come out of JPEGs, ours against eight other loaders, and where our time goes.
+"""How fast training batches come out of JPEGs, ours against eight other loaders, and where our time
+goes.
 
     python benchmarks/data.py [--images 2000] [--rounds 5] [--workers 2] [--json FILE]
 
-The same JPEGs (500x375, about 55 KB, of photographs) on local disk in each one's own format; RandomResizedCrop to 224 pixels and
-flip; batches of 64. Peers have as many worker processes as we have threads. Contestants run by turns, each time in a process of
-its own: one epoch to warm up, one that is timed from asking for its first batch to its last. A round's ratio is that of the rates
-in that round. Memory is the largest sum of the process's and its workers' proportional sets, in the first epoch. Peers that
-`make peers` has not installed are left out and named; FFCV, which is compiled, where the development files of OpenCV are there.
+The same JPEGs (500x375, about 55 KB, of photographs) on local disk in each one's own format;
+RandomResizedCrop to 224 pixels and flip; batches of 64. Peers have as many worker processes as we
+have threads. Contestants run by turns, each time in a process of its own: one epoch to warm up, one
+that is timed from asking for its first batch to its last. A round's ratio is that of the rates in
+that round. Memory is the largest sum of the process's and its workers' proportional sets, in the
+first epoch. Peers that `make peers` has not installed are left out and named; FFCV, which is
+compiled, where the development files of OpenCV are there.
 """
 
 import argparse
@@ -40,7 +43,9 @@ def python() -> str:
 
 
 def in_own_process(*arguments: str, script: str = __file__) -> str:
-    """The last line that a benchmark prints with these arguments. Raises RuntimeError with the end of what it said."""
+    """The last line that a benchmark prints with these arguments. Raises RuntimeError with the end
+    of what it said.
+    """
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -106,7 +111,9 @@ def measure(name: str, folder: Path, workers: int) -> None:
 
 
 def breakdown(folder: Path, workers: int) -> None:
-    """Print where an epoch of ours goes: processor seconds by what the threads were doing, and the rates of the parts."""
+    """Print where an epoch of ours goes: processor seconds by what the threads were doing, and the
+    rates of the parts.
+    """
     import numpy as np
 
     from trainer.data.decode.decoder import decode_crop, decoder_in_use
@@ -212,7 +219,9 @@ def compete(
 
 
 def summary(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """By contestant: the median and the quartiles of images/s; the ratios of ours to it; and its memory."""
+    """By contestant: the median and the quartiles of images/s; the ratios of ours to it; and its
+    memory.
+    """
     rates = {
         name: [result["images_per_second"] for result in rounds] for name, rounds in results.items()
     }
@@ -283,7 +292,8 @@ def report(options: argparse.Namespace) -> None:
         + ", ".join(f"{name} {version}" for name, version in used.items())
     )
     print(
-        f"{'':28} {'images/s':>8} {'quartiles':>13} {'ours to it':>11} {'quartiles':>13} {'memory, MB':>11}"
+        f"{'':28} {'images/s':>8} {'quartiles':>13} {'ours to it':>11} {'quartiles':>13} "
+        f"{'memory, MB':>11}"
     )
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["images_per_second"]):
         spread = "{}-{}".format(*row["quartiles"] or "  ")
@@ -316,7 +326,8 @@ def report(options: argparse.Namespace) -> None:
         end="",
     )
     print(
-        f"; {parts['processors_used']} processors used; decode_crop alone {parts['decode_crop_per_second_and_thread']:,} a second"
+        f"; {parts['processors_used']} processors used; decode_crop alone "
+        f"{parts['decode_crop_per_second_and_thread']:,} a second"
     )
     print(f"decoder: {parts['decoder']}")
     if options.json:

@@ -1,8 +1,10 @@
-"""The loaders that benchmarks/data.py compares: each one epoch of training batches, 224 pixels, from the same JPEGs.
+"""The loaders that benchmarks/data.py compares: each one epoch of training batches, 224 pixels,
+from the same JPEGs.
 
-A contestant is a function of the folder that ``prepare`` filled and the number of workers. It returns what makes an epoch: a
-function without arguments whose iterator gives the number of images in each batch. All but ours and DALI end in torch's uint8
-batches, [batch, 3, side, side] or [batch, side, side, 3]. Their packages are imported by those who use them alone.
+A contestant is a function of the folder that ``prepare`` filled and the number of workers. It
+returns what makes an epoch: a function without arguments whose iterator gives the number of images
+in each batch. All but ours and DALI end in torch's uint8 batches, [batch, 3, side, side] or [batch,
+side, side, 3]. Their packages are imported by those who use them alone.
 """
 
 import json
@@ -103,7 +105,9 @@ def ours(folder: Path, workers: int) -> Epoch:
 
 
 def ours_decode_alone(folder: Path, workers: int) -> Epoch:
-    """What ``decode_crop`` in threads reaches with the files in memory: the ceiling of any loader around it."""
+    """What ``decode_crop`` in threads reaches with the files in memory: the ceiling of any loader
+    around it.
+    """
     from trainer.data.decode.decoder import decode_crop
 
     contents = [path.read_bytes() for path in sorted((folder / "images").rglob("*.JPEG"))]

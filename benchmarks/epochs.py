@@ -1,10 +1,11 @@
-"""Memory of one rank's loader over many epochs, and how soon the first batch of a large set can be asked for.
+"""Memory of one rank's loader over many epochs, and how soon the first batch of a large set can be
+asked for.
 
     python benchmarks/epochs.py [--epochs 20] [--images 2000] [--json FILE] [--plot FILE.png]
 
-The loader reads JPEGs from disk as training does, each epoch by a new one; told is the resident memory after each epoch. Then an
-index of 1,281 shards of 1,000 samples, ImageNet's, without the shards: time and memory from opening it to knowing what the first
-batch reads.
+The loader reads JPEGs from disk as training does, each epoch by a new one; told is the resident
+memory after each epoch. Then an index of 1,281 shards of 1,000 samples, ImageNet's, without the
+shards: time and memory from opening it to knowing what the first batch reads.
 """
 
 import argparse
@@ -70,7 +71,8 @@ def epochs(count: int, images: int) -> list[dict[str, float]]:
                 }
             )
             print(
-                f"epoch {epoch + 1:3}  {memory:7.1f} MiB  {rows[-1]['images_per_second']:7,.0f} images/s",
+                f"epoch {epoch + 1:3}  {memory:7.1f} MiB  {rows[-1]['images_per_second']:7,.0f} "
+                "images/s",
                 flush=True,
             )
     return rows
@@ -132,8 +134,10 @@ def large(shards: int = 1281, samples: int = 1000) -> dict[str, Any]:
             subprocess.run(command, check=True, capture_output=True, text=True).stdout
         )
     print(
-        f"index of {shards:,} shards x {samples:,} samples: open in {figures['open_seconds']:.2f} s, first batch known after "
-        f"{figures['first_batch_seconds']:.2f} s, for which the process grew by {figures['grown_mib']:.0f} MiB at most"
+        f"index of {shards:,} shards x {samples:,} samples: open in "
+        f"{figures['open_seconds']:.2f} s, first batch known after "
+        f"{figures['first_batch_seconds']:.2f} s, for which the process grew by "
+        f"{figures['grown_mib']:.0f} MiB at most"
     )
     return figures
 

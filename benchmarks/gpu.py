@@ -1,13 +1,15 @@
-"""A training step on one GPU: our engine against a plain torch loop, its memory against what we compute, and the whole pipeline.
+"""A training step on one GPU: our engine against a plain torch loop, its memory against what we
+compute, and the whole pipeline.
 
     python benchmarks/gpu.py [--json FILE] [--rows NAME ...] [--rounds 7] [--pipeline-images 12288]
 
-The loop is what torchvision's and timm's training scripts do: autocast and, in fp16, a gradient scaler, channels-last, fused SGD
-with momentum, pinned uint8 images copied beside the computation. "eager" is our engine without CUDA graphs. All three alternate,
-ten steps each (40 with few images), on the same random images and in another order each round; a round's ratio is the loop's time
-over the engine's (above 1: the engine is faster). Rows are named network, precision and images per step; the most important come
-first, and each is written to the JSON file at once. ``pipeline``: our loader feeds the engine from JPEG shards on disk; the rate is
-compared with that of either alone.
+The loop is what torchvision's and timm's training scripts do: autocast and, in fp16, a gradient
+scaler, channels-last, fused SGD with momentum, pinned uint8 images copied beside the computation.
+"eager" is our engine without CUDA graphs. All three alternate, ten steps each (40 with few images),
+on the same random images and in another order each round; a round's ratio is the loop's time over
+the engine's (above 1: the engine is faster). Rows are named network, precision and images per step;
+the most important come first, and each is written to the JSON file at once. ``pipeline``: our
+loader feeds the engine from JPEG shards on disk; the rate is compared with that of either alone.
 """
 
 import argparse
@@ -76,7 +78,8 @@ ROWS: dict[str, dict[str, Any]] = {
         "compile": True,
     },
 }
-"""fp32: convolutions in TF32, as torch sets it. ``zero``: DeepSpeed's stage, 1 where none is given."""
+"""fp32: convolutions in TF32, as torch sets it. ``zero``: DeepSpeed's stage, 1 where none is given.
+"""
 
 
 def row_of(name: str) -> dict[str, Any]:
@@ -121,7 +124,9 @@ def loop_step(row: dict[str, Any], device: torch.device) -> Step:
 
 
 def ready(build: Callable[[], Step]) -> tuple[Step, float, int, float]:
-    """A step that has been made five times, the loss of the first, bytes at the peak of the last two, seconds that all took."""
+    """A step that has been made five times, the loss of the first, bytes at the peak of the last
+    two, seconds that all took.
+    """
     torch.cuda.empty_cache()
     held, started = torch.cuda.memory_reserved(), time.perf_counter()
     step = build()
@@ -191,7 +196,9 @@ def measure(name: str, rounds: int, device: torch.device) -> dict[str, Any]:
 
 
 def predicted(network: nn.Module, kept: int, row: dict[str, Any], images: int) -> int:
-    """Bytes of weights, masters, gradients, momentum, the images, and of the activations that autograd keeps, ``kept`` an image."""
+    """Bytes of weights, masters, gradients, momentum, the images, and of the activations that
+    autograd keeps, ``kept`` an image.
+    """
     width = 4 if row["precision"] == "fp32" else 2
     weights = sum(parameter.numel() for parameter in network.parameters())
     a_weight = 4 + 4 + 4 if width == 4 else 2 + 4 + 4 + 2
@@ -218,8 +225,9 @@ def profile_of(name: str, device: torch.device) -> str:
 
 
 def pipeline(name: str, workers: int, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Images/s of our engine fed by our loader from JPEG shards below ``folder``, in the middle of an epoch, of the same engine on
-    one batch that is there already, and of the loader alone."""
+    """Images/s of our engine fed by our loader from JPEG shards below ``folder``, in the middle of
+    an epoch, of the same engine on one batch that is there already, and of the loader alone.
+    """
     url, images = f"data.train={folder}/packed/train", int(ROWS[name]["images"])
     config = load_config(
         "resnet50", [url, "data.val=null", f"data.workers={workers}", f"batch.global_size={images}"]
@@ -346,8 +354,10 @@ def main() -> None:
         low, high = found["quartiles"]
         gib = [value / 2**30 for value in (peak["ours"], found["predicted_bytes"], peak["loop"])]
         print(
-            f"{name:26} {speed['ours']:7,.0f} {speed['eager']:7,.0f} {speed['loop']:7,.0f} {found['ratio']:6.3f} "
-            f"{low:6.3f}-{high:.3f} {launch['ours']:12.1f} {launch['eager']:6.1f} {launch['loop']:6.1f} "
+            f"{name:26} {speed['ours']:7,.0f} {speed['eager']:7,.0f} {speed['loop']:7,.0f} "
+            f"{found['ratio']:6.3f} "
+            f"{low:6.3f}-{high:.3f} {launch['ours']:12.1f} {launch['eager']:6.1f} "
+            f"{launch['loop']:6.1f} "
             f"{found['teraflops']:8.0f} {gib[0]:6.1f} {gib[1]:8.1f} {gib[2]:6.1f}",
             flush=True,
         )
@@ -364,8 +374,10 @@ def main() -> None:
                 found = pipeline("resnet50 fp16 256", workers, Path(folder), device)
                 results["pipeline"].append(found)
                 print(
-                    f"{found['row']:24} {workers:8} {found['images_per_second']:9,.0f} {found['waiting_for_data']:8.1%} "
-                    f"{found['same_batch_images_per_second']:11,.0f} {found['loader_images_per_second']:12,.0f}",
+                    f"{found['row']:24} {workers:8} {found['images_per_second']:9,.0f} "
+                    f"{found['waiting_for_data']:8.1%} "
+                    f"{found['same_batch_images_per_second']:11,.0f} "
+                    f"{found['loader_images_per_second']:12,.0f}",
                     flush=True,
                 )
                 keep()

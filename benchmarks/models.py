@@ -1,10 +1,12 @@
-"""Our networks against torchvision's and timm's of the same name: forward and backward, fp32, channels-last.
+"""Our networks against torchvision's and timm's of the same name: forward and backward, fp32,
+channels-last.
 
     python benchmarks/models.py --json FILE [--models alexnet vgg16 googlenet resnet50] [--rounds 9] [--batch 4] [--threads 2]
 
-All of a name run in one process by turns, a step each, so that other work on the machine slows all of them alike. A round's
-ratio is the peer's time over ours in that round (above 1: ours is faster); the median over rounds is told with its quartiles.
-Peak memory is the resident memory of a process of its own a model, and its ratio ours over theirs.
+All of a name run in one process by turns, a step each, so that other work on the machine slows all
+of them alike. A round's ratio is the peer's time over ours in that round (above 1: ours is faster);
+the median over rounds is told with its quartiles. Peak memory is the resident memory of a process
+of its own a model, and its ratio ours over theirs.
 """
 
 import argparse
@@ -104,7 +106,9 @@ def timed(name: str, rounds: int, batch: int) -> dict[str, Any]:
 
 
 def peak_memory(library: str, name: str, batch: int) -> int:
-    """Bytes of resident memory at the peak of three steps, in a fresh process; the same libraries are loaded in all."""
+    """Bytes of resident memory at the peak of three steps, in a fresh process; the same libraries
+    are loaded in all.
+    """
     command = [sys.executable, __file__, "--measure", library, name, "--batch", str(batch)]
     return int(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
@@ -146,7 +150,8 @@ def main() -> None:
     sizes = f"batch {arguments.batch} of {SIDE} px, {arguments.threads} threads, {arguments.rounds} rounds"
     print(f"{sizes}, torch {torch.__version__}")
     print(
-        f"{'model':10} {'against':12} {'ours, ms':>9} {'theirs, ms':>10} {'speed ratio':>12} {'quartiles':>14} {'memory':>8}"
+        f"{'model':10} {'against':12} {'ours, ms':>9} {'theirs, ms':>10} {'speed ratio':>12} "
+        f"{'quartiles':>14} {'memory':>8}"
     )
     for name in arguments.models:
         result = results[name] = timed(name, arguments.rounds, arguments.batch)
@@ -157,8 +162,10 @@ def main() -> None:
             figures["memory_ratio"] = result["peak_bytes"]["ours"] / result["peak_bytes"][peer]
             low, high = figures["quartiles"]
             print(
-                f"{name:10} {peer:12} {result['seconds']['ours'] * 1e3:9.0f} {result['seconds'][peer] * 1e3:10.0f} "
-                f"{figures['speed_ratio']:12.3f} {low:7.3f}-{high:.3f} {figures['memory_ratio']:9.3f}",
+                f"{name:10} {peer:12} {result['seconds']['ours'] * 1e3:9.0f} "
+                f"{result['seconds'][peer] * 1e3:10.0f} "
+                f"{figures['speed_ratio']:12.3f} {low:7.3f}-{high:.3f} "
+                f"{figures['memory_ratio']:9.3f}",
                 flush=True,
             )
     if arguments.json:

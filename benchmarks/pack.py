@@ -1,10 +1,12 @@
-"""How fast `convoy pack` writes an image folder, against plain ``webdataset.ShardWriter``, in one run, interleaved.
+"""How fast `convoy pack` writes an image folder, against plain ``webdataset.ShardWriter``, in one
+run, interleaved.
 
     python benchmarks/pack.py [--images 24000] [--rounds 5] [--json FILE]
 
-Both read the same JPEGs from local disk and write shards to it without re-encoding. The peer is what its documentation shows: one
-process, the files' bytes and their label. Convoy does more (it looks into every image, hashes, writes an index), and is timed as a
-whole command, its start included, with one worker and with one worker a core.
+Both read the same JPEGs from local disk and write shards to it without re-encoding. The peer is
+what its documentation shows: one process, the files' bytes and their label. Convoy does more (it
+looks into every image, hashes, writes an index), and is timed as a whole command, its start
+included, with one worker and with one worker a core.
 """
 
 import argparse
@@ -62,10 +64,12 @@ def peer(source: Path, target: Path) -> None:
         "import sys, pathlib, webdataset as wds\n"
         "source, target, size = sys.argv[1:]\n"
         "folders = sorted(pathlib.Path(source).iterdir())\n"
-        "with wds.ShardWriter(target + '/train-%06d.tar', maxsize=int(size), maxcount=10**9, verbose=0) as writer:\n"
+        "with wds.ShardWriter(target + '/train-%06d.tar', maxsize=int(size), maxcount=10**9, "
+        "verbose=0) as writer:\n"
         "    for label, folder in enumerate(folders):\n"
         "        for path in sorted(folder.iterdir()):\n"
-        "            writer.write({'__key__': f'{folder.name}/{path.stem}', 'jpg': path.read_bytes(), 'cls': label})\n"
+        "            "
+        "writer.write({'__key__': f'{folder.name}/{path.stem}', 'jpg': path.read_bytes(), 'cls': label})\n"
     )
     target.mkdir()
     subprocess.run(

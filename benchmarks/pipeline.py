@@ -2,12 +2,14 @@
 
     python benchmarks/pipeline.py --json FILE [--micro-batches 1 2 4 8] [--micro-size 8] [--rounds 11]
 
-Two stages of equal cost (the same convolutions), a rank of one thread each, M micro-batches a step. Measured bubble: the part of a
-step in which a rank is neither in a forward nor in a backward pass, of the rank that is longer in them; so waiting for the other,
-transfers and the update all count. Formula: (S - 1) / (M + S - 1) (Huang et al. 2019, 2.3), for which transfers take no time
-and all passes are alike. ``least`` is the bubble that the very passes measured, in their order, must have: no two take the same
-time, and each micro-batch waits for the slower of the two. ``lost`` is what a micro-batch took beside that. Told are the median of
-rounds and its quartiles; and, for whether both ranks at once are slower, a micro-batch's passes in a stage alone.
+Two stages of equal cost (the same convolutions), a rank of one thread each, M micro-batches a step.
+Measured bubble: the part of a step in which a rank is neither in a forward nor in a backward pass,
+of the rank that is longer in them; so waiting for the other, transfers and the update all count.
+Formula: (S - 1) / (M + S - 1) (Huang et al. 2019, 2.3), for which transfers take no time and all
+passes are alike. ``least`` is the bubble that the very passes measured, in their order, must have:
+no two take the same time, and each micro-batch waits for the slower of the two. ``lost`` is what a
+micro-batch took beside that. Told are the median of rounds and its quartiles; and, for whether both
+ranks at once are slower, a micro-batch's passes in a stage alone.
 """
 
 import argparse
@@ -40,14 +42,18 @@ from trainer.training.batch_plan import BatchPlan
 
 CHANNELS, SIDE, CLASSES, RATE = 128, 16, 10, 1e-6
 TIMED, MEASURED = 96, 24
-"""Convolutions where time and where memory is measured: the first are as many as make a micro-batch's transfers small beside it."""
+"""Convolutions where time and where memory is measured: the first are as many as make a
+micro-batch's transfers small beside it.
+"""
 
 Passes = list[tuple[str, float]]
 """Kind, ``forward`` or ``backward``, and seconds."""
 
 
 def network(convolutions: int, stages: int) -> tuple[nn.Sequential, list[list[str]]]:
-    """Convolutions of equal cost, with next to nothing at both ends; and the names of each stage's layers, of 1, 2 or 4."""
+    """Convolutions of equal cost, with next to nothing at both ends; and the names of each stage's
+    layers, of 1, 2 or 4.
+    """
     torch.manual_seed(0)
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(3, CHANNELS, 1))
     for number in range(convolutions):
@@ -102,7 +108,9 @@ def engine_step(
 
 
 def stage_alone(micro_size: int) -> Callable[[], None]:
-    """Forward and backward of one micro-batch in this rank's stage, with nothing sent and nothing received."""
+    """Forward and backward of one micro-batch in this rank's stage, with nothing sent and nothing
+    received.
+    """
     model, parts = network(TIMED, 2)
     rank = dist.get_rank()
     layers = OrderedDict(
@@ -122,7 +130,8 @@ def stage_alone(micro_size: int) -> Callable[[], None]:
     return run
 
 
-# --- in the ranks -----------------------------------------------------------------------------------------------------
+# --- in the ranks
+# -----------------------------------------------------------------------------------------------------
 
 
 def passes_timed(passes: Passes) -> None:
@@ -209,11 +218,14 @@ def rank_main(task: dict[str, Any]) -> None:
     process_group.cleanup()
 
 
-# --- around them ------------------------------------------------------------------------------------------------------
+# --- around them
+# ------------------------------------------------------------------------------------------------------
 
 
 def shortest(stages: list[Passes]) -> float:
-    """Seconds of a step in which these passes, each stage's in its order, wait for each other and for nothing else."""
+    """Seconds of a step in which these passes, each stage's in its order, wait for each other and
+    for nothing else.
+    """
     ends: dict[tuple[str, int, int], float] = {}
     clocks, queues = [0.0] * len(stages), []
     for passes in stages:
@@ -234,7 +246,8 @@ def shortest(stages: list[Passes]) -> float:
 
 def bubble_table(micro_batches: list[int], micro_size: int, rounds: int) -> list[dict[str, Any]]:
     print(
-        f"{'M':>3} {'passes, ms':>14} {'alone, ms':>14} {'step, ms':>9} {'lost, ms':>9} {'bubble':>7} {'quartiles':>13} "
+        f"{'M':>3} {'passes, ms':>14} {'alone, ms':>14} {'step, ms':>9} {'lost, ms':>9} "
+        f"{'bubble':>7} {'quartiles':>13} "
         f"{'formula':>8} {'off by':>7} {'least':>7} {'off by':>7}"
     )
     results = []
@@ -272,8 +285,10 @@ def bubble_table(micro_batches: list[int], micro_size: int, rounds: int) -> list
             | {"least_bubble": least, "relative_to_least": middle / least - 1}
         )
         print(
-            f"{number:3} {passes[0] * 1e3:6.0f} {passes[1] * 1e3:7.0f} {alone[0] * 1e3:6.0f} {alone[1] * 1e3:7.0f} "
-            f"{step * 1e3:9.0f} {lost * 1e3:9.1f} {middle:7.3f} {low:6.3f}-{high:.3f} {formula:8.3f} {middle / formula - 1:+7.1%} "
+            f"{number:3} {passes[0] * 1e3:6.0f} {passes[1] * 1e3:7.0f} {alone[0] * 1e3:6.0f} "
+            f"{alone[1] * 1e3:7.0f} "
+            f"{step * 1e3:9.0f} {lost * 1e3:9.1f} {middle:7.3f} {low:6.3f}-{high:.3f} "
+            f"{formula:8.3f} {middle / formula - 1:+7.1%} "
             f"{least:7.3f} {middle / least - 1:+7.1%}",
             flush=True,
         )
@@ -281,10 +296,12 @@ def bubble_table(micro_batches: list[int], micro_size: int, rounds: int) -> list
 
 
 def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
-    """Weights, gradients and momentum of a rank's own layers; the outputs of these for as many micro-batches at once as there are
-    stages from this one to the last (one forward, one backward: Narayanan et al. 2019, 3.2); what the backward pass needs beside
-    them, as in the whole network; and what crosses a cut: one buffer to receive, outputs as they are sent, inputs as they came
-    and as convolutions want them, and the clone of one that DeepSpeed computes with."""
+    """Weights, gradients and momentum of a rank's own layers; the outputs of these for as many
+    micro-batches at once as there are stages from this one to the last (one forward, one backward:
+    Narayanan et al. 2019, 3.2); what the backward pass needs beside them, as in the whole network;
+    and what crosses a cut: one buffer to receive, outputs as they are sent, inputs as they came and
+    as convolutions want them, and the clone of one that DeepSpeed computes with.
+    """
     layers = dict(network(MEASURED, 1)[0].named_children())
     crossing = 4 * micro_size * CHANNELS * SIDE**2
 
@@ -300,7 +317,8 @@ def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
     besides = plain - state(layers) - outputs(layers)
     mib = 2**20
     print(
-        f"\npeak memory a rank, {micro_batches} micro-batches of {micro_size}; MiB; besides outputs {besides / mib:.0f}"
+        f"\npeak memory a rank, {micro_batches} micro-batches of {micro_size}; MiB; besides "
+        f"outputs {besides / mib:.0f}"
     )
     print(f"{'stages':>6} {'rank':>4} {'predicted':>9} {'tensors':>9} {'ratio':>6} {'resident':>9}")
     results = []
@@ -316,7 +334,8 @@ def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
             wanted = state(names) + flying * outputs(names) + besides + crossed * crossing
             results.append({"stages": stages, "rank": rank, "predicted_bytes": wanted, **found})
             print(
-                f"{stages:6} {rank:4} {wanted / mib:9.0f} {found['tensors'] / mib:9.0f} {found['tensors'] / wanted:6.2f} "
+                f"{stages:6} {rank:4} {wanted / mib:9.0f} {found['tensors'] / mib:9.0f} "
+                f"{found['tensors'] / wanted:6.2f} "
                 f"{found['resident'] / mib:9.0f}",
                 flush=True,
             )
@@ -342,7 +361,8 @@ def main() -> None:
     results = {}
     if arguments.micro_batches:
         print(
-            f"2 stages, micro-batches of {arguments.micro_size}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
+            f"2 stages, micro-batches of {arguments.micro_size}, torch {torch.__version__}, "
+            f"load {os.getloadavg()[0]:.1f}"
         )
         results["bubble"] = bubble_table(
             arguments.micro_batches, arguments.micro_size, arguments.rounds

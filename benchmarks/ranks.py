@@ -18,7 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def run_ranks(file: str, processes: int, **task: Any) -> Any:
-    """Start ``file --rank TASK`` in so many ranks of one thread; what rank 0 wrote, as JSON, to the task's ``file``."""
+    """Start ``file --rank TASK`` in so many ranks of one thread; what rank 0 wrote, as JSON, to the
+    task's ``file``.
+    """
     with tempfile.TemporaryDirectory() as folder:
         task["file"] = f"{folder}/result.json"
         command = [
@@ -50,8 +52,10 @@ def run_ranks(file: str, processes: int, **task: Any) -> Any:
 
 
 def peak_of(build: Callable[[], Callable[[], Any]]) -> dict[str, int]:
-    """Bytes at the peak of a step that ``build`` makes. ``tensors``: as torch's allocator counts them; ``resident``: by how much
-    resident memory has grown since before ``build``, with the libraries' code and what the C library does not give back."""
+    """Bytes at the peak of a step that ``build`` makes. ``tensors``: as torch's allocator counts
+    them; ``resident``: by how much resident memory has grown since before ``build``, with the
+    libraries' code and what the C library does not give back.
+    """
     nn.functional.conv2d(
         torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3)
     )  # the libraries' own memory

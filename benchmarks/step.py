@@ -1,11 +1,14 @@
-"""A training step through our engine against a hand-written loop of plain torch DistributedDataParallel.
+"""A training step through our engine against a hand-written loop of plain torch
+DistributedDataParallel.
 
     python benchmarks/step.py --json FILE [--rows 112 64 bf16 compile memory] [--processes 1 2] [--rounds 9]
 
-Same network (resnet18), images in memory as uint8, channels-last, SGD with momentum, gloo, one thread a rank. All live in the same
-processes and take a step each by turns, in another order each round, so that other work on the machine slows all of them
-alike. A round's ratio is the loop's time over the engine's in that round (above 1: the engine is faster), of the slowest rank;
-its median over rounds is told with its quartiles. Memory is measured in processes of their own, see ``memory_table``.
+Same network (resnet18), images in memory as uint8, channels-last, SGD with momentum, gloo, one
+thread a rank. All live in the same processes and take a step each by turns, in another order each
+round, so that other work on the machine slows all of them alike. A round's ratio is the loop's time
+over the engine's in that round (above 1: the engine is faster), of the slowest rank; its median
+over rounds is told with its quartiles. Memory is measured in processes of their own, see
+``memory_table``.
 """
 
 import argparse
@@ -41,8 +44,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "bf16": {"side": 64, "images": 16, "precision": "bf16", "wished": {}},
     "compile": {"side": 64, "images": 16, "compile": True, "wished": {}},
 }
-"""Images a rank. ``wished``: the ratio wanted by ZeRO stage. The loop's bf16 is torch's autocast; it compiles the whole network,
-the engine each layer."""
+"""Images a rank. ``wished``: the ratio wanted by ZeRO stage. The loop's bf16 is torch's autocast;
+it compiles the whole network, the engine each layer.
+"""
 
 Step = Callable[[], torch.Tensor]
 
@@ -77,7 +81,9 @@ def data_of(
 def engine_of(
     row: dict[str, Any], stage: int, device: torch.device, allocate: Allocate = np.empty
 ) -> tuple[Engine, Step]:
-    """Our engine, and a function that takes a step and returns its loss. ``allocate`` makes the array for pixels."""
+    """Our engine, and a function that takes a step and returns its loss. ``allocate`` makes the
+    array for pixels.
+    """
     rank, ranks, images = dist.get_rank(), dist.get_world_size(), row["images"]
     config = config_of(row, stage, ranks)
     pixels, labels = data_of(row, rank, allocate)
@@ -124,7 +130,9 @@ def loop_step(row: dict[str, Any]) -> Step:
 
 
 def forward_pass(row: dict[str, Any]) -> Callable[[], None]:
-    """A forward pass in plain torch, with all that it keeps for the backward pass, whose result is let go."""
+    """A forward pass in plain torch, with all that it keeps for the backward pass, whose result is
+    let go.
+    """
     pixels, labels = (torch.from_numpy(array) for array in data_of(row, dist.get_rank()))
     model = build_model(NETWORK, CLASSES).to(memory_format=torch.channels_last)
 
@@ -135,7 +143,8 @@ def forward_pass(row: dict[str, Any]) -> Callable[[], None]:
     return run
 
 
-# --- in the ranks -----------------------------------------------------------------------------------------------------
+# --- in the ranks
+# -----------------------------------------------------------------------------------------------------
 
 
 def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
@@ -181,12 +190,14 @@ def rank_main(task: dict[str, Any]) -> None:
     process_group.cleanup()
 
 
-# --- around them ------------------------------------------------------------------------------------------------------
+# --- around them
+# ------------------------------------------------------------------------------------------------------
 
 
 def speed_table(names: list[str], processes: list[int], rounds: int) -> list[dict[str, Any]]:
     print(
-        f"{'row':8} {'processes':>9} {'ZeRO':>4} {'ours, ms':>9} {'loop, ms':>9} {'ratio':>7} {'quartiles':>14} {'wished':>7}"
+        f"{'row':8} {'processes':>9} {'ZeRO':>4} {'ours, ms':>9} {'loop, ms':>9} {'ratio':>7} "
+        f"{'quartiles':>14} {'wished':>7}"
     )
     results = []
     for name in names:
@@ -215,7 +226,8 @@ def speed_table(names: list[str], processes: list[int], rounds: int) -> list[dic
                     | {"ratio": middle, "quartiles": [low, high], "wished": wished}
                 )
                 print(
-                    f"{name:8} {count:9} {stage:4} {ours * 1e3:9.0f} {loop * 1e3:9.0f} {middle:7.3f} {low:7.3f}-{high:.3f} "
+                    f"{name:8} {count:9} {stage:4} {ours * 1e3:9.0f} {loop * 1e3:9.0f} "
+                    f"{middle:7.3f} {low:7.3f}-{high:.3f} "
                     f"{wished or '':>6}",
                     flush=True,
                 )
@@ -223,13 +235,16 @@ def speed_table(names: list[str], processes: list[int], rounds: int) -> list[dic
 
 
 def predicted(stage: int, ranks: int, sizes: list[int], activations: int) -> int:
-    """Bytes on a rank at the peak of a step in fp32: of weights, gradients, momentum and master weights (Rajbhandari et al. 2020,
-    3), of buckets, and of activations. ``sizes``: numbers of each weight.
+    """Bytes on a rank at the peak of a step in fp32: of weights, gradients, momentum and master
+    weights (Rajbhandari et al. 2020, 3), of buckets, and of activations. ``sizes``: numbers of each
+    weight.
 
-    At stage 1 gradients are whole until the step, and the weights are their own masters; from stage 2 on, masters are copies. Then
-    DeepSpeed fills a bucket with gradients and reduces a copy of it; at stage 3 one bucket of weights is gathered ahead of another,
-    and each is copied out. Within the backward pass of the largest convolution there are its gradient and two copies in other
-    layouts, where the forward pass has one. At the update there are no activations, but the gradients are in another flat copy.
+    At stage 1 gradients are whole until the step, and the weights are their own masters; from stage
+    2 on, masters are copies. Then DeepSpeed fills a bucket with gradients and reduces a copy of it;
+    at stage 3 one bucket of weights is gathered ahead of another, and each is copied out. Within
+    the backward pass of the largest convolution there are its gradient and two copies in other
+    layouts, where the forward pass has one. At the update there are no activations, but the
+    gradients are in another flat copy.
     """
     total, part = sum(sizes), sum(sizes) / ranks
     bucket = max(BUCKET_NUMEL, max(sizes))
@@ -246,7 +261,9 @@ def predicted(stage: int, ranks: int, sizes: list[int], activations: int) -> int
 
 
 def memory_table(processes: int = 2) -> list[dict[str, Any]]:
-    """Peak memory a rank by ZeRO stage. Activations are what a forward pass by itself needs beside the weights."""
+    """Peak memory a rank by ZeRO stage. Activations are what a forward pass by itself needs beside
+    the weights.
+    """
     sizes = [p.numel() for p in build_model(NETWORK, CLASSES).parameters()]
     row = "64"
     loop = run_ranks(__file__, processes, row=row, memory_of="loop")
@@ -255,7 +272,8 @@ def memory_table(processes: int = 2) -> list[dict[str, Any]]:
     )
     mib = 2**20
     print(
-        f"\npeak memory a rank, {processes} ranks, {NETWORK}, fp32, row {row}; MiB; activations {activations / mib:.0f}"
+        f"\npeak memory a rank, {processes} ranks, {NETWORK}, fp32, row {row}; MiB; activations "
+        f"{activations / mib:.0f}"
     )
     print(f"{'':8} {'predicted':>9} {'tensors':>9} {'ratio':>6} {'resident':>9}")
     print(f"{'loop':8} {'':9} {loop['tensors'] / mib:9.0f} {'':6} {loop['resident'] / mib:9.0f}")
@@ -266,7 +284,8 @@ def memory_table(processes: int = 2) -> list[dict[str, Any]]:
         results.append({"zero_stage": stage, "predicted_bytes": wanted, **found})
         ratio = found["tensors"] / wanted
         print(
-            f"ZeRO {stage:3} {wanted / mib:9.0f} {found['tensors'] / mib:9.0f} {ratio:6.2f} {found['resident'] / mib:9.0f}",
+            f"ZeRO {stage:3} {wanted / mib:9.0f} {found['tensors'] / mib:9.0f} {ratio:6.2f} "
+            f"{found['resident'] / mib:9.0f}",
             flush=True,
         )
     return [{"loop": loop, "activation_bytes": activations, "ranks": processes}, *results]

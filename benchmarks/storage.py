@@ -1,16 +1,19 @@
-"""The same training batches from local disk, from an S3 server on loopback, and from it through the cache on disk.
+"""The same training batches from local disk, from an S3 server on loopback, and from it through the
+cache on disk.
 
     python benchmarks/storage.py [--images 8000] [--window 2048] [--rounds 5] [--workers 2] [--json FILE]
 
-The images of `benchmarks/data.py`, as shards in a folder and in a bucket of SeaweedFS on this machine; RandomResizedCrop to 224
-pixels and flip; batches of 64. Each rank of eight that shuffle within 16,384 samples serves an eighth of these, in stretches that
-it reads whole; so the one rank here shuffles within 2,048. With 16,384 it would have room for single samples alone
+The images of `benchmarks/data.py`, as shards in a folder and in a bucket of SeaweedFS on this
+machine; RandomResizedCrop to 224 pixels and flip; batches of 64. Each rank of eight that shuffle
+within 16,384 samples serves an eighth of these, in stretches that it reads whole; so the one rank
+here shuffles within 2,048. With 16,384 it would have room for single samples alone
 (``data.prefetch_mb``), and ask for each by itself: ``--window 16384`` shows that.
 
-Sources run by turns, each time in a process of its own: one epoch to warm up, and one whose first window is timed by itself (first,
-s), since nothing is decoded while it is waited for, and an epoch of ImageNet has hundreds. A round's ratio is that of the rates
-after it. A bucket is no work of the loader's machine: the server has the last processor for itself, and the loader the others,
-whatever it reads from. Beside it the processor time of both, an image.
+Sources run by turns, each time in a process of its own: one epoch to warm up, and one whose first
+window is timed by itself (first, s), since nothing is decoded while it is waited for, and an epoch
+of ImageNet has hundreds. A round's ratio is that of the rates after it. A bucket is no work of the
+loader's machine: the server has the last processor for itself, and the loader the others, whatever
+it reads from. Beside it the processor time of both, an image.
 """
 
 import argparse
@@ -68,7 +71,9 @@ def server_seconds(services: servers.Services) -> float:
 
 
 def set_apart(server: psutil.Process) -> None:
-    """Leave the last processor to the server; this process, and those that it starts, keep the others."""
+    """Leave the last processor to the server; this process, and those that it starts, keep the
+    others.
+    """
     *ours, last = sorted(os.sched_getaffinity(0))
     if not ours:
         raise SystemExit("two processors are needed: one for the S3 server, one for the loader")
@@ -150,12 +155,14 @@ def report(options: argparse.Namespace) -> None:
     machine = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{work}; {machine}; {date.today()}")
     print(
-        f"{'':20} {'images/s':>8} {'to disk':>8} {'quartiles':>13} {'first, s':>8} {'loader, us':>11} {'server, us':>11}"
+        f"{'':20} {'images/s':>8} {'to disk':>8} {'quartiles':>13} {'first, s':>8} "
+        f"{'loader, us':>11} {'server, us':>11}"
     )
     for name, row in rows.items():
         quartiles = "{}-{}".format(*row["ratio_quartiles"] or "  ")
         print(
-            f"{name:20} {row['images_per_second']:8,} {row['ratio']:8.2f} {quartiles:>13} {row['first_seconds']:8} "
+            f"{name:20} {row['images_per_second']:8,} {row['ratio']:8.2f} {quartiles:>13} "
+            f"{row['first_seconds']:8} "
             f"{row['loader_microseconds']:11,} {row['server_microseconds']:11,}"
         )
     if options.json:

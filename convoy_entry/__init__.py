@@ -1,8 +1,9 @@
-"""Entry point of every Convoy process: makes it independent of the working directory and of leftovers in the environment.
+"""Entry point of every Convoy process: makes it independent of the working directory and of
+leftovers in the environment.
 
-On import, ``trainer`` and ``pipelines`` are bound to the packages beside this one, whatever else has
-these names on ``sys.path``; entries of PYTHONPATH move behind the installed packages, so that they
-can add modules but not replace any; warnings are no errors; a loopback address needs no proxy.
+On import, ``trainer`` and ``pipelines`` are bound to the packages beside this one, whatever else
+has these names on ``sys.path``; entries of PYTHONPATH move behind the installed packages, so that
+they can add modules but not replace any; warnings are no errors; a loopback address needs no proxy.
 
 Only ``convoy`` and the processes that it starts import this package; programs that use
 ``trainer`` as a library are left alone.
@@ -16,7 +17,8 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def _move_pythonpath_behind_installed_packages() -> None:
-    """A ``random.py`` or ``yaml.py`` in a folder of PYTHONPATH must not replace a module that Convoy uses.
+    """A ``random.py`` or ``yaml.py`` in a folder of PYTHONPATH must not replace a module that
+    Convoy uses.
 
     The working directory goes altogether, unless Convoy itself is there.
     """

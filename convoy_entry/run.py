@@ -1,4 +1,6 @@
-"""``python -P run.py MODULE argument ...``: call ``main`` of a module of this Convoy, wherever Python would look for its name."""
+"""``python -P run.py MODULE argument ...``: call ``main`` of a module of this Convoy, wherever
+Python would look for its name.
+"""
 
 import importlib.util
 import os

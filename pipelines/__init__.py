@@ -1,1 +1,3 @@
-"""Everything around the training pods: packing, local services, evaluation, registration and the ``convoy`` command."""
+"""Everything around the training pods: packing, local services, evaluation, registration and the
+``convoy`` command.
+"""

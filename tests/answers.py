@@ -1,4 +1,6 @@
-"""HTTP servers that answer as a test wants: web pages, redirects, errors of S3, or a small S3 in memory."""
+"""HTTP servers that answer as a test wants: web pages, redirects, errors of S3, or a small S3 in
+memory.
+"""
 
 import ssl
 import threading
@@ -18,7 +20,9 @@ PAGE = b"<!DOCTYPE html><html><body>Sign in</body></html>"
 def serving(
     answer: Answer, certificate: tuple[Path, Path] | None = None, host: str = "127.0.0.1"
 ) -> Iterator[str]:
-    """The address of a server whose every answer is ``answer(request, body)``: status, body, headers."""
+    """The address of a server whose every answer is ``answer(request, body)``: status, body,
+    headers.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -75,7 +79,9 @@ def s3_error(code: str, more: str = "") -> bytes:
 
 
 class MemoryS3:
-    """Objects by bucket/key, and every request as (method, key, headers). Signatures are not checked."""
+    """Objects by bucket/key, and every request as (method, key, headers). Signatures are not
+    checked.
+    """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}

@@ -34,7 +34,8 @@ for _number, _action in (
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _action)
 
-# The same examples in every run, so that a change is judged by what it did; other ones with CONVOY_EXPLORE=1.
+# The same examples in every run, so that a change is judged by what it did; other ones with
+# CONVOY_EXPLORE=1.
 settings.register_profile("convoy", derandomize="CONVOY_EXPLORE" not in os.environ)
 settings.load_profile("convoy")
 
@@ -83,8 +84,9 @@ def convoy_refuses() -> Run:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share something that is slow to make run in one worker, which makes it once. Those of the
-    services are two groups, so that no worker is busy with them long after the others are done.
+    """Tests that share something that is slow to make run in one worker, which makes it once. Those
+    of the services are two groups, so that no worker is busy with them long after the others are
+    done.
 
     With CONVOY_SHUFFLE=SEED they run in random order, to find tests that depend on others.
     """

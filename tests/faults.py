@@ -1,4 +1,6 @@
-"""A real S3 server and the faults between it and its clients: an HTTP proxy of our own, and toxiproxy for what is below HTTP."""
+"""A real S3 server and the faults between it and its clients: an HTTP proxy of our own, and
+toxiproxy for what is below HTTP.
+"""
 
 import http.client
 import json
@@ -28,7 +30,9 @@ _SENT_AT_ONCE = 16 * 1024
 
 
 class S3Server:
-    """SeaweedFS on one port and one folder of data, to be killed, started again, and given other credentials."""
+    """SeaweedFS on one port and one folder of data, to be killed, started again, and given other
+    credentials.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -61,7 +65,9 @@ class S3Server:
             psutil.wait_procs([process], 10)
 
     def rotate(self) -> None:
-        """New credentials; the old ones are refused from now on. The server is started again to read them."""
+        """New credentials; the old ones are refused from now on. The server is started again to
+        read them.
+        """
         self.kill()
         (self.folder / "s3.json").unlink()
         self.start()
@@ -78,7 +84,8 @@ class Fault:
 
 
 class HttpProxy:
-    """Forwards signed requests as they are, and spoils the answers that ``plan`` says. Counts the bytes of bodies by GETs.
+    """Forwards signed requests as they are, and spoils the answers that ``plan`` says. Counts the
+    bytes of bodies by GETs.
 
     ``plan`` is asked once a GET or HEAD; None lets it pass.
     """
@@ -132,7 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
     owner: HttpProxy
 
     def setup(self) -> None:
-        super().setup()  # what is counted as sent must not lie in a buffer of the kernel's that grows with the machine's load
+        # what is counted as sent must not lie in a buffer of the kernel's that grows with the
+        # machine's load
+        super().setup()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SENT_AT_ONCE)
 
     def log_message(self, *arguments: object) -> None:

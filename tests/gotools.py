@@ -21,7 +21,8 @@ def go_program(package: str, version: str, name: str) -> Path | str:
         f"{cache.name}.{os.getpid()}"
     )  # another process may build it too: the first rename wins
     environment = os.environ | {"GOBIN": str(own), "CGO_ENABLED": "0", "GOFLAGS": "", "GOGC": "400"}
-    # as tools/cluster/build.sh: without what only debuggers need, and the standard library is compiled once for both
+    # as tools/cluster/build.sh: without what only debuggers need, and the standard library is
+    # compiled once for both
     command = [
         "go",
         "install",

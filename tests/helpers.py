@@ -63,8 +63,9 @@ def started(
 def until(
     true: Callable[[], bool], seconds: float = 120, explain: Callable[[], str] = lambda: ""
 ) -> None:
-    """Look again and again whether something has come about, a third of the time at most. ``explain``: what to tell where it has
-    not."""
+    """Look again and again whether something has come about, a third of the time at most.
+    ``explain``: what to tell where it has not.
+    """
     began = time.monotonic()
     while True:
         looked = time.monotonic()

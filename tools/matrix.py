@@ -52,7 +52,9 @@ scale grows; and those that write the checkpoints from which `test_resume.py` re
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for ranks, stages and accumulation steps, a column for ZeRO stage and precision."""
+    """Markdown: a row for ranks, stages and accumulation steps, a column for ZeRO stage and
+    precision.
+    """
     columns = list(itertools.product(STAGES, PRECISIONS))
     lines = [
         "| ranks | stages | steps | "
@@ -77,7 +79,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def options_table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for a preset of options and pipeline stages, a column for ZeRO stage and precision."""
+    """Markdown: a row for a preset of options and pipeline stages, a column for ZeRO stage and
+    precision.
+    """
     columns = list(itertools.product(STAGES, PRECISIONS))
     lines = [
         "| options | stages | "

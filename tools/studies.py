@@ -1,4 +1,6 @@
-"""Write docs/studies.md and its pictures from what `convoy study` left: python tools/studies.py runs/study docs."""
+"""Write docs/studies.md and its pictures from what `convoy study` left: python tools/studies.py
+runs/study docs.
+"""
 
 import json
 import re

@@ -1,4 +1,6 @@
-"""``python -m trainer RECIPE key=value ...``: one rank of a run. The only file that wires the parts together."""
+"""``python -m trainer RECIPE key=value ...``: one rank of a run. The only file that wires the parts
+together.
+"""
 
 import copy
 import os
@@ -130,7 +132,9 @@ def _has_launcher() -> bool:
 
 
 def _follow_launcher() -> None:
-    """Stop if the launcher, or torchrun, ends without ending this rank: it was killed. Raises Preempted if it is gone already."""
+    """Stop if the launcher, or torchrun, ends without ending this rank: it was killed. Raises
+    Preempted if it is gone already.
+    """
     launcher = int(os.environ.get(LAUNCHER_PID) or os.getppid())
     if _has_launcher() and os.getppid() != launcher:
         raise Preempted
@@ -157,8 +161,9 @@ def check_bytes(run: RunPlan, ranks: DistEnv) -> None:
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model with its initial weights. ``messages``: lines to print; ``stage_layers``: names of the layers of each pipeline
-    stage."""
+    """A model with its initial weights. ``messages``: lines to print; ``stage_layers``: names of
+    the layers of each pipeline stage.
+    """
 
     model: nn.Sequential
     metadata: ModelMetadata
@@ -167,7 +172,9 @@ class BuiltModel:
 
 
 def build_network(run: RunPlan) -> BuiltModel:
-    """The same on every rank: initial weights by ``train.seed``, or those of ``model.init``. Raises UserError."""
+    """The same on every rank: initial weights by ``train.seed``, or those of ``model.init``. Raises
+    UserError.
+    """
     config = run.config
     metadata = ModelMetadata.of(config, run.train.classes, run.num_classes)
     torch.manual_seed(config.train.seed)
@@ -343,8 +350,10 @@ def _headline(run: RunPlan, tracker: Tracker) -> str:
     stages = run.config.parallel.pipeline_stages
     ranks = f"{batch.ranks} ranks" if stages == 1 else f"{batch.ranks} copies of {stages} stages"
     return (
-        f"{run.config.name}: {run.config.model.name} on {run.train.samples:,} images, {run.stop_step:,} steps of "
-        f"{batch.global_size} = {ranks} x {batch.accumulation_steps} accumulation steps x {batch.micro_size}{where}"
+        f"{run.config.name}: {run.config.model.name} on {run.train.samples:,} images, "
+        f"{run.stop_step:,} steps of "
+        f"{batch.global_size} = {ranks} x {batch.accumulation_steps} accumulation steps x "
+        f"{batch.micro_size}{where}"
     )
 
 

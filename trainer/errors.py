@@ -1,4 +1,6 @@
-"""The kinds of failure that are not bugs, and the exit codes that a launcher or an operator acts on."""
+"""The kinds of failure that are not bugs, and the exit codes that a launcher or an operator acts
+on.
+"""
 
 import os
 import signal
@@ -43,7 +45,9 @@ class Diverged(CollectiveUserError):
 
 
 class RetryableError(RuntimeError):
-    """A peer, the object store or the network was lost after bounded retries: exit code 144, a retry may succeed."""
+    """A peer, the object store or the network was lost after bounded retries: exit code 144, a
+    retry may succeed.
+    """
 
     reported_elsewhere = False
 
@@ -66,9 +70,11 @@ def shortened(lines: list[str], rest: str = "") -> list[str]:
 
 
 def report(error: BaseException, program: str, quiet: bool = False) -> int:
-    """Print ``error`` to stderr as its kind asks (``quiet`` ranks print bugs only); returns the exit code.
+    """Print ``error`` to stderr as its kind asks (``quiet`` ranks print bugs only); returns the
+    exit code.
 
-    In a pod, `kubectl describe` shows what is no bug too; of a bug it shows the log's end. Credentials are redacted.
+    In a pod, `kubectl describe` shows what is no bug too; of a bug it shows the log's end.
+    Credentials are redacted.
     """
     if isinstance(error, Preempted):
         return 128 + error.number
@@ -86,8 +92,10 @@ def report(error: BaseException, program: str, quiet: bool = False) -> int:
 
 
 def _leave_message(text: str, first: bool) -> None:
-    """In the file that the pod's manifest names, whose content becomes the termination message. What another process of the pod
-    left before stays, unless this comes ``first``: a lost peer is what follows from somebody's mistake."""
+    """In the file that the pod's manifest names, whose content becomes the termination message.
+    What another process of the pod left before stays, unless this comes ``first``: a lost peer is
+    what follows from somebody's mistake.
+    """
     name = os.environ.get("CONVOY_TERMINATION_LOG")
     if name:
         with suppress(OSError):

@@ -1,4 +1,5 @@
-"""Start a run's ranks: ``python -m trainer.launch [--procs N] RECIPE key=value ...``, on this machine or in each pod of a job.
+"""Start a run's ranks: ``python -m trainer.launch [--procs N] RECIPE key=value ...``, on this
+machine or in each pod of a job.
 
 In a pod the training-operator's environment says how many ranks there are and where they meet.
 """
@@ -104,7 +105,9 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
 
 @contextmanager
 def _run_id_file(config: RunConfig, signals: StopSignals) -> Iterator[Path]:
-    """A file for rank 0; a run that it still names afterwards, when all ranks have ended, is FAILED, or KILLED by a signal."""
+    """A file for rank 0; a run that it still names afterwards, when all ranks have ended, is
+    FAILED, or KILLED by a signal.
+    """
     try:
         folder = tempfile.TemporaryDirectory(prefix="convoy-ranks-", ignore_cleanup_errors=True)
     except OSError as error:
@@ -144,9 +147,11 @@ def _launch_pod(pod: PodEnv, config: RunConfig, arguments: list[str], signals: S
 
 
 def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> int:
-    """Run this pod's ranks under torch's elastic agent; one that ends badly ends the others. Returns the exit code of the run.
+    """Run this pod's ranks under torch's elastic agent; one that ends badly ends the others.
+    Returns the exit code of the run.
 
-    Raises RetryableError if the agents lose each other, UserError if there are fewer GPUs than ranks.
+    Raises RetryableError if the agents lose each other, UserError if there are fewer GPUs than
+    ranks.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // pod.procs)))
     import torch
@@ -184,7 +189,8 @@ def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> i
                 max_restarts=0,
                 monitor_interval=0.2,
                 shutdown_timeout=int(STOP_SECONDS),
-                signals_to_handle="",  # its handler raises between the starts of two ranks, and loses the first
+                # its handler raises between the starts of two ranks, and loses the first
+                signals_to_handle="",
                 logs_specs=Logs(log_dir=folder),
             )
             command = python_command("trainer.__main__")
@@ -204,7 +210,9 @@ def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> i
 
 @contextmanager
 def _forwarded(signals: StopSignals) -> Iterator[None]:
-    """Meanwhile a thread sends a stop signal on to the ranks as SIGTERM, each once, and kills what is left after STOP_SECONDS."""
+    """Meanwhile a thread sends a stop signal on to the ranks as SIGTERM, each once, and kills what
+    is left after STOP_SECONDS.
+    """
     ended = threading.Event()
     thread = threading.Thread(
         target=_forward, args=(signals, ended), name="forward-signals", daemon=True

@@ -178,9 +178,8 @@ def _options(given: dict[str, object]) -> "JobOptions":
     from pipelines.cluster.pytorchjob import JobOptions
 
     known = {field.name for field in fields(JobOptions)}
-    return JobOptions(
-        **{key: value for key, value in given.items() if key in known and value is not None}
-    )  # type: ignore[arg-type]
+    options = {key: value for key, value in given.items() if key in known and value is not None}
+    return JobOptions(**options)  # type: ignore[arg-type]
 
 
 def _say(line: str) -> None:
@@ -276,7 +275,9 @@ def secrets(
         str, typer.Option(help="Of the object store.")
     ] = "http://convoy-object-store:8333",
 ) -> None:
-    """Make the credentials of the services in k8s/base/services: FILE and, beside it, those of the database."""
+    """Make the credentials of the services in k8s/base/services: FILE and, beside it, those of the
+    database.
+    """
     from pipelines.cluster.secrets import write_secrets
 
     for path in write_secrets(file, endpoint):

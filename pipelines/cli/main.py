@@ -1,4 +1,6 @@
-"""The ``convoy`` command. Each function is a thin line to the module that does the work, which is imported when it is needed."""
+"""The ``convoy`` command. Each function is a thin line to the module that does the work, which is
+imported when it is needed.
+"""
 
 import json
 import os
@@ -163,7 +165,8 @@ def verify(
     elif not faults:
         for v in verdicts:
             print(
-                f"{v.url}: {v.samples:,} images in {v.shards} shards, {v.bytes / 2**20:,.1f} MiB: all good, {v.digest[:19]}"
+                f"{v.url}: {v.samples:,} images in {v.shards} shards, {v.bytes / 2**20:,.1f} "
+                f"MiB: all good, {v.digest[:19]}"
             )
     if faults:
         raise UserError(*shortened(faults, "faults; --json lists all"))
@@ -358,7 +361,8 @@ def evaluate(model_uri: str, data_url: str, as_json: Json = False) -> None:
         print_json(vars(result))
     else:
         print(
-            f"{result.model} on {result.samples:,} images of {result.data}: top1 {result.top1:.4f}, top5 {result.top5:.4f}"
+            f"{result.model} on {result.samples:,} images of {result.data}: top1 "
+            f"{result.top1:.4f}, top5 {result.top5:.4f}"
         )
 
 
@@ -407,7 +411,8 @@ def register(
     ):
         registered = register_output(folder, name)
     print(
-        f"registered {registered.name} version {registered.version} as {registered.alias}: {registered.why}"
+        f"registered {registered.name} version {registered.version} as {registered.alias}: "
+        f"{registered.why}"
     )
 
 
@@ -447,7 +452,9 @@ def demo(
         ),
     ] = False,
 ) -> None:
-    """The whole pipeline on this machine, from images to a registered model. KEEP=1 leaves the services running."""
+    """The whole pipeline on this machine, from images to a registered model. KEEP=1 leaves the
+    services running.
+    """
     from pipelines.local.demo import demo as run
 
     run(folder, keep=os.environ.get("KEEP") == "1", digits=digits)
@@ -477,7 +484,9 @@ def study(
         "runs/study"
     ),
 ) -> None:
-    """Put what is said about these networks to the test. A second run goes on where the first one stopped."""
+    """Put what is said about these networks to the test. A second run goes on where the first one
+    stopped.
+    """
     from pipelines.studies.framework.command import list_studies, run_studies
     from pipelines.studies.framework.study import Scale
     from trainer.locks.run_lock import exclusive

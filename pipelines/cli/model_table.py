@@ -69,9 +69,12 @@ def _caption(entries: list[ModelInfo]) -> str:
             sources.setdefault(entry.top5_source, []).append(entry.name)
     lines = [f"top-5 error of {', '.join(names)}: {source}" for source, names in sources.items()]
     lines += [
-        "layers: with weights, on the longest path. params: after the +, those of the auxiliary heads.",
-        "MACs: multiply-adds of an image's evaluation. act.: what autograd keeps of an image in training, fp32.",
+        "layers: with weights, on the longest path. params: after the +, those of the auxiliary "
+        "heads.",
+        "MACs: multiply-adds of an image's evaluation. act.: what autograd keeps of an image in "
+        "training, fp32.",
         "top-5: error on ImageNet that the paper published, percent.",
-        "tv: accuracy on ImageNet of torchvision's first weights of that name (IMAGENET1K_V1), percent, published by torchvision.",
+        "tv: accuracy on ImageNet of torchvision's first weights of that name (IMAGENET1K_V1), "
+        "percent, published by torchvision.",
     ]
     return "\n".join(lines)

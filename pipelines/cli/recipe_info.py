@@ -57,7 +57,9 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def recipe_keys(prefix: str = "") -> list[KeyInfo]:
-    """The keys that begin with ``prefix``, in the order of the schema. Raises UserError if there is none."""
+    """The keys that begin with ``prefix``, in the order of the schema. Raises UserError if there is
+    none.
+    """
     schema = recipe_schema()
     keys = _keys_of(schema, schema["$defs"], "")
     found = [key for key in keys if key.key.startswith(prefix)]
@@ -125,7 +127,8 @@ def plan_recipe(
 ) -> tuple[RunConfig, RecipePlan]:
     """The complete configuration and what follows from it.
 
-    ``samples``: of the training split; read from its index if None. Raises UserError with every fault.
+    ``samples``: of the training split; read from its index if None. Raises UserError with every
+    fault.
     """
     config = load_config(recipe, overrides)
     check_config(config)

@@ -30,7 +30,9 @@ _BETWEEN_LOOKS = 2.0  # seconds
 
 
 class JobClient:
-    """One namespace of the cluster that the kubeconfig names, or of the one that this runs in. Raises UserError."""
+    """One namespace of the cluster that the kubeconfig names, or of the one that this runs in.
+    Raises UserError.
+    """
 
     def __init__(self, namespace: str | None) -> None:
         with _translate_api_errors("the cluster"):
@@ -38,7 +40,9 @@ class JobClient:
         self.namespace: str = self._client.namespace
 
     def submit(self, documents: list[Document], dry_run: bool) -> str:
-        """Make the job, and before it what it needs; returns its name. ``dry_run``: the API server checks it and keeps nothing."""
+        """Make the job, and before it what it needs; returns its name. ``dry_run``: the API server
+        checks it and keeps nothing.
+        """
         *needed, job = documents
         name = str(job["metadata"]["name"])
         asked: dict[str, Any] = {"dry_run": "All"} if dry_run else {}
@@ -76,7 +80,8 @@ class JobClient:
         except ApiException as error:
             if error.status == 404 and document["kind"] == "PodGroup":
                 raise UserError(
-                    "--gang: this cluster knows no PodGroup; Kubernetes 1.37 does, with GenericWorkload on"
+                    "--gang: this cluster knows no PodGroup; Kubernetes 1.37 does, with "
+                    "GenericWorkload on"
                 ) from None
             if error.status != 409:
                 raise
@@ -126,7 +131,9 @@ class JobClient:
         ]
 
     def follow(self, name: str, tell: Callable[[str], None]) -> Status:
-        """Tell each change until the job is finished; an API server that is away for a while is waited for."""
+        """Tell each change until the job is finished; an API server that is away for a while is
+        waited for.
+        """
         last = ""
         while True:
             try:
@@ -142,7 +149,9 @@ class JobClient:
             time.sleep(_BETWEEN_LOOKS)
 
     def logs(self, name: str, rank: int, follow: bool) -> Iterator[str]:
-        """Lines of the pod that ``rank`` runs in; followed into the pod that takes its place, until the job is finished."""
+        """Lines of the pod that ``rank`` runs in; followed into the pod that takes its place, until
+        the job is finished.
+        """
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             job = self._job(name)
             procs, nodes = (
@@ -262,7 +271,9 @@ class JobClient:
         return plain
 
     def _log(self, name: str, pods: list[Document]) -> str:
-        """The first pod's beginning, which names the MLflow run, and its end; nothing where it cannot be had."""
+        """The first pod's beginning, which names the MLflow run, and its end; nothing where it
+        cannot be had.
+        """
         first = next((pod for pod in pods if pod["metadata"]["name"] == f"{name}-worker-0"), None)
         if first is None or first["status"].get("phase") == "Pending":
             return ""
@@ -280,14 +291,16 @@ class JobClient:
 
 @contextmanager
 def _translate_api_errors(what: str) -> Iterator[None]:
-    """Whatever the API server or the way there refuses, as one line. Raises UserError, or RetryableError where that
-    may pass."""
+    """Whatever the API server or the way there refuses, as one line. Raises UserError, or
+    RetryableError where that may pass.
+    """
     try:
         yield
     except ConfigException as error:
         text = " ".join(str(error).split())
         raise UserError(
-            f"no cluster is known: {text}; set KUBECONFIG to the file that your cluster's administrator gave you"
+            f"no cluster is known: {text}; set KUBECONFIG to the file that your cluster's "
+            "administrator gave you"
         ) from None
     except ApiException as error:
         raise _refusal(error, what) from None
@@ -320,7 +333,8 @@ def _refusal(error: ApiException, what: str) -> UserError | RetryableError:
         return UserError(f"{what}: {text}; kubectl get namespaces")
     if error.status == 404:
         return UserError(
-            f"{what}: the cluster knows no PyTorchJob (404); install the operator: kubectl apply --server-side -k "
+            f"{what}: the cluster knows no PyTorchJob (404); install the operator: kubectl "
+            "apply --server-side -k "
             "k8s/third-party/training-operator"
         )
     if error.status == 409:

@@ -1,4 +1,6 @@
-"""``convoy render``: the PyTorchJob of a recipe. The only code that knows its form (Kubeflow training-operator 1.9.3)."""
+"""``convoy render``: the PyTorchJob of a recipe. The only code that knows its form (Kubeflow
+training-operator 1.9.3).
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -38,7 +40,9 @@ _TOLERATION = re.compile(
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What a job is beside its recipe. Sizes are Kubernetes quantities, of a pod; an empty name leaves its field out."""
+    """What a job is beside its recipe. Sizes are Kubernetes quantities, of a pod; an empty name
+    leaves its field out.
+    """
 
     nodes: int
     gpus_per_node: int
@@ -60,9 +64,13 @@ class JobOptions:
     node_selector: list[str] = field(default_factory=list)
     """KEY=VALUE: labels of the nodes that the pods may run on."""
     toleration: list[str] = field(default_factory=list)
-    """KEY[=VALUE][:EFFECT]: taints that keep others away from those nodes; that of GPU nodes is tolerated by pods with GPUs."""
+    """KEY[=VALUE][:EFFECT]: taints that keep others away from those nodes; that of GPU nodes is
+    tolerated by pods with GPUs.
+    """
     gang: bool = False
-    """All pods start, or none: by a PodGroup (Kubernetes 1.37; the component `gang` ties the pods to it)."""
+    """All pods start, or none: by a PodGroup (Kubernetes 1.37; the component `gang` ties the pods
+    to it).
+    """
     suspend: bool = False
     labels: dict[str, str] = field(default_factory=dict)
 
@@ -72,7 +80,8 @@ class JobOptions:
 
 
 def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Document]:
-    """The PyTorchJob, and before it the ConfigMap of a recipe that is not shipped and the PodGroup of a gang. No data is read.
+    """The PyTorchJob, and before it the ConfigMap of a recipe that is not shipped and the PodGroup
+    of a gang. No data is read.
 
     Raises UserError with every fault that can be found without the data.
     """
@@ -154,7 +163,8 @@ def _validate(name: str, options: JobOptions) -> list[str]:
     faults = []
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > _LONGEST_NAME:
         faults.append(
-            f"--name: {name!r} names no job: it needs a lower-case letter, then letters, digits and dashes, {_LONGEST_NAME} at most"
+            f"--name: {name!r} names no job: it needs a lower-case letter, then letters, digits "
+            f"and dashes, {_LONGEST_NAME} at most"
         )
     for option, value in (
         ("--namespace", options.namespace),
@@ -165,7 +175,8 @@ def _validate(name: str, options: JobOptions) -> list[str]:
     ):
         if value and not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", value):
             faults.append(
-                f"{option}: {value!r} is no name in Kubernetes: lower-case letters, digits and dashes"
+                f"{option}: {value!r} is no name in Kubernetes: lower-case letters, digits and "
+                "dashes"
             )
     if options.nodes < 1:
         faults.append(f"--nodes: {options.nodes} is not 1 or more")
@@ -178,7 +189,8 @@ def _validate(name: str, options: JobOptions) -> list[str]:
         options.procs_per_node,
     ):
         faults.append(
-            f"--procs-per-node: {options.procs_per_node} ranks on {options.gpus_per_node} GPUs; a rank has one GPU each"
+            f"--procs-per-node: {options.procs_per_node} ranks on {options.gpus_per_node} GPUs; "
+            "a rank has one GPU each"
         )
     if not re.fullmatch(r"[a-z0-9][a-zA-Z0-9./_:@-]*", options.image) or options.image.endswith(
         ":latest"
@@ -197,7 +209,8 @@ def _validate(name: str, options: JobOptions) -> list[str]:
     for taint in options.toleration:
         if not _TOLERATION.fullmatch(taint):
             faults.append(
-                f"--toleration: {taint!r} is not KEY[=VALUE][:EFFECT], with the effect NoSchedule, PreferNoSchedule or NoExecute"
+                f"--toleration: {taint!r} is not KEY[=VALUE][:EFFECT], with the effect "
+                "NoSchedule, PreferNoSchedule or NoExecute"
             )
     return faults
 
@@ -213,13 +226,16 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _default_checkpoint_url(config: RunConfig, name: str) -> list[str]:
-    """Where checkpoints go when the recipe does not say: beside the data, since a pod's own disk goes with it."""
+    """Where checkpoints go when the recipe does not say: beside the data, since a pod's own disk
+    goes with it.
+    """
     if config.checkpoint.url is not None:
         if not is_remote(config.checkpoint.url) and not config.checkpoint.url.lower().startswith(
             "file://"
         ):
             raise UserError(
-                f"checkpoint.url: {config.checkpoint.url} is lost with its pod; use an object store (s3://...), or file:///... "
+                f"checkpoint.url: {config.checkpoint.url} is lost with its pod; use an object "
+                "store (s3://...), or file:///... "
                 "for a volume that all pods share"
             )
         return []
@@ -245,9 +261,11 @@ def _labels(job: str) -> dict[str, str]:
 
 
 def _job(name: str, arguments: list[str], config_map: str | None, options: JobOptions) -> Document:
-    """Workers alone: a master would get the workers an init container that Pod Security ``restricted`` refuses.
+    """Workers alone: a master would get the workers an init container that Pod Security
+    ``restricted`` refuses.
 
-    No rank is restarted inside a pod (maxRestarts 0): the launcher ends with 144, and the operator makes the pod anew.
+    No rank is restarted inside a pod (maxRestarts 0): the launcher ends with 144, and the operator
+    makes the pod anew.
     """
     labels = _labels(name) | ({GANG_LABEL: "true"} if options.gang else {})
     worker = {
@@ -379,7 +397,9 @@ def _container(arguments: list[str], volumes: list[Document], options: JobOption
 
 
 def _sizes(options: JobOptions) -> dict[str, str]:
-    """CPUs decode a GPU's images; memory holds what is read ahead and a whole model's checkpoint; NCCL meets in /dev/shm."""
+    """CPUs decode a GPU's images; memory holds what is read ahead and a whole model's checkpoint;
+    NCCL meets in /dev/shm.
+    """
     ranks = options.ranks_per_node
     default = (8, 32, 2) if options.gpus_per_node else (1, 4, 1)
     cpu, memory, shm = (

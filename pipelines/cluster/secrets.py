@@ -1,4 +1,6 @@
-"""``convoy secrets``: credentials for the services of ``k8s/base/services``, in files that kustomize makes Secrets of."""
+"""``convoy secrets``: credentials for the services of ``k8s/base/services``, in files that
+kustomize makes Secrets of.
+"""
 
 import os
 import secrets
@@ -8,9 +10,11 @@ from trainer.errors import UserError
 
 
 def write_secrets(file: Path, endpoint: str) -> list[Path]:
-    """Write random credentials, readable by their owner alone: the object store's into ``file``, the database's beside it.
+    """Write random credentials, readable by their owner alone: the object store's into ``file``,
+    the database's beside it.
 
-    Returns both. Raises UserError where one of them is there, since what runs with it would be locked out.
+    Returns both. Raises UserError where one of them is there, since what runs with it would be
+    locked out.
     """
     database = file.with_name(f"{file.stem}-postgres{file.suffix}")
     contents = {

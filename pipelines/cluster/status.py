@@ -1,4 +1,6 @@
-"""What a training job in a cluster does, as a person would say it: one line, made of the API server's objects and a log."""
+"""What a training job in a cluster does, as a person would say it: one line, made of the API
+server's objects and a log.
+"""
 
 import re
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ _SEVERITY = ("image", "secret", "start", "unschedulable", "pulling")
 
 @dataclass(frozen=True)
 class Status:
-    """``state``: one word; ``says``: the rest of the line. ``finished``: nothing more will come of the job."""
+    """``state``: one word; ``says``: the rest of the line. ``finished``: nothing more will come of
+    the job.
+    """
 
     name: str
     state: str
@@ -42,8 +46,9 @@ class Status:
 
 
 def summarize_job(job: Object, pods: list[Object], events: list[Object], log: str | None) -> Status:
-    """``pods``, ``events``: of the job; ``log``: of its first pod, its beginning and its end, empty where there is none, None
-    where it was not asked for."""
+    """``pods``, ``events``: of the job; ``log``: of its first pod, its beginning and its end, empty
+    where there is none, None where it was not asked for.
+    """
     read, log = log is not None, log or ""
     name, spec, status = job["metadata"]["name"], job["spec"], job.get("status", {})
     nodes = spec["pytorchReplicaSpecs"]["Worker"].get("replicas", 1)
@@ -60,7 +65,8 @@ def summarize_job(job: Object, pods: list[Object], events: list[Object], log: st
             return Status(
                 name,
                 "queued",
-                f"Kueue's queue {job['metadata']['labels'][_QUEUE_LABEL]} admits it when there is room",
+                f"Kueue's queue {job['metadata']['labels'][_QUEUE_LABEL]} admits it when there "
+                "is room",
             )
         return Status(name, "suspended", f"it holds no pods; convoy resume {name}")
     troubles = sorted(
@@ -85,7 +91,8 @@ def summarize_job(job: Object, pods: list[Object], events: list[Object], log: st
         return Status(
             name,
             "starting",
-            f"{running} of {nodes} pods run, {pulling}{nodes - running - len(troubles)} wait for a node",
+            f"{running} of {nodes} pods run, {pulling}{nodes - running - len(troubles)} wait "
+            "for a node",
         )
     if seen:
         return Status(name, "training", _progress(seen, link), **seen, **link)

@@ -1,13 +1,14 @@
 """The only parser of class-name files, for every command that takes one.
 
-Text in UTF-8 (with or without a byte-order mark) or UTF-16/32 with a byte-order mark; lines end with
-LF, CRLF or CR; blank lines at the end are ignored. Columns are separated by a TAB, by a comma (CSV,
-with quotes) or by the first space. JSON: a list of names, or an object from id or number to a name
-or to ``[id, name]`` (``imagenet_class_index.json``).
+Text in UTF-8 (with or without a byte-order mark) or UTF-16/32 with a byte-order mark; lines end
+with LF, CRLF or CR; blank lines at the end are ignored. Columns are separated by a TAB, by a comma
+(CSV, with quotes) or by the first space. JSON: a list of names, or an object from id or number to a
+name or to ``[id, name]`` (``imagenet_class_index.json``).
 
 Two questions can be asked of a file: the name of each class by its id (``names_by_id``: folders,
-WordNet ids), and the name of each label (``names_by_label``: the line's number from 0 on, or numbers
-in the first column). A file that answers neither is an error that names the line; nothing is guessed.
+WordNet ids), and the name of each label (``names_by_label``: the line's number from 0 on, or
+numbers in the first column). A file that answers neither is an error that names the line; nothing
+is guessed.
 """
 
 import codecs
@@ -33,11 +34,14 @@ _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
 )
 _WORDNET_ID = re.compile(r"n[0-9]{8}")
 _HEADER = re.compile(
-    r"(class|category|label|synset|wnid|index|idx|id)?[ _-]?(id|name|label|word|description|class)?s?",
+    r"(class|category|label|synset|wnid|index|idx|id)?[ "
+    r"_-]?(id|name|label|word|description|class)?s?",
     re.IGNORECASE,
 )
 _OTHER_SEPARATOR = re.compile(r"""["'\[{(]*([0-9]{1,9})["'\])]*\s*[;:=|.)]+\s*\S.*""")
-"""``0;cat``, ``0: cat``, ``{0: 'cat',``, ``0. cat``: a number and a name, separated by what is not supported."""
+"""``0;cat``, ``0: cat``, ``{0: 'cat',``, ``0. cat``: a number and a name, separated by what is not
+supported.
+"""
 _OTHER_FORMAT = re.compile(r"""\{.*|.*[{\[]|\[["'].*|[\w-]+:""")
 """First lines of JSON lines, Python literals, protocol buffers and YAML."""
 _CONTROL = re.compile(
@@ -94,21 +98,24 @@ def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = 
             (row.identity for row in parsed.by_space or parsed.by_tab), next(iter(parsed.names), "")
         )
         raise UserError(
-            f"{path}: names none of the {len(class_ids)} classes ({_some(class_ids)}); each line is an id, a TAB, a comma "
+            f"{path}: names none of the {len(class_ids)} classes ({_some(class_ids)}); each "
+            "line is an id, a TAB, a comma "
             f"or a space, and a name, but the first one begins with {first[:40]!r}"
         )
     if set(class_ids) == set(numbers) and {row.identity for row in best} == {
         str(int(n) + 1) for n in numbers
     }:
         raise UserError(
-            f"{path}: numbers its names from 1 to {len(numbers)}, but the classes begin with 0; number them from 0"
+            f"{path}: numbers its names from 1 to {len(numbers)}, but the classes begin with 0; "
+            "number them from 0"
         )
     if not any(row.name for row in best):  # a list of the ids alone
         return list(class_ids)
     by_id = {key: row.name for key, row in _unique(path, rows).items()}
     if missing := [identity for identity in class_ids if _normal(identity) not in by_id]:
         print(
-            f"convoy: {path}: names {len(by_id)} of the {len(class_ids)} classes; the others keep their ids as names: "
+            f"convoy: {path}: names {len(by_id)} of the {len(class_ids)} classes; the others "
+            "keep their ids as names: "
             f"{_some(missing)}",
             file=sys.stderr,
         )
@@ -152,12 +159,15 @@ def names_by_label(path: str | Path) -> list[str]:
 
 
 def synsets(path: str | Path, raw: bytes) -> dict[str, str]:
-    """WordNet id and name of each line, in the file's order (``synset_words.txt``). Raises UserError."""
+    """WordNet id and name of each line, in the file's order (``synset_words.txt``). Raises
+    UserError.
+    """
     for rows in _parse(path, raw).candidates:
         if rows and all(_WORDNET_ID.fullmatch(row.identity) for row in rows):
             return {identity: row.name for identity, row in _unique(path, rows).items()}
     raise UserError(
-        f"{path}: not every line begins with a WordNet id (n01440764) that a space, comma or TAB follows"
+        f"{path}: not every line begins with a WordNet id (n01440764) that a space, comma or "
+        "TAB follows"
     )
 
 
@@ -204,12 +214,14 @@ def _text(path: str | Path, content: bytes) -> str:
             raise UserError(f"{path}: is not valid {encoding.upper()}; save it as UTF-8") from None
         line = len(re.findall(rb"\r\n|\n|\r", error.object[: error.start])) + 1
         raise UserError(
-            f"{path}: line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8 "
+            f"{path}: line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save "
+            "the file as UTF-8 "
             "(from Windows: `iconv -f WINDOWS-1252 -t UTF-8`)"
         ) from None
     if "\0" in text:
         raise UserError(
-            f"{path}: contains zero bytes, as UTF-16 without a byte-order mark does; save it as UTF-8"
+            f"{path}: contains zero bytes, as UTF-16 without a byte-order mark does; save it as "
+            "UTF-8"
         )
     return text
 
@@ -223,7 +235,8 @@ def _lines(path: str | Path, text: str) -> list[str]:
     for number, line in enumerate(lines, start=1):
         if not line:
             raise UserError(
-                f"{path}: line {number}: is blank, so that it is unclear which class has which name; remove it"
+                f"{path}: line {number}: is blank, so that it is unclear which class has which "
+                "name; remove it"
             )
         if line.startswith("#"):
             raise UserError(
@@ -238,7 +251,8 @@ def _check_name(path: str | Path, where: str, name: str) -> None:
         raise UserError(f"{path}: {where}: the name is empty")
     if _CONTROL.search(name):
         raise UserError(
-            f"{path}: {where}: {name[:40]!r} contains a control character or half of a surrogate pair"
+            f"{path}: {where}: {name[:40]!r} contains a control character or half of a "
+            "surrogate pair"
         )
 
 
@@ -296,7 +310,8 @@ def _parse_json(path: str | Path, value: object) -> _Parsed:
         _check_name(path, where, names[-1])
     if not names:
         raise UserError(
-            f"{path}: is neither a JSON list of names nor a JSON object from ids or numbers to names"
+            f"{path}: is neither a JSON list of names nor a JSON object from ids or numbers to "
+            "names"
         )
     return _Parsed(by_key, by_id, [], [] if by_key else names)
 
@@ -333,18 +348,21 @@ def _check_format(path: str | Path, lines: list[str]) -> None:
     if any(numbers[i : i + 2] in ([0, 1], [1, 2]) for i in range(2)):
         at = next(i for i, number in enumerate(numbers) if number is not None)
         raise UserError(
-            f"{path}: line {at + 1}: {lines[at][:40]!r} is a number and a name, but not separated by a TAB, a comma or a space"
+            f"{path}: line {at + 1}: {lines[at][:40]!r} is a number and a name, but not "
+            "separated by a TAB, a comma or a space"
         )
     if _OTHER_FORMAT.fullmatch(lines[0]) or all(line.startswith("- ") for line in lines):
         raise UserError(
-            f"{path}: line 1: {lines[0][:40]!r} looks like YAML, JSON or code; write one name per line, or a JSON list"
+            f"{path}: line 1: {lines[0][:40]!r} looks like YAML, JSON or code; write one name "
+            "per line, or a JSON list"
         )
 
 
 def _numbered(path: str | Path, rows: list[_Row], is_certain: bool) -> list[str] | None:
     """The names in the order of the first column, if that numbers them.
 
-    Names may begin with numbers ("2012 Tesla"): unless ``is_certain``, one of them has to be 0 or 1.
+    Names may begin with numbers ("2012 Tesla"): unless ``is_certain``, one of them has to be 0 or
+    1.
     """
     wrong = next((row for row in rows if not re.fullmatch("[0-9]{1,9}", row.identity)), None)
     if not any(row.name for row in rows) or (
@@ -360,7 +378,8 @@ def _numbered(path: str | Path, rows: list[_Row], is_certain: bool) -> list[str]
     found = _unique(path, by_number)
     if numbers == {str(number) for number in range(1, len(rows) + 1)}:
         raise UserError(
-            f"{path}: numbers its names from 1 to {len(rows)}, but labels begin with 0; number them from 0"
+            f"{path}: numbers its names from 1 to {len(rows)}, but labels begin with 0; number "
+            "them from 0"
         )
     if missing := [number for number in map(str, range(len(rows))) if number not in numbers]:
         raise UserError(
@@ -381,7 +400,8 @@ def _unique(path: str | Path, rows: list[_Row]) -> dict[str, _Row]:
             )
         if row.identity in found:
             raise UserError(
-                f"{path}: {row.where}: {row.identity!r} has a name already, on {found[row.identity].where}"
+                f"{path}: {row.where}: {row.identity!r} has a name already, on "
+                f"{found[row.identity].where}"
             )
         found[row.identity] = row
     return found

@@ -1,4 +1,6 @@
-"""What the destination of a pack contains: nothing, the same data set, a part of it, or something else."""
+"""What the destination of a pack contains: nothing, the same data set, a part of it, or something
+else.
+"""
 
 import os
 import re
@@ -60,13 +62,15 @@ def check_destination(source: str, destination: str) -> None:
         raise UserError(f"{printable(destination)}: {printable(existing)} is not writable")
     if target == origin or target.startswith(origin.rstrip("/") + "/"):
         raise UserError(
-            f"{printable(destination)}: is in the source, {printable(source)}; use a folder outside of it"
+            f"{printable(destination)}: is in the source, {printable(source)}; use a folder "
+            "outside of it"
         )
     for split in ("train", "val"):
         below = os.path.join(target, split)
         if origin == below or origin.startswith(below + "/"):
             raise UserError(
-                f"{printable(destination)}: packing writes to {split}/, which contains the source, {printable(source)}"
+                f"{printable(destination)}: packing writes to {split}/, which contains the "
+                f"source, {printable(source)}"
             )
 
 
@@ -108,11 +112,13 @@ def _obsolete(
     deleted = [name for name in tars if name in indexed or own_name.fullmatch(name)]
     if foreign := [name for name in tars if name not in deleted and "/" not in name]:
         raise UserError(
-            f"{url}: contains {foreign[0]}, which Convoy did not pack; use another place, or move it away"
+            f"{url}: contains {foreign[0]}, which Convoy did not pack; use another place, or "
+            "move it away"
         )
     if deleted and not may_delete:
         raise UserError(
-            f"{url}: contains {deleted[0]}, which Convoy did not pack; use another place, or --overwrite"
+            f"{url}: contains {deleted[0]}, which Convoy did not pack; use another place, or "
+            "--overwrite"
         )
     return [INDEX_NAME, *deleted, *(name for name in present if name.startswith(f"{RECORDS}/"))]
 
@@ -127,7 +133,8 @@ def _plan_record(store: Store, overwrite: bool) -> str | None:
         if overwrite:
             return ""
     raise UserError(
-        f"{store.url}/{_PLAN}: is not the record of an unfinished pack, it begins with {raw[:20]!r}; "
+        f"{store.url}/{_PLAN}: is not the record of an unfinished pack, it begins with "
+        f"{raw[:20]!r}; "
         "if the URL is right, remove it, or use --overwrite"
     )
 
@@ -143,17 +150,21 @@ def is_finished(found: Survey, digest: str, overwrite: bool) -> bool:
         )
         return True
     raise UserError(
-        f"{found.url}: holds another data set of {found.index.samples:,} images; use another place, or --overwrite"
+        f"{found.url}: holds another data set of {found.index.samples:,} images; use another "
+        "place, or --overwrite"
     )
 
 
 def can_resume(found: Survey, resume_digest: str, parts: int) -> bool:
-    """Whether an unfinished pack of the same images is continued. Raises UserError if parts would clear it at a time."""
+    """Whether an unfinished pack of the same images is continued. Raises UserError if parts would
+    clear it at a time.
+    """
     if found.plan == resume_digest and INDEX_NAME not in found.present:
         return True
     if parts > 1 and found.present:
         raise UserError(
-            f"{found.url}: is not empty; several parts cannot clear it at a time: remove what is in it"
+            f"{found.url}: is not empty; several parts cannot clear it at a time: remove what "
+            "is in it"
         )
     return False
 
@@ -169,7 +180,9 @@ def record_name(number: int) -> str:
 
 
 def finished_shards(store: Store, split: str, shards: Sequence[Sequence[Item]]) -> dict[int, Shard]:
-    """The shards that were completed before, by number; one whose record is corrupt is written again."""
+    """The shards that were completed before, by number; one whose record is corrupt is written
+    again.
+    """
     present = store.sizes()
     done: dict[int, Shard] = {}
     for number, items in enumerate(shards):

@@ -1,4 +1,6 @@
-"""``convoy index``: an index for WebDataset shards that others wrote, which are read once and not changed."""
+"""``convoy index``: an index for WebDataset shards that others wrote, which are read once and not
+changed.
+"""
 
 import sys
 from collections import Counter
@@ -25,10 +27,12 @@ _MANY_CLASSES, _SPARSE = (
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """``split``: its name, by default the URL's last part, or the split that the shards' names contain if ``shards`` is given.
+    """``split``: its name, by default the URL's last part, or the split that the shards' names
+    contain if ``shards`` is given.
 
-    ``class_names``: a file with the name of each label. ``shards``: a pattern (``*``, ``?``, ``[]``) of the shards' names, for
-    folders that several splits share; the index is then written to ``URL/SPLIT/index.json``.
+    ``class_names``: a file with the name of each label. ``shards``: a pattern (``*``, ``?``,
+    ``[]``) of the shards' names, for folders that several splits share; the index is then written
+    to ``URL/SPLIT/index.json``.
     """
 
     split: str | None = None
@@ -39,10 +43,12 @@ class IndexOptions:
 
 
 def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
-    """Write the ``index.json`` of the shards below ``url``, in the order of their names; returns the URL of the split and it.
+    """Write the ``index.json`` of the shards below ``url``, in the order of their names; returns
+    the URL of the split and it.
 
-    Raises UserError for shards that are corrupt, truncated or of several splits, and for samples that cannot be represented
-    exactly. Nothing is written then. Notes on members that are ignored go to stderr.
+    Raises UserError for shards that are corrupt, truncated or of several splits, and for samples
+    that cannot be represented exactly. Nothing is written then. Notes on members that are ignored
+    go to stderr.
     """
     store = open_store(url)
     sizes = choose_shards(store, options.shards)
@@ -57,11 +63,13 @@ def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
     highest = max(labels, default=-1)
     if names is not None and highest >= len(names):
         faults.append(
-            f"--class-names: {options.class_names} has {len(names)} names, but there are labels up to {highest}"
+            f"--class-names: {options.class_names} has {len(names)} names, but there are labels "
+            f"up to {highest}"
         )
     elif names is None and highest >= _MANY_CLASSES and highest >= _SPARSE * len(labels):
         faults.append(
-            f"{url}: has a label {highest}, but only {len(labels):,} labels in all; if that is right, name all classes with "
+            f"{url}: has a label {highest}, but only {len(labels):,} labels in all; if that is "
+            "right, name all classes with "
             "--class-names"
         )
     if faults:
@@ -95,11 +103,13 @@ def _place(url: str, options: IndexOptions, names: dict[str, int]) -> tuple[str,
     split = options.split or split_of(next(iter(names))) or ""
     if not split or "/" in split or split.startswith("."):
         raise UserError(
-            f"--split: {split!r} cannot name a folder below {url}; --shards needs it for the index, {url}/SPLIT/{INDEX_NAME}"
+            f"--split: {split!r} cannot name a folder below {url}; --shards needs it for the "
+            f"index, {url}/SPLIT/{INDEX_NAME}"
         )
     if all(name.startswith(f"{split}/") for name in names):
         raise UserError(
-            f"--shards: all shards that match are in {url.rstrip('/')}/{split}; index that URL, without --shards"
+            f"--shards: all shards that match are in {url.rstrip('/')}/{split}; index that URL, "
+            "without --shards"
         )
     return split, f"{split}/{INDEX_NAME}"
 
@@ -120,7 +130,8 @@ def _changed(store: Store, sizes: dict[str, int], pattern: str | None) -> list[s
     now = choose_shards(store, pattern)
     names = sorted(name for name in sizes.keys() | now.keys() if sizes.get(name) != now.get(name))
     return [
-        f"{store.url}/{name}: was changed while it was indexed; index again when all shards are complete"
+        f"{store.url}/{name}: was changed while it was indexed; index again when all shards are "
+        "complete"
         for name in names
     ]
 
@@ -163,7 +174,8 @@ def _check_overlap(store: Store, index_name: str, index: Index) -> None:
         )
         if both:
             raise UserError(
-                f"--shards: {both[0]} is a shard of {store.url}/{other} too ({len(both)} in all), and no sample may be in "
+                f"--shards: {both[0]} is a shard of {store.url}/{other} too ({len(both)} in "
+                "all), and no sample may be in "
                 "two splits; delete that index if it is the wrong one"
             )
 

@@ -1,7 +1,9 @@
-"""``convoy pack``: images to WebDataset shards and an index. Equal input and seed give equal bytes, on any number of workers.
+"""``convoy pack``: images to WebDataset shards and an index. Equal input and seed give equal bytes,
+on any number of workers.
 
-Everything is checked before anything is written. The shards come first, each with a record of it; the index comes last, so
-what is half-written is not a data set, and a second run resumes with the shards that are missing.
+Everything is checked before anything is written. The shards come first, each with a record of it;
+the index comes last, so what is half-written is not a data set, and a second run resumes with the
+shards that are missing.
 """
 
 import hashlib
@@ -48,8 +50,10 @@ _NAMED = 20  # rejected files that an error names
 
 @dataclass(frozen=True)
 class PackOptions:
-    """``shard_bytes``: the size to aim at; ``shards``: an exact count instead. ``part`` of ``parts``: the share of the shards
-    that this run writes, if several pack the same at a time; whichever finishes last writes the index."""
+    """``shard_bytes``: the size to aim at; ``shards``: an exact count instead. ``part`` of
+    ``parts``: the share of the shards that this run writes, if several pack the same at a time;
+    whichever finishes last writes the index.
+    """
 
     seed: int = 0
     shards: int | None = None
@@ -76,7 +80,9 @@ class _Plan:
 
 
 def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str, Index]]:
-    """Pack every split of ``source`` below ``destination``; returns (URL, index) of each that is complete. Raises UserError."""
+    """Pack every split of ``source`` below ``destination``; returns (URL, index) of each that is
+    complete. Raises UserError.
+    """
     if options.part >= options.parts:
         raise UserError(f"--part: {options.part} is not below --parts {options.parts}")
     check_destination(source, destination)
@@ -129,7 +135,9 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
 
 
 def _lock_name(options: PackOptions) -> str:
-    """Parts of the same data set are packed at the same time; no part is packed twice at the same time."""
+    """Parts of the same data set are packed at the same time; no part is packed twice at the same
+    time.
+    """
     return "pack.lock" if options.parts == 1 else f"pack-{options.part}-of-{options.parts}.lock"
 
 
@@ -143,7 +151,9 @@ def _check_shard_count(options: PackOptions, split: Split) -> None:
 def _checked(
     splits: list[Split], account: Account, pool: ProcessPoolExecutor, options: PackOptions
 ) -> list[Split]:
-    """The splits with every image recognized by its content; files that cannot be packed are refused, or omitted and named."""
+    """The splits with every image recognized by its content; files that cannot be packed are
+    refused, or omitted and named.
+    """
     checked = [_check_split(split, account, pool, options) for split in splits]
     if account.rejected and not options.skip_bad:
         named = account.rejected[:_NAMED]
@@ -153,7 +163,8 @@ def _checked(
         raise UserError(
             *named,
             *more,
-            f"{len(account.rejected)} of {total} files cannot be packed; --skip-bad leaves them out",
+            f"{len(account.rejected)} of {total} files cannot be packed; --skip-bad leaves them "
+            "out",
         )
     good = []
     for split, marked in zip(splits, checked, strict=True):
@@ -163,7 +174,8 @@ def _checked(
                 *(line for line in account.rejected[:_NAMED]),
                 *shortened(
                     [
-                        f"{split.name}: no image of class {printable(split.class_ids[label])} can be packed"
+                        f"{split.name}: no image of class {printable(split.class_ids[label])} "
+                        "can be packed"
                         for label in lost
                     ],
                     "classes",
@@ -253,8 +265,9 @@ def _plan(split: Split, options: PackOptions) -> _Plan:
 def _write_split(
     plan: _Plan, store: Store, pool: ProcessPoolExecutor, options: PackOptions
 ) -> Index | None:
-    """Write the missing shards of a split, or of one part of them; then the index, if none is missing any more, and delete
-    the records."""
+    """Write the missing shards of a split, or of one part of them; then the index, if none is
+    missing any more, and delete the records.
+    """
     name = plan.split.name
     done = finished_shards(store, name, plan.shards)
     missing = [
@@ -336,6 +349,7 @@ def summary(packed: Iterable[tuple[str, Index]]) -> Iterator[str]:
     """A line for each split."""
     for url, index in packed:
         yield (
-            f"{url}: {index.samples:,} images of {len(index.classes)} classes in {len(index.shards)} shards, "
+            f"{url}: {index.samples:,} images of {len(index.classes)} classes in "
+            f"{len(index.shards)} shards, "
             f"{index.bytes / 2**20:,.1f} MiB, {index.digest[:19]}"
         )

@@ -18,7 +18,8 @@ def worker_pool(workers: int) -> ProcessPoolExecutor:
 def worker_lost() -> RetryableError:
     """The error to raise for a BrokenProcessPool: a retry may succeed."""
     return RetryableError(
-        "a worker process was killed, often because memory ran out, or could not start; use fewer --workers, or more memory"
+        "a worker process was killed, often because memory ran out, or could not start; use "
+        "fewer --workers, or more memory"
     )
 
 

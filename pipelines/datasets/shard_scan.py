@@ -1,4 +1,6 @@
-"""What one third-party shard holds: its samples, and everything that keeps it from being represented exactly."""
+"""What one third-party shard holds: its samples, and everything that keeps it from being
+represented exactly.
+"""
 
 import hashlib
 from collections import Counter
@@ -23,7 +25,9 @@ _MAX_LABEL_BYTES = 1024
 
 @dataclass
 class Scan:
-    """One shard, its labels, and what is wrong with it. ``ignored``: members that belong to no sample, by kind."""
+    """One shard, its labels, and what is wrong with it. ``ignored``: members that belong to no
+    sample, by kind.
+    """
 
     shard: Shard
     labels: dict[int, int]
@@ -118,7 +122,8 @@ class _Scanner:
             self._keys.add(key)
         if other := self._group.names.get(extension):
             self.faults.append(
-                f"sample {key}: {other} and {member.name} are the same member; rename one of the samples"
+                f"sample {key}: {other} and {member.name} are the same member; rename one of "
+                "the samples"
             )
         elif extension.startswith("__"):
             self.faults.append(f"sample {key}: the extension of {member.name} is reserved")
@@ -136,7 +141,8 @@ class _Scanner:
         extension = split_name(member.name)[1]
         if extension == "cls" or extension in IMAGES:
             self.faults.append(
-                f"{member.name} is a {member.kind}, not a file; write the archive with the files' content (tar --dereference "
+                f"{member.name} is a {member.kind}, not a file; write the archive with the "
+                "files' content (tar --dereference "
                 "--hard-dereference)"
             )
         elif member.kind not in ("directory", "volume label"):
@@ -147,14 +153,16 @@ class _Scanner:
         label = parse_label(content)
         if label is None:
             self.faults.append(
-                f"sample {key}: its label {content[:20]!r} is no class number, decimal digits from 0 on"
+                f"sample {key}: its label {content[:20]!r} is no class number, decimal digits "
+                "from 0 on"
             )
         elif label >= MAX_CLASSES:
             hint = (
                 " (-1 as an unsigned number)" if label in (2**16 - 1, 2**32 - 1, 2**64 - 1) else ""
             )
             self.faults.append(
-                f"sample {key}: its label {label}{hint} is above {MAX_CLASSES - 1:,}, the highest that is supported"
+                f"sample {key}: its label {label}{hint} is above {MAX_CLASSES - 1:,}, the "
+                "highest that is supported"
             )
         else:
             self.labels[label] += 1

@@ -1,4 +1,6 @@
-"""Which .tar files below a URL are the shards of one split: never those of several, and none is left out silently."""
+"""Which .tar files below a URL are the shards of one split: never those of several, and none is
+left out silently.
+"""
 
 import os
 import re
@@ -38,7 +40,8 @@ _NAMED = 5  # missing shards that a note lists
 
 
 def choose_shards(store: Store, pattern: str | None) -> dict[str, int]:
-    """Name and size of the shards below a store's URL, by name; of those that match ``pattern`` if given.
+    """Name and size of the shards below a store's URL, by name; of those that match ``pattern`` if
+    given.
 
     Raises UserError if there are none, if some are compressed, unfinished or unreadable, and if
     their names say that they belong to several splits.
@@ -46,12 +49,14 @@ def choose_shards(store: Store, pattern: str | None) -> dict[str, int]:
     listed = store.sizes()
     if ".pack/plan.json" in listed:
         raise UserError(
-            f"{store.url}: is an unfinished data set of `convoy pack`; run that command again to complete it"
+            f"{store.url}: is an unfinished data set of `convoy pack`; run that command again "
+            "to complete it"
         )
     sizes = {name: size for name, size in sorted(listed.items()) if not _is_hidden(name)}
     is_chosen = {name: pattern is None or fnmatchcase(name, pattern) for name in sizes}
     faults = [
-        f"{store.url}/{name}: is compressed, so that no sample in it can be read alone; decompress it to a .tar"
+        f"{store.url}/{name}: is compressed, so that no sample in it can be read alone; "
+        "decompress it to a .tar"
         for name in sizes
         if is_chosen[name] and _COMPRESSED.search(name)
     ]
@@ -79,7 +84,8 @@ def choose_shards(store: Store, pattern: str | None) -> dict[str, int]:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a shard's name or folder contains as a word (``imagenet1k-train-0000.tar``: train), if any.
+    """The split that a shard's name or folder contains as a word (``imagenet1k-train-0000.tar``:
+    train), if any.
 
     If there are several, they are joined: ``train/val``.
     """
@@ -93,7 +99,9 @@ def split_of(name: str) -> str | None:
 
 
 def missing_shards(names: Iterable[str]) -> list[str]:
-    """Names that are missing in numbered series of shards (``a-0001.tar`` beside ``a-0000.tar`` and ``a-0002.tar``)."""
+    """Names that are missing in numbered series of shards (``a-0001.tar`` beside ``a-0000.tar`` and
+    ``a-0002.tar``).
+    """
     series: dict[tuple[str, str, int], set[int]] = defaultdict(set)
     for name in names:
         numbered = re.fullmatch(r"(.*?)([0-9]+)(-of-[0-9]+[^0-9/]*|[^0-9/]*)", name)
@@ -139,7 +147,8 @@ def notes_on_names(names: Collection[str]) -> list[str]:
         listed = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(_NAMED))
         more = f" and {len(kinds) - _NAMED} more" if len(kinds) > _NAMED else ""
         notes.append(
-            f"warning: shards with {len(kinds)} kinds of names become one split: {listed}{more}; --shards chooses some"
+            f"warning: shards with {len(kinds)} kinds of names become one split: "
+            f"{listed}{more}; --shards chooses some"
         )
     if missing := missing_shards(names):
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
@@ -155,7 +164,9 @@ def _is_hidden(name: str) -> bool:
 
 
 def _unlisted(store: Store, sizes: dict[str, int], pattern: str | None) -> list[tuple[str, str]]:
-    """Entries of a local folder that should be shards and that a listing leaves out, with the reason."""
+    """Entries of a local folder that should be shards and that a listing leaves out, with the
+    reason.
+    """
     if is_remote(store.url):
         return []
     root = os.fspath(folder_of(store.url, create=False))
@@ -188,7 +199,8 @@ def _check_no_index_below(store: Store, sizes: dict[str, int]) -> None:
             f"{store.url}/{name.removesuffix(f'/{INDEX_NAME}')}" for name in below[:_NAMED]
         )
         raise UserError(
-            f"{store.url}: contains indexed splits, which are never merged into one: {folders}; use their URLs, "
+            f"{store.url}: contains indexed splits, which are never merged into one: {folders}; "
+            "use their URLs, "
             "or choose shards with --shards PATTERN"
         )
 
@@ -200,6 +212,7 @@ def _check_one_split(url: str, names: Iterable[str]) -> None:
     if len(examples) > 1:
         found = ", ".join(f"{name} ({split or 'no split'})" for split, name in examples.items())
         raise UserError(
-            f"{url}: holds shards of several splits, which are never merged into one: {found}; index each alone, "
+            f"{url}: holds shards of several splits, which are never merged into one: {found}; "
+            "index each alone, "
             "by the URL of its folder or with --shards PATTERN"
         )

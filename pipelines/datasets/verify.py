@@ -32,7 +32,9 @@ class Verdict:
 
 
 def verify(url: str, workers: int = os.cpu_count() or 1) -> list[Verdict]:
-    """Check the split at ``url``, or both splits below it. Raises UserError where there is no index at all."""
+    """Check the split at ``url``, or both splits below it. Raises UserError where there is no index
+    at all.
+    """
     store = open_store(url)
     base = url.rstrip("/")
     if store.read_small(INDEX_NAME) is not None:

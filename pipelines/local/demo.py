@@ -1,4 +1,6 @@
-"""``make demo``: from images to a registered model that predicts, through the same commands that a user types."""
+"""``make demo``: from images to a registered model that predicts, through the same commands that a
+user types.
+"""
 
 import fcntl
 import json
@@ -144,7 +146,9 @@ def _convoy(environment: dict[str, str], *arguments: str, capture: bool = False)
 
 
 def _find_data(folder: Path) -> _Data:
-    """Fashion-MNIST, installed or fetched with apt; else scikit-learn's digits, which every installation carries."""
+    """Fashion-MNIST, installed or fetched with apt; else scikit-learn's digits, which every
+    installation carries.
+    """
     fashion = find_fashion()
     if fashion is None:
         return _digits(folder, "Fashion-MNIST could not be had")
@@ -156,13 +160,16 @@ def _find_data(folder: Path) -> _Data:
 
 
 def find_fashion() -> Path | None:
-    """The folder of Fashion-MNIST's idx files, installed or fetched with apt; None where it cannot be had."""
+    """The folder of Fashion-MNIST's idx files, installed or fetched with apt; None where it cannot
+    be had.
+    """
     return _INSTALLED if _INSTALLED.is_dir() else _fetch_fashion()
 
 
 def _fetch_fashion() -> Path | None:
-    """Debian's package, unpacked into the cache: that needs no root and changes nothing on the machine. Of several processes that
-    want it one fetches it, and the others wait."""
+    """Debian's package, unpacked into the cache: that needs no root and changes nothing on the
+    machine. Of several processes that want it one fetches it, and the others wait.
+    """
     base = Path(
         os.environ.get("CONVOY_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"
@@ -205,7 +212,9 @@ def _unpack_fashion(target: Path) -> None:
 
 
 def _digits(folder: Path, why: str) -> _Data:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, as class folders; every fifth image is for validation."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, as class folders; every fifth image is
+    for validation.
+    """
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -239,11 +248,13 @@ def _print_page(folder: Path, data: _Data, summary: dict[str, Any], mlflow_url: 
         ("data", f"{summary['samples']:,} images in {summary['shards']} shards"),
         (
             "training",
-            f"{summary['steps']:,} steps on {summary['ranks']} ranks in {summary['train_seconds']:.0f} s",
+            f"{summary['steps']:,} steps on {summary['ranks']} ranks in "
+            f"{summary['train_seconds']:.0f} s",
         ),
         (
             "speed",
-            f"{summary['images_per_second']:,.0f} images/s, waiting for data {summary['data_wait_fraction']:.1%}",
+            f"{summary['images_per_second']:,.0f} images/s, waiting for data "
+            f"{summary['data_wait_fraction']:.1%}",
         ),
         ("whole demo", f"{summary['wall_seconds']:.0f} s"),
         ("pictures", f"{folder / 'curves.png'}\n{folder / 'predictions.png'}"),

@@ -1,4 +1,6 @@
-"""``convoy local up|down|status``: an S3 server (SeaweedFS) and an MLflow server on loopback, for one machine."""
+"""``convoy local up|down|status``: an S3 server (SeaweedFS) and an MLflow server on loopback, for
+one machine.
+"""
 
 import json
 import os
@@ -99,7 +101,9 @@ def load(folder: Path) -> Services | None:
 
 
 def up(folder: Path) -> Services:
-    """Start both services, or find them running. Data and credentials stay in ``folder`` over restarts. Raises UserError."""
+    """Start both services, or find them running. Data and credentials stay in ``folder`` over
+    restarts. Raises UserError.
+    """
     folder = folder.absolute()
     running = load(folder)
     if running is not None and all(running.alive().values()):
@@ -146,7 +150,8 @@ def _start(folder: Path) -> Services:
 
 
 def down(folder: Path, grace_seconds: float = _STOP_SECONDS) -> list[str]:
-    """Stop what runs, by process id, MLflow first; the data stays. Returns the names of what was stopped.
+    """Stop what runs, by process id, MLflow first; the data stays. Returns the names of what was
+    stopped.
 
     ``grace_seconds``: until a process that was asked to end is killed.
     """
@@ -229,7 +234,8 @@ def _start_s3(folder: Path, port: int, others: list[int]) -> Process:
         "-ip.bind=127.0.0.1",
         "-master.volumeSizeLimitMB=1024",
         "-master.telemetry=false",
-        "-master.electionTimeout=1s",  # it is the only one, but one that is started again waits for others
+        # it is the only one, but one that is started again waits for others
+        "-master.electionTimeout=1s",
         "-volume.max=100",
         "-volume.preStopSeconds=0",
         "-s3",
@@ -306,7 +312,9 @@ def _make_bucket(services: Services) -> bool:
 
 
 def _wait(services: Services, name: str, ready: Callable[[], bool]) -> None:
-    """Until ``ready`` does not raise; raises _Died or UserError, with the log's end, when the process ends or time is up."""
+    """Until ``ready`` does not raise; raises _Died or UserError, with the log's end, when the
+    process ends or time is up.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     log = services.folder / f"{name}.log"

@@ -56,7 +56,8 @@ def downloaded(model_uri: str) -> Iterator[str]:
 
 
 def load_predict(model_uri: str) -> tuple[Predict, list[str]]:
-    """A model of MLflow's (``models:/NAME@champion``, ``runs:/ID/model``) or a run's output folder; and its class names.
+    """A model of MLflow's (``models:/NAME@champion``, ``runs:/ID/model``) or a run's output folder;
+    and its class names.
 
     Raises UserError where it cannot be loaded.
     """
@@ -107,17 +108,20 @@ def evaluate(model_uri: str, data_url: str) -> Evaluation:
 
 
 def _outputs_for(index: Index, classes: list[str], model: str, data: str) -> np.ndarray:
-    """The model's output for each label of the dataset, int64 [classes of the dataset]. Raises UserError."""
+    """The model's output for each label of the dataset, int64 [classes of the dataset]. Raises
+    UserError.
+    """
     if classes[: len(index.classes)] == index.classes:
         return np.arange(len(index.classes))
     return np.array(match_classes(output_names(classes, len(classes)), index, model, data))
 
 
 def _predict_named(predict: Predict, images: list[tuple[str, bytes]]) -> np.ndarray:
-    """Predict images that have names. Raises UserError that names the first one that cannot be decoded.
+    """Predict images that have names. Raises UserError that names the first one that cannot be
+    decoded.
 
-    A registered model runs its own copy of the decoder and raises its own exceptions, so ours judges
-    the images after a failure.
+    A registered model runs its own copy of the decoder and raises its own exceptions, so ours
+    judges the images after a failure.
     """
     try:
         return predict([content for _, content in images])
@@ -136,12 +140,16 @@ def topk_indices(probabilities: np.ndarray) -> np.ndarray:
 
 
 def _class_name(classes: list[str], output: int) -> str:
-    """The name of an output; its number for one that no class was given for (``model.num_classes`` above the dataset's)."""
+    """The name of an output; its number for one that no class was given for (``model.num_classes``
+    above the dataset's).
+    """
     return classes[output] if output < len(classes) else str(output)
 
 
 def predict_files(model_uri: str, files: Iterable[str]) -> list[dict[str, Any]]:
-    """The five likeliest classes of each image file. Raises UserError that names a file that is no image."""
+    """The five likeliest classes of each image file. Raises UserError that names a file that is no
+    image.
+    """
     contents = []
     for file in files:
         try:

@@ -95,7 +95,8 @@ def plot_predictions(
         cell.axis("off")
     wrong = sum(int(label != guess) for label, guess in zip(labels, predicted, strict=True))
     figure.suptitle(
-        f"{title}: {len(labels) - wrong} of {len(labels)} right; wrong ones in orange with their true class"
+        f"{title}: {len(labels) - wrong} of {len(labels)} right; wrong ones in orange with "
+        "their true class"
     )
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -129,7 +129,8 @@ class SyncReport:
         ]
 
     def raise_if_incomplete(self, needed_key: str | None = None) -> None:
-        """Raises UserError, or RetryableError if a retry may succeed, unless everything was accepted.
+        """Raises UserError, or RetryableError if a retry may succeed, unless everything was
+        accepted.
 
         ``needed_key``: of the only run that matters.
         """
@@ -142,7 +143,8 @@ class SyncReport:
                 if run.run_id is None:
                     raise UserError(f"{where} cannot be reached: {run.fault.reason}")
                 raise RetryableError(
-                    f"{where} did not accept everything ({run.fault.reason}); the rest is in {self.spool}; try again"
+                    f"{where} did not accept everything ({run.fault.reason}); the rest is in "
+                    f"{self.spool}; try again"
                 )
             faults.append(f"{refusal(self.uri, run.fault)}; its entries are kept in {self.spool}")
         if self.rejected.added and needed_key is None:

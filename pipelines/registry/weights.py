@@ -26,8 +26,9 @@ from trainer.weights.state_dict_file import classes_beside
 
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _PUBLISHED = {"activation": "relu", "head": "tower", "filters": "stacked", "reduction": True}
-"""Options that other libraries' networks do not have, with what theirs are; with another value the weights would fit and mean
-something else, or have no name."""
+"""Options that other libraries' networks do not have, with what theirs are; with another value the
+weights would fit and mean something else, or have no name.
+"""
 _SUFFIXES = {
     "torchvision": (".pth", ".pt", ".safetensors"),
     "timm": (".safetensors", ".pth", ".pt"),
@@ -44,21 +45,25 @@ def import_weights(
     half_range: bool | None,
     key: str | None = None,
 ) -> list[str]:
-    """Write the weights of ``file`` as a model folder that evaluate, export and ``model.init`` take; returns lines on it.
+    """Write the weights of ``file`` as a model folder that evaluate, export and ``model.init``
+    take; returns lines on it.
 
-    ``data_url``: a split whose classes the model gets. Weights with 1,000 outputs are ImageNet's: the split's classes are
-    matched with them by name, and the head keeps the outputs of these classes, in their order. Other weights must have as
-    many outputs as the split has classes. Without it, names are ImageNet's for 1,000 outputs, else numbers.
-    ``half_range``: the weights expect pixels from -1 to 1 instead of ImageNet's mean and deviation; when not given,
-    those of torchvision's GoogLeNet do, since its published weights were trained so (its ``transform_input``).
-    ``key``: the set of weights to take from a file that holds several; see ``select_weights``.
+    ``data_url``: a split whose classes the model gets. Weights with 1,000 outputs are ImageNet's:
+    the split's classes are matched with them by name, and the head keeps the outputs of these
+    classes, in their order. Other weights must have as many outputs as the split has classes.
+    Without it, names are ImageNet's for 1,000 outputs, else numbers. ``half_range``: the weights
+    expect pixels from -1 to 1 instead of ImageNet's mean and deviation; when not given, those of
+    torchvision's GoogLeNet do, since its published weights were trained so (its
+    ``transform_input``). ``key``: the set of weights to take from a file that holds several; see
+    ``select_weights``.
     """
     if (output / WEIGHTS_NAME).exists():
         raise UserError(f"{output}: holds a model already; choose another --output or delete it")
     get_model_spec(name)
     if classes_beside(file) is not None:
         raise UserError(
-            f"{file}: is a model that Convoy saved, with its class names; `convoy evaluate`, `convoy weights export` and "
+            f"{file}: is a model that Convoy saved, with its class names; `convoy evaluate`, "
+            "`convoy weights export` and "
             "model.init take its folder as it is"
         )
     weights = select_weights(file, name, key)
@@ -72,14 +77,16 @@ def import_weights(
     mean, std = ([0.5] * 3, [0.5] * 3) if half_range else _IMAGENET
     if half_range:
         notes.append(
-            "pixels are scaled to -1..1 (mean and std 0.5), as torchvision's published GoogLeNet weights expect"
+            "pixels are scaled to -1..1 (mean and std 0.5), as torchvision's published "
+            "GoogLeNet weights expect"
         )
     facts = ModelMetadata(
         name, {}, classes, len(classes), image_size, 0.875, mean, std, channels_last=True
     )
     save_model(output, model, facts)
     return [
-        f"{name} from {loaded.scheme}'s names: {sum(p.numel() for p in model.parameters()):,} parameters in {output}",
+        f"{name} from {loaded.scheme}'s names: {sum(p.numel() for p in model.parameters()):,} "
+        f"parameters in {output}",
         *notes,
     ]
 
@@ -87,7 +94,9 @@ def import_weights(
 def _classes_of(
     file: str, num_outputs: int, data_url: str | None
 ) -> tuple[list[str], list[int] | None, list[str]]:
-    """The model's class names, the file's output for each where they differ, and notes. Raises UserError."""
+    """The model's class names, the file's output for each where they differ, and notes. Raises
+    UserError.
+    """
     if data_url is None:
         return _class_names(num_outputs), None, []
     index = open_index(data_url)[0]
@@ -103,7 +112,8 @@ def _classes_of(
         )
     if count != num_outputs:
         raise UserError(
-            f"--data: {data_url} has {count:,} classes, but the weights in {file} have {num_outputs:,} outputs without "
+            f"--data: {data_url} has {count:,} classes, but the weights in {file} have "
+            f"{num_outputs:,} outputs without "
             "names; use the dataset that they were trained on, or train a new head: model.init"
         )
     return (
@@ -122,10 +132,12 @@ def _class_names(num_classes: int) -> list[str]:
 
 
 def export_weights(source: str, file: Path, form: str) -> str:
-    """Write a model of ours, a run's output folder or a model of MLflow's, for others; returns a line on it.
+    """Write a model of ours, a run's output folder or a model of MLflow's, for others; returns a
+    line on it.
 
-    torchvision, timm: a state dict with their names, .pth or .safetensors. onnx: a graph from normalized images
-    [N, 3, S, S] to logits [N, num_classes], for any N; its metadata hold mean, std and class names.
+    torchvision, timm: a state dict with their names, .pth or .safetensors. onnx: a graph from
+    normalized images [N, 3, S, S] to logits [N, num_classes], for any N; its metadata hold mean,
+    std and class names.
     """
     if form not in _SUFFIXES:
         raise UserError(f"--format: {form!r} is none of {', '.join(_SUFFIXES)}")
@@ -138,7 +150,8 @@ def export_weights(source: str, file: Path, form: str) -> str:
         for key, value in facts.options.items():
             if form != "onnx" and value != _PUBLISHED.get(key, value):
                 raise UserError(
-                    f"model.{key}: {form}'s {facts.name} has {_PUBLISHED[key]!r} alone, not {value!r}; export as onnx"
+                    f"model.{key}: {form}'s {facts.name} has {_PUBLISHED[key]!r} alone, not "
+                    f"{value!r}; export as onnx"
                 )
         model = facts.build()
         load_weights(model, facts.name, str(folder))
@@ -186,19 +199,23 @@ def _write_onnx(model: nn.Module, facts: ModelMetadata, path: Path) -> None:
 
 @contextlib.contextmanager
 def _model_folder(source: str) -> Iterator[Path]:
-    """The folder with our two files: a run's output, or what MLflow holds of a model (``models:/NAME@champion``, ...)."""
+    """The folder with our two files: a run's output, or what MLflow holds of a model
+    (``models:/NAME@champion``, ...).
+    """
     folder = Path(source)
     if (folder / WEIGHTS_NAME).is_file() and (folder / FACTS_NAME).is_file():
         yield folder
         return
     if ":/" not in source:
         raise UserError(
-            f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model of MLflow's"
+            f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model of "
+            "MLflow's"
         )
     with downloaded(source) as copy:
         found = next(Path(copy).rglob(WEIGHTS_NAME), None)
         if found is None or not (found.parent / FACTS_NAME).is_file():
             raise UserError(
-                f"{source}: was not registered by Convoy: it has no {WEIGHTS_NAME} beside a {FACTS_NAME}"
+                f"{source}: was not registered by Convoy: it has no {WEIGHTS_NAME} beside a "
+                f"{FACTS_NAME}"
             )
         yield found.parent

@@ -1,1 +1,3 @@
-"""`convoy study`: common claims about these networks, each tested by a small experiment whose rule was written beforehand."""
+"""`convoy study`: common claims about these networks, each tested by a small experiment whose rule
+was written beforehand.
+"""

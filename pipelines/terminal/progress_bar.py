@@ -42,7 +42,8 @@ class WorkProgress:
             self._last_line = time.monotonic()
             left = (self._total - self._done) / max(rate, 1e-9)
             print(
-                f"{self._what}: {self._done:,}/{self._total:,} {self._unit}, {rate:,.0f}/s, {left:,.0f} s left",
+                f"{self._what}: {self._done:,}/{self._total:,} {self._unit}, {rate:,.0f}/s, "
+                f"{left:,.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,4 +1,6 @@
-"""One Kubernetes for all tests: the user's (KUBECONFIG), else one made here and taken down (not with CONVOY_KEEP_CLUSTER=1)."""
+"""One Kubernetes for all tests: the user's (KUBECONFIG), else one made here and taken down (not
+with CONVOY_KEEP_CLUSTER=1).
+"""
 
 from __future__ import annotations
 
@@ -121,7 +123,9 @@ def base(namespace: Kubectl, tmp_path: Path) -> Kubectl:
 
 @pytest.fixture(scope="session")
 def fake_nodes(own_cluster: Kubectl) -> Iterator[list[str]]:
-    """Four nodes of 8 GPUs that kwok plays. For the whole session: a pod whose node went before it takes a minute to go itself."""
+    """Four nodes of 8 GPUs that kwok plays. For the whole session: a pod whose node went before it
+    takes a minute to go itself.
+    """
     names = [f"fake-{uuid.uuid4().hex[:8]}" for _ in range(4)]
     own_cluster.create(*[fake_node(name, 8) for name in names])
     own_cluster(

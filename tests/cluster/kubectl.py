@@ -63,8 +63,9 @@ class Kubectl:
     def apply_overlay(
         self, manifests: Path, overlay: str, *options: str, without: str | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """`kubectl apply -k` of one of k8s/overlays, moved into this namespace. ``manifests``: a copy of k8s/; ``without``: a
-        kind that is left out."""
+        """`kubectl apply -k` of one of k8s/overlays, moved into this namespace. ``manifests``: a
+        copy of k8s/; ``without``: a kind that is left out.
+        """
         own = manifests.parent / f"own-{overlay}"
         own.mkdir()
         kustomization: dict[str, Any] = {
@@ -98,7 +99,9 @@ class Kubectl:
 
 @contextmanager
 def own_namespace(cluster: Kubectl, wait: bool = False) -> Iterator[Kubectl]:
-    """A new one that enforces Pod Security `restricted`. ``wait``: until it is gone; else `until_namespaces_are_gone` does."""
+    """A new one that enforces Pod Security `restricted`. ``wait``: until it is gone; else
+    `until_namespaces_are_gone` does.
+    """
     name = new_namespace_name()
     labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
     made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
@@ -125,7 +128,9 @@ def new_namespace_name() -> str:
 
 
 def until_namespaces_are_gone(cluster: Kubectl) -> None:
-    """Those of tests that are being deleted: once for all tests, since each takes longer than many a test."""
+    """Those of tests that are being deleted: once for all tests, since each takes longer than many
+    a test.
+    """
 
     def leaving() -> list[str]:
         found = [
@@ -182,8 +187,9 @@ def pytorch_job(
 
 
 def fake_node(name: str, gpus: int, kind: str = "fake", taint: str | None = None) -> dict[str, Any]:
-    """A node that kwok plays: it takes pods and says that they run. Only pods that ask for it come here; ``kind``: its label
-    `type`, ``taint``: the key of another taint."""
+    """A node that kwok plays: it takes pods and says that they run. Only pods that ask for it come
+    here; ``kind``: its label `type`, ``taint``: the key of another taint.
+    """
     resources = {"cpu": "64", "memory": "512Gi", "pods": "110", "nvidia.com/gpu": str(gpus)}
     return {
         "apiVersion": "v1",

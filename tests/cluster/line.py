@@ -1,4 +1,6 @@
-"""The whole line in pods, as tests use it: `k8s/overlays/local` in a namespace of its own, and what its MLflow says."""
+"""The whole line in pods, as tests use it: `k8s/overlays/local` in a namespace of its own, and what
+its MLflow says.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def applied(cluster: Kubectl, folder: Path, without: str | None = None) -> Itera
 
 @contextmanager
 def served(cluster: Kubectl, folder: Path) -> Iterator[tuple[Kubectl, str]]:
-    """The overlay's services and packed data, without its trainings; and MLflow's address on this machine."""
+    """The overlay's services and packed data, without its trainings; and MLflow's address on this
+    machine.
+    """
     with applied(cluster, folder, without="PyTorchJob") as kubectl:
         kubectl(
             "wait",
@@ -87,7 +91,9 @@ def asked(address: str, path: str, **parameters: Any) -> dict[str, Any]:
 
 
 def history(address: str, job: str, metric: str = "loss") -> list[dict[str, Any]]:
-    """What the run of a job logged of a metric, in its order: ``step``, ``value``, ``timestamp`` in ms; nothing before it began."""
+    """What the run of a job logged of a metric, in its order: ``step``, ``value``, ``timestamp`` in
+    ms; nothing before it began.
+    """
     made = asked(address, "experiments/search", filter="name = 'convoy'", max_results=1).get(
         "experiments", []
     )

@@ -1,4 +1,6 @@
-"""Clusters of many GPUs that are only played: nodes of kwok for one test, the gang policy for one namespace, jobs on them."""
+"""Clusters of many GPUs that are only played: nodes of kwok for one test, the gang policy for one
+namespace, jobs on them.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ def phases(kubectl: Kubectl, job: str) -> dict[str, int]:
 
 
 def active(kubectl: Kubectl, job: str) -> int:
-    """How many pods run as the operator counts them: one small answer, where hundreds of pods are waited for."""
+    """How many pods run as the operator counts them: one small answer, where hundreds of pods are
+    waited for.
+    """
     return int(
         kubectl("get", "pytorchjob", job, "-o", "jsonpath={.status.replicaStatuses.Worker.active}")
         or 0

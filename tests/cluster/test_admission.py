@@ -1,4 +1,6 @@
-"""What the API server makes of the shipped manifests, as they are and under Pod Security `restricted`."""
+"""What the API server makes of the shipped manifests, as they are and under Pod Security
+`restricted`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def k8s(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_server_admits_each_overlay_without_a_warning(
     own_cluster: Kubectl, namespace: Kubectl, k8s: Path, overlay: str
 ) -> None:
-    """Every object by a dry run on the server; what makes pods is told there too where Pod Security would refuse them."""
+    """Every object by a dry run on the server; what makes pods is told there too where Pod Security
+    would refuse them.
+    """
     done = namespace.apply_overlay(k8s, overlay, "--dry-run=server")
     assert done.returncode == 0, done.stderr
     assert not done.stderr

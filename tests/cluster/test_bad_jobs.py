@@ -1,4 +1,6 @@
-"""Jobs that cannot run: what `kubectl describe` and `convoy status` say of them, of real pods with the real image."""
+"""Jobs that cannot run: what `kubectl describe` and `convoy status` say of them, of real pods with
+the real image.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ def test_a_missing_secret(namespace: Kubectl, convoy_ok: Run, status: Status) ->
 
 @pytest.fixture
 def store(base: Kubectl) -> Kubectl:
-    """A namespace with the shipped object store in it, whose data goes with its pod, and a key of it that opens nothing."""
+    """A namespace with the shipped object store in it, whose data goes with its pod, and a key of
+    it that opens nothing.
+    """
     keys = {
         name: {"AWS_ACCESS_KEY_ID": f"{name}-key", "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}
         for name in ("owner", "guest")
@@ -162,7 +166,9 @@ def refusal(kubectl: Kubectl, name: str) -> str:
 def test_a_bucket_without_permission(
     store: Kubectl, convoy_ok: Run, status: Status, key: str, code: str
 ) -> None:
-    """With a key that the store does not know, and with one that it knows but that may not read this bucket."""
+    """With a key that the store does not know, and with one that it knows but that may not read
+    this bucket.
+    """
     until(lambda: refusal(store, key) == code, SECONDS, lambda: refusal(store, key))
     submit(
         convoy_ok,

@@ -1,4 +1,6 @@
-"""What the other tests on a cluster stand on: nodes, names, volumes, Pod Security, the operator and played nodes."""
+"""What the other tests on a cluster stand on: nodes, names, volumes, Pod Security, the operator and
+played nodes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A training job that loses something goes on by itself from its newest checkpoint, and ends as one that lost nothing."""
+"""A training job that loses something goes on by itself from its newest checkpoint, and ends as one
+that lost nothing.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def submit(line: Kubectl, name: str, *more: str) -> None:
 
 
 def train(line: Kubectl, name: str, strike: Callable[[], object] = lambda: None) -> str:
-    """A job from `convoy submit` to Succeeded, disturbed by ``strike`` once it trains; what `convoy logs --follow` printed."""
+    """A job from `convoy submit` to Succeeded, disturbed by ``strike`` once it trains; what `convoy
+    logs --follow` printed.
+    """
     submit(line, name)
     follow = [
         sys.executable,
@@ -107,7 +111,9 @@ def _terminate(line: Kubectl, job: str) -> None:
 
 
 def _out_of_memory(line: Kubectl, job: str) -> None:
-    """What lies in /dev/shm counts as the container's memory; so the kernel ends its largest process."""
+    """What lies in /dev/shm counts as the container's memory; so the kernel ends its largest
+    process.
+    """
     fill = "dd if=/dev/zero of=/dev/shm/fill bs=1M count=2048 2>/dev/null || true"
     with suppress(Refused):  # the whole container may end with it
         line("exec", f"{job}-worker-1", "--", "sh", "-c", fill)

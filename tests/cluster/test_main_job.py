@@ -1,4 +1,6 @@
-"""The whole line in pods, from the shipped manifests: services, shards, two trainings, metrics, registered models."""
+"""The whole line in pods, from the shipped manifests: services, shards, two trainings, metrics,
+registered models.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What each service account of k8s/base may do, by the API server's own list, and whether it is enough for who submits jobs."""
+"""What each service account of k8s/base may do, by the API server's own list, and whether it is
+enough for who submits jobs.
+"""
 
 from __future__ import annotations
 

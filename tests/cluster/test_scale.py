@@ -1,4 +1,6 @@
-"""ResNet-50 on hundreds of GPUs, by `convoy submit`, on nodes that kwok plays; API server, operator and scheduler are real."""
+"""ResNet-50 on hundreds of GPUs, by `convoy submit`, on nodes that kwok plays; API server, operator
+and scheduler are real.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_all_pods_of_a_job_run(
 def test_without_a_gang_two_jobs_can_hold_half_of_the_nodes_each_for_ever(
     nodes: Pool, place: Kubectl, convoy_ok: Run
 ) -> None:
-    """Which pod comes first is chance; a taint that one job tolerates plays it, and is taken away before anything is looked at."""
+    """Which pod comes first is chance; a taint that one job tolerates plays it, and is taken away
+    before anything is looked at.
+    """
     half = NODES // 2
     nodes.add(half)
     convoy_ok(*nodes.job(NODES, "first", kubectl=place))

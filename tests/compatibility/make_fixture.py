@@ -1,9 +1,11 @@
-"""Writes ``fixture/``: what Convoy 0.1.0 left on disk. Later versions must read it (``test_compatibility.py``).
+"""Writes ``fixture/``: what Convoy 0.1.0 left on disk. Later versions must read it
+(``test_compatibility.py``).
 
-Run it only with the version whose files are to be kept: ``python tests/compatibility/make_fixture.py``.
-It holds a packed dataset, a checkpoint of a run on two ranks (fp16, ZeRO 1, EMA) after half of its
-steps, the weights and the loss with which that version finished the run from there, and a registered
-model with its predictions, without the native decoder that belongs to one kind of machine.
+Run it only with the version whose files are to be kept: ``python
+tests/compatibility/make_fixture.py``. It holds a packed dataset, a checkpoint of a run on two ranks
+(fp16, ZeRO 1, EMA) after half of its steps, the weights and the loss with which that version
+finished the run from there, and a registered model with its predictions, without the native decoder
+that belongs to one kind of machine.
 """
 
 import json

@@ -1,10 +1,11 @@
 """One set of processes, many ways to train the same network: ``torchrun cells.py FILE``.
 
-FILE holds a list of cells, digits.npz beside it their images. Each cell is trained for some steps by the project's engine and, by
-rank 0, by the plain loop of ``reference.py``. Rank 0 writes how they compare to FILE.out.
+FILE holds a list of cells, digits.npz beside it their images. Each cell is trained for some steps
+by the project's engine and, by rank 0, by the plain loop of ``reference.py``. Rank 0 writes how
+they compare to FILE.out.
 
-A cell's options are those of ``options.py``. It may ``save`` a checkpoint below a folder after half of the steps, or resume from
-one that it ``load``s.
+A cell's options are those of ``options.py``. It may ``save`` a checkpoint below a folder after half
+of the steps, or resume from one that it ``load``s.
 """
 
 import hashlib
@@ -51,11 +52,15 @@ NETWORKS = {
 
 
 RATES = {"no batch norm": 0.0003, "batch norm": 0.0001, "auxiliary heads": 0.0003}
-"""Learning rates at which 20 steps do not make more of a rounding than they may: batch norm over one image does at more."""
+"""Learning rates at which 20 steps do not make more of a rounding than they may: batch norm over
+one image does at more.
+"""
 
 
 def images_and_labels() -> tuple[np.ndarray, np.ndarray]:
-    """Real digits, uint8 [steps, batch, 16, 16, 3], and their labels; the last batch holds only 11 samples, the rest padding."""
+    """Real digits, uint8 [steps, batch, 16, 16, 3], and their labels; the last batch holds only 11
+    samples, the rest padding.
+    """
     digits = np.load(Path(sys.argv[1]).with_name("digits.npz"))
     pixels = (
         (digits["images"][: GLOBAL * STEPS] * (255 / 16))
@@ -68,7 +73,9 @@ def images_and_labels() -> tuple[np.ndarray, np.ndarray]:
 
 
 def weights_of(step: int, short: bool) -> np.ndarray:
-    """1 for each sample, 0 for padding. ``short``: not only the last batch, but each fifth is, one of them to a single sample."""
+    """1 for each sample, 0 for padding. ``short``: not only the last batch, but each fifth is, one
+    of them to a single sample.
+    """
     samples = {9: 1, 4: 7, 14: 13, STEPS - 1: 11} if short else {STEPS - 1: 11}
     return (np.arange(GLOBAL) < samples.get(step, GLOBAL)).astype(np.float32)
 
@@ -114,7 +121,9 @@ def network_of(config: RunConfig) -> torch.nn.Sequential:
 def with_engine(
     cell: dict, config: RunConfig, batch: BatchPlan, device: torch.device, rank: int
 ) -> dict:
-    """Losses by step, the final state, that of the moving averages, and the steps that fp16 skipped."""
+    """Losses by step, the final state, that of the moving averages, and the steps that fp16
+    skipped.
+    """
     pixels, labels = images_and_labels()
     model = network_of(config)
     folder = cell.get("save") or cell.get("load")
@@ -218,7 +227,9 @@ def digest(state: dict) -> str:
 
 
 def norms_apart(got: dict[int, float | None], want: dict[int, float | None], steps: range) -> float:
-    """The largest relative difference of a step's gradient norm; infinite if one is reported and the other is not."""
+    """The largest relative difference of a step's gradient norm; infinite if one is reported and
+    the other is not.
+    """
     pairs = [(norm, want[step]) for step, norm in got.items() if step in steps]
     if any((a is None) != (b is None) for a, b in pairs):
         return math.inf

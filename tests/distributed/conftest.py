@@ -1,4 +1,6 @@
-"""What the tests of several topologies share: they run in one worker, so that each set of processes is started once."""
+"""What the tests of several topologies share: they run in one worker, so that each set of processes
+is started once.
+"""
 
 import pytest
 from topologies import Trainings

@@ -11,7 +11,8 @@ def distance(
     first: Mapping[str, Tensor] | None = None,
     running: bool = False,
 ) -> float:
-    """Of the trained parameters, as a part of their length, or of the way that they have come since ``first``.
+    """Of the trained parameters, as a part of their length, or of the way that they have come since
+    ``first``.
 
     ``running``: of batch norm's running statistics instead.
     """

@@ -1,4 +1,5 @@
-"""One rank of a training in which a real step fails: ``failing_step.py KIND RANK RECIPE key=value ...``.
+"""One rank of a training in which a real step fails: ``failing_step.py KIND RANK RECIPE key=value
+...``.
 
 A forward hook on every module (torch's public one) raises in the third step of the given rank.
 """

@@ -1,4 +1,6 @@
-"""Channels-last weights under ZeRO 0 and 1: ``torchrun layouts.py FILE``. Rank 0 writes to FILE what differs from a plain loop."""
+"""Channels-last weights under ZeRO 0 and 1: ``torchrun layouts.py FILE``. Rank 0 writes to FILE
+what differs from a plain loop.
+"""
 
 import json
 import sys

@@ -1,4 +1,6 @@
-"""The training options that the reference grid crosses with every topology, ZeRO stage and precision."""
+"""The training options that the reference grid crosses with every topology, ZeRO stage and
+precision.
+"""
 
 from typing import Any
 
@@ -13,8 +15,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lars": {"optimizer.name": "lars", "optimizer.base_lr": 0.01},
     "lamb": {"optimizer.name": "lamb", "optimizer.base_lr": 0.0003},
 }
-"""Recipe keys by update rule. LARS moves a weight by a thousandth of its norm times the learning rate, and vectors that do not
-decay by the learning rate itself: at a larger one these amplify rounding."""
+"""Recipe keys by update rule. LARS moves a weight by a thousandth of its norm times the learning
+rate, and vectors that do not decay by the learning rate itself: at a larger one these amplify
+rounding.
+"""
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "clip": {},  # its norm depends on the network
@@ -49,7 +53,9 @@ PRESETS: dict[str, Cell] = {
     "all switches": dict.fromkeys(SWITCHES, True),
     "adamw, all switches": {"optimizer": "adamw"} | dict.fromkeys(SWITCHES, True),
 }
-"""Combinations that `make matrix` crosses with every topology, ZeRO stage and precision, by their name in docs/matrix.md."""
+"""Combinations that `make matrix` crosses with every topology, ZeRO stage and precision, by their
+name in docs/matrix.md.
+"""
 
 
 def values_of(option: str) -> tuple[Any, ...]:

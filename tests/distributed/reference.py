@@ -1,7 +1,8 @@
-"""The reference: one process, fp32, a plain torch loop over the same global batches in the same micro-batches.
+"""The reference: one process, fp32, a plain torch loop over the same global batches in the same
+micro-batches.
 
-Nothing in it knows of ranks, stages or DeepSpeed. Clipping, AdamW, label smoothing and moving averages are torch's, mixing is
-timm's; LARS and LAMB follow the algorithms of their papers.
+Nothing in it knows of ranks, stages or DeepSpeed. Clipping, AdamW, label smoothing and moving
+averages are torch's, mixing is timm's; LARS and LAMB follow the algorithms of their papers.
 """
 
 import math
@@ -18,7 +19,9 @@ from trainer.engine.dropout_rng import dropout_seed
 
 
 class Lars(torch.optim.Optimizer):
-    """You et al. 2017, algorithm 1, with Nesterov's momentum, and no trust ratio for weights that do not decay."""
+    """You et al. 2017, algorithm 1, with Nesterov's momentum, and no trust ratio for weights that
+    do not decay.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
         super().__init__(groups, {"lr": lr})
@@ -106,7 +109,9 @@ def mixed(images: Tensor, mix: Mix | None) -> tuple[Tensor, float]:
 
 
 def losses_of(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """One loss per sample. target: int64 labels [N], or timm's mixed targets [N, classes], which are smoothed already."""
+    """One loss per sample. target: int64 labels [N], or timm's mixed targets [N, classes], which
+    are smoothed already.
+    """
     if target.dim() == 1:
         return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
     return torch.sum(-target * F.log_softmax(logits, dim=-1), dim=-1)
@@ -124,9 +129,9 @@ def train(
 ) -> dict[str, Any]:
     """Losses and gradient norms by step, the trained state, and that of the moving averages.
 
-    ``data``: a step's images [N, 3, H, W], labels [N] and weights [N]. ``together``: neighbouring micro-batches that pass through
-    the network as one and share their batch-norm statistics. ``skipped``: steps whose gradients overflow fp16, so that the
-    weights stay as they are.
+    ``data``: a step's images [N, 3, H, W], labels [N] and weights [N]. ``together``: neighbouring
+    micro-batches that pass through the network as one and share their batch-norm statistics.
+    ``skipped``: steps whose gradients overflow fp16, so that the weights stay as they are.
     """
     from timm.data.mixup import mixup_target  # takes seconds, which the other ranks need not spend
 

@@ -1,4 +1,6 @@
-"""Errors raised inside a real training step: what each rank reports, its exit code and what it leaves."""
+"""Errors raised inside a real training step: what each rank reports, its exit code and what it
+leaves.
+"""
 
 import json
 import os

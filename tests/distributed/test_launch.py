@@ -63,7 +63,9 @@ def _family(process: subprocess.Popen) -> list[psutil.Process]:
 def test_a_local_run_depends_on_nothing_in_its_directory_and_environment(
     digits: Path, tmp_path: Path
 ) -> None:
-    """Two ranks, so that they must meet: modules that shadow, leftovers of launchers, a host without a name, a reader that goes."""
+    """Two ranks, so that they must meet: modules that shadow, leftovers of launchers, a host
+    without a name, a reader that goes.
+    """
     place = tmp_path / "ein Verzeichnis mit Umläuten"
     place.mkdir()
     for name in (
@@ -138,7 +140,9 @@ def test_a_run_that_is_ended_has_its_status_in_mlflow_and_no_process_left(
     client: MlflowClient,
     tmp_path: Path,
 ) -> None:
-    """A signal to the launcher; SIGKILL, as the kernel sends it when memory runs out, to the only rank."""
+    """A signal to the launcher; SIGKILL, as the kernel sends it when memory runs out, to the only
+    rank.
+    """
     out = tmp_path / "out"
     more = [
         "train.epochs=10000",

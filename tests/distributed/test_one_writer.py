@@ -1,4 +1,6 @@
-"""A training that runs owns its places: another one is refused and changes nothing; a killed one is succeeded at once."""
+"""A training that runs owns its places: another one is refused and changes nothing; a killed one is
+succeeded at once.
+"""
 
 from pathlib import Path
 

@@ -1,7 +1,9 @@
-"""Every way to spread a training over ranks follows one plain loop in fp32: the same algorithm at every scale.
+"""Every way to spread a training over ranks follows one plain loop in fp32: the same algorithm at
+every scale.
 
-``make test`` trains a set of cells in which each pair of values of topology, ZeRO stage, precision, network and training options
-occurs; ``make matrix`` trains every topology plainly, and every preset of options on every topology for one network.
+``make test`` trains a set of cells in which each pair of values of topology, ZeRO stage, precision,
+network and training options occurs; ``make matrix`` trains every topology plainly, and every preset
+of options on every topology for one network.
 """
 
 import itertools
@@ -58,7 +60,8 @@ def test_what_does_not_learn_or_cannot_work_is_refused() -> None:
     assert not refused(stages=2, zero=1, precision="fp16")
 
 
-# --- how layers are split ---------------------------------------------------------------------------------------------
+# --- how layers are split
+# ---------------------------------------------------------------------------------------------
 
 
 def _all_splits(costs: list[int], stages: int) -> Iterator[list[int]]:

@@ -1,4 +1,6 @@
-"""The launcher as a pod of a job runs it: several of them on this machine, with the training-operator's variables."""
+"""The launcher as a pod of a job runs it: several of them on this machine, with the
+training-operator's variables.
+"""
 
 import json
 import os
@@ -34,7 +36,9 @@ def _settings(digits: Path, out: Path, *more: str) -> list[str]:
 def _pods(
     settings: list[str], folder: Path, nodes: int = 2, more: Mapping[str, str] | None = None
 ) -> Iterator[list[subprocess.Popen]]:
-    """``nodes`` launchers of one rank. The first is known by its host's name, as the pod that the operator calls worker-0."""
+    """``nodes`` launchers of one rank. The first is known by its host's name, as the pod that the
+    operator calls worker-0.
+    """
     (port,) = _free_ports(1)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -197,8 +201,8 @@ def test_a_rank_that_hangs_writes_its_stacks_and_ends_with_144(
         assert pods[1].wait(timeout=240) == 144, _log(tmp_path, 1)
     text = _log(tmp_path)
     assert "no step for 0.1 minutes (train.hang_minutes); its threads are above" in text
-    assert "loop.py" in text
-    assert "in agreed" in text or "in step" in text
+    assert "trainer.py" in text
+    assert "in any_rank_received" in text or "in step" in text
 
 
 @pytest.mark.parametrize(

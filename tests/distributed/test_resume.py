@@ -1,4 +1,6 @@
-"""A checkpoint of one topology goes on on any other, follows the same plain loop, and on its own is bit-equal to no stop at all."""
+"""A checkpoint of one topology goes on on any other, follows the same plain loop, and on its own is
+bit-equal to no stop at all.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""A training with a password in every place where a user could put one: it is in nothing that the run makes."""
+"""A training with a password in every place where a user could put one: it is in nothing that the
+run makes.
+"""
 
 import threading
 from base64 import b64encode
@@ -24,7 +26,9 @@ IN_RECIPE, IN_OVERRIDE, IN_VARIABLE, OF_PROXY = (
 
 
 def _leaks(content: bytes, secrets: list[str]) -> list[str]:
-    """Those of ``secrets`` that ``content`` holds: as they are, percent-encoded, or in base64, alone and after a user name."""
+    """Those of ``secrets`` that ``content`` holds: as they are, percent-encoded, or in base64,
+    alone and after a user name.
+    """
     found = []
     for secret in secrets:
         forms = {secret, quote(secret, safe=""), quote(secret)}

@@ -1,4 +1,6 @@
-"""Runs that are stopped and go on: by the real command, with real signals, against one that nothing disturbed."""
+"""Runs that are stopped and go on: by the real command, with real signals, against one that nothing
+disturbed.
+"""
 
 import json
 import random
@@ -135,8 +137,9 @@ def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ran
     digits: Path, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, bucket: str, undisturbed: Path,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Three ranks are killed at a random step; two resume from a copy of their checkpoints in the object store, then one from
-    the folder."""
+    """Three ranks are killed at a random step; two resume from a copy of their checkpoints in the
+    object store, then one from the folder.
+    """
     out, other, url = tmp_path / "killed", tmp_path / "other", f"{bucket}/{tmp_path.name}"
     keys = ["checkpoint.every_steps=3", "checkpoint.keep=2", "data.log_keys=true"]
     last = random.Random(str(tmp_path)).randrange(STEPS // 3, STEPS - 10)

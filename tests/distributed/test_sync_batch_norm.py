@@ -26,7 +26,9 @@ CASES = [
 
 
 def _batch(step: int, offset: float, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Input and the loss's gradient, of both ranks; channels of different scale, ranks of different mean."""
+    """Input and the loss's gradient, of both ranks; channels of different scale, ranks of different
+    mean.
+    """
     torch.manual_seed(step)
     x = torch.randn(8, CHANNELS, 6, 4) * torch.arange(1.0, CHANNELS + 1).view(1, -1, 1, 1) + offset
     x[SHARES[1]] += 0.7

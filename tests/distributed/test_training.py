@@ -125,7 +125,8 @@ def test_from_shards_to_a_registered_model(
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {"recipe.yaml", "config.json", "environment.txt"} <= artifacts
 
-    # the figures are right, and the registry's model gives them again in a process that knows nothing of us
+    # the figures are right, and the registry's model gives them again in a process that knows
+    # nothing of us
     top1, top5 = _plain_top(tmp_path / "out/model.safetensors", digits_folder)
     assert (result["top1"], result["top5"]) == pytest.approx((top1, top5), abs=1e-9)
     version = client.get_model_version_by_alias("digits", "champion")
@@ -201,7 +202,9 @@ def test_ranks_and_accumulation_follow_a_plain_loop(
     digits_folder: Path,
     tmp_path: Path,
 ) -> None:
-    """Losses of every step and the final weights; 600 samples do not divide by 70, so an epoch's last batch is short."""
+    """Losses of every step and the final weights; 600 samples do not divide by 70, so an epoch's
+    last batch is short.
+    """
     settings = [
         f"data.train={digits}/train",
         "data.val=null",
@@ -236,7 +239,9 @@ def test_ranks_and_accumulation_follow_a_plain_loop(
 def _plain_loop(
     digits: Path, folder: Path, micro_batches: int, epochs: int, global_size: int, window: int
 ) -> tuple[list[float], torch.nn.Module]:
-    """One process, torch's own optimizer, mean loss over the global batch's real samples, micro-batches one after another."""
+    """One process, torch's own optimizer, mean loss over the global batch's real samples,
+    micro-batches one after another.
+    """
     index, _ = open_index(str(digits / "train"))
     images, labels, keys = _split(folder, "train")
     row = {key: i for i, key in enumerate(keys)}
@@ -361,7 +366,9 @@ def test_a_name_that_the_registry_rejects_ends_the_run_before_anything_is_change
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not even by checkpoint.resume=never; on two ranks, with a database that is made for the check."""
+    """Not even by checkpoint.resume=never; on two ranks, with a database that is made for the
+    check.
+    """
     monkeypatch.chdir(tmp_path)  # where MLflow keeps the artifacts of a SQLite database
     settings = [
         f"data.train={digits}/train",
@@ -415,7 +422,8 @@ def test_a_version_becomes_champion_when_it_is_not_worse(
     assert client.get_model_version_by_alias("ladder", "champion").version == "4"
 
 
-# --- what goes wrong while it runs ------------------------------------------------------------------------------------
+# --- what goes wrong while it runs
+# ------------------------------------------------------------------------------------
 
 
 def test_a_killed_rank_ends_the_other_and_asks_for_a_retry(digits: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Ways to spread a training over ranks, and sets of processes that train by many of them: starting torch costs seconds."""
+"""Ways to spread a training over ranks, and sets of processes that train by many of them: starting
+torch costs seconds.
+"""
 
 import itertools
 import json
@@ -62,8 +64,10 @@ def refusal(cell: Cell) -> str | None:
 
 
 def covering() -> list[Cell]:
-    """Cells in which every pair of values of all keys and options occurs that is allowed, and clipping with every combination of
-    stages, ZeRO and precision. Chosen greedily, cheap ones first."""
+    """Cells in which every pair of values of all keys and options occurs that is allowed, and
+    clipping with every combination of stages, ZeRO and precision. Chosen greedily, cheap ones
+    first.
+    """
     cores = [cell | {"optimizer": name} for cell in allowed_cells() for name in OPTIMIZERS]
     cores = [core for core in cores if not refusal(core)]
     groups = [
@@ -146,8 +150,9 @@ def _seconds(cell: Cell) -> float:
 
 
 def cells_of_presets() -> list[Cell]:
-    """Every preset on every topology with every ZeRO stage and precision, for the network with batch norm, at two steps of
-    accumulation."""
+    """Every preset on every topology with every ZeRO stage and precision, for the network with
+    batch norm, at two steps of accumulation.
+    """
     bases = [c for c in allowed_cells() if c["network"] == "batch norm" and c["accumulation"] == 2]
     cells = [
         base | preset | {"preset": name, "kind": "preset"}
@@ -250,7 +255,8 @@ def deviation(result: dict) -> str | None:
     return f"{ {k: v for k, v in result.items() if k != 'losses'} }"
 
 
-# --- trainings that are stopped and go on -----------------------------------------------------------------------------
+# --- trainings that are stopped and go on
+# -----------------------------------------------------------------------------
 
 MICRO = 4
 """Four micro-batches a step, on one, two or four copies of the model."""
@@ -315,8 +321,9 @@ def cells_that_save(folder: Path) -> list[Cell]:
 
 
 def cells_that_load(saving: list[Cell]) -> list[Cell]:
-    """Those that resume from each checkpoint: the same training, spread in any way. Without the matrix it is the next one, and
-    for two of plain fp32 itself too."""
+    """Those that resume from each checkpoint: the same training, spread in any way. Without the
+    matrix it is the next one, and for two of plain fp32 itself too.
+    """
     loading = []
     for number, cell in enumerate(saving):
         kin = [
@@ -340,7 +347,9 @@ def cells_that_load(saving: list[Cell]) -> list[Cell]:
 
 
 class Trainings:
-    """All trainings, those on so many ranks in one set of processes, run when they are first asked for."""
+    """All trainings, those on so many ranks in one set of processes, run when they are first asked
+    for.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,6 @@
-"""Pod Security ``restricted``, and what scanners of manifests ask beside it, told of any object that makes pods."""
+"""Pod Security ``restricted``, and what scanners of manifests ask beside it, told of any object
+that makes pods.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +31,9 @@ def templates(document: Object) -> list[Object]:
 
 
 def faults(template: Object) -> Iterator[str]:
-    """What the API server would refuse, or warn of, in a namespace that enforces ``restricted``; and what we ask beside it."""
+    """What the API server would refuse, or warn of, in a namespace that enforces ``restricted``;
+    and what we ask beside it.
+    """
     pod = template["spec"]
     outer = pod.get("securityContext") or {}
     if any(pod.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")):

@@ -1,4 +1,6 @@
-"""The manifests as kustomize renders them: valid by Kubernetes' own schemas, within ``restricted``, and without secrets in git."""
+"""The manifests as kustomize renders them: valid by Kubernetes' own schemas, within ``restricted``,
+and without secrets in git.
+"""
 
 import re
 import shutil
@@ -18,7 +20,8 @@ VERSIONS = ("1.34", "1.37")
 COMPONENTS = sorted(path.name for path in (ROOT / "k8s/components").iterdir())
 OVERLAYS = ("local", "gpu-8", "gpu-64", "gpu-512")
 FOLDERS = ("base", "base/services", "jobs", *(f"overlays/{name}" for name in OVERLAYS))
-# Kinds of others, which no schema of Kubernetes tells of. A PyTorchJob is checked by its SDK in test_render.py, and its pods here.
+# Kinds of others, which no schema of Kubernetes tells of. A PyTorchJob is checked by its SDK in
+# test_render.py, and its pods here.
 OTHERS = ("kubeflow.org/", "kueue.x-k8s.io/", "scheduling.volcano.sh/", "monitoring.coreos.com/")
 
 
@@ -167,7 +170,9 @@ def _matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 def _open(
     policies: Documents, way: str, own: dict[str, str], other: dict[str, str], port: int
 ) -> bool:
-    """Whether ``own`` may reach (``egress``), or be reached by (``ingress``), ``other`` at a TCP port."""
+    """Whether ``own`` may reach (``egress``), or be reached by (``ingress``), ``other`` at a TCP
+    port.
+    """
     specs = [
         p["spec"]
         for p in policies
@@ -188,7 +193,9 @@ def _open(
 def test_the_network_rules_open_these_ways_and_no_others(
     kustomize: Callable[[Path], Documents], k8s: Path
 ) -> None:
-    """Between the pods of the overlay that has them all, as a network plugin that enforces the rules must read them."""
+    """Between the pods of the overlay that has them all, as a network plugin that enforces the
+    rules must read them.
+    """
     documents = kustomize(k8s / "overlays/local")
     policies = [d for d in documents if d["kind"] == "NetworkPolicy"]
     labels = [t["metadata"]["labels"] for d in documents for t in templates(d)]
@@ -239,7 +246,9 @@ def test_each_file_says_how_it_is_used_and_holds_no_secret() -> None:
 def test_the_operator_is_pinned_and_its_flags_are_raised(
     kustomize: Callable[[Path], Documents], tmp_path: Path
 ) -> None:
-    """Against a stand-in for the remote base, which only a network has; tests/cluster runs the operator itself."""
+    """Against a stand-in for the remote base, which only a network has; tests/cluster runs the
+    operator itself.
+    """
     own = ROOT / "k8s/third-party/training-operator"
     text = (own / "kustomization.yaml").read_text()
     assert re.findall(r"^  - https://\S+$", text, re.MULTILINE) == [

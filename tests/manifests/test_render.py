@@ -1,4 +1,6 @@
-"""``convoy render`` against Kubeflow's own model of a PyTorchJob, Kubernetes' schema of pods, and what users get wrong."""
+"""``convoy render`` against Kubeflow's own model of a PyTorchJob, Kubernetes' schema of pods, and
+what users get wrong.
+"""
 
 import shlex
 from pathlib import Path
@@ -61,7 +63,9 @@ def test_kubeflows_own_model_loses_nothing(options: JobOptions) -> None:
 
 
 def test_what_the_operator_needs() -> None:
-    """FACTS of training-operator 1.9.3: workers alone, an elastic policy without restarts, ExitCode, one container's name."""
+    """FACTS of training-operator 1.9.3: workers alone, an elastic policy without restarts,
+    ExitCode, one container's name.
+    """
     job = _job("resnet50", "batch.global_size=8192", options=JobOptions(64, 8))
     spec = job["spec"]
     assert list(spec["pytorchReplicaSpecs"]) == ["Worker"]
@@ -223,7 +227,9 @@ def _shipped() -> list[Path]:
 def test_the_shipped_jobs_are_what_render_makes(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each file's first line makes it again. In this process: to import what it needs takes seconds."""
+    """Each file's first line makes it again. In this process: to import what it needs takes
+    seconds.
+    """
     command = shlex.split(path.read_text().splitlines()[0].removeprefix("# Made by: "))
     monkeypatch.setattr("sys.argv", command)
     app(command[1:], standalone_mode=False)

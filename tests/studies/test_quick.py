@@ -1,4 +1,6 @@
-"""`convoy study all --quick`, stopped once on the way: every study ends with a result, and nothing is trained twice."""
+"""`convoy study all --quick`, stopped once on the way: every study ends with a result, and nothing
+is trained twice.
+"""
 
 import json
 import os

@@ -140,7 +140,8 @@ def test_flip_is_for_half_of_them(photographs: list[Image.Image]) -> None:
     assert 430 < flipped < 570
 
 
-# --- RandAugment, TrivialAugment, random erasing ----------------------------------------------------------------------
+# --- RandAugment, TrivialAugment, random erasing
+# ----------------------------------------------------------------------
 
 
 def _torchvisions(name: str, image: Image.Image, strength: float) -> Image.Image:
@@ -182,7 +183,9 @@ def test_each_change_is_torchvisions(photographs: list[Image.Image], name: str) 
 
 @pytest.mark.parametrize("policy", ["rand", "trivial"])
 def test_changes_are_drawn_as_torchvisions(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The strengths that each change gets, against the table that torchvision's transform draws from."""
+    """The strengths that each change gets, against the table that torchvision's transform draws
+    from.
+    """
     drawn: dict[str, set[float]] = {name: set() for name in CHANGES}
     monkeypatch.setattr(
         "trainer.data.transforms.auto_augment.change",

@@ -1,4 +1,6 @@
-"""The settings of S3 that AWS's own tools read are read as they read them; nothing reaches the store's client that it panics on."""
+"""The settings of S3 that AWS's own tools read are read as they read them; nothing reaches the
+store's client that it panics on.
+"""
 
 import os
 import ssl

@@ -1,4 +1,6 @@
-"""The user's mistakes, through the real commands: one clear line, exit code 2, nothing half-written."""
+"""The user's mistakes, through the real commands: one clear line, exit code 2, nothing
+half-written.
+"""
 
 import shutil
 import socket
@@ -49,7 +51,8 @@ def _one_line(told: str) -> str:
         ("model.num_classes=3", "model.num_classes: 3 is less than the 10 classes"),
         (
             "schedule.warmup_epochs=99",
-            "schedule.warmup_epochs: 99.0 epochs are 990 steps, but the run has 100; use less than 10",
+            "schedule.warmup_epochs: 99.0 epochs are 990 steps, but the run has 100; use less "
+            "than 10",
         ),
         ("tracking.register_as=name", "tracking.register_as: needs a server"),
     ],

@@ -1,4 +1,6 @@
-"""The cache before a store: true bytes always, each block fetched once a node, bounded, and whole after any kill."""
+"""The cache before a store: true bytes always, each block fetched once a node, bounded, and whole
+after any kill.
+"""
 
 import hashlib
 import logging
@@ -232,7 +234,8 @@ def test_threads_that_want_the_same_fetch_it_once(shards: Path, tmp_path: Path) 
     assert store.counts.bytes == SIZES["a.tar"]
 
 
-# Processes -----------------------------------------------------------------------------------------------------------------------
+# Processes
+# -----------------------------------------------------------------------------------------------------------------------
 
 _FORKS = multiprocessing.get_context(
     "forkserver"
@@ -279,7 +282,9 @@ def _hammer(shards: Path, folder: Path, seed: int, stop: Event, reads: Any) -> N
 
 
 def test_processes_that_are_killed_harm_nobody(shards: Path, tmp_path: Path) -> None:
-    """Four processes over a small bound; one after another is killed at a random time, and another takes its place."""
+    """Four processes over a small bound; one after another is killed at a random time, and another
+    takes its place.
+    """
     stop, reads = _FORKS.Event(), [_FORKS.Value("q", 0) for _ in range(4)]
 
     def start(number: int, seed: int) -> Any:
@@ -351,7 +356,8 @@ def test_a_writer_that_stands_still_blocks_nobody(
     assert store.counts.bytes == 10 + 2 * BLOCK
 
 
-# Disks ---------------------------------------------------------------------------------------------------------------------------
+# Disks
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -426,7 +432,8 @@ def test_files_that_may_not_be_so_large(
     assert store.counts.bytes == 2 * SIZES["a.tar"]
 
 
-# SHA-256 -------------------------------------------------------------------------------------------------------------------------
+# SHA-256
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_digests(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Checkpoints on a disk and in an object store: whole or none, newest good one first, others passed over and told."""
+"""Checkpoints on a disk and in an object store: whole or none, newest good one first, others passed
+over and told.
+"""
 
 import json
 import os
@@ -207,7 +209,9 @@ checkpoints.wait()
 
 
 def test_a_full_disk_is_told_and_the_old_one_stays(tmp_path: Path) -> None:
-    """A file system of its own with room for 200 kB where mounts are allowed; else files of at most that size."""
+    """A file system of its own with room for 200 kB where mounts are allowed; else files of at most
+    that size.
+    """
     url = tmp_path / "checkpoints"
     url.mkdir()
     code = FULL.format(tests=str(Path(__file__).parent), url=str(url))

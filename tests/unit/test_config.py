@@ -53,7 +53,8 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     for part in (
         "'nonsense' is not of the form key=value",
         "batch.global_size: 'many' is wrong: input should be a valid integer",
-        "schedule.name: 'linear' is wrong: input should be 'cosine', 'step', 'polynomial' or 'constant'",
+        "schedule.name: 'linear' is wrong: input should be 'cosine', 'step', 'polynomial' or "
+        "'constant'",
         "data.wrokers: unknown key; did you mean data.workers?",
         "train.epochs: 0 is wrong: input should be greater than or equal to 1",
     ):

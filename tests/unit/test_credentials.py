@@ -280,7 +280,9 @@ def test_secrets_of_the_environment_are_hidden_in_what_is_reported(
 def test_credentials_of_an_override_are_in_no_command_line_after_the_command_has_started(
     recipe: Path,
 ) -> None:
-    """`convoy train` replaces itself by the launcher; what it is called with then is what everybody on the machine can read."""
+    """`convoy train` replaces itself by the launcher; what it is called with then is what everybody
+    on the machine can read.
+    """
     code = (
         "import os, sys; os.execv = lambda program, command: sys.exit(' '.join(command));"
         "sys.argv[1:] = ['train', 'digits-resnet8', 'tracking.uri=http://me:hunter2@host'];"

@@ -1,4 +1,6 @@
-"""Decoding against Pillow's own decode, crop and resize, and torchvision's; everything that ImageNet holds; hostile bytes."""
+"""Decoding against Pillow's own decode, crop and resize, and torchvision's; everything that
+ImageNet holds; hostile bytes.
+"""
 
 import io
 import random
@@ -48,7 +50,9 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 
 def as_440(jpeg: bytes) -> bytes:
-    """A baseline 4:2:2 file relabelled 4:4:0, which has as many blocks: half as wide, twice as high, in another order."""
+    """A baseline 4:2:2 file relabelled 4:4:0, which has as many blocks: half as wide, twice as
+    high, in another order.
+    """
     at = jpeg.index(b"\xff\xc0\x00\x11\x08")
     height, width = struct.unpack(">HH", jpeg[at + 5 : at + 9])
     size = struct.pack(">HH", -(-height // 8) * 16, -(-width // 16) * 8)

@@ -1,4 +1,6 @@
-"""Batch arithmetic, learning rate, loss and counts, against plain torch and the formulas of the papers."""
+"""Batch arithmetic, learning rate, loss and counts, against plain torch and the formulas of the
+papers.
+"""
 
 import math
 
@@ -150,7 +152,9 @@ def test_an_update_by_each_rule(name: str) -> None:
 
 
 def test_sgd_needs_no_momentum_correction() -> None:
-    """Goyal et al. 2017, 3, remark 2: a velocity that holds the rate must be scaled when that changes; torch's does not."""
+    """Goyal et al. 2017, 3, remark 2: a velocity that holds the rate must be scaled when that
+    changes; torch's does not.
+    """
     weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     layer = torch.nn.Module()
     layer.weight = weight

@@ -1,4 +1,5 @@
-"""Classification of device, driver, interconnect and memory errors, and the record of failing nodes.
+"""Classification of device, driver, interconnect and memory errors, and the record of failing
+nodes.
 
 The messages are those of CUDA, cuDNN, cuBLAS, NCCL, NVML, gloo and the kernel as users report them.
 """
@@ -46,7 +47,8 @@ def _raised(error: BaseException) -> BaseException:
 
 DEVICE_FAULTS = [
     torch.AcceleratorError(
-        "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be asynchronously"
+        "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be "
+        "asynchronously"
     ),
     torch.AcceleratorError("CUDA error: uncorrectable NVLink error detected during the execution"),
     torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
@@ -109,7 +111,8 @@ LOST_PEERS = [
     dist.DistNetworkError("The client socket has timed out after 600000ms while trying to connect"),
     dist.DistStoreError("wait timeout after 300000ms, keys: /default_pg/0"),
     RuntimeError(
-        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711"
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer "
+        "[127.0.0.1]:4711"
     ),
     ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
     OSError(errno.EHOSTUNREACH, "No route to host"),
@@ -127,7 +130,8 @@ PROGRAM_ERRORS = [
     RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 4x8)"),
     RuntimeError(
-        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 "
+        "and cpu!"
     ),
     dist.DistBackendError(
         _NCCL.format(
@@ -137,7 +141,8 @@ PROGRAM_ERRORS = [
     RuntimeError("ProcessGroupGloo::allreduce: unsupported layout"),
     RuntimeError("ProcessGroupNCCL does not support gather of bool tensors"),
     RuntimeError(
-        "[enforce fail at ../gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 2048 vs 1024"
+        "[enforce fail at ../gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. "
+        "2048 vs 1024"
     ),
     FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
     BrokenPipeError(errno.EPIPE, "Broken pipe"),
@@ -217,7 +222,8 @@ def test_memory_that_ran_out_is_the_users_to_fix_and_says_how(
     assert "precision=bf16" in advice
     gpu = [
         torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+            "79.10 GiB"
         ),
         torch.AcceleratorError("CUDA error: out of memory"),
         RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
@@ -335,7 +341,8 @@ def test_a_pod_that_sees_fewer_gpus_than_it_requested_is_retried_elsewhere(
         check_gpus(1, 2)
 
 
-# --- which node fails again and again ---------------------------------------------------------------------------------
+# --- which node fails again and again
+# ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

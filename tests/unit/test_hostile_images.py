@@ -137,7 +137,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def with_a_cut_image(tmp_path: Path, convoy_ok: Run) -> str:
-    """An indexed shard of 8 images; the sixth is cut in its middle, as a shard that somebody else wrote may hold it."""
+    """An indexed shard of 8 images; the sixth is cut in its middle, as a shard that somebody else
+    wrote may hold it.
+    """
     folder = tmp_path / "shards"
     folder.mkdir()
     content = b""

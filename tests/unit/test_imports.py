@@ -1,4 +1,6 @@
-"""Imports go one way: the layout's order, and never from the program in the pods to what stands around them."""
+"""Imports go one way: the layout's order, and never from the program in the pods to what stands
+around them.
+"""
 
 import ast
 import subprocess
@@ -110,7 +112,8 @@ def test_a_rank_that_tracks_nothing_does_not_load_mlflow() -> None:
     code = (
         "import sys; from trainer.distributed import env, process_group as group;"
         "group.join(env.DistEnv.from_env()); group.leave();"
-        "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules and 'pandas' not in sys.modules; import mlflow"
+        "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules and 'pandas' not in "
+        "sys.modules; import mlflow"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

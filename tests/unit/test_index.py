@@ -1,4 +1,6 @@
-"""Only an index that describes its shards exactly is read, and only one that can be read is written."""
+"""Only an index that describes its shards exactly is read, and only one that can be read is
+written.
+"""
 
 import json
 from pathlib import Path

@@ -304,7 +304,9 @@ except Preempted as error:
 
 
 def test_a_process_that_is_blocked_in_native_code_ends_all_the_same() -> None:
-    """A mutex that is locked twice does not return on a signal, nor does a connection attempt inside a library."""
+    """A mutex that is locked twice does not return on a signal, nor does a connection attempt
+    inside a library.
+    """
     done = _signalled("""
 import ctypes, threading, trainer.process.stop_signals as module
 module._STUCK_SECONDS = 0.5

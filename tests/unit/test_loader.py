@@ -1,4 +1,6 @@
-"""The loader: what a rank gets is its slice of one order, from any step, however it is read, decoded and cut."""
+"""The loader: what a rank gets is its slice of one order, from any step, however it is read,
+decoded and cut.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -83,7 +85,9 @@ def _rank(
 def test_any_ranks_workers_and_start_give_the_same_samples(
     digits: Path, split: tuple[int, int], start: int, workers: int, prefetch_mb: int
 ) -> None:
-    """Against the order itself; pixels too, which are those of one rank that decodes in its own thread."""
+    """Against the order itself; pixels too, which are those of one rank that decodes in its own
+    thread.
+    """
     world, accumulation = split
     config = _config(digits, 48, workers=workers, prefetch_mb=prefetch_mb)
     index, _ = open_index(str(digits / "train"))
@@ -149,7 +153,9 @@ def test_a_set_smaller_than_the_shuffle_window_is_read_in_long_stretches_where_i
 
 
 def test_it_is_said_how_much_room_long_stretches_want(digits: Path) -> None:
-    """The figure that is told is enough, and a little less is not; nothing is told of a local folder or behind a cache."""
+    """The figure that is told is enough, and a little less is not; nothing is told of a local
+    folder or behind a cache.
+    """
     index, _ = open_index(str(digits / "train"))
     keys: dict[str, Any] = {
         "train": "s3://bucket/digits",
@@ -221,7 +227,8 @@ def test_a_rank_does_not_hold_more_than_it_may(
         assert ahead < 1.1 * MB
 
 
-# --- samples that are bad ---------------------------------------------------------------------------------------------
+# --- samples that are bad
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -272,7 +279,8 @@ def test_a_bad_sample_that_is_skipped_weighs_nothing_and_is_told(
     assert [f"sample {other} at byte" in line for batch in batches for line in batch.bad] == [True]
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------
+# --- sizes
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_images_grow_with_the_epochs(digits: Path) -> None:

@@ -202,7 +202,9 @@ urls = st.builds(
 @example("s3://b/run#1", "s3://b/run#2")
 @example("s3://b/a%20b", "s3://b/a b")
 def test_different_texts_denote_different_locations(first: str, second: str) -> None:
-    """But for the documented spellings: upper case in the scheme, a slash at the end, and ways to write a folder."""
+    """But for the documented spellings: upper case in the scheme, a slash at the end, and ways to
+    write a folder.
+    """
     found = []
     for url in (first, second):
         try:

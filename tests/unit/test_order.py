@@ -1,4 +1,6 @@
-"""The sample order: every sample once, whatever the number of ranks; the pure functions and the command agree."""
+"""The sample order: every sample once, whatever the number of ranks; the pure functions and the
+command agree.
+"""
 
 import json
 from pathlib import Path
@@ -17,7 +19,9 @@ SHARDS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int, int, int]:
-    """Shard sizes, world size, accumulation steps, micro-batch, window, seed: whatever a recipe may ask for."""
+    """Shard sizes, world size, accumulation steps, micro-batch, window, seed: whatever a recipe may
+    ask for.
+    """
     world, accumulation, micro = (
         draw(st.sampled_from([1, 2, 3, 7, 8, 64, 512])),
         draw(st.integers(1, 3)),

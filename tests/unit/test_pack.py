@@ -1,4 +1,6 @@
-"""``convoy pack`` and ``convoy verify`` against what others read: webdataset, tar, PIL, the source itself."""
+"""``convoy pack`` and ``convoy verify`` against what others read: webdataset, tar, PIL, the source
+itself.
+"""
 
 import gzip
 import hashlib
@@ -169,7 +171,9 @@ def _tar(path: Path | None, members: dict[str, bytes]) -> bytes:
 
 @pytest.fixture
 def imagenet(tmp_path: Path, jpeg_folder: Path) -> Path:
-    """ILSVRC2012 as it is handed out, with 3 classes: tars in a tar, a devkit whose numbers are not in the ids' order."""
+    """ILSVRC2012 as it is handed out, with 3 classes: tars in a tar, a devkit whose numbers are not
+    in the ids' order.
+    """
     root = tmp_path / "imagenet"
     root.mkdir()
     files = sorted(jpeg_folder.rglob("*.JPEG"))
@@ -363,7 +367,8 @@ def test_names_that_a_tar_or_webdataset_could_not_tell_apart(
     assert len(keys) == len(set(keys)) == 4
 
 
-# --- verify -----------------------------------------------------------------------------------------------------------
+# --- verify
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_verify_reads_both_splits_back(convoy_ok: Run, digits: Path) -> None:

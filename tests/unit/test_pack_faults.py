@@ -1,4 +1,6 @@
-"""``convoy pack`` and ``convoy verify`` on faulty sources and destinations: a line per fault, all counted, nothing half-written."""
+"""``convoy pack`` and ``convoy verify`` on faulty sources and destinations: a line per fault, all
+counted, nothing half-written.
+"""
 
 import json
 import os
@@ -43,7 +45,9 @@ OPTIONS = PackOptions(workers=1)
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread instead of a process, which takes a second to start. The commands' tests use processes."""
+    """A thread instead of a process, which takes a second to start. The commands' tests use
+    processes.
+    """
     for module in (packing, verifying):
         monkeypatch.setattr(module, "worker_pool", ThreadPoolExecutor)
 
@@ -294,7 +298,9 @@ def test_overwrite_replaces_a_data_set_and_nothing_else(source: Path, tmp_path: 
 def test_a_corrupt_record_costs_its_shard_only(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a crash of the machine may leave it. The plan of an unfinished pack is made by failing at the index."""
+    """As a crash of the machine may leave it. The plan of an unfinished pack is made by failing at
+    the index.
+    """
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing.Index, "of", lambda *_: (_ for _ in ()).throw(UserError("stopped")))

@@ -1,4 +1,6 @@
-"""Checks before a training, and a disk that fills during it: one line, at once, nothing left behind."""
+"""Checks before a training, and a disk that fills during it: one line, at once, nothing left
+behind.
+"""
 
 import resource
 import subprocess

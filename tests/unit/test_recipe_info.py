@@ -1,4 +1,6 @@
-"""``convoy recipe`` against JSON Schema's own validator, torchvision, torch's schedulers and real configurations."""
+"""``convoy recipe`` against JSON Schema's own validator, torchvision, torch's schedulers and real
+configurations.
+"""
 
 import json
 from pathlib import Path

@@ -62,7 +62,8 @@ def test_label_smoothing_leaves_padding_out() -> None:
     torch.testing.assert_close(weighted_loss(logits, labels, weights, 5.0, 1, 0.1), want)
 
 
-# --- mixup and CutMix -------------------------------------------------------------------------------------------------
+# --- mixup and CutMix
+# -------------------------------------------------------------------------------------------------
 
 
 class TimmsMixup(timm_mixup.Mixup):
@@ -316,7 +317,8 @@ def test_an_engine_mixes_in_fp32_before_the_cast(
 def test_a_micro_batch_of_one_has_nobody_to_mix_with(digits: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {{name: resnet8}}\ndata: {{train: {digits}/train}}\ntrain: {{epochs: 1}}\nbatch: {{micro_size: 1}}\n"
+        f"model: {{name: resnet8}}\ndata: {{train: {digits}/train}}\ntrain: "
+        f"{{epochs: 1}}\nbatch: {{micro_size: 1}}\n"
     )
     build_run_plan(str(recipe), [], 1, False)
     with pytest.raises(

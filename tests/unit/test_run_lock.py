@@ -145,7 +145,9 @@ def test_exactly_one_of_several_that_start_together_becomes_the_owner(url: str) 
 
 
 def _contend(place: Path, barrier: object, rounds: int, seed: int) -> None:
-    """Take a lock that a dead process left, in each round; note in a file of its own that this process owned it."""
+    """Take a lock that a dead process left, in each round; note in a file of its own that this
+    process owned it.
+    """
     for number in range(rounds):
         lock = _lock(place / str(number))
         barrier.wait()  # type: ignore[attr-defined]

@@ -1,4 +1,6 @@
-"""The recipes of the warmup and linear-scaling experiment: the rates that they come to, and that nothing else differs."""
+"""The recipes of the warmup and linear-scaling experiment: the rates that they come to, and that
+nothing else differs.
+"""
 
 import numpy as np
 import pytest
@@ -48,7 +50,9 @@ def test_rates(recipe: str) -> None:
 
 
 def test_the_rows_differ_in_batch_rate_and_warmup_alone() -> None:
-    """Batch norm's micro-batch is the same in all, so that the loss is the same function (Goyal et al. 2017, 2.3)."""
+    """Batch norm's micro-batch is the same in all, so that the loss is the same function (Goyal et
+    al. 2017, 2.3).
+    """
     free = {
         "name",
         "batch.global_size",

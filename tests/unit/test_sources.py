@@ -1,4 +1,6 @@
-"""What lies below a source: every file is packed, rejected by name or skipped by a rule, and splits are never classes."""
+"""What lies below a source: every file is packed, rejected by name or skipped by a rule, and splits
+are never classes.
+"""
 
 import gzip
 import io

@@ -50,7 +50,8 @@ GANG = {"Worker": {"replicas": 2, "template": {"metadata": {"labels": {"convoy/g
 RUNNING = [_pod(0), _pod(1)]
 LOG = (
     "waiting: s3://convoy/x: no index.json yet\nrendezvous of 2 pods at r50-worker-0:23456\n"
-    "resnet50: resnet50 on 1,281,167 images, 1,000 steps of 256 = 2 ranks x 1 accumulation steps x 128, "
+    "resnet50: resnet50 on 1,281,167 images, 1,000 steps of 256 = 2 ranks x 1 accumulation "
+    "steps x 128, "
     "MLflow run 0a1b at http://convoy-mlflow:5000\n"
     "step 20/1000 epoch 0.00 loss 6.9 lr 0.1 1,234 images/s, waiting for data 1.0%\n"
     "step 400/1000 epoch 0.08 loss 5.1 lr 0.1 2,345 images/s, waiting for data 0.0%, 0:02:03 left\n"
@@ -72,18 +73,21 @@ LOG = (
             _job("Created"),
             [_pod(n, "Pending", scheduled="False", reason="Unschedulable", message="0/3 nodes: Insufficient nvidia.com/gpu.")
              for n in (0, 1)], "",
-            "r50: unschedulable: 2 of 2 pods: 0/3 nodes: Insufficient nvidia.com/gpu.; ask for less, or wait until other jobs end",
+            "r50: unschedulable: 2 of 2 pods: 0/3 nodes: Insufficient nvidia.com/gpu.; ask for "
+            "less, or wait until other jobs end",
         ),
         (
             _job("Created", pytorchReplicaSpecs=GANG),
             [_pod(n, "Pending", scheduled="False", reason="Unschedulable", message="minCount (2) cannot be satisfied")
              for n in (0, 1)], "",
-            "r50: unschedulable: 2 of 2 pods, a gang that starts whole: minCount (2) cannot be satisfied; ask for less, or wait "
+            "r50: unschedulable: 2 of 2 pods, a gang that starts whole: minCount (2) cannot be "
+            "satisfied; ask for less, or wait "
             "until other jobs end",
         ),
         (
             _job("Created"), [_pod(0, "Pending", _waiting("ImagePullBackOff", "Back-off")), _pod(1)], "",
-            "r50: no image: 1 of 2 pods: convoy:1 cannot be pulled (ImagePullBackOff); check its name and the nodes' access to its "
+            "r50: no image: 1 of 2 pods: convoy:1 cannot be pulled (ImagePullBackOff); check "
+            "its name and the nodes' access to its "
             "registry",
         ),
         (

@@ -1,4 +1,6 @@
-"""Whatever a server answers, a store gives what was asked for or one clear line: no panic, no traceback, no silent success."""
+"""Whatever a server answers, a store gives what was asked for or one clear line: no panic, no
+traceback, no silent success.
+"""
 
 from pathlib import Path
 

@@ -24,7 +24,9 @@ KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tar
 
 
 def stretch(files: list[tuple[str, bytes]], form: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A tar up to the last file's padding. ``kind``: of the first file. Examples whose names have no room in USTAR are rejected."""
+    """A tar up to the last file's padding. ``kind``: of the first file. Examples whose names have
+    no room in USTAR are rejected.
+    """
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=form) as tar:
         for number, (name, content) in enumerate(files):
@@ -39,7 +41,9 @@ def stretch(files: list[tuple[str, bytes]], form: int, kind: bytes = tarfile.REG
 
 
 def by_tarfile(content: bytes) -> list[tuple[str, int, int]] | None:
-    """What tarfile finds of files where each has one header; None where it finds anything else, or bytes that are none."""
+    """What tarfile finds of files where each has one header; None where it finds anything else, or
+    bytes that are none.
+    """
     found, position = [], 0
     while position < len(content):
         try:

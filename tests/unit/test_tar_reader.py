@@ -1,4 +1,6 @@
-"""The strict tar reader against tarfile for valid archives; corrupt ones are rejected or lose nothing."""
+"""The strict tar reader against tarfile for valid archives; corrupt ones are rejected or lose
+nothing.
+"""
 
 import io
 import tarfile
@@ -17,7 +19,9 @@ NAMES = {"plain": "a/{}", "long": "é/" + "x" * 120 + "{}"}
 
 @cache
 def archive(form: int = tarfile.GNU_FORMAT, pattern: str = "a/{}", comment: str = "") -> bytes:
-    """Five pairs of an image of up to 700 bytes and a label; pax headers before each in pax archives."""
+    """Five pairs of an image of up to 700 bytes and a label; pax headers before each in pax
+    archives.
+    """
     out = io.BytesIO()
     with tarfile.open(
         fileobj=out, mode="w", format=form, pax_headers={"comment": comment} if comment else None
@@ -119,7 +123,9 @@ def test_truncated_archives_are_rejected_at_every_length(form: str, pattern: str
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 7)), min_size=1, max_size=2),
 )
 def test_flipped_bits_lose_no_member(form: int, flips: list[tuple[float, int]]) -> None:
-    """Of headers, padding and end: a pax record's name has no checksum, and the data have none either."""
+    """Of headers, padding and end: a pax record's name has no checksum, and the data have none
+    either.
+    """
     raw = bytearray(archive(form))
     expected = by_tarfile(raw)
     for place, bit in flips:

@@ -1,4 +1,6 @@
-"""Reads of ranges from a real S3 server through real faults: the true bytes arrive, each fetched once, or one clear error."""
+"""Reads of ranges from a real S3 server through real faults: the true bytes arrive, each fetched
+once, or one clear error.
+"""
 
 import configparser
 import logging
@@ -409,7 +411,9 @@ def test_rotated_credentials_are_picked_up(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The server refuses the old key before the file has the new one, as when a mounted secret follows late."""
+    """The server refuses the old key before the file has the new one, as when a mounted secret
+    follows late.
+    """
     opened(proxy.port)  # for its address
     proxy.reset()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -1,4 +1,5 @@
-"""A real Kubernetes on this machine, for tests: one real node, a control plane, the training operator. Needs root, Debian and Go.
+"""A real Kubernetes on this machine, for tests: one real node, a control plane, the training
+operator. Needs root, Debian and Go.
 
 cluster.py up [--state FOLDER] [--without-trainer]    prints `export KUBECONFIG=...`
 cluster.py down [--state FOLDER]
@@ -63,7 +64,9 @@ def install_packages() -> None:
 
 @contextlib.contextmanager
 def building_programs() -> Iterator[Callable[[], Path]]:
-    """Compiles the programs beside what the caller does; gives what waits for them and returns their folder."""
+    """Compiles the programs beside what the caller does; gives what waits for them and returns
+    their folder.
+    """
     process = subprocess.Popen(
         [HERE / "build.sh"], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -85,7 +88,9 @@ def building_programs() -> Iterator[Callable[[], Path]]:
 
 
 class Supervisor:
-    """The first process of the cluster's own namespaces. It starts the node's image store, and the rest when it is told to."""
+    """The first process of the cluster's own namespaces. It starts the node's image store, and the
+    rest when it is told to.
+    """
 
     def __init__(self, state: State, store: Path) -> None:
         self.state = state
@@ -128,7 +133,8 @@ class Supervisor:
             if name == last:
                 return
         raise ClusterError(
-            f"the cluster did not start; see {self.state.folder}/supervisor.log and {self.state.logs}"
+            f"the cluster did not start; see {self.state.folder}/supervisor.log and "
+            f"{self.state.logs}"
         )
 
 

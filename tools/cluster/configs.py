@@ -1,6 +1,8 @@
-"""The configuration files of the cluster's programs: names and addresses in, text out. JSON is YAML too: no library is needed.
+"""The configuration files of the cluster's programs: names and addresses in, text out. JSON is YAML
+too: no library is needed.
 
-Every address is inside the cluster's own network namespace, so that fixed ones take nothing from the machine.
+Every address is inside the cluster's own network namespace, so that fixed ones take nothing from
+the machine.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def pki(state: State) -> Path:
 
 
 def kwokctl(state: State, programs: Path) -> str:
-    """The control plane: etcd, API server, controller manager, scheduler, and kwok for the nodes that are only played."""
+    """The control plane: etcd, API server, controller manager, scheduler, and kwok for the nodes
+    that are only played.
+    """
     admin = pki(state) / "admin"
 
     def patch(component: str, override: bool = False, **arguments: str) -> dict[str, Any]:
@@ -62,7 +66,8 @@ def kwokctl(state: State, programs: Path) -> str:
             kubelet_client_key=f"{admin}.key",
             kubelet_preferred_address_types="InternalIP",
         ),
-        # Alone they need not be elected; a machine that stands still for a while would else end them.
+        # Alone they need not be elected; a machine that stands still for a while would else end
+        # them.
         patch("kube-controller-manager", leader_elect="false"),
         patch("kube-scheduler", leader_elect="false"),
         # Without this kwok would play the real node as well.
@@ -150,7 +155,8 @@ def kubelet(state: State) -> str:
             "serializeImagePulls": False,
             # How soon a pod sees a new secret: the operator waits for its webhook's certificate.
             "syncFrequency": "2s",
-            # The images cannot be had again from a registry, so the kubelet must never make room by deleting them.
+            # The images cannot be had again from a registry, so the kubelet must never make room by
+            # deleting them.
             "imageGCHighThresholdPercent": 100,
             "imageGCLowThresholdPercent": 99,
             "evictionHard": {
@@ -187,9 +193,11 @@ def kube_proxy(state: State) -> str:
 
 
 def volumes(state: State) -> list[dict[str, Any]]:
-    """The default StorageClass and its volumes, made in advance: each is given to one claim and not used again.
+    """The default StorageClass and its volumes, made in advance: each is given to one claim and not
+    used again.
 
-    Local volumes, since the kubelet makes these over to a pod's fsGroup, as it does in a cloud; without one only root may write.
+    Local volumes, since the kubelet makes these over to a pod's fsGroup, as it does in a cloud;
+    without one only root may write.
     """
     storage_class = {
         "apiVersion": "storage.k8s.io/v1",

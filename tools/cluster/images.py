@@ -1,7 +1,8 @@
-"""The images of the test cluster: built by buildah, each again only when its inputs change, and handed to the node's image store.
+"""The images of the test cluster: built by buildah, each again only when its inputs change, and
+handed to the node's image store.
 
-No registry is reached: the base is made by debootstrap. The store is kept for the next cluster, so that a change of the code moves
-only the layers that hold the code.
+No registry is reached: the base is made by debootstrap. The store is kept for the next cluster, so
+that a change of the code moves only the layers that hold the code.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from state import ClusterError, State
 
 DEBOOTSTRAP = ("debootstrap", "--variant=minbase", "--include=python3,ca-certificates", "bookworm")
 BOOTSTRAP_TRIES = 3
-# The machine's own certificate authorities too: behind a proxy that looks into connections, no build can fetch without them.
+# The machine's own certificate authorities too: behind a proxy that looks into connections, no
+# build can fetch without them.
 BASE_DOCKERFILE = """FROM scratch
 ADD root.tar /
 COPY certificates /usr/local/share/ca-certificates
@@ -80,7 +82,9 @@ def sources(checkout: Path) -> Iterable[str | Path]:
 
 
 class Builder:
-    """buildah with its storage in the cache, and a record of which inputs each image was built from."""
+    """buildah with its storage in the cache, and a record of which inputs each image was built
+    from.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -198,7 +202,9 @@ def build_base(builder: Builder, image: Image) -> None:
 
 @contextlib.contextmanager
 def only_user(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """One program at a time builds and hands over images: other checkouts use the same storage and the same names."""
+    """One program at a time builds and hands over images: other checkouts use the same storage and
+    the same names.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "cluster-images.lock").open("w") as lock:
         try:
@@ -337,8 +343,9 @@ class Node:
 def load(wanted: list[Image], cache: Path, node: Node, say: Callable[[str], None]) -> None:
     """Hands the node the images that it lacks.
 
-    The layout that skopeo writes is given empty files of the right size for all that the node's store holds already: skopeo then
-    leaves those out, and only what is new is written, read and unpacked. Layers stay uncompressed: compressing takes longest.
+    The layout that skopeo writes is given empty files of the right size for all that the node's
+    store holds already: skopeo then leaves those out, and only what is new is written, read and
+    unpacked. Layers stay uncompressed: compressing takes longest.
     """
     builder = Builder(cache / "cluster-images")
     for image in wanted:

@@ -1,4 +1,6 @@
-"""The training operator in its own pod: k8s/third-party, with the image that was built here, under `restricted`."""
+"""The training operator in its own pod: k8s/third-party, with the image that was built here, under
+`restricted`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
     from cluster import Kubectl
 
 NAMESPACE = "kubeflow"
-# Upstream's own template has no security context, which `restricted` refuses, and wants an image with nslookup.
+# Upstream's own template has no security context, which `restricted` refuses, and wants an image
+# with nslookup.
 INIT_CONTAINER = """- name: init-pytorch
   image: {{.InitContainerImage}}
   imagePullPolicy: IfNotPresent

@@ -1,7 +1,7 @@
 """Where a test cluster keeps what it is made of, and whether it is alive.
 
-Everything lies under one state folder, but for the two things that the next cluster uses again: the programs (build.sh) and the
-node's image store (images.py), which lie in the cache.
+Everything lies under one state folder, but for the two things that the next cluster uses again: the
+programs (build.sh) and the node's image store (images.py), which lie in the cache.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class State:
         self.processes.write_text(json.dumps([[pid, start_time(pid)] for pid in pids]))
 
     def running(self) -> list[int]:
-        """The recorded processes that are still the same ones: a number may have gone to another program since."""
+        """The recorded processes that are still the same ones: a number may have gone to another
+        program since.
+        """
         if not self.processes.is_file():
             return []
         return [
@@ -86,7 +88,9 @@ class State:
 
 
 def start_time(pid: int) -> int | None:
-    """Clock ticks between the machine's start and the process's; None for one that is gone or a zombie."""
+    """Clock ticks between the machine's start and the process's; None for one that is gone or a
+    zombie.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,12 +1,14 @@
-"""The first process in the cluster's own process, mount and network namespaces: starts the cluster and passes on connections to it.
+"""The first process in the cluster's own process, mount and network namespaces: starts the cluster
+and passes on connections to it.
 
-When it ends, the kernel ends every process in these namespaces, containers too, and with them go their mounts, interfaces and
-packet filter rules: whatever becomes of a cluster, nothing of it stays in the machine's own namespaces.
+When it ends, the kernel ends every process in these namespaces, containers too, and with them go
+their mounts, interfaces and packet filter rules: whatever becomes of a cluster, nothing of it stays
+in the machine's own namespaces.
 
     supervisor.py STATE STORE LISTENER    LISTENER: number of an open, listening socket of the machine's own network
 
-It starts the node's image store at once, and the rest when a line of its standard input names the programs' folder: images are
-handed over while the programs are still compiled.
+It starts the node's image store at once, and the rest when a line of its standard input names the
+programs' folder: images are handed over while the programs are still compiled.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from pathlib import Path
 import configs
 from state import State, wait_for
 
-# The kubelet wants these values and would write them, for the whole machine; it is shown files that hold them already.
+# The kubelet wants these values and would write them, for the whole machine; it is shown files that
+# hold them already.
 KERNEL_SETTINGS = {
     "vm/overcommit_memory": 1,
     "vm/panic_on_oom": 0,
@@ -68,7 +71,8 @@ def make_network() -> None:
     run("ip", "link", "add", "cni0", "type", "bridge")
     run("ip", "address", "add", f"{configs.NODE_IP}/16", "dev", "cni0")
     run("ip", "link", "set", "cni0", "up")
-    # Connections to services are turned to a pod on their way out; without a route there is no way out.
+    # Connections to services are turned to a pod on their way out; without a route there is no way
+    # out.
     run("ip", "route", "add", configs.SERVICE_CIDR, "dev", "cni0")
     for name in ("ipv4/ip_forward", "bridge/bridge-nf-call-iptables"):
         setting = Path("/proc/sys/net") / name
@@ -198,7 +202,9 @@ def reap() -> None:
 
 
 async def serve(listener: socket.socket) -> None:
-    """Pass connections on until told to end. The socket belongs to the machine's network, what is opened here to the cluster's."""
+    """Pass connections on until told to end. The socket belongs to the machine's network, what is
+    opened here to the cluster's.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)

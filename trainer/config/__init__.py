@@ -1,1 +1,3 @@
-"""Recipes: their keys and types, loading with overrides, what they amount to, and checks before a run."""
+"""Recipes: their keys and types, loading with overrides, what they amount to, and checks before a
+run.
+"""

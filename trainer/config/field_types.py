@@ -58,7 +58,9 @@ def _is_experiment(value: str) -> str:
 
 
 def _is_registered_name(value: str) -> str:
-    """The width of MLflow's database column; ``tracking.server.check_registered_name`` has the other rules."""
+    """The width of MLflow's database column; ``tracking.server.check_registered_name`` has the
+    other rules.
+    """
     if value != value.strip() or not value:
         raise ValueError("must not be empty, nor begin or end with a space")
     if len(value) > 256:

@@ -55,8 +55,8 @@ class _Need:
 def check_run(run: RunPlan, local_ranks: int) -> list[str]:
     """Find everything that would end the run later; returns notes for the user, one line each.
 
-    ``local_ranks``: ranks on this machine. Leaves nothing behind. Raises UserError, and RetryableError
-    where the object store of the checkpoints was reached and is lost.
+    ``local_ranks``: ranks on this machine. Leaves nothing behind. Raises UserError, and
+    RetryableError where the object store of the checkpoints was reached and is lost.
     """
     check_outputs(run)
     size = check_model(run)
@@ -272,7 +272,8 @@ def _check_space(needs: list[_Need]) -> None:
             )
         if found.free_files is not None and files > found.free_files:
             raise UserError(
-                f"{where}: {files} files needed, {found.free_files} inodes free; remove some files or use another folder"
+                f"{where}: {files} files needed, {found.free_files} inodes free; remove some "
+                "files or use another folder"
             )
 
 
@@ -287,7 +288,8 @@ def check_result_fits(run: RunPlan, model: "nn.Module", failed_checkpoints: int)
     if free is not None and free < needed:
         raise UserError(
             f"train.output_dir: {folder}: {mib(needed)} needed, {mib(free)} free: neither the last "
-            f"{failed_checkpoints} checkpoints nor the trained model can be written, so the run ends; "
+            f"{failed_checkpoints} checkpoints nor the trained model can be written, so the run "
+            "ends; "
             "free some space and start it again: it resumes from its newest checkpoint"
         )
 
@@ -303,6 +305,7 @@ def _notes(run: RunPlan) -> Iterator[str]:
         free = file_system(folder).free_bytes
         if free is not None and wanted > free:
             yield (
-                f"data.cache_gb: {mib(wanted)} would be kept in {folder}, which has {mib(free)} free; "
+                f"data.cache_gb: {mib(wanted)} would be kept in {folder}, which has {mib(free)} "
+                "free; "
                 "once it is full, shards are read from the store"
             )

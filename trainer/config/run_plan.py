@@ -1,4 +1,6 @@
-"""From a recipe to what a run needs, with every mistake of the user found before the first rank starts. No torch here."""
+"""From a recipe to what a run needs, with every mistake of the user found before the first rank
+starts. No torch here.
+"""
 
 import os
 import shutil
@@ -28,7 +30,9 @@ _SHAPING = (
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run whose every number is known. ``stop_step``: optimizer steps it makes; ``total_steps``: what the schedule spans."""
+    """A run whose every number is known. ``stop_step``: optimizer steps it makes; ``total_steps``:
+    what the schedule spans.
+    """
 
     config: RunConfig
     train: Index
@@ -44,8 +48,10 @@ class RunPlan:
 
     @property
     def config_fingerprint(self) -> dict[str, Any]:
-        """The keys that shape the training, by name: what a checkpoint and the run that goes on from it must share. How the
-        work is spread, in which precision it is computed and where things are kept is not among them."""
+        """The keys that shape the training, by name: what a checkpoint and the run that goes on
+        from it must share. How the work is spread, in which precision it is computed and where
+        things are kept is not among them.
+        """
         shaping = ("model.", "optimizer.", "schedule.", "augment.", "ema", *_SHAPING)
         keys = {
             key: value
@@ -64,13 +70,15 @@ def build_run_plan(
 ) -> RunPlan:
     """Read the recipe and the indexes, derive the rest. Raises UserError.
 
-    ``check_storage`` compares the presence and size of every shard too: one listing, so one rank of a job does it.
+    ``check_storage`` compares the presence and size of every shard too: one listing, so one rank of
+    a job does it.
     """
     config = load_config(recipe, overrides)
     check_config(config)
     if config.train.compile and not shutil.which(compiler := os.environ.get("CXX") or "g++"):
         raise UserError(
-            f"train.compile: needs a C++ compiler, but there is no {compiler} here; install it, or leave this off"
+            f"train.compile: needs a C++ compiler, but there is no {compiler} here; install it, "
+            "or leave this off"
         )
     train, train_store = open_index(config.data.train)
     val, val_store = open_index(config.data.val) if config.data.val else (None, None)
@@ -78,7 +86,8 @@ def build_run_plan(
     for url, index in ((config.data.train, train), (config.data.val, val)):
         if index is not None and len(index.classes) > num_classes:
             raise UserError(
-                f"model.num_classes: {num_classes} is less than the {len(index.classes)} classes of {url}"
+                f"model.num_classes: {num_classes} is less than the {len(index.classes)} "
+                f"classes of {url}"
             )
     _check_splits(config, train, val, num_classes)
     batch = split_ranks(config, world_size, train.samples)
@@ -109,7 +118,9 @@ def build_run_plan(
 
 
 def run_length(config: RunConfig, global_size: int, samples: int) -> tuple[int, int, int]:
-    """Optimizer steps: per epoch, that the learning-rate schedule spans, and after which the run stops."""
+    """Optimizer steps: per epoch, that the learning-rate schedule spans, and after which the run
+    stops.
+    """
     per_epoch = steps_per_epoch(samples, global_size, config.data.tail)
     epochs, max_steps = config.train.epochs, config.train.max_steps
     total = epochs * per_epoch if epochs is not None else max_steps
@@ -141,7 +152,9 @@ def _is_inside(place: str, url: str) -> bool:
 
 
 def _check_splits(config: RunConfig, train: Index, val: Index | None, num_classes: int) -> None:
-    """Raises UserError where nothing can be learned or measured, or both splits name classes differently."""
+    """Raises UserError where nothing can be learned or measured, or both splits name classes
+    differently.
+    """
     if num_classes < 2:
         raise UserError(
             f"model.num_classes: a classifier needs 2 classes or more, but {config.data.train} has "
@@ -156,17 +169,21 @@ def _check_splits(config: RunConfig, train: Index, val: Index | None, num_classe
     for ours, theirs, name in zip(train.classes, val.classes, val.class_ids, strict=False):
         if ours != theirs and name not in (ours, theirs):
             raise UserError(
-                f"data.val: class {name!r} is called {theirs!r} in {config.data.val} and {ours!r} in "
+                f"data.val: class {name!r} is called {theirs!r} in {config.data.val} and "
+                f"{ours!r} in "
                 f"{config.data.train}; index both splits with the same class names"
             )
 
 
 def split_ranks(config: RunConfig, world_size: int, samples: int) -> BatchPlan:
-    """How ``world_size`` ranks share the batches; ``samples``: of the training split. Raises UserError with what would divide."""
+    """How ``world_size`` ranks share the batches; ``samples``: of the training split. Raises
+    UserError with what would divide.
+    """
     stages = config.parallel.pipeline_stages
     if world_size % stages:
         raise UserError(
-            f"parallel.pipeline_stages: {world_size} ranks do not divide by {stages}; use a multiple of {stages} ranks"
+            f"parallel.pipeline_stages: {world_size} ranks do not divide by {stages}; use a "
+            f"multiple of {stages} ranks"
         )
     batch = plan_batches(
         config.batch.global_size, config.batch.micro_size, world_size // stages, samples
@@ -174,7 +191,8 @@ def split_ranks(config: RunConfig, world_size: int, samples: int) -> BatchPlan:
     if (config.augment.mixup or config.augment.cutmix) and batch.micro_size < 2:
         key = "mixup" if config.augment.mixup else "cutmix"
         raise UserError(
-            f"augment.{key}: mixes the samples of a micro-batch, but that holds 1; use batch.micro_size 2 or more"
+            f"augment.{key}: mixes the samples of a micro-batch, but that holds 1; use "
+            "batch.micro_size 2 or more"
         )
     return batch
 

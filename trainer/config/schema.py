@@ -1,4 +1,6 @@
-"""RunConfig: everything that a recipe may say, typed, with its unit; unknown keys are refused and every fault is told at once."""
+"""RunConfig: everything that a recipe may say, typed, with its unit; unknown keys are refused and
+every fault is told at once.
+"""
 
 import difflib
 import itertools
@@ -81,7 +83,9 @@ class ModelConfig(_Section):
     dropout: Decay | None = None
     """Probability that an input of a fully connected layer is dropped."""
     head: Literal["tower", "average"] | None = None
-    """What follows the convolutions: three fully connected layers, or one behind an average over the image as in GoogLeNet."""
+    """What follows the convolutions: three fully connected layers, or one behind an average over
+    the image as in GoogLeNet.
+    """
     filters: Literal["stacked", "single"] | None = None
     """A stage's convolutions: 3x3 ones in a row, or one large one that sees as much."""
     reduction: bool | None = None
@@ -91,7 +95,9 @@ class ModelConfig(_Section):
     zero_init_gamma: bool | None = None
     """Every residual block starts as its shortcut (Goyal et al. 2017, 5.1)."""
     init: Url | None = None
-    """URL of a weights file to start from, in our, torchvision's or timm's names; or an output folder of a run."""
+    """URL of a weights file to start from, in our, torchvision's or timm's names; or an output
+    folder of a run.
+    """
 
 
 class DataConfig(_Section):
@@ -104,7 +110,9 @@ class DataConfig(_Section):
     image_size: Pixels = 224
     """Side of the square that the network sees, pixels."""
     initial_size: Pixels | None = None
-    """Side in the first epochs, pixels, where training begins with smaller images (Howard et al. 2018); needs grow_until."""
+    """Side in the first epochs, pixels, where training begins with smaller images (Howard et al.
+    2018); needs grow_until.
+    """
     grow_from: Epochs = 0.0
     """Epochs after which the side begins to grow from initial_size."""
     grow_until: Epochs | None = None
@@ -120,25 +128,39 @@ class DataConfig(_Section):
     requests: Annotated[int, Field(ge=1, le=1024)] = 8
     """Ranges that a rank reads at a time."""
     wait_minutes: Minutes = 0.0
-    """Minutes that the launcher waits for an index that is not there yet, because something else is packing the data."""
+    """Minutes that the launcher waits for an index that is not there yet, because something else is
+    packing the data.
+    """
     check: Literal["size", "sha256"] = "size"
-    """What of every shard is compared with the index before training: its size, or its bytes too, which reads them all."""
+    """What of every shard is compared with the index before training: its size, or its bytes too,
+    which reads them all.
+    """
     cache_dir: Folder | None = None
-    """Folder on a node's own disk where bytes that were read are kept for the next epoch; its ranks share it."""
+    """Folder on a node's own disk where bytes that were read are kept for the next epoch; its ranks
+    share it.
+    """
     cache_gb: Annotated[float, Field(gt=0, le=1e9)] = 50.0
     """Most that stands in it, GiB; what was not used for longest goes first."""
     bad_samples: Literal["stop", "skip"] = "stop"
-    """What a sample that cannot be decoded does: stop the run, or count for nothing in its batch and be told."""
+    """What a sample that cannot be decoded does: stop the run, or count for nothing in its batch
+    and be told.
+    """
     max_bad_samples: Count = 10
-    """With `skip`, how many may be met, over all ranks and epochs, before the run stops all the same."""
+    """With `skip`, how many may be met, over all ranks and epochs, before the run stops all the
+    same.
+    """
     log_keys: bool = False
-    """Write the keys of the samples that each rank took to `samples` in train.output_dir, a line a step."""
+    """Write the keys of the samples that each rank took to `samples` in train.output_dir, a line a
+    step.
+    """
     shuffle_window: Count = 16384
     """Samples, over all ranks, within which the order is shuffled."""
     seed: Seed = 0
     """Of the sample order and of the augmentation."""
     tail: Literal["pad", "drop"] = "pad"
-    """An epoch's last samples that fill no global batch: a smaller batch, padded with samples of weight zero, or dropped."""
+    """An epoch's last samples that fill no global batch: a smaller batch, padded with samples of
+    weight zero, or dropped.
+    """
     mean: Mean = [0.485, 0.456, 0.406]
     """Of each channel, subtracted after scaling to 0..1."""
     std: Deviation = [0.229, 0.224, 0.225]
@@ -158,7 +180,9 @@ class DataConfig(_Section):
         return self
 
     def size_in(self, epoch: int) -> int:
-        """Side of the training images of an epoch, pixels: from initial_size to image_size, linearly, in steps of size_step."""
+        """Side of the training images of an epoch, pixels: from initial_size to image_size,
+        linearly, in steps of size_step.
+        """
         if self.initial_size is None or self.grow_until is None or epoch >= self.grow_until:
             return self.image_size
         grown = max(0.0, (epoch - self.grow_from) / (self.grow_until - self.grow_from))
@@ -185,7 +209,9 @@ class OptimizerConfig(_Section):
     name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
     """The update rule: SGD with momentum, AdamW, LARS or LAMB."""
     base_lr: Positive = 0.1
-    """Learning rate at a global batch of base_batch; scaled linearly with the global batch (Goyal et al. 2017, 2.1)."""
+    """Learning rate at a global batch of base_batch; scaled linearly with the global batch (Goyal
+    et al. 2017, 2.1).
+    """
     base_batch: Count = 256
     """Samples for which base_lr is meant."""
     momentum: Decay = 0.9
@@ -197,7 +223,9 @@ class OptimizerConfig(_Section):
     weight_decay: NonNegative = 1e-4
     """Coefficient of weight decay; decoupled from the gradient in adamw."""
     decay_norm_and_bias: bool = True
-    """Whether weight decay also pulls on biases and on the gains of norms; by the kind of layer, not by name."""
+    """Whether weight decay also pulls on biases and on the gains of norms; by the kind of layer,
+    not by name.
+    """
     clip_grad_norm: Positive | None = None
     """Largest norm of the gradient over all weights; a longer one is scaled to it."""
 
@@ -212,13 +240,18 @@ class ScheduleConfig(_Section):
     """The learning rate over time."""
 
     name: Literal["cosine", "step", "polynomial", "constant"] = "cosine"
-    """Learning rate after warmup: cosine or polynomial decay to 0, step decay at milestones, or constant."""
+    """Learning rate after warmup: cosine or polynomial decay to 0, step decay at milestones, or
+    constant.
+    """
     warmup_epochs: Epochs = 0.0
     """Epochs of warmup (Goyal et al. 2017, 2.2)."""
     warmup: Literal["gradual", "constant"] = "gradual"
-    """gradual: climbs linearly to the peak; constant: stays at warmup_lr, then jumps to the peak."""
+    """gradual: climbs linearly to the peak; constant: stays at warmup_lr, then jumps to the peak.
+    """
     warmup_lr: NonNegative | None = None
-    """Where gradual warmup begins (0 when not given), or what constant warmup holds (base_lr when not given)."""
+    """Where gradual warmup begins (0 when not given), or what constant warmup holds (base_lr when
+    not given).
+    """
     milestones: list[Epochs] = [30.0, 60.0, 80.0]
     """Epochs at which `step` multiplies the learning rate by gamma."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -237,7 +270,9 @@ class AugmentConfig(_Section):
     """From stored images to the network's square."""
 
     crop: Literal["resized", "padded", "none"] = "resized"
-    """resized: random area and aspect; padded: random shift in a zero border; none: as in evaluation."""
+    """resized: random area and aspect; padded: random shift in a zero border; none: as in
+    evaluation.
+    """
     padding: Annotated[int, Field(ge=0, le=16384)] = 4
     """Border of `padded`, pixels."""
     min_area: Annotated[float, Field(gt=0, le=1)] = 0.08
@@ -245,20 +280,27 @@ class AugmentConfig(_Section):
     flip: bool = True
     """Mirror left and right with probability 1/2."""
     auto: Literal["none", "rand", "trivial"] = "none"
-    """Random changes of colour and shape: RandAugment (Cubuk et al. 2019), TrivialAugment (Mueller and Hutter 2021)."""
+    """Random changes of colour and shape: RandAugment (Cubuk et al. 2019), TrivialAugment (Mueller
+    and Hutter 2021).
+    """
     rand_layers: Annotated[int, Field(ge=1, le=4)] = 2
     """Changes that `rand` makes to an image."""
     rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
     """Their strength, of 30."""
     erase: Fraction = 0.0
-    """Probability that a rectangle of an image is painted over with data.mean (random erasing, Zhong et al. 2017)."""
+    """Probability that a rectangle of an image is painted over with data.mean (random erasing,
+    Zhong et al. 2017).
+    """
     eval_crop: Annotated[float, Field(ge=0.1, le=1)] = 0.875
     """Part of the resized short side that the centre crop of evaluation keeps (224 of 256)."""
     mixup: Alpha = 0.0
-    """alpha of the Beta distribution by which two images and their targets are blended (Zhang et al. 2018); 0: off."""
+    """alpha of the Beta distribution by which two images and their targets are blended (Zhang et
+    al. 2018); 0: off.
+    """
     cutmix: Alpha = 0.0
-    """alpha of the Beta distribution of the area that another image's pixels take (Yun et al. 2019); 0: off. With mixup on
-    too, each micro-batch gets one of them by a coin's toss."""
+    """alpha of the Beta distribution of the area that another image's pixels take (Yun et al.
+    2019); 0: off. With mixup on too, each micro-batch gets one of them by a coin's toss.
+    """
 
 
 class ParallelConfig(_Section):
@@ -269,11 +311,15 @@ class ParallelConfig(_Section):
     split: list[str] | None = None
     """Names of the layers at which a new stage begins; by multiply-adds when not given."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """Partitioned over the ranks: 1 the optimizer's state, 2 the gradients too, 3 the weights too (Rajbhandari et al. 2020)."""
+    """Partitioned over the ranks: 1 the optimizer's state, 2 the gradients too, 3 the weights too
+    (Rajbhandari et al. 2020).
+    """
 
 
 class CheckpointConfig(_Section):
-    """What a run needs to go on after a stop: written while it trains, after each epoch and when it is told to stop."""
+    """What a run needs to go on after a stop: written while it trains, after each epoch and when it
+    is told to stop.
+    """
 
     url: Url | None = None
     """Folder or object store; `checkpoints` in train.output_dir when not given."""
@@ -282,9 +328,13 @@ class CheckpointConfig(_Section):
     keep: Count = 3
     """How many of the newest stay; the one of the best top1 stays too."""
     max_starts: Count = 10
-    """In pods, starts in a row without a new checkpoint between them, after which the job fails instead of trying again."""
+    """In pods, starts in a row without a new checkpoint between them, after which the job fails
+    instead of trying again.
+    """
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest good one; never: begin anew, and remove those that stand at the URL."""
+    """auto: go on from the newest good one; never: begin anew, and remove those that stand at the
+    URL.
+    """
 
 
 class TrackingConfig(_Section):
@@ -312,20 +362,26 @@ class TrainConfig(_Section):
     max_skipped_steps: Annotated[int, Field(ge=1, le=16)] = 16
     """Steps in a row whose fp16 gradients overflow, after which the run stops."""
     label_smoothing: Decay = 0.0
-    """Part of each training target that is spread evenly over all classes (Szegedy et al. 2016, 7)."""
+    """Part of each training target that is spread evenly over all classes (Szegedy et al. 2016, 7).
+    """
     sync_batch_norm: bool = False
-    """Batch norm's statistics are those of the micro-batches of all data-parallel ranks at an accumulation step, not of one."""
+    """Batch norm's statistics are those of the micro-batches of all data-parallel ranks at an
+    accumulation step, not of one.
+    """
     channels_last: bool = True
     """Memory layout of activations."""
     activation_checkpointing: bool = False
-    """Keep the activations of a few layers only and compute the others again in the backward pass (Chen et al. 2016)."""
+    """Keep the activations of a few layers only and compute the others again in the backward pass
+    (Chen et al. 2016).
+    """
     compile: bool = False
     """Compile each layer with torch.compile; needs a C++ compiler where it runs, with a GPU too."""
     cuda_graphs: Literal["auto", "off"] = "auto"
     """auto: on a GPU, layers are replayed as CUDA graphs where they can be captured."""
     hang_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = 15.0
-    """Minutes without a step or a batch of evaluation, after which a rank writes the stacks of all its threads and ends as one
-    that lost a peer does; null: never."""
+    """Minutes without a step or a batch of evaluation, after which a rank writes the stacks of all
+    its threads and ends as one that lost a peer does; null: never.
+    """
     output_dir: Folder = "runs/{name}"
     """Folder for the weights, the result and whatever MLflow could not be told."""
 
@@ -344,7 +400,9 @@ class RunConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of weights and activations in training; master weights and batch norm are fp32 in each."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay a step of a moving average of the weights, which is then what is evaluated and exported; none when not given."""
+    """Decay a step of a moving average of the weights, which is then what is evaluated and
+    exported; none when not given.
+    """
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -361,7 +419,8 @@ class RunConfig(_Section):
         side, padding = self.data.size_in(0), self.augment.padding
         if self.augment.crop == "padded" and padding >= side:
             raise ValueError(
-                f"augment.padding: {padding} can shift all of an image of {side} pixels away; use less"
+                f"augment.padding: {padding} can shift all of an image of {side} pixels away; "
+                "use less"
             )
         return self
 
@@ -370,11 +429,13 @@ class RunConfig(_Section):
         url, output = self.checkpoint.url or "", self.train.output_dir
         if PLACEHOLDER in url:
             raise ValueError(
-                f"checkpoint.url: {url} holds {PLACEHOLDER}, which only train.output_dir replaces; write the name"
+                f"checkpoint.url: {url} holds {PLACEHOLDER}, which only train.output_dir "
+                "replaces; write the name"
             )
         if "{" in output.replace(PLACEHOLDER, ""):
             raise ValueError(
-                f"train.output_dir: {output} holds a placeholder that does not exist; the only one is {PLACEHOLDER}"
+                f"train.output_dir: {output} holds a placeholder that does not exist; the only "
+                f"one is {PLACEHOLDER}"
             )
         return self
 
@@ -393,9 +454,11 @@ class RunConfig(_Section):
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read ``recipe`` (a file, or the name of a shipped one), apply ``key=value`` overrides, check all of it.
+    """Read ``recipe`` (a file, or the name of a shipped one), apply ``key=value`` overrides, check
+    all of it.
 
-    Raises UserError with a line for each fault. It never holds credentials: those of ``tracking.uri`` are in the environment.
+    Raises UserError with a line for each fault. It never holds credentials: those of
+    ``tracking.uri`` are in the environment.
     """
     path = find_recipe(recipe)
     values = read_recipe(path)

@@ -1,6 +1,8 @@
-"""The stages between a sample's number and a batch of pixels. Each is a generator over a plain iterator; threads do the work.
+"""The stages between a sample's number and a batch of pixels. Each is a generator over a plain
+iterator; threads do the work.
 
-``Window`` (which samples) - ``fetched`` - a micro-batch and its samples' bytes - ``decode_batches`` - ``Batch`` (pixels).
+``Window`` (which samples) - ``fetched`` - a micro-batch and its samples' bytes - ``decode_batches``
+- ``Batch`` (pixels).
 """
 
 from collections import deque
@@ -45,12 +47,16 @@ class _PendingBatch:
 
 @dataclass(frozen=True)
 class Collator:
-    """How samples become pixels and labels. ``view`` None: labels alone, the pixels are left as they are."""
+    """How samples become pixels and labels. ``view`` None: labels alone, the pixels are left as
+    they are.
+    """
 
     view: Transform | None
     num_classes: int
     skip_bad: bool
-    """A sample that cannot be decoded gets weight 0 and the colour ``grey``; otherwise it stops the run."""
+    """A sample that cannot be decoded gets weight 0 and the colour ``grey``; otherwise it stops the
+    run.
+    """
     grey: np.ndarray  # uint8 [3]
     allocate: Allocate = np.empty
     """Makes the arrays for pixels."""
@@ -65,7 +71,9 @@ class Collator:
         )
 
     def work(self, batch: _PendingBatch, first: int) -> list[tuple[int, str]]:
-        """Decode some samples from number ``first`` on; returns those that are bad, each with a line that says why."""
+        """Decode some samples from number ``first`` on; returns those that are bad, each with a
+        line that says why.
+        """
         bad = []
         for i in range(first, min(first + _TASK, len(batch.samples))):
             sample, part = batch.samples[i], batch.part
@@ -107,7 +115,9 @@ class Collator:
 def decode_batches(
     items: Iterable[Fetched], decoder: Collator, pool: ThreadPoolExecutor | None, ahead: int
 ) -> Iterator[Batch]:
-    """Batches in order, ``ahead`` of the consumer, their samples decoded by all threads; without a pool, at once."""
+    """Batches in order, ``ahead`` of the consumer, their samples decoded by all threads; without a
+    pool, at once.
+    """
     queue: deque[_PendingBatch] = deque()
 
     def finish() -> Batch:

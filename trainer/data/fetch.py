@@ -22,7 +22,9 @@ def fetch_samples(
     pool: ThreadPoolExecutor,
     budget: int,
 ) -> Iterator[Fetched]:
-    """Micro-batches with their samples. The next windows are read meanwhile, while all that is held has ``budget`` bytes."""
+    """Micro-batches with their samples. The next windows are read meanwhile, while all that is held
+    has ``budget`` bytes.
+    """
     reading: deque[tuple[Window, list[Future[dict[int, Sample]]], int]] = deque()
     planned = ((window, *_parts(window, index)) for window in windows)
     held = 0  # bytes of the window that is being taken apart

@@ -1,4 +1,6 @@
-"""What a split holds: its shards, where each sample begins in them, and the class names. One ``index.json`` a split."""
+"""What a split holds: its shards, where each sample begins in them, and the class names. One
+``index.json`` a split.
+"""
 
 import builtins
 import hashlib
@@ -77,7 +79,8 @@ class Index(BaseModel):
     samples: _Count
     bytes: _Count
     shards_in: Literal["", ".."] = ""
-    """The folder of the shards, relative to the index: ``..`` if several splits share one folder."""
+    """The folder of the shards, relative to the index: ``..`` if several splits share one folder.
+    """
     classes: list[str]
     """Readable name of each label."""
     class_ids: list[str]
@@ -186,7 +189,8 @@ def _index_fault(index: Index) -> str | None:
 
 
 def write_index(store: Store, name: str, index: Index) -> None:
-    """Write an index, which is read back from its bytes first: no index is written that cannot be read.
+    """Write an index, which is read back from its bytes first: no index is written that cannot be
+    read.
 
     Raises UserError, for text that is not valid Unicode too.
     """
@@ -204,7 +208,9 @@ def write_index(store: Store, name: str, index: Index) -> None:
 
 
 def open_index(url: str) -> tuple[Index, Store]:
-    """The index of the split at ``url`` and the store that its shards are in; raises UserError where there is none."""
+    """The index of the split at ``url`` and the store that its shards are in; raises UserError
+    where there is none.
+    """
     store = open_store(url)
     raw = store.read_small(INDEX_NAME)
     if raw is None:
@@ -229,7 +235,9 @@ def _parent(url: str) -> str:
 
 
 def check_shards(index: Index, store: Store) -> None:
-    """Compare presence and size of every shard with the index, by one listing; raises UserError with a line each (ten at most)."""
+    """Compare presence and size of every shard with the index, by one listing; raises UserError
+    with a line each (ten at most).
+    """
     there = store.sizes()
     _refuse(
         store,
@@ -242,9 +250,11 @@ def check_shards(index: Index, store: Store) -> None:
 
 
 def check_digests(index: Index, store: Store, numbers: Iterable[int]) -> None:
-    """Read the shards of these numbers once, several at a time, and compare sizes and SHA-256 with the index.
+    """Read the shards of these numbers once, several at a time, and compare sizes and SHA-256 with
+    the index.
 
-    Holds ``_AT_ONCE`` pieces. Raises UserError with a line for each that differs (ten at most), RetryableError.
+    Holds ``_AT_ONCE`` pieces. Raises UserError with a line for each that differs (ten at most),
+    RetryableError.
     """
 
     def fault_of(number: int) -> str | None:

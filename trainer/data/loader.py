@@ -1,4 +1,6 @@
-"""Batches for one rank, as a visible list of stages that webdataset's pipeline composes (``stages``)."""
+"""Batches for one rank, as a visible list of stages that webdataset's pipeline composes
+(``stages``).
+"""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
@@ -48,8 +50,10 @@ def train_loader(
     labels_only: bool = False,
     allocate: Allocate = np.empty,
 ) -> Generator[Batch, None, None]:
-    """One epoch's micro-batches of one rank from its step ``start_step`` on, ``accumulation_steps`` a step. What comes before
-    is not read. ``labels_only``: pixels are not decoded (a pipeline's last stage). ``allocate`` makes the arrays for pixels."""
+    """One epoch's micro-batches of one rank from its step ``start_step`` on, ``accumulation_steps``
+    a step. What comes before is not read. ``labels_only``: pixels are not decoded (a pipeline's
+    last stage). ``allocate`` makes the arrays for pixels.
+    """
     data, augment, global_size = config.data, config.augment, config.batch.global_size
     side = data.size_in(epoch)
 
@@ -99,9 +103,10 @@ def step_windows(
 ) -> Iterator[tuple[int, int]]:
     """Steps (first, end) whose bytes are fetched together, from ``start`` on.
 
-    ``lane``: bytes that a lane reads a step; ``lanes``: how many the rank serves; ``budget``: bytes that it may hold. A window
-    is one block of the order, in which each lane reads one stretch, or several where those are short. Only where two blocks
-    are more than ``budget`` it is a part of one, and samples are read singly. A long first block begins with its first step.
+    ``lane``: bytes that a lane reads a step; ``lanes``: how many the rank serves; ``budget``: bytes
+    that it may hold. A window is one block of the order, in which each lane reads one stretch, or
+    several where those are short. Only where two blocks are more than ``budget`` it is a part of
+    one, and samples are read singly. A long first block begins with its first step.
     """
     block = min(order.block, order.steps)
     size = block * lane * lanes
@@ -121,7 +126,9 @@ def step_windows(
 
 
 def prefetch_hint(config: RunConfig, index: Index, ranks: int) -> str | None:
-    """What is to be said where ``step_windows`` lets each sample be asked for by itself, of a store that takes long to answer."""
+    """What is to be said where ``step_windows`` lets each sample be asked for by itself, of a store
+    that takes long to answer.
+    """
     data, global_size = config.data, config.batch.global_size
     if data.cache_dir is not None or not is_remote(data.train):
         return None
@@ -179,7 +186,9 @@ def eval_loader(
     rank: int,
     allocate: Allocate = np.empty,
 ) -> Iterator[Batch]:
-    """A rank's stretch of the validation split, each sample once; the last batch may be smaller. Bad ones are left out."""
+    """A rank's stretch of the validation split, each sample once; the last batch may be smaller.
+    Bad ones are left out.
+    """
     data, size = config.data, config.batch.eval_size
 
     def windows() -> Iterator[Window]:

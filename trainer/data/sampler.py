@@ -1,9 +1,11 @@
-"""Which sample comes when: pure functions of (index, seed, epoch, global batch size), the same on any number of ranks.
+"""Which sample comes when: pure functions of (index, seed, epoch, global batch size), the same on
+any number of ranks.
 
-The shards are shuffled and their samples concatenated; the row is cut into as many equal *lanes* as a global batch has
-slots, and slot ``j`` of every global batch reads lane ``j`` from its beginning to its end. Inside a lane, blocks of
-``shuffle_window / global_size`` samples are shuffled. A lane is a stretch of bytes, so a rank reads few long ranges and
-each byte is read once, by one rank; and since the number of ranks appears nowhere here, it cannot change the order.
+The shards are shuffled and their samples concatenated; the row is cut into as many equal *lanes* as
+a global batch has slots, and slot ``j`` of every global batch reads lane ``j`` from its beginning
+to its end. Inside a lane, blocks of ``shuffle_window / global_size`` samples are shuffled. A lane
+is a stretch of bytes, so a rank reads few long ranges and each byte is read once, by one rank; and
+since the number of ranks appears nowhere here, it cannot change the order.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ _ORDER, _AUGMENT, _MIX = 1, 2, 3  # one random stream each
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """``samples[step, slot]``: the sample number that a slot reads at a step; ``weights`` is 0 where it only pads."""
+    """``samples[step, slot]``: the sample number that a slot reads at a step; ``weights`` is 0
+    where it only pads.
+    """
 
     samples: np.ndarray  # int64 [steps, global_size]
     weights: np.ndarray  # float32 [steps, global_size]
@@ -34,7 +38,9 @@ def _generator(*seeds: int) -> np.random.Generator:
 
 
 def steps_per_epoch(samples: int, global_size: int, tail: str) -> int:
-    """Optimizer steps of an epoch. ``pad``: the last partial global batch is a step too; ``drop``: it is left out."""
+    """Optimizer steps of an epoch. ``pad``: the last partial global batch is a step too; ``drop``:
+    it is left out.
+    """
     if samples < global_size:
         raise UserError(
             f"batch.global_size: {global_size} is more than the {samples} samples of data.train"
@@ -52,7 +58,8 @@ def epoch_order(
 ) -> EpochOrder:
     """The order of one epoch over shards of ``sizes`` samples.
 
-    With ``pad`` a lane that is one sample shorter than the others repeats its last one with weight zero.
+    With ``pad`` a lane that is one sample shorter than the others repeats its last one with weight
+    zero.
     """
     total = int(sizes.sum())
     steps = steps_per_epoch(total, global_size, tail)
@@ -80,8 +87,9 @@ def micro_batch_slots(
 ) -> np.ndarray:
     """The slots of a global batch that a rank serves: int64 [accumulation_steps, micro_size].
 
-    Slot ``j`` belongs to micro-batch ``j mod (world_size x accumulation_steps)``: which samples share a micro-batch (and
-    its batch-norm statistics) depends on the micro-batch's size alone, and a short last batch is spread over all of them.
+    Slot ``j`` belongs to micro-batch ``j mod (world_size x accumulation_steps)``: which samples
+    share a micro-batch (and its batch-norm statistics) depends on the micro-batch's size alone, and
+    a short last batch is spread over all of them.
     """
     micro_batches = world_size * accumulation_steps
     first = np.arange(accumulation_steps) * world_size + rank
@@ -94,10 +102,14 @@ def augment_uniforms(seed: int, epoch: int, step: int, global_size: int, count: 
 
 
 def mix_generator(seed: int, epoch: int, step: int, micro_batch: int) -> np.random.Generator:
-    """What draws how a micro-batch is mixed; ``micro_batch``: its number in the global batch, as ``micro_batch_slots`` counts."""
+    """What draws how a micro-batch is mixed; ``micro_batch``: its number in the global batch, as
+    ``micro_batch_slots`` counts.
+    """
     return _generator(seed, epoch, _MIX, step, micro_batch)
 
 
 def eval_range(samples: int, world_size: int, rank: int) -> range:
-    """The stretch of a validation split that a rank measures; the stretches of all ranks are the split, once."""
+    """The stretch of a validation split that a rank measures; the stretches of all ranks are the
+    split, once.
+    """
     return range(samples * rank // world_size, samples * (rank + 1) // world_size)

@@ -13,7 +13,9 @@ T = TypeVar("T")
 
 
 def broadcast_from_rank0(work: Callable[[], T]) -> T:
-    """What ``work`` gives on the first rank, or its UserError or RetryableError, on every rank; told by the first alone."""
+    """What ``work`` gives on the first rank, or its UserError or RetryableError, on every rank;
+    told by the first alone.
+    """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

@@ -1,4 +1,6 @@
-"""One pod of a job: what the training-operator's environment says, and what is waited for before ranks start. No torch here."""
+"""One pod of a job: what the training-operator's environment says, and what is waited for before
+ranks start. No torch here.
+"""
 
 import json
 import os
@@ -48,13 +50,16 @@ class PodEnv:
 
 
 def pod_from_environment(environment: Mapping[str, str] = os.environ) -> PodEnv | None:
-    """By the variables that torchrun reads too (PET_*), or None where no operator set them. Raises UserError."""
+    """By the variables that torchrun reads too (PET_*), or None where no operator set them. Raises
+    UserError.
+    """
     endpoint = environment.get("PET_RDZV_ENDPOINT")
     if not endpoint:
         return None
     if (backend := environment.get("PET_RDZV_BACKEND") or "c10d") != "c10d":
         raise UserError(
-            f"PET_RDZV_BACKEND: {backend!r} is not supported; set spec.elasticPolicy.rdzvBackend: c10d"
+            f"PET_RDZV_BACKEND: {backend!r} is not supported; set "
+            "spec.elasticPolicy.rdzvBackend: c10d"
         )
     host, _, port = endpoint.rpartition(":")
     nodes = environment.get("PET_NNODES", "1").rpartition(":")[2]
@@ -63,7 +68,8 @@ def pod_from_environment(environment: Mapping[str, str] = os.environ) -> PodEnv 
         raise UserError(f"PET_RDZV_ENDPOINT: {endpoint!r} is not host:port")
     if not nodes.isdigit() or not procs.isdigit():
         raise UserError(
-            f"PET_NNODES, PET_NPROC_PER_NODE: {nodes!r} and {procs!r} must be numbers; set spec.nprocPerNode"
+            f"PET_NNODES, PET_NPROC_PER_NODE: {nodes!r} and {procs!r} must be numbers; set "
+            "spec.nprocPerNode"
         )
     return PodEnv(
         int(nodes), int(procs), host, int(port), environment.get("PET_RDZV_ID") or "convoy"
@@ -71,9 +77,11 @@ def pod_from_environment(environment: Mapping[str, str] = os.environ) -> PodEnv 
 
 
 def wait_for_data(config: RunConfig) -> None:
-    """Until the store answers and the indexes are there, for as long as `data.wait_minutes` lets it; says what it waits for.
+    """Until the store answers and the indexes are there, for as long as `data.wait_minutes` lets
+    it; says what it waits for.
 
-    What is still missing then is told by whoever needs it. Raises UserError for what waiting does not cure.
+    What is still missing then is told by whoever needs it. Raises UserError for what waiting does
+    not cure.
     """
     for url in (config.data.train, config.data.val):
         if url is not None:
@@ -125,7 +133,8 @@ def wait_for_host(pod: PodEnv) -> None:
 def wait_for_rank0_exit(pod: PodEnv) -> None:
     """After a success, wait where this is another pod until the first has ended, and been seen to.
 
-    The operator calls a job done when any of its pods is, and then deletes those that still run: the first one's log is to stay.
+    The operator calls a job done when any of its pods is, and then deletes those that still run:
+    the first one's log is to stay.
     """
     if pod.is_rank_zero:
         return
@@ -148,10 +157,12 @@ def _wait(missing: Callable[[], str | None]) -> None:
 
 
 def check_restart_budget(url: str, most: int) -> None:
-    """Count this start of a job, beside its checkpoints; one that found a newer checkpoint than the start before counts from 1.
+    """Count this start of a job, beside its checkpoints; one that found a newer checkpoint than the
+    start before counts from 1.
 
-    The training-operator makes a pod anew without end. Raises UserError after ``most`` starts that came no further, and then
-    forgets them, so that a job that is submitted again gets as many. Where the store cannot be read the run itself will say so.
+    The training-operator makes a pod anew without end. Raises UserError after ``most`` starts that
+    came no further, and then forgets them, so that a job that is submitted again gets as many.
+    Where the store cannot be read the run itself will say so.
     """
     with suppress(RetryableError, ServiceUnreachable):
         if is_of_another_job(owner_of(url)):
@@ -168,7 +179,8 @@ def check_restart_budget(url: str, most: int) -> None:
             faults = repeated_faults(store)
             since = f"the checkpoint {newest}" if newest else "its beginning"
             raise UserError(
-                f"checkpoint.max_starts: the job was started {most} times since {since} and made no newer checkpoint; the logs of "
+                f"checkpoint.max_starts: the job was started {most} times since {since} and "
+                "made no newer checkpoint; the logs of "
                 "its pods say why; submit it again to go on",
                 *faults,
             )

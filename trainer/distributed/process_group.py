@@ -1,4 +1,6 @@
-"""The ranks of a run: joining them, wrapping a model in DeepSpeed's engine, and what they add up together."""
+"""The ranks of a run: joining them, wrapping a model in DeepSpeed's engine, and what they add up
+together.
+"""
 
 import logging
 import os
@@ -18,7 +20,8 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # DeepSpeed's default
 
 
 def init_distributed(ranks: DistEnv, fp16: bool = False) -> torch.device:
-    """Join the process group, NCCL with GPUs and gloo without; returns this rank's device. All ranks take part.
+    """Join the process group, NCCL with GPUs and gloo without; returns this rank's device. All
+    ranks take part.
 
     ``fp16``: half precision is wanted, which DeepSpeed must be told that a CPU can do too.
     """

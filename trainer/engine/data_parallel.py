@@ -1,4 +1,6 @@
-"""Training with the whole model on every rank: data parallelism, its state partitioned over the ranks by ZeRO where asked."""
+"""Training with the whole model on every rank: data parallelism, its state partitioned over the
+ranks by ZeRO where asked.
+"""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -107,7 +109,9 @@ class DataParallel(Engine):
 
 
 def _uses_graphs(config: RunConfig, device: torch.device) -> bool:
-    """Not where gradients are DeepSpeed's, activations are computed again, or layers are compiled, which is untested."""
+    """Not where gradients are DeepSpeed's, activations are computed again, or layers are compiled,
+    which is untested.
+    """
     train = config.train
     eager = (
         train.cuda_graphs == "off"
@@ -119,7 +123,9 @@ def _uses_graphs(config: RunConfig, device: torch.device) -> bool:
 
 
 def _own_gradients(engine: Any, config: RunConfig, ranks: int, graphs: bool) -> GradReducer | None:
-    """Take the averaging of gradients from DeepSpeed where we do it faster; None where it is DeepSpeed's, or nobody's."""
+    """Take the averaging of gradients from DeepSpeed where we do it faster; None where it is
+    DeepSpeed's, or nobody's.
+    """
     stage = config.parallel.zero_stage
     if stage > 1:
         return None

@@ -11,8 +11,9 @@ _DROPOUT = 3  # a random stream of its own, beside those of the data's order
 
 
 class DropoutRNG:
-    """Makes every dropout mask a function of (seed, step, micro-batch, layer): the same on any number of ranks and stages
-    and after a resume, with no generator's state to keep. ``first`` and ``stride``: a rank's micro-batches in the global batch.
+    """Makes every dropout mask a function of (seed, step, micro-batch, layer): the same on any
+    number of ranks and stages and after a resume, with no generator's state to keep. ``first`` and
+    ``stride``: a rank's micro-batches in the global batch.
     """
 
     def __init__(self, model: nn.Module, seed: int, first: int, stride: int) -> None:

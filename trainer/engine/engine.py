@@ -27,8 +27,9 @@ class StepOutput:
     """What came of an optimizer step.
 
     ``loss``: scalar on the device; its mean over ranks is the mean over the global batch's samples.
-    ``images``, ``keys``: of the global batch, and of this rank's part of it; 0 and none on a rank that reads no data.
-    ``skipped``: the gradients overflowed fp16, so that the weights stayed as they were.
+    ``images``, ``keys``: of the global batch, and of this rank's part of it; 0 and none on a rank
+    that reads no data. ``skipped``: the gradients overflowed fp16, so that the weights stayed as
+    they were.
     """
 
     loss: Tensor
@@ -40,7 +41,8 @@ class StepOutput:
 class Engine(ABC):
     """A model and its optimizer in one of DeepSpeed's engines. All ranks take part in every call.
 
-    A model that was trained before must hold its weights when the engine is made of it; ``restore`` then gives the rest.
+    A model that was trained before must hold its weights when the engine is made of it; ``restore``
+    then gives the rest.
     """
 
     _engine: Any
@@ -64,7 +66,9 @@ class Engine(ABC):
         self._global_step = 0
 
     def _attach_engine(self, engine: Any, weights: dict[str, Tensor], grad_norm: GradNorm) -> None:
-        """Take over an engine; ``weights``: the fp32 parameters that it was given, before it rounded them."""
+        """Take over an engine; ``weights``: the fp32 parameters that it was given, before it
+        rounded them.
+        """
         self._engine, self._grad_norm = engine, grad_norm
         if self._type == torch.float16:
             grow_after_update(engine.optimizer)
@@ -90,8 +94,10 @@ class Engine(ABC):
         """The ranks that hold the same part of the model."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The whole model on this rank: fp32 master weights, and batch norm's running statistics as their mean over the
-        data-parallel ranks, each of which saw other samples; from here on each has that mean."""
+        """The whole model on this rank: fp32 master weights, and batch norm's running statistics as
+        their mean over the data-parallel ranks, each of which saw other samples; from here on each
+        has that mean.
+        """
         module, own = self._engine.module, self._fp32_state.weights()
         for _, buffer in self._statistics():
             buffer.copy_(self._mean_over_ranks(buffer))
@@ -117,7 +123,9 @@ class Engine(ABC):
         )
 
     def restore(self, state: TrainingState) -> None:
-        """Go on from ``state``, whose ``model`` this engine was made of, so that the masters are its weights already."""
+        """Go on from ``state``, whose ``model`` this engine was made of, so that the masters are
+        its weights already.
+        """
         own = {self._to_fqn(name): name for name in self._engine.module.state_dict()}
         slots = [(slot.partition("/"), value) for slot, value in state.slots.items()]
         self._fp32_state.set_slots(
@@ -172,7 +180,9 @@ class Engine(ABC):
                 self._averages[name].lerp_(buffer, 1 - self._decay)
 
     def grad_norm(self) -> float | None:
-        """Euclidean norm of the last step's gradient over all weights, before clipping; None if the step was skipped."""
+        """Euclidean norm of the last step's gradient over all weights, before clipping; None if the
+        step was skipped.
+        """
         return self._grad_norm.value()
 
     def loss_scale(self) -> float | None:

@@ -27,7 +27,8 @@ def to_device(array: Any, device: torch.device) -> Tensor:
 
 
 def pinned_array(shape: tuple[int, ...], dtype: type[np.uint8]) -> np.ndarray:
-    """An array of bytes that a GPU copies by itself, while this process goes on to launch what comes next. Its memory is used
-    again only after the copies from it."""
+    """An array of bytes that a GPU copies by itself, while this process goes on to launch what
+    comes next. Its memory is used again only after the copies from it.
+    """
     assert dtype is np.uint8
     return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()

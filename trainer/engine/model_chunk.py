@@ -18,8 +18,9 @@ from trainer.models.layers import Value
 
 
 class ModelChunk(nn.Sequential):
-    """Neighbouring layers of a model. What enters and leaves is contiguous, as a transport needs; inside, activations have the
-    layout of ``train.channels_last``."""
+    """Neighbouring layers of a model. What enters and leaves is contiguous, as a transport needs;
+    inside, activations have the layout of ``train.channels_last``.
+    """
 
     def __init__(
         self, layers: "OrderedDict[str, nn.Module]", config: TrainConfig, draws: DropoutRNG
@@ -87,13 +88,16 @@ class ModelChunk(nn.Sequential):
 def _recomputing(
     layers: Sequence[nn.Module],
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For the forward pass and for its repetition, in which batch norm must not count the same batch again."""
+    """For the forward pass and for its repetition, in which batch norm must not count the same
+    batch again.
+    """
     return nullcontext(), _StatisticsKept(layers)
 
 
 class _StatisticsKept(AbstractContextManager[None]):
-    """Keeps the running statistics of batch norm as they are. It can be entered more than once, as torch does if a backward pass
-    is split into several, which ZeRO 3 does."""
+    """Keeps the running statistics of batch norm as they are. It can be entered more than once, as
+    torch does if a backward pass is split into several, which ZeRO 3 does.
+    """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         modules = (module for layer in layers for module in layer.modules())

@@ -11,7 +11,9 @@ from trainer.errors import UserError
 
 
 def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
-    """Work of each layer's forward pass on one image: multiply-adds, and one for each number that it puts out."""
+    """Work of each layer's forward pass on one image: multiply-adds, and one for each number that
+    it puts out.
+    """
     costs = dict.fromkeys((name for name, _ in model.named_children()), 0)
 
     def count(name: str, layer: nn.Module, output: Tensor) -> None:
@@ -33,7 +35,8 @@ def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
 def assign_layers(
     costs: dict[str, int], stages: int, given: Sequence[str] | None = None
 ) -> list[list[str]]:
-    """The layers' names, stage by stage: cut where the costliest stage costs least, or before the layers ``given``.
+    """The layers' names, stage by stage: cut where the costliest stage costs least, or before the
+    layers ``given``.
 
     Raises UserError for more stages than layers, and for a given split that is none.
     """
@@ -47,7 +50,8 @@ def assign_layers(
         if unknown:
             able = ", ".join(names[1:])
             raise UserError(
-                f"parallel.split: {unknown[0]!r} is no layer that a stage can begin with; those: {able}"
+                f"parallel.split: {unknown[0]!r} is no layer that a stage can begin with; "
+                f"those: {able}"
             )
         cuts = [0, *(names.index(name) for name in given), len(names)]
         if cuts != sorted(set(cuts)) or len(cuts) != stages + 1:
@@ -62,7 +66,9 @@ def assign_layers(
 def validate_stage_boundaries(
     model: nn.Sequential, parts: list[list[str]], given: Sequence[str] | None
 ) -> None:
-    """Raises UserError if a stage has no weights to train: ZeRO and bf16 optimizers cannot be made for such a stage."""
+    """Raises UserError if a stage has no weights to train: ZeRO and bf16 optimizers cannot be made
+    for such a stage.
+    """
     layers = dict(model.named_children())
     for number, names in enumerate(parts):
         if not any(True for name in names for _ in layers[name].parameters()):
@@ -80,7 +86,9 @@ def validate_stage_boundaries(
 
 
 def _balanced(costs: Sequence[int], parts: int) -> list[int]:
-    """Where to cut a row of ``costs`` into ``parts``, none empty, so that the largest sum is least; with both ends."""
+    """Where to cut a row of ``costs`` into ``parts``, none empty, so that the largest sum is least;
+    with both ends.
+    """
     sums = [0, *accumulate(costs)]
     best = {(1, stop): (sums[stop], [0, stop]) for stop in range(1, len(costs) + 1)}
     for count in range(2, parts + 1):

@@ -1,8 +1,9 @@
-"""Training with the layers of a model spread over ranks: pipeline (model) parallelism, and data parallelism beside it.
+"""Training with the layers of a model spread over ranks: pipeline (model) parallelism, and data
+parallelism beside it.
 
-Rank ``r`` of ``stages x D`` is stage ``r // D`` of the copy ``r mod D``. Micro-batches follow one another through the stages, so
-that ``accumulation_steps`` of them keep ``stages`` stages busy but for a bubble of ``(stages - 1) / (steps + stages - 1)`` of
-the time (Huang et al. 2019, 2.3).
+Rank ``r`` of ``stages x D`` is stage ``r // D`` of the copy ``r mod D``. Micro-batches follow one
+another through the stages, so that ``accumulation_steps`` of them keep ``stages`` stages busy but
+for a bubble of ``(stages - 1) / (steps + stages - 1)`` of the time (Huang et al. 2019, 2.3).
 """
 
 import contextlib
@@ -30,8 +31,9 @@ from trainer.training.optimizers import build_optimizer
 
 
 class PipelineParallel(Engine):
-    """Each rank holds one stage of the model, and ``model`` loses the weights of the others. ``parts``: the names of the layers of
-    each stage."""
+    """Each rank holds one stage of the model, and ``model`` loses the weights of the others.
+    ``parts``: the names of the layers of each stage.
+    """
 
     def __init__(
         self,
@@ -143,7 +145,9 @@ class PipelineParallel(Engine):
 
 
 def _free_after_backward(engine: Any) -> None:
-    """The last stage's outputs, by which DeepSpeed holds their inputs and the gradients of these for some micro-batches more."""
+    """The last stage's outputs, by which DeepSpeed holds their inputs and the gradients of these
+    for some micro-batches more.
+    """
     from deepspeed.runtime.pipe.schedule import BackwardPass
 
     backward = engine._INSTRUCTION_MAP[BackwardPass]

@@ -1,4 +1,6 @@
-"""A trained model as two plain files: master weights (safetensors) and what is needed to use them (JSON)."""
+"""A trained model as two plain files: master weights (safetensors) and what is needed to use them
+(JSON).
+"""
 
 import json
 from dataclasses import dataclass
@@ -68,7 +70,9 @@ def save_model(folder: Path, model: nn.Module, facts: ModelMetadata) -> None:
 
 
 class Predictor:
-    """A saved model in use: encoded images in, class probabilities out, through the same steps as in evaluation."""
+    """A saved model in use: encoded images in, class probabilities out, through the same steps as
+    in evaluation.
+    """
 
     def __init__(self, weights: Path, facts: Path) -> None:
         self.facts = ModelMetadata(**json.loads(facts.read_text(encoding="utf-8")))
@@ -78,7 +82,8 @@ class Predictor:
             model.load_state_dict(load_file(weights))
         except (SafetensorError, RuntimeError) as error:
             raise UserError(
-                f"{weights}: does not hold the weights of {self.facts.name}: {str(error).splitlines()[0]}"
+                f"{weights}: does not hold the weights of {self.facts.name}: "
+                f"{str(error).splitlines()[0]}"
             ) from None
         layout = torch.channels_last if self.facts.channels_last else torch.contiguous_format
         self.model = model.eval().to(self.device).to(memory_format=layout)

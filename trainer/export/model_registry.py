@@ -45,7 +45,8 @@ def register(
 
     ``example``: one encoded image. ``val_digest``: the data that ``top1`` was measured on. The same
     weights with the same figures get one version of a run, however often they are registered.
-    Raises UserError if the server refuses the model for good, RetryableError if a retry may succeed.
+    Raises UserError if the server refuses the model for good, RetryableError if a retry may
+    succeed.
     """
     configure_mlflow()
     import mlflow
@@ -90,7 +91,8 @@ def _refused(uri: str, name: str, fault: Fault, run_id: str) -> UserError:
     if fault.kind == "unauthorized":
         return UserError(f"{name} has no new version: {refusal(uri, fault)}")
     return UserError(
-        f"MLflow at {redact_credentials(uri)} refuses to register run {run_id} as {name}: {fault.reason}"
+        f"MLflow at {redact_credentials(uri)} refuses to register run {run_id} as {name}: "
+        f"{fault.reason}"
     )
 
 
@@ -169,7 +171,9 @@ def _num_classes(export: Path) -> int:
 def promote_if_better(
     client: Any, name: str, version: str, top1: float | None, val_digest: str
 ) -> Registered:
-    """Alias ``challenger``; it becomes ``champion`` when its top1 is not worse than the champion's on the same data."""
+    """Alias ``challenger``; it becomes ``champion`` when its top1 is not worse than the champion's
+    on the same data.
+    """
     client.set_registered_model_alias(name, "challenger", version)
     aliases = client.get_registered_model(name).aliases
     if top1 is None:

@@ -1,4 +1,6 @@
-"""The code that a registered model needs to predict, as a package whose name no program has for its own."""
+"""The code that a registered model needs to predict, as a package whose name no program has for its
+own.
+"""
 
 import ast
 import hashlib
@@ -18,10 +20,12 @@ _ABSOLUTE_IMPORT = re.compile(r"^(\s*(?:from|import)\s+)trainer\b", re.MULTILINE
 
 @contextmanager
 def packaged_code() -> Iterator[tuple[Path, Path]]:
-    """The package's folder, for MLflow's ``code_paths``, and the file that it runs to load the model, for the block's time.
+    """The package's folder, for MLflow's ``code_paths``, and the file that it runs to load the
+    model, for the block's time.
 
-    The package holds what ``pyfunc_model.py`` imports, directly or not, and nothing else. Its name ends in
-    a hash of its content: models of different versions of Convoy can be loaded into one program.
+    The package holds what ``pyfunc_model.py`` imports, directly or not, and nothing else. Its name
+    ends in a hash of its content: models of different versions of Convoy can be loaded into one
+    program.
     """
     sources = _needed()
     name = _PREFIX + _digest(sources)
@@ -54,7 +58,9 @@ def _digest(sources: list[Path]) -> str:
 
 
 def _needed() -> list[Path]:
-    """The files of this package that ``pyfunc_model.py`` imports, directly or not, in a fixed order."""
+    """The files of this package that ``pyfunc_model.py`` imports, directly or not, in a fixed
+    order.
+    """
     found: set[Path] = set()
     waiting = [_ROOT / _SERVING]
     while waiting:

@@ -1,4 +1,6 @@
-"""The MLflow model, as code: MLflow copies this file and runs it to load a registered version, so nothing is pickled."""
+"""The MLflow model, as code: MLflow copies this file and runs it to load a registered version, so
+nothing is pickled.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ _IMAGES_AT_ONCE = 256
 
 
 class ConvoyModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
-    """Column ``image`` of encoded bytes (JPEG, PNG, ...) in, float32 [N, classes] of probabilities out."""
+    """Column ``image`` of encoded bytes (JPEG, PNG, ...) in, float32 [N, classes] of probabilities
+    out.
+    """
 
     def load_context(self, context: Any) -> None:
         self.predictor = Predictor(

@@ -1,4 +1,6 @@
-"""Files on the local disk: probing a folder, writing whole files and logs, and what a full disk means."""
+"""Files on the local disk: probing a folder, writing whole files and logs, and what a full disk
+means.
+"""
 
 import os
 import sys
@@ -101,8 +103,8 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 class AppendLog:
-    """A file of lines that a full disk does not end: lines that could not be written stay in memory,
-    and are written before the next one. Safe to use from several threads.
+    """A file of lines that a full disk does not end: lines that could not be written stay in
+    memory, and are written before the next one. Safe to use from several threads.
 
     ``write`` raises UserError once 64 MiB are in memory, so that the run ends before it loses any.
     """

@@ -43,13 +43,15 @@ _RUNTIME_ERROR = re.compile(
 )
 _OUT_OF_DEVICE_MEMORY = re.compile(
     r"\bout of memory\b|OUT_OF_MEMORY|(?:cuda|hip)Error(?:MemoryAllocation|OutOfMemory)"
-    r"|CU(?:DNN|BLAS|SOLVER|SPARSE)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED|Failed to CUDA (?:host )?[mc]?alloc"
+    r"|CU(?:DNN|BLAS|SOLVER|SPARSE)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED|Failed to CUDA "
+    r"(?:host )?[mc]?alloc"
     r"|Unable to find a valid cuDNN algorithm",  # each of them needs more workspace than is free
     re.IGNORECASE,
 )
 _OUT_OF_HOST_MEMORY = re.compile(r"DefaultCPUAllocator: |Cannot allocate memory|std::bad_alloc")
 _OUT_OF_SHARED_MEMORY = re.compile(
-    r"shared memory segment /dev/shm|out of shared memory|</torch_\S*>: No space left|posix_fallocate failed"
+    r"shared memory segment /dev/shm|out of shared memory|</torch_\S*>: No space "
+    r"left|posix_fallocate failed"
 )
 _OUT_OF_THREADS = re.compile(r"can't start new thread|Resource temporarily unavailable")
 
@@ -72,18 +74,22 @@ _LIBRARY_FAULTS = re.compile(
     r"|CUDNN_STATUS_EXECUTION_FAILED\w*|CUFFT_(?:EXEC|INTERNAL|SETUP)\w*"
 )
 _DRIVER_FAULTS = re.compile(
-    r"Found no NVIDIA driver|No CUDA GPUs are available|No HIP GPUs are available|CUDA unknown error"
+    r"Found no NVIDIA driver|No CUDA GPUs are available|No HIP GPUs are available|CUDA unknown "
+    r"error"
     r"|Unexpected error from cudaGetDeviceCount|Driver/library version mismatch|GPU is lost"
-    r"|fallen off the bus|nvml\w*(?:\(\))? failed|NVML_ERROR|NVMLError|can't communicate with the NVIDIA driver"
+    r"|fallen off the bus|nvml\w*(?:\(\))? failed|NVML_ERROR|NVMLError|can't communicate with "
+    r"the NVIDIA driver"
     r"|uncorrectable (?:ECC|NVLink) error|NVRM: Xid",
     re.IGNORECASE,
 )
 _COLLECTIVE = re.compile(
-    r"NCCL|RCCL|gloo|Connection (?:reset|closed) by peer|Broken pipe|Socket Timeout|Timed out initializing process group",
+    r"NCCL|RCCL|gloo|Connection (?:reset|closed) by peer|Broken pipe|Socket Timeout|Timed out "
+    r"initializing process group",
     re.IGNORECASE,
 )
 _WRONG_USE_OF_COLLECTIVES = re.compile(
-    r"Invalid(?:Usage|Argument)|invalid usage|Duplicate GPU|unsupported|not support|invalid tensor|invalid root"
+    r"Invalid(?:Usage|Argument)|invalid usage|Duplicate GPU|unsupported|not support|invalid "
+    r"tensor|invalid root"
     r"|must be|mismatch|op\.preamble\.length",
     re.IGNORECASE,
 )
@@ -148,7 +154,8 @@ def check_gpus(visible: int, procs: int) -> None:
         )
     if 0 < visible < procs:
         raise UserError(
-            f"{procs} ranks on a machine with {visible} GPUs; start {visible}, or hide them: CUDA_VISIBLE_DEVICES= trains without"
+            f"{procs} ranks on a machine with {visible} GPUs; start {visible}, or hide them: "
+            "CUDA_VISIBLE_DEVICES= trains without"
         )
 
 
@@ -173,11 +180,12 @@ def memory_advice(config: RunConfig, micro_size: int) -> str:
 
 
 def classify_fault(error: BaseException, place: str, advice: str = "") -> BaseException:
-    """The exception to report for ``error``, which is ``error`` itself where it is not such a fault.
+    """The exception to report for ``error``, which is ``error`` itself where it is not such a
+    fault.
 
-    Returns UserError for memory that ran out, with ``advice`` on how to need less; HardwareFault for
-    a failed device, driver, disk or interconnect; LostPeer for a collective that failed because of
-    another rank. Looks at the exceptions that ``error`` was raised from, too.
+    Returns UserError for memory that ran out, with ``advice`` on how to need less; HardwareFault
+    for a failed device, driver, disk or interconnect; LostPeer for a collective that failed because
+    of another rank. Looks at the exceptions that ``error`` was raised from, too.
     """
     if isinstance(error, UserError | RetryableError):
         return error
@@ -222,7 +230,8 @@ def _classify(error: BaseException, place: str, advice: str) -> UserError | Retr
     no_thread = is_runtime_error and not collective and _OUT_OF_THREADS.search(text)
     if no_thread or isinstance(error, BlockingIOError):
         return UserError(
-            f"no more threads or processes can be started on {place}: {_first_line(text)}; raise the limit "
+            f"no more threads or processes can be started on {place}: {_first_line(text)}; "
+            "raise the limit "
             "(ulimit -u, or the pod's limit of process ids), or use fewer data.workers"
         )
     if isinstance(error, OSError):

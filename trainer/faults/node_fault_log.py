@@ -25,7 +25,8 @@ _WRITE_SECONDS = 10.0
 
 
 def record_fault(url: str, rank: int, fault: str) -> str:
-    """Write a record below the checkpoint URL; returns advice on the node, empty for its first fault.
+    """Write a record below the checkpoint URL; returns advice on the node, empty for its first
+    fault.
 
     Never raises and returns within seconds, even when the store is unreachable.
     """
@@ -46,7 +47,8 @@ def record_fault(url: str, rank: int, fault: str) -> str:
             incidents = _incidents(_read(store)).get(node, [])
             if len(incidents) > 1:
                 advice.append(
-                    f"this is hardware fault {len(incidents)} of node {node} in this run; {_what_to_do(node)}"
+                    f"this is hardware fault {len(incidents)} of node {node} in this run; "
+                    f"{_what_to_do(node)}"
                 )
 
     thread = threading.Thread(target=work, name="fault-record", daemon=True)
@@ -63,7 +65,8 @@ def repeated_faults(store: Store) -> list[str]:
             last = incidents[-1]
             when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last["time"]))
             lines.append(
-                f"node {node}: {len(incidents)} hardware faults in this run, the last one at {when} "
+                f"node {node}: {len(incidents)} hardware faults in this run, the last one at "
+                f"{when} "
                 f"({str(last['fault'])[:200]}); {_what_to_do(node)}"
             )
     return lines

@@ -1,4 +1,5 @@
-"""A small record that exactly one process can create, in a folder (local or network disk) or in an object store.
+"""A small record that exactly one process can create, in a folder (local or network disk) or in an
+object store.
 
 Every change is conditional on what the writer saw: an object is written with ``If-None-Match`` or
 ``If-Match``; a file is created by ``link`` and changed while ``flock`` holds off others.
@@ -28,8 +29,9 @@ _MAX_BYTES = 65536
 
 @dataclass(frozen=True)
 class Seen:
-    """A record as it was read. ``version`` differs after each change and each renewal; ``written_at``: seconds since 1970,
-    by whichever clock the storage uses."""
+    """A record as it was read. ``version`` differs after each change and each renewal;
+    ``written_at``: seconds since 1970, by whichever clock the storage uses.
+    """
 
     content: bytes
     version: Hashable
@@ -37,7 +39,9 @@ class Seen:
 
 
 class LockFile(Protocol):
-    """The storage of one lock. Methods raise OSError, UserError or RetryableError if the storage fails."""
+    """The storage of one lock. Methods raise OSError, UserError or RetryableError if the storage
+    fails.
+    """
 
     @property
     def location(self) -> str:
@@ -268,9 +272,8 @@ class ObjectLockFile:
     def _write(self, content: bytes, seen: Seen | None) -> Seen | None:
         if self.is_atomic:
             try:
-                version = self._store.write_if(
-                    self._name, content, None if seen is None else dict(seen.version)
-                )  # type: ignore[call-overload]
+                expected = None if seen is None else dict(seen.version)  # type: ignore[call-overload]
+                version = self._store.write_if(self._name, content, expected)
             except NotImplementedError:
                 self.is_atomic = False
             else:

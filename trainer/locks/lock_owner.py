@@ -1,4 +1,6 @@
-"""The owner of a lock: which process of which run holds it, as recorded in the lock, and whether that process is still alive."""
+"""The owner of a lock: which process of which run holds it, as recorded in the lock, and whether
+that process is still alive.
+"""
 
 import getpass
 import json
@@ -17,14 +19,18 @@ _MAX_RECORD_LEASE_SECONDS = (
 
 @dataclass(frozen=True)
 class Process:
-    """A process on a host. A PID has a meaning only within one boot and one PID namespace (a container has its own)."""
+    """A process on a host. A PID has a meaning only within one boot and one PID namespace (a
+    container has its own).
+    """
 
     host: str
     boot_id: str
     pid_namespace: str
     pid: int
     start_ticks: int
-    """When the process started, in clock ticks since boot; distinguishes it from a later process with the same PID."""
+    """When the process started, in clock ticks since boot; distinguishes it from a later process
+    with the same PID.
+    """
 
     def shares_pids_with(self, other: "Process") -> bool:
         """Whether ``other``'s PID can be looked up where this process runs."""
@@ -32,7 +38,9 @@ class Process:
         return bool(self.boot_id) and here == (other.host, other.boot_id, other.pid_namespace)
 
     def is_alive(self) -> bool:
-        """Whether the process still runs. Only valid where its PID can be looked up. A zombie is not alive."""
+        """Whether the process still runs. Only valid where its PID can be looked up. A zombie is
+        not alive.
+        """
         if self.pid <= 0:
             return False
         try:
@@ -55,7 +63,9 @@ def process_of(pid: int) -> Process:
 
 @dataclass(frozen=True)
 class Owner:
-    """The content of a lock. ``token`` is unique to one acquisition. Times are for people: no decision depends on a clock."""
+    """The content of a lock. ``token`` is unique to one acquisition. Times are for people: no
+    decision depends on a clock.
+    """
 
     token: str
     location: str
@@ -68,7 +78,9 @@ class Owner:
     launcher: Process | None = None
     """The process that started the ranks; they end when it is gone."""
     pod: str | None = None
-    """Namespace, job and name of the pod. Kubernetes starts a pod of a name only after the previous one is gone."""
+    """Namespace, job and name of the pod. Kubernetes starts a pod of a name only after the previous
+    one is gone.
+    """
 
     @staticmethod
     def current(location: str, program: str, run: str | None, lease_seconds: float) -> "Owner":
@@ -88,7 +100,9 @@ class Owner:
         )
 
     def to_json(self, renewals: int) -> bytes:
-        """The record. ``renewals`` makes the content, and with it the object's ETag, differ each time."""
+        """The record. ``renewals`` makes the content, and with it the object's ETag, differ each
+        time.
+        """
         return (json.dumps(asdict(self) | {"renewals": renewals}, indent=1) + "\n").encode()
 
     def describe(self) -> str:
@@ -97,7 +111,9 @@ class Owner:
 
 
 def parse_owner(content: bytes) -> Owner | None:
-    """The owner that a lock records, or None if the record is truncated, corrupt or of another program."""
+    """The owner that a lock records, or None if the record is truncated, corrupt or of another
+    program.
+    """
     try:
         record = json.loads(content)
         run, pod = record["run"], record["pod"]

@@ -20,7 +20,8 @@ from trainer.secrets.redaction import redact_credentials
 LOCK_NAME = "run.lock"
 LEASE_SECONDS = 60.0
 OUTAGE_SECONDS = 120.0
-"""How long an owner waits for storage that is unreachable, writing nothing once its lease is over."""
+"""How long an owner waits for storage that is unreachable, writing nothing once its lease is over.
+"""
 _RENEWALS_PER_LEASE = 6
 _WATCH_FACTOR = 1.1
 """Others wait for this many leases: their clocks may run faster than the owner's."""
@@ -87,16 +88,18 @@ class RunLock:
         self._stop = threading.Event()
 
     def acquire(self) -> None:
-        """Become the owner, waiting for at most a lease to find out whether another owner still lives.
+        """Become the owner, waiting for at most a lease to find out whether another owner still
+        lives.
 
-        Raises LockHeld (a UserError that names the owner) if it does, UserError if the lock cannot be
-        written, RetryableError if the storage is unreachable.
+        Raises LockHeld (a UserError that names the owner) if it does, UserError if the lock cannot
+        be written, RetryableError if the storage is unreachable.
         """
         try:
             self._acquire()
         except OSError as error:
             raise UserError(
-                f"{self._where}: {self._name} cannot be written: {error.strerror or error}; use a place that can be written"
+                f"{self._where}: {self._name} cannot be written: {error.strerror or error}; use "
+                "a place that can be written"
             ) from None
         threading.Thread(target=self._keep, name="run-lock", daemon=True).start()
 
@@ -168,18 +171,22 @@ class RunLock:
         lease = holder.lease_seconds if holder is not None else self._lease
         age = max(0.0, time.time() - seen.written_at)
         return LockHeld(
-            f"{self._where}: in use by {who}, whose lock was renewed {age:.0f} s ago; {self._advice} (a lock that is not "
+            f"{self._where}: in use by {who}, whose lock was renewed {age:.0f} s ago; "
+            f"{self._advice} (a lock that is not "
             f"renewed expires after {lease * _WATCH_FACTOR:.0f} s)"
         )
 
     def _take(self, seen: Seen | None) -> bool:
-        """Write our record, over ``seen`` or where there is none. False if another process was faster."""
+        """Write our record, over ``seen`` or where there is none. False if another process was
+        faster.
+        """
         before = _clock()
         content = self.owner.to_json(self._renewals)
         new = self._file.create(content) if seen is None else self._file.replace(seen, content)
         if new is not None and not self._file.is_atomic:
             print(
-                f"convoy: {self._where}: the storage has no conditional writes; two runs that start there at the same "
+                f"convoy: {self._where}: the storage has no conditional writes; two runs that "
+                "start there at the same "
                 "moment are told apart by waiting",
                 file=sys.stderr,
                 flush=True,
@@ -195,7 +202,9 @@ class RunLock:
         return True
 
     def check(self) -> None:
-        """Return if this process is still the only writer; wait while that is unknown. Raises LockLost if it is not."""
+        """Return if this process is still the only writer; wait while that is unknown. Raises
+        LockLost if it is not.
+        """
         while self._lost is None and self._age() > self._lease:
             self._renew()
             if self._age() > self._outage or self._stop.is_set():
@@ -248,8 +257,9 @@ class RunLock:
             )
 
     def _can_write_again(self, now: float) -> bool:
-        """Whether a lock that is gone was just deleted. No other owner can have come and gone within the lease, unless it
-        took over at once: a pod of the same job."""
+        """Whether a lock that is gone was just deleted. No other owner can have come and gone
+        within the lease, unless it took over at once: a pod of the same job.
+        """
         return now - self._renewed <= self._lease and self.owner.pod is None
 
     def _note_failure(self, reason: str) -> None:
@@ -258,7 +268,8 @@ class RunLock:
             left = max(0.0, self._outage - self._age())
             line = redact_credentials(reason).splitlines()[0][:200]
             print(
-                f"convoy: {self._where}: {self._name} could not be renewed ({line}); unless it is, this process ends in "
+                f"convoy: {self._where}: {self._name} could not be renewed ({line}); unless it "
+                "is, this process ends in "
                 f"{left:.0f} s",
                 file=sys.stderr,
                 flush=True,
@@ -273,7 +284,9 @@ class RunLock:
                 self._on_taken_over(self._lost)
 
     def release(self) -> None:
-        """Remove the lock if it is still ours. Waits a bounded time for storage that is unreachable."""
+        """Remove the lock if it is still ours. Waits a bounded time for storage that is
+        unreachable.
+        """
         if self._seen is None:
             return
         self._stop.set()
@@ -297,7 +310,9 @@ class RunLock:
 
 
 class RunLocks:
-    """The locks of a run: its output folder's and its checkpoint URL's. Without any on ranks other than the first."""
+    """The locks of a run: its output folder's and its checkpoint URL's. Without any on ranks other
+    than the first.
+    """
 
     def __init__(self) -> None:
         self._locks: list[RunLock] = []
@@ -348,7 +363,9 @@ def _token(holder: Owner | None, seen: Seen) -> object:
 
 @contextmanager
 def exclusive(url: str, program: str, advice: str, name: str = LOCK_NAME) -> Iterator[None]:
-    """Own a place while the command ``program`` works there. Raises LockHeld if a run or another command does."""
+    """Own a place while the command ``program`` works there. Raises LockHeld if a run or another
+    command does.
+    """
     lock = RunLock(url, program, None, advice, name)
     try:
         lock.acquire()
@@ -358,7 +375,9 @@ def exclusive(url: str, program: str, advice: str, name: str = LOCK_NAME) -> Ite
 
 
 def owner_of(url: str) -> Owner | None:
-    """The owner that the lock of a place records, whether it still lives or not. None if no lock can be read."""
+    """The owner that the lock of a place records, whether it still lives or not. None if no lock
+    can be read.
+    """
     try:
         seen = lock_file(url, LOCK_NAME).read()
     except OSError:

@@ -1,8 +1,9 @@
 """AlexNet: five convolutions and three fully connected layers.
 
-``alexnet2012`` is the network of Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural
-Networks" (2012), whose two GPUs are the two groups of its convolutions. ``alexnet`` is the single tower of Krizhevsky,
-"One weird trick for parallelizing convolutional neural networks" (2014), without response normalization: torchvision's.
+``alexnet2012`` is the network of Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep
+Convolutional Neural Networks" (2012), whose two GPUs are the two groups of its convolutions.
+``alexnet`` is the single tower of Krizhevsky, "One weird trick for parallelizing convolutional
+neural networks" (2014), without response normalization: torchvision's.
 """
 
 from torch import nn
@@ -36,10 +37,11 @@ def alexnet(
 ) -> nn.Sequential:
     """[N, 3, H, W] to [N, num_classes].
 
-    ``towers`` of 2: grouped convolutions where the paper's two GPUs do not talk (2, 4 and 5), and response normalization.
-    ``stem`` small: a first convolution of 3x3 without stride, and one average pixel before the fully connected layers.
-    ``width``: channels of the first convolution; all others, and the fully connected layers, follow in proportion.
-    ``head`` average: as GoogLeNet's.
+    ``towers`` of 2: grouped convolutions where the paper's two GPUs do not talk (2, 4 and 5), and
+    response normalization. ``stem`` small: a first convolution of 3x3 without stride, and one
+    average pixel before the fully connected layers. ``width``: channels of the first convolution;
+    all others, and the fully connected layers, follow in proportion. ``head`` average: as
+    GoogLeNet's.
     """
     c1, c2, c3, c4, c5 = (scaled(c, width, channels[0], towers) for c in channels)
     full = scaled(_FULL, width, channels[0])
@@ -81,9 +83,11 @@ def alexnet(
 
 
 def _initialize_2012(model: nn.Sequential) -> None:
-    """Weights N(0, 0.01), biases 1 in convolutions 2, 4, 5 and the hidden fully connected layers, else 0 (2012, section 5).
+    """Weights N(0, 0.01), biases 1 in convolutions 2, 4, 5 and the hidden fully connected layers,
+    else 0 (2012, section 5).
 
-    The 2014 paper names none: the single tower keeps the framework's own, uniform within 1 / sqrt(fan-in).
+    The 2014 paper names none: the single tower keeps the framework's own, uniform within 1 /
+    sqrt(fan-in).
     """
     for name, layer in model.named_children():
         if isinstance(layer, nn.Conv2d | nn.Linear):

@@ -9,13 +9,17 @@ from torch import Tensor, nn
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics and arithmetic are fp32 in every precision; input and output keep their own type.
+    """Batch norm whose statistics and arithmetic are fp32 in every precision; input and output keep
+    their own type.
 
-    A half-precision engine leaves buffers in fp32 and halves the weights, which plain batch norm refuses.
+    A half-precision engine leaves buffers in fp32 and halves the weights, which plain batch norm
+    refuses.
     """
 
     group: Any = None
-    """Process group whose ranks share their statistics in training; all of them take part in each forward and backward."""
+    """Process group whose ranks share their statistics in training; all of them take part in each
+    forward and backward.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.group is not None:
@@ -57,7 +61,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norm(model: nn.Module, group: Any) -> None:
-    """Let the model's batch norms share their training statistics over the ranks of ``group``; alone they stay as they are."""
+    """Let the model's batch norms share their training statistics over the ranks of ``group``;
+    alone they stay as they are.
+    """
     if dist.get_world_size(group) > 1:
         for module in model.modules():
             if isinstance(module, BatchNorm2d):
@@ -65,9 +71,11 @@ def synchronize_batch_norm(model: nn.Module, group: Any) -> None:
 
 
 def _shared_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Each channel's mean and biased variance over all ranks' [N, C, H, W], and the number of values a channel.
+    """Each channel's mean and biased variance over all ranks' [N, C, H, W], and the number of
+    values a channel.
 
-    Means and squared distances from them are combined (Chan et al. 1979), since a difference of large sums would lose the variance.
+    Means and squared distances from them are combined (Chan et al. 1979), since a difference of
+    large sums would lose the variance.
     """
     channels = x.shape[1]
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
@@ -82,9 +90,11 @@ def _shared_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _NormalizeTogether(torch.autograd.Function):
-    """Batch norm by statistics that all ranks share; its gradient passes through every rank's part in them.
+    """Batch norm by statistics that all ranks share; its gradient passes through every rank's part
+    in them.
 
-    The gradient of weight and bias is this rank's own, since the engine averages gradients over ranks.
+    The gradient of weight and bias is this rank's own, since the engine averages gradients over
+    ranks.
     """
 
     @staticmethod

@@ -1,12 +1,15 @@
-"""GoogLeNet: nine inception modules (Szegedy et al. 2014, "Going Deeper with Convolutions", table 1 and figure 3).
+"""GoogLeNet: nine inception modules (Szegedy et al. 2014, "Going Deeper with Convolutions", table 1
+and figure 3).
 
-``googlenet2014`` is the paper's: true 5x5 branches, response normalization, no batch norm. ``googlenet`` is torchvision's
-form, with two quirks: batch norm everywhere, and 3x3 convolutions where the paper has 5x5 (pytorch/vision#906).
+``googlenet2014`` is the paper's: true 5x5 branches, response normalization, no batch norm.
+``googlenet`` is torchvision's form, with two quirks: batch norm everywhere, and 3x3 convolutions
+where the paper has 5x5 (pytorch/vision#906).
 
-Both have the paper's two auxiliary heads, which work in training only. An auxiliary head passes the image on and adds its
-logits: from there on the value between two layers is a tuple ``(image, logits1[, logits2])``, and the network's result is
-``(logits, logits1, logits2)``. In evaluation it stays a plain tensor. So the list of layers can be cut anywhere, and what
-crosses the cut is a tensor or a tuple of tensors, as a pipeline engine needs.
+Both have the paper's two auxiliary heads, which work in training only. An auxiliary head passes the
+image on and adds its logits: from there on the value between two layers is a tuple ``(image,
+logits1[, logits2])``, and the network's result is ``(logits, logits1, logits2)``. In evaluation it
+stays a plain tensor. So the list of layers can be cut anywhere, and what crosses the cut is a
+tensor or a tuple of tensors, as a pipeline engine needs.
 """
 
 import torch
@@ -68,7 +71,9 @@ class ConvUnit(nn.Module):
 
 
 class Inception(nn.Module):
-    """Parallel 1x1, 3x3, 5x5 and pooling branches, 1x1 reductions before the large ones. [N, in, H, W] to [N, out, H, W]."""
+    """Parallel 1x1, 3x3, 5x5 and pooling branches, 1x1 reductions before the large ones. [N, in, H,
+    W] to [N, out, H, W].
+    """
 
     weight_layers = 2
 
@@ -116,7 +121,9 @@ class Inception(nn.Module):
 
 
 class Pool(nn.MaxPool2d):
-    """Max pooling with stride 2 whose last window may reach over the border, as the paper's sizes need."""
+    """Max pooling with stride 2 whose last window may reach over the border, as the paper's sizes
+    need.
+    """
 
     def __init__(self, kernel: int) -> None:
         super().__init__(kernel, 2, ceil_mode=True)
@@ -126,10 +133,11 @@ class Pool(nn.MaxPool2d):
 
 
 class AuxiliaryHead(nn.Module):
-    """In training adds a classifier's logits [N, num_classes] to the value; the image passes unchanged (section 5).
+    """In training adds a classifier's logits [N, num_classes] to the value; the image passes
+    unchanged (section 5).
 
-    ``adaptive``: torchvision's average pooling, to 4x4 from any size; else the paper's 5x5 with stride 3, which is the same
-    size at 224 pixels (smaller images are averaged to 4x4 too).
+    ``adaptive``: torchvision's average pooling, to 4x4 from any size; else the paper's 5x5 with
+    stride 3, which is the same size at 224 pixels (smaller images are averaged to 4x4 too).
     """
 
     weight_layers = 0  # beside the path that counts
@@ -193,12 +201,15 @@ def googlenet(
     width: int | None = None,
     reduction: bool = True,
 ) -> nn.Sequential:
-    """[N, 3, H, W] to [N, num_classes]; in training to a tuple of those and both auxiliary heads' logits.
+    """[N, 3, H, W] to [N, num_classes]; in training to a tuple of those and both auxiliary heads'
+    logits.
 
-    ``paper``: 5x5 convolutions, response normalization, 3x3 pooling before 5a, dropout 0.4; else torchvision's 3x3, none,
-    2x2 and 0.2. ``dropout``: of the main head; the auxiliary ones keep their 0.7. ``stem`` small: a first 3x3 convolution
-    without stride or pooling. ``width``: channels of the first convolution; all others follow in proportion. ``reduction``
-    off: 3x3 and 5x5 filters see all channels (figure 2a, but the pooled ones stay projected, so that modules keep their sizes).
+    ``paper``: 5x5 convolutions, response normalization, 3x3 pooling before 5a, dropout 0.4; else
+    torchvision's 3x3, none, 2x2 and 0.2. ``dropout``: of the main head; the auxiliary ones keep
+    their 0.7. ``stem`` small: a first 3x3 convolution without stride or pooling. ``width``:
+    channels of the first convolution; all others follow in proportion. ``reduction`` off: 3x3 and
+    5x5 filters see all channels (figure 2a, but the pooled ones stay projected, so that modules
+    keep their sizes).
     """
 
     def units(*channels: int) -> tuple[int, ...]:
@@ -251,7 +262,9 @@ def googlenet(
 
 
 def _initialize_glorot(model: nn.Module) -> None:
-    """Glorot weights, biases 0.2, last layers' biases 0: the paper names none; these are its Caffe form's (bvlc_googlenet)."""
+    """Glorot weights, biases 0.2, last layers' biases 0: the paper names none; these are its Caffe
+    form's (bvlc_googlenet).
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -260,7 +273,9 @@ def _initialize_glorot(model: nn.Module) -> None:
 
 
 def _initialize_normal(model: nn.Module) -> None:
-    """N(0, 0.01), the usual of the batch-norm forms; the scale of a convolution before batch norm does not matter."""
+    """N(0, 0.01), the usual of the batch-norm forms; the scale of a convolution before batch norm
+    does not matter.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.normal_(module.weight, std=0.01)

@@ -15,7 +15,9 @@ Activation = Literal["relu", "tanh"]
 Stem = Literal["imagenet", "small"]
 HeadKind = Literal["tower", "average"]
 Value = Tensor | tuple[Tensor, ...]
-"""What passes from layer to layer: the image, and in training the logits of auxiliary heads that it has passed."""
+"""What passes from layer to layer: the image, and in training the logits of auxiliary heads that it
+has passed.
+"""
 
 
 def stack(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
@@ -27,7 +29,9 @@ def stack(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
 
 
 def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in channels-last layout; mean and std are those of pixels from 0 to 1."""
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in channels-last layout; mean and std are those of
+    pixels from 0 to 1.
+    """
     images = pixels.permute(0, 3, 1, 2).float()
     return images.sub_(_grey_levels(tuple(mean), pixels.device)).div_(
         _grey_levels(tuple(std), pixels.device)
@@ -36,17 +40,23 @@ def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
 
 @lru_cache
 def _grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[1, 3, 1, 1], in grey levels; kept, since a copy to a GPU of what was not pinned waits for all of its work."""
+    """[1, 3, 1, 1], in grey levels; kept, since a copy to a GPU of what was not pinned waits for
+    all of its work.
+    """
     return torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
 
 
 def nonlinearity(name: Activation) -> nn.Module:
-    """The non-linearity; ReLU overwrites its input, which no layer before it needs for its gradient."""
+    """The non-linearity; ReLU overwrites its input, which no layer before it needs for its
+    gradient.
+    """
     return nn.ReLU(inplace=True) if name == "relu" else nn.Tanh()
 
 
 def scaled(channels: int, width: int | None, base: int, divisor: int = 1) -> int:
-    """``channels`` of a network whose first stage has ``base``, when that stage gets ``width`` of them."""
+    """``channels`` of a network whose first stage has ``base``, when that stage gets ``width`` of
+    them.
+    """
     if width is None:
         return channels
     if width % divisor:
@@ -55,7 +65,9 @@ def scaled(channels: int, width: int | None, base: int, divisor: int = 1) -> int
 
 
 def average_head(channels: int, num_classes: int, dropout: float) -> list[tuple[str, nn.Module]]:
-    """In place of a tower of fully connected layers: average over the image, dropout and one layer (Szegedy et al. 2014, 5)."""
+    """In place of a tower of fully connected layers: average over the image, dropout and one layer
+    (Szegedy et al. 2014, 5).
+    """
     return [
         ("avgpool", nn.AdaptiveAvgPool2d(1)),
         ("flatten", nn.Flatten()),
@@ -72,16 +84,20 @@ def conv_norm(
     batch_norm: bool = True,
     eps: float = 1e-5,
 ) -> tuple[nn.Conv2d, nn.Module]:
-    """A convolution, padded to keep the size at stride 1, and its batch norm; without that a bias takes its place."""
+    """A convolution, padded to keep the size at stride 1, and its batch norm; without that a bias
+    takes its place.
+    """
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=not batch_norm)
     return conv, BatchNorm2d(out_channels, eps) if batch_norm else nn.Identity()
 
 
 class LocalResponseNorm(nn.Module):
-    """``b = a / (k + alpha * sum of a^2 over the size nearest channels)^beta`` (Krizhevsky et al. 2012, 3.3).
+    """``b = a / (k + alpha * sum of a^2 over the size nearest channels)^beta`` (Krizhevsky et al.
+    2012, 3.3).
 
-    [N, C, H, W] to the same. torch's own divides alpha by ``size``, which the paper does not. The squares are fp32 in
-    every precision: those of half-precision activations above 255 would overflow.
+    [N, C, H, W] to the same. torch's own divides alpha by ``size``, which the paper does not. The
+    squares are fp32 in every precision: those of half-precision activations above 255 would
+    overflow.
     """
 
     def __init__(
@@ -112,7 +128,9 @@ class ShortcutA(nn.Module):
 
 
 def on_image(layer: Callable[[Tensor], Tensor], value: Value) -> Value:
-    """Apply ``layer`` to the image and let auxiliary logits, where the value holds them, travel along."""
+    """Apply ``layer`` to the image and let auxiliary logits, where the value holds them, travel
+    along.
+    """
     if isinstance(value, tuple):
         image, *auxiliary = value
         return (layer(image), *auxiliary)

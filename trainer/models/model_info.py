@@ -1,4 +1,6 @@
-"""What each network is and costs, computed from the network itself, beside the figures that were published of it."""
+"""What each network is and costs, computed from the network itself, beside the figures that were
+published of it.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,9 @@ _TOP5 = {
     "resnet152": (5.71, _RESNET),
     "plain34": (10.02, _RESNET),
 }
-"""Published top-5 error on ImageNet, percent, with its source; a form that no paper measured has none."""
+"""Published top-5 error on ImageNet, percent, with its source; a form that no paper measured has
+none.
+"""
 _CIFAR_ERROR = {
     "resnet20": 8.75,
     "resnet32": 7.51,
@@ -45,7 +49,9 @@ class ModelInfo:
     family: str
     year: int
     layers: int
-    """Weight layers: convolutions and fully connected layers on the longest path that an image takes."""
+    """Weight layers: convolutions and fully connected layers on the longest path that an image
+    takes.
+    """
     parameters: int
     """Those that evaluation uses."""
     auxiliary_parameters: int
@@ -55,7 +61,8 @@ class ModelInfo:
     multiply_adds: int
     """Of one image's evaluation, convolutions and fully connected layers."""
     activation_bytes: int
-    """Kept for the backward pass of one image in training, fp32, inputs included and weights not."""
+    """Kept for the backward pass of one image in training, fp32, inputs included and weights not.
+    """
     top5_error: float | None
     top5_source: str | None
     cifar10_error: float | None
@@ -66,10 +73,11 @@ class ModelInfo:
 
 
 def model_info(name: str, image_size: int | None = None) -> ModelInfo:
-    """Compute and look up everything of one network. The network has shapes and no numbers, so this takes milliseconds.
+    """Compute and look up everything of one network. The network has shapes and no numbers, so this
+    takes milliseconds.
 
-    ``image_size``: pixels; when not given, ImageNet's 224, or CIFAR-10's 32 for the networks made for it, which get its 10
-    classes in place of 1,000. Raises UserError where it is too small.
+    ``image_size``: pixels; when not given, ImageNet's 224, or CIFAR-10's 32 for the networks made
+    for it, which get its 10 classes in place of 1,000. Raises UserError where it is too small.
     """
     variant = get_model_spec(name)
     num_classes, usual_size = (1000, 224) if variant.default_stem == "imagenet" else (10, 32)
@@ -103,7 +111,9 @@ def model_info(name: str, image_size: int | None = None) -> ModelInfo:
 
 
 def weight_layers(layer: nn.Module) -> int:
-    """Convolutions and fully connected layers on the longest path; shortcuts' projections and auxiliary heads are beside it."""
+    """Convolutions and fully connected layers on the longest path; shortcuts' projections and
+    auxiliary heads are beside it.
+    """
     if isinstance(layer, nn.Conv2d | nn.Linear):
         return 1
     own = getattr(layer, "weight_layers", None)
@@ -114,7 +124,9 @@ IMAGES_TRACED = 3
 
 
 class _BatchNormStandIn(torch.autograd.Function):
-    """Keeps what batch norm keeps, its input; torch's own takes milliseconds a layer on the meta device."""
+    """Keeps what batch norm keeps, its input; torch's own takes milliseconds a layer on the meta
+    device.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -123,9 +135,11 @@ class _BatchNormStandIn(torch.autograd.Function):
 
 
 def forward_costs(model: nn.Module, image_size: int) -> tuple[int, int]:
-    """Multiply-adds of an image's evaluation, and bytes that autograd keeps of it in training; a model on the meta device.
+    """Multiply-adds of an image's evaluation, and bytes that autograd keeps of it in training; a
+    model on the meta device.
 
-    Multiply-adds are those of convolutions and fully connected layers outside auxiliary heads, biases not counted.
+    Multiply-adds are those of convolutions and fully connected layers outside auxiliary heads,
+    biases not counted.
     """
     counts = []
 
@@ -142,10 +156,12 @@ def forward_costs(model: nn.Module, image_size: int) -> tuple[int, int]:
 
 
 def saved_activation_bytes(model: nn.Module, value: Any) -> tuple[int, Any]:
-    """Bytes an image that autograd keeps for the backward pass through a model, or a part of one, on the meta device; and what it
-    puts out. ``value``: what goes in, of IMAGES_TRACED images, without numbers.
+    """Bytes an image that autograd keeps for the backward pass through a model, or a part of one,
+    on the meta device; and what it puts out. ``value``: what goes in, of IMAGES_TRACED images,
+    without numbers.
 
-    Of what the forward pass saves each storage counts once; weights and batch norm's few statistics a channel do not.
+    Of what the forward pass saves each storage counts once; weights and batch norm's few statistics
+    a channel do not.
     """
     weights = {
         tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]
@@ -168,7 +184,9 @@ def saved_activation_bytes(model: nn.Module, value: Any) -> tuple[int, Any]:
 
 
 def _torchvision(name: str) -> tuple[str | None, float | None, float | None]:
-    """torchvision's first published weights and their ImageNet top-1 and top-5 accuracy, percent (its own figures)."""
+    """torchvision's first published weights and their ImageNet top-1 and top-5 accuracy, percent
+    (its own figures).
+    """
     if "torchvision" not in schemes_of(name):
         return None, None, None
     from torchvision.models import get_model_weights

@@ -20,9 +20,13 @@ class ModelSpec:
     """Of the paper that brought the network, or of the year's competition that it won."""
     family: str
     builder: Callable[..., nn.Sequential]
-    """Takes ``num_classes`` and ``arguments``; its keyword-only parameters are the options that a recipe may set."""
+    """Takes ``num_classes`` and ``arguments``; its keyword-only parameters are the options that a
+    recipe may set.
+    """
     smallest_input: Mapping[str, int]
-    """By stem: the least side of the input with which every layer still has a pixel to work on, pixels."""
+    """By stem: the least side of the input with which every layer still has a pixel to work on,
+    pixels.
+    """
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -66,16 +70,18 @@ def build_model(
 ) -> nn.Sequential:
     """Build a network; options that are None keep the network's own value.
 
-    The result is an ordered list of layers that may be cut between any two. It maps images [N, 3, H, W] to logits
-    [N, num_classes]; GoogLeNet in training to a tuple of those and of its auxiliary heads' logits.
+    The result is an ordered list of layers that may be cut between any two. It maps images [N, 3,
+    H, W] to logits [N, num_classes]; GoogLeNet in training to a tuple of those and of its auxiliary
+    heads' logits.
 
-    Raises UserError for an unknown name, for options that the family does not have, and for an ``image_size`` (pixels)
-    that is too small for the network.
+    Raises UserError for an unknown name, for options that the family does not have, and for an
+    ``image_size`` (pixels) that is too small for the network.
     """
     variant = get_model_spec(name)
     given = {key: value for key, value in options.items() if value is not None}
     faults = [
-        f"model.{key}: {name} has no such option; those of the {variant.family} family: {', '.join(variant.options)}"
+        f"model.{key}: {name} has no such option; those of the {variant.family} family: "
+        f"{', '.join(variant.options)}"
         for key in given
         if key not in variant.options
     ]
@@ -88,6 +94,7 @@ def build_model(
         small = variant.smallest_input["small"]
         hint = f", or {small} with model.stem=small" if small < smallest else ""
         raise UserError(
-            f"data.image_size: {image_size} is too small for {name}, which needs at least {smallest} pixels{hint}"
+            f"data.image_size: {image_size} is too small for {name}, which needs at least "
+            f"{smallest} pixels{hint}"
         )
     return model

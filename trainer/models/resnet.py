@@ -1,4 +1,6 @@
-"""Residual networks, and the plain ones that they were compared with (He et al. 2015, "Deep Residual Learning", 3.3 and 4)."""
+"""Residual networks, and the plain ones that they were compared with (He et al. 2015, "Deep
+Residual Learning", 3.3 and 4).
+"""
 
 from typing import Any, Literal
 
@@ -21,7 +23,8 @@ class Projection(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Some convolutions F and the shortcut, ``y = relu(F(x) + x)``; without shortcut the plain ``y = relu(F(x))``.
+    """Some convolutions F and the shortcut, ``y = relu(F(x) + x)``; without shortcut the plain ``y
+    = relu(F(x))``.
 
     [N, in, H, W] to [N, out, H / stride, W / stride].
     """
@@ -80,7 +83,8 @@ class BasicBlock(Block):
 class Bottleneck(Block):
     """1x1 to a quarter of the channels, 3x3, 1x1 back.
 
-    The paper's stride is in the first 1x1; "v1.5" (Gross, Wilber 2016, and torchvision) has it in the 3x3, which skips no input.
+    The paper's stride is in the first 1x1; "v1.5" (Gross, Wilber 2016, and torchvision) has it in
+    the 3x3, which skips no input.
     """
 
     weight_layers = 3
@@ -128,9 +132,10 @@ def resnet(
 ) -> nn.Sequential:
     """[N, 3, H, W] to [N, num_classes].
 
-    ``blocks`` of each stage. ``stem``: imagenet is 7x7 with stride 2 and pooling, small is 3x3 alone (4.2).
-    ``width``: channels of the first stage; each further one doubles them. ``stride_in``: the bottleneck's convolution that
-    strides, 3x3 when not given. ``zero_init_gamma``: each block starts as its shortcut (Goyal et al. 2017, 5.1).
+    ``blocks`` of each stage. ``stem``: imagenet is 7x7 with stride 2 and pooling, small is 3x3
+    alone (4.2). ``width``: channels of the first stage; each further one doubles them.
+    ``stride_in``: the bottleneck's convolution that strides, 3x3 when not given.
+    ``zero_init_gamma``: each block starts as its shortcut (Goyal et al. 2017, 5.1).
 
     Raises UserError for an option that the network has no place for.
     """
@@ -140,7 +145,8 @@ def resnet(
         )
     if zero_init_gamma and not (residual and batch_norm):
         raise UserError(
-            "model.zero_init_gamma: needs shortcuts and batch norm, else every block would give zeros"
+            "model.zero_init_gamma: needs shortcuts and batch norm, else every block would give "
+            "zeros"
         )
     channels = first_channels if width is None else width
     kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
@@ -186,7 +192,9 @@ def _shortcut(
 
 
 def _initialize(model: nn.Module, zero_init_gamma: bool) -> None:
-    """Normal with variance 2 / fan-out for convolutions (He et al. 2015, "Delving deep into rectifiers"), zero biases."""
+    """Normal with variance 2 / fan-out for convolutions (He et al. 2015, "Delving deep into
+    rectifiers"), zero biases.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -211,7 +219,9 @@ _IMAGENET_BLOCKS = {
 
 
 def _register() -> None:
-    """Every depth, residual and plain. Padding lets all sizes through; below the smallest, some stride finds one pixel alone."""
+    """Every depth, residual and plain. Padding lets all sizes through; below the smallest, some
+    stride finds one pixel alone.
+    """
     for family, residual in (("resnet", True), ("plain", False)):
         for depth in _CIFAR_DEPTHS:
             arguments = {

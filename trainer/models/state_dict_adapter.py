@@ -1,6 +1,7 @@
 """The names that other libraries give to the same weights, and a state dict in any of them.
 
-A state dict maps names to tensors. *Schemes* of names: ``convoy`` (the layers' own), ``torchvision`` and ``timm``.
+A state dict maps names to tensors. *Schemes* of names: ``convoy`` (the layers' own),
+``torchvision`` and ``timm``.
 """
 
 import re
@@ -83,7 +84,9 @@ def _substituted(name: str, family: str) -> str:
 
 
 def _numbered(model: nn.Sequential) -> dict[str, str]:
-    """torchvision's AlexNet and VGG number their layers before and after the average pooling: ``features.0.``, ..."""
+    """torchvision's AlexNet and VGG number their layers before and after the average pooling:
+    ``features.0.``, ...
+    """
     prefixes, part, number = {}, "features", 0
     for name, _ in model.named_children():
         if name in ("avgpool", "flatten"):

@@ -1,4 +1,6 @@
-"""VGG: stacked 3x3 convolutions and 2x2 pooling (Simonyan, Zisserman 2015, "Very Deep Convolutional Networks", table 1)."""
+"""VGG: stacked 3x3 convolutions and 2x2 pooling (Simonyan, Zisserman 2015, "Very Deep Convolutional
+Networks", table 1).
+"""
 
 from typing import Literal
 
@@ -37,10 +39,11 @@ def vgg(
 ) -> nn.Sequential:
     """[N, 3, H, W] to [N, num_classes].
 
-    ``stem`` small: the first pooling is left out, and one average pixel goes to the fully connected layers.
-    ``width``: channels of the first stage; all others, and the fully connected layers, follow in proportion.
-    ``head`` average: as GoogLeNet's. ``filters`` single: each stage's n convolutions of 3x3 become one of 2n + 1, whose
-    receptive field is theirs, as in the paper's shallow net of 5x5 filters (section 4).
+    ``stem`` small: the first pooling is left out, and one average pixel goes to the fully connected
+    layers. ``width``: channels of the first stage; all others, and the fully connected layers,
+    follow in proportion. ``head`` average: as GoogLeNet's. ``filters`` single: each stage's n
+    convolutions of 3x3 become one of 2n + 1, whose receptive field is theirs, as in the paper's
+    shallow net of 5x5 filters (section 4).
     """
     layers: list[tuple[str, nn.Module]] = []
     channels = 3
@@ -79,7 +82,9 @@ def vgg(
 
 
 def _initialize(model: nn.Sequential) -> None:
-    """Glorot, Bengio (2010) with zero biases, by which the paper (3.1) trains every depth without a shallower net before it."""
+    """Glorot, Bengio (2010) with zero biases, by which the paper (3.1) trains every depth without a
+    shallower net before it.
+    """
     for layer in model.children():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             assert layer.bias is not None

@@ -1,1 +1,3 @@
-"""One operating system process: its environment, standard streams, signals, limits, child processes."""
+"""One operating system process: its environment, standard streams, signals, limits, child
+processes.
+"""

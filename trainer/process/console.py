@@ -11,7 +11,9 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgress:
-    """``update`` as often as there is news; ``note`` for what should stay on the screen. A quiet one says nothing."""
+    """``update`` as often as there is news; ``note`` for what should stay on the screen. A quiet
+    one says nothing.
+    """
 
     def __init__(self, total_steps: int, quiet: bool) -> None:
         self._quiet = quiet

@@ -1,4 +1,6 @@
-"""What the environment says about ranks and nodes: variables of launchers, leftovers of others, and the ranks' own."""
+"""What the environment says about ranks and nodes: variables of launchers, leftovers of others, and
+the ranks' own.
+"""
 
 import os
 import re
@@ -13,10 +15,13 @@ from trainer.process.proxies import is_loopback
 LAUNCHER_PID = "CONVOY_LAUNCHER_PID"
 """Process id of the launcher that started this rank and ends it."""
 STORE_FD = "CONVOY_STORE_FD"
-"""Rank 0's listening socket of the rendezvous store, at MASTER_ADDR:MASTER_PORT; empty for other ranks on this machine."""
+"""Rank 0's listening socket of the rendezvous store, at MASTER_ADDR:MASTER_PORT; empty for other
+ranks on this machine.
+"""
 RUN_ID_FILE = "CONVOY_RUN_ID_FILE"
-"""File in which rank 0 keeps the id of an MLflow run that it has not ended yet. Its folder also holds a file for each local
-rank, which the rank removes when its work is done."""
+"""File in which rank 0 keeps the id of an MLflow run that it has not ended yet. Its folder also
+holds a file for each local rank, which the rank removes when its work is done.
+"""
 
 _LAUNCHER_PREFIXES = (
     "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCHCOMM_", "TORCH_DIST_", "TORCH_DISTRIBUTED_", "PET_",
@@ -37,7 +42,9 @@ _REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def without_launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` without what launchers set for their ranks, and without Python options that change a program."""
+    """``environment`` without what launchers set for their ranks, and without Python options that
+    change a program.
+    """
     kept = {
         name: value
         for name, value in environment.items()
@@ -72,20 +79,26 @@ def local_rank_environment(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": threads,
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": environment.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),  # as torchrun
-        # a peer that is gone is reported by its own line, not by stack traces of those that wait for it
+        # as torchrun
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": environment.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        # a peer that is gone is reported by its own line, not by stack traces of those that wait
+        # for it
         "TORCH_CPP_LOG_LEVEL": environment.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         "PYTHONSAFEPATH": "1",
     }  # fmt: skip
 
 
 def become_only_rank() -> None:
-    """Give this process, which no launcher started, the environment of the only rank of a local run."""
+    """Give this process, which no launcher started, the environment of the only rank of a local
+    run.
+    """
     _replace_environment(local_rank_environment(os.environ, 0, 1, 0))
 
 
 def drop_leftovers() -> None:
-    """Remove from this process's environment what no local run may depend on: the launcher imports torch, too."""
+    """Remove from this process's environment what no local run may depend on: the launcher imports
+    torch, too.
+    """
     environment = without_launcher_variables(os.environ)
     if _thread_limit(environment) is None:
         environment.pop("OMP_NUM_THREADS", None)
@@ -104,7 +117,8 @@ def _replace_environment(environment: Mapping[str, str]) -> None:
 
 
 def cpus(environment: Mapping[str, str] = os.environ) -> int:
-    """Those that the pod requested, rounded up: ranks that count on all of the node's spin for each other's.
+    """Those that the pod requested, rounded up: ranks that count on all of the node's spin for each
+    other's.
 
     Else those of this process.
     """
@@ -119,23 +133,31 @@ def loopback_interface() -> str | None:
 
 
 def check_single_node(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError if several nodes or tasks run this command: each would train alone, into the same output and checkpoints."""
+    """Raise UserError if several nodes or tasks run this command: each would train alone, into the
+    same output and checkpoints.
+    """
     described = _several_nodes(environment) or _several_tasks(environment)
     if described:
         raise UserError(
-            f"{described}: this environment describes several nodes or tasks, but no rendezvous that Convoy understands "
-            "(PET_RDZV_ENDPOINT, as the training-operator sets it for a job with an elasticPolicy); each would train alone. "
-            "Start one `convoy train --procs N` per machine, submit the job with `convoy submit`, or unset these variables"
+            f"{described}: this environment describes several nodes or tasks, but no rendezvous "
+            "that Convoy understands "
+            "(PET_RDZV_ENDPOINT, as the training-operator sets it for a job with an "
+            "elasticPolicy); each would train alone. "
+            "Start one `convoy train --procs N` per machine, submit the job with `convoy "
+            "submit`, or unset these variables"
         )
     if "TORCHELASTIC_RUN_ID" in environment and started_by_torchrun():
         raise UserError(
-            "torchrun started this launcher, once per rank; start the ranks with `convoy train --procs N`, "
+            "torchrun started this launcher, once per rank; start the ranks with `convoy train "
+            "--procs N`, "
             "or run `torchrun -m trainer RECIPE`"
         )
 
 
 def check_working_directory() -> None:
-    """Raise UserError if it was deleted: relative paths mean nothing then, and libraries fail to load."""
+    """Raise UserError if it was deleted: relative paths mean nothing then, and libraries fail to
+    load.
+    """
     try:
         os.getcwd()
     except OSError:
@@ -145,7 +167,9 @@ def check_working_directory() -> None:
 
 
 def leftovers(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Names of variables of another launcher that a local run ignores and that a user may wonder about."""
+    """Names of variables of another launcher that a local run ignores and that a user may wonder
+    about.
+    """
     return [name for name in (*_REQUIRED, "LOCAL_WORLD_SIZE") if name in environment]
 
 
@@ -161,7 +185,8 @@ def _several_nodes(environment: Mapping[str, str]) -> str | None:
     if _number(environment, "GROUP_WORLD_SIZE") > 1:
         return f"GROUP_WORLD_SIZE={environment['GROUP_WORLD_SIZE']}"
     address, world_size = environment.get("MASTER_ADDR", ""), _number(environment, "WORLD_SIZE")
-    # a PyTorchJob without an elasticPolicy, whose master's address is localhost in its own pod, sets no LOCAL_RANK
+    # a PyTorchJob without an elasticPolicy, whose master's address is localhost in its own pod,
+    # sets no LOCAL_RANK
     by_operator = "LOCAL_RANK" not in environment or "KUBERNETES_SERVICE_HOST" in environment
     several = world_size > 1 and world_size != _number(environment, "LOCAL_WORLD_SIZE")
     if address and several and (by_operator or _is_remote(address)):
@@ -175,7 +200,8 @@ def _several_tasks(environment: Mapping[str, str]) -> str | None:
         name in environment for name in ("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID")
     )
     step = ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"]
-    # within a step (srun) the job's counts are those of all steps: `srun --nodes=1 --ntasks=1 convoy train ...` is one task
+    # within a step (srun) the job's counts are those of all steps: `srun --nodes=1 --ntasks=1
+    # convoy train ...` is one task
     job = (
         [] if any(name in environment for name in step) else ["SLURM_NNODES", "SLURM_JOB_NUM_NODES"]
     )
@@ -220,14 +246,17 @@ def check_rank_environment(environment: Mapping[str, str] = os.environ) -> tuple
         values = {name: environment[name].strip() for name in given}
         if values.items() - {("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")}:
             raise UserError(
-                f"{', '.join(f'{name}={value}' for name, value in values.items())}: set, but torchrun did not start this "
-                "process; unset these variables, or start ranks with `convoy train --procs N` or `torchrun -m trainer RECIPE`"
+                f"{', '.join(f'{name}={value}' for name, value in values.items())}: set, but "
+                "torchrun did not start this "
+                "process; unset these variables, or start ranks with `convoy train --procs N` "
+                "or `torchrun -m trainer RECIPE`"
             )
         return 0, 1, 0
     missing = [name for name in _REQUIRED if name not in environment]
     if missing:
         raise UserError(
-            f"{', '.join(missing)}: missing; start ranks with `convoy train --procs N` or `torchrun -m trainer`"
+            f"{', '.join(missing)}: missing; start ranks with `convoy train --procs N` or "
+            "`torchrun -m trainer`"
         )
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not re.fullmatch(r"\d{1,9}", environment[name].strip()):
@@ -243,7 +272,9 @@ def check_rank_environment(environment: Mapping[str, str] = os.environ) -> tuple
 
 
 def started_by_torchrun() -> bool:
-    """Whether one of the processes above this one is torchrun, or runs torch's launcher as a module."""
+    """Whether one of the processes above this one is torchrun, or runs torch's launcher as a
+    module.
+    """
     return any(_is_torchrun(command) for command in _ancestor_commands())
 
 

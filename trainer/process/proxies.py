@@ -18,7 +18,8 @@ _SERVICE_VARIABLES = (
 
 
 def bypass_proxies_for_local_services(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Extend no_proxy and NO_PROXY by loopback, cluster domains and local services that ``environment`` names.
+    """Extend no_proxy and NO_PROXY by loopback, cluster domains and local services that
+    ``environment`` names.
 
     Both variables get the union of both: requests, urllib, botocore and reqwest (obstore) differ in
     which they read first. Nothing changes when no proxy is configured.

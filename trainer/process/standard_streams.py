@@ -10,7 +10,9 @@ _CANNOT_BE_WRITTEN = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ENOSPC, errno.E
 
 
 class _LossyOutput(io.FileIO):
-    """A file descriptor whose writes never fail for good: a closed pipe, a terminal that hung up, a full disk."""
+    """A file descriptor whose writes never fail for good: a closed pipe, a terminal that hung up, a
+    full disk.
+    """
 
     def write(self, data: Any) -> int:
         try:
@@ -22,7 +24,8 @@ class _LossyOutput(io.FileIO):
 
 
 def secure_standard_streams() -> None:
-    """Open closed standard streams on /dev/null; make output that nobody reads, or cannot be encoded, no error.
+    """Open closed standard streams on /dev/null; make output that nobody reads, or cannot be
+    encoded, no error.
 
     A closed descriptor would become that of the next opened file, such as a checkpoint or a
     connection, and everything that is printed would go there.

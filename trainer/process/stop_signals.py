@@ -18,11 +18,12 @@ _FORCE_SECONDS = (
 
 
 class StopSignals:
-    """Before ``defer`` the first signal raises Preempted in the main thread; after it, signals are only recorded.
+    """Before ``defer`` the first signal raises Preempted in the main thread; after it, signals are
+    only recorded.
 
-    A main thread that is blocked in native code, such as connecting to a rendezvous, cannot raise: the
-    process then ends after 3 s. A signal that was ignored when the process started, such as SIGHUP
-    under nohup, stays ignored.
+    A main thread that is blocked in native code, such as connecting to a rendezvous, cannot raise:
+    the process then ends after 3 s. A signal that was ignored when the process started, such as
+    SIGHUP under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,9 @@ class StopSignals:
         ).start()
 
     def defer(self, action: Callable[[int], None] = lambda number: None) -> None:
-        """From now on the first signal calls ``action`` with its number instead of raising Preempted."""
+        """From now on the first signal calls ``action`` with its number instead of raising
+        Preempted.
+        """
         self._action = action
 
     def resume(self) -> None:

@@ -30,15 +30,17 @@ _ENTRY = Path(__file__).parents[2] / "convoy_entry" / "run.py"
 
 
 def python_command(module: str) -> list[str]:
-    """The command that calls ``main`` of a module of this installation, whatever the working directory contains."""
+    """The command that calls ``main`` of a module of this installation, whatever the working
+    directory contains.
+    """
     return [sys.executable, "-P", str(_ENTRY), module]
 
 
 def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: StopSignals) -> int:
     """Run ``procs`` ranks on this machine until all have ended; returns the exit code of the run.
 
-    A stop signal is forwarded once, as SIGTERM; a rank that fails ends the others. No process that a
-    rank started outlives this. From here on ``signals`` are deferred.
+    A stop signal is forwarded once, as SIGTERM; a rank that fails ends the others. No process that
+    a rank started outlives this. From here on ``signals`` are deferred.
     """
     signals.defer()
     ranks: list[subprocess.Popen[bytes]] = []
@@ -70,7 +72,8 @@ def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: Stop
 
 
 def exit_code(codes: Iterable[int], received: int | None) -> int:
-    """The run's exit code by those of its ranks (negative: killed by a signal) and the launcher's stop signal.
+    """The run's exit code by those of its ranks (negative: killed by a signal) and the launcher's
+    stop signal.
 
     0 if all succeeded; else the most telling: the user's mistake, a bug, a stop, else "retry".
     """
@@ -88,7 +91,8 @@ def exit_code(codes: Iterable[int], received: int | None) -> int:
 
 
 class UnfinishedRanks:
-    """The local ranks that have not called ``report_finished``: an exit code of 0 alone does not prove that the work is done.
+    """The local ranks that have not called ``report_finished``: an exit code of 0 alone does not
+    prove that the work is done.
 
     A file stands for each, since torch's agent passes no pipe on; removing it needs no space.
     """
@@ -102,7 +106,9 @@ class UnfinishedRanks:
         return self._files[local_rank].exists()
 
     def code_of(self, local_rank: int, code: int | None) -> int | None:
-        """What the exit code of a rank means, None while it runs. A rank that ended early with 0 is a lost peer."""
+        """What the exit code of a rank means, None while it runs. A rank that ended early with 0 is
+        a lost peer.
+        """
         return EXIT_RETRY if code == 0 and local_rank in self else code
 
 
@@ -120,7 +126,9 @@ def report_finished() -> None:
 def _start(
     ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[str], run_id_file: Path
 ) -> None:
-    """Rank 0 inherits the listening socket of the rendezvous store, so that no other process can take its port."""
+    """Rank 0 inherits the listening socket of the rendezvous store, so that no other process can
+    take its port.
+    """
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, procs)) as listener:
         port = listener.getsockname()[1]
         launcher = {LAUNCHER_PID: str(os.getpid()), RUN_ID_FILE: str(run_id_file)}
@@ -176,7 +184,9 @@ def _watch(
 
 
 def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
-    """Kills what an ended rank left, before its process id, which is also its group's, becomes free."""
+    """Kills what an ended rank left, before its process id, which is also its group's, becomes
+    free.
+    """
     if process.returncode is None:
         if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return False
@@ -193,7 +203,9 @@ def _kill_group(process: "subprocess.Popen[bytes]") -> None:
 
 @contextmanager
 def _suspended_together(ranks: list["subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """Ctrl-Z stops the ranks with this process, and ``fg`` continues them: they are not in the terminal's group."""
+    """Ctrl-Z stops the ranks with this process, and ``fg`` continues them: they are not in the
+    terminal's group.
+    """
 
     def suspend(number: int, frame: Any) -> None:
         for process in ranks:

@@ -25,9 +25,9 @@ _REFUSED = "credentials do not belong in a URL or a recipe; set them in the envi
 
 
 def take_credentials(overrides: Sequence[str] = ()) -> list[str]:
-    """Take the credentials of MLflow out of the environment's URIs and out of ``overrides`` (key=value),
-    and return ``overrides`` without them. Raises UserError, without echoing a value, for credentials
-    under another key.
+    """Take the credentials of MLflow out of the environment's URIs and out of ``overrides``
+    (key=value), and return ``overrides`` without them. Raises UserError, without echoing a value,
+    for credentials under another key.
     """
     for name in _URI_VARIABLES:
         if uri := os.environ.get(name):
@@ -49,7 +49,9 @@ def take_credentials(overrides: Sequence[str] = ()) -> list[str]:
 
 
 def take_from_values(values: dict[str, Any]) -> None:
-    """The same for a recipe that was read: ``tracking.uri`` loses its credentials; others are refused."""
+    """The same for a recipe that was read: ``tracking.uri`` loses its credentials; others are
+    refused.
+    """
     tracking = values.get("tracking")
     if isinstance(tracking, dict) and isinstance(uri := tracking.get("uri"), str):
         tracking["uri"] = take_from_uri(uri.strip(), URI_KEY)
@@ -64,8 +66,9 @@ def take_from_values(values: dict[str, Any]) -> None:
 
 
 def take_from_uri(uri: str, where: str) -> str:
-    """``uri`` without credentials, which are now in the variables that MLflow (or PostgreSQL's client)
-    reads. Raises UserError, which names ``where`` and does not echo the URI, if that is impossible.
+    """``uri`` without credentials, which are now in the variables that MLflow (or PostgreSQL's
+    client) reads. Raises UserError, which names ``where`` and does not echo the URI, if that is
+    impossible.
     """
     scheme, separator, rest = uri.partition("://")
     end = min((rest.index(mark) for mark in "/?#" if mark in rest), default=len(rest))
@@ -76,8 +79,10 @@ def take_from_uri(uri: str, where: str) -> str:
     if redact_credentials(clean) != clean or _may_hold_password(clean, kind):
         names = _DATABASE if kind in _POSTGRESQL else _SERVER
         raise UserError(
-            f"{where}: holds credentials that cannot be read; write http://USER:PASSWORD@HOST and percent-encode the special "
-            f"characters of both (@ is %40, / is %2F, # is %23, ? is %3F), or set {' and '.join(names)}"
+            f"{where}: holds credentials that cannot be read; write http://USER:PASSWORD@HOST "
+            "and percent-encode the special "
+            "characters of both (@ is %40, / is %2F, # is %23, ? is %3F), or set "
+            f"{' and '.join(names)}"
         )
     if not at:
         return uri
@@ -89,7 +94,8 @@ def take_from_uri(uri: str, where: str) -> str:
         return uri  # a user name alone is not a secret
     else:
         raise UserError(
-            f"{where}: a password in a {kind}:// URI would appear in logs; use an MLflow server, or PostgreSQL"
+            f"{where}: a password in a {kind}:// URI would appear in logs; use an MLflow "
+            "server, or PostgreSQL"
         )
     if colon:
         os.environ[names[0]], os.environ[names[1]] = unquote(user), unquote(password)
@@ -101,8 +107,9 @@ def take_from_uri(uri: str, where: str) -> str:
 
 
 def _may_hold_password(uri: str, kind: str) -> bool:
-    """Whether a text that no parser takes for credentials could be some, such as ``http://me:123/x@host``
-    and what has no scheme. Files may have any name."""
+    """Whether a text that no parser takes for credentials could be some, such as
+    ``http://me:123/x@host`` and what has no scheme. Files may have any name.
+    """
     if kind in ("sqlite", "file") or (uri.startswith(("/", ".")) and not uri.startswith("//")):
         return False
     if kind in ("http", "https"):
@@ -111,7 +118,9 @@ def _may_hold_password(uri: str, kind: str) -> bool:
 
 
 def without_credentials(recipe: str) -> str:
-    """The text of a recipe for a run's records. What only YAML's escapes hide is redacted too, at the cost of the layout."""
+    """The text of a recipe for a run's records. What only YAML's escapes hide is redacted too, at
+    the cost of the layout.
+    """
     text = redact_credentials(recipe)
     values = yaml.safe_load(text)
     if all(redact_credentials(value) == value for _, value in _texts(values)):
@@ -122,8 +131,10 @@ def without_credentials(recipe: str) -> str:
 def refuse_credentials(texts: Mapping[str, str]) -> None:
     """Raises UserError that names which of ``texts`` hold credentials, for what becomes a manifest."""
     faults = [
-        f"{name}: holds credentials, which a manifest would show to everybody; put MLFLOW_TRACKING_USERNAME and "
-        "MLFLOW_TRACKING_PASSWORD (or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) into the Secret that --mlflow-secret "
+        f"{name}: holds credentials, which a manifest would show to everybody; put "
+        "MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD (or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) into the "
+        "Secret that --mlflow-secret "
         "(or --object-store-secret) names, and the URL without them here"
         for name, text in texts.items()
         if redact_credentials(text) != text

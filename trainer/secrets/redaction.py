@@ -1,7 +1,7 @@
 """Credentials, removed before anything is printed, logged or written.
 
-The first line of defence is that configuration holds none (``trainer.secrets.credentials``); this is the
-second one, for texts that libraries make: error messages, tracebacks, URLs.
+The first line of defence is that configuration holds none (``trainer.secrets.credentials``); this
+is the second one, for texts that libraries make: error messages, tracebacks, URLs.
 """
 
 import os

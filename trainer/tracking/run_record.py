@@ -151,7 +151,8 @@ def finalize_run(
     facts["failed_checkpoints"] = failed_checkpoints
     if failed_checkpoints:
         print(
-            f"convoy: the training is finished, but {failed_checkpoints} of its checkpoints could not be written (see above)",
+            f"convoy: the training is finished, but {failed_checkpoints} of its checkpoints "
+            "could not be written (see above)",
             file=sys.stderr,
             flush=True,
         )
@@ -164,7 +165,8 @@ def finalize_run(
     except (RetryableError, UserError) as error:
         name = config.tracking.register_as
         raise type(error)(
-            f"{error}; the weights are in {config.output_dir}; register them with: convoy register {config.output_dir} {name}"
+            f"{error}; the weights are in {config.output_dir}; register them with: convoy "
+            f"register {config.output_dir} {name}"
         ) from None
     write_file(path, json.dumps(facts, indent=1) + "\n")
 
@@ -183,14 +185,17 @@ def _register(run: RunPlan, result: TrainState, run_id: str | None) -> dict[str,
         uri, run_id, name, config.output_dir, example, result.top1, result.top5, index.digest
     )
     print(
-        f"registered {registered.name} version {registered.version} as {registered.alias}: {registered.why}",
+        f"registered {registered.name} version {registered.version} as {registered.alias}: "
+        f"{registered.why}",
         flush=True,
     )
     return {"model": registered.name, "version": registered.version, "alias": registered.alias}
 
 
 class SampleKeyLogger:
-    """The keys of the samples that a rank took, a line a step as ``convoy order --json`` prints it, and the epoch."""
+    """The keys of the samples that a rank took, a line a step as ``convoy order --json`` prints it,
+    and the epoch.
+    """
 
     def __init__(self, folder: Path, run: RunPlan, rank: int) -> None:
         self._folder, self._rank = folder, rank
@@ -198,7 +203,9 @@ class SampleKeyLogger:
         self._file: AppendLog | None = None
 
     def write(self, step: int, keys: list[str]) -> None:
-        """``step``: of the run, from 0. The file is named by the first one, the rank and the number of ranks."""
+        """``step``: of the run, from 0. The file is named by the first one, the rank and the number
+        of ranks.
+        """
         if self._file is None:
             name = f"from-{step}-rank-{self._rank}-of-{self._world_size}.jsonl"
             self._file = AppendLog(self._folder / name, append=False)

@@ -16,7 +16,9 @@ from trainer.tracking.spool.spool import append_finish
 
 
 class UnfinishedRun:
-    """``note`` the run's id as soon as the server has given it, ``clear`` it when the run has ended; only rank 0 does."""
+    """``note`` the run's id as soon as the server has given it, ``clear`` it when the run has
+    ended; only rank 0 does.
+    """
 
     def __init__(self, is_first: bool) -> None:
         name = os.environ.get(RUN_ID_FILE)
@@ -37,10 +39,12 @@ class UnfinishedRun:
 
 
 def end_unfinished_run(run_id_file: Path, uri: str | None, spool: Path, status: str) -> None:
-    """Set ``status`` (FAILED or KILLED) of the run that rank 0 left RUNNING, if any; also at the end of its spool.
+    """Set ``status`` (FAILED or KILLED) of the run that rank 0 left RUNNING, if any; also at the
+    end of its spool.
 
-    If the server cannot be reached, the status is sent with the spool: when the run resumes or by ``convoy sync``.
-    Nothing is done if another process has taken over the output folder: the run is that one's.
+    If the server cannot be reached, the status is sent with the spool: when the run resumes or by
+    ``convoy sync``. Nothing is done if another process has taken over the output folder: the run is
+    that one's.
     """
     try:
         run_id = run_id_file.read_text(encoding="utf-8")

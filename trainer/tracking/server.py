@@ -81,13 +81,15 @@ def validate_tracking_uri(uri: str, key: str = "tracking.uri") -> None:
     elif scheme in ("", "file"):
         if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
             refuse(
-                "is a folder, which this MLflow no longer takes as a store; use sqlite:///FILE, or set MLFLOW_ALLOW_FILE_STORE=true"
+                "is a folder, which this MLflow no longer takes as a store; use sqlite:///FILE, "
+                "or set MLFLOW_ALLOW_FILE_STORE=true"
             )
     elif scheme == "databricks":
         return
     elif scheme not in _plugin_schemes():
         refuse(
-            "has a scheme that MLflow does not know; it takes http, https, sqlite, postgresql, mysql, mssql and databricks"
+            "has a scheme that MLflow does not know; it takes http, https, sqlite, postgresql, "
+            "mysql, mssql and databricks"
         )
 
 
@@ -118,11 +120,13 @@ def check_registered_name(name: str) -> None:
     """Raises UserError for a name that MLflow's registry rejects (mlflow.utils.validation)."""
     if "/" in name or ":" in name:
         raise UserError(
-            f"tracking.register_as: {name!r} is wrong: MLflow allows neither / nor : in the name of a registered model"
+            f"tracking.register_as: {name!r} is wrong: MLflow allows neither / nor : in the "
+            "name of a registered model"
         )
     if name == "." or name.startswith(".."):
         raise UserError(
-            f"tracking.register_as: {name!r} is wrong: MLflow does not allow a relative path as the name of a model"
+            f"tracking.register_as: {name!r} is wrong: MLflow does not allow a relative path as "
+            "the name of a model"
         )
 
 
@@ -187,7 +191,8 @@ def refusal(uri: str, fault: Fault) -> str:
     server = f"MLflow at {redact_credentials(uri)}"
     if fault.kind == "unauthorized":
         return (
-            f"{server} refuses the credentials (HTTP {fault.status}); check MLFLOW_TRACKING_USERNAME "
+            f"{server} refuses the credentials (HTTP {fault.status}); check "
+            "MLFLOW_TRACKING_USERNAME "
             "and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, and the user's permissions"
         )
     if "valid JSON" in fault.reason or fault.status in (404, 405, 501):

@@ -160,7 +160,8 @@ class MlflowTracker:
             self._record.remove()
         else:
             _say(
-                f"{self._spool} keeps what MLflow at {self._server} did not accept; send it with: convoy sync {self._spool}"
+                f"{self._spool} keeps what MLflow at {self._server} did not accept; send it "
+                f"with: convoy sync {self._spool}"
             )
         self._report_losses()
         self._writer.close()

@@ -1,9 +1,11 @@
-"""Checkpoints: all that a run needs to go on, in a form that knows nothing of ranks, stages or precision, and no pickle.
+"""Checkpoints: all that a run needs to go on, in a form that knows nothing of ranks, stages or
+precision, and no pickle.
 
-A checkpoint is a folder ``step-000001200`` below the URL: ``model.safetensors`` (fp32 master weights and batch norm's
-statistics), ``optimizer.safetensors`` (the update rule's tensors by ``slot/parameter``) and ``checkpoint.json``, which holds the
-numbers and the size and SHA-256 of the other two. That file is written last: without it there is no checkpoint, so that one
-half-written is none, on a disk and in an object store alike.
+A checkpoint is a folder ``step-000001200`` below the URL: ``model.safetensors`` (fp32 master
+weights and batch norm's statistics), ``optimizer.safetensors`` (the update rule's tensors by
+``slot/parameter``) and ``checkpoint.json``, which holds the numbers and the size and SHA-256 of the
+other two. That file is written last: without it there is no checkpoint, so that one half-written is
+none, on a disk and in an object store alike.
 """
 
 import hashlib
@@ -41,8 +43,10 @@ class CorruptCheckpoint(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``config_fingerprint``: the keys that shape the training, which a run that goes on must share; ``result``: figures of the run so far;
-    ``run_id``: in MLflow; ``run_key``: names the run in the spool of its tracker."""
+    """``config_fingerprint``: the keys that shape the training, which a run that goes on must
+    share; ``result``: figures of the run so far; ``run_id``: in MLflow; ``run_key``: names the run
+    in the spool of its tracker.
+    """
 
     state: TrainingState
     config_fingerprint: dict[str, Any]
@@ -59,10 +63,11 @@ def resume_or_start(
     device: torch.device,
     check_lock: Callable[[], None] = lambda: None,
 ) -> tuple["CheckpointManager | None", Checkpoint | None, list[str]]:
-    """Where the first rank keeps checkpoints; on every rank the newest good one, where the run is to go on; what to say of it.
+    """Where the first rank keeps checkpoints; on every rank the newest good one, where the run is
+    to go on; what to say of it.
 
-    All ranks take part. Raises UserError on every rank, told by the first, for a URL that cannot be written and for a checkpoint
-    of another recipe.
+    All ranks take part. Raises UserError on every rank, told by the first, for a URL that cannot be
+    written and for a checkpoint of another recipe.
     """
     kept = read = None
 
@@ -108,7 +113,8 @@ class CheckpointManager:
     ) -> Checkpoint | None:
         """The newest good one. One that is torn or changed is passed over, and told.
 
-        Raises UserError where it is of another recipe, RetryableError where the store cannot be read.
+        Raises UserError where it is of another recipe, RetryableError where the store cannot be
+        read.
         """
         found = None
         for step in sorted(self._steps(), reverse=True):
@@ -128,7 +134,9 @@ class CheckpointManager:
             self._delete(step)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Copy it and write it from a thread; waits for the write before. A failure is told, and what stands stays."""
+        """Copy it and write it from a thread; waits for the write before. A failure is told, and
+        what stands stays.
+        """
         self.wait()
         state = checkpoint.state
         model, slots = _copied(state.model), _copied(state.slots)
@@ -178,7 +186,8 @@ class CheckpointManager:
             self.failures += 1
             self.failures_in_a_row += 1
             print(
-                f"convoy: no checkpoint of step {step}, training goes on: {error}{self._space(model, slots)}",
+                f"convoy: no checkpoint of step {step}, training goes on: "
+                f"{error}{self._space(model, slots)}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -312,6 +321,7 @@ def _check_fingerprint(name: str, theirs: Mapping[str, Any], ours: Mapping[str, 
         ]
         more = f", and {len(differing) - _SHOWN} keys more" if len(differing) > _SHOWN else ""
         raise UserError(
-            f"checkpoint {name} is of another recipe: {', '.join(told)}{more}; use another checkpoint.url, or begin anew with "
+            f"checkpoint {name} is of another recipe: {', '.join(told)}{more}; use another "
+            "checkpoint.url, or begin anew with "
             "checkpoint.resume=never"
         )

@@ -23,10 +23,11 @@ def evaluate(
     preemption: PreemptionSignal,
     heartbeat: Callable[[], None],
 ) -> tuple[float, float, int]:
-    """top1, top5 (fractions) and the number of samples, counted exactly over all ranks, all of which take part.
+    """top1, top5 (fractions) and the number of samples, counted exactly over all ranks, all of
+    which take part.
 
-    ``heartbeat`` is called after each batch. Raises Preempted on all ranks if any rank received a stop signal
-    before it had read all its samples.
+    ``heartbeat`` is called after each batch. Raises Preempted on all ranks if any rank received a
+    stop signal before it had read all its samples.
     """
     model.eval()
     counts = torch.zeros(

@@ -17,13 +17,16 @@ def weighted_loss(
     smoothing: float = 0.0,
     lam: float | Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy whose mean over all ``micro_batches`` of a global batch is the mean over its samples.
+    """Cross-entropy whose mean over all ``micro_batches`` of a global batch is the mean over its
+    samples.
 
-    logits [N, classes], those of auxiliary heads after the main ones in a tuple; labels int64 [N], weights [N] (0: padding);
-    ``global_weight``: the sum of the weights over the global batch. The engine averages gradients over micro-batches and
-    ranks, whatever each of them held; this scale makes that the average by samples, in an epoch's short last batch too.
-    ``smoothing``: part of each target that is spread over all classes (Szegedy et al. 2016, section 7); ``lam``: part that is
-    the sample's own label where samples were mixed, the rest being the label at its place in the reversed micro-batch.
+    logits [N, classes], those of auxiliary heads after the main ones in a tuple; labels int64 [N],
+    weights [N] (0: padding); ``global_weight``: the sum of the weights over the global batch. The
+    engine averages gradients over micro-batches and ranks, whatever each of them held; this scale
+    makes that the average by samples, in an epoch's short last batch too. ``smoothing``: part of
+    each target that is spread over all classes (Szegedy et al. 2016, section 7); ``lam``: part that
+    is the sample's own label where samples were mixed, the rest being the label at its place in the
+    reversed micro-batch.
     """
 
     def of(head: Tensor) -> Tensor:
@@ -43,7 +46,9 @@ def weighted_loss(
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """int64 [3]: samples whose label is the first, or among the first five, and samples in all. A tie goes to the lower class."""
+    """int64 [3]: samples whose label is the first, or among the first five, and samples in all. A
+    tie goes to the lower class.
+    """
     ranked = torch.argsort(logits.float(), dim=1, descending=True, stable=True)[:, :5]
     hits = ranked == labels[:, None]
     return torch.stack(

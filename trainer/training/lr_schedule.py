@@ -19,18 +19,21 @@ def learning_rate_schedule(
     steps_per_epoch: int,
     total_steps: int,
 ) -> Callable[[int], float]:
-    """The learning rate of optimizer step 0, 1, ... ``total_steps - 1``, whose peak follows the linear scaling rule.
+    """The learning rate of optimizer step 0, 1, ... ``total_steps - 1``, whose peak follows the
+    linear scaling rule.
 
-    Gradual warmup climbs linearly and reaches the peak at its last step; constant warmup stays low and then jumps there
-    (Goyal et al. 2017, 2.2). Cosine falls from the peak to 0 at ``total_steps`` (Loshchilov and Hutter 2016, eq. 5), and so
-    does polynomial, as ``(1 - progress)^power``; step multiplies by gamma at each milestone, in epochs.
-    Raises UserError for a warmup as long as the run, or one that begins above the peak.
+    Gradual warmup climbs linearly and reaches the peak at its last step; constant warmup stays low
+    and then jumps there (Goyal et al. 2017, 2.2). Cosine falls from the peak to 0 at
+    ``total_steps`` (Loshchilov and Hutter 2016, eq. 5), and so does polynomial, as ``(1 -
+    progress)^power``; step multiplies by gamma at each milestone, in epochs. Raises UserError for a
+    warmup as long as the run, or one that begins above the peak.
     """
     peak = scaled_learning_rate(optimizer, global_size)
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     if warmup >= total_steps > 0 and warmup > 0:
         raise UserError(
-            f"schedule.warmup_epochs: {schedule.warmup_epochs} epochs are {warmup} steps, but the run has {total_steps}; "
+            f"schedule.warmup_epochs: {schedule.warmup_epochs} epochs are {warmup} steps, but "
+            f"the run has {total_steps}; "
             f"use less than {total_steps / steps_per_epoch:.3g}"
         )
     low = schedule.warmup_lr
@@ -38,7 +41,8 @@ def learning_rate_schedule(
         low = 0.0 if schedule.warmup == "gradual" else min(optimizer.base_lr, peak)
     if warmup and low > peak:
         raise UserError(
-            f"schedule.warmup_lr: {low} is above the peak of {peak:.6g}, to which warmup should climb"
+            f"schedule.warmup_lr: {low} is above the peak of {peak:.6g}, to which warmup should "
+            "climb"
         )
     drops = [round(epoch * steps_per_epoch) for epoch in schedule.milestones]
 

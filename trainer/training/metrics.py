@@ -11,8 +11,9 @@ from trainer.engine.engine import StepOutput
 
 @dataclass
 class TrainState:
-    """Figures of a run. ``top1`` and ``top5`` are fractions of the validation split, None without one, as measured after
-    ``evaluated_step``; seconds and images without evaluation."""
+    """Figures of a run. ``top1`` and ``top5`` are fractions of the validation split, None without
+    one, as measured after ``evaluated_step``; seconds and images without evaluation.
+    """
 
     steps: int = 0
     skipped_steps: int = 0

@@ -13,9 +13,11 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
-    """The model's parameters as one group, or, with ``decay_norm_and_bias`` off, as those that decay and those that do not.
+    """The model's parameters as one group, or, with ``decay_norm_and_bias`` off, as those that
+    decay and those that do not.
 
-    Norms are told by the kind of layer: a name such as ``downsample.1`` does not say that it is one.
+    Norms are told by the kind of layer: a name such as ``downsample.1`` does not say that it is
+    one.
     """
     parameters = dict(model.named_parameters())
     if config.decay_norm_and_bias or not config.weight_decay:
@@ -38,9 +40,11 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """sgd: torch's, whose velocity does not hold the learning rate, so that a change of it needs no momentum correction
-    (Goyal et al. 2017, 3, remark 2); adamw: torch's (Loshchilov and Hutter 2019); lars and lamb: timm's (You et al. 2017, 2020),
-    without trust ratio on weights that do not decay. torch's are fused: one pass over memory, not four."""
+    """sgd: torch's, whose velocity does not hold the learning rate, so that a change of it needs no
+    momentum correction (Goyal et al. 2017, 3, remark 2); adamw: torch's (Loshchilov and Hutter
+    2019); lars and lamb: timm's (You et al. 2017, 2020), without trust ratio on weights that do not
+    decay. torch's are fused: one pass over memory, not four.
+    """
     groups = weight_groups(model, config)
     betas = (config.betas[0], config.betas[1])
     if config.name == "adamw":
@@ -63,9 +67,11 @@ def build_optimizer(
 
 
 def _laying_out(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """A fused update walks through weights, gradients and state as they lie in memory, and is silently wrong where they do not lie
-    alike, as do state that was restored beside channels-last weights, and contiguous fp32 masters beside the channels-last
-    gradients of 16-bit weights. Before each step all are laid out as the weights are."""
+    """A fused update walks through weights, gradients and state as they lie in memory, and is
+    silently wrong where they do not lie alike, as do state that was restored beside channels-last
+    weights, and contiguous fp32 masters beside the channels-last gradients of 16-bit weights.
+    Before each step all are laid out as the weights are.
+    """
 
     def laid_out(value: Any, parameter: Tensor) -> Any:
         if value is None or value.shape != parameter.shape or value.stride() == parameter.stride():

@@ -32,7 +32,9 @@ class PreemptionSignal:
         )
 
     def any_rank_received(self) -> bool:
-        """After a step: whether any rank had received the signal when the step began. All ranks take part."""
+        """After a step: whether any rank had received the signal when the step began. All ranks
+        take part.
+        """
         if self._work is not None:
             self._work.wait()
         return bool(self._flag.item())

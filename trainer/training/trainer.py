@@ -166,7 +166,8 @@ class Trainer:
             {"top1": state.top1, "top5": state.top5, "epoch": epoch}, state.steps
         )
         self.progress.note(
-            f"epoch {epoch}: top1 {state.top1:.4f}, top5 {state.top5:.4f} of {state.val_samples:,} images"
+            f"epoch {epoch}: top1 {state.top1:.4f}, top5 {state.top5:.4f} of "
+            f"{state.val_samples:,} images"
         )
 
     def _save_checkpoint(self) -> None:
@@ -238,7 +239,9 @@ class Trainer:
         return values
 
     def _log(self) -> None:
-        """Read the losses of the last steps (a device synchronization), average them over ranks and log each."""
+        """Read the losses of the last steps (a device synchronization), average them over ranks and
+        log each.
+        """
         outputs, last = self._meter.take_outputs(), self.state.steps
         losses = all_reduce_mean(torch.stack([output.loss for output in outputs])).tolist()
         metrics = self._collect_metrics()
@@ -249,40 +252,51 @@ class Trainer:
         for step, loss, output in zip(steps, losses, outputs, strict=True):
             if not math.isfinite(loss) and not output.skipped:  # fp16 recovers from an overflow
                 raise Diverged(
-                    f"the loss of step {step} is {loss}: {_ADVICE}; its samples: {_sample_keys(output)}"
+                    f"the loss of step {step} is {loss}: {_ADVICE}; its samples: "
+                    f"{_sample_keys(output)}"
                 )
         self.state.loss = float(losses[-1])
         self.progress.update(
             last,
-            f"epoch {last / self.plan.steps_per_epoch:.2f} loss {self.state.loss:.4f} lr {self._learning_rate(last - 1):.4g} "
-            f"{metrics['images_per_second']:,.0f} images/s, waiting for data {metrics['data_wait_fraction']:.1%}",
+            f"epoch {last / self.plan.steps_per_epoch:.2f} loss {self.state.loss:.4f} lr "
+            f"{self._learning_rate(last - 1):.4g} "
+            f"{metrics['images_per_second']:,.0f} images/s, waiting for data "
+            f"{metrics['data_wait_fraction']:.1%}",
         )
 
     def _check_overflow(self) -> None:
-        """Raises Diverged, on all ranks, if gradients are NaN or Inf and no smaller loss scale can help."""
+        """Raises Diverged, on all ranks, if gradients are NaN or Inf and no smaller loss scale can
+        help.
+        """
         skipped, step = self._meter.skipped_in_a_row, self.state.steps
         if not skipped:
             return
         scale = self.engine.loss_scale()
         if scale is None:
             raise Diverged(
-                f"step {step}: its gradients are no numbers: {_ADVICE}; its samples: {_sample_keys(self._meter.outputs[-1])}"
+                f"step {step}: its gradients are no numbers: {_ADVICE}; its samples: "
+                f"{_sample_keys(self._meter.outputs[-1])}"
             )
         if skipped >= self.plan.config.train.max_skipped_steps:
             raise Diverged(
-                f"step {step}: the gradients overflowed fp16 {skipped} times in a row, at last at a loss scale of "
-                f"{scale}; lower optimizer.base_lr or use precision bf16; its samples: {_sample_keys(self._meter.outputs[-1])}"
+                f"step {step}: the gradients overflowed fp16 {skipped} times in a row, at last "
+                "at a loss scale of "
+                f"{scale}; lower optimizer.base_lr or use precision bf16; its samples: "
+                f"{_sample_keys(self._meter.outputs[-1])}"
             )
 
     def _count_bad_samples(self) -> int:
-        """Report the corrupt samples of all ranks since the last call. Raises CollectiveUserError if there are too many."""
+        """Report the corrupt samples of all ranks since the last call. Raises CollectiveUserError
+        if there are too many.
+        """
         for line in dict.fromkeys(all_gather_list(self._meter.take_bad_samples())):
             self.progress.note(f"a bad sample counts for nothing: {line}")
             self.state.bad_samples += 1
         limit = self.plan.config.data.max_bad_samples
         if self.state.bad_samples > limit:
             raise CollectiveUserError(
-                f"data.max_bad_samples: {self.state.bad_samples} samples could not be decoded up to step {self.state.steps:,}, "
+                f"data.max_bad_samples: {self.state.bad_samples} samples could not be decoded "
+                f"up to step {self.state.steps:,}, "
                 f"more than {limit}; `convoy verify` names them all"
             )
         return self.state.bad_samples

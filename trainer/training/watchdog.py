@@ -1,4 +1,6 @@
-"""A rank that makes no step any more says where it hangs and ends, so that its job can go on elsewhere."""
+"""A rank that makes no step any more says where it hangs and ends, so that its job can go on
+elsewhere.
+"""
 
 import faulthandler
 import os
@@ -10,7 +12,9 @@ from trainer.errors import EXIT_RETRY
 
 
 class Watchdog:
-    """Between construction and ``close``, ``alive`` must be called again within ``minutes``; None: never."""
+    """Between construction and ``close``, ``alive`` must be called again within ``minutes``; None:
+    never.
+    """
 
     def __init__(self, minutes: float | None, rank: int) -> None:
         self._seconds = minutes * 60 if minutes is not None else 0.0

@@ -16,10 +16,10 @@ def match_classes(
     """The model's output for each class of the dataset, in the dataset's order.
 
     ``outputs``: the names by which each output is known. A dataset's class matches by its id
-    (``n01440764``), else by its name. 1,000 classes that are plain numbers, as in third-party shards
-    of ImageNet, are the outputs of these numbers. ``model``, ``data``: what error messages call them.
-    Raises UserError that names the classes which match no output, several outputs, or an output that
-    another class has.
+    (``n01440764``), else by its name. 1,000 classes that are plain numbers, as in third-party
+    shards of ImageNet, are the outputs of these numbers. ``model``, ``data``: what error messages
+    call them. Raises UserError that names the classes which match no output, several outputs, or an
+    output that another class has.
     """
     if len(index.classes) == len(outputs) == 1000 and index.classes == [
         str(number) for number in range(1000)
@@ -39,7 +39,8 @@ def match_classes(
     if unmatched:
         more = f" and {len(unmatched) - _SHOWN:,} more" if len(unmatched) > _SHOWN else ""
         raise UserError(
-            f"{data}: {len(unmatched):,} of its {len(index.classes):,} classes are not among the {len(outputs):,} "
+            f"{data}: {len(unmatched):,} of its {len(index.classes):,} classes are not among "
+            f"the {len(outputs):,} "
             f"classes of {model}: {', '.join(unmatched[:_SHOWN])}{more}"
         )
     return found
@@ -58,7 +59,9 @@ def output_names(classes: Sequence[str], num_outputs: int) -> list[set[str]]:
 
 
 def imagenet_output_names() -> list[set[str]]:
-    """The names of ImageNet's 1,000 classes in their usual order: WordNet id, synonyms, torchvision's category."""
+    """The names of ImageNet's 1,000 classes in their usual order: WordNet id, synonyms,
+    torchvision's category.
+    """
     from timm.data.imagenet_info import ImageNetInfo
 
     info: Any = ImageNetInfo("imagenet-1k")

@@ -95,7 +95,8 @@ def select_weights(url: str, name: str, key: str | None = None) -> FittingWeight
     if len(averages or fitting) > 1:
         names = ", ".join(candidate.name for candidate in averages or fitting)
         raise UserError(
-            f"{url}: holds several sets of weights for {name}: {names}; choose one: convoy weights import --key KEY"
+            f"{url}: holds several sets of weights for {name}: {names}; choose one: convoy "
+            "weights import --key KEY"
         )
     chosen = averages or fitting
     unfit = [c for c in candidates if is_average(c.path) and not averages and c.score > best // 2]
@@ -118,7 +119,8 @@ def _selected(chosen: _Candidate, rest: list[_Candidate], url: str) -> FittingWe
     if others:
         more = f" and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
         notes.append(
-            f"{url}: ignores {len(others):,} tensors outside {chosen.name}: {', '.join(others[:_SHOWN])}{more}"
+            f"{url}: ignores {len(others):,} tensors outside {chosen.name}: "
+            f"{', '.join(others[:_SHOWN])}{more}"
         )
     return FittingWeights(chosen.state, chosen.scheme, notes)
 
@@ -176,12 +178,14 @@ def load_weights(
     outputs: Sequence[int] | None = None,
     data: Index | None = None,
 ) -> LoadReport:
-    """Fill ``model``, built as ``name``, from the weights file at ``url``: .safetensors, or .pth with tensors alone.
+    """Fill ``model``, built as ``name``, from the weights file at ``url``: .safetensors, or .pth
+    with tensors alone.
 
-    Names may be ours, torchvision's or timm's. A file for another number of classes leaves the heads as they are, new; so
-    does one without auxiliary heads. ``weights``: the file's content where it was read already. ``outputs``: the file's
-    output for each of the model's classes, where they differ. ``data``: the dataset whose classes the model has; those of a
-    run's output folder at ``url`` are matched with them by name, and a head for other classes is left as it is, too.
+    Names may be ours, torchvision's or timm's. A file for another number of classes leaves the
+    heads as they are, new; so does one without auxiliary heads. ``weights``: the file's content
+    where it was read already. ``outputs``: the file's output for each of the model's classes, where
+    they differ. ``data``: the dataset whose classes the model has; those of a run's output folder
+    at ``url`` are matched with them by name, and a head for other classes is left as it is, too.
 
     Raises UserError for all else that does not fit, and for NaN or infinite weights.
     """
@@ -201,7 +205,8 @@ def load_weights(
             )
         except UserError:
             notes.append(
-                f"{url}: was trained on other classes ({trained_on[0]}, ...), so the head is made new"
+                f"{url}: was trained on other classes ({trained_on[0]}, ...), so the head is "
+                "made new"
             )
             own = {key: value for key, value in own.items() if key not in present}
             return _filled(model, own, present, weights, notes, url, name)
@@ -251,17 +256,22 @@ def _filled(
 
 
 def _check_heads(own: State, heads: list[str], url: str) -> None:
-    """Raise UserError for heads whose weights and biases differ in the number of their outputs, or have none."""
+    """Raise UserError for heads whose weights and biases differ in the number of their outputs, or
+    have none.
+    """
     counts = {key: own[key].shape[0] if own[key].dim() else 0 for key in heads}
     if len(set(counts.values())) > 1 or 0 in counts.values():
         found = ", ".join(f"{key} {_shape(own[key])}" for key in heads)
         raise UserError(
-            f"{url}: is corrupt: its classification heads differ in the number of outputs or have none: {found}"
+            f"{url}: is corrupt: its classification heads differ in the number of outputs or "
+            f"have none: {found}"
         )
 
 
 def classes_in(weights: FittingWeights, name: str) -> int | None:
-    """Classes of the head in the weights for the network ``name``; None where they have no such head."""
+    """Classes of the head in the weights for the network ``name``; None where they have no such
+    head.
+    """
     with torch.device("meta"):
         model = build_model(name, 1)
     own = to_native_state_dict(weights.state, weights.scheme, get_model_spec(name), model)
@@ -270,7 +280,9 @@ def classes_in(weights: FittingWeights, name: str) -> int | None:
 
 
 def _misfits(own: State, expected: State, new: list[str], names: dict[str, str]) -> list[str]:
-    """What keeps ``own`` from being the ``expected`` state, a line a kind, in the file's ``names``; ``new`` need not be there."""
+    """What keeps ``own`` from being the ``expected`` state, a line a kind, in the file's ``names``;
+    ``new`` need not be there.
+    """
     missing = [k for k in expected if k not in own and k not in new and not k.endswith(_COUNTER)]
     unexpected = [key for key in own if key not in expected]
     differing = [key for key in own if key in expected and own[key].shape != expected[key].shape]
@@ -301,7 +313,9 @@ def _listed(kind: str, keys: list[str]) -> str:
 
 
 def _likely(state: State, name: str) -> str:
-    """The registered network that most of the file's names and shapes fit, unless that is ``name`` itself."""
+    """The registered network that most of the file's names and shapes fit, unless that is ``name``
+    itself.
+    """
     best, best_score = "", 0.5
     given = {key: tuple(value.shape) for key, value in state.items() if not key.endswith(_COUNTER)}
     for variant in list_models():

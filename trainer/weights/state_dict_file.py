@@ -43,8 +43,9 @@ _INERT: list[Any] = [
         for core in ("core", "_core")
     ),
 ]
-"""Values beside the weights in the checkpoints of timm (``args``), torchvision and many scripts (``best_acc``). To build
-them runs no code of the file."""
+"""Values beside the weights in the checkpoints of timm (``args``), torchvision and many scripts
+(``best_acc``). To build them runs no code of the file.
+"""
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
@@ -64,8 +65,9 @@ def is_average(path: str) -> bool:
 def read_weight_sets(url: str) -> list[WeightSet]:
     """Every set of weights in the file at a path or URL; of a run's output folder, its model's.
 
-    Wrappers' components are removed from the names: ``_orig_mod`` and the like. Raises UserError for
-    a file that cannot be read, is corrupt, is a pickle with more than tensors, or holds no tensors.
+    Wrappers' components are removed from the names: ``_orig_mod`` and the like. Raises UserError
+    for a file that cannot be read, is corrupt, is a pickle with more than tensors, or holds no
+    tensors.
     """
     location = parse_storage_url(url)
     path = Path(location.prefix)
@@ -100,7 +102,8 @@ def read_weight_sets(url: str) -> list[WeightSet]:
 
 
 def classes_beside(url: str) -> list[str] | None:
-    """The class names of a model that Convoy saved: ``url`` is its folder or its weights file; None for any other file.
+    """The class names of a model that Convoy saved: ``url`` is its folder or its weights file; None
+    for any other file.
 
     Raises UserError for a corrupt ``model.json``.
     """
@@ -125,7 +128,8 @@ def classes_beside(url: str) -> list[str] | None:
         return [str(name) for name in json.loads(content)["classes"]]
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{url}: the {FACTS_NAME} beside the weights is corrupt; it should list the model's classes"
+            f"{url}: the {FACTS_NAME} beside the weights is corrupt; it should list the model's "
+            "classes"
         ) from None
 
 
@@ -149,7 +153,8 @@ def _parse(content: bytes, url: str) -> Any:
         found = re.search(r"GLOBAL (\S+)|Unsupported (?:operand|class) (\S+)", str(error))
         reason = f"it holds {found[1] or found[2]}" if found else "it holds more than tensors"
         raise UserError(
-            f"{url}: refused, a pickle that could run code: {reason}; save the weights alone: torch.save(model.state_dict(), FILE)"
+            f"{url}: refused, a pickle that could run code: {reason}; save the weights alone: "
+            "torch.save(model.state_dict(), FILE)"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{url}: is damaged: {' '.join(str(error).split())[:200]}") from None
@@ -172,7 +177,8 @@ def _check_zip(content: bytes, url: str) -> None:
         )
     if "constants.pkl" in names:
         raise UserError(
-            f"{url}: is a TorchScript program; save the weights alone: torch.save(model.state_dict(), FILE)"
+            f"{url}: is a TorchScript program; save the weights alone: "
+            "torch.save(model.state_dict(), FILE)"
         )
 
 

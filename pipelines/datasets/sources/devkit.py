@@ -29,7 +29,8 @@ class Devkit:
             self.words = synsets("synset_words.txt", raw)
             self._by_number = dict(enumerate(self.words, start=1))
             ids = list(self.words)
-            # the well-known list of 1,000 is sorted by WordNet id, but the ground truth counts in the devkit's own order
+            # the well-known list of 1,000 is sorted by WordNet id, but the ground truth counts in
+            # the devkit's own order
             self._is_alphabetical = len(ids) == 1000 and ids == sorted(ids)
 
     def ground_truth(self) -> list[str]:
@@ -41,18 +42,21 @@ class Devkit:
             )
         if not self._by_number:
             raise UserError(
-                f"{self._root}: needs the devkit's meta.mat (or a synset_words.txt in its order) to read {TRUTH}"
+                f"{self._root}: needs the devkit's meta.mat (or a synset_words.txt in its "
+                f"order) to read {TRUTH}"
             )
         if self._is_alphabetical:
             raise UserError(
-                f"{self._root}/synset_words.txt: is in alphabetical order, but {TRUTH} counts in the devkit's order, "
+                f"{self._root}/synset_words.txt: is in alphabetical order, but {TRUTH} counts "
+                "in the devkit's order, "
                 f"which meta.mat holds: add {ARCHIVE}"
             )
         truth = []
         for number, line in enumerate(raw.split(), start=1):
             if not line.isdigit() or int(line) not in self._by_number:
                 raise UserError(
-                    f"{TRUTH}: line {number}: {line[:40]!r} is none of the {len(self._by_number)} classes"
+                    f"{TRUTH}: line {number}: {line[:40]!r} is none of the "
+                    f"{len(self._by_number)} classes"
                 )
             truth.append(self._by_number[int(line)])
         return truth

@@ -46,7 +46,8 @@ def folder_splits(root: Path, layout: Layout, nested: bool, account: Account) ->
         classes = _class_folders(folder.path, nested, account)
         if not classes and not account.faults:
             raise UserError(
-                f"{printable(folder.path)}: contains no class folders; what can be packed: a folder per class, "
+                f"{printable(folder.path)}: contains no class folders; what can be packed: a "
+                "folder per class, "
                 "ImageNet's tars, idx files"
             )
         found.append(classes)
@@ -89,7 +90,8 @@ def _check_single_class(classes: list[_Class], account: Account) -> None:
     only = classes[0]
     if only.name.lower() in _ONE_LEVEL:
         raise UserError(
-            f"{printable(only.path)}: would be the only class, so this seems to be a list of images without classes; "
+            f"{printable(only.path)}: would be the only class, so this seems to be a list of "
+            "images without classes; "
             "a folder per class is needed (rename the folder if it is a class)"
         )
     account.notes.append(f"warning: the data set has only one class, {printable(only.name)}")
@@ -115,7 +117,8 @@ def _check_names(classes: list[_Class], account: Account) -> None:
             both = f"{other!a} and {one.name!a}"
             account.fault(
                 one.path,
-                f"the classes {both} differ only by spaces or Unicode normalization; rename or merge them",
+                f"the classes {both} differ only by spaces or Unicode normalization; rename or "
+                "merge them",
             )
         by_case.setdefault(form.casefold(), []).append(one.name)
     account.notes.extend(
@@ -133,7 +136,8 @@ def _check_levels(one: _Class, account: Account) -> None:
         account.fault(
             os.path.join(one.path, splits[0]),
             "is a split's folder within what would be a class; expected SPLIT/CLASS/IMAGE: "
-            f"name {printable(one.path)} as the source if the splits are in it (--nested if it is a part of the class)",
+            f"name {printable(one.path)} as the source if the splits are in it (--nested if it "
+            "is a part of the class)",
         )
         return
     has_images = any(
@@ -147,8 +151,10 @@ def _check_levels(one: _Class, account: Account) -> None:
         return
     account.fault(
         one.path,
-        f"contains no images but folders ({', '.join(map(printable, tops[:3]))}{', ...' if len(tops) > 3 else ''}), which would "
-        f"become one class; if these are the classes, name {printable(one.path)} as the source; if their images belong to "
+        "contains no images but folders "
+        f"({', '.join(map(printable, tops[:3]))}{', ...' if len(tops) > 3 else ''}), which would "
+        f"become one class; if these are the classes, name {printable(one.path)} as the source; "
+        "if their images belong to "
         "one class, use --nested",
     )
 

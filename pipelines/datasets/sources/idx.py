@@ -36,7 +36,8 @@ def idx_splits(root: Path, account: Account) -> list[Split]:
             continue
         if images is None or labels is None:
             raise UserError(
-                f"{root}: needs both {prefix}-images-idx3-ubyte.gz and {prefix}-labels-idx1-ubyte.gz"
+                f"{root}: needs both {prefix}-images-idx3-ubyte.gz and "
+                f"{prefix}-labels-idx1-ubyte.gz"
             )
         splits.append(_split(name, prefix, images, labels))
     ids = max((split.class_ids for split in splits), key=len)
@@ -95,13 +96,15 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
         raise UserError(f"{path}: cannot be read: {reason}") from None
     if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) < 4 + 4 * dimensions:
         raise UserError(
-            f"{path}: is not an idx file of unsigned bytes in {dimensions} dimensions; it begins with {raw[:4]!r}"
+            f"{path}: is not an idx file of unsigned bytes in {dimensions} dimensions; it "
+            f"begins with {raw[:4]!r}"
         )
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
     found = len(raw) - 4 - 4 * dimensions
     if found != math.prod(shape):
         size = " x ".join(map(str, shape))
         raise UserError(
-            f"{path}: its header says {size} = {math.prod(shape):,} bytes of data, but it has {found:,}"
+            f"{path}: its header says {size} = {math.prod(shape):,} bytes of data, but it has "
+            f"{found:,}"
         )
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)

@@ -133,7 +133,8 @@ def _members(path: Path, account: Account, start: int = 0, size: int | None = No
             account.skip(HIDDEN, f"{path}: {member.name}")
         elif not member.is_file:
             raise UserError(
-                f"{path}: {printable(member.name)} is a {member.kind}, not a file; write the tar with --dereference"
+                f"{path}: {printable(member.name)} is a {member.kind}, not a file; write the "
+                "tar with --dereference"
             )
         elif member.name in found:
             raise UserError(f"{path}: contains {printable(member.name)} more than once")

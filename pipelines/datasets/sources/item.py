@@ -7,7 +7,9 @@ _NAMED = 3  # skipped files of each rule that are named
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image: bytes ``offset`` to ``offset + size`` of a file, or image ``offset`` of an idx file."""
+    """One image: bytes ``offset`` to ``offset + size`` of a file, or image ``offset`` of an idx
+    file.
+    """
 
     key: str
     label: int

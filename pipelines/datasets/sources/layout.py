@@ -1,7 +1,7 @@
 """Which folders of a source are splits and which are classes.
 
-The rule: a folder named like a split (`train`, `Training`, `val`, `test`, `seg_test`, ...) is one if
-it contains folders. Splits and classes beside each other are ambiguous and an error, and so is
+The rule: a folder named like a split (`train`, `Training`, `val`, `test`, `seg_test`, ...) is one
+if it contains folders. Splits and classes beside each other are ambiguous and an error, and so is
 everything that would merge splits.
 """
 
@@ -96,7 +96,8 @@ def find_split_folders(root: str, layout: Layout, account: Account) -> list[Spli
     if not splits:
         named = ", ".join(printable(os.path.join(root, name)) for name in sorted(words))
         raise UserError(
-            f"{named}: no class folders in what is named like a split; what can be packed: a folder per class, in SOURCE or in "
+            f"{named}: no class folders in what is named like a split; what can be packed: a "
+            "folder per class, in SOURCE or in "
             "its train and val folders; --layout classes if the folders of SOURCE are the classes"
         )
     chosen = _choose(root, {folder: words[folder.name] for folder in splits})
@@ -120,12 +121,15 @@ def _choose(root: str, kinds: dict[Entry, str]) -> dict[str, Entry]:
         if len(same) > 1:
             names = " and ".join(printable(folder.name) for folder in same)
             raise UserError(
-                f"{printable(root)}: {names} are the same split; splits are never merged: move one of them away"
+                f"{printable(root)}: {names} are the same split; splits are never merged: move "
+                "one of them away"
             )
     if "train" not in by_kind:
         raise UserError(
-            f"{printable(root)}: contains {', '.join(sorted(printable(f.name) for f in kinds))} but no train folder, whose "
-            f"classes number the labels; to pack one alone, as `train`, name it as the source; --layout classes if it is a class"
+            f"{printable(root)}: contains {', '.join(sorted(printable(f.name) for f in kinds))} "
+            "but no train folder, whose "
+            "classes number the labels; to pack one alone, as `train`, name it as the source; "
+            "--layout classes if it is a class"
         )
     chosen = {"train": by_kind["train"][0]}
     if val := by_kind.get("val") or by_kind.get("test"):
@@ -155,7 +159,8 @@ def _skip_rest(
             account.skip(f"a test split; {printable(chosen['val'].name)} is packed as val", *files)
         elif layout == "auto" and kind:
             flat.append(
-                f"{printable(folder.path)}: is named like a split, but contains no class folders; --layout splits skips it"
+                f"{printable(folder.path)}: is named like a split, but contains no class "
+                "folders; --layout splits skips it"
             )
         elif layout == "auto" and (
             unreadable or any(map(looks_like_image, files)) or os.path.islink(folder.path)
@@ -169,8 +174,10 @@ def _skip_rest(
         splits = ", ".join(sorted(printable(folder.name) for folder in chosen.values()))
         raise UserError(
             f"{printable(root)}: contains split folders ({splits}) and other folders with images "
-            f"({', '.join(shortened(ambiguous))}), so which folders are classes is ambiguous; name one of the "
-            "folders as the source, or use --layout splits, which skips the others, or --layout classes"
+            f"({', '.join(shortened(ambiguous))}), so which folders are classes is ambiguous; "
+            "name one of the "
+            "folders as the source, or use --layout splits, which skips the others, or --layout "
+            "classes"
         )
 
 

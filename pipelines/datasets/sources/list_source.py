@@ -25,8 +25,8 @@ from trainer.errors import UserError
 class ListOptions:
     """How a source is understood.
 
-    ``class_names``: a file that `pipelines.datasets.class_names` reads; by default synset_words.txt if that
-    is in the source. ``nested``: images at any depth below a class folder belong to it.
+    ``class_names``: a file that `pipelines.datasets.class_names` reads; by default synset_words.txt
+    if that is in the source. ``nested``: images at any depth below a class folder belong to it.
     """
 
     class_names: str | None = None
@@ -77,6 +77,7 @@ def read_item(item: Item) -> bytes:
         raise UserError(f"{item.source}: cannot be read any more: {error.strerror}") from None
     if len(content) != item.size or status.st_mtime_ns != item.changed:
         raise UserError(
-            f"{item.source}: was changed while it was being packed; pack again when the source is complete"
+            f"{item.source}: was changed while it was being packed; pack again when the source "
+            "is complete"
         )
     return content

@@ -1,4 +1,6 @@
-"""Listing folders so that every entry is accounted for: a file, skipped by a rule, rejected, or a fault."""
+"""Listing folders so that every entry is accounted for: a file, skipped by a rule, rejected, or a
+fault.
+"""
 
 import errno
 import os
@@ -165,7 +167,8 @@ def skip_others(root: Path, used: Collection[str], rule: str, account: Account) 
         files = files_below(path) if is_folder else [path]
         if is_folder and not is_hidden and any(map(looks_like_image, files)):
             raise UserError(
-                f"{printable(path)}: contains images, but {printable(str(root))} contains {', '.join(sorted(used)[:2])} too, so "
+                f"{printable(path)}: contains images, but {printable(str(root))} contains "
+                f"{', '.join(sorted(used)[:2])} too, so "
                 "what to pack is ambiguous; move one of them away, or name a folder as the source"
             )
         account.skip(HIDDEN if is_hidden else rule, *files)

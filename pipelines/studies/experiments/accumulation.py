@@ -154,15 +154,19 @@ def paragraph(figures: Figures) -> str:
     )
     apart = max(values["largest_difference_nats"] for values in entry.values())
     norm = (
-        f" With batch norm, whose statistics are those of a micro-batch, the losses differ by up to "
-        f"{max(values['largest_difference_nats'] for values in other.values()):.2g} nats: there the micro-batch is part of the "
+        " With batch norm, whose statistics are those of a micro-batch, the losses differ by "
+        "up to "
+        f"{max(values['largest_difference_nats'] for values in other.values()):.2g} nats: there "
+        "the micro-batch is part of the "
         "network."
         if other
         else ""
     )
     return (
-        f"ResNet-8 without batch norm with batches of {BATCH} as accumulation steps x micro-batch; peak memory of the "
-        f"whole process, program included: {cells}. No step's loss differs by more than {apart:.2g} nats between them.{norm}"
+        f"ResNet-8 without batch norm with batches of {BATCH} as accumulation steps x "
+        "micro-batch; peak memory of the "
+        f"whole process, program included: {cells}. No step's loss differs by more than "
+        f"{apart:.2g} nats between them.{norm}"
     )
 
 
@@ -171,7 +175,8 @@ STUDY = Study(
     statements=("T4",),
     question="Does a batch in several micro-batches train as one in a single one does, in less memory?",
     rule=f"Curve: borne out where, without batch norm, no step's loss differs by {SAME} nats or more in any seed, else not. "
-    "Memory: borne out where the peak of the process falls by at least half of what the activations are computed to take less, "
+    "Memory: borne out where the peak of the process falls by at least half of what the "
+    "activations are computed to take less, "
     "else not.",
     trainings=trainings,
     measure=measured,

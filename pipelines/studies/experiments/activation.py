@@ -1,4 +1,6 @@
-"""ReLU against tanh in a plain network: steps to 25% training error (Krizhevsky et al. 2012, figure 1), and gradients by layer."""
+"""ReLU against tanh in a plain network: steps to 25% training error (Krizhevsky et al. 2012, figure
+1), and gradients by layer.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ def rates(scale: Scale) -> tuple[float, ...]:
 
 
 def training_of(scale: Scale, kind: str, rate: float, seed: int) -> Training:
-    """Seven convolutions without shortcuts or batch norm. No decay, a constant rate: nothing but the non-linearity and the rate
-    differs. An epoch is short, so that the training error is measured often."""
+    """Seven convolutions without shortcuts or batch norm. No decay, a constant rate: nothing but
+    the non-linearity and the rate differs. An epoch is short, so that the training error is
+    measured often.
+    """
     keys = (
         "model.name=plain8", "model.width=8", "model.batch_norm=false", f"model.activation={kind}",
         f"optimizer.base_lr={rate}", "optimizer.weight_decay=0.0", "schedule.name=constant", f"train.epochs={scale.choose(14, 20)}",
@@ -55,14 +59,18 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def steps_to_goal(steps: list[int], errors: list[float]) -> int:
-    """The first at which the error was measured to be at most the goal; where it never was, twice the last step."""
+    """The first at which the error was measured to be at most the goal; where it never was, twice
+    the last step.
+    """
     return next(
         (step for step, error in zip(steps, errors, strict=True) if error <= GOAL), 2 * steps[-1]
     )
 
 
 def _errors(runs: Runs, training: Training) -> tuple[list[int], list[float]]:
-    """Steps, and the training error in percent after each; of one that diverged what guessing gives, at its end."""
+    """Steps, and the training error in percent after each; of one that diverged what guessing
+    gives, at its end.
+    """
     if runs.outcome(training)["diverged"]:
         return [runs.run_of(training).steps()], [90.0]
     steps, values = runs.history(training, "top1")
@@ -177,12 +185,18 @@ def paragraph(figures: Figures) -> str:
         for kind in KINDS
     }
     return (
-        "Plain-8 (seven convolutions and a fully connected layer) without batch norm. At its best rate "
-        f"({figures['relu']['best_rate']} and {figures['tanh']['best_rate']}, chosen among the same) the network with ReLU had "
-        f"{GOAL:.0f}% training error after {format_mean_std(relu, 0)} steps, with tanh after {format_mean_std(tanh, 0)}: "
-        f"{tanh['mean'] / relu['mean']:.1f} times as many (Krizhevsky et al.: six times, four layers, CIFAR-10). The error is "
-        "measured at each epoch's end alone; a network that never got there counts as twice its length. Gradient in the first "
-        f"layer as a part of the last one's: ReLU {rows['relu'][0]:.3g} at the start and {rows['relu'][1]:.3g} after training, "
+        "Plain-8 (seven convolutions and a fully connected layer) without batch norm. At its "
+        "best rate "
+        f"({figures['relu']['best_rate']} and {figures['tanh']['best_rate']}, chosen among the "
+        "same) the network with ReLU had "
+        f"{GOAL:.0f}% training error after {format_mean_std(relu, 0)} steps, with tanh after "
+        f"{format_mean_std(tanh, 0)}: "
+        f"{tanh['mean'] / relu['mean']:.1f} times as many (Krizhevsky et al.: six times, four "
+        "layers, CIFAR-10). The error is "
+        "measured at each epoch's end alone; a network that never got there counts as twice its "
+        "length. Gradient in the first "
+        f"layer as a part of the last one's: ReLU {rows['relu'][0]:.3g} at the start and "
+        f"{rows['relu'][1]:.3g} after training, "
         f"tanh {rows['tanh'][0]:.3g} and {rows['tanh'][1]:.3g}."
     )
 
@@ -192,7 +206,8 @@ STUDY = Study(
     statements=("I1",),
     question="Does ReLU train faster than tanh, and does more of the gradient reach the first layer?",
     rule=f"Steps to {GOAL:.0f}% training error, each non-linearity at the rate that gets there first: borne out where ReLU needs "
-    "fewer in each of at least 3 seeds, not borne out where in none, else undecided. Gradient of the first layer as a part of the "
+    "fewer in each of at least 3 seeds, not borne out where in none, else undecided. Gradient "
+    "of the first layer as a part of the "
     "last one's: the same, with 5 initial weights at the start.",
     trainings=trainings,
     measure=measured,

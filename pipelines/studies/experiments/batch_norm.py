@@ -19,7 +19,9 @@ from pipelines.studies.framework.study import (
 
 KINDS = {"with": "vgg11_bn", "without": "vgg11"}
 LEARNED = math.log(10) / 2
-"""A network has learned something where its training loss is below half of what guessing gives, nats."""
+"""A network has learned something where its training loss is below half of what guessing gives,
+nats.
+"""
 
 
 def rates(scale: Scale) -> tuple[float, ...]:
@@ -54,7 +56,9 @@ def last_loss(runs: Runs, training: Training) -> float | None:
 
 
 def decades(tried: list[float], losses: list[float | None]) -> float:
-    """Orders of magnitude from the least to the greatest rate that trains; a step of the grid for one alone, 0 for none."""
+    """Orders of magnitude from the least to the greatest rate that trains; a step of the grid for
+    one alone, 0 for none.
+    """
     good = [
         rate
         for rate, loss in zip(tried, losses, strict=True)
@@ -134,12 +138,16 @@ def paragraph(figures: Figures) -> str:
         named = f"{min(good):g} to {max(good):g}" if good else "none"
         end = f", diverged at {', '.join(f'{rate:g}' for rate in gone)}" if gone else ""
         cells.append(
-            f"{kind} batch norm {named} in every seed ({format_mean_std(figures[kind]['decades'])} orders of magnitude){end}"
+            f"{kind} batch norm {named} in every seed "
+            f"({format_mean_std(figures[kind]['decades'])} orders of magnitude){end}"
         )
     return (
-        f"VGG-11's small form (8 to 64 channels, no dropout) on Fashion-MNIST at {len(figures['rates'])} rates from "
-        f"{figures['rates'][0]:g} to {figures['rates'][-1]:g}. Rates that train, by a training loss below half of what guessing "
-        f"gives ({LEARNED:.2f} nats): {'; '.join(cells)}. A rate that trains alone counts as one step of the grid."
+        "VGG-11's small form (8 to 64 channels, no dropout) on Fashion-MNIST at "
+        f"{len(figures['rates'])} rates from "
+        f"{figures['rates'][0]:g} to {figures['rates'][-1]:g}. Rates that train, by a training "
+        "loss below half of what guessing "
+        f"gives ({LEARNED:.2f} nats): {'; '.join(cells)}. A rate that trains alone counts as "
+        "one step of the grid."
     )
 
 
@@ -148,7 +156,8 @@ STUDY = Study(
     statements=("I7",),
     question="Does batch norm widen the range of learning rates that train?",
     rule="A rate trains where the mean training loss of the last fifth of the steps is below ln(10)/2. The range is the orders of "
-    "magnitude from the least such rate to the greatest, plus one step of the grid. Borne out where it is wider with batch norm in "
+    "magnitude from the least such rate to the greatest, plus one step of the grid. Borne out "
+    "where it is wider with batch norm in "
     "each of at least 3 seeds, not borne out where in none, else undecided.",
     trainings=trainings,
     measure=measured,

@@ -18,7 +18,8 @@ _SHARD_SAMPLES = 8192
 def prepare(folder: Path, train_samples: int, val_samples: int) -> Path:
     """The folder of the two splits with that many images each, packed where it is not there yet.
 
-    The data set's own order is a shuffled one, so its first images are a fair part. Raises UserError where it cannot be had.
+    The data set's own order is a shuffled one, so its first images are a fair part. Raises
+    UserError where it cannot be had.
     """
     packed = folder / f"fashion-mnist-{train_samples}-{val_samples}"
     if all((packed / split / "index.json").exists() for split in ("train", "val")):
@@ -27,7 +28,8 @@ def prepare(folder: Path, train_samples: int, val_samples: int) -> Path:
     if source is None:
         raise UserError(
             "Fashion-MNIST cannot be had: neither installed nor to be fetched with apt; "
-            "install Debian's package dataset-fashion-mnist, or unpack it below ~/.cache/convoy/dataset-fashion-mnist"
+            "install Debian's package dataset-fashion-mnist, or unpack it below "
+            "~/.cache/convoy/dataset-fashion-mnist"
         )
     first = folder / f"{packed.name}.idx"
     first.mkdir(parents=True, exist_ok=True)
@@ -46,7 +48,9 @@ def _read(folder: Path, name: str) -> bytes:
 
 
 def first_of_idx(content: bytes, samples: int) -> bytes:
-    """An idx file's first ``samples`` entries: type and rank in four bytes, then each dimension, big-endian (LeCun's format)."""
+    """An idx file's first ``samples`` entries: type and rank in four bytes, then each dimension,
+    big-endian (LeCun's format).
+    """
     rank = content[3]
     dimensions = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
     if samples > dimensions[0]:

@@ -1,4 +1,6 @@
-"""One, two and four ranks: the same loss curve; step time against a model of compute and AllReduce, taken to 512 ranks."""
+"""One, two and four ranks: the same loss curve; step time against a model of compute and AllReduce,
+taken to 512 ranks.
+"""
 
 import json
 import os
@@ -30,11 +32,13 @@ from trainer.models.model_info import model_info
 
 RANKS = (1, 2, 4)
 BATCH, MICRO = 128, 32
-"""The micro-batch is the same on any number of ranks, and so accumulation makes up the difference."""
+"""The micro-batch is the same on any number of ranks, and so accumulation makes up the difference.
+"""
 LEAST_SPEEDUP = 1.6
 """Of two ranks on two cores."""
 
-# Goyal et al. 2017: 29 hours on 8 P100s, one hour on 256 (8 a server, 50 Gbit/s Ethernet), 32 images a GPU, fp32 gradients
+# Goyal et al. 2017: 29 hours on 8 P100s, one hour on 256 (8 a server, 50 Gbit/s Ethernet), 32
+# images a GPU, fp32 gradients
 GOYAL_HOURS = {8: 29.0, 256: 1.0}
 GOYAL_BANDWIDTH, GPUS_A_SERVER, IMAGES_A_GPU = 50e9 / 8, 8, 32
 LATENCY = 20e-6
@@ -44,7 +48,9 @@ DLE = ("8 A100, NVIDIA DeepLearningExamples, ResNet-50", 8, 6.72)
 
 
 def training_of(scale: Scale, ranks: int, seed: int) -> Training:
-    """A full run is long enough for a large rate to multiply differences of rounding (docs/log.md), so its rate is small."""
+    """A full run is long enough for a large rate to multiply differences of rounding (docs/log.md),
+    so its rate is small.
+    """
     keys = (
         "model.name=resnet8", "model.batch_norm=false", f"optimizer.base_lr={scale.choose(0.02, 0.0025)}",
         f"batch.global_size={BATCH}", f"batch.micro_size={MICRO}", "train.epochs=3",
@@ -59,12 +65,16 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def ring(ranks: int, size: float, latency: float, bandwidth: float) -> float:
-    """Seconds of a ring AllReduce of ``size`` bytes: 2 (N - 1) messages, which carry 2 (N - 1) / N of it (Patarasu, Yuan 2009)."""
+    """Seconds of a ring AllReduce of ``size`` bytes: 2 (N - 1) messages, which carry 2 (N - 1) / N
+    of it (Patarasu, Yuan 2009).
+    """
     return 2 * (ranks - 1) * latency + 2 * (ranks - 1) / ranks * size / bandwidth
 
 
 def link_of(seconds: dict[int, float]) -> tuple[float, float]:
-    """Latency (s) and bandwidth (bytes/s) of a link, from the AllReduces of two ranks, least and largest."""
+    """Latency (s) and bandwidth (bytes/s) of a link, from the AllReduces of two ranks, least and
+    largest.
+    """
     small, large = min(seconds), max(seconds)
     return seconds[small] / 2, large / max(seconds[large] - seconds[small], 1e-9)
 
@@ -103,8 +113,10 @@ def measure_link(folder: Path) -> tuple[float, float]:
 
 
 def efficiency(ranks: int) -> dict[str, float]:
-    """Of ResNet-50 on P100s as Goyal et al. had them: images a GPU and second to those on 8, with AllReduce after the backward
-    pass and wholly under it. Inside a server gradients are taken to cost nothing; the servers form a ring."""
+    """Of ResNet-50 on P100s as Goyal et al. had them: images a GPU and second to those on 8, with
+    AllReduce after the backward pass and wholly under it. Inside a server gradients are taken to
+    cost nothing; the servers form a ring.
+    """
     images = 90 * 1_281_167
     compute = IMAGES_A_GPU / (images / (GOYAL_HOURS[8] * 3600 * 8))
     servers = max(1, ranks // GPUS_A_SERVER)
@@ -271,20 +283,30 @@ def _ms(values: dict[str, Any]) -> dict[str, Any]:
 
 def paragraph(figures: Figures) -> str:
     steps = ", ".join(
-        f"{ranks}: {1e3 * values['mean']:.0f} ms (model {1e3 * figures['model_step_seconds'][ranks]:.0f})"
+        f"{ranks}: {1e3 * values['mean']:.0f} ms (model "
+        f"{1e3 * figures['model_step_seconds'][ranks]:.0f})"
         for ranks, values in figures["step_seconds"].items()
     )
     link, far = figures["link"], figures["efficiency"]["512"]
     return (
-        f"ResNet-8 without batch norm, {figures['gradient_bytes'] / 2**20:.1f} MiB of gradients, a batch of {BATCH}: no step's "
-        f"loss is more than {figures['largest_difference_nats']:.2g} nats apart on 1, 2 and 4 ranks. An AllReduce of two processes "
-        f"here: {1e6 * link['latency_seconds']:.0f} us and {link['bytes_per_second'] / 1e6:,.0f} MB/s. Step time by ranks, "
-        f"{steps}; the model gives each rank a core of its own, and there are {figures['cores']}. Two ranks are "
-        f"{format_mean_std(figures['speedup_of_two'], 2)} times one. For ResNet-50 on P100s in servers of 8 with 50 Gbit/s, "
-        f"{1e6 * LATENCY:.0f} us a message (assumed) and no cost inside a server (assumed), the model gives 256 GPUs "
-        f"{figures['efficiency']['256']['after']:.1%} of the 8 GPUs' speed each with the AllReduce after the backward pass and "
-        f"{figures['efficiency']['256']['under']:.1%} wholly under it; published are {figures['goyal_efficiency']:.1%} (29 hours "
-        f"on 8, one on 256: Goyal et al. 2017). At 512: {far['after']:.1%} to {far['under']:.1%}. {DLE[0]}: {DLE[2] / DLE[1]:.0%}, "
+        f"ResNet-8 without batch norm, {figures['gradient_bytes'] / 2**20:.1f} MiB of "
+        f"gradients, a batch of {BATCH}: no step's "
+        f"loss is more than {figures['largest_difference_nats']:.2g} nats apart on 1, 2 and 4 "
+        "ranks. An AllReduce of two processes "
+        f"here: {1e6 * link['latency_seconds']:.0f} us and "
+        f"{link['bytes_per_second'] / 1e6:,.0f} MB/s. Step time by ranks, "
+        f"{steps}; the model gives each rank a core of its own, and there are "
+        f"{figures['cores']}. Two ranks are "
+        f"{format_mean_std(figures['speedup_of_two'], 2)} times one. For ResNet-50 on P100s in "
+        "servers of 8 with 50 Gbit/s, "
+        f"{1e6 * LATENCY:.0f} us a message (assumed) and no cost inside a server (assumed), the "
+        "model gives 256 GPUs "
+        f"{figures['efficiency']['256']['after']:.1%} of the 8 GPUs' speed each with the "
+        "AllReduce after the backward pass and "
+        f"{figures['efficiency']['256']['under']:.1%} wholly under it; published are "
+        f"{figures['goyal_efficiency']:.1%} (29 hours "
+        f"on 8, one on 256: Goyal et al. 2017). At 512: {far['after']:.1%} to "
+        f"{far['under']:.1%}. {DLE[0]}: {DLE[2] / DLE[1]:.0%}, "
         "which this model does not explain: inside a server it sees no cost."
     )
 
@@ -294,8 +316,10 @@ STUDY = Study(
     statements=("T1", "P4"),
     question="Do more ranks compute the same, and how much faster?",
     rule=f"P4: borne out where no step's loss differs by {SAME} nats or more between 1, 2 and 4 ranks, else not; undecided where "
-    f"the loss falls by less than {LEAST_FALL}. T1: borne out where two ranks are more than {LEAST_SPEEDUP} times as fast as one "
-    "in each of at least 3 seeds, not borne out where in none; where Goyal's published efficiency lies between the model's without "
+    f"the loss falls by less than {LEAST_FALL}. T1: borne out where two ranks are more than "
+    f"{LEAST_SPEEDUP} times as fast as one "
+    "in each of at least 3 seeds, not borne out where in none; where Goyal's published "
+    "efficiency lies between the model's without "
     "and with overlap; and where the former is at least 80% at 512 GPUs.",
     trainings=trainings,
     measure=measured,

@@ -1,4 +1,6 @@
-"""Plain and residual networks of growing depth (He et al. 2015, figures 1 and 6): who gains by more layers?"""
+"""Plain and residual networks of growing depth (He et al. 2015, figures 1 and 6): who gains by more
+layers?
+"""
 
 import inspect
 from pathlib import Path
@@ -28,8 +30,9 @@ SHALLOW, DEEP = 20, 56
 
 
 def networks(scale: Scale) -> dict[tuple[str, int], int]:
-    """Of family and depth: how many seeds. 110 layers are tried with shortcuts alone, as in the paper's figure 6, and once: no
-    claim is on them."""
+    """Of family and depth: how many seeds. 110 layers are tried with shortcuts alone, as in the
+    paper's figure 6, and once: no claim is on them.
+    """
     both = {(family, depth): scale.seeds for family in FAMILIES for depth in (SHALLOW, DEEP)}
     return both | scale.choose({}, {("resnet", 110): 1})
 
@@ -50,7 +53,9 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def block_difference() -> dict[str, object]:
-    """What the shortcut adds: to the code of a block, to its parameters, to what it computes from the same weights."""
+    """What the shortcut adds: to the code of a block, to its parameters, to what it computes from
+    the same weights.
+    """
     with torch.device("meta"):
         parameters = [
             measure.count_parameters(build_model(f"{family}{DEEP}", 10)) for family in FAMILIES
@@ -174,14 +179,17 @@ def plot(figures: Figures, file: Path) -> None:
 
 def paragraph(figures: Figures) -> str:
     cells = "; ".join(
-        f"{name.replace('resnet', 'res-').replace('plain', 'plain-')}: training loss {format_mean_std(entry['last_loss'], 3)}, "
+        f"{name.replace('resnet', 'res-').replace('plain', 'plain-')}: training loss "
+        f"{format_mean_std(entry['last_loss'], 3)}, "
         "test error "
         f"{format_mean_std(entry['test_error_percent'])}%"
         for name, entry in figures["networks"].items()
     )
     return (
-        f"At the end of training (mean of the last tenth of the steps): {cells}. The two families differ in one line of "
-        f"`trainer/models/resnet.py`, `{figures['block']['lines_of_code'][0]}`, and in no parameter. A training this short shows "
+        f"At the end of training (mean of the last tenth of the steps): {cells}. The two "
+        "families differ in one line of "
+        f"`trainer/models/resnet.py`, `{figures['block']['lines_of_code'][0]}`, and in no "
+        "parameter. A training this short shows "
         "how fast a network learns, not where it would end after the paper's 64,000 steps."
     )
 
@@ -191,7 +199,8 @@ STUDY = Study(
     statements=("I6", "P2", "P3"),
     question="Do more layers make a network better, and does that change with the shortcut?",
     rule=f"By the training loss (mean of the last tenth of the steps) of {SHALLOW} and {DEEP} layers: each claim is borne out "
-    "where it holds in each of at least 3 seeds, not borne out where in none, else undecided. P3: one line of code, no parameter "
+    "where it holds in each of at least 3 seeds, not borne out where in none, else undecided. "
+    "P3: one line of code, no parameter "
     "more, and the block's output equals relu(F(x) + x) bit for bit.",
     trainings=trainings,
     measure=measured,

@@ -1,4 +1,6 @@
-"""Dropout in AlexNet's fully connected layers, with 2,000 training images: the gap between training and test."""
+"""Dropout in AlexNet's fully connected layers, with 2,000 training images: the gap between training
+and test.
+"""
 
 from pathlib import Path
 
@@ -103,12 +105,15 @@ def plot(figures: Figures, file: Path) -> None:
 def paragraph(figures: Figures) -> str:
     cells = "; ".join(
         f"{kind} dropout: training {format_mean_std(figures[kind]['train_top1_percent'])}%, test "
-        f"{format_mean_std(figures[kind]['test_top1_percent'])}%, gap {format_mean_std(figures[kind]['gap_points'])} points"
+        f"{format_mean_std(figures[kind]['test_top1_percent'])}%, gap "
+        f"{format_mean_std(figures[kind]['gap_points'])} points"
         for kind in KINDS
     )
     return (
-        f"AlexNet's small form, whose three fully connected layers hold most of its parameters, on {SAMPLES:,} images, trained "
-        f"with half of the inputs of the first two dropped or none: {cells}. Training accuracy is that of the network in "
+        "AlexNet's small form, whose three fully connected layers hold most of its parameters, "
+        f"on {SAMPLES:,} images, trained "
+        f"with half of the inputs of the first two dropped or none: {cells}. Training accuracy "
+        "is that of the network in "
         "evaluation, without dropout, on the images that it was trained on."
     )
 

@@ -1,4 +1,6 @@
-"""How much of the loss's gradient reaches each block, plain and residual, at the start and after training."""
+"""How much of the loss's gradient reaches each block, plain and residual, at the start and after
+training.
+"""
 
 import math
 from collections.abc import Callable
@@ -39,7 +41,9 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def only_shortcuts(model: nn.Sequential) -> nn.Sequential:
-    """The same network, whose gradient passes through no block's convolutions: what they add is a constant to it."""
+    """The same network, whose gradient passes through no block's convolutions: what they add is a
+    constant to it.
+    """
     for block in model.modules():
         if isinstance(block, Block):
             block.residual = _constant(block.residual)  # type: ignore[method-assign, assignment]
@@ -86,7 +90,9 @@ def _alone(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def orders(norms: list[float]) -> float:
-    """Orders of magnitude between what reaches the first block and what reaches the last; above 0 the first gets more."""
+    """Orders of magnitude between what reaches the first block and what reaches the last; above 0
+    the first gets more.
+    """
     return math.log10(norms[0] / norms[-1])
 
 
@@ -152,11 +158,14 @@ def paragraph(figures: Figures) -> str:
         cells.append(f"{name}: {start:.3g} at the start, {trained:.3g} after training")
     alone = figures[f"resnet{DEEP}"]["shortcuts_alone"]
     return (
-        "Norm of the loss's gradient in what the first block puts out, as a multiple of that at the last block: "
+        "Norm of the loss's gradient in what the first block puts out, as a multiple of that at "
+        "the last block: "
         + "; ".join(cells)
         + f". Where every block's convolutions are taken out of the backward pass, {alone:.2f} of it arrives by the shortcuts "
-        "of the residual network, and nothing in the plain one. With batch norm, which all of these have, a plain network's "
-        "gradient need not vanish (He et al. 2015, 4.1, say so themselves); read the figures for what it does instead."
+        "of the residual network, and nothing in the plain one. With batch norm, which all of "
+        "these have, a plain network's "
+        "gradient need not vanish (He et al. 2015, 4.1, say so themselves); read the figures "
+        "for what it does instead."
     )
 
 
@@ -165,7 +174,8 @@ STUDY = Study(
     statements=("R3",),
     question="Does the gradient reach the first layers of a residual network unimpeded, and those of a plain one not?",
     rule="Shortcuts alone: borne out where at least a tenth of the last block's gradient norm arrives at the first. Else by the "
-    "orders of magnitude between first and last block: borne out where the residual network's are fewer in each of at least 3 "
+    "orders of magnitude between first and last block: borne out where the residual network's "
+    "are fewer in each of at least 3 "
     "seeds (5 at the start), not borne out where in none, else undecided.",
     trainings=trainings,
     measure=measured,

@@ -1,7 +1,8 @@
-"""Stacks of plain and of residual blocks asked to be the identity, and one residual block asked for a map near it.
+"""Stacks of plain and of residual blocks asked to be the identity, and one residual block asked for
+a map near it.
 
-This is a regression of feature maps, which the trainer's classification cannot express: ``fit`` is a measurement of its blocks,
-with its update rule, and trains no network.
+This is a regression of feature maps, which the trainer's classification cannot express: ``fit`` is
+a measurement of its blocks, with its update rule, and trains no network.
 """
 
 from pathlib import Path
@@ -43,7 +44,9 @@ KINDS = {
 
 
 def stack_of(kind: str, blocks: int, seed: int) -> nn.Sequential:
-    """``blocks`` blocks of a network's first stage with their first weights: [N, 8, H, W] to the same."""
+    """``blocks`` blocks of a network's first stage with their first weights: [N, 8, H, W] to the
+    same.
+    """
     family, options = KINDS[kind]
     torch.manual_seed(seed)
     network = build_model(f"{family}{DEPTHS[blocks]}", 10, width=CHANNELS, **options)
@@ -53,9 +56,11 @@ def stack_of(kind: str, blocks: int, seed: int) -> nn.Sequential:
 
 
 def feature_maps(images: Tensor) -> Tensor:
-    """Eight maps from 0.25 to 1 of each image [N, 3, 28, 28]: its four mirror images at half the size, and their negatives.
+    """Eight maps from 0.25 to 1 of each image [N, 3, 28, 28]: its four mirror images at half the
+    size, and their negatives.
 
-    Above 0 the last ReLU is open, so that a block's residual branch is what it must be; where y = 0 any negative one would do.
+    Above 0 the last ReLU is open, so that a block's residual branch is what it must be; where y = 0
+    any negative one would do.
     """
     grey = F.avg_pool2d(images.mean(1, keepdim=True), 2)
     grey = 0.25 + 0.75 * (grey - grey.amin()) / (grey.amax() - grey.amin())
@@ -64,7 +69,9 @@ def feature_maps(images: Tensor) -> Tensor:
 
 
 def fit(blocks: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float) -> list[float]:
-    """Of each step: squared error as a part of the variance of ``y``; 1 is what its mean would give."""
+    """Of each step: squared error as a part of the variance of ``y``; 1 is what its mean would
+    give.
+    """
     optimizer = build_optimizer(blocks, OptimizerConfig(name="adamw", weight_decay=0.0), rate)
     losses = []
     blocks.train()
@@ -85,7 +92,9 @@ def _best(kind: str, blocks: int, seed: int, x: Tensor, steps: int) -> list[floa
 
 
 def explained(kind: str, x: Tensor, seed: int, steps: int) -> float:
-    """Part of H(x) - x that the residual branch F of one block comes to be, where it was asked for H = the 3x3 mean of x."""
+    """Part of H(x) - x that the residual branch F of one block comes to be, where it was asked for
+    H = the 3x3 mean of x.
+    """
     wanted = F.avg_pool2d(x, 3, 1, 1)
     blocks = stack_of(kind, 1, seed)
     fit(blocks, x, wanted, steps, RATES[1])
@@ -185,12 +194,18 @@ def paragraph(figures: Figures) -> str:
     )
     parts = figures["explained"]
     return (
-        f"After {figures['steps']} steps of AdamW, each at the better of the rates {RATES[0]:g} and {RATES[1]:g}, the error in "
-        f"giving back their input, as a part of its variance: {cells}. One residual block that was asked for the 3x3 mean H of its "
-        f"input: its branch F came to be {format_mean_std(parts[ZERO_GAIN], 3)} of H(x) - x (1: all of it) where its last gain "
-        f"was 0 at first, and {format_mean_std(parts[RESIDUAL], 1)} where it was 1, as usual: there a random F "
-        "closes the last ReLU of some maps for good, and below that F may be anything. Blocks are those of the first stage of the "
-        "CIFAR networks, 8 channels, batch norm in training mode; inputs are small Fashion-MNIST images."
+        f"After {figures['steps']} steps of AdamW, each at the better of the rates {RATES[0]:g} "
+        f"and {RATES[1]:g}, the error in "
+        f"giving back their input, as a part of its variance: {cells}. One residual block that "
+        "was asked for the 3x3 mean H of its "
+        f"input: its branch F came to be {format_mean_std(parts[ZERO_GAIN], 3)} of H(x) - x (1: "
+        "all of it) where its last gain "
+        f"was 0 at first, and {format_mean_std(parts[RESIDUAL], 1)} where it was 1, as usual: "
+        "there a random F "
+        "closes the last ReLU of some maps for good, and below that F may be anything. Blocks "
+        "are those of the first stage of the "
+        "CIFAR networks, 8 channels, batch norm in training mode; inputs are small "
+        "Fashion-MNIST images."
     )
 
 
@@ -199,8 +214,10 @@ STUDY = Study(
     statements=("R1", "R2"),
     question="How well, and how fast, do plain and residual blocks learn to give back their input?",
     rule="R1, for 1, 3 and 9 blocks: borne out where the plain stack's error at the end is more than twice the residual one's in "
-    "each of at least 3 seeds, not borne out where in none, else undecided; F = 0: borne out where the first step's error is 0. "
-    f"R2: borne out where F explains more than {EXPLAINED:.0%} of H(x) - x in each of at least 3 seeds, not borne out where in "
+    "each of at least 3 seeds, not borne out where in none, else undecided; F = 0: borne out "
+    "where the first step's error is 0. "
+    f"R2: borne out where F explains more than {EXPLAINED:.0%} of H(x) - x in each of at least "
+    "3 seeds, not borne out where in "
     "none.",
     measure=measured,
     judge=judge,

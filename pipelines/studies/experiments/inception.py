@@ -1,4 +1,6 @@
-"""Inception modules with and without the 1x1 convolutions before their large filters (Szegedy et al. 2014, figure 2)."""
+"""Inception modules with and without the 1x1 convolutions before their large filters (Szegedy et
+al. 2014, figure 2).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ from trainer.models.model_info import forward_costs
 from trainer.models.state_dict_adapter import auxiliary_names
 
 WIDTH, NARROW = 16, 11
-"""Channels of the first convolution: of the two that differ in reduction alone, and of the one without reduction that is brought
-down to the multiply-adds of the one with it."""
+"""Channels of the first convolution: of the two that differ in reduction alone, and of the one
+without reduction that is brought down to the multiply-adds of the one with it.
+"""
 SIDE = 28
 NETWORKS = {
     "reduced": ("model.reduction=true", f"model.width={WIDTH}"),
@@ -148,15 +151,20 @@ def paragraph(figures: Figures) -> str:
     paper, trained = figures["googlenet2014"], figures["trained"]
     ratio = paper["unreduced"]["multiply_adds"] / paper["reduced"]["multiply_adds"]
     cells = "; ".join(
-        f"{network}: {e['multiply_adds'] / 1e6:.1f}M multiply-adds, {e['parameters']:,} parameters, top-1 "
+        f"{network}: {e['multiply_adds'] / 1e6:.1f}M multiply-adds, {e['parameters']:,} "
+        "parameters, top-1 "
         f"{format_mean_std(e['top1_percent'])}%, {e['images_per_second']['mean']:,.0f} images/s"
         for network, e in trained.items()
     )
     return (
-        f"Without the 1x1 convolutions before its 3x3 and 5x5 filters GoogLeNet would need {ratio:.1f} times the multiply-adds "
-        f"({paper['unreduced']['multiply_adds'] / 1e9:.2f}G in place of {paper['reduced']['multiply_adds'] / 1e9:.2f}G) and "
-        f"{paper['unreduced']['parameters'] / 1e6:.1f}M parameters in place of {paper['reduced']['parameters'] / 1e6:.1f}M. (The "
-        "pooled branch keeps its 1x1 projection in both; without it channels would add up from module to module.) Small forms, "
+        "Without the 1x1 convolutions before its 3x3 and 5x5 filters GoogLeNet would need "
+        f"{ratio:.1f} times the multiply-adds "
+        f"({paper['unreduced']['multiply_adds'] / 1e9:.2f}G in place of "
+        f"{paper['reduced']['multiply_adds'] / 1e9:.2f}G) and "
+        f"{paper['unreduced']['parameters'] / 1e6:.1f}M parameters in place of "
+        f"{paper['reduced']['parameters'] / 1e6:.1f}M. (The "
+        "pooled branch keeps its 1x1 projection in both; without it channels would add up from "
+        "module to module.) Small forms, "
         f"trained on Fashion-MNIST: {cells}."
     )
 
@@ -166,7 +174,8 @@ STUDY = Study(
     statements=("I4",),
     question="What do the 1x1 reductions of an inception module save, and what does it cost in accuracy?",
     rule="Multiply-adds and parameters: counted, fewer with reduction. Accuracy: borne out where the network with reduction has "
-    "the higher top-1 than one without, narrowed to about as many multiply-adds, in each of at least 3 seeds, not borne out where "
+    "the higher top-1 than one without, narrowed to about as many multiply-adds, in each of at "
+    "least 3 seeds, not borne out where "
     "in none.",
     trainings=trainings,
     measure=measured,

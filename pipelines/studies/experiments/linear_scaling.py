@@ -1,4 +1,6 @@
-"""Eight times the batch at eight times the rate: the same as the small batch (Goyal et al. 2017, 2.1 and figure 3)?"""
+"""Eight times the batch at eight times the rate: the same as the small batch (Goyal et al. 2017,
+2.1 and figure 3)?
+"""
 
 from pathlib import Path
 
@@ -56,8 +58,10 @@ def paragraph(figures: Figures) -> str:
         for recipe in RECIPES
     )
     return (
-        f"ResNet-8 with half its channels, 4 epochs, top-1: {cells}. Batch norm sees 64 images at a time in all, so that the loss "
-        "is the same function of the weights and what is compared is the optimizer alone; images that fill no batch are left out."
+        f"ResNet-8 with half its channels, 4 epochs, top-1: {cells}. Batch norm sees 64 images "
+        "at a time in all, so that the loss "
+        "is the same function of the weights and what is compared is the optimizer alone; "
+        "images that fill no batch are left out."
     )
 
 
@@ -66,7 +70,8 @@ STUDY = Study(
     statements=("T6",),
     question="Does eight times the batch at eight times the learning rate learn what the small batch learns?",
     rule="The same: borne out where the differences of top-1 have both signs over at least 3 seeds, not borne out where all have "
-    "one. Better than the unscaled rate: borne out where it is in each of at least 3 seeds, not borne out where in none, else "
+    "one. Better than the unscaled rate: borne out where it is in each of at least 3 seeds, not "
+    "borne out where in none, else "
     "undecided.",
     trainings=trainings,
     measure=measured,

@@ -1,4 +1,6 @@
-"""fp32, bf16 and fp16: curve, speed and memory; and which gradients fp16 would lose without loss scaling."""
+"""fp32, bf16 and fp16: curve, speed and memory; and which gradients fp16 would lose without loss
+scaling.
+"""
 
 from pathlib import Path
 
@@ -35,7 +37,9 @@ BINS = list(range(-44, 5))
 
 
 def training_of(scale: Scale, precision: str, seed: int) -> Training:
-    """Small, since few processors compute in fp16; ZeRO 1 in all, which fp16 needs for its fp32 master weights."""
+    """Small, since few processors compute in fp16; ZeRO 1 in all, which fp16 needs for its fp32
+    master weights.
+    """
     keys = (
         "model.name=resnet8", "model.width=4", f"precision={precision}", "parallel.zero_stage=1",
         f"train.epochs={scale.choose(2, 4)}", "optimizer.base_lr=0.05",
@@ -54,7 +58,9 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def activation_mib(name: str, dtype: torch.dtype) -> float:
-    """Of an image of 224 pixels, kept for the backward pass, where weights and images have that type."""
+    """Of an image of 224 pixels, kept for the backward pass, where weights and images have that
+    type.
+    """
     with torch.device("meta"):
         model = build_model(name, 1000, 224)
     for parameter in model.parameters():
@@ -68,8 +74,10 @@ def activation_mib(name: str, dtype: torch.dtype) -> float:
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Absolute values, in fp32, of those gradients that are not 0: of the loss in all weights, and in what each convolution and
-    fully connected layer puts out (Micikevicius et al. 2018, figure 3)."""
+    """Absolute values, in fp32, of those gradients that are not 0: of the loss in all weights, and
+    in what each convolution and fully connected layer puts out (Micikevicius et al. 2018, figure
+    3).
+    """
     outputs = measure.output_gradients(model, images, labels)
     weights = [p.grad for p in model.parameters() if p.grad is not None]
     found = {"weights": weights, "activations": outputs}
@@ -81,7 +89,9 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Ten
 
 
 def lost(values: Tensor, factor: float) -> float:
-    """Part of the gradients that are 0 in fp16 when the loss is multiplied by ``factor``: by the conversion itself."""
+    """Part of the gradients that are 0 in fp16 when the loss is multiplied by ``factor``: by the
+    conversion itself.
+    """
     return float(((values * factor).half() == 0).float().mean())
 
 
@@ -205,18 +215,24 @@ def plot(figures: Figures, file: Path) -> None:
 
 def paragraph(figures: Figures) -> str:
     cells = "; ".join(
-        f"{precision}: training loss {format_mean_std(e['last_loss'], 3)}, top-1 {format_mean_std(e['top1_percent'])}%, "
+        f"{precision}: training loss {format_mean_std(e['last_loss'], 3)}, top-1 "
+        f"{format_mean_std(e['top1_percent'])}%, "
         f"{e['images_per_second']['mean']:,.0f} images/s"
         for precision, e in figures["precisions"].items()
     )
     lost_, memory = figures["lost_percent"]["activations"], figures["resnet50_activation_mib"]
     return (
-        f"On this processor, fp32 master weights in all: {cells}. Speed here says nothing of a GPU with units for 16 bits. For "
-        f"ResNet-50 at 224 pixels an image's activations are computed to take {memory['fp32']} MiB in fp32 and {memory['fp16']} in "
-        "fp16 (weights, gradients, master weights and momentum together take 12 bytes a parameter in either). Of the trained "
-        f"network's gradients in its activations, those that are not 0, {format_mean_std(lost_['without'], 2)}% would be 0 in "
+        f"On this processor, fp32 master weights in all: {cells}. Speed here says nothing of a "
+        "GPU with units for 16 bits. For "
+        f"ResNet-50 at 224 pixels an image's activations are computed to take {memory['fp32']} "
+        f"MiB in fp32 and {memory['fp16']} in "
+        "fp16 (weights, gradients, master weights and momentum together take 12 bytes a "
+        "parameter in either). Of the trained "
+        "network's gradients in its activations, those that are not 0, "
+        f"{format_mean_std(lost_['without'], 2)}% would be 0 in "
         "fp16 as they "
-        f"are, {format_mean_std(lost_['with'], 2)}% with the loss multiplied by {SCALE:,.0f}; in its weights "
+        f"are, {format_mean_std(lost_['with'], 2)}% with the loss multiplied by {SCALE:,.0f}; "
+        "in its weights "
         f"{format_mean_std(figures['lost_percent']['weights']['without'], 2)}% and "
         f"{format_mean_std(figures['lost_percent']['weights']['with'], 2)}%."
     )
@@ -227,8 +243,10 @@ STUDY = Study(
     statements=("T3",),
     question="Do 16 bits train as 32 do, in less memory and time, and what does loss scaling keep?",
     rule=f"Curve: borne out where the training loss at the end is within {NEAR} nats of fp32's in each of at least 3 seeds, not "
-    "borne out where in none. Memory: where activations take less than 0.7 of fp32's. Speed: where bf16 is faster on this machine "
-    "in each of at least 3 seeds, not borne out where in none. Loss scaling: where more than 0.1% of the gradients in "
+    "borne out where in none. Memory: where activations take less than 0.7 of fp32's. Speed: "
+    "where bf16 is faster on this machine "
+    "in each of at least 3 seeds, not borne out where in none. Loss scaling: where more than "
+    "0.1% of the gradients in "
     "activations become 0 without it and less than a tenth of that with it.",
     trainings=trainings,
     measure=measured,

@@ -1,4 +1,6 @@
-"""VGG-16 and ResNet-152 over 1, 2 and 4 pipeline stages: memory of each stage, the bubble, what fits where; and the same curve."""
+"""VGG-16 and ResNet-152 over 1, 2 and 4 pipeline stages: memory of each stage, the bubble, what
+fits where; and the same curve.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,9 @@ def stage_memory(
 ) -> list[dict[str, Any]]:
     """Of each stage: parameters, and MiB of weights with what belongs to them and of activations.
 
-    Stage s of S holds the activations of up to S - s micro-batches at a time (one forward, one backward by turns: Narayanan et al.
-    2019, 3.2), and one stage alone those of one. Layers are cut where the trainer cuts them, by multiply-adds.
+    Stage s of S holds the activations of up to S - s micro-batches at a time (one forward, one
+    backward by turns: Narayanan et al. 2019, 3.2), and one stage alone those of one. Layers are cut
+    where the trainer cuts them, by multiply-adds.
     """
     with torch.device("meta"):
         model = build_model(name, 1000, image_size)
@@ -80,7 +83,9 @@ def stage_memory(
 
 
 def bubble(stages: int, micro_batches: int = MICRO_BATCHES) -> float:
-    """Part of the time that a stage waits: (S - 1) / (m + S - 1), where all stages take equally long (Huang et al. 2019, 2.3)."""
+    """Part of the time that a stage waits: (S - 1) / (m + S - 1), where all stages take equally
+    long (Huang et al. 2019, 2.3).
+    """
     return (stages - 1) / (micro_batches + stages - 1)
 
 
@@ -181,16 +186,21 @@ def paragraph(figures: Figures) -> str:
     cells = []
     for name, fullest in figures["fullest_mib"].items():
         each = "; ".join(
-            f"{stages} stage{'s' if stages != '1' else ''}: {mib / 1024:.1f} GiB on the fullest (fits {fits(mib / 1024)})"
+            f"{stages} stage{'s' if stages != '1' else ''}: {mib / 1024:.1f} GiB on the fullest "
+            f"(fits {fits(mib / 1024)})"
             for stages, mib in fullest.items()
         )
         cells.append(f"{name}: {each}")
     bubbles = ", ".join(f"{stages}: {part:.0%}" for stages, part in figures["bubble"].items())
     return (
-        f"Computed for fp32, SGD with momentum, {MICRO_BATCHES} micro-batches of {MICRO} images of 224 pixels: {'. '.join(cells)}. "
-        "An early stage keeps the activations of as many micro-batches as there are stages from it on, so memory falls by less "
-        "than the number of stages, or rises; smaller micro-batches bring it down. The bubble, where all stages take equally "
-        f"long: {bubbles}. The trainer's own two stages and one, on ResNet-8: no step's loss is more than "
+        f"Computed for fp32, SGD with momentum, {MICRO_BATCHES} micro-batches of {MICRO} images "
+        f"of 224 pixels: {'. '.join(cells)}. "
+        "An early stage keeps the activations of as many micro-batches as there are stages from "
+        "it on, so memory falls by less "
+        "than the number of stages, or rises; smaller micro-batches bring it down. The bubble, "
+        "where all stages take equally "
+        f"long: {bubbles}. The trainer's own two stages and one, on ResNet-8: no step's loss is "
+        "more than "
         f"{max(figures['largest_difference_nats']['each']):.2g} nats apart."
     )
 
@@ -200,7 +210,8 @@ STUDY = Study(
     statements=("T2",),
     question="What does a GPU hold where a network's layers are spread over 1, 2 or 4, and does that change what is learned?",
     rule="Memory: borne out where the fullest of four stages is computed to need less than one GPU alone, else not. Curve: borne "
-    f"out where no step's loss differs by {SAME} nats or more between one stage and two in any seed, else not; undecided where "
+    f"out where no step's loss differs by {SAME} nats or more between one stage and two in any "
+    "seed, else not; undecided where "
     f"the loss falls by less than {LEAST_FALL}.",
     trainings=trainings,
     measure=measured,

@@ -1,4 +1,6 @@
-"""Where the parameters sit, and what an average over the image saves in place of the fully connected layers (GoogLeNet)."""
+"""Where the parameters sit, and what an average over the image saves in place of the fully
+connected layers (GoogLeNet).
+"""
 
 from pathlib import Path
 
@@ -142,12 +144,17 @@ def paragraph(figures: Figures) -> str:
     vgg, alexnet = figures["parameters"]["vgg16"], figures["parameters"]["alexnet2012"]
     small, tops = figures["trained_parameters"], figures["top1_percent"]
     return (
-        f"Of VGG-16's {vgg['tower']['all'] / 1e6:.1f}M parameters {vgg['tower']['fully_connected'] / 1e6:.1f}M sit in its three "
+        f"Of VGG-16's {vgg['tower']['all'] / 1e6:.1f}M parameters "
+        f"{vgg['tower']['fully_connected'] / 1e6:.1f}M sit in its three "
         f"fully connected layers, of AlexNet's {alexnet['tower']['all'] / 1e6:.1f}M "
-        f"{alexnet['tower']['fully_connected'] / 1e6:.1f}M. With an average over the image and one layer behind it, as in "
-        f"GoogLeNet, {vgg['average']['all'] / 1e6:.1f}M and {alexnet['average']['all'] / 1e6:.1f}M are left. VGG-11's trunk with "
-        f"an eighth of the channels, trained on Fashion-MNIST with either: {small['tower']:,} parameters, top-1 "
-        f"{format_mean_std(tops['tower'])}%; {small['average']:,}, {format_mean_std(tops['average'])}%. (At 28 pixels the trunk "
+        f"{alexnet['tower']['fully_connected'] / 1e6:.1f}M. With an average over the image and "
+        "one layer behind it, as in "
+        f"GoogLeNet, {vgg['average']['all'] / 1e6:.1f}M and "
+        f"{alexnet['average']['all'] / 1e6:.1f}M are left. VGG-11's trunk with "
+        f"an eighth of the channels, trained on Fashion-MNIST with either: {small['tower']:,} "
+        "parameters, top-1 "
+        f"{format_mean_std(tops['tower'])}%; {small['average']:,}, "
+        f"{format_mean_std(tops['average'])}%. (At 28 pixels the trunk "
         "ends in one pixel, so "
         "that here the tower takes an average too, and what differs is the tower alone.)"
     )
@@ -158,7 +165,8 @@ STUDY = Study(
     statements=("I5",),
     question="Where do AlexNet's and VGG's parameters sit, and what does an average over the image in place of the tower cost?",
     rule="Parameters: borne out where more than half sit in the tower and at least 2 million go with it. Accuracy: borne out where "
-    f"the network without the tower loses at most {TOLERANCE} points of top-1 in each of at least 3 seeds, not borne out where it "
+    f"the network without the tower loses at most {TOLERANCE} points of top-1 in each of at "
+    "least 3 seeds, not borne out where it "
     "loses more in each, else undecided.",
     trainings=trainings,
     measure=measured,

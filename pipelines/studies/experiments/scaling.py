@@ -1,6 +1,8 @@
-"""The recipes ``warmup-*``: a small batch, one eight times as large at the scaled rate, and that with one thing missing.
+"""The recipes ``warmup-*``: a small batch, one eight times as large at the scaled rate, and that
+with one thing missing.
 
-They differ in batch, rate and warmup alone; batch norm sees 64 images at a time in all (Goyal et al. 2017, 2.1 to 2.3).
+They differ in batch, rate and warmup alone; batch norm sees 64 images at a time in all (Goyal et
+al. 2017, 2.1 to 2.3).
 """
 
 import statistics
@@ -91,8 +93,9 @@ def better(statement: str, figures: Figures, one: str, other: str) -> Claim:
 
 
 def same(statement: str, figures: Figures, one: str, other: str) -> Claim:
-    """Borne out where the differences have both signs, not where all have one; equals would have one sign in three seeds of
-    three by chance one time in four."""
+    """Borne out where the differences have both signs, not where all have one; equals would have
+    one sign in three seeds of three by chance one time in four.
+    """
     values = differences(figures, one, other)
     verdict = UNDECIDED
     if len(values) >= LEAST_SEEDS:

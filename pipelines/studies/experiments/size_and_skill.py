@@ -1,4 +1,6 @@
-"""Published accuracy against size, over all families; and how much of a small difference is the seed's and the protocol's."""
+"""Published accuracy against size, over all families; and how much of a small difference is the
+seed's and the protocol's.
+"""
 
 import math
 from pathlib import Path
@@ -30,7 +32,9 @@ SMALL = {
     "resnet8": ("model.name=resnet8", "model.width=8"),
 }
 PROTOCOLS = ("one view", "two views")
-"""One view: the image. Two views: the mean of its probabilities and its mirror image's, as papers average crops."""
+"""One view: the image. Two views: the mean of its probabilities and its mirror image's, as papers
+average crops.
+"""
 
 
 def training_of(scale: Scale, name: str, seed: int) -> Training:
@@ -53,7 +57,9 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def published() -> dict[str, dict[str, float | int | None]]:
-    """Networks whose top-5 error on ImageNet a paper or torchvision published, percent; parameters and multiply-adds computed."""
+    """Networks whose top-5 error on ImageNet a paper or torchvision published, percent; parameters
+    and multiply-adds computed.
+    """
     found: dict[str, dict[str, float | int | None]] = {}
     for variant in list_models():
         entry = model_info(variant.name)
@@ -125,7 +131,8 @@ def judge(figures: Figures) -> list[Claim]:
             "P1",
             "GoogLeNet beats VGG-16 in single-network figures, at a 35th of the parameters",
             verdict_if(google["paper_top5_error"] < vgg["paper_top5_error"] and ratio >= 35),
-            f"top-5 error {google['paper_top5_error']}% (one crop) and {vgg['paper_top5_error']}% (one scale); {ratio:.0f} times "
+            f"top-5 error {google['paper_top5_error']}% (one crop) and "
+            f"{vgg['paper_top5_error']}% (one scale); {ratio:.0f} times "
             "fewer",
         ),
     ]
@@ -219,13 +226,17 @@ def paragraph(figures: Figures) -> str:
     for name, entry in figures["small"].items():
         one, two = (entry["top1_percent"][protocol] for protocol in PROTOCOLS)
         cells.append(
-            f"{name}, {entry['parameters']:,} parameters: {one['mean']:.2f}% in one view, {two['mean']:.2f}% in two"
+            f"{name}, {entry['parameters']:,} parameters: {one['mean']:.2f}% in one view, "
+            f"{two['mean']:.2f}% in two"
         )
     count = sum(row["torchvision_top5_error"] is not None for row in figures["published"].values())
     return (
-        f"Over the {count} networks whose error torchvision publishes, by one recipe's protocol, parameters and top-5 error have a "
-        f"rank correlation of {figures['rank_correlation']:+.2f}. GoogLeNet's figure is of one crop and VGG's of one scale, so "
-        "between the papers neither is shown to beat the other by them; what won in 2014 were ensembles. Our own small forms, mean "
+        f"Over the {count} networks whose error torchvision publishes, by one recipe's "
+        "protocol, parameters and top-5 error have a "
+        f"rank correlation of {figures['rank_correlation']:+.2f}. GoogLeNet's figure is of one "
+        "crop and VGG's of one scale, so "
+        "between the papers neither is shown to beat the other by them; what won in 2014 were "
+        "ensembles. Our own small forms, mean "
         f"over seeds: {'; '.join(cells)}. The second protocol changes no weight."
     )
 
@@ -235,8 +246,10 @@ STUDY = Study(
     statements=("P1", "P5"),
     question="Do more parameters mean more accuracy, and how precise are the published figures that say so?",
     rule="P1: borne out where the rank correlation of parameters and torchvision's published top-5 error is within 0.5 of none; "
-    "GoogLeNet and VGG-16 by the papers' single networks, and by the ratio of computed parameters. P5: borne out where a network's "
-    "error differs by more than half a point between paper and torchvision; and where at least 3 seeds of one of our own networks "
+    "GoogLeNet and VGG-16 by the papers' single networks, and by the ratio of computed "
+    "parameters. P5: borne out where a network's "
+    "error differs by more than half a point between paper and torchvision; and where at least "
+    "3 seeds of one of our own networks "
     "range over more than 0.3 points of top-1.",
     trainings=trainings,
     measure=measured,

@@ -1,4 +1,6 @@
-"""Stacked 3x3 convolutions against one large filter that sees as much (Simonyan, Zisserman 2015, sections 2.3 and 4)."""
+"""Stacked 3x3 convolutions against one large filter that sees as much (Simonyan, Zisserman 2015,
+sections 2.3 and 4).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,9 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def stage_layers(kind: str, width: int) -> nn.Sequential:
-    """The convolutions of VGG-16's third stage and their non-linearities, ``width`` channels in the first stage."""
+    """The convolutions of VGG-16's third stage and their non-linearities, ``width`` channels in the
+    first stage.
+    """
     model = build_model("vgg16", 10, width=width, filters=kind)
     return nn.Sequential(
         *(
@@ -153,14 +157,21 @@ def plot(figures: Figures, file: Path) -> None:
 def paragraph(figures: Figures) -> str:
     stacked, single = figures["stacked"], figures["single"]
     return (
-        f"The middle pixel of what three 3x3 convolutions put out depends on a square of {stacked['receptive_field_pixels']} "
-        f"pixels (measured: where its gradient in the input is not zero), that of one 7x7 on {single['receptive_field_pixels']}. "
-        f"From C to C channels the first hold {stacked['weights_per_channel_pair']} C² weights and {stacked['non_linearities']} "
-        f"non-linearities, the second {single['weights_per_channel_pair']} C² and {single['non_linearities']}. Over all of VGG-16 "
-        f"the convolutions have {stacked['vgg16_convolution_parameters'] / 1e6:.1f}M parameters and "
+        "The middle pixel of what three 3x3 convolutions put out depends on a square of "
+        f"{stacked['receptive_field_pixels']} "
+        "pixels (measured: where its gradient in the input is not zero), that of one 7x7 on "
+        f"{single['receptive_field_pixels']}. "
+        f"From C to C channels the first hold {stacked['weights_per_channel_pair']} C² weights "
+        f"and {stacked['non_linearities']} "
+        f"non-linearities, the second {single['weights_per_channel_pair']} C² and "
+        f"{single['non_linearities']}. Over all of VGG-16 "
+        f"the convolutions have {stacked['vgg16_convolution_parameters'] / 1e6:.1f}M parameters "
+        "and "
         f"{stacked['vgg16_multiply_adds'] / 1e9:.1f}G multiply-adds, with one large filter a stage "
-        f"{single['vgg16_convolution_parameters'] / 1e6:.1f}M and {single['vgg16_multiply_adds'] / 1e9:.1f}G. "
-        f"Trained with an eighth of the channels on Fashion-MNIST: top-1 {format_mean_std(stacked['top1_percent'])}% and "
+        f"{single['vgg16_convolution_parameters'] / 1e6:.1f}M and "
+        f"{single['vgg16_multiply_adds'] / 1e9:.1f}G. "
+        "Trained with an eighth of the channels on Fashion-MNIST: top-1 "
+        f"{format_mean_std(stacked['top1_percent'])}% and "
         f"{format_mean_std(single['top1_percent'])}%."
     )
 
@@ -170,7 +181,8 @@ STUDY = Study(
     statements=("I3",),
     question="Do three 3x3 convolutions see what one 7x7 sees, with fewer weights and more non-linearities, and do they do better?",
     rule="Receptive field: both measured as 7 pixels. Weights, non-linearities: counted, fewer and more. Accuracy: borne out where "
-    "the stacked network has the higher top-1 in each of at least 3 seeds, not borne out where in none, else undecided.",
+    "the stacked network has the higher top-1 in each of at least 3 seeds, not borne out where "
+    "in none, else undecided.",
     trainings=trainings,
     measure=measured,
     judge=judge,

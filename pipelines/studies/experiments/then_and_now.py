@@ -1,4 +1,6 @@
-"""What 90 epochs of each network cost in 2012 and cost today, from published machines, peaks and times."""
+"""What 90 epochs of each network cost in 2012 and cost today, from published machines, peaks and
+times.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,9 @@ IMAGES, EPOCHS = (
     90,
 )  # of ImageNet's training set; as in Krizhevsky et al. 2012, section 5, "roughly 90 cycles"
 FLOPS_A_MULTIPLY_ADD = 6
-"""2 operations, in the forward pass and twice in the backward one: for the weights' gradients and for the inputs'."""
+"""2 operations, in the forward pass and twice in the backward one: for the weights' gradients and
+for the inputs'.
+"""
 UTILIZATION_TODAY = 0.3
 """Assumed, of the peak; near what Goyal's hour comes to below."""
 NETWORKS = ("alexnet2012", "googlenet2014", "vgg16", "resnet50", "resnet152")
@@ -21,7 +25,9 @@ NETWORKS = ("alexnet2012", "googlenet2014", "vgg16", "resnet50", "resnet152")
 
 @dataclass(frozen=True)
 class Machine:
-    """``peak``: floating-point operations a second of one, as its maker states it for the precision that was used."""
+    """``peak``: floating-point operations a second of one, as its maker states it for the precision
+    that was used.
+    """
 
     name: str
     peak: float
@@ -68,7 +74,9 @@ REPORTS = (
     Report("ResNet-50", "resnet50", 90, 256, P100, (1, 1), "Goyal et al. 2017, abstract: one hour"),
 )
 MLPERF = {8: 13.466, 64: 2.664, 512: 0.509, 768: 0.369, 3584: 0.183}
-"""Minutes of ResNet-50 to 75.90% top-1, by H100s: MLPerf Training 3.0, closed, entries 3.0-2053, -2071, -2068, -2075, -2002."""
+"""Minutes of ResNet-50 to 75.90% top-1, by H100s: MLPerf Training 3.0, closed, entries 3.0-2053,
+-2071, -2068, -2075, -2002.
+"""
 
 
 def training_flops(model: str, epochs: int = EPOCHS) -> float:
@@ -132,7 +140,8 @@ def judge(figures: Figures) -> list[Claim]:
             "S1",
             "today's clusters are a thousand times 2012's two GPUs",
             verdict_if(speed >= 1000),
-            f"ResNet-50 to 75.9%: {speed:,.0f} times as fast as 90 epochs on the two; {efficiency:.0%} of 8 GPUs' speed a GPU",
+            f"ResNet-50 to 75.9%: {speed:,.0f} times as fast as 90 epochs on the two; "
+            f"{efficiency:.0%} of 8 GPUs' speed a GPU",
         ),
         Claim(
             "S1",
@@ -184,17 +193,25 @@ def plot(figures: Figures, file: Path) -> None:
 
 def paragraph(figures: Figures) -> str:
     published = "; ".join(
-        f"{name} on {entry['machines']} in {'-'.join(f'{h:g}' for h in dict.fromkeys(entry['hours']))} h: "
-        f"{'-'.join(f'{u:.0%}' for u in dict.fromkeys(entry['utilization']))} of their peak ({entry['source']})"
+        f"{name} on {entry['machines']} in "
+        f"{'-'.join(f'{h:g}' for h in dict.fromkeys(entry['hours']))} h: "
+        f"{'-'.join(f'{u:.0%}' for u in dict.fromkeys(entry['utilization']))} of their peak "
+        f"({entry['source']})"
         for name, entry in figures["published"].items()
     )
     return (
-        f"{EPOCHS} epochs of AlexNet are {figures['flops']['alexnet2012']:.2g} operations, of ResNet-50 "
-        f"{figures['flops']['resnet50']:.2g}, of VGG-16 {figures['flops']['vgg16']:.2g} (multiply-adds of `convoy models` x "
-        f"{FLOPS_A_MULTIPLY_ADD} x images). What published times come to: {published}. Eight H100s at an assumed "
-        f"{UTILIZATION_TODAY:.0%} would need {figures['hours_8_h100']['alexnet2012'] * 60:.1f} min for AlexNet's 90 epochs and "
-        f"{figures['hours_8_h100']['resnet50'] * 60:.0f} for ResNet-50's. MLPerf's entries stop at 75.9%, sooner than 90 epochs, "
-        "so they say nothing of utilization here. The statement's weeks are those of far larger networks: these take minutes."
+        f"{EPOCHS} epochs of AlexNet are {figures['flops']['alexnet2012']:.2g} operations, of "
+        "ResNet-50 "
+        f"{figures['flops']['resnet50']:.2g}, of VGG-16 {figures['flops']['vgg16']:.2g} "
+        "(multiply-adds of `convoy models` x "
+        f"{FLOPS_A_MULTIPLY_ADD} x images). What published times come to: {published}. Eight "
+        "H100s at an assumed "
+        f"{UTILIZATION_TODAY:.0%} would need {figures['hours_8_h100']['alexnet2012'] * 60:.1f} "
+        "min for AlexNet's 90 epochs and "
+        f"{figures['hours_8_h100']['resnet50'] * 60:.0f} for ResNet-50's. MLPerf's entries stop "
+        "at 75.9%, sooner than 90 epochs, "
+        "so they say nothing of utilization here. The statement's weeks are those of far larger "
+        "networks: these take minutes."
     )
 
 
@@ -203,7 +220,8 @@ STUDY = Study(
     statements=("S1",),
     question="What did these networks cost in 2012, and what do they cost today?",
     rule="2012: borne out where the published days ask for less than the GPUs' whole peak, else not. A thousand times: by the "
-    "published time of ResNet-50 on 3,584 H100s and what two GTX 580 would need at AlexNet's utilization. Weeks: borne out where "
+    "published time of ResNet-50 on 3,584 H100s and what two GTX 580 would need at AlexNet's "
+    "utilization. Weeks: borne out where "
     "ResNet-50's published time on 512 H100s is above a week, else not.",
     measure=measured,
     judge=judge,

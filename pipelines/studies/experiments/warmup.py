@@ -45,8 +45,10 @@ def plot(figures: Figures, file: Path) -> None:
 def paragraph(figures: Figures) -> str:
     warm, cold = figures[WARM], figures[COLD]
     return (
-        f"ResNet-8 with half its channels, 4 epochs, batch {warm['batch']} at rate {warm['peak_rate']:g}. With an epoch of gradual "
-        f"warmup: highest loss in the first quarter {format_mean_std(warm['first_loss'], 2)} nats, top-1 "
+        f"ResNet-8 with half its channels, 4 epochs, batch {warm['batch']} at rate "
+        f"{warm['peak_rate']:g}. With an epoch of gradual "
+        f"warmup: highest loss in the first quarter {format_mean_std(warm['first_loss'], 2)} "
+        "nats, top-1 "
         f"{format_mean_std(warm['top1_percent'], 2)}%; "
         f"at the whole rate from the first step: {format_mean_std(cold['first_loss'], 2)} nats, "
         f"{format_mean_std(cold['top1_percent'], 2)}%. The batch "

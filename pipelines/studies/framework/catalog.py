@@ -25,7 +25,9 @@ NAMES = (
     "size-and-skill",
     "then-and-now",
 )
-"""In the order of the cheatsheet; each is ``STUDY`` of the module of that name, dashes as underscores."""
+"""In the order of the cheatsheet; each is ``STUDY`` of the module of that name, dashes as
+underscores.
+"""
 
 
 def load(name: str) -> Study:

@@ -31,7 +31,9 @@ def list_studies() -> Table:
 def run_studies(
     names: Sequence[str], scale: Scale, jobs: int, folder: Path = FOLDER
 ) -> list[dict[str, Any]]:
-    """Run each and print its answer; returns their results. Raises UserError, after the first that fails."""
+    """Run each and print its answer; returns their results. Raises UserError, after the first that
+    fails.
+    """
     folder = folder.absolute()
     chosen = [load(name) for name in (NAMES if list(names) == ["all"] else names)]
     try:
@@ -48,7 +50,9 @@ def run_studies(
 
 
 def run_study(study: Study, scale: Scale, runs: Runs) -> dict[str, Any]:
-    """Train what is not trained, measure, judge; leaves result.json, plot.png and paragraph.md in the study's folder."""
+    """Train what is not trained, measure, judge; leaves result.json, plot.png and paragraph.md in
+    the study's folder.
+    """
     started = time.monotonic()
     trainings = study.trainings(scale)
     runs.train(trainings, study.name)

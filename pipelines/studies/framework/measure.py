@@ -1,4 +1,6 @@
-"""Measurements on networks, trained or not: a forward and a backward pass through the trainer's own modules and loss."""
+"""Measurements on networks, trained or not: a forward and a backward pass through the trainer's own
+modules and loss.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +34,9 @@ def trained(runs: Runs, training: Training) -> nn.Module:
 
 
 def batches(split: Path, config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images float32 [N, 3, H, W] and labels int64 [N] of a packed split, as the trainer's evaluation gives them."""
+    """Images float32 [N, 3, H, W] and labels int64 [N] of a packed split, as the trainer's
+    evaluation gives them.
+    """
     index, store = open_index(str(split))
     for batch in eval_loader(config, index, store, 1, 0):
         yield (
@@ -42,7 +46,9 @@ def batches(split: Path, config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def some_images(runs: Runs, count: int) -> tuple[Tensor, Tensor]:
-    """The first ``count``, at most 256, training images and labels of the quick runs' data, which all studies can share."""
+    """The first ``count``, at most 256, training images and labels of the quick runs' data, which
+    all studies can share.
+    """
     split = prepare(runs.folder / "data", 4096, 2000) / "train"
     config = load_config("study", [f"data.train={split}"])
     images, labels = next(batches(split, config))
@@ -62,7 +68,9 @@ def top1(runs: Runs, training: Training, split: str) -> float:
 
 @torch.inference_mode()
 def mirrored_top1(runs: Runs, training: Training) -> float:
-    """Top-1 on the test split, percent, of the mean of an image's probabilities and its mirror image's."""
+    """Top-1 on the test split, percent, of the mean of an image's probabilities and its mirror
+    image's.
+    """
     model = trained(runs, training)
     right = seen = 0
     for images, labels in batches(runs.data(training) / "val", runs.run_of(training).config()):
@@ -72,7 +80,9 @@ def mirrored_top1(runs: Runs, training: Training) -> float:
 
 
 def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """By convolution or fully connected layer in their order: norm of the loss's gradient in its weights, in training mode."""
+    """By convolution or fully connected layer in their order: norm of the loss's gradient in its
+    weights, in training mode.
+    """
     model.train()
     model.zero_grad()
     weighted_loss(model(images), labels, torch.ones(len(images)), len(images), 1).backward()  # type: ignore[no-untyped-call]
@@ -84,8 +94,9 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str
 
 
 def output_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
-    """Of the mean loss of these images, in the output of each convolution and fully connected layer, last layer first, in training
-    mode; the weights keep theirs in ``grad``."""
+    """Of the mean loss of these images, in the output of each convolution and fully connected
+    layer, last layer first, in training mode; the weights keep theirs in ``grad``.
+    """
     found: list[Tensor] = []
 
     def keep(_layer: nn.Module, _inputs: object, output: Tensor) -> None:
@@ -102,7 +113,8 @@ def output_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[T
 
 
 def gradients_at_blocks(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """By top-level layer in their order: norm of the loss's gradient in what the layer puts out, a mean over images.
+    """By top-level layer in their order: norm of the loss's gradient in what the layer puts out, a
+    mean over images.
 
     In training mode. It is what reaches the layer from above, whatever the layer's own weights are.
     """
@@ -124,7 +136,8 @@ def gradients_at_blocks(model: nn.Module, images: Tensor, labels: Tensor) -> dic
 
 
 def receptive_field(layers: nn.Module, channels: int, side: int) -> int:
-    """Side in pixels of the square of inputs on which the output's middle pixel depends, measured: where its gradient is not zero.
+    """Side in pixels of the square of inputs on which the output's middle pixel depends, measured:
+    where its gradient is not zero.
 
     ``layers``: convolutions that keep the size of [1, channels, side, side].
     """

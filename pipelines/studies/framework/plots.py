@@ -1,4 +1,6 @@
-"""How the pictures of all studies look: Okabe and Ito's colours, which colour-blind readers tell apart; seeds as bands."""
+"""How the pictures of all studies look: Okabe and Ito's colours, which colour-blind readers tell
+apart; seeds as bands.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +53,9 @@ def band(
     label: str,
     **style: Any,
 ) -> None:
-    """Mean of the rows (one a seed), and a band from the least to the greatest. Rows of unequal length are cut to the shortest."""
+    """Mean of the rows (one a seed), and a band from the least to the greatest. Rows of unequal
+    length are cut to the shortest.
+    """
     length = min(len(x), *(len(row) for row in rows))
     values = np.array([row[:length] for row in rows], dtype=float)
     axes.plot(x[:length], values.mean(axis=0), color=colour, label=label, linewidth=1.6, **style)
@@ -113,6 +117,8 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def thinned(values: Sequence[float], most: int = 200) -> tuple[list[int], list[float]]:
-    """Every n-th of a curve, its last among them, so that at most ``most`` are kept: their places from 1 on, and them, rounded."""
+    """Every n-th of a curve, its last among them, so that at most ``most`` are kept: their places
+    from 1 on, and them, rounded.
+    """
     places = sorted(set(np.linspace(1, len(values), min(most, len(values))).astype(int).tolist()))
     return places, [float(f"{values[place - 1]:.5g}") for place in places]

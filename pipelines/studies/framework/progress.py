@@ -13,7 +13,9 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class StudyProgress:
-    """``trainings``: label and cost of each that is to be done, of ``of`` in all. Time left follows from the cost done so far."""
+    """``trainings``: label and cost of each that is to be done, of ``of`` in all. Time left follows
+    from the cost done so far.
+    """
 
     def __init__(self, what: str, trainings: Sequence[tuple[str, float]], of: int) -> None:
         self._what, self._of = what, of

@@ -1,4 +1,6 @@
-"""Trainings of studies through ``python -m trainer.launch``, several at a time, each made once and taken up where it stopped."""
+"""Trainings of studies through ``python -m trainer.launch``, several at a time, each made once and
+taken up where it stopped.
+"""
 
 import json
 import os
@@ -29,7 +31,9 @@ _LEAST_FREE = 2**30  # bytes; a whole set of studies leaves some hundred MiB
 
 @dataclass(frozen=True)
 class Run:
-    """A training with its place: ``folder`` holds what the trainer leaves, ``folder``.log what it said."""
+    """A training with its place: ``folder`` holds what the trainer leaves, ``folder``.log what it
+    said.
+    """
 
     training: Training
     folder: Path
@@ -120,12 +124,16 @@ class Runs:
         return Run(training, folder, overrides)
 
     def outcome(self, training: Training) -> dict[str, Any]:
-        """``diverged``, ``seconds``, ``peak_mib`` (of all its ranks' memory together), and what the trainer's result.json says."""
+        """``diverged``, ``seconds``, ``peak_mib`` (of all its ranks' memory together), and what the
+        trainer's result.json says.
+        """
         outcome: dict[str, Any] = json.loads(self.run_of(training).outcome.read_text())
         return outcome
 
     def top1(self, training: Training) -> float:
-        """Of the split that it is measured on after its last epoch, percent; of one that diverged 0."""
+        """Of the split that it is measured on after its last epoch, percent; of one that diverged
+        0.
+        """
         outcome = self.outcome(training)
         return 0.0 if outcome["diverged"] else 100 * float(outcome["top1"])
 
@@ -150,7 +158,9 @@ class Runs:
         return values
 
     def train(self, trainings: Sequence[Training], what: str) -> None:
-        """Train what is not done, ``jobs`` ranks at a time; ends all of them where one fails or this process is ended."""
+        """Train what is not done, ``jobs`` ranks at a time; ends all of them where one fails or
+        this process is ended.
+        """
         check_room(self.folder)
         unique = list({training.label: training for training in trainings}.values())
         runs = [self.run_of(training) for training in unique]
@@ -171,12 +181,15 @@ def check_room(folder: Path, needed: int = _LEAST_FREE) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder}: the disk has {free / 2**20:,.0f} MiB free, studies need {needed / 2**20:,.0f}"
+            f"{folder}: the disk has {free / 2**20:,.0f} MiB free, studies need "
+            f"{needed / 2**20:,.0f}"
         )
 
 
 def _cost(run: Run) -> float:
-    """Something proportional to the time it takes: images of training by multiply-adds of the network."""
+    """Something proportional to the time it takes: images of training by multiply-adds of the
+    network.
+    """
     from trainer.engine.partition import layer_costs
     from trainer.models import build_model
 
@@ -219,7 +232,9 @@ def _finished(todo: Sequence[Run], jobs: int, progress: StudyProgress) -> Iterat
 
 @contextmanager
 def _ended(active: dict[str, Finished]) -> Iterator[None]:
-    """Whatever happens, no training outlives this; SIGTERM lets each keep a checkpoint, from which the next command goes on."""
+    """Whatever happens, no training outlives this; SIGTERM lets each keep a checkpoint, from which
+    the next command goes on.
+    """
     try:
         yield
     finally:
@@ -230,7 +245,9 @@ def _ended(active: dict[str, Finished]) -> Iterator[None]:
 
 
 def _memory(pid: int) -> float:
-    """Greatest resident memory so far of a process and its children, MiB, as Linux keeps it; elsewhere what it is now."""
+    """Greatest resident memory so far of a process and its children, MiB, as Linux keeps it;
+    elsewhere what it is now.
+    """
     import psutil
 
     total = 0.0
@@ -276,7 +293,9 @@ def _start(run: Run) -> "subprocess.Popen[bytes]":
 
 
 def _keep(run: Run, process: "subprocess.Popen[bytes]", seconds: float, peak: float) -> None:
-    """Write what became of it. Raises UserError or RetryableError for a training that failed, SystemExit where somebody ended it."""
+    """Write what became of it. Raises UserError or RetryableError for a training that failed,
+    SystemExit where somebody ended it.
+    """
     code = process.returncode
     diverged = code == EXIT_USER and run.training.may_diverge and _DIVERGED in run.log_tail()
     if code in (EXIT_PREEMPTED, -signal.SIGTERM):
@@ -285,7 +304,8 @@ def _keep(run: Run, process: "subprocess.Popen[bytes]", seconds: float, peak: fl
         check_room(run.folder)  # a full disk ends a training in many ways
         kind = UserError if code == EXIT_USER else RetryableError
         raise kind(
-            f"training {run.training.label} ended with exit code {code}: {run.log_tail() or 'no word'}; see {run.log}"
+            f"training {run.training.label} ended with exit code {code}: "
+            f"{run.log_tail() or 'no word'}; see {run.log}"
         )
     facts = {"diverged": diverged, "seconds": round(seconds, 1), "peak_mib": round(peak, 1)}
     if diverged:

@@ -1,4 +1,6 @@
-"""What a study is: a question, a rule that was written before the results, the trainings and measurements that answer it."""
+"""What a study is: a question, a rule that was written before the results, the trainings and
+measurements that answer it.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,7 +17,9 @@ NOT_BORNE_OUT: Verdict = "not borne out"
 UNDECIDED: Verdict = "undecided"
 
 LEAST_SEEDS = 3
-"""Below that many, a comparison of trained networks is undecided, whatever it shows: two equals differ too."""
+"""Below that many, a comparison of trained networks is undecided, whatever it shows: two equals
+differ too.
+"""
 
 T = TypeVar("T")
 Figures = dict[str, Any]
@@ -23,7 +27,9 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is spent. ``seeds``: trainings of each kind that differ in initial weights and sample order alone."""
+    """How much is spent. ``seeds``: trainings of each kind that differ in initial weights and
+    sample order alone.
+    """
 
     quick: bool
     seeds: int
@@ -44,7 +50,9 @@ class Scale:
 
 @dataclass(frozen=True)
 class Training:
-    """One run of the trainer on the first images of Fashion-MNIST: a recipe with the keys of a study."""
+    """One run of the trainer on the first images of Fashion-MNIST: a recipe with the keys of a
+    study.
+    """
 
     name: str
     """Unique among all studies; studies that ask for the same training share it."""
@@ -80,7 +88,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """An experiment. What it measures goes into ``figures`` whole, so that verdicts, plot and text follow from them alone."""
+    """An experiment. What it measures goes into ``figures`` whole, so that verdicts, plot and text
+    follow from them alone.
+    """
 
     name: str
     statements: tuple[str, ...]
@@ -113,9 +123,11 @@ def format_mean_std(values: dict[str, Any], digits: int = 1, unit: str = "") -> 
 
 
 def verdict_by_seeds(differences: Sequence[float], least: float = 0.0) -> Verdict:
-    """Borne out where every seed's difference is above ``least``, not where every one is at most that, else undecided.
+    """Borne out where every seed's difference is above ``least``, not where every one is at most
+    that, else undecided.
 
-    Undecided with fewer than LEAST_SEEDS too: of two equals one leads in each of three seeds one time in eight.
+    Undecided with fewer than LEAST_SEEDS too: of two equals one leads in each of three seeds one
+    time in eight.
     """
     if len(differences) < LEAST_SEEDS:
         return UNDECIDED
@@ -125,12 +137,16 @@ def verdict_by_seeds(differences: Sequence[float], least: float = 0.0) -> Verdic
 
 
 SAME, LEAST_FALL = 0.01, 0.3
-"""Nats: below the first, losses of one step are the same (sums in another order round differently, and training amplifies
-that); by the second a curve must fall, since curves of networks that learn nothing are alike whatever is done."""
+"""Nats: below the first, losses of one step are the same (sums in another order round differently,
+and training amplifies that); by the second a curve must fall, since curves of networks that learn
+nothing are alike whatever is done.
+"""
 
 
 def same_curves(statement: str, text: str, apart: float, fall: float) -> Claim:
-    """``apart``: greatest difference of one step's losses; ``fall``: by how much the loss fell in the run where it fell least."""
+    """``apart``: greatest difference of one step's losses; ``fall``: by how much the loss fell in
+    the run where it fell least.
+    """
     verdict = UNDECIDED if fall < LEAST_FALL else verdict_if(apart < SAME)
     return Claim(
         statement,

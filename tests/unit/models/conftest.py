@@ -15,13 +15,17 @@ from pipelines.local.demo import _find_data
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Layers this small gain nothing from a second thread, and wait for it where the machine has other work."""
+    """Layers this small gain nothing from a second thread, and wait for it where the machine has
+    other work.
+    """
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _free_memory() -> Iterator[None]:
-    """VGG's copies are half a gigabyte each. What was there before the test is not searched: that takes most of a second."""
+    """VGG's copies are half a gigabyte each. What was there before the test is not searched: that
+    takes most of a second.
+    """
     gc.freeze()
     yield
     gc.collect()
@@ -29,7 +33,9 @@ def _free_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Tensor]:
-    """64 images [64, 3, 16, 16] of Fashion-MNIST (of scikit-learn's digits where it cannot be had), normalized; labels."""
+    """64 images [64, 3, 16, 16] of Fashion-MNIST (of scikit-learn's digits where it cannot be had),
+    normalized; labels.
+    """
     folder: Path = tmp_path_factory.mktemp("data")
     items = list_source(str(_find_data(folder).source)).splits[0].items
     chosen = [items[i] for i in np.random.default_rng(0).choice(len(items), 64, replace=False)]

@@ -35,7 +35,8 @@ def test_published_depths_and_sizes() -> None:
         else:
             assert entry.layers == {"alexnet": 8, "googlenet": 22}[variant.family]
         assert (entry.top5_error is None) == (entry.top5_source is None)
-    # He et al. 2015, table 6, and Krizhevsky et al. 2012, section 3.5 (60 million), to the digits printed there
+    # He et al. 2015, table 6, and Krizhevsky et al. 2012, section 3.5 (60 million), to the digits
+    # printed there
     for name, millions in (
         ("resnet20", 0.27),
         ("resnet32", 0.46),

@@ -20,7 +20,9 @@ def torchvision_model(name: str) -> nn.Module:
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """A model of the meta device gets weights that keep the signal's size, and batch-norm statistics that are not 0 and 1."""
+    """A model of the meta device gets weights that keep the signal's size, and batch-norm
+    statistics that are not 0 and 1.
+    """
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -92,7 +94,8 @@ def compare(name: str, peer: nn.Module, scheme: str, **options: object) -> None:
     batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in peer.modules())
     for key, gradient in own.items():
         expected = theirs[names[key]].reshape(gradient.shape)
-        # a bias before batch norm has no effect: what its gradient holds is rounding, small beside that of its weights
+        # a bias before batch norm has no effect: what its gradient holds is rounding, small beside
+        # that of its weights
         idle = batch_norm and key.startswith("conv") and key.endswith(".bias")
         scale = theirs[names[key.replace(".bias", ".weight")]] if idle else expected
         assert_close(gradient, expected, 1e-4, f"gradient of {key}", scale)

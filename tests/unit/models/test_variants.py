@@ -148,7 +148,8 @@ def _assert_trains_alike(name: str, backend: str) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout) and backend == "inductor":
             module.p = 0.0  # its kernels draw other masks
-    torch.compiler.reset()  # what other networks left of the layers that they share counts against a limit
+    # what other networks left of the layers that they share counts against a limit
+    torch.compiler.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     torch.manual_seed(3)
     loss = loss_of(compiled, images)
@@ -186,7 +187,8 @@ def test_unknown_name_tells_the_nearest() -> None:
         (
             "resnet8",
             {"dropout": 0.5},
-            r"model\.dropout: resnet8 has no such option; those of the resnet family: .*zero_init_gamma",
+            r"model\.dropout: resnet8 has no such option; those of the resnet family: "
+            r".*zero_init_gamma",
         ),
         (
             "alexnet",

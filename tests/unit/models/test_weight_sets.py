@@ -190,7 +190,8 @@ def test_16_bit_weights_become_fp32(source: nn.Module, tmp_path: Path) -> None:
     )
 
 
-# --- classes ----------------------------------------------------------------------------------------------------------
+# --- classes
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,9 @@ def three_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_imagenets_outputs_are_matched_with_a_subset_by_name(
     three_classes: Path, tmp_path: Path
 ) -> None:
-    """The head's rows for these classes; torchvision's own network with all 1,000 outputs is the reference."""
+    """The head's rows for these classes; torchvision's own network with all 1,000 outputs is the
+    reference.
+    """
     torch.manual_seed(0)
     peer = torchvision.models.resnet18().eval()
     torch.save(peer.state_dict(), tmp_path / "w.pth")

@@ -1,4 +1,6 @@
-"""What studies compute, against calculations of another kind; and the rules where results are known."""
+"""What studies compute, against calculations of another kind; and the rules where results are
+known.
+"""
 
 import math
 
@@ -105,7 +107,9 @@ def test_inceptions_narrow_network_gets_no_less_work() -> None:
 def test_networks_of_the_studies_train_and_count_alike(
     name: str, options: dict[str, object]
 ) -> None:
-    """Every parameter gets a gradient; multiply-adds are those of torch's own counter in a real pass."""
+    """Every parameter gets a gradient; multiply-adds are those of torch's own counter in a real
+    pass.
+    """
     torch.manual_seed(0)
     model = build_model(name, 10, 32, width=8, stem="small", **options)
     images, counter = torch.randn(4, 3, 32, 32), FlopCounterMode(display=False)
@@ -136,7 +140,9 @@ def test_gradients_at_blocks_are_autograds_own() -> None:
 
 
 def test_only_shortcuts_pass_the_gradient() -> None:
-    """Through identities alone the gradient at the first block of a stage is that at its last, where no ReLU is closed."""
+    """Through identities alone the gradient at the first block of a stage is that at its last,
+    where no ReLU is closed.
+    """
     torch.manual_seed(0)
     for family, passes in (("resnet", True), ("plain", False)):
         model = gradient_path.only_shortcuts(build_model(f"{family}20", 10, width=4).train())

@@ -1,4 +1,6 @@
-"""Every study from its measurements to its verdicts, text and picture, with invented curves in place of trainings."""
+"""Every study from its measurements to its verdicts, text and picture, with invented curves in
+place of trainings.
+"""
 
 import json
 import math
@@ -21,7 +23,9 @@ CLASSES = [str(number) for number in range(10)]
 
 
 class InventedRuns(Runs):
-    """Trainings that end with their first weights; losses fall from ln 10, and seed and length alone make them differ."""
+    """Trainings that end with their first weights; losses fall from ln 10, and seed and length
+    alone make them differ.
+    """
 
     def train(self, trainings: Any, what: str) -> None:
         self.asked = [training.label for training in trainings]

@@ -1,4 +1,6 @@
-"""Trainings of studies: made once, taken up where they stopped, refused with a sentence. `make test-studies` trains."""
+"""Trainings of studies: made once, taken up where they stopped, refused with a sentence. `make
+test-studies` trains.
+"""
 
 import json
 import struct
@@ -43,7 +45,8 @@ def test_names_that_end_alike_have_logs_of_their_own(tmp_path: Path) -> None:
 def test_what_a_log_tells(tmp_path: Path) -> None:
     run = Run(Training("a", 0, 64, 64), tmp_path / "a", [])
     run.log.write_text(
-        "a: resnet8, MLflow run 12ab at sqlite:///x\nstep 20/96 epoch 0.3\nstep 40/96 epoch 0.6 loss 1\n"
+        "a: resnet8, MLflow run 12ab at sqlite:///x\nstep 20/96 epoch 0.3\nstep 40/96 epoch 0.6 "
+        "loss 1\n"
     )
     assert run.step() == 40
     assert run.log_tail().startswith("step 40/96")

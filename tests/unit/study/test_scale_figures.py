@@ -19,7 +19,9 @@ from trainer.models.model_info import model_info
 
 @pytest.mark.parametrize("name", model_parallel.NETWORKS)
 def test_stages_share_the_whole_network(name: str) -> None:
-    """Parameters add up; the last stage alone holds one micro-batch, the one before it two, and so on."""
+    """Parameters add up; the last stage alone holds one micro-batch, the one before it two, and so
+    on.
+    """
     entry = model_info(name)
     for stages in model_parallel.STAGES:
         rows = model_parallel.stage_memory(name, stages)
@@ -57,7 +59,9 @@ def test_a_link_is_found_back() -> None:
 
 
 def test_efficiency_by_hand() -> None:
-    """32 images at 138 a second are 232 ms; 102 MB over a ring of 32 servers at 6.25 GB/s are 32 ms, and 62 messages 1.2."""
+    """32 images at 138 a second are 232 ms; 102 MB over a ring of 32 servers at 6.25 GB/s are 32
+    ms, and 62 messages 1.2.
+    """
     assert data_parallel.efficiency(8) == {"after": 1.0, "under": 1.0}
     found = data_parallel.efficiency(256)
     assert found["after"] == pytest.approx(232 / (232 + 31.7 + 1.2), abs=0.003)

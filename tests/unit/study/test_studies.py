@@ -56,7 +56,9 @@ def test_its_trainings_are_recipes_that_are_accepted(study: Study, scale: Scale)
 
 
 def test_trainings_of_one_name_are_the_same_in_all_studies() -> None:
-    """Studies share them: two that differ under one name would take turns in overwriting each other's results."""
+    """Studies share them: two that differ under one name would take turns in overwriting each
+    other's results.
+    """
     for scale in SCALES:
         known = {}
         for training in (t for study in ALL for t in study.trainings(scale)):

@@ -47,17 +47,20 @@ def decode_rgb(encoded: bytes | memoryview) -> Image.Image:
         raise
     except ImageFault as error:
         raise DecodeError(str(error)) from None
-    except Exception as error:  # Pillow's readers raise what their parsing stumbles over: struct.error, IndexError, ...
+    # Pillow's readers raise what their parsing stumbles over: struct.error, IndexError, ...
+    except Exception as error:
         raise DecodeError(str(error) or type(error).__name__) from None
 
 
 def decode_crop(encoded: bytes | memoryview, choose: Choose, out: np.ndarray, flip: bool) -> None:
-    """Decode the box that ``choose`` wants, resized (bilinear, antialiased) and, with ``flip``, mirrored, into ``out``.
+    """Decode the box that ``choose`` wants, resized (bilinear, antialiased) and, with ``flip``,
+    mirrored, into ``out``.
 
-    ``out``: uint8 [size, size, 3], contiguous, as a place in a batch is; holds anything after an error. The result is
-    Pillow's ``crop(box).resize((size, size), BILINEAR)`` to two grey levels (mean 0.15); of a JPEG, a box four times as large
-    as ``out`` or more is decoded at a reduced scale that leaves it twice as large or more (mean 0.4, single pixels 10).
-    Raises DecodeError as ``decode_rgb`` does, but corruption below the box may not be seen; ValueError for a box that is
+    ``out``: uint8 [size, size, 3], contiguous, as a place in a batch is; holds anything after an
+    error. The result is Pillow's ``crop(box).resize((size, size), BILINEAR)`` to two grey levels
+    (mean 0.15); of a JPEG, a box four times as large as ``out`` or more is decoded at a reduced
+    scale that leaves it twice as large or more (mean 0.4, single pixels 10). Raises DecodeError as
+    ``decode_rgb`` does, but corruption below the box may not be seen; ValueError for a box that is
     not inside the image.
     """
     if _native is not None and (found := _native.header(encoded)):

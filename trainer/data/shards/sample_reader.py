@@ -41,7 +41,9 @@ def coalesce(numbers: np.ndarray, index: Index) -> Iterator[SampleRange]:
 
 
 def read_range(stretch: SampleRange, index: Index, store: RangeReader) -> dict[int, Sample]:
-    """Its samples, by number. Raises RetryableError where the store is lost, UserError where the bytes are not what was indexed."""
+    """Its samples, by number. Raises RetryableError where the store is lost, UserError where the
+    bytes are not what was indexed.
+    """
     shard, first = index.shards[stretch.shard], int(index.starts[stretch.shard])
     start = shard.offsets[stretch.first]
     (content,) = store.read_ranges(shard.name, [start], [shard.offsets[stretch.end]])

@@ -1,4 +1,6 @@
-"""A sample in a shard: neighbouring tar members, an image and its label (``.cls``, decimal text), as plain WebDataset has it."""
+"""A sample in a shard: neighbouring tar members, an image and its label (``.cls``, decimal text),
+as plain WebDataset has it.
+"""
 
 import re
 import tarfile
@@ -20,7 +22,9 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "gif")
 """Extensions of the members that are taken for the image, in small letters."""
 
 MAX_CLASSES = 2**20
-"""Classes of a data set at most; each costs a line of the index and a row of the classifier. Real sets have up to 2**18."""
+"""Classes of a data set at most; each costs a line of the index and a row of the classifier. Real
+sets have up to 2**18.
+"""
 
 SIDE_FILES = frozenset(
     (
@@ -42,7 +46,9 @@ SIDE_FILES = frozenset(
         "sha256",
     )
 )
-"""Last extensions of members that describe samples or the archive, and are not part of the training data."""
+"""Last extensions of members that describe samples or the archive, and are not part of the training
+data.
+"""
 _META = re.compile(
     r"__[^/]*__($|/)|(.*/)?(__MACOSX|@eaDir)/"
 )  # webdataset's rule for metadata; macOS; Synology
@@ -60,7 +66,8 @@ _NAME, _SIZE, _SUM = (
 
 
 def header(name: str, size: int) -> bytes:
-    """A member's header with neither time nor owner, as tarfile writes it, which takes ten times as long.
+    """A member's header with neither time nor owner, as tarfile writes it, which takes ten times as
+    long.
 
     ``name``: ASCII, at most 100 characters.
     """
@@ -93,16 +100,19 @@ def end_mark(length: int) -> bytes:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's key and its extension in small letters, by webdataset's rule: the first dot of the last path component parts
-    them. The extension of what has none is empty."""
+    """A member's key and its extension in small letters, by webdataset's rule: the first dot of the
+    last path component parts them. The extension of what has none is empty.
+    """
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
 
 
 def is_system_file(name: str) -> bool:
-    """Whether a member is ignored by its name, as webdataset ignores it: hidden files (macOS writes ``._NAME`` before each
-    file), ``__NAME__`` metadata, names without an extension, and what desktop systems leave in folders."""
+    """Whether a member is ignored by its name, as webdataset ignores it: hidden files (macOS writes
+    ``._NAME`` before each file), ``__NAME__`` metadata, names without an extension, and what
+    desktop systems leave in folders.
+    """
     base = name.rpartition("/")[2]
     return (
         base.startswith(".")
@@ -118,13 +128,17 @@ def is_side_file(name: str) -> bool:
 
 
 def parse_label(content: bytes) -> int | None:
-    """The class number in a ``.cls`` member, decimal ASCII digits and white space; None for anything else."""
+    """The class number in a ``.cls`` member, decimal ASCII digits and white space; None for
+    anything else.
+    """
     text = bytes(content).strip()
     return int(text) if text.isdigit() and len(text) <= 20 else None
 
 
 def read_sample(content: memoryview, key: str, where: str) -> Sample:
-    """Take a sample's stretch of a tar apart. Raises UserError, which begins with ``where``, for bytes that are not it."""
+    """Take a sample's stretch of a tar apart. Raises UserError, which begins with ``where``, for
+    bytes that are not it.
+    """
     sample: Sample = {"__key__": key, "__where__": where}
     found = _native.members(content) if _native is not None else None
     if found is None:  # other headers than plain ones: long names, folders, pax
@@ -138,7 +152,8 @@ def read_sample(content: memoryview, key: str, where: str) -> Sample:
         _add(sample, name, content[start:end], where)
     if "cls" not in sample or not any(extension in IMAGES for extension in sample):
         raise UserError(
-            f"{where}: an image and its label should stand there, but there is: {', '.join(list(sample)[2:])}"
+            f"{where}: an image and its label should stand there, but there is: "
+            f"{', '.join(list(sample)[2:])}"
         )
     return sample
 
@@ -165,6 +180,7 @@ def label_of(sample: Sample, num_classes: int) -> int:
     if label is None or label >= num_classes:
         text = bytes(sample["cls"][:20])
         raise UserError(
-            f"{sample['__where__']}: label {text!r} is none of the {num_classes} classes of the index"
+            f"{sample['__where__']}: label {text!r} is none of the {num_classes} classes of the "
+            "index"
         )
     return label

@@ -28,7 +28,8 @@ def check_format(block: bytes) -> None:
             raise TarError(f"is not a plain tar archive: it {fault}")
     if re.match(rb"\s*<(!doctype|html|\?xml)", block, re.IGNORECASE):
         raise TarError(
-            "is not a tar archive: it is a web page or an XML document, probably an error of a download"
+            "is not a tar archive: it is a web page or an XML document, probably an error of a "
+            "download"
         )
 
 
@@ -44,13 +45,16 @@ def has_valid_sum(block: bytes) -> bool:
 
 
 def check_sum(block: bytes, at: int) -> None:
-    """Reject a header whose checksum is wrong. ``at``: its first byte in the archive, as in all functions here."""
+    """Reject a header whose checksum is wrong. ``at``: its first byte in the archive, as in all
+    functions here.
+    """
     if has_valid_sum(block):
         return
     if at == 0:
         raise TarError("is not a tar archive, or its first header is corrupt (wrong checksum)")
     raise TarError(
-        f"is corrupt: no valid tar header at byte {at:,} (wrong checksum); members behind it would be lost"
+        f"is corrupt: no valid tar header at byte {at:,} (wrong checksum); members behind it "
+        "would be lost"
     )
 
 
@@ -84,13 +88,15 @@ def pax_records(data: bytes, at: int) -> dict[bytes, bytes]:
         end = position + int(head[1]) if head else 0
         if head is None or not head.end() < end <= len(data) or data[end - 1 : end] != b"\n":
             raise TarError(
-                f"is corrupt: the pax header at byte {at:,} has an invalid record at its byte {position:,}"
+                f"is corrupt: the pax header at byte {at:,} has an invalid record at its byte "
+                f"{position:,}"
             )
         records[head[2]] = data[head.end() : end - 1]
         position = end
     if records.get(b"hdrcharset", b"") not in _CHARSETS:
         raise TarError(
-            f"has names in the unknown encoding {records[b'hdrcharset']!r}, by the pax header at byte {at:,}"
+            f"has names in the unknown encoding {records[b'hdrcharset']!r}, by the pax header "
+            f"at byte {at:,}"
         )
     return records
 
@@ -100,7 +106,8 @@ def check_global(records: dict[bytes, bytes], at: int) -> None:
     for key in records:
         if key in (b"path", b"size", b"linkpath") or key.startswith(b"GNU.sparse."):
             raise TarError(
-                f"sets {key.decode()!r} of all members in a global pax header at byte {at:,}, which is not supported"
+                f"sets {key.decode()!r} of all members in a global pax header at byte {at:,}, "
+                "which is not supported"
             )
 
 
@@ -130,7 +137,8 @@ def decode_name(name: bytes, at: int) -> str:
         ) from None
     if _CONTROL.search(text):
         raise TarError(
-            f"contains a name with a control character at byte {at:,}: {text[:80]!r}; rename the file"
+            f"contains a name with a control character at byte {at:,}: {text[:80]!r}; rename "
+            "the file"
         )
     return text
 

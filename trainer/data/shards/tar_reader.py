@@ -1,8 +1,8 @@
 """A strict tar reader: every byte of the archive is accounted for, or the archive is rejected.
 
-Python's ``tarfile`` and GNU tar's compatibility modes end silently at a corrupt header, at the first
-end-of-archive mark and at a truncated end, so that members behind it vanish. This reader raises
-``TarError`` instead, with the byte at which the archive is wrong.
+Python's ``tarfile`` and GNU tar's compatibility modes end silently at a corrupt header, at the
+first end-of-archive mark and at a truncated end, so that members behind it vanish. This reader
+raises ``TarError`` instead, with the byte at which the archive is wrong.
 
 Use it on a seekable file (members' data are skipped by seeking, so that listing a large archive
 reads only its headers) or on anything with ``read(count)``::
@@ -114,7 +114,8 @@ def read_members(file: Readable, size: int) -> Iterator[Member]:
 def list_members(
     path: str | os.PathLike[str], start: int = 0, size: int | None = None
 ) -> list[Member]:
-    """All members of a local archive, or of one in the bytes ``start`` to ``start + size`` of a file.
+    """All members of a local archive, or of one in the bytes ``start`` to ``start + size`` of a
+    file.
 
     Raises TarError, OSError.
     """
@@ -172,7 +173,8 @@ class _Archive:
     def take(self, count: int, what: str) -> bytes:
         if count > self.size - self.position:
             raise TarError(
-                f"is truncated: it ends at byte {self.size:,}, but {what} extends to byte {self.position + count:,}"
+                f"is truncated: it ends at byte {self.size:,}, but {what} extends to byte "
+                f"{self.position + count:,}"
             )
         parts = []
         left = count
@@ -180,7 +182,8 @@ class _Archive:
             part = self._file.read(left)
             if not part:
                 raise TarError(
-                    f"is truncated: it ends at byte {self.position:,} of {self.size:,}, within {what}"
+                    f"is truncated: it ends at byte {self.position:,} of {self.size:,}, within "
+                    f"{what}"
                 )
             parts.append(part)
             left -= len(part)
@@ -203,7 +206,8 @@ class _Archive:
             raise TarError("is empty (0 bytes)")
         if self.position == self.size:
             raise TarError(
-                f"is truncated or unfinished: no end-of-archive mark (two zero blocks) at byte {self.size:,}; "
+                "is truncated or unfinished: no end-of-archive mark (two zero blocks) at byte "
+                f"{self.size:,}; "
                 "if its writer omits the mark and it is complete, append 1,024 zero bytes"
             )
         start = self.position
@@ -229,13 +233,16 @@ class _Archive:
     @staticmethod
     def _behind_the_end(at: int, end: int) -> str:
         return (
-            f"continues at byte {at:,} behind a zero block at byte {end:,}: it is corrupt, or several archives were "
+            f"continues at byte {at:,} behind a zero block at byte {end:,}: it is corrupt, or "
+            "several archives were "
             "concatenated, of which readers see the first one; keep them as separate files"
         )
 
 
 def _read_member(archive: _Archive, block: bytes) -> Member | None:
-    """The member whose headers begin with ``block``; None for a global pax header that stands alone."""
+    """The member whose headers begin with ``block``; None for a global pax header that stands
+    alone.
+    """
     offset = archive.position - BLOCK
     names: set[str] = set()
     pax: dict[bytes, bytes] = {}
@@ -249,7 +256,8 @@ def _read_member(archive: _Archive, block: bytes) -> Member | None:
         size = size_in(block, at)
         if size > _MAX_EXTENDED:
             raise TarError(
-                f"has an extended header of {size:,} bytes at byte {at:,}, which is corrupt or not supported"
+                f"has an extended header of {size:,} bytes at byte {at:,}, which is corrupt or "
+                "not supported"
             )
         data = archive.take(size, f"the extended header at byte {at:,}")
         archive.take(-size % BLOCK, f"the extended header at byte {at:,}")
@@ -273,7 +281,8 @@ def _read_member(archive: _Archive, block: bytes) -> Member | None:
         names.add(decode_name(path, at))
     if len(names) > 1:
         raise TarError(
-            f"{describe(block, at)} has two names: {', '.join(repr(name) for name in sorted(names))}"
+            f"{describe(block, at)} has two names: "
+            f"{', '.join(repr(name) for name in sorted(names))}"
         )
     name = names.pop() if names else decode_name(header_name(block), at)
     size = size_in(block, at)
@@ -304,7 +313,8 @@ def _member(archive: _Archive, block: bytes, name: str, size: int, offset: int) 
     end = start + size + -size % BLOCK
     if end > archive.size:
         raise TarError(
-            f"is truncated: it ends at byte {archive.size:,}, but {name!r}, {size:,} bytes from byte {start:,} on, "
+            f"is truncated: it ends at byte {archive.size:,}, but {name!r}, {size:,} bytes from "
+            f"byte {start:,} on, "
             f"extends to byte {end:,}"
         )
     return Member(name, kind, offset, start, size, end, archive)

@@ -1,8 +1,8 @@
 """The settings of S3 that AWS's own tools read: environment, profile, config file, CA bundle.
 
-botocore does the reading, so that the order of precedence is theirs. What it accepts and the store's
-client would panic on (an endpoint without a scheme, a region with a space, a key with a newline) is
-completed or rejected here.
+botocore does the reading, so that the order of precedence is theirs. What it accepts and the
+store's client would panic on (an endpoint without a scheme, a region with a space, a key with a
+newline) is completed or rejected here.
 """
 
 import os
@@ -42,7 +42,9 @@ _OTHER_SOURCES = (
 
 @dataclass(frozen=True)
 class S3Settings:
-    """``endpoint``: with scheme and without a slash at the end; None for Amazon's. ``root_certificates``: PEM."""
+    """``endpoint``: with scheme and without a slash at the end; None for Amazon's.
+    ``root_certificates``: PEM.
+    """
 
     region: str
     endpoint: str | None
@@ -79,7 +81,8 @@ def s3_settings() -> S3Settings:
     region = region.strip()
     if not re.fullmatch(r"[A-Za-z0-9_-]+", region):
         raise UserError(
-            f"the AWS region {region!r} is not a region such as us-east-1 (AWS_REGION, AWS_DEFAULT_REGION, {_files()})"
+            f"the AWS region {region!r} is not a region such as us-east-1 (AWS_REGION, "
+            f"AWS_DEFAULT_REGION, {_files()})"
         )
     virtual = style == "virtual" or os.environ.get(
         "AWS_VIRTUAL_HOSTED_STYLE_REQUEST", ""
@@ -115,22 +118,24 @@ def _endpoint(session: Any, scoped: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def parse_endpoint(text: str, source: str) -> str:
-    """The endpoint with a scheme and without a slash at the end. Without a scheme, an address of this
-    machine's loopback gets http, and any other https. Raises UserError that names ``source``.
+    """The endpoint with a scheme and without a slash at the end. Without a scheme, an address of
+    this machine's loopback gets http, and any other https. Raises UserError that names ``source``.
     """
     address = text.strip()
     shown = redact_credentials(address)
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", address):
         if redact_credentials(f"https://{address}") != f"https://{address}":
             raise UserError(
-                f"{source}: credentials do not belong in an endpoint; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                f"{source}: credentials do not belong in an endpoint; set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY"
             )
         address = f"https://{address}"
         if _is_loopback(address):
             address = address.replace("https", "http", 1)
     if shown != text.strip():
         raise UserError(
-            f"{source}: credentials do not belong in an endpoint; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"{source}: credentials do not belong in an endpoint; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
         )
     wrong = f"{source}: {shown!r} is not an endpoint such as http://HOST:9000 or https://HOST"
     if not re.fullmatch(r"[\x21-\x7e]+", address) or any(
@@ -192,8 +197,10 @@ def credentials_from_files() -> "S3Credential":
 
 
 def _credentials_are_in_files() -> bool:
-    """By the order of AWS's own programs: the environment wins. object_store itself knows the environment,
-    web identity, containers and instance metadata, and renews those that expire; but it knows no files."""
+    """By the order of AWS's own programs: the environment wins. object_store itself knows the
+    environment, web identity, containers and instance metadata, and renews those that expire; but
+    it knows no files.
+    """
     if any(os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", *_OTHER_SOURCES)):
         return False
     if any(os.environ.get(name) for name in _FILE_VARIABLES):
@@ -202,7 +209,9 @@ def _credentials_are_in_files() -> bool:
 
 
 def _forget_empty_variables() -> None:
-    """``AWS_ENDPOINT_URL=`` in an env file means that it is not set; object_store takes it literally."""
+    """``AWS_ENDPOINT_URL=`` in an env file means that it is not set; object_store takes it
+    literally.
+    """
     for name in [
         name for name, value in os.environ.items() if name.startswith("AWS_") and not value.strip()
     ]:
@@ -212,7 +221,8 @@ def _forget_empty_variables() -> None:
 def _check_key(name: str, value: str) -> None:
     if not re.fullmatch(r"[\x21-\x7e]+", value):
         raise UserError(
-            f"{name}: holds a space, a newline or another character that is not printable ASCII; a Secret made with "
+            f"{name}: holds a space, a newline or another character that is not printable "
+            "ASCII; a Secret made with "
             "`echo` ends in a newline, use `printf %s`"
         )
 

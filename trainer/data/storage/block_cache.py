@@ -1,7 +1,9 @@
-"""A folder of blocks of bytes that several processes share: bounded, checksummed, whole after a kill at any time.
+"""A folder of blocks of bytes that several processes share: bounded, checksummed, whole after a
+kill at any time.
 
-A block is written to ``NAME.convoy-part``, which its writer holds a lock on, and renamed when it is whole. A lock is the kernel's
-(flock): it ends with its process, be it killed. So a part that nobody has locked is a dead process's, and is taken over.
+A block is written to ``NAME.convoy-part``, which its writer holds a lock on, and renamed when it is
+whole. A lock is the kernel's (flock): it ends with its process, be it killed. So a part that nobody
+has locked is a dead process's, and is taken over.
 """
 
 import fcntl
@@ -16,8 +18,11 @@ from typing import IO
 _PAGE = 256 * 1024  # bytes under one checksum
 _SUM = 32  # bytes of a SHA-256
 _BLOCK, _PART = ".convoy-block", ".convoy-part"  # the folder may hold files of others
-CACHE_TOTAL = "convoy-blocks.total"  # the file that holds the bytes of all blocks, and is locked to change them
-_SLACK = 20  # when blocks are removed, 1/20 of the bound is made free, so that the folder is seldom looked through
+# the file that holds the bytes of all blocks, and is locked to change them
+CACHE_TOTAL = "convoy-blocks.total"
+# when blocks are removed, 1/20 of the bound is made free, so that the folder is seldom looked
+# through
+_SLACK = 20
 _LOCK_SECONDS, _BETWEEN = 30.0, 0.003  # a lock is waited for; seconds between two looks
 
 
@@ -26,7 +31,8 @@ class Damaged(Exception):
 
 
 class DiskBlockCache:
-    """Blocks below ``folder``, ``max_bytes`` in all over everything that is in it; the least recently used ones go first.
+    """Blocks below ``folder``, ``max_bytes`` in all over everything that is in it; the least
+    recently used ones go first.
 
     Every method raises OSError where the disk does.
     """
@@ -46,7 +52,9 @@ class DiskBlockCache:
             self._shrink(total, 0)
 
     def read(self, name: str, length: int, start: int, end: int) -> memoryview | None:
-        """Bytes ``[start, end)`` of a block of ``length`` bytes, checked; None where there is no such block. Raises Damaged."""
+        """Bytes ``[start, end)`` of a block of ``length`` bytes, checked; None where there is no
+        such block. Raises Damaged.
+        """
         try:
             file = self._path(name, _BLOCK).open("rb", buffering=0)
         except (FileNotFoundError, NotADirectoryError):
@@ -62,7 +70,8 @@ class DiskBlockCache:
                 )
             if sums != _sums(name, content, first):
                 raise Damaged(
-                    f"has other bytes between {begin:,} and {begin + len(content):,} than were written"
+                    f"has other bytes between {begin:,} and {begin + len(content):,} than were "
+                    "written"
                 )
             with suppress(OSError):  # of a disk that cannot be written to
                 os.utime(file.fileno())
@@ -70,7 +79,8 @@ class DiskBlockCache:
 
     @contextmanager
     def acquire(self, names: list[str]) -> Iterator[dict[str, IO[bytes]]]:
-        """The right to write these blocks, for whom no other process has it. Locks one after another, in the order of names.
+        """The right to write these blocks, for whom no other process has it. Locks one after
+        another, in the order of names.
 
         One that another writer held for 30 s is left out: who waits must not wait for ever.
         """
@@ -103,7 +113,8 @@ class DiskBlockCache:
             before = (
                 min(block.stat().st_size, _size(len(content))) if block.exists() else 0
             )  # a damaged one
-            # counted before it is there: a kill in between counts too much, which the next look through the folder corrects
+            # counted before it is there: a kill in between counts too much, which the next look
+            # through the folder corrects
             _set(total, _get(total) + _size(len(content)) - before)
             self._path(name, _PART).rename(block)
         return True
@@ -163,7 +174,9 @@ def _size(length: int) -> int:
 
 
 def _sums(name: str, content: bytes | memoryview, first: int) -> bytes:
-    """SHA-256 of each page, over its bytes, its number and the block's name: a block in another's place is found out."""
+    """SHA-256 of each page, over its bytes, its number and the block's name: a block in another's
+    place is found out.
+    """
     pages = (content[at : at + _PAGE] for at in range(0, len(content), _PAGE))
     return b"".join(_sum(name, number, page) for number, page in enumerate(pages, first))
 

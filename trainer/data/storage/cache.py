@@ -1,4 +1,6 @@
-"""Shards' bytes kept on a disk of the node, before the store: ``data.cache_dir`` and ``data.cache_gb``."""
+"""Shards' bytes kept on a disk of the node, before the store: ``data.cache_dir`` and
+``data.cache_gb``.
+"""
 
 import logging
 import threading
@@ -37,12 +39,13 @@ def with_cache(
 class Cache:
     """A source before another: what was read once is read from ``folder`` from then on.
 
-    Shards are cut into blocks of ``block_bytes``; a block that is needed and not there is fetched whole, once over all processes
-    that share ``folder``. A disk that is full or cannot be written to is told once; reads then go to the store. Raises UserError
-    where ``folder`` cannot be a folder.
+    Shards are cut into blocks of ``block_bytes``; a block that is needed and not there is fetched
+    whole, once over all processes that share ``folder``. A disk that is full or cannot be written
+    to is told once; reads then go to the store. Raises UserError where ``folder`` cannot be a
+    folder.
 
-    ``max_bytes``: of everything in ``folder``, other data sets too. ``digest``: of the index. ``sizes``: bytes of each shard, by
-    name.
+    ``max_bytes``: of everything in ``folder``, other data sets too. ``digest``: of the index.
+    ``sizes``: bytes of each shard, by name.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""How an object store is reached: addresses, time limits, and credentials that are read again when they change."""
+"""How an object store is reached: addresses, time limits, and credentials that are read again when
+they change.
+"""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -40,7 +42,9 @@ class Connections(NamedTuple):
 
 
 def folder_of(url: str, create: bool) -> Path:
-    """The folder that a URL without an object store names. ``create`` makes a missing one. Raises UserError."""
+    """The folder that a URL without an object store names. ``create`` makes a missing one. Raises
+    UserError.
+    """
     path = Path(parse_storage_url(url).prefix)
     try:
         if path.exists() and not path.is_dir():
@@ -57,7 +61,8 @@ def folder_of(url: str, create: bool) -> Path:
 
 
 def connector(url: str, connect_seconds: float, silent_seconds: float) -> Callable[[], Connections]:
-    """A function that connects, each time with settings and credentials read again. Raises UserError.
+    """A function that connects, each time with settings and credentials read again. Raises
+    UserError.
 
     ``silent_seconds``: of a read without a byte.
     """
@@ -92,7 +97,9 @@ def connector(url: str, connect_seconds: float, silent_seconds: float) -> Callab
 def _store(
     location: Location, settings: S3Settings | None, client: dict[str, Any], retry: dict[str, Any]
 ) -> ObjectStore:
-    """Built from the bucket and the literal prefix: object_store's own parser drops and decodes parts of a URL."""
+    """Built from the bucket and the literal prefix: object_store's own parser drops and decodes
+    parts of a URL.
+    """
     common: dict[str, Any] = {
         "prefix": location.prefix or None,
         "client_options": dict(client),

@@ -1,4 +1,5 @@
-"""Storage URLs: each denotes exactly one bucket and literal key prefix, or one folder, or is rejected.
+"""Storage URLs: each denotes exactly one bucket and literal key prefix, or one folder, or is
+rejected.
 
 Nothing in a URL is decoded, normalized or dropped: ``#``, ``?``, ``%`` and spaces are characters of
 the key like any other. Texts that another tool would read differently are errors instead.
@@ -30,8 +31,9 @@ _MEANT_REMOTE = re.compile(rf"\s*({'|'.join((*_SCHEMES, *_ALIASES, 'https?'))}):
 
 @dataclass(frozen=True)
 class Location:
-    """A place for objects. ``bucket``: the container on Azure, empty for a folder. ``prefix``: literal
-    keys begin with it and a slash; empty for the full bucket; for a folder, its absolute path.
+    """A place for objects. ``bucket``: the container on Azure, empty for a folder. ``prefix``:
+    literal keys begin with it and a slash; empty for the full bucket; for a folder, its absolute
+    path.
     """
 
     scheme: str
@@ -55,7 +57,9 @@ class Location:
         return f"{self.root}/{self.prefix}" if self.prefix else self.root
 
     def contains(self, other: "Location") -> bool:
-        """Whether ``other`` is this place or below it; folders are compared with their links resolved."""
+        """Whether ``other`` is this place or below it; folders are compared with their links
+        resolved.
+        """
         if (self.scheme, self.bucket) != (other.scheme, other.bucket):
             return False
         ours, theirs = (
@@ -66,8 +70,8 @@ class Location:
 
 
 def parse_storage_url(url: str) -> Location:
-    """The location of ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path (``~`` is the home
-    folder). Schemes are case-insensitive, one slash at the end means nothing.
+    """The location of ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path (``~`` is the
+    home folder). Schemes are case-insensitive, one slash at the end means nothing.
 
     Raises UserError, which never shows credentials that the text contains.
     """
@@ -80,7 +84,8 @@ def parse_storage_url(url: str) -> Location:
         if (named := _SCHEME.match(url)) and _ALIASES.get(named[1].lower()) == "az":
             raise UserError(f"{shown}: {named[1]}:// is not supported; write az://CONTAINER/PREFIX")
         raise UserError(
-            f"{shown}: credentials do not belong in a URL; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+            f"{shown}: credentials do not belong in a URL; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY "
             "(or the variables of your store)"
         )
     if url != url.strip() and _MEANT_REMOTE.match(url):
@@ -91,7 +96,8 @@ def parse_storage_url(url: str) -> Location:
         return _folder(url, url, shown)
     if found[2] is None:
         raise UserError(
-            f"{shown}: write {_ALIASES.get(scheme, scheme)}:// with two slashes, or ./{shown} for a folder"
+            f"{shown}: write {_ALIASES.get(scheme, scheme)}:// with two slashes, or ./{shown} "
+            "for a folder"
         )
     rest = url[found.end() :]
     if scheme == "file":
@@ -107,7 +113,9 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The folder or file that a plain path or a file URL denotes, whether it exists or not. Raises UserError."""
+    """The folder or file that a plain path or a file URL denotes, whether it exists or not. Raises
+    UserError.
+    """
     location = parse_storage_url(url)
     assert not location.is_remote, "callers ask is_remote first"
     return Path(location.prefix)
@@ -146,7 +154,8 @@ def _remote(scheme: str, rest: str, shown: str) -> Location:
         raise UserError(f"{shown}: names no bucket; write {scheme}://BUCKET/PREFIX")
     if port := _PORT.fullmatch(bucket):
         raise UserError(
-            f"{shown}: a bucket has no port; write {scheme}://BUCKET/PREFIX and set AWS_ENDPOINT_URL to http://{port[0]}"
+            f"{shown}: a bucket has no port; write {scheme}://BUCKET/PREFIX and set "
+            f"AWS_ENDPOINT_URL to http://{port[0]}"
         )
     pattern = _CONTAINER if scheme == "az" else _BUCKET
     if not pattern.fullmatch(bucket) or _ADDRESS.fullmatch(bucket):
@@ -160,7 +169,8 @@ def _remote(scheme: str, rest: str, shown: str) -> Location:
     segments = key.split("/") if key else []
     if "" in segments:
         raise UserError(
-            f"{shown}: holds an empty segment (//), which is a different key for the store; remove a slash"
+            f"{shown}: holds an empty segment (//), which is a different key for the store; "
+            "remove a slash"
         )
     if any(segment in (".", "..") for segment in segments):
         raise UserError(f"{shown}: an object store has no . and .. segments; write the key itself")
@@ -175,7 +185,8 @@ def _file_url(rest: str, shown: str) -> Location:
         raise UserError(f"{shown}: write file:///PATH with three slashes, or a plain path")
     if _ESCAPE.search(path):
         raise UserError(
-            f"{shown}: %XX in a file URL is ambiguous; give the folder as a plain path, where % is a character"
+            f"{shown}: %XX in a file URL is ambiguous; give the folder as a plain path, where % "
+            "is a character"
         )
     return _folder(f"/{path}", rest, shown)
 

@@ -1,6 +1,8 @@
-"""Reading that goes on after faults: which errors pass by themselves, how long they are waited for, and from which byte on.
+"""Reading that goes on after faults: which errors pass by themselves, how long they are waited for,
+and from which byte on.
 
-A read of a range goes on behind its last good byte. Both the tries and the time without a new byte are bounded.
+A read of a range goes on behind its last good byte. Both the tries and the time without a new byte
+are bounded.
 """
 
 import logging
@@ -31,14 +33,18 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How faults of the world are waited for. The defaults outlast a store that is away for a minute."""
+    """How faults of the world are waited for. The defaults outlast a store that is away for a
+    minute.
+    """
 
     tries: int = 60
     """One after another without a new byte."""
     seconds: float = 120.0
     """Without a new byte, from the first failure on."""
     first_wait: float = 0.1
-    """Seconds; the longest that the first wait can be. It doubles with each try, and each wait is drawn between 0 and it."""
+    """Seconds; the longest that the first wait can be. It doubles with each try, and each wait is
+    drawn between 0 and it.
+    """
     longest_wait: float = 10.0
     refusals: int = 20
     """Times that refused credentials are read again, one after another."""
@@ -64,7 +70,9 @@ class TransferStats:
 
 
 class StoreClient:
-    """The connections to one store, made again with new credentials when the old ones are refused; its counts and its voice."""
+    """The connections to one store, made again with new credentials when the old ones are refused;
+    its counts and its voice.
+    """
 
     def __init__(
         self,
@@ -111,7 +119,9 @@ class StoreClient:
 
 
 class Retrier:
-    """One piece of work through its failures: ``failed`` returns when it may be tried again, or raises."""
+    """One piece of work through its failures: ``failed`` returns when it may be tried again, or
+    raises.
+    """
 
     def __init__(self, link: StoreClient) -> None:
         self._link = link
@@ -129,7 +139,9 @@ class Retrier:
         self.progressed()
 
     def failed(self, error: Exception, where: str) -> None:
-        """Wait before the next try. Raises UserError for what no waiting changes, RetryableError at the bounds."""
+        """Wait before the next try. Raises UserError for what no waiting changes, RetryableError at
+        the bounds.
+        """
         link, patience = self._link, self._link.patience
         kind, why = kind_of(error), reason(error, link.address)
         link.met = link.met or status_of(error) is not None

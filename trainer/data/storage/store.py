@@ -1,4 +1,6 @@
-"""Object storage and folders as one thing: byte ranges in, whole objects out, faults outlasted with a bound, errors in one line."""
+"""Object storage and folders as one thing: byte ranges in, whole objects out, faults outlasted with
+a bound, errors in one line.
+"""
 
 import json
 import os
@@ -66,7 +68,9 @@ class RangeReader(Protocol):
 
 
 def read_whole(source: RangeReader, name: str, size: int) -> Iterator[memoryview]:
-    """An object of ``size`` bytes from its beginning to its end, in pieces of at most 8 MiB. Raises as ``read_ranges``."""
+    """An object of ``size`` bytes from its beginning to its end, in pieces of at most 8 MiB. Raises
+    as ``read_ranges``.
+    """
     for start in range(0, size, _PIECE):
         yield from source.read_ranges(name, [start], [min(start + _PIECE, size)])
 
@@ -95,10 +99,11 @@ class Store:
     def read_ranges(
         self, name: str, starts: Sequence[int], ends: Sequence[int]
     ) -> list[memoryview]:
-        """The bytes ``[start, end)`` of an object, each pair. Those that touch or overlap are fetched as one, and no others.
+        """The bytes ``[start, end)`` of an object, each pair. Those that touch or overlap are
+        fetched as one, and no others.
 
-        Raises RetryableError after the bounds of ``RetryPolicy``; UserError where there is no such object, where it ends before, and
-        where it is another one than at the first read.
+        Raises RetryableError after the bounds of ``RetryPolicy``; UserError where there is no such
+        object, where it ends before, and where it is another one than at the first read.
         """
         if isinstance(self._link.for_ranges, LocalStore):
             return self._read_local(name, starts, ends)
@@ -146,7 +151,8 @@ class Store:
             before = self._seen.setdefault(name, (etag, size))
         if before != (etag, size):
             raise UserError(
-                f"{self.url}/{name}: was changed while it was read: {before[1]:,} bytes with ETag {before[0]} before, "
+                f"{self.url}/{name}: was changed while it was read: {before[1]:,} bytes with "
+                f"ETag {before[0]} before, "
                 f"{size:,} bytes with ETag {etag} now"
             )
 
@@ -160,7 +166,8 @@ class Store:
                     size = obstore.head(self._link.for_ranges, name)["size"]
                     if max(ends, default=0) > size:
                         raise UserError(
-                            f"{self.url}/{name}: has {size:,} bytes, but bytes up to {max(ends):,} are needed"
+                            f"{self.url}/{name}: has {size:,} bytes, but bytes up to "
+                            f"{max(ends):,} are needed"
                         )
                     parts = obstore.get_ranges(
                         self._link.for_ranges, name, starts=starts, ends=ends, coalesce=0
@@ -178,9 +185,11 @@ class Store:
     def _with_retry(
         self, work: Callable[[ObjectStore], A], where: str, missing: Callable[[], A] | None = None
     ) -> A:
-        """``work`` through the faults of the world. ``missing``: what a missing object gives, instead of an error.
+        """``work`` through the faults of the world. ``missing``: what a missing object gives,
+        instead of an error.
 
-        An address that never answered is the user's to look at: ServiceUnreachable, after object_store's own retries (20 s).
+        An address that never answered is the user's to look at: ServiceUnreachable, after
+        object_store's own retries (20 s).
         """
         endurance = Retrier(self._link)
         while True:
@@ -202,7 +211,9 @@ class Store:
                 return result
 
     def read_small(self, name: str) -> bytes | None:
-        """A whole object, or None where there is none. Raises UserError where the store cannot be read at all, RetryableError."""
+        """A whole object, or None where there is none. Raises UserError where the store cannot be
+        read at all, RetryableError.
+        """
         return self._with_retry(
             lambda objects: obstore.get(objects, name).bytes().to_bytes(),
             f"{self.url}/{name}",
@@ -210,15 +221,16 @@ class Store:
         )
 
     def read_record(self, name: str) -> dict[str, Any] | None:
-        """A JSON object that Convoy wrote, or None if it is missing. Raises UserError in one line for anything else,
-        such as a truncated file or a web page. Errors else as ``read_small``.
+        """A JSON object that Convoy wrote, or None if it is missing. Raises UserError in one line
+        for anything else, such as a truncated file or a web page. Errors else as ``read_small``.
         """
         content = self.read_small(name)
         return None if content is None else parse_record(content, f"{self.url}/{name}")
 
     def _prove(self) -> None:
-        """Raise UserError if something other than an object store answers. A web page (a console, a captive portal)
-        answers every request with success: an empty listing and a write that is lost.
+        """Raise UserError if something other than an object store answers. A web page (a console, a
+        captive portal) answers every request with success: an empty listing and a write that is
+        lost.
         """
         if self._link.proven or isinstance(self._link.for_all_else, LocalStore):
             return
@@ -246,7 +258,9 @@ class Store:
         return self._with_retry(ask, f"{self.url}/{name}", lambda: None)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every object, by name. The empty object that consoles make for a folder is not one."""
+        """Bytes of every object, by name. The empty object that consoles make for a folder is not
+        one.
+        """
 
         def ask(objects: ObjectStore) -> dict[str, int]:
             return {
@@ -275,7 +289,9 @@ class Store:
         self._with_retry(put, f"{self.url}/{name} cannot be written")
 
     def read_versioned(self, name: str) -> tuple[bytes, Version, float] | None:
-        """An object, its version and its time of modification (seconds since 1970), or None if there is none."""
+        """An object, its version and its time of modification (seconds since 1970), or None if
+        there is none.
+        """
 
         def ask(objects: ObjectStore) -> tuple[bytes, Version, float]:
             found = obstore.get(objects, name)
@@ -288,9 +304,11 @@ class Store:
         return self._with_retry(ask, f"{self.url}/{name}", lambda: None)
 
     def write_if(self, name: str, content: bytes, version: Version | None) -> Version | None:
-        """Write an object if it still has ``version`` (None: if it does not exist); returns its new version.
+        """Write an object if it still has ``version`` (None: if it does not exist); returns its new
+        version.
 
-        Returns None, and writes nothing, otherwise. Raises NotImplementedError if the store cannot do this.
+        Returns None, and writes nothing, otherwise. Raises NotImplementedError if the store cannot
+        do this.
         """
 
         def put(objects: ObjectStore) -> Version | None:
@@ -310,7 +328,9 @@ class Store:
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
-        """A file to write a large object into; it appears whole when the block ends, and not at all when that fails."""
+        """A file to write a large object into; it appears whole when the block ends, and not at all
+        when that fails.
+        """
         folder = self._folder()
         if folder is None:
             with tempfile.TemporaryFile() as file:
@@ -367,14 +387,17 @@ def _merged(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]
 
 
 def parse_record(content: bytes, where: str) -> dict[str, Any]:
-    """A JSON object. Every record that Convoy reads back goes through here. Raises UserError that names ``where``."""
+    """A JSON object. Every record that Convoy reads back goes through here. Raises UserError that
+    names ``where``.
+    """
     try:
         record = json.loads(content)
     except (ValueError, RecursionError):
         raise not_json(content, where) from None
     if not isinstance(record, dict):
         raise UserError(
-            f"{where}: holds a JSON {type(record).__name__} instead of an object; Convoy did not write it"
+            f"{where}: holds a JSON {type(record).__name__} instead of an object; Convoy did "
+            "not write it"
         )
     return record
 
@@ -391,7 +414,8 @@ def not_json(
 
 
 def open_store(url: str, create: bool = False, patience: RetryPolicy = _PATIENCE) -> Store:
-    """The store at ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path. ``create`` makes a missing folder.
+    """The store at ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path. ``create`` makes
+    a missing folder.
 
     Raises UserError.
     """

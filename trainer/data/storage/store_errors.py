@@ -182,7 +182,8 @@ def reason(error: BaseException, address: str = "") -> str:
         return f"{store} speaks TLS; write https:// in AWS_ENDPOINT_URL"
     if kind_of(error) is ErrorKind.REFUSED or isinstance(error, PermissionError):
         return (
-            "permission denied; check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and the bucket's policy "
+            "permission denied; check the credentials (AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY) and the bucket's policy "
             "(without the right to list, a missing object is denied too)"
         )
     if kind_of(error) is ErrorKind.FOREIGN:

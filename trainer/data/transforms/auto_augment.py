@@ -1,4 +1,5 @@
-"""RandAugment (Cubuk et al. 2019) and TrivialAugment's wide space (Mueller and Hutter 2021), as torchvision has them.
+"""RandAugment (Cubuk et al. 2019) and TrivialAugment's wide space (Mueller and Hutter 2021), as
+torchvision has them.
 
 What is drawn comes in as numbers, three an image's change: which one, its sign, its strength.
 """
@@ -84,9 +85,10 @@ def _strength(name: str, magnitude: int, width: int, wide: bool) -> float:
 
 
 def change(image: Image.Image, name: str, strength: float) -> Image.Image:
-    """Apply one change. ``strength``: shear as a slope, translation in pixels, rotation in degrees, colour as what is added to
-    a factor of 1, posterize in bits taken away, solarize as what is taken from a threshold of 1; what has no direction takes
-    its size."""
+    """Apply one change. ``strength``: shear as a slope, translation in pixels, rotation in degrees,
+    colour as what is added to a factor of 1, posterize in bits taken away, solarize as what is
+    taken from a threshold of 1; what has no direction takes its size.
+    """
     if name in _ENHANCERS:
         return _ENHANCERS[name](image).enhance(1.0 + strength)
     if name == "rotate":

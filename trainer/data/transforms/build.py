@@ -1,4 +1,6 @@
-"""From a decoded image to the square that the network sees. Randomness comes in as numbers, so every stage is a pure function."""
+"""From a decoded image to the square that the network sees. Randomness comes in as numbers, so
+every stage is a pure function.
+"""
 
 import math
 
@@ -8,13 +10,16 @@ from trainer.data.transforms.auto_augment import FIRST, LAYERS
 
 _ERASE = FIRST + 3 * LAYERS
 UNIFORMS = _ERASE + 23
-"""Random numbers that one training sample uses: flip, two for the place, two for each of ten tries at a crop; one is left over;
-then three for each change of colour and shape; whether to erase, two for the place, and two for each of ten tries."""
+"""Random numbers that one training sample uses: flip, two for the place, two for each of ten tries
+at a crop; one is left over; then three for each change of colour and shape; whether to erase, two
+for the place, and two for each of ten tries.
+"""
 
 
 def erase(pixels: np.ndarray, probability: float, colour: np.ndarray, uniforms: np.ndarray) -> None:
-    """Paint a rectangle of uint8 [side, side, 3] over with uint8 [3] (Zhong et al. 2017, 3.2): 2% to 33% of the area, aspect
-    0.3 to 3.3, ten tries."""
+    """Paint a rectangle of uint8 [side, side, 3] over with uint8 [3] (Zhong et al. 2017, 3.2): 2%
+    to 33% of the area, aspect 0.3 to 3.3, ten tries.
+    """
     draws = uniforms[_ERASE:].tolist()
     if draws[0] >= probability:
         return

@@ -6,11 +6,13 @@ import numpy as np
 from PIL import Image
 
 _LARGEST_RESIZED = 16
-"""Pixels of a whole resized image, in squares of its short side, above which only the crop is made."""
+"""Pixels of a whole resized image, in squares of its short side, above which only the crop is made.
+"""
 
 
 def eval_transform(image: Image.Image, size: int, crop: float) -> Image.Image:
-    """Resize the short side to ``size / crop`` (bilinear, antialiased) and take the centre, as torchvision's presets do.
+    """Resize the short side to ``size / crop`` (bilinear, antialiased) and take the centre, as
+    torchvision's presets do.
 
     The whole resized image is made first, so that results equal torchvision's, unless it is much
     longer than high: of a 4,000 x 1 image it would have 262 million pixels. Then only the centre is
@@ -36,7 +38,8 @@ def eval_transform(image: Image.Image, size: int, crop: float) -> Image.Image:
 def crop_box(
     width: int, height: int, min_area: float, uniforms: np.ndarray
 ) -> tuple[int, int, int, int]:
-    """Inception's crop (Szegedy et al. 2014, section 6): area in [min_area, 1], aspect in [3/4, 4/3], ten tries, else centre.
+    """Inception's crop (Szegedy et al. 2014, section 6): area in [min_area, 1], aspect in [3/4,
+    4/3], ten tries, else centre.
 
     Returns left, top, width, height.
     """

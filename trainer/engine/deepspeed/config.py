@@ -7,8 +7,9 @@ from trainer.errors import UserError
 from trainer.training.batch_plan import BatchPlan
 
 BUCKET_NUMEL = 4 * 2**20
-"""Numbers that DeepSpeed reduces or gathers at once, or one layer's where it has more. Its defaults of up to 1e9 take 2 GB for a
-bucket, and let ZeRO 3 keep every network here gathered."""
+"""Numbers that DeepSpeed reduces or gathers at once, or one layer's where it has more. Its defaults
+of up to 1e9 take 2 GB for a bucket, and let ZeRO 3 keep every network here gathered.
+"""
 PARAM_PERSISTENCE_THRESHOLD = 100_000
 """ZeRO 3 does not partition weights of fewer numbers than this."""
 LOSS_SCALE_WINDOW = 1000
@@ -16,24 +17,30 @@ LOSS_SCALE_WINDOW = 1000
 
 
 def validate_parallelism(config: RunConfig) -> None:
-    """Refuse what cannot work, and what trains without an error and does not learn. Raises UserError with every fault."""
+    """Refuse what cannot work, and what trains without an error and does not learn. Raises
+    UserError with every fault.
+    """
     stage, optimizer = config.parallel.zero_stage, config.optimizer.name
     faults = []
     if config.precision == "fp16" and stage == 0:
-        # engine.backward scales the loss for ZeRO's optimizers alone; FP16_UnfusedOptimizer divides by the scale all the same
+        # engine.backward scales the loss for ZeRO's optimizers alone; FP16_UnfusedOptimizer divides
+        # by the scale all the same
         faults.append(
-            "parallel.zero_stage: 0 does not learn with precision fp16: DeepSpeed divides its gradients by a loss scale "
+            "parallel.zero_stage: 0 does not learn with precision fp16: DeepSpeed divides its "
+            "gradients by a loss scale "
             "that it did not apply; use 1"
         )
     if config.parallel.pipeline_stages > 1 and stage > 1:
         faults.append(
-            f"parallel.zero_stage: {stage} does not go with pipeline stages, which need whole gradients; use 0 or 1"
+            f"parallel.zero_stage: {stage} does not go with pipeline stages, which need whole "
+            "gradients; use 0 or 1"
         )
     if config.parallel.split is not None and config.parallel.pipeline_stages == 1:
         faults.append("parallel.split: needs parallel.pipeline_stages above 1")
     if optimizer in ("lars", "lamb") and (stage > 0 or config.precision != "fp32"):
         faults.append(
-            f"optimizer.name: {optimizer} needs the norm of each layer's weights, which ZeRO and 16-bit precision keep in one flat "
+            f"optimizer.name: {optimizer} needs the norm of each layer's weights, which ZeRO "
+            "and 16-bit precision keep in one flat "
             "piece; use precision fp32 with parallel.zero_stage 0, or another optimizer"
         )
     if faults:
@@ -68,7 +75,9 @@ def deepspeed_config(config: RunConfig, batch: BatchPlan) -> dict[str, Any]:
 
 
 def _zero_settings(config: RunConfig) -> dict[str, Any]:
-    """At stage 1 gradients are averaged in buffers of our own (``gradients.py``) but for pipelines, so DeepSpeed needs none."""
+    """At stage 1 gradients are averaged in buffers of our own (``gradients.py``) but for pipelines,
+    so DeepSpeed needs none.
+    """
     settings: dict[str, Any] = {
         "stage": config.parallel.zero_stage,
         "reduce_bucket_size": BUCKET_NUMEL,

@@ -1,8 +1,9 @@
 """The gradient norm over all weights, for clipping and for the log, on every topology.
 
-DeepSpeed computes this norm in five places, one for each of its optimizers. With pipeline stages two of them fail: with fp32 and
-ZeRO 0 clipping counts only the first stage; with ZeRO 1 stages are added up once for each parameter group, which hangs if one
-stage has both weights that decay and weights that do not, and another has only one kind. These two are replaced here.
+DeepSpeed computes this norm in five places, one for each of its optimizers. With pipeline stages
+two of them fail: with fp32 and ZeRO 0 clipping counts only the first stage; with ZeRO 1 stages are
+added up once for each parameter group, which hangs if one stage has both weights that decay and
+weights that do not, and another has only one kind. These two are replaced here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,11 +15,13 @@ from torch import Tensor
 
 
 class GradNorm:
-    """The Euclidean norm of the last step's gradient before clipping. All ranks take part in every call.
+    """The Euclidean norm of the last step's gradient before clipping. All ranks take part in every
+    call.
 
-    ``max_norm``: the norm to which longer gradients are scaled; None: no clipping. ``buffers``: flat tensors that hold all of
-    this rank's gradients after a step, if there are any. ``stages``: the process group of the ranks that hold one copy of the
-    model together; None if each rank holds all of it.
+    ``max_norm``: the norm to which longer gradients are scaled; None: no clipping. ``buffers``:
+    flat tensors that hold all of this rank's gradients after a step, if there are any. ``stages``:
+    the process group of the ranks that hold one copy of the model together; None if each rank holds
+    all of it.
     """
 
     def __init__(
@@ -34,7 +37,8 @@ class GradNorm:
             buffers,
             stages,
         )
-        # without a wrapper the optimizer updates the module's own parameters, and nothing else clips or keeps a norm
+        # without a wrapper the optimizer updates the module's own parameters, and nothing else
+        # clips or keeps a norm
         self._unwrapped = isinstance(engine.optimizer, torch.optim.Optimizer)
         self._norm: Tensor | None = None
         self._loss_scale = 1.0
@@ -45,14 +49,18 @@ class GradNorm:
             engine.optimizer.scaled_global_norm = self._norm_of_partitions
 
     def begin_step(self, loss_scale: float) -> None:
-        """Discard the last step's gradients. ``loss_scale``: the factor by which the next ones are too large."""
+        """Discard the last step's gradients. ``loss_scale``: the factor by which the next ones are
+        too large.
+        """
         self._norm, self._loss_scale = None, loss_scale
         if self._unwrapped:
             for parameter in self._engine.module.parameters():
                 parameter.grad = None
 
     def value(self) -> float | None:
-        """The norm, computed here if DeepSpeed did not need it. None if the step was skipped, since fp16 overflowed."""
+        """The norm, computed here if DeepSpeed did not need it. None if the step was skipped, since
+        fp16 overflowed.
+        """
         if getattr(self._engine.optimizer, "overflow", False):
             return None
         if self._norm is None:
@@ -77,7 +85,9 @@ class GradNorm:
         )
 
     def _norm_of_partitions(self, norm_type: float = 2) -> Tensor:
-        """For ZeRO with stages: each rank holds another part of the gradient, its partition of its stage's."""
+        """For ZeRO with stages: each rank holds another part of the gradient, its partition of its
+        stage's.
+        """
         partitions = self._engine.optimizer.averaged_gradients.values()
         return self._total(
             (gradient for partition in partitions for gradient in partition), dist.group.WORLD

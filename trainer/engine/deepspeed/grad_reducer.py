@@ -1,9 +1,11 @@
 """Averaging gradients over data-parallel ranks, in place of DeepSpeed's own way at ZeRO 0 and 1.
 
-DeepSpeed copies all gradients into a flat tensor after the backward pass, reduces it, and copies them back, with one rank too;
-at ZeRO 1 it copies each of them four times. Here a gradient is copied once, while it is still in the cache, to its place in a flat
-buffer that stays, and a part of the buffer is reduced as soon as it is full, while the backward pass computes the gradients
-before it (Li et al. 2020, "PyTorch Distributed", 3.2). The optimizer then takes pieces of the buffer as its gradients.
+DeepSpeed copies all gradients into a flat tensor after the backward pass, reduces it, and copies
+them back, with one rank too; at ZeRO 1 it copies each of them four times. Here a gradient is copied
+once, while it is still in the cache, to its place in a flat buffer that stays, and a part of the
+buffer is reduced as soon as it is full, while the backward pass computes the gradients before it
+(Li et al. 2020, "PyTorch Distributed", 3.2). The optimizer then takes pieces of the buffer as its
+gradients.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,9 @@ FIRST_BUCKET_BYTES = 2**20
 
 @dataclass
 class _Bucket:
-    """Neighbouring gradients that are reduced together. ``missing``: those that the backward pass did not bring yet."""
+    """Neighbouring gradients that are reduced together. ``missing``: those that the backward pass
+    did not bring yet.
+    """
 
     part: Tensor
     parameters: list[nn.Parameter] = field(default_factory=list)
@@ -31,7 +35,9 @@ class _Bucket:
 
 
 class GradReducer:
-    """The gradients of one model on one rank. All ranks take part in each backward pass and in ``finalize_backward``."""
+    """The gradients of one model on one rank. All ranks take part in each backward pass and in
+    ``finalize_backward``.
+    """
 
     def __init__(
         self,
@@ -67,7 +73,9 @@ class GradReducer:
         self._waiting: list[_Bucket] = []
 
     def prepare_for_backward(self, last: bool) -> None:
-        """Before a backward pass. ``last``: of those whose gradients make one step, and so the one that reduces."""
+        """Before a backward pass. ``last``: of those whose gradients make one step, and so the one
+        that reduces.
+        """
         self._last = last
         if self.zero_before_step and not self._filled:
             for buffer in self.buffers:
@@ -91,7 +99,9 @@ class GradReducer:
         self.arrived([parameter])
 
     def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        """Add gradients to the buffers, which ``prepare_for_backward`` has set to zero; ``arrived`` must follow."""
+        """Add gradients to the buffers, which ``prepare_for_backward`` has set to zero; ``arrived``
+        must follow.
+        """
         came = [
             (self._views[p], g) for p, g in zip(parameters, gradients, strict=True) if g is not None
         ]
@@ -114,7 +124,9 @@ class GradReducer:
             self._handles.append(dist.all_reduce(bucket.part, async_op=True))
 
     def finalize_backward(self) -> None:
-        """After the last backward pass: every parameter's ``grad`` is the mean over ranks; zero where there was none."""
+        """After the last backward pass: every parameter's ``grad`` is the mean over ranks; zero
+        where there was none.
+        """
         for parameter, view in self._views.items():
             if id(parameter) not in self._filled:
                 view.zero_()

@@ -6,8 +6,9 @@ from typing import Any
 def grow_after_update(optimizer: Any) -> None:
     """Raise the loss scale of a ZeRO optimizer after an update instead of before it.
 
-    DeepSpeed first doubles the scale when ``loss_scale_window`` steps did not overflow, and then divides the gradients, which
-    were computed with the old scale, by the new one: that update is made with half of the gradient.
+    DeepSpeed first doubles the scale when ``loss_scale_window`` steps did not overflow, and then
+    divides the gradients, which were computed with the old scale, by the new one: that update is
+    made with half of the gradient.
     """
     scaler, step = optimizer.loss_scaler, optimizer.step
 

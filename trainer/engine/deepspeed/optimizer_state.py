@@ -1,10 +1,13 @@
-"""Master weights and optimizer state as whole fp32 tensors by parameter name, however DeepSpeed keeps them.
+"""Master weights and optimizer state as whole fp32 tensors by parameter name, however DeepSpeed
+keeps them.
 
-ZeRO flattens the weights of a group and gives each rank a piece, in another layout at each stage. What is read and written
-here knows nothing of that, so that a checkpoint fits any stage, precision and number of ranks.
+ZeRO flattens the weights of a group and gives each rank a piece, in another layout at each stage.
+What is read and written here knows nothing of that, so that a checkpoint fits any stage, precision
+and number of ranks.
 
-A *slot* is one tensor that an optimizer keeps for each weight. All slots are made before the first step, so that a state can be
-written into them then; torch's update rules compute the same from zeros as from nothing.
+A *slot* is one tensor that an optimizer keeps for each weight. All slots are made before the first
+step, so that a state can be written into them then; torch's update rules compute the same from
+zeros as from nothing.
 """
 
 import itertools
@@ -34,8 +37,9 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 class TrainingState:
     """All that an engine needs to go on: fp32 tensors by name, and numbers.
 
-    ``model``: the whole state dict; ``slots``: by ``slot/parameter``; ``step``: optimizer steps done, of which ``updates`` were
-    counted by a rule that counts; ``scaler``: of fp16's loss scale, empty in other precisions.
+    ``model``: the whole state dict; ``slots``: by ``slot/parameter``; ``step``: optimizer steps
+    done, of which ``updates`` were counted by a rule that counts; ``scaler``: of fp16's loss scale,
+    empty in other precisions.
     """
 
     model: dict[str, Tensor]
@@ -46,7 +50,9 @@ class TrainingState:
 
 
 class Fp32State:
-    """The masters and slots of one DeepSpeed engine. All ranks of its data-parallel group take part in every read."""
+    """The masters and slots of one DeepSpeed engine. All ranks of its data-parallel group take part
+    in every read.
+    """
 
     def __init__(self, engine: Any, optimizer_name: str) -> None:
         self._wrapped = engine.optimizer
@@ -73,7 +79,9 @@ class Fp32State:
         self._link()
 
     def _link(self) -> None:
-        """Let each weight know its piece of the slots, which the engine does only at the first step."""
+        """Let each weight know its piece of the slots, which the engine does only at the first
+        step.
+        """
         if hasattr(self._wrapped, "_lazy_init_hp_params_optimizer_state"):
             self._wrapped._hp_optimizer_states_linked = False
             self._wrapped._lazy_init_hp_params_optimizer_state()
@@ -87,7 +95,9 @@ class Fp32State:
         self._link()
 
     def _flat(self) -> list[Tensor]:
-        """This rank's fp32 masters as the update rule sees them: a tensor a weight, or ZeRO's flat pieces."""
+        """This rank's fp32 masters as the update rule sees them: a tensor a weight, or ZeRO's flat
+        pieces.
+        """
         if hasattr(self._wrapped, "fp32_partitioned_groups_flat"):
             return list(self._wrapped.fp32_partitioned_groups_flat)
         return [master for group in self._inner.param_groups for master in group["params"]]
@@ -135,7 +145,9 @@ class Fp32State:
         )
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Of the masters alone: the weights that a 16-bit engine computes with come from the model it was made of."""
+        """Of the masters alone: the weights that a 16-bit engine computes with come from the model
+        it was made of.
+        """
         for name, parameter in self._parameters.items():
             self._write(parameter, weights[name])
 

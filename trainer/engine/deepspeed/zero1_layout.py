@@ -20,7 +20,9 @@ def param_offsets(optimizer: Any) -> list[ParamOffsets]:
 
 
 def relayout_zero1_weights(optimizer: Any, channels_last: bool) -> None:
-    """Let ZeRO 1 hold the weights as convolutions want them, and in fp32 once: its partition of them is its master copy."""
+    """Let ZeRO 1 hold the weights as convolutions want them, and in fp32 once: its partition of
+    them is its master copy.
+    """
     single = optimizer.dtype == torch.float32
     if single:
         for master, parts in zip(
@@ -29,7 +31,8 @@ def relayout_zero1_weights(optimizer: Any, channels_last: bool) -> None:
             strict=True,
         ):
             master.data = parts[dist.get_rank()]
-        optimizer._link_all_hp_params()  # before they lie otherwise: it flattens each, which then is a copy, and keeps it
+        # before they lie otherwise: it flattens each, which then is a copy, and keeps it
+        optimizer._link_all_hp_params()
     for flat, places in zip(optimizer.bit16_groups_flat, param_offsets(optimizer), strict=True):
         for parameter, offset in places.items():
             if channels_last and parameter.dim() == 4:
@@ -62,8 +65,9 @@ def _broadcast_partitions(
     dp_process_group: Sequence[Any],
     **_: Any,
 ) -> None:
-    """What each rank updated goes to all: gloo's broadcasts in place take a third of the time of its all-gather. With one rank
-    nothing is sent, where DeepSpeed gathers all the same."""
+    """What each rank updated goes to all: gloo's broadcasts in place take a third of the time of
+    its all-gather. With one rank nothing is sent, where DeepSpeed gathers all the same.
+    """
     handles: list[Any] = [
         dist.broadcast(part, group=group, group_src=owner, async_op=True)
         for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True)
@@ -75,9 +79,11 @@ def _broadcast_partitions(
 
 
 def all_gather_full_params(optimizer: Any, slot: str | None) -> dict[nn.Parameter, Tensor]:
-    """What ZeRO 1 and 2 spread over the ranks, whole on each: the fp32 weights, or one ``slot`` of the update rule.
+    """What ZeRO 1 and 2 spread over the ranks, whole on each: the fp32 weights, or one ``slot`` of
+    the update rule.
 
-    A flat tensor is sent by each rank, where DeepSpeed's own call adds up one of mostly zeros for each weight.
+    A flat tensor is sent by each rank, where DeepSpeed's own call adds up one of mostly zeros for
+    each weight.
     """
     wholes: dict[nn.Parameter, Tensor] = {}
     masters, groups = optimizer.single_partition_of_fp32_groups, optimizer.real_dp_process_group

@@ -232,7 +232,9 @@ def _end_killed(run: MlflowRun) -> None:
 
 
 def spool_files(path: Path) -> list[Path]:
-    """The spool ``path`` and the file of its rejected entries, those that exist. Raises UserError if neither does."""
+    """The spool ``path`` and the file of its rejected entries, those that exist. Raises UserError
+    if neither does.
+    """
     paths = [p for p in dict.fromkeys((path, rejected_path(path))) if p.is_file()]
     if not paths:
         missing = "there is no such file; a run whose entries MLflow has all accepted leaves none"
