@@ -44,7 +44,7 @@ test-cluster: setup ## Every test on a real Kubernetes: yours (KUBECONFIG), else
 	pytest --durations 15 -o timeout_func_only=true tests/cluster
 
 test-gpu: setup ## The engine on this machine's GPUs, against plain loops
-	CONVOY_GPU=1 pytest -v --durations 5 tests/distributed/test_gpu.py
+	CONVOY_GPU=1 pytest -v --durations 5 tests/equivalence/test_gpu.py
 
 cluster-up: setup ## Make a Kubernetes on this machine (root, Debian, Go); see docs/cluster.md
 	@python tools/cluster/cluster.py up
@@ -53,7 +53,7 @@ cluster-down: setup ## Take that Kubernetes down again
 	@python tools/cluster/cluster.py down
 
 matrix: setup ## Every way to spread a training, against a plain loop; writes docs/matrix.md
-	CONVOY_MATRIX=$(CURDIR)/runs/matrix pytest --timeout 3600 tests/distributed/test_parallel.py tests/distributed/test_resume.py
+	CONVOY_MATRIX=$(CURDIR)/runs/matrix pytest --timeout 3600 tests/equivalence/test_reference_grid.py tests/equivalence/test_resume_grid.py
 	python tools/matrix.py runs/matrix docs/matrix.md
 
 bench: export CUDA_VISIBLE_DEVICES :=

@@ -37,10 +37,10 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests/cluster")]
-from helpers import run_convoy, until  # noqa: E402
 from kubectl import Kubectl, own_namespace  # noqa: E402
-from line import history, served, succeeded  # noqa: E402
-from played import GPUS, pool  # noqa: E402
+from overlay import history, served, succeeded  # noqa: E402
+from simulated_nodes import GPUS, pool  # noqa: E402
+from support.helpers import run_convoy, until  # noqa: E402
 
 
 @dataclass(frozen=True)

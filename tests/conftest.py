@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from helpers import Run, run_convoy
 from hypothesis import settings
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
+from support.helpers import Run, run_convoy
 
 from pipelines.local import servers
 

@@ -14,7 +14,7 @@ ACCUMULATIONS, STAGES, PRECISIONS = (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16", "f
 HEAD = """# Every parallel configuration, tested against a single-process reference loop
 
 Written by `make matrix` on {date}: {count:,} trainings of 20 steps, {seconds:,.0f} s on 2 cores; {passed:,} passed. The
-reference (`tests/distributed/reference.py`) is plain torch: one process, fp32, `clip_grad_norm_`, AdamW, `AveragedModel` and
+reference (`tests/equivalence/reference_loop.py`) is plain torch: one process, fp32, `clip_grad_norm_`, AdamW, `AveragedModel` and
 `cross_entropy` of torch, LARS and LAMB written out, over the same global batches in the same micro-batches. What is refused is
 refused by `check_engine`, in a line that says why.
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import copy_manifests
 from kubectl import Kubectl, Refused, fake_node, own_namespace, until_namespaces_are_gone
+from support.helpers import copy_manifests
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools/cluster"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from helpers import until
+from support.helpers import until
 
 _PREFIX = "convoy-test-"  # of the tests' namespaces
 RESTRICTED = {

@@ -7,8 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import copy_manifests
 from kubectl import Kubectl, Refused
+from support.helpers import copy_manifests
 
 OVERLAYS = ("local", "gpu-8", "gpu-64", "gpu-512")
 

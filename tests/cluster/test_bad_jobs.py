@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import Run, until
 from kubectl import Kubectl
+from support.helpers import Run, until
 
 STORE = Path(__file__).resolve().parents[2] / "k8s/base/services/object-store.yaml"
 IMAGE = os.environ.get("CONVOY_IMAGE", "localhost/convoy:dev")

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
-from helpers import run_convoy, until
 from kubectl import Kubectl, Refused
-from line import conditions, history, served, succeeded
+from overlay import conditions, history, served, succeeded
+from support.helpers import run_convoy, until
 
 STEPS, EVERY, STRIKE = 400, 40, 120  # of a run; between checkpoints; at which it is disturbed
 SETTINGS = [

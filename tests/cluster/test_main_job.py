@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import until
 from kubectl import Kubectl
-from line import applied, asked, forwarded, succeeded
+from overlay import applied, asked, forwarded, succeeded
+from support.helpers import until
 
 JOBS = ("fashion-data-parallel", "fashion-pipeline")
 MINUTES = 15  # for images, services, packing and two trainings, on two cores

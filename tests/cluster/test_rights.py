@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import Run, until
 from kubectl import Kubectl
+from support.helpers import Run, until
 
 from trainer.config.load import RECIPES
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import Run, until
 from kubectl import Kubectl, own_namespace
-from played import Pool, active, gang_policy, phases, pool
+from simulated_nodes import Pool, active, gang_policy, phases, pool
+from support.helpers import Run, until
 
 NODES = 64
 HELD = "convoy/held"

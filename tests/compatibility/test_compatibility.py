@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Run
 from make_fixture import FIXTURE, MIDDLE, SETTINGS, write_images
 from safetensors.torch import load_file
+from support.helpers import Run
 
 from trainer.data.index import open_index
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from gotools import go_program
-from helpers import copy_manifests
 from restricted import Documents
+from support.go_tools import go_program
+from support.helpers import copy_manifests
 
 
 @pytest.fixture(scope="session")

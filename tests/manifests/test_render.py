@@ -9,10 +9,10 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from helpers import Run
 from kubeflow.training import ApiClient
 from kubeflow.training.utils.utils import FakeResponse
 from restricted import ROOT, faults, templates
+from support.helpers import Run
 
 from pipelines.cli.main import app
 from pipelines.cluster.pytorchjob import JobOptions, render, to_yaml

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import Run as Command
 from mlflow.tracking import MlflowClient
+from support.helpers import Run as Command
 
 from pipelines.studies.framework.catalog import NAMES, load
 

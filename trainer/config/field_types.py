@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 # Every number has both bounds, so that no derived one overflows: int64 in the data's order, fp32 on
-# the device, seconds in the operating system (tests/unit/test_config.py walks over all of them).
+# the device, seconds in the operating system (tests/unit/config/test_schema.py walks over all of them).
 _LARGEST = 1e30
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import run_convoy
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.helpers import run_convoy
 from timm.data.imagenet_info import ImageNetInfo
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
-from mlflow_proxy import MlflowProxy
-from spools import write_run
+from support.mlflow_proxy import MlflowProxy
+from support.spools import write_run
 
 from pipelines.local import servers
 from trainer.tracking import tracker

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow.entities import Metric, Run, ViewType
 from mlflow.tracking import MlflowClient
-from mlflow_proxy import JSON, LOST, Answer, MlflowProxy, Request
-from spools import LOSSES, describe_run, write_run
+from support.mlflow_proxy import JSON, LOST, Answer, MlflowProxy, Request
+from support.spools import LOSSES, describe_run, write_run
 
 from trainer.errors import UserError
 from trainer.tracking.spool.spool import SpoolWriter, now_ms

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow_proxy import JSON, MlflowProxy
+from support.mlflow_proxy import JSON, MlflowProxy
 
 from trainer.errors import UserError
 from trainer.tracking.server import check_server, validate_tracking_uri

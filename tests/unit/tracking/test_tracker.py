@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
-from mlflow_proxy import JSON, LOST, Answer, MlflowProxy, Request
-from spools import LOSSES, describe_run, write_run
+from support.mlflow_proxy import JSON, LOST, Answer, MlflowProxy, Request
+from support.spools import LOSSES, describe_run, write_run
 
 from trainer.tracking.spool.spool_uploader import sync_spool
 from trainer.tracking.tracker import MlflowTracker

@@ -1,0 +1,309 @@
+"""One set of processes, many ways to train the same network: ``torchrun grid_runner.py FILE``.
+
+FILE holds a list of cells, digits.npz beside it their images. Each cell is trained for some steps
+by the project's engine and, by rank 0, by the plain loop of ``reference_loop.py``. Rank 0 writes how
+they compare to FILE.out.
+
+A cell's options are those of ``options.py``. It may ``save`` a checkpoint below a folder after half
+of the steps, or resume from one that it ``load``s.
+"""
+
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import reference_loop
+import torch
+from grid_options import OPTIONS, option_of, recipe_keys
+from torch.distributed import distributed_c10d
+from update_error import distance
+
+from trainer.config.schema import RunConfig
+from trainer.data.batch import Batch
+from trainer.data.sampler import micro_batch_slots, mix_generator
+from trainer.data.transforms.mixup import Mix, draw_mix
+from trainer.distributed import process_group
+from trainer.distributed.collectives import all_reduce_mean
+from trainer.distributed.env import DistEnv
+from trainer.engine.data_parallel import DataParallel
+from trainer.engine.deepspeed import config as deepspeed_config
+from trainer.engine.engine import Engine
+from trainer.engine.partition import assign_layers, layer_costs
+from trainer.engine.pipeline_parallel import PipelineParallel
+from trainer.models import build_model
+from trainer.training.batch_plan import BatchPlan, plan_batches
+from trainer.training.checkpoint import Checkpoint, resume_or_start
+
+GLOBAL, STEPS, SIZE = 16, 20, 16
+deepspeed_config.BUCKET_NUMEL = (
+    2**12
+)  # so that even these networks fill several, and have layers that exceed one
+deepspeed_config.PARAM_PERSISTENCE_THRESHOLD = 100
+NETWORKS = {
+    "no batch norm": ("resnet8", {"width": 8, "batch_norm": False}),
+    "batch norm": ("resnet8", {"width": 8}),
+    "auxiliary heads": ("googlenet2014", {"width": 8, "stem": "small"}),
+}
+
+
+RATES = {"no batch norm": 0.0003, "batch norm": 0.0001, "auxiliary heads": 0.0003}
+"""Learning rates at which 20 steps do not make more of a rounding than they may: batch norm over
+one image does at more.
+"""
+
+
+def images_and_labels() -> tuple[np.ndarray, np.ndarray]:
+    """Real digits, uint8 [steps, batch, 16, 16, 3], and their labels; the last batch holds only 11
+    samples, the rest padding.
+    """
+    digits = np.load(Path(sys.argv[1]).with_name("digits.npz"))
+    pixels = (
+        (digits["images"][: GLOBAL * STEPS] * (255 / 16))
+        .astype(np.uint8)
+        .repeat(2, axis=1)
+        .repeat(2, axis=2)
+    )
+    pixels = np.stack([pixels] * 3, axis=-1).reshape(STEPS, GLOBAL, SIZE, SIZE, 3)
+    return pixels, digits["target"][: GLOBAL * STEPS].reshape(STEPS, GLOBAL).astype(np.int64)
+
+
+def weights_of(step: int, short: bool) -> np.ndarray:
+    """1 for each sample, 0 for padding. ``short``: not only the last batch, but each fifth is, one
+    of them to a single sample.
+    """
+    samples = {9: 1, 4: 7, 14: 13, STEPS - 1: 11} if short else {STEPS - 1: 11}
+    return (np.arange(GLOBAL) < samples.get(step, GLOBAL)).astype(np.float32)
+
+
+def config_of(cell: dict) -> RunConfig:
+    name, options = NETWORKS[cell["network"]]
+    values: dict = {
+        "model": {"name": name, **options},
+        "data": {"train": "none", "image_size": SIZE},
+        "batch": {"global_size": GLOBAL, "micro_size": cell["micro"]},
+        "optimizer": {
+            "base_lr": RATES[cell["network"]],
+            "base_batch": GLOBAL,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+        },
+        "precision": cell["precision"],
+        "parallel": {
+            "pipeline_stages": cell["stages"],
+            "zero_stage": cell["zero"],
+            "split": cell.get("split"),
+        },
+        "train": {"max_steps": STEPS},
+    }
+    for key, value in recipe_keys(cell).items():
+        *section, name = key.split(".")
+        (values.setdefault(section[0], {}) if section else values)[name] = value
+    return RunConfig.model_validate(values)
+
+
+def mix_of(config: RunConfig, step: int, micro_batch: int) -> Mix | None:
+    return draw_mix(
+        mix_generator(0, 0, step, micro_batch), config.augment.mixup, config.augment.cutmix, SIZE
+    )
+
+
+def network_of(config: RunConfig) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    options = config.model.model_dump(exclude={"name", "num_classes", "init"}, exclude_none=True)
+    return build_model(config.model.name, 10, SIZE, **options)
+
+
+def with_engine(
+    cell: dict, config: RunConfig, batch: BatchPlan, device: torch.device, rank: int
+) -> dict:
+    """Losses by step, the final state, that of the moving averages, and the steps that fp16
+    skipped.
+    """
+    pixels, labels = images_and_labels()
+    model = network_of(config)
+    folder = cell.get("save") or cell.get("load")
+    found = None
+    if folder:
+        checkpoints, found, _ = resume_or_start(folder, 1, "load" in cell, {}, device)
+        assert ("load" in cell) == (found is not None)
+    if found:
+        torch.nn.init.zeros_(next(model.parameters()))
+        model.load_state_dict(found.state.model)
+    stages = config.parallel.pipeline_stages
+    engine: Engine
+    if stages > 1:
+        engine = PipelineParallel(
+            model,
+            config,
+            batch,
+            device,
+            assign_layers(layer_costs(model, SIZE), stages, config.parallel.split),
+        )
+    else:
+        engine = DataParallel(model, config, batch, device)
+    if found:
+        engine.restore(found.state)
+    copy_of_model = rank % batch.ranks
+    slots = micro_batch_slots(GLOBAL, batch.ranks, copy_of_model, batch.accumulation_steps)
+    losses, norms = {}, {}
+    skipped: list[int] = found.result["skipped"] if found else []
+    for step in range(found.state.step if found else 0, STEPS):
+        weights = weights_of(step, option_of(cell, "short"))
+
+        def batches(step: int = step, weights: np.ndarray = weights) -> Iterator[Batch]:
+            for number, chosen in enumerate(slots):
+                keys = [str(i) for i in chosen]
+                mix = mix_of(config, step, number * batch.ranks + copy_of_model)
+                yield Batch(
+                    pixels[step, chosen],
+                    labels[step, chosen],
+                    weights[chosen],
+                    float(weights.sum()),
+                    keys,
+                    mix,
+                )
+
+        outcome = engine.step(batches(), config.optimizer.base_lr)
+        losses[step] = all_reduce_mean(outcome.loss.float()).item()
+        skipped += [step] if outcome.skipped else []
+        norms[step] = engine.grad_norm()
+        if cell.get("save") and step + 1 == STEPS // 2:
+            state = engine.training_state()
+            if checkpoints:
+                checkpoints.save(Checkpoint(state, {}, {"skipped": skipped}, None))
+                checkpoints.wait()
+    return {
+        "losses": losses,
+        "state": engine.full_state_dict(),
+        "averages": engine.ema_state_dict(),
+        "skipped": skipped,
+        "norms": norms,
+    }
+
+
+def with_plain_torch(
+    cell: dict,
+    config: RunConfig,
+    micro_batches: int,
+    together: int,
+    skipped: list[int],
+    device: torch.device,
+) -> dict:
+    pixels, labels = images_and_labels()
+    mean, std = (
+        torch.tensor(config.data.mean).view(3, 1, 1),
+        torch.tensor(config.data.std).view(3, 1, 1),
+    )
+
+    def data(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        images = (torch.from_numpy(pixels[step]).permute(0, 3, 1, 2) / 255 - mean) / std
+        weights = torch.from_numpy(weights_of(step, option_of(cell, "short")))
+        return images.to(device), torch.from_numpy(labels[step]).to(device), weights.to(device)
+
+    model = network_of(config).to(device)
+    return reference_loop.train(
+        model,
+        config,
+        data,
+        lambda *at: mix_of(config, *at),
+        STEPS,
+        micro_batches,
+        together,
+        skipped,
+    )
+
+
+def digest(state: dict) -> str:
+    """Of every bit of the parameters."""
+    content = b"".join(
+        value.cpu().contiguous().numpy().tobytes() for name, value in sorted(state.items())
+    )
+    return hashlib.sha256(content).hexdigest()
+
+
+def norms_apart(got: dict[int, float | None], want: dict[int, float | None], steps: range) -> float:
+    """The largest relative difference of a step's gradient norm; infinite if one is reported and
+    the other is not.
+    """
+    pairs = [(norm, want[step]) for step, norm in got.items() if step in steps]
+    if any((a is None) != (b is None) for a, b in pairs):
+        return math.inf
+    return max((abs(a - b) / b for a, b in pairs if a is not None and b is not None), default=0.0)
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(1)
+    cells = sorted(
+        json.loads(path.read_text()), key=lambda cell: cell["stages"]
+    )  # a pipeline leaves its grid in DeepSpeed
+    ranks = DistEnv.from_env()
+    device = process_group.init_distributed(ranks, fp16=True)
+    # TF32, and convolutions by transforms, round more than these tests allow
+    (
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+    ) = False, False, True
+    references: dict[tuple, dict] = {}
+    results = []
+    standing: set = set()
+    for cell in cells:
+        config = config_of(cell)
+        deepspeed_config.LOSS_SCALE_WINDOW = cell.get("window", 1000)
+        batch = plan_batches(GLOBAL, cell["micro"], ranks.world_size // cell["stages"], 10_000)
+        started = time.monotonic()
+        got = with_engine(cell, config, batch, device, ranks.rank)
+        standing = standing or set(
+            distributed_c10d._world.pg_map
+        )  # DeepSpeed keeps the first ones for good
+        for group in (
+            set(distributed_c10d._world.pg_map) - standing
+        ):  # a pipeline makes its own, each with a thread that polls
+            torch.distributed.destroy_process_group(group)
+        if ranks.is_rank_zero:
+            micro_batches = GLOBAL // cell["micro"]
+            together = batch.ranks if config.train.sync_batch_norm else 1
+            skipped = got["skipped"]
+            key = (
+                cell["network"],
+                micro_batches,
+                together,
+                *skipped,
+                *(option_of(cell, option) for option in OPTIONS),
+            )
+            if key not in references:
+                references[key] = with_plain_torch(
+                    cell, config, micro_batches, together, skipped, device
+                )
+            want = references[key]
+            apart = {
+                step: abs(loss - want["losses"][step]) / want["losses"][step]
+                for step, loss in got["losses"].items()
+            }
+            figures = {
+                "first5": max((value for step, value in apart.items() if step < 5), default=0.0),
+                "all20": max(apart.values()),
+                "weights": distance(got["state"], want["state"]),
+                "way": distance(got["state"], want["state"], network_of(config).state_dict()),
+                "running": distance(got["state"], want["state"], running=True),
+                "averages": distance(got["averages"], want["averages"]) if got["averages"] else 0.0,
+                "skipped": len(skipped),
+                "norms5": norms_apart(got["norms"], want["norms"], range(5)),
+                "norms20": norms_apart(got["norms"], want["norms"], range(STEPS)),
+                "seconds": time.monotonic() - started,
+                "digest": digest(got["state"]),
+                "losses": list(got["losses"].values()),
+            }
+            results.append(cell | figures)
+    if ranks.is_rank_zero:
+        path.with_suffix(".out").write_text(json.dumps(results))
+    process_group.cleanup()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

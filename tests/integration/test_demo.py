@@ -1,0 +1,46 @@
+"""The demo, on the smaller data."""
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+from support.helpers import Run
+
+from pipelines.local import demo
+
+
+def test_the_whole_line_in_one_command(convoy_ok: Run, tmp_path: Path) -> None:
+    before = {p.pid for p in psutil.process_iter()}
+    shown = convoy_ok("demo", "--digits", "--dir", tmp_path / "demo")
+    summary = json.loads((tmp_path / "demo/summary.json").read_text())
+    assert set(summary) >= {
+        "model", "version", "alias", "top1", "top5", "registry_top1", "steps", "ranks", "shards", "samples", "images_per_second",
+        "data_wait_fraction", "wall_seconds", "mlflow_run_id",
+    }  # fmt: skip
+    assert (summary["samples"], summary["ranks"], summary["alias"]) == (1797, 2, "champion")
+    assert summary["registry_top1"] == summary["top1"] > 0.9
+    assert summary["shards"] >= 12
+    for name in ("curves.png", "predictions.png"):
+        assert min(Image.open(tmp_path / "demo" / name).size) > 300
+    assert "scikit-learn's digits" in shown
+    ours = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if p.pid not in before and str(tmp_path) in " ".join(p.info["cmdline"] or [])
+    ]
+    assert not ours, "no process is left behind"
+
+
+def test_without_debians_package_the_digits_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVOY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    data = demo._find_data(tmp_path)
+    if demo._INSTALLED.is_dir():
+        assert data.title == "Fashion-MNIST"
+    else:
+        assert data.title == "scikit-learn's digits (Fashion-MNIST could not be had)"
+        assert len(list(data.source.rglob("*.png"))) == 1797

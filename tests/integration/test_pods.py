@@ -1,0 +1,230 @@
+"""The launcher as a pod of a job runs it: several of them on this machine, with the
+training-operator's variables.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from support.helpers import ranks_of, until
+
+from pipelines.local.servers import _free_ports
+from trainer.distributed.pod_startup import STARTS
+
+RECIPE = "digits-resnet8"
+
+
+def _settings(digits: Path, out: Path, *more: str) -> list[str]:
+    given = [
+        f"data.train={digits}/train",
+        f"data.val={digits}/val",
+        "model.width=4",
+        "train.log_every_steps=1",
+    ]
+    return [*given, f"train.output_dir={out}", f"checkpoint.url={out}/checkpoints", *more]
+
+
+@contextmanager
+def _pods(
+    settings: list[str], folder: Path, nodes: int = 2, more: Mapping[str, str] | None = None
+) -> Iterator[list[subprocess.Popen]]:
+    """``nodes`` launchers of one rank. The first is known by its host's name, as the pod that the
+    operator calls worker-0.
+    """
+    (port,) = _free_ports(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        pods = []
+        for number in range(nodes):
+            environment = {
+                "PATH": os.environ["PATH"],
+                "CONVOY_CPUS": "1",
+                "PET_RDZV_ENDPOINT": f"{socket.gethostname() if number == 0 else 'localhost'}:{port}",
+                "PET_NNODES": f"{nodes}:{nodes}",
+                "PET_NPROC_PER_NODE": "1",
+                "CONVOY_TERMINATION_LOG": str(folder / f"message-{number}"),
+                **(more or {}),
+            }
+            command = [sys.executable, "-m", "trainer.launch", RECIPE, *settings]
+            log = stack.enter_context((folder / f"log-{number}").open("w"))
+            pod = stack.enter_context(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
+            pods.append(pod)
+        try:
+            yield pods
+        finally:
+            for pod in pods:
+                if pod.poll() is None:
+                    pod.kill()
+
+
+def _log(folder: Path, number: int = 0) -> str:
+    return (folder / f"log-{number}").read_text()
+
+
+def _codes(pods: list[subprocess.Popen]) -> list[int]:
+    return [pod.wait(timeout=240) for pod in pods]
+
+
+def test_two_pods_train_and_a_lost_rank_ends_both_with_144_so_that_they_go_on(
+    digits: Path, tmp_path: Path
+) -> None:
+    settings = _settings(digits, tmp_path / "out", "train.epochs=40", "checkpoint.every_steps=5")
+    with _pods(settings, tmp_path / "first") as pods:
+        until(lambda: (tmp_path / "out/checkpoints/step-000000020/checkpoint.json").exists())
+        (rank,) = ranks_of(pods[1], 1)
+        assert rank.environ()["OMP_NUM_THREADS"] == "1", (
+            "a thread for each processor that its pod asked for"
+        )
+        rank.kill()
+        assert _codes(pods) == [144, 144], _log(tmp_path / "first")
+    assert json.loads((tmp_path / "out/checkpoints" / STARTS).read_text()) == {
+        "newest": "",
+        "starts": 1,
+    }
+    with _pods([*settings, "train.max_steps=60"], tmp_path / "second") as pods:
+        assert _codes(pods) == [0, 0], _log(tmp_path / "second")
+    assert "goes on from" in _log(tmp_path / "second")
+    assert "step 60/60" in _log(tmp_path / "second")
+    assert (
+        json.loads((tmp_path / "out/checkpoints" / STARTS).read_text())["newest"] > "step-000000000"
+    )
+
+
+def test_sigterm_of_one_pod_leaves_a_checkpoint_and_143_in_both(
+    digits: Path, tmp_path: Path
+) -> None:
+    with _pods(
+        _settings(digits, tmp_path / "out", "train.epochs=1000", "checkpoint.keep=1"), tmp_path
+    ) as pods:
+        until(lambda: "\nstep " in _log(tmp_path))
+        pods[1].send_signal(signal.SIGTERM)
+        assert _codes(pods) == [143, 143], _log(tmp_path)
+    assert "told to stop: checkpoint of step" in _log(tmp_path)
+
+
+def test_a_rank_that_ends_early_with_exit_code_0_is_a_lost_peer(
+    digits: Path, tmp_path: Path
+) -> None:
+    """As a library that calls exit() would end it."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: os._exit(0)\n")
+    settings = _settings(digits, tmp_path / "out")
+    with _pods(settings, tmp_path, nodes=1, more={"PYTHONPATH": str(tmp_path)}) as pods:
+        assert _codes(pods) == [144], _log(tmp_path)
+    assert "before its work was done" in _log(tmp_path)
+
+
+def test_the_first_pod_ends_first(digits: Path, tmp_path: Path) -> None:
+    """The operator deletes what still runs when one pod is done, and its log with it."""
+    with _pods(_settings(digits, tmp_path / "out", "train.max_steps=1"), tmp_path) as (
+        first,
+        second,
+    ):
+        assert first.wait(timeout=240) == 0, _log(tmp_path)
+        assert second.poll() is None
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(timeout=30) == 0, _log(tmp_path, 1)
+
+
+def test_a_mistake_ends_every_pod_with_2_and_stands_in_the_termination_message(
+    digits: Path, tmp_path: Path
+) -> None:
+    with _pods(_settings(digits, tmp_path / "out", "optimizer.momentun=0.9"), tmp_path) as pods:
+        assert _codes(pods) == [2, 2]
+    for number in range(2):
+        told = "digits-resnet8.yaml: optimizer.momentun: unknown key; did you mean optimizer.momentum?\n"
+        assert (tmp_path / f"message-{number}").read_text() == told
+
+
+def test_starts_that_come_no_further_are_bounded_and_then_forgotten(
+    digits: Path, tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "out/checkpoints"
+    checkpoints.mkdir(parents=True)
+    settings = _settings(digits, tmp_path / "out", "train.max_steps=1", "checkpoint.max_starts=3")
+    (checkpoints / STARTS).write_text('{"newest": "", "starts": 3}')
+    with _pods(settings, tmp_path, nodes=1) as pods:
+        assert _codes(pods) == [2]
+    told = "checkpoint.max_starts: the job was started 3 times since its beginning and made no newer checkpoint"
+    assert (tmp_path / "message-0").read_text().startswith(told)
+    assert not (checkpoints / STARTS).exists()
+
+
+def test_a_pod_waits_for_data_that_is_still_being_packed(digits: Path, tmp_path: Path) -> None:
+    place = tmp_path / "data"
+    (place / "val").mkdir(
+        parents=True
+    )  # train is missing altogether, as on a volume that a pod packs to
+    settings = _settings(place, tmp_path / "out", "train.max_steps=1", "data.wait_minutes=5")
+    with _pods(settings, tmp_path / "pod", nodes=1) as pods:
+        until(lambda: "waiting: " in _log(tmp_path / "pod"))
+        for split in ("train", "val"):
+            (place / split).mkdir(exist_ok=True)
+            for file in sorted(
+                (digits / split).iterdir(), key=lambda file: file.name == "index.json"
+            ):
+                part = place / split / "part"
+                part.write_bytes(file.read_bytes())
+                part.rename(place / split / file.name)
+        assert _codes(pods) == [0], _log(tmp_path / "pod")
+
+
+def test_a_rank_that_hangs_writes_its_stacks_and_ends_with_144(
+    digits: Path, tmp_path: Path
+) -> None:
+    """The other one is stopped, so that this one waits for it for ever."""
+    settings = _settings(
+        digits,
+        tmp_path / "out",
+        "train.epochs=1000",
+        "checkpoint.keep=1",
+        "train.hang_minutes=0.05",
+    )
+    with _pods(settings, tmp_path) as pods:
+        until(lambda: "\nstep " in _log(tmp_path))
+        (rank,) = ranks_of(pods[1], 1)
+        rank.suspend()
+        try:
+            assert pods[0].wait(timeout=240) == 144, _log(tmp_path)
+        finally:
+            if rank.is_running():
+                rank.resume()
+        assert pods[1].wait(timeout=240) == 144, _log(tmp_path, 1)
+    text = _log(tmp_path)
+    assert "no step for 0.1 minutes (train.hang_minutes); its threads are above" in text
+    assert "trainer.py" in text
+    assert "in any_rank_received" in text or "in step" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PET_RDZV_ENDPOINT", "worker-0"), ("PET_NPROC_PER_NODE", "auto")],
+    ids=lambda value: value,
+)
+def test_variables_that_no_job_of_ours_has(digits: Path, name: str, value: str) -> None:
+    environment = {"PATH": os.environ["PATH"], "PET_RDZV_ENDPOINT": "worker-0:1", name: value}
+    command = [sys.executable, "-m", "trainer.launch", RECIPE, f"data.train={digits}/train"]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert name in done.stderr
+
+
+def test_a_pod_that_waits_for_the_first_one_ends_when_it_is_told_to(
+    digits: Path, tmp_path: Path
+) -> None:
+    with _pods(_settings(digits, tmp_path / "out"), tmp_path) as (first, second):
+        psutil.Process(first.pid).kill()
+        until(lambda: "waiting: rendezvous at localhost" in _log(tmp_path, 1))
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(timeout=120) == 143

@@ -1,0 +1,290 @@
+"""A real S3 server and the faults between it and its clients: an HTTP proxy of our own, and
+toxiproxy for what is below HTTP.
+"""
+
+import http.client
+import json
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from pipelines.local import servers
+from support.go_tools import go_program
+
+TOXIPROXY = "github.com/Shopify/toxiproxy/v2/cmd/server"
+TOXIPROXY_VERSION = "v2.12.0"
+_SENT_AT_ONCE = 16 * 1024
+
+
+class S3Server:
+    """SeaweedFS on one port and one folder of data, to be killed, started again, and given other
+    credentials.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "s3").mkdir(parents=True)
+        self.port, *self._others = servers._free_ports(1 + 7)
+        self._process: servers.Process | None = None
+        self.start()
+
+    @property
+    def credentials(self) -> tuple[str, str]:
+        return servers._credentials(self.folder)
+
+    def start(self) -> None:
+        """Returns when a signed request is answered."""
+        self._process = servers._start_s3(self.folder, self.port, self._others)
+        services = servers.Services(
+            self.folder,
+            f"http://127.0.0.1:{self.port}",
+            "",
+            *self.credentials,
+            {"s3": self._process},
+        )
+        servers._wait(services, "s3", lambda: servers._make_bucket(services))
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        assert self._process is not None
+        if process := self._process.handle():
+            process.send_signal(signal.SIGKILL)
+            psutil.wait_procs([process], 10)
+
+    def rotate(self) -> None:
+        """New credentials; the old ones are refused from now on. The server is started again to
+        read them.
+        """
+        self.kill()
+        (self.folder / "s3.json").unlink()
+        self.start()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to one answer. ``after``: bytes of its body that pass before."""
+
+    kind: Literal["status", "truncated", "reset", "stalled", "shifted", "whole"]
+    after: int = 0
+    status: int = 503
+    code: str = "SlowDown"
+
+
+class HttpProxy:
+    """Forwards signed requests as they are, and spoils the answers that ``plan`` says. Counts the
+    bytes of bodies by GETs.
+
+    ``plan`` is asked once a GET or HEAD; None lets it pass.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.upstream = port
+        self.plan: Callable[[], Fault | None] = lambda: None
+        self.bytes = 0
+        self.gets = 0
+        self.faults = 0
+        self._lock = threading.Lock()
+        self.released = threading.Event()
+        proxy = self
+
+        class Handler(_Handler):
+            owner = proxy
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
+        self._thread.start()
+
+    def reset(self, plan: Callable[[], Fault | None] = lambda: None) -> None:
+        """Count from zero, by another plan."""
+        with self._lock:
+            self.plan, self.bytes, self.gets, self.faults = plan, 0, 0, 0
+
+    def next_fault(self) -> Fault | None:
+        with self._lock:
+            fault = self.plan()
+            self.gets += 1
+            self.faults += fault is not None
+            return fault
+
+    def count(self, length: int) -> None:
+        with self._lock:
+            self.bytes += length
+
+    def close(self) -> None:
+        self.released.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    owner: HttpProxy
+
+    def setup(self) -> None:
+        # what is counted as sent must not lie in a buffer of the kernel's that grows with the
+        # machine's load
+        super().setup()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SENT_AT_ONCE)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.owner.next_fault() if self.command in ("GET", "HEAD") else None
+        if fault is not None and fault.kind == "status":
+            self._refuse(fault)
+            return
+        connection = http.client.HTTPConnection("127.0.0.1", self.owner.upstream, timeout=30)
+        try:
+            connection.putrequest(
+                self.command, self.path, skip_host=True, skip_accept_encoding=True
+            )
+            for name, value in self.headers.items():
+                connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            with suppress(ConnectionError):
+                self._pass_on(answer, fault)
+        except (OSError, http.client.HTTPException):
+            self._cut()  # the server is gone, so is the connection
+        finally:
+            connection.close()
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+
+    def _refuse(self, fault: Fault) -> None:
+        text = f"<Error><Code>{fault.code}</Code><Message>planned by the test</Message></Error>".encode()
+        self.send_response(fault.status)
+        if fault.status in (429, 503):
+            self.send_header("Retry-After", "1")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(text)
+
+    def _pass_on(self, answer: http.client.HTTPResponse, fault: Fault | None) -> None:
+        status = answer.status
+        headers = [
+            (n, v)
+            for n, v in answer.getheaders()
+            if n.lower() not in ("connection", "keep-alive", "date", "server")
+        ]
+        if fault is not None and fault.kind == "shifted":
+            headers = [(n, _shifted(v) if n.lower() == "content-range" else v) for n, v in headers]
+        if fault is not None and fault.kind == "whole":
+            status, headers = 200, [(n, v) for n, v in headers if n.lower() != "content-range"]
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if answer.length is None and self.command != "HEAD":  # chunked: it ends with the connection
+            self.send_header("Connection", "close")
+        self.end_headers()
+        spoils = fault is not None and fault.kind in ("truncated", "reset", "stalled")
+        left = fault.after if fault is not None and spoils else None
+        while part := answer.read(_SENT_AT_ONCE if left is None else min(_SENT_AT_ONCE, left)):
+            self.owner.count(len(part) if self.command == "GET" else 0)
+            self.wfile.write(part)
+            left = None if left is None else left - len(part)
+        if fault is not None and spoils:
+            if fault.kind == "stalled":
+                self.owner.released.wait(20)
+            self._cut(reset=fault.kind == "reset")
+
+    def _cut(self, reset: bool = False) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            if reset:
+                self.connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
+                self.connection.close()
+            else:
+                self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def _shifted(content_range: str) -> str:
+    """``bytes 10-19/99`` as ``bytes 11-20/99``."""
+    span, total = content_range.removeprefix("bytes ").split("/")
+    first, last = map(int, span.split("-"))
+    return f"bytes {first + 1}-{last + 1}/{total}"
+
+
+class Toxiproxy:
+    """A proxy below HTTP, with Shopify's toxics between ``port`` and ``upstream``."""
+
+    def __init__(self, program: Path, upstream: int) -> None:
+        self._api, self.port = servers._free_ports(2)
+        self._process = subprocess.Popen(
+            [program, "-host", "127.0.0.1", "-port", str(self._api)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._wait()
+        self._ask(
+            "POST",
+            "/proxies",
+            {"name": "s3", "listen": f"127.0.0.1:{self.port}", "upstream": f"127.0.0.1:{upstream}"},
+        )
+
+    @contextmanager
+    def toxic(self, kind: str, **attributes: int) -> Iterator[None]:
+        """One toxic on what comes from the server, for a while."""
+        toxic = {"name": "it", "type": kind, "stream": "downstream", "attributes": attributes}
+        self._ask("POST", "/proxies/s3/toxics", toxic)
+        try:
+            yield
+        finally:
+            self.cure()
+
+    def cure(self) -> None:
+        """Take every toxic away, and open it again."""
+        self._ask("POST", "/reset")
+
+    def switch(self, on: bool) -> None:
+        """Off: connections are refused, and those that stand are cut."""
+        self._ask("POST", "/proxies/s3", {"enabled": on})
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
+
+    def _wait(self) -> None:
+        give_up = time.monotonic() + 30
+        while True:
+            try:
+                self._ask("GET", "/version")
+            except (urllib.error.URLError, OSError):
+                assert self._process.poll() is None, "toxiproxy ended at its start"
+                assert time.monotonic() < give_up, "toxiproxy did not start"
+                time.sleep(0.05)
+            else:
+                return
+
+    def _ask(self, method: str, path: str, content: dict[str, Any] | None = None) -> None:
+        body = json.dumps(content).encode() if content is not None else None
+        request = urllib.request.Request(f"http://127.0.0.1:{self._api}{path}", body, method=method)
+        urllib.request.urlopen(request, timeout=10).close()
+
+
+def toxiproxy_program() -> Path | str:
+    """The program; a sentence where it cannot be built."""
+    return go_program(TOXIPROXY, TOXIPROXY_VERSION, "toxiproxy")

@@ -1,0 +1,98 @@
+"""The real command, as several tests run it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+Run = Callable[..., subprocess.CompletedProcess]
+
+_FROM_OUTSIDE = ("AWS_", "MLFLOW_", "CONVOY_")
+
+
+def run_convoy(
+    *arguments: object, env: dict[str, str] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess:
+    """The ``convoy`` command as a user runs it; ``env``: variables beside those of a plain shell."""
+    plain = {
+        name: value for name, value in os.environ.items() if not name.startswith(_FROM_OUTSIDE)
+    }
+    environment = plain | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"} | (env or {})
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@contextmanager
+def started(
+    recipe: str, settings: list[str], environment: dict[str, str], procs: int = 2
+) -> Iterator[subprocess.Popen]:
+    """A training that made its first step."""
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "train",
+        recipe,
+        "--procs",
+        str(procs),
+        *settings,
+    ]
+    plain = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"} | environment
+    with subprocess.Popen(
+        command, env=plain, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def until(
+    true: Callable[[], bool], seconds: float = 120, explain: Callable[[], str] = lambda: ""
+) -> None:
+    """Look again and again whether something has come about, a third of the time at most.
+    ``explain``: what to tell where it has not.
+    """
+    began = time.monotonic()
+    while True:
+        looked = time.monotonic()
+        if true():
+            return
+        now = time.monotonic()
+        assert now < began + seconds, f"it did not come to that within {seconds:.0f} s\n{explain()}"
+        time.sleep(max(0.01, 2 * (now - looked)))
+
+
+def copy_manifests(folder: Path) -> Path:
+    """A copy of k8s/ below ``folder`` with the files that `convoy secrets` makes, as a user has it."""
+    from pipelines.cluster.secrets import write_secrets
+
+    copy = folder / "k8s"
+    shutil.copytree(Path(__file__).parents[2] / "k8s", copy, ignore=shutil.ignore_patterns("*.env"))
+    for overlay in ("local", "gpu-8"):
+        write_secrets(
+            copy / "overlays" / overlay / "secrets.env", "http://convoy-object-store:8333"
+        )
+    return copy
+
+
+def ranks_of(process: subprocess.Popen, procs: int = 2) -> list[psutil.Process]:
+    """The ranks of a training, in their order."""
+    ranks = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()
+    ]
+    assert len(ranks) == procs
+    return sorted(ranks, key=lambda p: p.environ()["RANK"])

@@ -1,0 +1,110 @@
+"""Trainings of studies: made once, taken up where they stopped, refused with a sentence. `make
+test-studies` trains.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from support.helpers import Run as Command
+
+from pipelines.local.demo import _INSTALLED
+from pipelines.studies.experiments.data import first_of_idx
+from pipelines.studies.framework.progress import StudyProgress
+from pipelines.studies.framework.runner import Run, check_room
+from pipelines.studies.framework.study import Training
+from trainer.errors import UserError
+
+
+def test_a_training_is_done_once_and_only_with_its_own_configuration(tmp_path: Path) -> None:
+    def run(*keys: str) -> Run:
+        return Run(
+            Training("a", 0, 64, 64), tmp_path, ["name=a", f"train.output_dir={tmp_path}", *keys]
+        )
+
+    assert not run().is_begun()
+    (tmp_path / "config.json").write_text(
+        run("tracking.uri=http://elsewhere").config().model_dump_json()
+    )
+    assert run().is_begun()  # wherever it is tracked
+    assert not run().is_done()
+    (tmp_path / "outcome.json").write_text("{}")
+    assert run().is_done()
+    assert not run("train.epochs=9").is_begun()
+    assert not run("train.epochs=9").is_done()
+
+
+def test_names_that_end_alike_have_logs_of_their_own(tmp_path: Path) -> None:
+    logs = {
+        Run(Training("a", 0, 64, 64), tmp_path / f"rate-{rate}", []).log for rate in ("0.1", "0.02")
+    }
+    assert len(logs) == 2
+
+
+def test_what_a_log_tells(tmp_path: Path) -> None:
+    run = Run(Training("a", 0, 64, 64), tmp_path / "a", [])
+    run.log.write_text(
+        "a: resnet8, MLflow run 12ab at sqlite:///x\nstep 20/96 epoch 0.3\nstep 40/96 epoch 0.6 "
+        "loss 1\n"
+    )
+    assert run.step() == 40
+    assert run.log_tail().startswith("step 40/96")
+
+
+def test_the_first_entries_of_an_idx_file() -> None:
+    content = bytes([0, 0, 8, 3]) + struct.pack(">3i", 3, 2, 2) + bytes(range(12))
+    assert first_of_idx(content, 2) == bytes([0, 0, 8, 3]) + struct.pack(">3i", 2, 2, 2) + bytes(
+        range(8)
+    )
+    labels = bytes([0, 0, 8, 1]) + struct.pack(">i", 3) + bytes([7, 8, 9])
+    assert first_of_idx(labels, 1) == bytes([0, 0, 8, 1]) + struct.pack(">i", 1) + bytes([7])
+    with pytest.raises(UserError, match="has 3 images in this split, not 4"):
+        first_of_idx(content, 4)
+
+
+def test_progress_counts_by_cost() -> None:
+    progress = StudyProgress("x", [("cheap", 1.0), ("dear", 3.0)], 2)
+    assert progress.left() == "time left not known yet"
+    progress.at("dear", 0.5)
+    assert progress.part() == pytest.approx(1.5 / 4)
+    progress.ended("cheap", "")
+    assert progress.part() == pytest.approx(2.5 / 4)
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    check_room(tmp_path, 1)
+    with pytest.raises(UserError, match="MiB free, studies need 1,099,511,627,776"):
+        check_room(tmp_path, 2**60)
+
+
+def test_refusals(convoy_refuses: Command, tmp_path: Path) -> None:
+    assert "no study 'accumulatoin'; nearest: accumulation" in convoy_refuses(
+        "study", "accumulatoin"
+    )
+    file = tmp_path / "file"
+    file.write_text("")
+    assert str(file) in convoy_refuses("study", "then-and-now", "--dir", file)
+
+
+@pytest.mark.skipif(_INSTALLED.is_dir(), reason="the data is installed on this machine")
+def test_no_data(convoy_refuses: Command, tmp_path: Path) -> None:
+    nothing = {"PATH": str(tmp_path), "CONVOY_CACHE": str(tmp_path / "cache")}
+    assert "dataset-fashion-mnist" in convoy_refuses(
+        "study", "accumulation", "--quick", "--dir", tmp_path / "s", env=nothing
+    )
+
+
+def _result(folder: Path, name: str) -> dict[str, object]:
+    assert (folder / name / "plot.png").stat().st_size > 10_000
+    assert (folder / name / "paragraph.md").read_text().startswith(f"## {name}")
+    result: dict[str, object] = json.loads((folder / name / "result.json").read_text())
+    return result
+
+
+def test_a_study_without_training(convoy_ok: Command, tmp_path: Path) -> None:
+    printed = convoy_ok("study", "then-and-now", "--dir", tmp_path)
+    assert "not borne out" in printed
+    result = _result(tmp_path, "then-and-now")
+    assert (result["statements"], result["verdict"]) == (["S1"], "not borne out")
+    assert result["training_seconds"] == 0
