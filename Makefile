@@ -4,7 +4,7 @@ VENV := .venv
 PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PATH
 
-.PHONY: help setup demo lint format test test-busy test-studies studies test-gpu test-cluster cluster-up cluster-down matrix bench bench-gpu peers wheel image lock clean
+.PHONY: help setup demo lint docs reference format test test-busy test-studies studies test-gpu test-cluster cluster-up cluster-down matrix bench bench-gpu peers wheel image lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,12 +15,19 @@ setup: ## Make .venv from the lock files
 demo: setup ## The whole pipeline on this machine; KEEP=1 leaves the services running
 	@convoy demo
 
-lint: setup ## Style, format, spelling and types
+lint: setup docs ## Style, format, spelling, types and documentation
 	ruff check .
 	ruff format --check .
 	codespell
 	mypy
 	MYPYPATH=tools/cluster mypy tools/cluster
+
+docs: setup ## Build the documentation into build/site; warnings are errors
+	python tools/reference.py --check
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+
+reference: setup ## Write docs/reference/ from the code
+	python tools/reference.py
 
 format: setup ## Rewrite the code in the project's style
 	ruff check --fix .

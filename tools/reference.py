@@ -1,0 +1,131 @@
+"""Writes docs/reference/ from the code: the command line, recipe keys and exit codes.
+
+    python tools/reference.py [--check]
+
+``--check`` writes nothing and ends with 1 if a page is not current.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pipelines.cli.main import app
+from pipelines.cli.recipe_info import recipe_keys
+from trainer import errors
+
+FOLDER = Path(__file__).parents[1] / "docs/reference"
+NOTE = "<!-- Written by tools/reference.py; do not edit. -->\n\n"
+EXIT_CODES = {
+    "EXIT_BUG": "A bug in Convoy; the traceback is on stderr. Never retried.",
+    "EXIT_USER": "An error that only the user can fix; one line per error on stderr. Never retried.",
+    "EXIT_PREEMPTED": "Stopped by SIGTERM after a checkpoint. A restarted job resumes from it.",
+    "EXIT_RETRY": "A rank, a node or a service was lost. A restarted job resumes from the last "
+    "checkpoint.",
+}
+
+
+def cell(text: object) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Every command below ``command`` with its full name, in the order of `--help`."""
+    for child_name, child in getattr(command, "commands", {}).items():
+        if child.hidden:
+            continue
+        if hasattr(child, "commands"):
+            yield from commands(child, f"{name} {child_name}")
+        else:
+            yield f"{name} {child_name}", child
+
+
+def usage(name: str, command: Any) -> str:
+    parts = [name]
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            word = parameter.name.upper() + ("..." if parameter.nargs == -1 else "")
+            parts.append(word if parameter.required else f"[{word}]")
+    return " ".join([*parts, "[OPTIONS]"])
+
+
+def cli_page() -> str:
+    lines = ["# Command line", "", "Exit codes are the same for every command: see [exit codes](exit-codes.md)."]
+    for name, command in commands(typer.main.get_command(app), "convoy"):
+        lines += ["", f"## {name}", "", f"```\n{usage(name, command)}\n```", "", (command.help or "").strip()]
+        rows = []
+        for parameter in command.params:
+            if parameter.name == "help" or getattr(parameter, "hidden", False):
+                continue
+            if parameter.param_type_name == "argument":
+                names, help_text = parameter.name.upper(), parameter.help
+            else:
+                names, help_text = ", ".join([*parameter.opts, *parameter.secondary_opts]), parameter.help
+            default = parameter.default
+            if parameter.name == "workers":
+                default = "number of processors"
+            elif callable(default) or default is None or default is False or parameter.required:
+                default = ""
+            rows.append(f"| `{names}` | {cell(getattr(default, 'value', default))} | {cell(help_text or '')} |")
+        if rows:
+            lines += ["", "| argument or option | default | |", "|---|---|---|", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def recipe_page() -> str:
+    lines = [
+        "# Recipe keys",
+        "",
+        "A recipe is a YAML file; `key=value` on the command line overrides a key. "
+        "`convoy recipe keys [PREFIX]` prints this table, `convoy recipe schema` a JSON schema for editors.",
+    ]
+    section = None
+    for key in recipe_keys():
+        head = key.key.rpartition(".")[0] or "run"
+        if head != section:
+            lines += ["", f"## {head}", "", "| key | type | default | |", "|---|---|---|---|"]
+            section = head
+        default = "required" if key.required else ("" if key.default is None else f"`{key.default}`")
+        lines.append(f"| `{key.key}` | {cell(key.type)} | {cell(default)} | {cell(key.description)} |")
+    return "\n".join(lines) + "\n"
+
+
+def exit_code_page() -> str:
+    codes = {name: value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+    assert codes.keys() == EXIT_CODES.keys(), "describe every exit code"
+    lines = [
+        "# Exit codes",
+        "",
+        "The training operator's `ExitCode` restart policy recreates a pod that ends with 128 or more.",
+        "",
+        "| code | constant | meaning |",
+        "|---|---|---|",
+        "| 0 | | Done. |",
+        *(f"| {code} | `{name}` | {EXIT_CODES[name]} |" for name, code in sorted(codes.items(), key=lambda item: item[1])),
+        "",
+        "Another signal that ends a rank gives 128 plus its number, as in a shell: 130 for Ctrl-C, 129 for SIGHUP.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"cli.md": cli_page, "recipe-keys.md": recipe_page, "exit-codes.md": exit_code_page}
+
+
+def main() -> None:
+    stale = []
+    for name, page in PAGES.items():
+        text, path = NOTE + page(), FOLDER / name
+        if path.exists() and path.read_text() == text:
+            continue
+        stale.append(name)
+        if "--check" not in sys.argv:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    if "--check" in sys.argv and stale:
+        sys.exit(f"docs/reference: {', '.join(stale)} not current; run python tools/reference.py")
+
+
+if __name__ == "__main__":
+    main()
