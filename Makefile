@@ -24,7 +24,7 @@ lint: setup docs ## Style, format, spelling, types and documentation
 
 docs: setup ## Build the documentation into build/site; warnings are errors
 	python tools/reference.py --check
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@set -o pipefail; NO_MKDOCS_2_WARNING=1 mkdocs build --strict 2>&1 | { grep -v ^INFO || true; }
 
 reference: setup ## Write docs/reference/ from the code
 	python tools/reference.py
