@@ -30,9 +30,9 @@ from trainer.data.sampler import (
 )
 from trainer.data.storage.store import RangeReader, is_remote
 from trainer.data.transforms.auto_augment import rand_augment, trivial_augment
-from trainer.data.transforms.build import UNIFORMS, erase
 from trainer.data.transforms.crop import crop_box, eval_transform, padded_crop
 from trainer.data.transforms.mixup import Mix, draw_mix
+from trainer.data.transforms.random_erasing import UNIFORMS, erase
 
 _LONG = 8 * 2**20  # bytes of a lane's stretch from which on a longer one is no faster to read
 _SLOW = 64 * 2**20  # bytes that are worth waiting for before the first step of an epoch

@@ -13,8 +13,8 @@ from trainer.config.schema import RunConfig
 from trainer.data.decode.decoder import DecodeError, decode_rgb, to_array
 from trainer.data.loader import build_train_transform
 from trainer.data.transforms.auto_augment import CHANGES, change, rand_augment, trivial_augment
-from trainer.data.transforms.build import UNIFORMS, erase
 from trainer.data.transforms.crop import eval_transform, padded_crop
+from trainer.data.transforms.random_erasing import UNIFORMS, erase
 from trainer.models.layers import normalize
 
 
