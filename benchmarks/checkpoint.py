@@ -1,13 +1,15 @@
-"""What a checkpoint costs a training step.
+"""Measures the cost of a checkpoint relative to a training step.
 
     python benchmarks/checkpoint.py --json FILE [--processes 1 2] [--every 20] [--rounds 4]
 
-resnet18 at 64 px, 16 images a rank, ZeRO 0 and 1, momentum kept too. Steps run one after another;
-after every so many the state is gathered and handed to the writer, whose thread serializes, hashes
-and writes it to a folder while steps go on. Two figures: the pause itself over a step, and the mean
-step of an interval with a checkpoint over that of an interval without, minus one, which holds what
-the writer takes from the same cores too. Intervals alternate. Wished: at most 0.05 of a step over
-the interval.
+resnet18 at 64 px, 16 images per rank, ZeRO 0 and 1; the momentum is saved too. Steps run back to
+back. After every N steps the state is gathered and passed to the writer, whose thread serializes,
+hashes and writes it to a folder while training continues.
+
+Two figures are reported: the pause itself relative to a step, and the mean step time of an interval
+with a checkpoint divided by that of an interval without one, minus one. The latter includes the CPU
+time that the writer takes from the same cores. The two kinds of interval alternate. Target: at most
+0.05 of a step over the interval.
 """
 
 import argparse

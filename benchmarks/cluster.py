@@ -1,17 +1,17 @@
-"""What a training job waits for in a cluster.
+"""Measures how long a training job waits in a cluster.
 
     make cluster-up; export PATH=... KUBECONFIG=...       (as it prints)
     python benchmarks/cluster.py [--rounds 5] [--rounds-large 3] [--only TEXT] [--json FILE]
 
-Submitted to running: `convoy submit` of ResNet-50 to nodes of 8 GPUs that kwok plays, from the
-job's first sight in a watch of the API server to the last pod's phase Running in another. API
-server, scheduler and training-operator are real and share this machine's processors. The command's
-own start, from the shell to the job in the API server, stands in a row of its own.
+Submission to Running: `convoy submit` of ResNet-50 to simulated nodes of 8 GPUs (kwok), from the
+job's first appearance in a watch of the API server to the phase Running of the last pod in another
+watch. API server, scheduler and training-operator are real and share this machine's processors. The
+startup of the command, from the shell to the job in the API server, is reported in a separate row.
 
-Training: two pods of a small network, with the services of `k8s/overlays/local`, whose second pod
-is deleted by force after a checkpoint. To the first step, from the job's first sight in the API
-server; to the next new step, from the command that deletes, to the end of the longest time without
-one. Steps are dated by the trainer, as MLflow has them.
+Training: two pods of a small network, with the services of `k8s/overlays/local`. The second pod is
+force-deleted after a checkpoint. Time to the first step is measured from the job's first appearance
+in the API server. Time to the next new step is measured from the delete command to the end of the
+longest interval without a step. Steps have the trainer's timestamps, as stored in MLflow.
 """
 
 import argparse

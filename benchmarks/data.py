@@ -1,15 +1,16 @@
-"""How fast training batches come out of JPEGs, ours against eight other loaders, and where our time
-goes.
+"""Compares the rate of training batches from JPEGs with eight other loaders, and profiles ours.
 
     python benchmarks/data.py [--images 2000] [--rounds 5] [--workers 2] [--json FILE]
 
-The same JPEGs (500x375, about 55 KB, of photographs) on local disk in each one's own format;
-RandomResizedCrop to 224 pixels and flip; batches of 64. Peers have as many worker processes as we
-have threads. Contestants run by turns, each time in a process of its own: one epoch to warm up, one
-that is timed from asking for its first batch to its last. A round's ratio is that of the rates in
-that round. Memory is the largest sum of the process's and its workers' proportional sets, in the
-first epoch. Peers that `make peers` has not installed are left out and named; FFCV, which is
-compiled, where the development files of OpenCV are there.
+All read the same JPEGs (500x375, about 55 KB, of photographs) from local disk, each in its own
+format, with RandomResizedCrop to 224 pixels and flip, in batches of 64. The baselines have as many
+worker processes as our loader has threads.
+
+The loaders take turns, each time in a new process: one warmup epoch, then one that is timed from
+the request for its first batch to its last batch. A round's ratio compares the rates in that round.
+Memory is the largest sum of the proportional set sizes (PSS) of the process and its workers, in the
+first epoch. Baselines that `make peers` has not installed are skipped and listed; FFCV, which is
+compiled, needs the development files of OpenCV.
 """
 
 import argparse

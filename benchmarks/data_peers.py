@@ -1,10 +1,10 @@
-"""The loaders that benchmarks/data.py compares: each one epoch of training batches, 224 pixels,
-from the same JPEGs.
+"""The loaders that benchmarks/data.py compares. Each yields an epoch of training batches at 224
+pixels from the same JPEGs.
 
-A contestant is a function of the folder that ``prepare`` filled and the number of workers. It
-returns what makes an epoch: a function without arguments whose iterator gives the number of images
-in each batch. All but ours and DALI end in torch's uint8 batches, [batch, 3, side, side] or [batch,
-side, side, 3]. Their packages are imported by those who use them alone.
+A loader is a function of the folder that ``prepare`` filled and the number of workers. It returns
+an epoch factory: a function without arguments whose iterator yields the number of images in each
+batch. All except ours and DALI produce torch uint8 batches, [batch, 3, side, side] or [batch, side,
+side, 3]. Each package is imported only by the loader that uses it.
 """
 
 import json

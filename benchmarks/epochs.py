@@ -1,11 +1,12 @@
-"""Memory of one rank's loader over many epochs, and how soon the first batch of a large set can be
-asked for.
+"""Measures the memory of one rank's loader over many epochs, and the time to the first batch of a
+large dataset.
 
     python benchmarks/epochs.py [--epochs 20] [--images 2000] [--json FILE] [--plot FILE.png]
 
-The loader reads JPEGs from disk as training does, each epoch by a new one; told is the resident
-memory after each epoch. Then an index of 1,281 shards of 1,000 samples, ImageNet's, without the
-shards: time and memory from opening it to knowing what the first batch reads.
+The loader reads JPEGs from disk as in training, with a new loader for each epoch; the resident
+memory after each epoch is reported. Then an index of 1,281 shards of 1,000 samples, the size of
+ImageNet, is opened without the shards: time and memory are measured from opening it to the list of
+reads for the first batch.
 """
 
 import argparse

@@ -1,15 +1,17 @@
-"""A training step on one GPU: our engine against a plain torch loop, its memory against what we
-compute, and the whole pipeline.
+"""Compares a training step on one GPU with a torch reference loop, and memory with its prediction;
+measures the full pipeline.
 
     python benchmarks/gpu.py [--json FILE] [--rows NAME ...] [--rounds 7] [--pipeline-images 12288]
 
-The loop is what torchvision's and timm's training scripts do: autocast and, in fp16, a gradient
-scaler, channels-last, fused SGD with momentum, pinned uint8 images copied beside the computation.
-"eager" is our engine without CUDA graphs. All three alternate, ten steps each (40 with few images),
-on the same random images and in another order each round; a round's ratio is the loop's time over
-the engine's (above 1: the engine is faster). Rows are named network, precision and images per step;
-the most important come first, and each is written to the JSON file at once. ``pipeline``: our
-loader feeds the engine from JPEG shards on disk; the rate is compared with that of either alone.
+The reference loop does what torchvision's and timm's training scripts do: autocast and, in fp16, a
+gradient scaler, channels-last, fused SGD with momentum, and pinned uint8 images copied concurrently
+with the computation. "eager" is our engine without CUDA graphs. All three alternate, ten steps each
+(40 with few images), on the same random images and in a different order each round. A round's ratio
+is the loop's time over the engine's (above 1: the engine is faster).
+
+Rows are named by network, precision and images per step. The most important come first, and each is
+written to the JSON file immediately. ``pipeline``: our loader feeds the engine from JPEG shards on
+disk; the rate is compared with that of the loader alone and of the engine alone.
 """
 
 import argparse

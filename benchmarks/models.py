@@ -1,12 +1,13 @@
-"""Our networks against torchvision's and timm's of the same name: forward and backward, fp32,
+"""Compares our models with torchvision's and timm's of the same name: forward and backward, fp32,
 channels-last.
 
-    python benchmarks/models.py --json FILE [--models alexnet vgg16 googlenet resnet50] [--rounds 9] [--batch 4] [--threads 2]
+    python benchmarks/models.py --json FILE [--models alexnet vgg16 googlenet resnet50]
+                                [--rounds 9] [--batch 4] [--threads 2]
 
-All of a name run in one process by turns, a step each, so that other work on the machine slows all
-of them alike. A round's ratio is the peer's time over ours in that round (above 1: ours is faster);
-the median over rounds is told with its quartiles. Peak memory is the resident memory of a process
-of its own a model, and its ratio ours over theirs.
+All models of a name run in one process and take turns, one step each, so that other load on the
+machine slows all of them equally. A round's ratio is the baseline's time over ours in that round
+(above 1: ours is faster). The median over rounds is reported with its quartiles. Peak memory is the
+resident memory of a separate process per model; its ratio is ours over theirs.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How fast `convoy pack` writes an image folder, against plain ``webdataset.ShardWriter``, in one
-run, interleaved.
+"""Compares the speed of `convoy pack` on an image folder with ``webdataset.ShardWriter``, in one
+interleaved run.
 
     python benchmarks/pack.py [--images 24000] [--rounds 5] [--json FILE]
 
-Both read the same JPEGs from local disk and write shards to it without re-encoding. The peer is
-what its documentation shows: one process, the files' bytes and their label. Convoy does more (it
-looks into every image, hashes, writes an index), and is timed as a whole command, its start
-included, with one worker and with one worker a core.
+Both read the same JPEGs from local disk and write shards to it without re-encoding. The baseline
+follows webdataset's documentation: one process, the bytes of the files and their labels. Convoy
+does more (it inspects every image, hashes, writes an index). It is timed as a full command
+including its startup, with one worker and with one worker per core.
 """
 
 import argparse

@@ -1,15 +1,19 @@
-"""The pipeline's bubble against its formula, and memory by stages.
+"""Compares the pipeline bubble with its formula, and measures memory by number of stages.
 
-    python benchmarks/pipeline.py --json FILE [--micro-batches 1 2 4 8] [--micro-size 8] [--rounds 11]
+    python benchmarks/pipeline.py --json FILE [--micro-batches 1 2 4 8] [--micro-size 8]
+                                  [--rounds 11]
 
-Two stages of equal cost (the same convolutions), a rank of one thread each, M micro-batches a step.
-Measured bubble: the part of a step in which a rank is neither in a forward nor in a backward pass,
-of the rank that is longer in them; so waiting for the other, transfers and the update all count.
-Formula: (S - 1) / (M + S - 1) (Huang et al. 2019, 2.3), for which transfers take no time and all
-passes are alike. ``least`` is the bubble that the very passes measured, in their order, must have:
-no two take the same time, and each micro-batch waits for the slower of the two. ``lost`` is what a
-micro-batch took beside that. Told are the median of rounds and its quartiles; and, for whether both
-ranks at once are slower, a micro-batch's passes in a stage alone.
+Two stages of equal cost (the same convolutions), one rank per stage with one thread, M
+micro-batches per step. The measured bubble is the fraction of a step in which a rank is in neither
+a forward nor a backward pass, for the rank that spends more time in them. It therefore includes
+waiting for the other rank, transfers and the update.
+
+The formula is (S - 1) / (M + S - 1) (Huang et al. 2019, 2.3), which assumes that transfers take no
+time and all passes are equal. ``least`` is the minimum bubble for the measured passes in their
+order: no two take the same time, and each micro-batch waits for the slower of the two. ``lost`` is
+the additional time per micro-batch. The median over rounds and its quartiles are reported. To show
+whether running both ranks at once is slower, the passes of a micro-batch in a single stage are
+reported too.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the benchmarks of several ranks share: starting them, and measuring their memory."""
+"""Shared code of the multi-rank benchmarks: starting ranks and measuring their memory."""
 
 import ctypes
 import gc

@@ -1,13 +1,13 @@
-"""A training step through our engine against a hand-written loop of plain torch
-DistributedDataParallel.
+"""Compares a training step of our engine with a torch DistributedDataParallel reference loop.
 
-    python benchmarks/step.py --json FILE [--rows 112 64 bf16 compile memory] [--processes 1 2] [--rounds 9]
+    python benchmarks/step.py --json FILE [--rows 112 64 bf16 compile memory] [--processes 1 2]
+                              [--rounds 9]
 
 Same network (resnet18), images in memory as uint8, channels-last, SGD with momentum, gloo, one
-thread a rank. All live in the same processes and take a step each by turns, in another order each
-round, so that other work on the machine slows all of them alike. A round's ratio is the loop's time
-over the engine's in that round (above 1: the engine is faster), of the slowest rank; its median
-over rounds is told with its quartiles. Memory is measured in processes of their own, see
+thread per rank. All run in the same processes and take turns, one step each, in a different order
+each round, so that other load on the machine slows all of them equally. A round's ratio is the
+loop's time over the engine's in that round (above 1: the engine is faster), for the slowest rank.
+Its median over rounds is reported with its quartiles. Memory is measured in separate processes; see
 ``memory_table``.
 """
 

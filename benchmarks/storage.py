@@ -1,19 +1,21 @@
-"""The same training batches from local disk, from an S3 server on loopback, and from it through the
-cache on disk.
+"""Compares training batches from local disk, from an S3 server on loopback, and from that server
+through the disk cache.
 
-    python benchmarks/storage.py [--images 8000] [--window 2048] [--rounds 5] [--workers 2] [--json FILE]
+    python benchmarks/storage.py [--images 8000] [--window 2048] [--rounds 5] [--workers 2]
+                                 [--json FILE]
 
-The images of `benchmarks/data.py`, as shards in a folder and in a bucket of SeaweedFS on this
-machine; RandomResizedCrop to 224 pixels and flip; batches of 64. Each rank of eight that shuffle
-within 16,384 samples serves an eighth of these, in stretches that it reads whole; so the one rank
-here shuffles within 2,048. With 16,384 it would have room for single samples alone
-(``data.prefetch_mb``), and ask for each by itself: ``--window 16384`` shows that.
+The images are those of `benchmarks/data.py`, as shards in a folder and in a SeaweedFS bucket on
+this machine; RandomResizedCrop to 224 pixels and flip; batches of 64. If eight ranks shuffle within
+16,384 samples, each serves an eighth of these, in contiguous ranges that it reads in full. The
+single rank here therefore shuffles within 2,048. With 16,384, its memory (``data.prefetch_mb``)
+would hold only single samples, each requested separately: ``--window 16384`` shows that.
 
-Sources run by turns, each time in a process of its own: one epoch to warm up, and one whose first
-window is timed by itself (first, s), since nothing is decoded while it is waited for, and an epoch
-of ImageNet has hundreds. A round's ratio is that of the rates after it. A bucket is no work of the
-loader's machine: the server has the last processor for itself, and the loader the others, whatever
-it reads from. Beside it the processor time of both, an image.
+The sources take turns, each time in a new process: one warmup epoch, then one whose first window is
+timed separately (first, s). Nothing is decoded while the first window is awaited, and an epoch of
+ImageNet has hundreds of windows. A round's ratio compares the rates after the first window. In
+practice a bucket puts no load on the loader's machine. The server therefore has the last processor
+to itself, and the loader has the others, whatever its source. The processor time of both is also
+reported, per image.
 """
 
 import argparse

@@ -1,12 +1,15 @@
-"""Entry point of every Convoy process: makes it independent of the working directory and of
-leftovers in the environment.
+"""Entry point of every Convoy process; isolates it from the working directory and the environment.
 
-On import, ``trainer`` and ``pipelines`` are bound to the packages beside this one, whatever else
-has these names on ``sys.path``; entries of PYTHONPATH move behind the installed packages, so that
-they can add modules but not replace any; warnings are no errors; a loopback address needs no proxy.
+On import:
 
-Only ``convoy`` and the processes that it starts import this package; programs that use
-``trainer`` as a library are left alone.
+- ``trainer`` and ``pipelines`` are bound to the packages next to this one, regardless of other
+  packages with these names on ``sys.path``.
+- Entries of PYTHONPATH move behind the installed packages, so that they can add modules but not
+  replace any.
+- Warnings that were turned into errors are only warnings again.
+
+Only ``convoy`` and the processes that it starts import this package. Programs that use ``trainer``
+as a library are not affected.
 """
 
 import os
@@ -17,16 +20,16 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def _move_pythonpath_behind_installed_packages() -> None:
-    """A ``random.py`` or ``yaml.py`` in a folder of PYTHONPATH must not replace a module that
-    Convoy uses.
+    """Moves entries of PYTHONPATH behind the installed packages on ``sys.path``.
 
-    The working directory goes altogether, unless Convoy itself is there.
+    A ``random.py`` or ``yaml.py`` in such a folder must not replace a module that Convoy uses. The
+    working directory is removed, unless Convoy itself is located there.
     """
     entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     known = {*entries, *map(os.path.abspath, entries)}
     try:
         working_directory = os.getcwd()
-    except OSError:  # it was deleted
+    except OSError:  # the working directory was deleted
         working_directory = ""
     dropped = {"", os.curdir, working_directory} - {_ROOT}
     first = [entry for entry in sys.path if entry not in known]
@@ -35,7 +38,7 @@ def _move_pythonpath_behind_installed_packages() -> None:
 
 
 def _bind(name: str) -> None:
-    """Load the package ``name`` that lies beside this one, unless it is loaded already."""
+    """Loads the package ``name`` next to this one, unless it is already loaded."""
     import importlib.util
 
     folder = os.path.join(_ROOT, name)
@@ -50,9 +53,8 @@ def _bind(name: str) -> None:
 
 
 _move_pythonpath_behind_installed_packages()
-os.environ["PYTHONSAFEPATH"] = (
-    "1"  # of Python processes that this one starts, such as a pool's workers
-)
+# For Python processes that this one starts, such as pool workers.
+os.environ["PYTHONSAFEPATH"] = "1"
 if any(option.startswith("error") for option in sys.warnoptions):
     warnings.resetwarnings()
     os.environ.pop("PYTHONWARNINGS", None)
@@ -61,7 +63,7 @@ for _name in ("trainer", "pipelines"):
 
 
 def main() -> None:
-    """The ``convoy`` command."""
+    """Runs the ``convoy`` command."""
     try:
         from pipelines.cli.main import main as command
     except KeyboardInterrupt:

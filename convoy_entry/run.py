@@ -1,5 +1,6 @@
-"""``python -P run.py MODULE argument ...``: call ``main`` of a module of this Convoy, wherever
-Python would look for its name.
+"""Calls ``main`` of a module of this Convoy installation: ``python -P run.py MODULE argument ...``.
+
+The module is found next to this file, not where Python would look up its name.
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ def _load_entry() -> None:
     spec.loader.exec_module(module)
 
 
-_load_entry()  # in a pool's workers too
+_load_entry()  # at import, so that it runs in pool workers as well
 
 if __name__ == "__main__":
     sys.argv.pop(0)

@@ -1,3 +1,3 @@
-"""Everything around the training pods: packing, local services, evaluation, registration and the
-``convoy`` command.
+"""Code that runs outside the training pods: packing, local services, evaluation, registration and
+the ``convoy`` command.
 """

@@ -52,9 +52,20 @@ def usage(name: str, command: Any) -> str:
 
 
 def cli_page() -> str:
-    lines = ["# Command line", "", "Exit codes are the same for every command: see [exit codes](exit-codes.md)."]
+    lines = [
+        "# Command line",
+        "",
+        "Exit codes are the same for every command: see [exit codes](exit-codes.md).",
+    ]
     for name, command in commands(typer.main.get_command(app), "convoy"):
-        lines += ["", f"## {name}", "", f"```\n{usage(name, command)}\n```", "", (command.help or "").strip()]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"```\n{usage(name, command)}\n```",
+            "",
+            (command.help or "").strip(),
+        ]
         rows = []
         for parameter in command.params:
             if parameter.name == "help" or getattr(parameter, "hidden", False):
@@ -62,13 +73,18 @@ def cli_page() -> str:
             if parameter.param_type_name == "argument":
                 names, help_text = parameter.name.upper(), parameter.help
             else:
-                names, help_text = ", ".join([*parameter.opts, *parameter.secondary_opts]), parameter.help
+                names, help_text = (
+                    ", ".join([*parameter.opts, *parameter.secondary_opts]),
+                    parameter.help,
+                )
             default = parameter.default
             if parameter.name == "workers":
                 default = "number of processors"
             elif callable(default) or default is None or default is False or parameter.required:
                 default = ""
-            rows.append(f"| `{names}` | {cell(getattr(default, 'value', default))} | {cell(help_text or '')} |")
+            rows.append(
+                f"| `{names}` | {cell(getattr(default, 'value', default))} | {cell(help_text or '')} |"
+            )
         if rows:
             lines += ["", "| argument or option | default | |", "|---|---|---|", *rows]
     return "\n".join(lines) + "\n"
@@ -87,8 +103,12 @@ def recipe_page() -> str:
         if head != section:
             lines += ["", f"## {head}", "", "| key | type | default | |", "|---|---|---|---|"]
             section = head
-        default = "required" if key.required else ("" if key.default is None else f"`{key.default}`")
-        lines.append(f"| `{key.key}` | {cell(key.type)} | {cell(default)} | {cell(key.description)} |")
+        default = (
+            "required" if key.required else ("" if key.default is None else f"`{key.default}`")
+        )
+        lines.append(
+            f"| `{key.key}` | {cell(key.type)} | {cell(default)} | {cell(key.description)} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -103,7 +123,10 @@ def exit_code_page() -> str:
         "| code | constant | meaning |",
         "|---|---|---|",
         "| 0 | | Done. |",
-        *(f"| {code} | `{name}` | {EXIT_CODES[name]} |" for name, code in sorted(codes.items(), key=lambda item: item[1])),
+        *(
+            f"| {code} | `{name}` | {EXIT_CODES[name]} |"
+            for name, code in sorted(codes.items(), key=lambda item: item[1])
+        ),
         "",
         "Another signal that ends a rank gives 128 plus its number, as in a shell: 130 for Ctrl-C, 129 for SIGHUP.",
     ]

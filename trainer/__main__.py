@@ -1,5 +1,6 @@
-"""``python -m trainer RECIPE key=value ...``: one rank of a run. The only file that wires the parts
-together.
+"""Runs one rank: ``python -m trainer RECIPE key=value ...``.
+
+This is the only file that wires the components together.
 """
 
 import copy
@@ -61,7 +62,10 @@ from trainer.weights.pretrained import load_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one rank; returns its exit code. ``arguments``: those of the command when None."""
+    """Run one rank and return its exit code.
+
+    ``arguments`` default to those of the command line.
+    """
     secure_standard_streams()
     bypass_proxies_for_local_services(os.environ)
     _STOP.install()
@@ -90,7 +94,7 @@ def _run(arguments: list[str]) -> int:
         notes = check_run(run, procs) if ranks.is_rank_zero else []
         built = build_network(run)
     except (Exception, Preempted) as error:
-        # every rank finds the same
+        # every rank finds the same error
         return report(
             classify_fault(error, describe_place()), "convoy", quiet=not ranks.is_rank_zero
         )
@@ -101,20 +105,22 @@ def _run(arguments: list[str]) -> int:
     except (Exception, Preempted) as error:
         found = classify_rank_error(error, run, ranks)
         if _STOP.received is not None and isinstance(found, Preempted | LostPeer):
-            found = Preempted(
-                _STOP.received
-            )  # a peer that got the signal before it could agree on a step is no fault
+            # a peer that was stopped before all ranks agreed on a step is not a failure
+            found = Preempted(_STOP.received)
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
         return report(
             found, program, quiet=isinstance(found, CollectiveUserError) and not ranks.is_rank_zero
         )
     finally:
-        process_group.cleanup()  # its threads would abort a process that ends around them
+        process_group.cleanup()  # its threads would abort the process at exit
     return 0
 
 
 def classify_rank_error(error: BaseException, run: RunPlan, ranks: DistEnv) -> BaseException:
-    """What to report for ``error``; a hardware fault is recorded beside the run's checkpoints."""
+    """Return the error to report for ``error``.
+
+    A hardware fault is recorded next to the run's checkpoints.
+    """
     place = describe_place(describe_gpu(ranks))
     found = classify_fault(error, place, memory_advice(run.config, run.batch.micro_size))
     if isinstance(found, HardwareFault):
@@ -132,8 +138,9 @@ def _has_launcher() -> bool:
 
 
 def _follow_launcher() -> None:
-    """Stop if the launcher, or torchrun, ends without ending this rank: it was killed. Raises
-    Preempted if it is gone already.
+    """Stop this rank if the launcher or torchrun is killed before it can end the rank.
+
+    Raises Preempted if it is already gone.
     """
     launcher = int(os.environ.get(LAUNCHER_PID) or os.getppid())
     if _has_launcher() and os.getppid() != launcher:
@@ -149,11 +156,11 @@ def _exit_with_parent(launcher: int) -> None:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(STOP_SECONDS)
-    os._exit(EXIT_PREEMPTED)  # nobody else would end a rank that hangs
+    os._exit(EXIT_PREEMPTED)  # nothing else would end a rank that hangs
 
 
 def check_bytes(run: RunPlan, ranks: DistEnv) -> None:
-    """Compare this rank's share of all shards with the indexes. Raises UserError."""
+    """Verify this rank's share of all shards against the indexes. Raises UserError."""
     for index, store in ((run.train, run.train_store), (run.val, run.val_store)):
         if index is not None and store is not None:
             check_digests(index, store, range(ranks.rank, len(index.shards), ranks.world_size))
@@ -161,8 +168,9 @@ def check_bytes(run: RunPlan, ranks: DistEnv) -> None:
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model with its initial weights. ``messages``: lines to print; ``stage_layers``: names of
-    the layers of each pipeline stage.
+    """A model with its initial weights.
+
+    ``messages`` are lines to print. ``stage_layers`` holds the layer names of each pipeline stage.
     """
 
     model: nn.Sequential
@@ -172,8 +180,9 @@ class BuiltModel:
 
 
 def build_network(run: RunPlan) -> BuiltModel:
-    """The same on every rank: initial weights by ``train.seed``, or those of ``model.init``. Raises
-    UserError.
+    """Build the model, with the same initial weights on every rank.
+
+    The weights are random with seed ``train.seed``, or those of ``model.init``. Raises UserError.
     """
     config = run.config
     metadata = ModelMetadata.of(config, run.train.classes, run.num_classes)
@@ -198,9 +207,10 @@ def build_network(run: RunPlan) -> BuiltModel:
 def train(
     run: RunPlan, built: BuiltModel, recipe: str, ranks: DistEnv, checked: Sequence[str] = ()
 ) -> None:
-    """Join the other ranks and train as the only writer of the run's places. All ranks take part.
+    """Join the other ranks, lock the run's output folder and checkpoints, and train.
 
-    ``checked``: notes of the checks before it.
+    The locks make this run the only writer. All ranks must take part. ``checked`` holds the
+    messages of earlier checks.
     """
     device = process_group.init_distributed(ranks, fp16=run.config.precision == "fp16")
     locks = RunLocks()
@@ -224,7 +234,10 @@ def _train(
     locks: RunLocks,
     checked: Sequence[str],
 ) -> None:
-    """Wire, resume from the newest checkpoint, fit, save, register. All ranks take part."""
+    """Build the components, resume from the newest checkpoint, train, save and register the model.
+
+    All ranks must take part.
+    """
     config = run.config
     kept, fingerprint = config.checkpoint, run.config_fingerprint
     checkpoints, found, notes = resume_or_start(
@@ -239,14 +252,14 @@ def _train(
     if found is not None:
         engine.restore(found.state)
     preemption = PreemptionSignal()
-    _STOP.defer(
-        preemption.receive
-    )  # from here on there is something to save, and an MLflow run to end
+    # from here on there is state to save and an MLflow run to end
+    _STOP.defer(preemption.receive)
     unfinished = UnfinishedRun(ranks.is_rank_zero)
     started: list[tuple[Tracker, SystemMetrics | None]] = []
+    # all ranks end if tracking is refused
     broadcast_from_rank0(
         lambda: started.append(start_tracking(run, recipe, ranks, found, locks.check_output))
-    )  # all end if it is refused
+    )
     tracker, system = (
         started[0] if ranks.is_rank_zero else start_tracking(run, recipe, ranks, found)
     )
@@ -334,7 +347,7 @@ def _train(
 
 
 def build_engine(run: RunPlan, built: BuiltModel, device: torch.device) -> Engine:
-    """The model spread over the ranks as the recipe says. All ranks take part."""
+    """Distribute the model over the ranks as the recipe says. All ranks must take part."""
     if run.config.parallel.pipeline_stages > 1:
         return PipelineParallel(built.model, run.config, run.batch, device, built.stage_layers)
     return DataParallel(built.model, run.config, run.batch, device)

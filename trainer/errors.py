@@ -1,6 +1,4 @@
-"""The kinds of failure that are not bugs, and the exit codes that a launcher or an operator acts
-on.
-"""
+"""Failures that are not bugs, and the exit codes for a launcher or an operator."""
 
 import os
 import signal
@@ -19,10 +17,10 @@ EXIT_RETRY = 144  # >= 128: the training-operator's ``ExitCode`` policy recreate
 
 
 class UserError(ValueError):
-    """The user's mistake: shown as its message alone, exit code 2, never retried.
+    """A mistake by the user: only its message is printed, exit code 2, never retried.
 
-    Several errors that were found at once are printed one per line. ``reported_elsewhere``: another
-    rank prints it.
+    Several errors found together are printed one per line. If ``reported_elsewhere`` is set,
+    another rank prints the error.
     """
 
     reported_elsewhere = False
@@ -33,27 +31,31 @@ class UserError(ValueError):
 
 
 class ServiceUnreachable(UserError):
-    """A service's address that was never reached: a mistake, or the service is not up yet."""
+    """The address of a service was never reachable: it is wrong, or the service is not up yet."""
 
 
 class CollectiveUserError(UserError):
-    """What every rank finds at the same step, so that one tells it."""
+    """An error that every rank finds at the same step, so that only one rank reports it."""
 
 
 class Diverged(CollectiveUserError):
-    """A loss that is no number."""
+    """The loss or the gradients are NaN or Inf."""
 
 
 class RetryableError(RuntimeError):
-    """A peer, the object store or the network was lost after bounded retries: exit code 144, a
-    retry may succeed.
+    """A peer, the object store or the network was lost after bounded retries.
+
+    Exit code 144: a retry may succeed.
     """
 
     reported_elsewhere = False
 
 
 class Preempted(BaseException):
-    """A stop signal came: end in order, exit code 128 + ``number``, that is 143 for SIGTERM."""
+    """A stop signal was received: shut down in order.
+
+    The exit code is 128 + ``number``, which is 143 for SIGTERM.
+    """
 
     def __init__(self, number: int = signal.SIGTERM) -> None:
         super().__init__(signal.Signals(number).name)
@@ -61,7 +63,10 @@ class Preempted(BaseException):
 
 
 def shortened(lines: list[str], rest: str = "") -> list[str]:
-    """The first ten lines, and the number of the others, which are called ``rest``."""
+    """Return the first ten lines, and a last line with the number of other lines.
+
+    ``rest`` names the other lines.
+    """
     return (
         lines
         if len(lines) <= 10
@@ -70,11 +75,11 @@ def shortened(lines: list[str], rest: str = "") -> list[str]:
 
 
 def report(error: BaseException, program: str, quiet: bool = False) -> int:
-    """Print ``error`` to stderr as its kind asks (``quiet`` ranks print bugs only); returns the
-    exit code.
+    """Print ``error`` to stderr in the form for its type and return the exit code.
 
-    In a pod, `kubectl describe` shows what is no bug too; of a bug it shows the log's end.
-    Credentials are redacted.
+    ``quiet`` ranks print bugs only. In a pod, errors that are not bugs also become the termination
+    message that `kubectl describe` shows; for a bug it shows the end of the log. Credentials are
+    redacted.
     """
     if isinstance(error, Preempted):
         return 128 + error.number
@@ -92,9 +97,10 @@ def report(error: BaseException, program: str, quiet: bool = False) -> int:
 
 
 def _leave_message(text: str, first: bool) -> None:
-    """In the file that the pod's manifest names, whose content becomes the termination message.
-    What another process of the pod left before stays, unless this comes ``first``: a lost peer is
-    what follows from somebody's mistake.
+    """Write the termination message to the file that the pod's manifest names.
+
+    A message from another process of the pod is kept, unless ``first`` is true: a lost peer is only
+    the consequence of an error elsewhere.
     """
     name = os.environ.get("CONVOY_TERMINATION_LOG")
     if name:

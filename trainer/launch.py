@@ -1,7 +1,7 @@
-"""Start a run's ranks: ``python -m trainer.launch [--procs N] RECIPE key=value ...``, on this
-machine or in each pod of a job.
+"""Launcher of a run's ranks, on this machine or in each pod of a job.
 
-In a pod the training-operator's environment says how many ranks there are and where they meet.
+Usage: ``python -m trainer.launch [--procs N] RECIPE key=value ...``. In a pod, the
+training-operator's environment defines the number of ranks and their rendezvous.
 """
 
 import argparse
@@ -52,11 +52,11 @@ from trainer.process.supervisor import (
 from trainer.secrets.credentials import take_credentials
 from trainer.tracking.run_status import end_unfinished_run
 
-_JOIN_SECONDS = 24 * 3600  # the others may wait for nodes for long
+_JOIN_SECONDS = 24 * 3600  # other pods may wait for nodes for a long time
 
 
 def main() -> int:
-    """Returns the exit code of the run."""
+    """Launch the ranks and return the exit code of the run."""
     parser = argparse.ArgumentParser(prog="python -m trainer.launch")
     parser.add_argument("--procs", type=int, default=1)
     parser.add_argument("recipe")
@@ -68,26 +68,26 @@ def main() -> int:
 
 
 def launch(recipe: str, overrides: list[str], procs: int) -> int:
-    """Train on this machine, or as this pod's part of a job; returns the exit code of the run.
+    """Train on this machine, or as this pod's part of a job; return the exit code of the run.
 
-    Whatever ends this process, its ranks end, and their MLflow run gets its status.
+    However this process ends, its ranks end too, and their MLflow run gets its final status.
     """
     signals = StopSignals()
     signals.install()
     try:
         check_working_directory()
-        overrides = take_credentials(overrides)  # out of the ranks' command lines
+        overrides = take_credentials(overrides)  # removes them from the ranks' command lines
         pod = pod_from_environment()
         if pod is None:
             check_single_node()
             if ignored := leftovers():
                 print(f"ignored, of another launcher: {', '.join(ignored)}", flush=True)
-            drop_leftovers()  # nothing that the launcher imports may read them either
+            drop_leftovers()  # the launcher's own imports must not read them either
         raise_open_file_limit()
         config = load_config(recipe, overrides)
         if pod is not None or config.data.wait_minutes:
             wait_for_data(config)
-        # one listing of the store a job: where the first rank is
+        # the store is listed once per job, in the pod of rank 0
         checks = pod is None or pod.is_rank_zero
         run = build_run_plan(
             recipe, overrides, pod.world_size if pod else procs, check_storage=checks
@@ -105,8 +105,10 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
 
 @contextmanager
 def _run_id_file(config: RunConfig, signals: StopSignals) -> Iterator[Path]:
-    """A file for rank 0; a run that it still names afterwards, when all ranks have ended, is
-    FAILED, or KILLED by a signal.
+    """Create a file in which rank 0 records its MLflow run, and end that run if it is unfinished.
+
+    When all ranks have ended, a run that the file still names becomes FAILED, or KILLED after a
+    signal.
     """
     try:
         folder = tempfile.TemporaryDirectory(prefix="convoy-ranks-", ignore_cleanup_errors=True)
@@ -147,11 +149,10 @@ def _launch_pod(pod: PodEnv, config: RunConfig, arguments: list[str], signals: S
 
 
 def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> int:
-    """Run this pod's ranks under torch's elastic agent; one that ends badly ends the others.
-    Returns the exit code of the run.
+    """Run this pod's ranks under torch's elastic agent and return the exit code of the run.
 
-    Raises RetryableError if the agents lose each other, UserError if there are fewer GPUs than
-    ranks.
+    A rank that fails ends the others. Raises RetryableError if the agents lose each other,
+    UserError if there are fewer GPUs than ranks.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // pod.procs)))
     import torch
@@ -165,11 +166,11 @@ def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> i
 
     class Logs(DefaultLogsSpecs):
         def reify(self, envs: dict[int, dict[str, str]]) -> Any:
-            """Is called right before the ranks are started: from here on a signal is theirs."""
+            """Hand signals over to the ranks; called right before they are started."""
             signals.defer()
             return super().reify(envs)
 
-    # the ranks report themselves what went wrong
+    # the ranks report their errors themselves
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         with (
@@ -189,7 +190,7 @@ def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> i
                 max_restarts=0,
                 monitor_interval=0.2,
                 shutdown_timeout=int(STOP_SECONDS),
-                # its handler raises between the starts of two ranks, and loses the first
+                # torch's handler raises between the starts of two ranks and loses the first
                 signals_to_handle="",
                 logs_specs=Logs(log_dir=folder),
             )
@@ -210,8 +211,9 @@ def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> i
 
 @contextmanager
 def _forwarded(signals: StopSignals) -> Iterator[None]:
-    """Meanwhile a thread sends a stop signal on to the ranks as SIGTERM, each once, and kills what
-    is left after STOP_SECONDS.
+    """Forward stop signals to the ranks from a thread while the context is active.
+
+    Each rank gets SIGTERM once, and is killed if it still runs after STOP_SECONDS.
     """
     ended = threading.Event()
     thread = threading.Thread(

@@ -1,1 +1,1 @@
-"""The `convoy` command: arguments and printing, one file per group of commands."""
+"""The `convoy` command: arguments and output, with one file per group of commands."""

@@ -1,4 +1,4 @@
-"""`python -m pipelines.cli` is the `convoy` command."""
+"""Runs the `convoy` command as `python -m pipelines.cli`."""
 
 from pipelines.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The commands of ``convoy`` that make jobs for a cluster and follow them there."""
+"""Commands of ``convoy`` that render, submit and manage training jobs in a cluster."""
 
 import json
 import shlex
@@ -79,11 +79,11 @@ Suspend = Annotated[
     bool, typer.Option("--suspend", help="Make it suspended: convoy resume starts it.")
 ]
 _IMAGE = "localhost/convoy:dev"
-_STORE_SECRET, _MLFLOW_SECRET = "convoy-object-store", "convoy-mlflow"  # names, no secrets
+_STORE_SECRET, _MLFLOW_SECRET = "convoy-object-store", "convoy-mlflow"  # Secret names
 
 
 def add_to(app: typer.Typer) -> None:
-    """Make the commands of this file ``app``'s."""
+    """Register the commands of this file with ``app``."""
     for command in (render, submit, status, logs, cancel, suspend, resume, secrets):
         app.command()(command)
     app.command(name="list")(list_jobs)
@@ -112,7 +112,10 @@ def render(
     gang: Gang = False,
     suspend: Suspend = False,
 ) -> None:
-    """Print the PyTorchJob of a recipe, ready for kubectl apply -f -."""
+    """Print the PyTorchJob manifest of a recipe.
+
+    The output can be piped to kubectl apply -f -.
+    """
     from pipelines.cluster.pytorchjob import render as run
     from pipelines.cluster.pytorchjob import to_yaml
 
@@ -150,7 +153,7 @@ def submit(
         str, typer.Option(help="server: the API server checks it; client: only what render checks.")
     ] = "none",
 ) -> int:
-    """Start a training job in the cluster."""
+    """Submit a training job to the cluster."""
     from pipelines.cluster.pytorchjob import render as run
 
     if dry_run not in ("none", "client", "server"):
@@ -196,7 +199,10 @@ def status(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Tell in one line what a job does, or why it does not, and what to do."""
+    """Show the status of one job, or of all jobs, in one line each.
+
+    If a job does not run, the line states the reason and what to do.
+    """
     from pipelines.cluster.client import JobClient
 
     cluster = JobClient(namespace)
@@ -217,7 +223,7 @@ def logs(
         bool, typer.Option("--follow", "-f", help="Go on, in the pod that takes its place too.")
     ] = False,
 ) -> None:
-    """Print the log of a job."""
+    """Print the logs of a job."""
     from pipelines.cluster.client import JobClient
 
     for line in JobClient(namespace).logs(name, rank, follow):
@@ -225,7 +231,10 @@ def logs(
 
 
 def cancel(name: str, namespace: Namespace = None) -> None:
-    """Stop and remove a job. Its checkpoints stay: the same job submitted again goes on from them."""
+    """Delete a job.
+
+    Its checkpoints are kept: the same job resumes from them when it is submitted again.
+    """
     from pipelines.cluster.client import JobClient
 
     JobClient(namespace).cancel(name)
@@ -233,7 +242,10 @@ def cancel(name: str, namespace: Namespace = None) -> None:
 
 
 def suspend(name: str, namespace: Namespace = None) -> None:
-    """Take a job's pods away for a while; they leave a checkpoint."""
+    """Suspend a job.
+
+    Its pods write a checkpoint and are deleted.
+    """
     from pipelines.cluster.client import JobClient
 
     JobClient(namespace).suspend(name, True)
@@ -241,7 +253,7 @@ def suspend(name: str, namespace: Namespace = None) -> None:
 
 
 def resume(name: str, namespace: Namespace = None) -> None:
-    """Go on with a suspended job, from its newest checkpoint."""
+    """Resume a suspended job from its latest checkpoint."""
     from pipelines.cluster.client import JobClient
 
     JobClient(namespace).suspend(name, False)
@@ -249,7 +261,7 @@ def resume(name: str, namespace: Namespace = None) -> None:
 
 
 def list_jobs(namespace: Namespace = None) -> None:
-    """List the training jobs of a namespace."""
+    """List the training jobs in a namespace."""
     from pipelines.cluster.client import JobClient
 
     _list(JobClient(namespace))
@@ -275,8 +287,9 @@ def secrets(
         str, typer.Option(help="Of the object store.")
     ] = "http://convoy-object-store:8333",
 ) -> None:
-    """Make the credentials of the services in k8s/base/services: FILE and, beside it, those of the
-    database.
+    """Create credentials for the services in k8s/base/services.
+
+    The object store's credentials are written to FILE, the database's to a second file next to it.
     """
     from pipelines.cluster.secrets import write_secrets
 

@@ -1,5 +1,7 @@
-"""The ``convoy`` command. Each function is a thin line to the module that does the work, which is
-imported when it is needed.
+"""The ``convoy`` command.
+
+Each function only parses its arguments and calls the module that does the work. That module is
+imported on demand.
 """
 
 import json
@@ -50,7 +52,7 @@ _LOCAL_DIR = Path("runs/local")
 
 
 def main() -> None:
-    """The console command: errors as one line each and the exit codes of the contract."""
+    """Run the console command: print one line per error and exit with the documented exit code."""
     secure_standard_streams()
     bypass_proxies_for_local_services(os.environ)
     try:
@@ -127,7 +129,10 @@ def pack(
         ),
     ] = 1,
 ) -> None:
-    """Pack images into WebDataset shards with an index. A second run resumes an interrupted one."""
+    """Pack images into WebDataset shards and write an index.
+
+    Running the command again resumes an interrupted pack.
+    """
     from pipelines.datasets.pack import PackOptions, summary
     from pipelines.datasets.pack import pack as run
 
@@ -155,7 +160,10 @@ def verify(
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
     as_json: Json = False,
 ) -> None:
-    """Read a data set back whole: counts, sizes, SHA-256, and that every image decodes."""
+    """Verify the counts, sizes, SHA-256 digests and images of a dataset.
+
+    Every byte is read, and every image must decode.
+    """
     from pipelines.datasets.verify import verify as run
 
     verdicts = run(url, workers)
@@ -198,7 +206,10 @@ def index(
         bool, typer.Option("--overwrite", help="Replace an index that says something else.")
     ] = False,
 ) -> None:
-    """Index existing WebDataset shards in place: .tar files of images and labels (.cls)."""
+    """Index existing WebDataset shards in place.
+
+    The shards are .tar files of images and labels (.cls).
+    """
     from pipelines.datasets.index_shards import IndexOptions, index_shards
     from pipelines.datasets.pack import summary
 
@@ -222,7 +233,7 @@ def order(
     tail: Annotated[str, typer.Option(help="data.tail: pad or drop.")] = "pad",
     as_json: Json = False,
 ) -> None:
-    """Print the keys that a rank will see, step by step."""
+    """Print the sample keys that a rank reads, step by step."""
     from trainer.data.index import open_index
     from trainer.data.sampler import epoch_order, micro_batch_slots
 
@@ -257,7 +268,7 @@ def models(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the networks: what they are, what they cost, how well they did."""
+    """List the models with their size, cost and published accuracy."""
     from pipelines.cli.model_table import table
     from trainer.models import list_models
     from trainer.models.model_info import model_info
@@ -299,7 +310,10 @@ def weights_import(
         ),
     ] = None,
 ) -> None:
-    """Make a model of torchvision's or timm's weights, for `evaluate`, `predict` and model.init."""
+    """Convert torchvision or timm weights to a Convoy model.
+
+    The model can be used with convoy evaluate, convoy predict and model.init.
+    """
     from pipelines.registry.weights import import_weights
 
     for line in import_weights(
@@ -321,7 +335,7 @@ def weights_export(
         str, typer.Option("--format", help="torchvision, timm (.pth or .safetensors) or onnx.")
     ],
 ) -> None:
-    """Write a trained model for others."""
+    """Export a trained model as torchvision or timm weights, or as ONNX."""
     from pipelines.registry.weights import export_weights
 
     print(export_weights(model, file, form))
@@ -335,14 +349,14 @@ def train(
     ] = None,
     procs: Annotated[int, typer.Option(help="Ranks on this machine.", min=1)] = 1,
 ) -> int:
-    """Train on this machine."""
+    """Train a model on this machine."""
     from trainer.launch import launch
     from trainer.process.supervisor import python_command
 
     kept = take_credentials(overrides or [])
     if kept != (
         overrides or []
-    ):  # everybody on the machine can read a command line as long as its process lives
+    ):  # every user of the machine can read the command line of a running process
         sys.stdout.flush()
         os.execv(
             sys.executable,
@@ -353,7 +367,10 @@ def train(
 
 @app.command()
 def evaluate(model_uri: str, data_url: str, as_json: Json = False) -> None:
-    """Measure top-1 and top-5 of a registered model on every sample of a split."""
+    """Measure the top-1 and top-5 accuracy of a registered model on a dataset split.
+
+    Every sample of the split is evaluated.
+    """
     from pipelines.registry.evaluate import evaluate as run
 
     result = run(model_uri, data_url)
@@ -368,7 +385,7 @@ def evaluate(model_uri: str, data_url: str, as_json: Json = False) -> None:
 
 @app.command()
 def predict(model_uri: str, images: list[str], as_json: Json = False) -> None:
-    """Name the five likeliest classes of image files."""
+    """Print the five most likely classes of each image file."""
     from pipelines.registry.evaluate import predict_files
 
     answers = predict_files(model_uri, images)
@@ -388,7 +405,7 @@ def promote(
     version: str,
     alias: Annotated[str, typer.Option(help="What the version becomes.")] = "champion",
 ) -> None:
-    """Give a registered version an alias."""
+    """Assign an alias to a registered model version."""
     from pipelines.registry.register import promote as run
 
     run(name, version, alias)
@@ -400,7 +417,10 @@ def register(
     folder: Annotated[str, typer.Argument(help="Output folder of a finished run.")],
     name: Annotated[str, typer.Argument(help="Registered model.")],
 ) -> None:
-    """Register the model of a finished run, where the server was away at its end."""
+    """Register the model of a finished run.
+
+    Use this command if the MLflow server was unreachable when the run ended.
+    """
     from pipelines.registry.register import register_output
     from trainer.locks.run_lock import exclusive
 
@@ -422,7 +442,7 @@ def sync(
         str, typer.Argument(help="The tracking.jsonl that a run left, or its output folder.")
     ],
 ) -> None:
-    """Send MLflow the entries that a run could not deliver."""
+    """Send the undelivered tracking entries of a run to MLflow."""
     from pipelines.registry.register import sync as run
     from trainer.locks.run_lock import exclusive
 
@@ -452,8 +472,9 @@ def demo(
         ),
     ] = False,
 ) -> None:
-    """The whole pipeline on this machine, from images to a registered model. KEEP=1 leaves the
-    services running.
+    """Run the full pipeline on this machine, from images to a registered model.
+
+    Set KEEP=1 to leave the services running.
     """
     from pipelines.local.demo import demo as run
 
@@ -484,8 +505,9 @@ def study(
         "runs/study"
     ),
 ) -> None:
-    """Put what is said about these networks to the test. A second run goes on where the first one
-    stopped.
+    """Test common claims about the models with small experiments.
+
+    Running the command again resumes where the previous run stopped.
     """
     from pipelines.studies.framework.command import list_studies, run_studies
     from pipelines.studies.framework.study import Scale
@@ -496,7 +518,7 @@ def study(
         return
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # its trainings end with it
+    )  # so that its trainings end with it
     with exclusive(str(folder), "convoy study", "use another --dir, or wait until that ends"):
         run_studies(names, Scale(quick, seeds or (1 if quick else 3)), jobs, folder)
 
@@ -507,7 +529,10 @@ recipe.add_to(app)
 
 @local_app.command("up")
 def local_up(folder: LocalDir = _LOCAL_DIR) -> None:
-    """Start both servers; those that run already are left alone."""
+    """Start the S3 and MLflow servers.
+
+    If both are running already, they are left unchanged.
+    """
     from pipelines.local import servers
 
     services = servers.up(folder)
@@ -517,7 +542,7 @@ def local_up(folder: LocalDir = _LOCAL_DIR) -> None:
 
 @local_app.command("env")
 def local_env(folder: LocalDir = _LOCAL_DIR) -> None:
-    """Print the variables that make every command use these servers."""
+    """Print the environment variables that make every command use these servers."""
     from pipelines.local import servers
 
     services = servers.load(folder.absolute())
@@ -538,7 +563,10 @@ def local_env(folder: LocalDir = _LOCAL_DIR) -> None:
 
 @local_app.command("status")
 def local_status(folder: LocalDir = _LOCAL_DIR, as_json: Json = False) -> None:
-    """Tell what runs. Exit code 2 where nothing does."""
+    """Show the status of the servers.
+
+    The exit code is 2 unless all of them are running.
+    """
     from pipelines.local import servers
 
     services = servers.load(folder.absolute())
@@ -576,7 +604,10 @@ def local_status(folder: LocalDir = _LOCAL_DIR, as_json: Json = False) -> None:
 
 @local_app.command("down")
 def local_down(folder: LocalDir = _LOCAL_DIR) -> None:
-    """Stop both servers; their data stays."""
+    """Stop both servers.
+
+    Their data is kept.
+    """
     from pipelines.local import servers
 
     stopped = servers.down(folder)

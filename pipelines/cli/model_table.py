@@ -1,4 +1,4 @@
-"""The table of ``convoy models``."""
+"""Renders the table of ``convoy models``."""
 
 from collections.abc import Iterable
 
@@ -20,7 +20,7 @@ _COLUMNS = (
 
 
 def rows(entries: Iterable[ModelInfo]) -> list[tuple[str, ...]]:
-    """A line of text cells for each network."""
+    """Return one row of text cells per model."""
     return [
         (
             e.name,
@@ -39,7 +39,7 @@ def rows(entries: Iterable[ModelInfo]) -> list[tuple[str, ...]]:
 
 
 def table(entries: Iterable[ModelInfo]) -> Table:
-    """For a terminal."""
+    """Return the table for a terminal."""
     entries = list(entries)
     made = Table(
         *_COLUMNS, box=None, padding=(0, 1, 0, 0), caption=_caption(entries), caption_justify="left"
@@ -53,7 +53,7 @@ def table(entries: Iterable[ModelInfo]) -> Table:
 
 
 def markdown(entries: Iterable[ModelInfo]) -> str:
-    """For the documentation: the same table and its sources."""
+    """Return the same table and its sources as Markdown, for the documentation."""
     entries = list(entries)
     lines = [
         "| " + " | ".join(cells) + " |"

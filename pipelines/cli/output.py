@@ -1,4 +1,4 @@
-"""The option ``--json`` of the commands, and what it prints."""
+"""The ``--json`` option of the commands, and JSON output."""
 
 import json
 from typing import Annotated, Any

@@ -1,4 +1,6 @@
-"""``convoy recipe``: lists recipes and their keys, and shows what a recipe results in."""
+"""``convoy recipe``: lists recipes and their keys, and shows the configuration and plan of a
+recipe.
+"""
 
 import json
 from typing import Annotated
@@ -18,7 +20,7 @@ recipe_app = typer.Typer(
 
 @recipe_app.command("list")
 def list_recipes(as_json: Json = False) -> None:
-    """List the recipes that Convoy contains."""
+    """List the recipes that ship with Convoy."""
     from pipelines.cli.recipe_info import shipped_recipes
 
     recipes = shipped_recipes()
@@ -38,7 +40,7 @@ def list_keys(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """List the keys of a recipe with type, default and meaning."""
+    """List the keys of a recipe with their type, default and description."""
     from pipelines.cli.recipe_info import recipe_keys
 
     keys = recipe_keys(prefix)
@@ -75,7 +77,7 @@ def show_recipe(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print every key of a recipe, and its model size, batches, steps and learning rates."""
+    """Show all keys of a recipe, and its model size, batches, steps and learning rates."""
     from pipelines.cli.recipe_info import plan_recipe, sparkline
 
     config, plan = plan_recipe(recipe, overrides or [], ranks, samples)
@@ -103,5 +105,5 @@ def show_recipe(
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add ``recipe`` to the commands of ``app``."""
+    """Register the ``recipe`` command group with ``app``."""
     app.add_typer(recipe_app, name="recipe")

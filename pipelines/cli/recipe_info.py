@@ -1,4 +1,4 @@
-"""Describes recipes: every key with its type and default, and the plan that a recipe results in."""
+"""Describes recipes: each key with its type and default, and the run plan of a recipe."""
 
 import re
 from dataclasses import dataclass
@@ -19,7 +19,10 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class KeyInfo:
-    """A recipe key. ``default`` is None for a required key and for a key whose default is null."""
+    """A recipe key.
+
+    ``default`` is None for a required key and for a key whose default is null.
+    """
 
     key: str
     type: str
@@ -30,9 +33,9 @@ class KeyInfo:
 
 @dataclass(frozen=True)
 class RecipePlan:
-    """The sizes, steps and learning rates of a run on ``ranks`` ranks.
+    """Sizes, steps and learning rates of a run on ``ranks`` ranks.
 
-    ``learning_rates`` holds pairs of an optimizer step, from 0 on, and its learning rate.
+    ``learning_rates`` holds pairs of an optimizer step, counted from 0, and its learning rate.
     """
 
     parameters: int
@@ -52,13 +55,14 @@ class RecipePlan:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe file, for editors that check and complete YAML."""
+    """Return the JSON schema of a recipe file, for editors that validate and complete YAML."""
     return {"$schema": _DIALECT, **RunConfig.model_json_schema(), "title": "Convoy recipe"}
 
 
 def recipe_keys(prefix: str = "") -> list[KeyInfo]:
-    """The keys that begin with ``prefix``, in the order of the schema. Raises UserError if there is
-    none.
+    """Return the keys that start with ``prefix``, in schema order.
+
+    Raises UserError if there are none.
     """
     schema = recipe_schema()
     keys = _keys_of(schema, schema["$defs"], "")
@@ -106,7 +110,7 @@ def _type_of(node: dict[str, Any]) -> str:
 
 
 def shipped_recipes() -> dict[str, str]:
-    """The recipes that Convoy contains, with the first sentence of their comment."""
+    """Return the shipped recipes, each with the first sentence of its header comment."""
     return {
         path.stem: _first_sentence(path.read_text(encoding="utf-8"))
         for path in sorted(RECIPES.glob("*.yaml"))
@@ -125,10 +129,10 @@ def _first_sentence(text: str) -> str:
 def plan_recipe(
     recipe: str, overrides: list[str], ranks: int, samples: int | None
 ) -> tuple[RunConfig, RecipePlan]:
-    """The complete configuration and what follows from it.
+    """Return the full configuration and the run plan.
 
-    ``samples``: of the training split; read from its index if None. Raises UserError with every
-    fault.
+    ``samples``: size of the training split; read from its index if None. Raises UserError that
+    lists every error.
     """
     config = load_config(recipe, overrides)
     check_config(config)
@@ -169,7 +173,7 @@ def _training_index(config: RunConfig) -> Index:
 
 
 def _model_size(config: RunConfig, num_classes: int) -> tuple[int, int]:
-    """Parameters, and multiply-adds per image at ``data.image_size``."""
+    """Return the parameters, and the multiply-adds per image at ``data.image_size``."""
     import torch
 
     from trainer.export.exported_model import ModelMetadata
@@ -182,6 +186,6 @@ def _model_size(config: RunConfig, num_classes: int) -> tuple[int, int]:
 
 
 def sparkline(values: list[float]) -> str:
-    """One character per value, scaled to the largest."""
+    """Render one character per value, scaled to the largest value."""
     top = max(values) or 1.0
     return "".join(_BARS[min(len(_BARS) - 1, int(value / top * len(_BARS)))] for value in values)

@@ -1,4 +1,4 @@
-"""Training jobs in a cluster, through Kubeflow's training SDK: submit, follow, cancel, suspend."""
+"""Submits and manages training jobs in a cluster through Kubeflow's training SDK."""
 
 import difflib
 import json
@@ -22,7 +22,7 @@ _KIND = (constants.GROUP, constants.VERSION)
 _PARAMETERS = constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]
 _PLURAL = _PARAMETERS["plural"]
 _GROUP = ("scheduling.k8s.io", "v1beta1")
-_TIMEOUTS = {"_request_timeout": (5, 60)}  # seconds to connect, and without a byte
+_TIMEOUTS = {"_request_timeout": (5, 60)}  # connect and read timeouts, seconds
 _OURS = "app.kubernetes.io/name=convoy"
 _JOB_LABEL = constants.JOB_NAME_LABEL
 _HEAD_BYTES, _TAIL_LINES = 20_000, 50
@@ -30,8 +30,9 @@ _BETWEEN_LOOKS = 2.0  # seconds
 
 
 class JobClient:
-    """One namespace of the cluster that the kubeconfig names, or of the one that this runs in.
-    Raises UserError.
+    """Client for the training jobs in one namespace.
+
+    Connects to the cluster that the kubeconfig selects, or to the one it runs in. Raises UserError.
     """
 
     def __init__(self, namespace: str | None) -> None:
@@ -40,8 +41,9 @@ class JobClient:
         self.namespace: str = self._client.namespace
 
     def submit(self, documents: list[Document], dry_run: bool) -> str:
-        """Make the job, and before it what it needs; returns its name. ``dry_run``: the API server
-        checks it and keeps nothing.
+        """Create the job and, before it, the objects that it needs; return the job's name.
+
+        ``dry_run``: the API server validates the objects and persists nothing.
         """
         *needed, job = documents
         name = str(job["metadata"]["name"])
@@ -63,12 +65,12 @@ class JobClient:
                 "name": name,
                 "uid": made["metadata"]["uid"],
             }
-            for document in needed:  # so that it goes with the job
+            for document in needed:  # so that it is deleted with the job
                 self._set_owner(document, {"metadata": {"ownerReferences": [owner]}})
         return name
 
     def _put(self, document: Document, asked: dict[str, Any]) -> None:
-        """A ConfigMap, which replaces the one that is there, or a PodGroup."""
+        """Create a ConfigMap, replacing an existing one, or a PodGroup."""
         core, name = self._client.core_api, document["metadata"]["name"]
         try:
             if document["kind"] == "ConfigMap":
@@ -102,7 +104,7 @@ class JobClient:
             )
 
     def status(self, name: str) -> Status:
-        """Raises UserError where there is no such job."""
+        """Return the status of a job. Raises UserError if the job does not exist."""
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             job = self._job(name)
             pods = self._pods(f"{_JOB_LABEL}={name}")
@@ -111,7 +113,10 @@ class JobClient:
             )
 
     def statuses(self) -> list[tuple[Status, str]]:
-        """Each job that Convoy made, and when, the newest first; without their logs."""
+        """Return the status and creation time of each job that Convoy created, newest first.
+
+        Logs are not read.
+        """
         with _translate_api_errors(f"jobs in namespace {self.namespace}"):
             found = self._client.custom_api.list_namespaced_custom_object(
                 *_KIND, self.namespace, _PLURAL, label_selector=_OURS, **_TIMEOUTS
@@ -131,8 +136,9 @@ class JobClient:
         ]
 
     def follow(self, name: str, tell: Callable[[str], None]) -> Status:
-        """Tell each change until the job is finished; an API server that is away for a while is
-        waited for.
+        """Report each status change until the job is finished; return the last status.
+
+        Retries while the API server is unreachable.
         """
         last = ""
         while True:
@@ -149,8 +155,9 @@ class JobClient:
             time.sleep(_BETWEEN_LOOKS)
 
     def logs(self, name: str, rank: int, follow: bool) -> Iterator[str]:
-        """Lines of the pod that ``rank`` runs in; followed into the pod that takes its place, until
-        the job is finished.
+        """Yield the log lines of the pod that runs ``rank``.
+
+        ``follow``: continue in the pod that replaces it, until the job is finished.
         """
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             job = self._job(name)
@@ -190,7 +197,7 @@ class JobClient:
             _request_timeout=(5, None),
         )
         rest = b""
-        with suppress(HTTPError):  # the pod's node went away
+        with suppress(HTTPError):  # the pod's node is gone
             for part in answer.stream():
                 *lines, rest = (rest + part).split(b"\n")
                 yield from (line.decode(errors="replace") for line in lines)
@@ -198,12 +205,13 @@ class JobClient:
             yield rest.decode(errors="replace")
 
     def cancel(self, name: str) -> None:
-        """Delete the job, its pods after a checkpoint, and its recipe."""
+        """Delete the job and its recipe; its pods write a checkpoint first."""
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             self._job(name)
             options = models.V1DeleteOptions(propagation_policy="Foreground")
             self._client.delete_job(name, namespace=self.namespace, delete_options=options)
-            with suppress(ApiException):  # of one that kubectl applied; else it goes with the job
+            # objects created by kubectl apply have no owner; others are deleted with the job
+            with suppress(ApiException):
                 self._client.core_api.delete_namespaced_config_map(
                     f"{name}-recipe", self.namespace, **_TIMEOUTS
                 )
@@ -213,7 +221,7 @@ class JobClient:
                 )
 
     def suspend(self, name: str, suspended: bool) -> None:
-        """Take a job's pods away, which leave a checkpoint, or bring them back."""
+        """Suspend a job, whose pods write a checkpoint and are deleted, or resume it."""
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
             self._job(name)
             self._client.custom_api.patch_namespaced_custom_object(
@@ -263,7 +271,7 @@ class JobClient:
             found = self._client.core_api.list_namespaced_event(
                 self.namespace, field_selector=selector, **_TIMEOUTS
             )
-        except ApiException:  # who may see pods may not always see events
+        except ApiException:  # a user who may read pods may not be allowed to read events
             return []
         plain: list[Document] = self._client.core_api.api_client.sanitize_for_serialization(
             found.items
@@ -271,8 +279,9 @@ class JobClient:
         return plain
 
     def _log(self, name: str, pods: list[Document]) -> str:
-        """The first pod's beginning, which names the MLflow run, and its end; nothing where it
-        cannot be had.
+        """Return the beginning of the first pod's log, which names the MLflow run, and its end.
+
+        Returns an empty string if the log is unavailable.
         """
         first = next((pod for pod in pods if pod["metadata"]["name"] == f"{name}-worker-0"), None)
         if first is None or first["status"].get("phase") == "Pending":
@@ -291,8 +300,10 @@ class JobClient:
 
 @contextmanager
 def _translate_api_errors(what: str) -> Iterator[None]:
-    """Whatever the API server or the way there refuses, as one line. Raises UserError, or
-    RetryableError where that may pass.
+    """Translate errors of the API server and of the connection to it to one-line errors.
+
+    Raises UserError (ServiceUnreachable if the API server does not respond), or RetryableError if
+    the error may be transient.
     """
     try:
         yield
@@ -306,7 +317,7 @@ def _translate_api_errors(what: str) -> Iterator[None]:
         raise _refusal(error, what) from None
     except HTTPError as error:
         raise _no_answer(error) from None
-    except RuntimeError as error:  # the SDK wraps what it catches
+    except RuntimeError as error:  # the SDK wraps the exceptions that it catches
         cause = error.__cause__ or error.__context__
         if isinstance(cause, ApiException):
             raise _refusal(cause, what) from None

@@ -1,5 +1,6 @@
-"""``convoy render``: the PyTorchJob of a recipe. The only code that knows its form (Kubeflow
-training-operator 1.9.3).
+"""``convoy render``: builds the PyTorchJob of a recipe.
+
+This is the only module that depends on the PyTorchJob format (Kubeflow training-operator 1.9.3).
 """
 
 import re
@@ -19,15 +20,15 @@ from trainer.tracking.server import check_registered_name
 
 Document = dict[str, Any]
 
-CONTAINER = "pytorch"  # the operator looks for this name
+CONTAINER = "pytorch"  # the container name that the operator looks for
 GANG_LABEL = "convoy/gang"
-_PORT = 23456  # of the rendezvous; the operator's own
-_USER = 10001  # of the image
+_PORT = 23456  # rendezvous port; the operator's default
+_USER = 10001  # user and group ID of the image
 _RECIPE_FOLDER = "/etc/convoy"
 _GRACE_SECONDS = (
-    120  # from SIGTERM to SIGKILL; the launcher gives the ranks 100 of them for a checkpoint
+    120  # from SIGTERM to SIGKILL; the launcher gives the ranks 100 s of this for a checkpoint
 )
-_LONGEST_NAME = 50  # a pod is called NAME-worker-N, which is its host's name: 63 characters
+_LONGEST_NAME = 50  # a pod and its hostname are NAME-worker-N, at most 63 characters
 _ANY_SAMPLES = 2**62
 _GPU = "nvidia.com/gpu"
 _KEY = r"([a-z0-9]([-.a-z0-9]*[a-z0-9])?/)?[A-Za-z0-9]([-_.A-Za-z0-9]*[A-Za-z0-9])?"
@@ -40,14 +41,15 @@ _TOLERATION = re.compile(
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What a job is beside its recipe. Sizes are Kubernetes quantities, of a pod; an empty name
-    leaves its field out.
+    """Options of a job in addition to its recipe.
+
+    Sizes are Kubernetes quantities per pod. An empty name omits its field.
     """
 
     nodes: int
     gpus_per_node: int
     procs_per_node: int | None = None
-    """Ranks of a pod without GPUs."""
+    """Number of ranks per pod without GPUs."""
     name: str | None = None
     namespace: str = ""
     image: str = "localhost/convoy:dev"
@@ -60,16 +62,18 @@ class JobOptions:
     service_account: str = ""
     priority_class: str = ""
     spread: str = ""
-    """Node label over whose values the pods are spread evenly, where that is possible."""
+    """Node label over whose values the pods are spread evenly, if possible."""
     node_selector: list[str] = field(default_factory=list)
-    """KEY=VALUE: labels of the nodes that the pods may run on."""
+    """KEY=VALUE labels of the nodes that the pods may run on."""
     toleration: list[str] = field(default_factory=list)
-    """KEY[=VALUE][:EFFECT]: taints that keep others away from those nodes; that of GPU nodes is
-    tolerated by pods with GPUs.
+    """KEY[=VALUE][:EFFECT] taints that the pods tolerate.
+
+    Pods with GPUs always tolerate the taint of GPU nodes.
     """
     gang: bool = False
-    """All pods start, or none: by a PodGroup (Kubernetes 1.37; the component `gang` ties the pods
-    to it).
+    """Start all pods or none, through a PodGroup.
+
+    Needs Kubernetes 1.37 and the component `gang`, which links the pods to the PodGroup.
     """
     suspend: bool = False
     labels: dict[str, str] = field(default_factory=dict)
@@ -80,10 +84,10 @@ class JobOptions:
 
 
 def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Document]:
-    """The PyTorchJob, and before it the ConfigMap of a recipe that is not shipped and the PodGroup
-    of a gang. No data is read.
+    """Return the manifests of a recipe: the objects that the job needs, then the PyTorchJob.
 
-    Raises UserError with every fault that can be found without the data.
+    The objects are the ConfigMap of a recipe that is not shipped, and the PodGroup of a gang. No
+    data is read. Raises UserError for every error that can be detected without the data.
     """
     refuse_credentials(
         {recipe: find_recipe(recipe).read_text(encoding="utf-8")}
@@ -128,7 +132,10 @@ def render(recipe: str, overrides: list[str], options: JobOptions) -> list[Docum
 
 
 def to_yaml(documents: list[Document], command: str = "") -> str:
-    """As a file that opens with how to use it. ``command``: what made it."""
+    """Return the manifests as YAML that starts with usage instructions.
+
+    ``command``: the command that created the manifests.
+    """
     job = documents[-1]["metadata"]
     name, place = job["name"], f" --namespace {job['namespace']}" if "namespace" in job else ""
     lines = [f"# Made by: {command}"] if command else []
@@ -143,7 +150,10 @@ def to_yaml(documents: list[Document], command: str = "") -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as blocks, lists indented as kubectl's users are used to; no anchors."""
+    """YAML dumper without anchors.
+
+    Writes multi-line strings as blocks and indents lists as kubectl users expect.
+    """
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -159,7 +169,7 @@ _Dumper.add_representer(str, _text)
 
 
 def _validate(name: str, options: JobOptions) -> list[str]:
-    """What the API server or the operator would refuse, or never start."""
+    """Return the errors that the API server or the operator would reject or never start."""
     faults = []
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > _LONGEST_NAME:
         faults.append(
@@ -216,7 +226,7 @@ def _validate(name: str, options: JobOptions) -> list[str]:
 
 
 def _check_model(config: RunConfig) -> None:
-    """Build it without memory, so that a wrong option, or an image too small, is found here."""
+    """Build the model without memory, to detect invalid options and too small images early."""
     import torch
 
     from trainer.export.exported_model import ModelMetadata
@@ -226,8 +236,9 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _default_checkpoint_url(config: RunConfig, name: str) -> list[str]:
-    """Where checkpoints go when the recipe does not say: beside the data, since a pod's own disk
-    goes with it.
+    """Return an override that places checkpoints next to the data, if the recipe sets no URL.
+
+    A pod's own disk is lost with the pod, so it cannot hold checkpoints. Raises UserError.
     """
     if config.checkpoint.url is not None:
         if not is_remote(config.checkpoint.url) and not config.checkpoint.url.lower().startswith(
@@ -261,11 +272,13 @@ def _labels(job: str) -> dict[str, str]:
 
 
 def _job(name: str, arguments: list[str], config_map: str | None, options: JobOptions) -> Document:
-    """Workers alone: a master would get the workers an init container that Pod Security
-    ``restricted`` refuses.
+    """Build the PyTorchJob with workers only.
 
-    No rank is restarted inside a pod (maxRestarts 0): the launcher ends with 144, and the operator
-    makes the pod anew.
+    With a master, the operator would add an init container to the workers that Pod Security
+    ``restricted`` rejects.
+
+    No rank is restarted inside a pod (maxRestarts 0): the launcher exits with 144, and the operator
+    recreates the pod.
     """
     labels = _labels(name) | ({GANG_LABEL: "true"} if options.gang else {})
     worker = {
@@ -340,7 +353,10 @@ def _pod(name: str, arguments: list[str], config_map: str | None, options: JobOp
 
 
 def _tolerations(options: JobOptions) -> list[Document]:
-    """Without a value any is tolerated, without an effect each."""
+    """Return the tolerations.
+
+    A taint without a value tolerates any value, and one without an effect tolerates every effect.
+    """
     found: list[Document] = []
     if options.gpus_per_node:
         found.append({"key": _GPU, "operator": "Exists", "effect": "NoSchedule"})
@@ -354,7 +370,7 @@ def _tolerations(options: JobOptions) -> list[Document]:
 def _container(arguments: list[str], volumes: list[Document], options: JobOptions) -> Document:
     sizes = _sizes(options)
     requests = {"cpu": sizes["cpu"], "memory": sizes["memory"]}
-    limits = {"memory": sizes["memory"]}  # ranks without GPUs may use what is idle
+    limits = {"memory": sizes["memory"]}  # no CPU limit: ranks without GPUs may use idle CPUs
     if options.gpus_per_node:
         requests[_GPU] = str(options.gpus_per_node)
         limits = dict(requests)
@@ -397,8 +413,10 @@ def _container(arguments: list[str], volumes: list[Document], options: JobOption
 
 
 def _sizes(options: JobOptions) -> dict[str, str]:
-    """CPUs decode a GPU's images; memory holds what is read ahead and a whole model's checkpoint;
-    NCCL meets in /dev/shm.
+    """Return the CPU, memory and /dev/shm sizes of a pod.
+
+    The CPUs decode the images of the GPUs. Memory holds prefetched data and a checkpoint of the
+    full model. NCCL communicates through /dev/shm.
     """
     ranks = options.ranks_per_node
     default = (8, 32, 2) if options.gpus_per_node else (1, 4, 1)

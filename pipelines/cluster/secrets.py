@@ -1,5 +1,6 @@
-"""``convoy secrets``: credentials for the services of ``k8s/base/services``, in files that
-kustomize makes Secrets of.
+"""``convoy secrets``: writes credentials for the services in ``k8s/base/services``.
+
+kustomize creates Secrets from these files.
 """
 
 import os
@@ -10,11 +11,10 @@ from trainer.errors import UserError
 
 
 def write_secrets(file: Path, endpoint: str) -> list[Path]:
-    """Write random credentials, readable by their owner alone: the object store's into ``file``,
-    the database's beside it.
+    """Write random credentials to two files that only their owner can read.
 
-    Returns both. Raises UserError where one of them is there, since what runs with it would be
-    locked out.
+    The object store's go to ``file``, the database's to a file next to it. Returns both paths.
+    Raises UserError if either exists, because services that use it would be locked out.
     """
     database = file.with_name(f"{file.stem}-postgres{file.suffix}")
     contents = {

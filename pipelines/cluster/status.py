@@ -1,5 +1,6 @@
-"""What a training job in a cluster does, as a person would say it: one line, made of the API
-server's objects and a log.
+"""Summarizes the status of a training job in one line.
+
+The sources are the objects of the API server and a log.
 """
 
 import re
@@ -23,8 +24,10 @@ _SEVERITY = ("image", "secret", "start", "unschedulable", "pulling")
 
 @dataclass(frozen=True)
 class Status:
-    """``state``: one word; ``says``: the rest of the line. ``finished``: nothing more will come of
-    the job.
+    """Status of a job.
+
+    ``state``: one or two words; ``says``: the rest of the line. ``finished``: whether the job has
+    ended.
     """
 
     name: str
@@ -46,8 +49,10 @@ class Status:
 
 
 def summarize_job(job: Object, pods: list[Object], events: list[Object], log: str | None) -> Status:
-    """``pods``, ``events``: of the job; ``log``: of its first pod, its beginning and its end, empty
-    where there is none, None where it was not asked for.
+    """Summarize the status of a job.
+
+    ``pods``, ``events``: those of the job. ``log``: beginning and end of the first pod's log; empty
+    if there is none, None if it was not requested.
     """
     read, log = log is not None, log or ""
     name, spec, status = job["metadata"]["name"], job["spec"], job.get("status", {})
@@ -114,7 +119,7 @@ def _is_gang(spec: Object) -> bool:
 
 
 def _seen(log: str) -> dict[str, Any]:
-    """Of the last line of progress, and the run in MLflow."""
+    """Return the values of the last progress line, and the URL of the MLflow run."""
     seen: dict[str, Any] = {}
     if runs := _RUN.findall(log):
         run, address = runs[-1]
@@ -140,7 +145,7 @@ def _progress(seen: dict[str, Any], link: dict[str, str | None]) -> str:
 
 
 def _ended(pods: list[Object]) -> list[Object]:
-    """How containers ended, those first that tell most: the user's mistake, a bug, the rest."""
+    """Return how containers ended, most informative first: user errors, bugs, then the rest."""
     states = [
         s["state"].get("terminated")
         for pod in pods
@@ -169,7 +174,7 @@ def _failure(name: str, condition: Object, pods: list[Object], log: str) -> tupl
 
 
 def _trouble(pod: Object) -> tuple[str, str] | None:
-    """Why a pod does not run, and what to do."""
+    """Return why a pod does not run and what to do, as (kind, message), or None."""
     status = pod["status"]
     for container in [
         *(status.get("initContainerStatuses") or []),

@@ -1,14 +1,14 @@
-"""The only parser of class-name files, for every command that takes one.
+"""Parses class-name files. This is the only parser, for every command that takes such a file.
 
-Text in UTF-8 (with or without a byte-order mark) or UTF-16/32 with a byte-order mark; lines end
-with LF, CRLF or CR; blank lines at the end are ignored. Columns are separated by a TAB, by a comma
-(CSV, with quotes) or by the first space. JSON: a list of names, or an object from id or number to a
+Text is UTF-8 (with or without a byte-order mark), or UTF-16/32 with a byte-order mark. Lines end
+with LF, CRLF or CR; blank lines at the end are ignored. Columns are separated by a TAB, a comma
+(CSV, with quotes) or the first space. JSON is a list of names, or an object from id or number to a
 name or to ``[id, name]`` (``imagenet_class_index.json``).
 
-Two questions can be asked of a file: the name of each class by its id (``names_by_id``: folders,
-WordNet ids), and the name of each label (``names_by_label``: the line's number from 0 on, or
-numbers in the first column). A file that answers neither is an error that names the line; nothing
-is guessed.
+Two functions read a file: ``names_by_id`` returns the name of each class by its id (folders,
+WordNet ids), and ``names_by_label`` the name of each label (the line number, counted from 0, or
+numbers in a column). A file that answers neither is an error that names the line; nothing is
+guessed.
 """
 
 import codecs
@@ -25,7 +25,7 @@ from trainer.errors import UserError
 
 _MAX_BYTES = 64 * 2**20
 _NAMED = 5  # classes or ids that a message lists
-_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
+_MARKS = (  # UTF-32 first, because its mark starts with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -39,19 +39,19 @@ _HEADER = re.compile(
     re.IGNORECASE,
 )
 _OTHER_SEPARATOR = re.compile(r"""["'\[{(]*([0-9]{1,9})["'\])]*\s*[;:=|.)]+\s*\S.*""")
-"""``0;cat``, ``0: cat``, ``{0: 'cat',``, ``0. cat``: a number and a name, separated by what is not
-supported.
+"""A number and a name with an unsupported separator: ``0;cat``, ``0: cat``, ``{0: 'cat',``, ``0.
+cat``.
 """
 _OTHER_FORMAT = re.compile(r"""\{.*|.*[{\[]|\[["'].*|[\w-]+:""")
-"""First lines of JSON lines, Python literals, protocol buffers and YAML."""
+"""First lines of JSON Lines, Python literals, protocol buffers and YAML."""
 _CONTROL = re.compile(
     "[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\ud800-\udfff]"
-)  # TAB separates columns
+)  # not TAB, which separates columns
 
 
 @dataclass(frozen=True)
 class _Row:
-    """Two columns of a line, and where they are, for messages."""
+    """Two columns of a line, and their location for messages."""
 
     where: str
     identity: str
@@ -60,7 +60,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Parsed:
-    """A file: the rows of each way to separate its columns, and its lines as names."""
+    """A parsed file: its rows under each column separator, and its lines as names."""
 
     by_tab: list[_Row]
     by_comma: list[_Row]
@@ -73,12 +73,12 @@ class _Parsed:
 
 
 def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = None) -> list[str]:
-    """The name of each class of ``class_ids``, by the first column of a file.
+    """Return the name of each class of ``class_ids``, by the first column of a file.
 
-    Rows of other classes are ignored, so that a list of all ImageNet synsets names a subset. If the
-    ids are the numbers 0 to n-1, a plain list of n names is accepted too. ``raw``: the content, if
-    the file is in an archive. Classes that it does not name keep their ids, which is reported on
-    stderr; a file that names none of them is an error. Raises UserError.
+    Rows of other classes are ignored, so that a list of all ImageNet synsets can name a subset. If
+    the ids are the numbers 0 to n-1, a plain list of n names is accepted too. ``raw``: the content,
+    if the file is in an archive. Classes without a name keep their ids, which is reported on
+    stderr; a file that names no class is an error. Raises UserError.
     """
     parsed = _parse(path, _read(path) if raw is None else raw)
     wanted = {_normal(identity): identity for identity in class_ids}
@@ -109,7 +109,7 @@ def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = 
             f"{path}: numbers its names from 1 to {len(numbers)}, but the classes begin with 0; "
             "number them from 0"
         )
-    if not any(row.name for row in best):  # a list of the ids alone
+    if not any(row.name for row in best):  # a list of only the ids
         return list(class_ids)
     by_id = {key: row.name for key, row in _unique(path, rows).items()}
     if missing := [identity for identity in class_ids if _normal(identity) not in by_id]:
@@ -123,11 +123,11 @@ def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = 
 
 
 def names_by_label(path: str | Path) -> list[str]:
-    """The name of each label from 0 on.
+    """Return the name of each label, counted from 0.
 
-    Numbers 0 to n-1 in the first column give the label. Otherwise it is the line's number, and the
-    first column is not part of the name if it holds WordNet ids or is separated by a TAB. Raises
-    UserError.
+    Numbers 0 to n-1 in the first or second column are the labels. Otherwise the line number is the
+    label, and the first column is not part of the name if it holds WordNet ids or is separated by a
+    TAB. Raises UserError.
     """
     parsed = _parse(path, _read(path))
     for rows in parsed.candidates:
@@ -159,8 +159,9 @@ def names_by_label(path: str | Path) -> list[str]:
 
 
 def synsets(path: str | Path, raw: bytes) -> dict[str, str]:
-    """WordNet id and name of each line, in the file's order (``synset_words.txt``). Raises
-    UserError.
+    """Return the name of each WordNet id, in file order (``synset_words.txt``).
+
+    Raises UserError.
     """
     for rows in _parse(path, raw).candidates:
         if rows and all(_WORDNET_ID.fullmatch(row.identity) for row in rows):
@@ -286,7 +287,7 @@ def _by_comma(line: str) -> tuple[str, str]:
 
 
 class _Pairs(list):
-    """The items of a JSON object, repeated keys included."""
+    """Items of a JSON object, including repeated keys."""
 
 
 def _parse_json(path: str | Path, value: object) -> _Parsed:
@@ -316,12 +317,15 @@ def _parse_json(path: str | Path, value: object) -> _Parsed:
     return _Parsed(by_key, by_id, [], [] if by_key else names)
 
 
-# --- what rows mean -----------------------------------------------------------------------------
+# --- from rows to names --------------------------------------------------------------------------
 
 
 def _without_header(rows: list[_Row]) -> list[_Row]:
-    """The rows without a first one that names the columns, by its words or because numbers follow."""
-    if len(rows) < 2 or not rows[0].name or rows[0].where != "line 1":  # JSON has none
+    """Return the rows without a header row.
+
+    A header is detected by its words, or because the rows below it are numbered.
+    """
+    if len(rows) < 2 or not rows[0].name or rows[0].where != "line 1":  # JSON has no header
         return rows
     numbers = {row.identity for row in rows[1:]}
     above_numbers = not re.search("[0-9]", rows[0].identity) and numbers == {
@@ -333,7 +337,7 @@ def _without_header(rows: list[_Row]) -> list[_Row]:
 
 
 def _numbered_second(path: str | Path, rows: list[_Row]) -> list[str] | None:
-    """The names in the order of the second column, if that holds the numbers 0 to n-1 (``cat,0``)."""
+    """Return the names ordered by the second column if it holds 0 to n-1 (``cat,0``), or None."""
     body = rows[1:] if rows and not rows[0].name.isdecimal() else rows
     if len(body) < 2 or {row.name for row in body} != {str(number) for number in range(len(body))}:
         return None
@@ -342,7 +346,7 @@ def _numbered_second(path: str | Path, rows: list[_Row]) -> list[str] | None:
 
 
 def _check_format(path: str | Path, lines: list[str]) -> None:
-    """Reject lines that are names together with something else. Raises UserError."""
+    """Reject lines that hold more than names. Raises UserError."""
     matches = [_OTHER_SEPARATOR.fullmatch(line) for line in lines[:3]]
     numbers = [int(match[1]) if match else None for match in matches]
     if any(numbers[i : i + 2] in ([0, 1], [1, 2]) for i in range(2)):
@@ -359,10 +363,10 @@ def _check_format(path: str | Path, lines: list[str]) -> None:
 
 
 def _numbered(path: str | Path, rows: list[_Row], is_certain: bool) -> list[str] | None:
-    """The names in the order of the first column, if that numbers them.
+    """Return the names ordered by the first column, if it numbers them, else None.
 
-    Names may begin with numbers ("2012 Tesla"): unless ``is_certain``, one of them has to be 0 or
-    1.
+    Names may start with numbers ("2012 Tesla"): unless ``is_certain``, one of the numbers must be 0
+    or 1.
     """
     wrong = next((row for row in rows if not re.fullmatch("[0-9]{1,9}", row.identity)), None)
     if not any(row.name for row in rows) or (
@@ -389,7 +393,7 @@ def _numbered(path: str | Path, rows: list[_Row], is_certain: bool) -> list[str]
 
 
 def _unique(path: str | Path, rows: list[_Row]) -> dict[str, _Row]:
-    """The rows by id. Raises UserError for an id that occurs twice, and for one without a name."""
+    """Return the rows by id. Raises UserError for a duplicate id and for an id without a name."""
     found: dict[str, _Row] = {}
     for row in rows:
         if not row.name:
@@ -408,7 +412,7 @@ def _unique(path: str | Path, rows: list[_Row]) -> dict[str, _Row]:
 
 
 def _normal(identity: str) -> str:
-    """An id as it is compared: macOS writes the same name with other code points (NFD)."""
+    """Normalize an id for comparison: macOS writes the same name with other code points (NFD)."""
     return unicodedata.normalize("NFC", identity.strip())
 
 

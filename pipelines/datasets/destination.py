@@ -1,5 +1,6 @@
-"""What the destination of a pack contains: nothing, the same data set, a part of it, or something
-else.
+"""Inspects the destination of a pack.
+
+It may be empty, or hold the same dataset, part of it, or something else.
 """
 
 import os
@@ -16,12 +17,12 @@ from trainer.data.storage.location import local_path
 from trainer.data.storage.store import Store, is_remote, open_store
 from trainer.errors import UserError
 
-RECORDS = ".pack"  # of an unfinished pack, below the split
+RECORDS = ".pack"  # folder for the records of an unfinished pack, below the split
 _PLAN = f"{RECORDS}/plan.json"
 
 
 class PlanRecord(BaseModel):
-    """What an unfinished pack is going to write."""
+    """Identifies the dataset that an unfinished pack writes."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -30,21 +31,21 @@ class PlanRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Survey:
-    """What is at the destination of one split, before it is known what will be packed."""
+    """State of the destination of one split, taken before the pack is planned."""
 
     url: str
     split: str
     present: dict[str, int]
-    """Bytes of each object by name."""
+    """Size of each object in bytes, by name."""
     index: Index | None
     plan: str | None
     """The ``resume_digest`` of an unfinished pack; empty if its record is corrupt."""
     obsolete: list[str]
-    """Objects of an earlier pack, to be deleted unless it is resumed."""
+    """Objects of an earlier pack; deleted unless it is resumed."""
 
 
 def check_destination(source: str, destination: str) -> None:
-    """Raise UserError if nothing can be written there, or if it would be written into the source."""
+    """Raise UserError if the destination is not writable or overlaps the source."""
     if not destination.strip():
         raise UserError("DESTINATION is empty; name a folder or a URL")
     if any(0xDC80 <= ord(char) <= 0xDCFF for char in destination):
@@ -75,9 +76,10 @@ def check_destination(source: str, destination: str) -> None:
 
 
 def survey(url: str, split: str, overwrite: bool) -> Survey:
-    """Look at the destination of a split; writes nothing.
+    """Inspect the destination of a split; writes nothing.
 
-    Raises UserError for what is not Convoy's, and for records and an index that are corrupt.
+    Raises UserError for files that Convoy did not write, and for corrupt records or a corrupt
+    index.
     """
     if not is_remote(url) and not local_path(url).is_dir():
         return Survey(url, split, {}, None, None, [])
@@ -140,7 +142,9 @@ def _plan_record(store: Store, overwrite: bool) -> str | None:
 
 
 def is_finished(found: Survey, digest: str, overwrite: bool) -> bool:
-    """Whether the destination contains this data set. Raises UserError for another one."""
+    """Return whether the destination contains this dataset. Raises UserError if it holds another
+    one.
+    """
     if found.index is None or overwrite:
         return False
     if found.index.plan == digest:
@@ -156,8 +160,9 @@ def is_finished(found: Survey, digest: str, overwrite: bool) -> bool:
 
 
 def can_resume(found: Survey, resume_digest: str, parts: int) -> bool:
-    """Whether an unfinished pack of the same images is continued. Raises UserError if parts would
-    clear it at a time.
+    """Return whether an unfinished pack of the same images can be resumed.
+
+    Raises UserError if several parts would clear the destination concurrently.
     """
     if found.plan == resume_digest and INDEX_NAME not in found.present:
         return True
@@ -170,7 +175,7 @@ def can_resume(found: Survey, resume_digest: str, parts: int) -> bool:
 
 
 def clear(store: Store, found: Survey, resume_digest: str) -> None:
-    """Delete what an earlier pack left, and record what this one is going to write."""
+    """Delete the objects of an earlier pack, and record what this one writes."""
     store.delete(found.obsolete)
     store.write(_PLAN, PlanRecord(resume_digest=resume_digest).model_dump_json().encode())
 
@@ -180,8 +185,9 @@ def record_name(number: int) -> str:
 
 
 def finished_shards(store: Store, split: str, shards: Sequence[Sequence[Item]]) -> dict[int, Shard]:
-    """The shards that were completed before, by number; one whose record is corrupt is written
-    again.
+    """Return the shards that earlier runs completed, by number.
+
+    A shard with a corrupt record is packed again.
     """
     present = store.sizes()
     done: dict[int, Shard] = {}

@@ -1,5 +1,6 @@
-"""``convoy index``: an index for WebDataset shards that others wrote, which are read once and not
-changed.
+"""``convoy index``: indexes third-party WebDataset shards.
+
+The shards are read once and are not modified.
 """
 
 import sys
@@ -22,17 +23,19 @@ _NAMED = 5  # labels that a note lists
 _MANY_CLASSES, _SPARSE = (
     1000,
     10,
-)  # above both, classes per label that occurs, a label is taken for a mistake
+)  # a highest label of 1,000 or more, and of 10 or more per distinct label, is an error
 
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """``split``: its name, by default the URL's last part, or the split that the shards' names
-    contain if ``shards`` is given.
+    """Options of ``convoy index``.
+
+    ``split``: name of the split. Defaults to the last part of the URL or, with ``shards``, to the
+    split that the shard names contain.
 
     ``class_names``: a file with the name of each label. ``shards``: a pattern (``*``, ``?``,
-    ``[]``) of the shards' names, for folders that several splits share; the index is then written
-    to ``URL/SPLIT/index.json``.
+    ``[]``) of shard names, for folders that several splits share; the index is then written to
+    ``URL/SPLIT/index.json``.
     """
 
     split: str | None = None
@@ -43,12 +46,11 @@ class IndexOptions:
 
 
 def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
-    """Write the ``index.json`` of the shards below ``url``, in the order of their names; returns
-    the URL of the split and it.
+    """Write the ``index.json`` of the shards below ``url``, in the order of their names.
 
-    Raises UserError for shards that are corrupt, truncated or of several splits, and for samples
-    that cannot be represented exactly. Nothing is written then. Notes on members that are ignored
-    go to stderr.
+    Returns the URL of the split, and the index. Raises UserError for shards that are corrupt,
+    truncated or of several splits, and for samples that cannot be represented exactly; nothing is
+    written then. Notes on ignored members go to stderr.
     """
     store = open_store(url)
     sizes = choose_shards(store, options.shards)
@@ -77,7 +79,8 @@ def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
     classes = names or [str(label) for label in range(highest + 1)]
     class_ids = [str(label) for label in range(len(classes))]
     shards = [scan.shard for scan in scans]
-    plan = digest_of(classes, class_ids, shards)  # nobody planned them: they are what they are
+    # these shards have no pack plan: use a digest of their content
+    plan = digest_of(classes, class_ids, shards)
     shards_in: Literal["", ".."] = ".." if options.shards else ""
     index = Index.of(split, classes, class_ids, shards, plan, shards_in)
     _check_overlap(store, index_name, index)
@@ -97,7 +100,7 @@ def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
 
 
 def _place(url: str, options: IndexOptions, names: dict[str, int]) -> tuple[str, str]:
-    """The name of the split, and of its index below ``url``. Raises UserError."""
+    """Return the name of the split, and of its index below ``url``. Raises UserError."""
     if not options.shards:
         return options.split or url.rstrip("/").rpartition("/")[2], INDEX_NAME
     split = options.split or split_of(next(iter(names))) or ""
@@ -126,7 +129,7 @@ def _scan_all(url: str, sizes: dict[str, int], workers: int) -> list[Scan]:
 
 
 def _changed(store: Store, sizes: dict[str, int], pattern: str | None) -> list[str]:
-    """A line for each shard that appeared, vanished or changed its size while the others were read."""
+    """Return one error per shard that was added, removed or resized during the scan."""
     now = choose_shards(store, pattern)
     names = sorted(name for name in sizes.keys() | now.keys() if sizes.get(name) != now.get(name))
     return [
@@ -137,7 +140,7 @@ def _changed(store: Store, sizes: dict[str, int], pattern: str | None) -> list[s
 
 
 def _duplicate_keys(url: str, scans: list[Scan]) -> list[str]:
-    """A line for each pair of shards that share keys."""
+    """Return one error per pair of shards that share keys."""
     shard_of: dict[str, str] = {}
     shared: Counter[tuple[str, str]] = Counter()
     example: dict[tuple[str, str], str] = {}
@@ -156,7 +159,7 @@ def _duplicate_keys(url: str, scans: list[Scan]) -> list[str]:
 
 
 def _check_overlap(store: Store, index_name: str, index: Index) -> None:
-    """Refuse shards that another split's index below the same URL holds too."""
+    """Raise UserError if another split's index below the same URL contains one of the shards."""
     names = {shard.name for shard in index.shards}
     for other in sorted(store.sizes()):
         if (
@@ -183,7 +186,7 @@ def _check_overlap(store: Store, index_name: str, index: Index) -> None:
 def _notes(
     scans: list[Scan], classes: list[str], labels: Counter[int], names: dict[str, int]
 ) -> list[str]:
-    """Lines on what the index does not hold."""
+    """Return notes on ignored members, labels without samples, and shard names."""
     notes = []
     if ignored := sum((scan.ignored for scan in scans), Counter()):
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.items())

@@ -1,9 +1,10 @@
-"""``convoy pack``: images to WebDataset shards and an index. Equal input and seed give equal bytes,
-on any number of workers.
+"""``convoy pack``: packs images into WebDataset shards and writes an index.
 
-Everything is checked before anything is written. The shards come first, each with a record of it;
-the index comes last, so what is half-written is not a data set, and a second run resumes with the
-shards that are missing.
+Equal input and seed give equal bytes, with any number of workers.
+
+Everything is checked before anything is written. Each shard is written with a record, and the index
+is written last. A partial pack is therefore not a dataset, and a second run resumes with the
+missing shards.
 """
 
 import hashlib
@@ -44,15 +45,17 @@ from trainer.data.storage.store import Store, open_store
 from trainer.errors import UserError, shortened
 from trainer.locks.run_lock import RunLock
 
-_CHUNK = 512  # images that a worker checks before it reports
-_NAMED = 20  # rejected files that an error names
+_CHUNK = 512  # images that a worker checks per task
+_NAMED = 20  # rejected files that an error lists
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """``shard_bytes``: the size to aim at; ``shards``: an exact count instead. ``part`` of
-    ``parts``: the share of the shards that this run writes, if several pack the same at a time;
-    whichever finishes last writes the index.
+    """Options of ``convoy pack``.
+
+    ``shard_bytes``: target size of a shard; ``shards``: an exact count instead. ``part`` of
+    ``parts``: the share of the shards that this run writes, if several runs pack the same dataset
+    concurrently. The run that finishes last writes the index.
     """
 
     seed: int = 0
@@ -71,7 +74,7 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One split's shards, in the order in which they will be written."""
+    """The shards of one split, in the order in which they are written."""
 
     split: Split
     shards: list[list[Item]]
@@ -80,8 +83,9 @@ class _Plan:
 
 
 def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str, Index]]:
-    """Pack every split of ``source`` below ``destination``; returns (URL, index) of each that is
-    complete. Raises UserError.
+    """Pack every split of ``source`` below ``destination``.
+
+    Returns (URL, index) of each complete split. Raises UserError.
     """
     if options.part >= options.parts:
         raise UserError(f"--part: {options.part} is not below --parts {options.parts}")
@@ -89,7 +93,7 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
     listed = list_source(source, ListOptions(options.class_names, options.layout, options.nested))
     for split in listed.splits:
         _check_shard_count(options, split)
-    # what needs no image is checked before millions of them are read
+    # run the checks that need no image before reading millions of them
     urls = [f"{destination.rstrip('/')}/{split.name}" for split in listed.splits]
     for url, split in zip(urls, listed.splits, strict=True):
         survey(url, split.name, options.overwrite)
@@ -106,7 +110,7 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
         splits = _checked(listed.splits, listed.account, pool, options)
         plans = [_plan(split, options) for split in splits]
         _report(source, splits, listed.account)
-        # other parts may have written since
+        # other parts may have written in the meantime
         surveys = [
             survey(url, split.name, options.overwrite)
             for url, split in zip(urls, splits, strict=True)
@@ -135,8 +139,9 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
 
 
 def _lock_name(options: PackOptions) -> str:
-    """Parts of the same data set are packed at the same time; no part is packed twice at the same
-    time.
+    """Return the name of the lock file.
+
+    Different parts of a dataset may be packed concurrently, but each part only once.
     """
     return "pack.lock" if options.parts == 1 else f"pack-{options.part}-of-{options.parts}.lock"
 
@@ -151,8 +156,9 @@ def _check_shard_count(options: PackOptions, split: Split) -> None:
 def _checked(
     splits: list[Split], account: Account, pool: ProcessPoolExecutor, options: PackOptions
 ) -> list[Split]:
-    """The splits with every image recognized by its content; files that cannot be packed are
-    refused, or omitted and named.
+    """Return the splits with the format of every image identified by its content.
+
+    Files that cannot be packed are an error, or are omitted and listed with ``skip_bad``.
     """
     checked = [_check_split(split, account, pool, options) for split in splits]
     if account.rejected and not options.skip_bad:
@@ -195,10 +201,10 @@ def _checked(
 def _check_split(
     split: Split, account: Account, pool: ProcessPoolExecutor, options: PackOptions
 ) -> list[Marked]:
-    """The images that can be packed; the others are rejected by name."""
+    """Return the images that can be packed; the others are recorded as rejected."""
     if all(
         item.extension for item in split.items
-    ):  # idx files: pixels, which were checked when they were listed
+    ):  # idx files: the pixels were checked when they were listed
         return [(item, -1) for item in split.items]
     chunks = [split.items[i : i + _CHUNK] for i in range(0, len(split.items), _CHUNK)]
     good: list[Marked] = []
@@ -220,7 +226,7 @@ def _check_split(
 
 
 def _report(source: str, splits: list[Split], account: Account) -> None:
-    """Print what became of every file of the source, one line per rule and one per rejected file."""
+    """Print what happened to every file of the source: one line per rule and per rejected file."""
     packed, rejected = sum(len(split.items) for split in splits), len(account.rejected)
     found = packed + account.num_skipped + rejected
     lines = [
@@ -265,8 +271,10 @@ def _plan(split: Split, options: PackOptions) -> _Plan:
 def _write_split(
     plan: _Plan, store: Store, pool: ProcessPoolExecutor, options: PackOptions
 ) -> Index | None:
-    """Write the missing shards of a split, or of one part of them; then the index, if none is
-    missing any more, and delete the records.
+    """Write the missing shards of a split, or of this run's part of them.
+
+    If no shard is missing afterwards, write the index and delete the records. Returns None if the
+    split is incomplete.
     """
     name = plan.split.name
     done = finished_shards(store, name, plan.shards)
@@ -291,7 +299,7 @@ def _write_split(
     if options.parts > 1:
         done = finished_shards(store, name, plan.shards)
         raw = store.read_small(INDEX_NAME)
-        if raw is not None:  # another part was last, and may be removing the records
+        if raw is not None:  # another part finished last and may be deleting the records
             return parse_index(raw, f"{store.url}/{INDEX_NAME}")
         if len(done) < len(plan.shards):
             print(
@@ -329,7 +337,7 @@ def _write_shard(url: str, name: str, number: int, items: list[Item]) -> Shard:
 
 
 class _Hashing:
-    """Writes through to a file, counting and hashing."""
+    """Writes to a file, and counts and hashes the bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -346,7 +354,7 @@ class _Hashing:
 
 
 def summary(packed: Iterable[tuple[str, Index]]) -> Iterator[str]:
-    """A line for each split."""
+    """Yield one line per split."""
     for url, index in packed:
         yield (
             f"{url}: {index.samples:,} images of {len(index.classes)} classes in "

@@ -9,14 +9,14 @@ from trainer.errors import RetryableError
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """A pool of fresh processes, which end when this one does, be it killed."""
+    """Return a pool of new processes that exit when this one does, even if it is killed."""
     return ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_follow_parent
     )
 
 
 def worker_lost() -> RetryableError:
-    """The error to raise for a BrokenProcessPool: a retry may succeed."""
+    """Return the error to raise for a BrokenProcessPool; a retry may succeed."""
     return RetryableError(
         "a worker process was killed, often because memory ran out, or could not start; use "
         "fewer --workers, or more memory"

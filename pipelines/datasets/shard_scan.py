@@ -1,5 +1,6 @@
-"""What one third-party shard holds: its samples, and everything that keeps it from being
-represented exactly.
+"""Scans a third-party shard for samples.
+
+Also finds everything that prevents an exact representation.
 """
 
 import hashlib
@@ -25,25 +26,26 @@ _MAX_LABEL_BYTES = 1024
 
 @dataclass
 class Scan:
-    """One shard, its labels, and what is wrong with it. ``ignored``: members that belong to no
-    sample, by kind.
+    """Result of scanning a shard: its index entry, labels and faults.
+
+    ``ignored``: members that belong to no sample, by kind.
     """
 
     shard: Shard
     labels: dict[int, int]
-    """Samples of each label."""
+    """Number of samples of each label."""
     faults: list[str]
     ignored: Counter[str]
 
 
 @dataclass
 class _Group:
-    """Neighbouring members that share a key."""
+    """Adjacent members that share a key."""
 
     key: str
     offset: int
     names: dict[str, str] = field(default_factory=dict)
-    """The members' names by extension."""
+    """Names of the members by extension."""
 
     @property
     def images(self) -> list[str]:
@@ -51,7 +53,7 @@ class _Group:
 
     @property
     def is_sample(self) -> bool:
-        """False for text that describes the archive and has a key of its own."""
+        """False for text files that describe the archive and have their own key."""
         return not all(is_side_file(name) for name in self.names.values())
 
     def faults(self) -> Iterator[str]:
@@ -64,7 +66,7 @@ class _Group:
 
 
 def scan_shard(url: str, name: str, size: int) -> Scan:
-    """Read a shard of ``size`` bytes from its beginning to its end. Runs in a worker."""
+    """Read a shard of ``size`` bytes from beginning to end. Runs in a worker."""
     reading = _Reading(open_store(url), name, size)
     scanner = _Scanner()
     try:
@@ -84,14 +86,14 @@ def scan_shard(url: str, name: str, size: int) -> Scan:
             0,
             *(sample.offset for sample in samples[1:]),
             scanner.end,
-        ],  # what comes before the first is its own
+        ],  # bytes before the first sample belong to it
         keys=[sample.key for sample in samples],
     )
     return Scan(shard, dict(scanner.labels), shortened(faults, "faults"), scanner.ignored)
 
 
 class _Scanner:
-    """Sorts the members of one shard into samples."""
+    """Groups the members of a shard into samples."""
 
     def __init__(self) -> None:
         self.samples: list[_Group] = []
@@ -103,7 +105,7 @@ class _Scanner:
         self._group: _Group | None = None
 
     def add(self, member: Member) -> None:
-        """Take the next member. A label's data is read."""
+        """Add the next member. Reads the data of a label."""
         self.end = member.end
         if not member.is_file:
             self._add_special(member)
@@ -178,7 +180,7 @@ class _Scanner:
 
 
 class _Reading:
-    """A shard as a file that is read once from its beginning to its end, hashed."""
+    """File that reads a shard once, from beginning to end, and hashes it."""
 
     def __init__(self, store: Store, name: str, size: int) -> None:
         self._pieces = read_whole(store, name, size)

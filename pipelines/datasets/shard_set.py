@@ -1,5 +1,6 @@
-"""Which .tar files below a URL are the shards of one split: never those of several, and none is
-left out silently.
+"""Selects the .tar files below a URL that are the shards of one split.
+
+Shards of several splits are never combined, and no shard is skipped silently.
 """
 
 import os
@@ -40,11 +41,10 @@ _NAMED = 5  # missing shards that a note lists
 
 
 def choose_shards(store: Store, pattern: str | None) -> dict[str, int]:
-    """Name and size of the shards below a store's URL, by name; of those that match ``pattern`` if
-    given.
+    """Return name and size of the shards below a store's URL, sorted by name.
 
-    Raises UserError if there are none, if some are compressed, unfinished or unreadable, and if
-    their names say that they belong to several splits.
+    ``pattern``: select only the shards whose names match. Raises UserError if there are none, if
+    some are compressed, unfinished or unreadable, and if their names indicate several splits.
     """
     listed = store.sizes()
     if ".pack/plan.json" in listed:
@@ -84,10 +84,9 @@ def choose_shards(store: Store, pattern: str | None) -> dict[str, int]:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a shard's name or folder contains as a word (``imagenet1k-train-0000.tar``:
-    train), if any.
+    """Return the split that a shard's name or folder contains as a word, if any.
 
-    If there are several, they are joined: ``train/val``.
+    ``imagenet1k-train-0000.tar`` gives ``train``. Several are joined: ``train/val``.
     """
     words = (
         word
@@ -99,8 +98,9 @@ def split_of(name: str) -> str | None:
 
 
 def missing_shards(names: Iterable[str]) -> list[str]:
-    """Names that are missing in numbered series of shards (``a-0001.tar`` beside ``a-0000.tar`` and
-    ``a-0002.tar``).
+    """Return the names that are missing in numbered series of shards.
+
+    ``a-0001.tar`` is missing between ``a-0000.tar`` and ``a-0002.tar``.
     """
     series: dict[tuple[str, str, int], set[int]] = defaultdict(set)
     for name in names:
@@ -111,7 +111,7 @@ def missing_shards(names: Iterable[str]) -> list[str]:
             series[head, tail, width].add(int(digits))
     for (head, tail, width), numbers in list(
         series.items()
-    ):  # 99.tar, 100.tar: a width that is exceeded
+    ):  # 99.tar, 100.tar: numbers that outgrow the zero padding
         padded = [
             key
             for key in series
@@ -127,7 +127,7 @@ def missing_shards(names: Iterable[str]) -> list[str]:
             len(numbers) < 2 and not total
         ):
             continue  # dates or ids, not a series
-        if total and int(total[1]) in numbers:  # counted from 1
+        if total and int(total[1]) in numbers:  # numbered from 1
             first, end = 1, end + 1
         elif not total and 0 not in numbers:
             first = 1
@@ -140,7 +140,7 @@ def missing_shards(names: Iterable[str]) -> list[str]:
 
 
 def notes_on_names(names: Collection[str]) -> list[str]:
-    """Lines about gaps in the numbers of the shards, and about names of several kinds."""
+    """Return notes on gaps in the shard numbers, and on names of several patterns."""
     kinds = Counter(re.sub("[0-9]+", "*", name) for name in names)
     notes = []
     if len(kinds) > 1:
@@ -159,14 +159,15 @@ def notes_on_names(names: Collection[str]) -> list[str]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Such as ``._a.tar`` of macOS, caches of download tools, unfinished files of ``convoy pack``."""
+    """Return whether a file is hidden.
+
+    Examples: ``._a.tar`` of macOS, caches of download tools, unfinished files of ``convoy pack``.
+    """
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _unlisted(store: Store, sizes: dict[str, int], pattern: str | None) -> list[tuple[str, str]]:
-    """Entries of a local folder that should be shards and that a listing leaves out, with the
-    reason.
-    """
+    """Return local entries that should be shards but are not listed, with the reason."""
     if is_remote(store.url):
         return []
     root = os.fspath(folder_of(store.url, create=False))

@@ -1,4 +1,4 @@
-"""``convoy verify``: read every byte of a data set back and compare it with the index."""
+"""``convoy verify``: reads every byte of a dataset and compares it with the index."""
 
 import hashlib
 import os
@@ -16,12 +16,12 @@ from trainer.data.shards.tar import encoded_image, label_of, read_sample
 from trainer.data.storage.store import open_store
 from trainer.errors import UserError
 
-_RANGE = 32 * 2**20  # bytes read at once
+_RANGE = 32 * 2**20  # bytes per read
 
 
 @dataclass
 class Verdict:
-    """What was read of one split, and what is wrong with it."""
+    """Counts of one split, and the errors found in it."""
 
     url: str
     samples: int = 0
@@ -32,8 +32,9 @@ class Verdict:
 
 
 def verify(url: str, workers: int = os.cpu_count() or 1) -> list[Verdict]:
-    """Check the split at ``url``, or both splits below it. Raises UserError where there is no index
-    at all.
+    """Check the split at ``url``, or both splits below it.
+
+    Raises UserError if there is no index.
     """
     store = open_store(url)
     base = url.rstrip("/")
@@ -67,7 +68,7 @@ def _verify_split(url: str, workers: int) -> Verdict:
 
 
 def _verify_shard(url: str, num_classes: int, shard: Shard) -> list[str]:
-    """What is wrong with one shard. Runs in a worker."""
+    """Return the errors of one shard. Runs in a worker."""
     store = open_store(url)
     if fault := shard.size_fault(store.size(shard.name)):
         return [fault]
@@ -100,9 +101,9 @@ def _verify_shard(url: str, num_classes: int, shard: Shard) -> list[str]:
 
 
 def _check_image(encoded: memoryview) -> None:
-    """Raise ImageFault for what `convoy pack --decode` would reject."""
+    """Raise ImageFault for an image that `convoy pack --decode` would reject."""
     content = bytes(encoded)
-    with suppress(PngWithoutEnd):  # decoding decides
+    with suppress(PngWithoutEnd):  # decoding determines whether it is valid
         identify(lambda start, end: content[start:end], len(content))
     try:
         decode_rgb(content)

@@ -1,1 +1,1 @@
-"""Everything on this machine: an object store, MLflow, the demo."""
+"""Services on this machine: an object store, MLflow, and the demo."""

@@ -1,5 +1,6 @@
-"""``make demo``: from images to a registered model that predicts, through the same commands that a
-user types.
+"""``make demo``: runs the pipeline from images to a registered model that predicts.
+
+It uses the same commands as a user.
 """
 
 import fcntl
@@ -28,7 +29,7 @@ _FASHION = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ank
 
 @dataclass(frozen=True)
 class _Data:
-    """Real images on this machine and what to do with them."""
+    """Real images on this machine, and how to train on them."""
 
     title: str
     source: Path
@@ -39,9 +40,9 @@ class _Data:
 
 
 def demo(folder: Path, keep: bool, digits: bool = False) -> dict[str, Any]:
-    """Run everything, on ``digits`` or on the best data that can be had.
+    """Run the full pipeline, on ``digits`` or on the best available data.
 
-    Leaves ``summary.json`` and two pictures in ``folder`` and returns the summary.
+    Writes ``summary.json`` and two plots to ``folder`` and returns the summary.
     """
     folder = folder.absolute()
     with exclusive(str(folder), "convoy demo", "use another --dir, or wait until that ends"):
@@ -50,7 +51,7 @@ def demo(folder: Path, keep: bool, digits: bool = False) -> dict[str, Any]:
 
 def _demo(folder: Path, keep: bool, digits: bool) -> dict[str, Any]:
     started = time.monotonic()
-    servers.down(folder / "services")  # of a demo that was kept
+    servers.down(folder / "services")  # services of an earlier demo that was run with KEEP=1
     _clear(folder)
     data = _digits(folder, "as asked") if digits else _find_data(folder)
     _say(f"data: {data.title}")
@@ -58,8 +59,8 @@ def _demo(folder: Path, keep: bool, digits: bool) -> dict[str, Any]:
     try:
         environment = (
             os.environ | services.environment() | {"CUDA_VISIBLE_DEVICES": ""}
-        )  # the same everywhere, on two ranks
-        os.environ |= services.environment()  # for the plots, which read the same servers
+        )  # CPU only, so that the demo is the same everywhere, on two ranks
+        os.environ |= services.environment()  # for the plots, which read from the same servers
         summary = _pipeline(folder, data, environment)
         summary["wall_seconds"] = round(time.monotonic() - started, 1)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -71,7 +72,7 @@ def _demo(folder: Path, keep: bool, digits: bool) -> dict[str, Any]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier demo left, but not this one's lock."""
+    """Remove the files of an earlier demo, but not the lock of this one."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -132,7 +133,10 @@ def _draw(folder: Path, data: _Data, result: dict[str, Any], uri: str, val: str)
 
 
 def _convoy(environment: dict[str, str], *arguments: str, capture: bool = False) -> str:
-    """Run a ``convoy`` command as a user would; its failure is ours, with its exit code."""
+    """Run a ``convoy`` command as a user would.
+
+    Raises UserError if its exit code is 2, and RetryableError for any other failure.
+    """
     _say(f"convoy {' '.join(arguments)}")
     done = subprocess.run(
         [*python_command("pipelines.cli.main"), *arguments],
@@ -146,8 +150,9 @@ def _convoy(environment: dict[str, str], *arguments: str, capture: bool = False)
 
 
 def _find_data(folder: Path) -> _Data:
-    """Fashion-MNIST, installed or fetched with apt; else scikit-learn's digits, which every
-    installation carries.
+    """Return Fashion-MNIST, installed or fetched with apt.
+
+    If it is unavailable, returns scikit-learn's digits, which are part of every installation.
     """
     fashion = find_fashion()
     if fashion is None:
@@ -160,15 +165,15 @@ def _find_data(folder: Path) -> _Data:
 
 
 def find_fashion() -> Path | None:
-    """The folder of Fashion-MNIST's idx files, installed or fetched with apt; None where it cannot
-    be had.
-    """
+    """Return the folder of Fashion-MNIST's idx files, installed or fetched with apt, or None."""
     return _INSTALLED if _INSTALLED.is_dir() else _fetch_fashion()
 
 
 def _fetch_fashion() -> Path | None:
-    """Debian's package, unpacked into the cache: that needs no root and changes nothing on the
-    machine. Of several processes that want it one fetches it, and the others wait.
+    """Download Debian's package and unpack it into the cache.
+
+    This needs no root and installs nothing. If several processes need the package, one downloads it
+    and the others wait.
     """
     base = Path(
         os.environ.get("CONVOY_CACHE")
@@ -188,7 +193,7 @@ def _fetch_fashion() -> Path | None:
 
 
 def _unpack_fashion(target: Path) -> None:
-    """Fetch the package and unpack it to ``target``, or say why that cannot be."""
+    """Download the package and unpack it to ``target``, or print why that failed."""
     part = target.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -198,7 +203,7 @@ def _unpack_fashion(target: Path) -> None:
         attempts += [
             ["apt-get", "update", "-qq"],
             attempts[0],
-        ]  # a fresh machine has no package lists yet
+        ]  # a new machine has no package lists yet
     for command in attempts:
         done = subprocess.run(command, cwd=part, capture_output=True, text=True, check=False)
         packages = list(part.glob("*.deb"))
@@ -212,8 +217,9 @@ def _unpack_fashion(target: Path) -> None:
 
 
 def _digits(folder: Path, why: str) -> _Data:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, as class folders; every fifth image is
-    for validation.
+    """Write scikit-learn's 1,797 handwritten digits of 8x8 pixels as class folders.
+
+    Every fifth image is for validation.
     """
     import numpy as np
     from PIL import Image

@@ -1,5 +1,6 @@
-"""``convoy local up|down|status``: an S3 server (SeaweedFS) and an MLflow server on loopback, for
-one machine.
+"""``convoy local up|down|status``: an S3 server and an MLflow server on loopback, for one machine.
+
+The S3 server is SeaweedFS.
 """
 
 import json
@@ -28,16 +29,16 @@ _ATTEMPTS = 3
 _START_SECONDS, _STOP_SECONDS = (
     120.0,
     40.0,
-)  # the S3 server drains its own streams for 15 s before it ends
+)  # the S3 server drains its own streams for 15 s before it exits
 
 
 class _Died(RuntimeError):
-    """A service ended while it started."""
+    """A service exited during startup."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """A started process; its start time tells it from a later one of the same number."""
+    """A started process; its start time distinguishes it from a later process with the same id."""
 
     pid: int
     started: float
@@ -55,7 +56,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Services:
-    """Where the services are and how to reach them."""
+    """Addresses, credentials and processes of the services."""
 
     folder: Path
     s3_url: str
@@ -65,7 +66,7 @@ class Services:
     processes: dict[str, Process]
 
     def environment(self) -> dict[str, str]:
-        """The variables that every Convoy command reads."""
+        """Return the environment variables that every Convoy command reads."""
         return {
             "AWS_ENDPOINT_URL": self.s3_url,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -89,7 +90,7 @@ class Services:
 
 
 def load(folder: Path) -> Services | None:
-    """What ``up`` left in ``folder``, None where nothing was started."""
+    """Return the services that ``up`` started in ``folder``, or None if nothing was started."""
     try:
         state = json.loads((folder / _STATE).read_text())
     except FileNotFoundError:
@@ -101,7 +102,9 @@ def load(folder: Path) -> Services | None:
 
 
 def up(folder: Path) -> Services:
-    """Start both services, or find them running. Data and credentials stay in ``folder`` over
+    """Start both services, unless both are running; return their addresses.
+
+    If only one is running, both are restarted. Data and credentials in ``folder`` persist across
     restarts. Raises UserError.
     """
     folder = folder.absolute()
@@ -118,7 +121,7 @@ def up(folder: Path) -> Services:
     for attempt in range(_ATTEMPTS):
         try:
             return _start(folder)
-        except _Died as error:  # another process may have taken one of its ports meanwhile
+        except _Died as error:  # another process may have taken one of its ports in the meantime
             if attempt == _ATTEMPTS - 1:
                 raise UserError(str(error)) from None
     raise AssertionError("unreachable")
@@ -150,10 +153,9 @@ def _start(folder: Path) -> Services:
 
 
 def down(folder: Path, grace_seconds: float = _STOP_SECONDS) -> list[str]:
-    """Stop what runs, by process id, MLflow first; the data stays. Returns the names of what was
-    stopped.
+    """Stop the running services by process id, MLflow first; the data is kept.
 
-    ``grace_seconds``: until a process that was asked to end is killed.
+    ``grace_seconds``: time from SIGTERM to SIGKILL. Returns the names of the stopped services.
     """
     services = load(folder.absolute())
     if services is None:
@@ -169,7 +171,7 @@ def down(folder: Path, grace_seconds: float = _STOP_SECONDS) -> list[str]:
 
 
 def _stop(process: psutil.Process, grace_seconds: float) -> None:
-    """End a process and its children: asked first, killed after a while."""
+    """Stop a process and its children with SIGTERM, and with SIGKILL after ``grace_seconds``."""
     family = [process, *process.children(recursive=True)]
     for member in family:
         _signal(member, signal.SIGTERM)
@@ -185,7 +187,10 @@ def _signal(process: psutil.Process, number: int) -> None:
 
 
 def _credentials(folder: Path) -> tuple[str, str]:
-    """Made at the first start, kept with the data; readable by their owner alone."""
+    """Return the access key and secret key.
+
+    They are created on the first start and kept with the data, readable only by their owner.
+    """
     path = folder / "s3.json"
     if not path.exists():
         access_key, secret_key = secrets.token_hex(10).upper(), secrets.token_urlsafe(30)
@@ -207,7 +212,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Free ports, all different; another process may still take one before it is used."""
+    """Return distinct free ports; another process may still take one before it is used."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:
@@ -234,13 +239,13 @@ def _start_s3(folder: Path, port: int, others: list[int]) -> Process:
         "-ip.bind=127.0.0.1",
         "-master.volumeSizeLimitMB=1024",
         "-master.telemetry=false",
-        # it is the only one, but one that is started again waits for others
+        # it is the only master, but without this a restarted one waits for others
         "-master.electionTimeout=1s",
         "-volume.max=100",
         "-volume.preStopSeconds=0",
         "-s3",
         f"-s3.port={port}",
-        "-s3.port.iceberg=0",  # and no other catalogues on fixed ports
+        "-s3.port.iceberg=0",  # disables the other catalogs, which have fixed ports
         "-s3.port.lance=0",
         f"-s3.config={folder / 's3.json'}",
         *(f"-{name}={number}" for name, number in zip(names, others, strict=True)),
@@ -257,7 +262,7 @@ def _start_mlflow(services: Services, port: int) -> Process:
     }
     environment |= {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"
-    }  # what its evaluation jobs need is slow to start
+    }  # the dependencies of its evaluation jobs are slow to start
     environment.pop("MLFLOW_TRACKING_URI")
     command = [
         *(
@@ -279,7 +284,7 @@ def _start_mlflow(services: Services, port: int) -> Process:
 
 
 def _spawn(command: list[str], log: Path, environment: dict[str, str]) -> Process:
-    """Start a process that outlives this one, its output in ``log``."""
+    """Start a process that outlives this one and writes its output to ``log``."""
     with log.open("ab") as output:
         child = subprocess.Popen(
             command,
@@ -293,7 +298,7 @@ def _spawn(command: list[str], log: Path, environment: dict[str, str]) -> Proces
 
 
 def _make_bucket(services: Services) -> bool:
-    """True once the S3 server takes a signed request; makes the bucket."""
+    """Create the bucket; return True once the S3 server accepts a signed request."""
     import boto3
     from botocore.client import Config
 
@@ -312,8 +317,9 @@ def _make_bucket(services: Services) -> bool:
 
 
 def _wait(services: Services, name: str, ready: Callable[[], bool]) -> None:
-    """Until ``ready`` does not raise; raises _Died or UserError, with the log's end, when the
-    process ends or time is up.
+    """Wait until ``ready`` succeeds.
+
+    Raises _Died if the process exits, and UserError after a timeout, both with the end of the log.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 

@@ -1,1 +1,1 @@
-"""Trained models: evaluation, registration, weights for other programs."""
+"""Trained models: evaluation, registration, import and export of weights."""

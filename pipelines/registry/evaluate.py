@@ -1,4 +1,4 @@
-"""``convoy evaluate`` and ``convoy predict``: a registered model at work."""
+"""``convoy evaluate`` and ``convoy predict``: evaluates and applies registered models."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,14 +19,14 @@ from trainer.tracking import configure_mlflow
 from trainer.weights.class_matching import match_classes, output_names
 
 Predict = Callable[[list[bytes]], np.ndarray]
-"""Encoded images to probabilities [N, classes]."""
+"""Maps encoded images to probabilities [N, classes]."""
 
 _BATCH = 256
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Exact counts over a whole split. ``top1``, ``top5``: fractions of ``samples``."""
+    """Exact accuracy over all samples of a split. ``top1``, ``top5``: fractions of ``samples``."""
 
     model: str
     data: str
@@ -37,9 +37,9 @@ class Evaluation:
 
 @contextmanager
 def downloaded(model_uri: str) -> Iterator[str]:
-    """The folder that MLflow holds of a model, as a copy that goes with the block.
+    """Download a model from MLflow to a temporary folder that is deleted after the block.
 
-    Raises UserError where it cannot be had, or MLflow or the file system fails in the block.
+    Raises UserError if the download fails, or if MLflow or the file system fails in the block.
     """
     configure_mlflow()
     import mlflow
@@ -56,10 +56,10 @@ def downloaded(model_uri: str) -> Iterator[str]:
 
 
 def load_predict(model_uri: str) -> tuple[Predict, list[str]]:
-    """A model of MLflow's (``models:/NAME@champion``, ``runs:/ID/model``) or a run's output folder;
-    and its class names.
+    """Load a model and return its predict function and class names.
 
-    Raises UserError where it cannot be loaded.
+    ``model_uri``: a model in MLflow (``models:/NAME@champion``, ``runs:/ID/model``) or the output
+    folder of a run. Raises UserError if it cannot be loaded.
     """
     folder = Path(model_uri)
     if (folder / "model.safetensors").is_file():
@@ -108,8 +108,9 @@ def evaluate(model_uri: str, data_url: str) -> Evaluation:
 
 
 def _outputs_for(index: Index, classes: list[str], model: str, data: str) -> np.ndarray:
-    """The model's output for each label of the dataset, int64 [classes of the dataset]. Raises
-    UserError.
+    """Return the model's output for each label of the dataset, int64 [classes of the dataset].
+
+    Raises UserError.
     """
     if classes[: len(index.classes)] == index.classes:
         return np.arange(len(index.classes))
@@ -117,11 +118,11 @@ def _outputs_for(index: Index, classes: list[str], model: str, data: str) -> np.
 
 
 def _predict_named(predict: Predict, images: list[tuple[str, bytes]]) -> np.ndarray:
-    """Predict images that have names. Raises UserError that names the first one that cannot be
-    decoded.
+    """Predict images that have names.
 
-    A registered model runs its own copy of the decoder and raises its own exceptions, so ours
-    judges the images after a failure.
+    Raises UserError that names the first image that cannot be decoded. A registered model runs its
+    own copy of the decoder and raises its own exceptions, so after a failure our decoder checks the
+    images.
     """
     try:
         return predict([content for _, content in images])
@@ -135,20 +136,23 @@ def _predict_named(predict: Predict, images: list[tuple[str, bytes]]) -> np.ndar
 
 
 def topk_indices(probabilities: np.ndarray) -> np.ndarray:
-    """The five likeliest classes of each row, likeliest first; a tie goes to the lower class."""
+    """Return the five likeliest classes of each row, in order; ties go to the lower class."""
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
 
 
 def _class_name(classes: list[str], output: int) -> str:
-    """The name of an output; its number for one that no class was given for (``model.num_classes``
-    above the dataset's).
+    """Return the name of an output, or its number if it has no class.
+
+    Outputs without a class exist if ``model.num_classes`` exceeds the number of classes of the
+    dataset.
     """
     return classes[output] if output < len(classes) else str(output)
 
 
 def predict_files(model_uri: str, files: Iterable[str]) -> list[dict[str, Any]]:
-    """The five likeliest classes of each image file. Raises UserError that names a file that is no
-    image.
+    """Return the five most likely classes of each image file.
+
+    Raises UserError that names a file that is not an image.
     """
     contents = []
     for file in files:

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves from MLflow's own history, and what the model says of test images."""
+"""Plots of a run: curves from the MLflow history, and predictions on test images."""
 
 import io
 from pathlib import Path
@@ -15,11 +15,11 @@ from trainer.data.shards.tar import encoded_image, label_of
 
 matplotlib.use("Agg")
 
-_BLUE, _ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind readers
+_BLUE, _ORANGE = "#0072B2", "#D55E00"  # colour-blind readers can distinguish these
 
 
 def plot_curves(client: Any, run_id: str, title: str, file: Path) -> None:
-    """Loss and learning rate over optimizer steps, and top-1 after each epoch."""
+    """Plot loss and learning rate over optimizer steps, and top-1 after each epoch."""
     import matplotlib.pyplot as plt
 
     def history(key: str) -> tuple[list[int], list[float]]:
@@ -66,7 +66,7 @@ def plot_curves(client: Any, run_id: str, title: str, file: Path) -> None:
 def plot_predictions(
     predict: Predict, data_url: str, title: str, file: Path, rows: int = 4, columns: int = 8
 ) -> None:
-    """A grid of test images, each under its predicted class; a wrong one names the true class too."""
+    """Plot test images under their predicted classes; a wrong one also shows the true class."""
     import matplotlib.pyplot as plt
 
     index, store = open_index(data_url)

@@ -1,4 +1,4 @@
-"""``convoy register``, ``promote`` and ``sync``: what a person does in MLflow after a run."""
+"""``convoy register``, ``promote`` and ``sync``: manual steps in MLflow after a run."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from trainer.tracking.spool.spool_uploader import RunReport, spool_files, sync_s
 
 
 def server() -> str:
-    """The server that the environment names; raises UserError where none is."""
+    """Return the MLflow server that the environment names. Raises UserError if there is none."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise UserError(
@@ -30,8 +30,10 @@ def server() -> str:
 
 
 def register_output(folder: str, name: str) -> Registered:
-    """Register the model in a run's output folder, whether or not MLflow has the run yet. Raises
-    UserError."""
+    """Register the model in the output folder of a run, whether or not MLflow has the run yet.
+
+    Raises UserError.
+    """
     path = Path(folder)
     result, config = _read_output(path)
     run_id = ensure_run(path)
@@ -43,7 +45,7 @@ def register_output(folder: str, name: str) -> Registered:
 
 
 def _read_output(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``result.json`` and ``config.json``."""
+    """Read ``result.json`` and ``config.json``."""
     try:
         result = json.loads((path / "result.json").read_text())
         config = json.loads((path / "config.json").read_text())
@@ -53,8 +55,11 @@ def _read_output(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def ensure_run(path: Path) -> str:
-    """The id of the MLflow run of output folder ``path``. A run that MLflow does not have is sent
-    from its spool, or from the folder if it was never tracked. Raises UserError."""
+    """Return the id of the MLflow run of output folder ``path``.
+
+    A run that MLflow does not have is sent from its spool, or from the folder if it was never
+    tracked. Raises UserError.
+    """
     result, config = _read_output(path)
     spool = path / "tracking.jsonl"
     if result["mlflow_run_id"] is None and not spool.exists():
@@ -69,7 +74,7 @@ def ensure_run(path: Path) -> str:
 
 
 def _write_spool(spool: Path, result: dict[str, Any], config: dict[str, Any]) -> None:
-    """The entries of a run that was trained without a server: its parameters and result."""
+    """Write the entries of a run that was trained without a server: its parameters and result."""
     key = new_run_key()
     writer = SpoolWriter(spool, key, now_ms())
     params = {
@@ -95,7 +100,7 @@ def _write_spool(spool: Path, result: dict[str, Any], config: dict[str, Any]) ->
 
 
 def promote(name: str, version: str, alias: str) -> None:
-    """Give a version an alias. Raises UserError where the model or the version is not there."""
+    """Assign an alias to a version. Raises UserError if the model or the version does not exist."""
     configure_mlflow()
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -112,7 +117,7 @@ def promote(name: str, version: str, alias: str) -> None:
 
 @dataclass
 class SyncReport:
-    """What became of a spool's entries."""
+    """Result of sending the entries of a spool."""
 
     spool: Path
     uri: str
@@ -121,7 +126,7 @@ class SyncReport:
     kept: bool
 
     def lines(self) -> list[str]:
-        """One line per run that entries were sent to."""
+        """Return one line per run that entries were sent to."""
         return [
             f"sent {run.sent:,} entries to MLflow run {run.run_id}"
             for run in self.runs
@@ -129,10 +134,10 @@ class SyncReport:
         ]
 
     def raise_if_incomplete(self, needed_key: str | None = None) -> None:
-        """Raises UserError, or RetryableError if a retry may succeed, unless everything was
+        """Raise UserError, or RetryableError if a retry may succeed, unless all entries were
         accepted.
 
-        ``needed_key``: of the only run that matters.
+        ``needed_key``: key of the only run that matters.
         """
         faults = []
         for run in self.runs:
@@ -158,8 +163,10 @@ class SyncReport:
 
 
 def sync(spool: str) -> SyncReport:
-    """Send MLflow what a run could not. Raises UserError if there is nothing to send or if the
-    spool is in use."""
+    """Send the undelivered entries of a run to MLflow.
+
+    Raises UserError if there is nothing to send or if the spool is in use.
+    """
     path = Path(spool)
     spool_files(path)
     uri = server()
@@ -169,10 +176,10 @@ def sync(spool: str) -> SyncReport:
 
 
 def _note_run_id(result: Path, runs: list[RunReport]) -> None:
-    """`convoy register` needs the run's id, which training could not know."""
+    """Store the run's id for `convoy register`; it was unknown during training."""
     try:
         facts = json.loads(result.read_text())
-    except (OSError, ValueError):  # a training that did not finish, or was killed while it wrote
+    except (OSError, ValueError):  # training did not finish, or was killed while writing
         return
     if facts.get("run_key"):
         runs = [run for run in runs if run.key == facts["run_key"]]

@@ -1,4 +1,4 @@
-"""``convoy weights``: pretrained weights into our form, and trained models out of it."""
+"""``convoy weights``: imports pretrained weights and exports trained models."""
 
 import contextlib
 import io
@@ -26,8 +26,9 @@ from trainer.weights.state_dict_file import classes_beside
 
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _PUBLISHED = {"activation": "relu", "head": "tower", "filters": "stacked", "reduction": True}
-"""Options that other libraries' networks do not have, with what theirs are; with another value the
-weights would fit and mean something else, or have no name.
+"""Options that other libraries' networks lack, with the value that theirs correspond to.
+
+With another value the weights would fit but mean something else, or have no name.
 """
 _SUFFIXES = {
     "torchvision": (".pth", ".pt", ".safetensors"),
@@ -45,17 +46,20 @@ def import_weights(
     half_range: bool | None,
     key: str | None = None,
 ) -> list[str]:
-    """Write the weights of ``file`` as a model folder that evaluate, export and ``model.init``
-    take; returns lines on it.
+    """Convert the weights of ``file`` to a model folder; return lines about it.
+
+    ``convoy evaluate``, ``convoy weights export`` and ``model.init`` accept the folder.
 
     ``data_url``: a split whose classes the model gets. Weights with 1,000 outputs are ImageNet's:
-    the split's classes are matched with them by name, and the head keeps the outputs of these
+    the classes of the split are matched with them by name, and the head keeps the outputs of these
     classes, in their order. Other weights must have as many outputs as the split has classes.
-    Without it, names are ImageNet's for 1,000 outputs, else numbers. ``half_range``: the weights
-    expect pixels from -1 to 1 instead of ImageNet's mean and deviation; when not given, those of
-    torchvision's GoogLeNet do, since its published weights were trained so (its
-    ``transform_input``). ``key``: the set of weights to take from a file that holds several; see
-    ``select_weights``.
+    Without ``data_url``, names are ImageNet's for 1,000 outputs, else numbers.
+
+    ``half_range``: the weights expect pixels from -1 to 1 instead of ImageNet's mean and deviation.
+    The default is True only for torchvision's GoogLeNet, whose published weights were trained that
+    way (its ``transform_input``).
+
+    ``key``: the set of weights to take from a file that holds several; see ``select_weights``.
     """
     if (output / WEIGHTS_NAME).exists():
         raise UserError(f"{output}: holds a model already; choose another --output or delete it")
@@ -94,8 +98,9 @@ def import_weights(
 def _classes_of(
     file: str, num_outputs: int, data_url: str | None
 ) -> tuple[list[str], list[int] | None, list[str]]:
-    """The model's class names, the file's output for each where they differ, and notes. Raises
-    UserError.
+    """Return the model's class names, the file's output for each if they differ, and notes.
+
+    Raises UserError.
     """
     if data_url is None:
         return _class_names(num_outputs), None, []
@@ -132,12 +137,11 @@ def _class_names(num_classes: int) -> list[str]:
 
 
 def export_weights(source: str, file: Path, form: str) -> str:
-    """Write a model of ours, a run's output folder or a model of MLflow's, for others; returns a
-    line on it.
+    """Write a model to a file for other libraries; return a line about it.
 
-    torchvision, timm: a state dict with their names, .pth or .safetensors. onnx: a graph from
-    normalized images [N, 3, S, S] to logits [N, num_classes], for any N; its metadata hold mean,
-    std and class names.
+    ``source``: the output folder of a run, or a model in MLflow. torchvision and timm formats are a
+    state dict with their names, .pth or .safetensors. onnx is a graph from normalized images [N, 3,
+    S, S] to logits [N, num_classes], for any N; its metadata holds mean, std and class names.
     """
     if form not in _SUFFIXES:
         raise UserError(f"--format: {form!r} is none of {', '.join(_SUFFIXES)}")
@@ -199,8 +203,10 @@ def _write_onnx(model: nn.Module, facts: ModelMetadata, path: Path) -> None:
 
 @contextlib.contextmanager
 def _model_folder(source: str) -> Iterator[Path]:
-    """The folder with our two files: a run's output, or what MLflow holds of a model
-    (``models:/NAME@champion``, ...).
+    """Yield the folder with the weights and metadata files.
+
+    It is the output folder of a run, or a copy of a model in MLflow (``models:/NAME@champion``,
+    ...).
     """
     folder = Path(source)
     if (folder / WEIGHTS_NAME).is_file() and (folder / FACTS_NAME).is_file():

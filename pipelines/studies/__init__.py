@@ -1,3 +1,4 @@
-"""`convoy study`: common claims about these networks, each tested by a small experiment whose rule
-was written beforehand.
+"""`convoy study`: tests common claims about these networks.
+
+Each claim is tested by a small experiment whose rule was written beforehand.
 """

@@ -1,1 +1,1 @@
-"""Output for people who watch a command."""
+"""Terminal output of running commands."""

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar with rate and time left on a terminal, else plain lines."""
 
 import sys
 import time
@@ -11,7 +11,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class WorkProgress:
-    """``with WorkProgress("packing", total, "images") as p: p.add(n)``; on stderr."""
+    """Reports progress on stderr.
+
+    Usage: ``with WorkProgress("packing", total, "images") as p: p.add(n)``.
+    """
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit

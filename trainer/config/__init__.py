@@ -1,3 +1,1 @@
-"""Recipes: their keys and types, loading with overrides, what they amount to, and checks before a
-run.
-"""
+"""Recipes: keys and types, loading with overrides, derived run plans, and preflight checks."""

@@ -1,12 +1,13 @@
-"""Types of a recipe's values: their bounds, and the rules for paths and names."""
+"""Types of recipe values: numeric bounds and rules for paths and names."""
 
 import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-# Every number has both bounds, so that no derived one overflows: int64 in the data's order, fp32 on
-# the device, seconds in the operating system (tests/unit/config/test_schema.py walks over all of them).
+# Every number has a lower and an upper bound so that derived values cannot overflow int64 (sample
+# order), fp32 (device) or the operating system's seconds (tests/unit/config/test_schema.py checks all of
+# them).
 _LARGEST = 1e30
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
@@ -21,7 +22,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _usable_alpha(value: float) -> float:
-    if 0 < value < 1e-3:  # where numpy's Beta distribution gives NaN
+    if 0 < value < 1e-3:  # numpy's Beta distribution returns NaN in this range
         raise ValueError("must be 0 (off) or at least 0.001")
     return value
 
@@ -34,10 +35,10 @@ Deviation = Annotated[
 
 
 def _is_url(value: str) -> str:
-    """A URL of storage or a plain path."""
+    """Validates a storage URL or a plain path."""
     if not value.strip():
         raise ValueError("must not be empty")
-    if value.startswith("~"):  # the shell leaves it as it is behind `key=`
+    if value.startswith("~"):  # the shell does not expand it after `key=`
         raise ValueError("~ is not replaced by the home folder here; write the full path")
     return value
 
@@ -49,7 +50,7 @@ def _is_folder(value: str) -> str:
 
 
 def _is_experiment(value: str) -> str:
-    """MLflow's rule (mlflow.utils.validation), and not only spaces."""
+    """Applies MLflow's rule (mlflow.utils.validation) and rejects names of only spaces."""
     if not value.strip():
         raise ValueError("must not be empty")
     if len(value) > 500:
@@ -58,8 +59,9 @@ def _is_experiment(value: str) -> str:
 
 
 def _is_registered_name(value: str) -> str:
-    """The width of MLflow's database column; ``tracking.server.check_registered_name`` has the
-    other rules.
+    """Applies the width limit of MLflow's database column.
+
+    ``tracking.server.check_registered_name`` checks the other rules.
     """
     if value != value.strip() or not value:
         raise ValueError("must not be empty, nor begin or end with a space")

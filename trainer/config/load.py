@@ -1,4 +1,4 @@
-"""Recipe files: finding them, and reading their YAML so that every surprise is one clear line."""
+"""Finds recipe files and parses their YAML strictly, reporting each problem as one clear line."""
 
 import difflib
 import re
@@ -12,21 +12,19 @@ from trainer.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 
-_MAX_BYTES = 2**20  # of a recipe file; the shipped ones have 1 KiB
-_MAX_NODES, _MAX_DEPTH = (
-    10_000,
-    16,
-)  # after aliases are expanded: a few lines of them can mean gigabytes
+_MAX_BYTES = 2**20  # limit for a recipe file; shipped recipes are about 1 KiB
+# Limits after alias expansion: a few lines of aliases can expand to gigabytes.
+_MAX_NODES, _MAX_DEPTH = 10_000, 16
 
 
 def find_recipe(recipe: str) -> Path:
-    """The recipe's file; raises UserError with the nearest shipped names."""
+    """Returns the path of a recipe file. Raises UserError that lists the nearest shipped names."""
     path = Path(recipe)
     try:
         if path.is_file():
             return path
         is_folder = path.is_dir()
-    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
+    except (OSError, ValueError) as error:  # the name is too long or contains a NUL
         raise UserError(f"recipe {recipe[:200]!r} is not a file: {error}") from None
     shipped = {p.stem: p for p in sorted(RECIPES.glob("*.yaml"))}
     if recipe in shipped:
@@ -42,7 +40,7 @@ def find_recipe(recipe: str) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys and values of a recipe file. Raises UserError."""
+    """Returns the keys and values of a recipe file. Raises UserError."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -61,7 +59,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _yaml_fault(error: yaml.YAMLError | UnicodeDecodeError) -> str:
-    """What is wrong and where, without the line itself, which may contain a password."""
+    """Describes the error and its position.
+
+    The line itself is not quoted, because it may contain a password.
+    """
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
@@ -69,7 +70,10 @@ def _yaml_fault(error: yaml.YAMLError | UnicodeDecodeError) -> str:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Set the ``key=value`` pairs in ``values``; returns a line for each that cannot be set."""
+    """Sets the ``key=value`` pairs in ``values``.
+
+    Returns one line for each pair that cannot be set.
+    """
     faults = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -84,22 +88,25 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document, in which no two containers are the same object.
+    """Parses a YAML document into a value in which no two containers are the same object.
 
-    Raises yaml.YAMLError for what is not YAML or is too large, also after aliases are expanded.
+    Raises yaml.YAMLError if the text is not YAML or is too large, including after alias expansion.
     """
     try:
         return _copy(yaml.load(text, _Loader), [_MAX_NODES])
     except RecursionError:
         raise yaml.YAMLError(f"more than {_MAX_DEPTH} levels are nested") from None
-    except (ValueError, LookupError, AttributeError) as error:  # PyYAML's, of `!!bool maybe`
+    # PyYAML raises these for values such as `!!bool maybe`.
+    except (ValueError, LookupError, AttributeError) as error:
         raise yaml.YAMLError(f"a value does not fit its tag: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without what surprises in a recipe: floats need no dot (``1e-4``), dates and merge
-    keys are text, numbers that YAML 1.1 reads as octal or sexagesimal are refused, and so is a key
-    that occurs twice."""
+    """YAML 1.1 loader without the features that surprise in a recipe.
+
+    Floats need no dot (``1e-4``); dates and merge keys are plain text; numbers that YAML 1.1 reads
+    as octal or sexagesimal and duplicate keys are errors.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -124,7 +131,7 @@ class _Loader(yaml.SafeLoader):
             if node.tag.endswith("int"):
                 return int(super().construct_yaml_int(node))
             return float(super().construct_yaml_float(node))
-        except ValueError as error:  # such as 0b_, or 5,000 digits
+        except ValueError as error:  # for example 0b_, or a number of 5,000 digits
             raise _error(node, f"{text[:50]!r} is not a number: {error}") from None
 
 
@@ -149,7 +156,7 @@ _Loader.add_implicit_resolver(
 
 
 def _copy(value: Any, left: list[int], depth: int = 0) -> Any:
-    """``left``: nodes that may still be copied."""
+    """Copies nested values. ``left`` holds the number of nodes that may still be copied."""
     left[0] -= 1
     if left[0] < 0:
         raise yaml.YAMLError(f"more than {_MAX_NODES:,} values, aliases expanded")

@@ -1,6 +1,6 @@
-"""Checks on the machine of rank 0 before a training starts: shapes, memory, outputs, disk space.
+"""Preflight checks on rank 0's machine before training: shapes, memory, outputs, disk space.
 
-No torch is imported before ``check_run`` is called.
+Importing this module does not import torch; ``check_run`` does.
 """
 
 import os
@@ -25,17 +25,17 @@ _FILES_OF_A_RUN = (
     *("model.safetensors", "model.json", "result.json", "tracking.jsonl"),
     *("recipe.yaml", "config.json", "environment.txt"),
 )
-_SMALL_FILES_BYTES = 128 * 1024  # the recipe, the configuration, the environment, the result
+_SMALL_FILES_BYTES = 128 * 1024  # recipe, configuration, environment and result
 _SPOOL_BYTES_PER_STEP, _SPOOL_MOST_BYTES = 160, 2**30
 _MANIFEST_BYTES = 64 * 1024
-_FAILED_CHECKPOINTS = 3  # in a row, from which on the result is in danger
+_FAILED_CHECKPOINTS = 3  # consecutive failures after which the result is at risk
 _SLOTS = {"sgd": 1, "lars": 1, "adamw": 2, "lamb": 2}
 _MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Bytes in fp32: of the parameters alone, and of the state dict."""
+    """Size of a model in fp32, in bytes: its parameters alone, and its full state dict."""
 
     parameters: int
     state: int
@@ -43,7 +43,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class _Need:
-    """``bytes`` that will be written below ``path``, in addition to what exists there."""
+    """Disk space that the run will need below ``path``: ``bytes`` in addition to existing files."""
 
     key: str
     path: Path
@@ -53,10 +53,11 @@ class _Need:
 
 
 def check_run(run: RunPlan, local_ranks: int) -> list[str]:
-    """Find everything that would end the run later; returns notes for the user, one line each.
+    """Finds everything that would make the run fail later.
 
-    ``local_ranks``: ranks on this machine. Leaves nothing behind. Raises UserError, and
-    RetryableError where the object store of the checkpoints was reached and is lost.
+    Returns notes for the user, one per line. ``local_ranks``: number of ranks on this machine.
+    Leaves no files behind. Raises UserError, or RetryableError if the object store of the
+    checkpoints was reached and then lost.
     """
     check_outputs(run)
     size = check_model(run)
@@ -67,22 +68,28 @@ def check_run(run: RunPlan, local_ranks: int) -> list[str]:
 
 
 def check_outputs(run: RunPlan) -> None:
-    """Create and remove a file in each place that the run writes to; needs no torch, so that the
-    launcher can do it before it starts ranks. Raises UserError with each fault."""
+    """Creates and removes a file in each location that the run writes to.
+
+    Needs no torch, so the launcher can call it before starting ranks. Raises UserError with one
+    line per fault.
+    """
     _check_temporary_folder()
     _probe_outputs(run)
 
 
 def check_model(run: RunPlan) -> ModelSize:
-    """Build the model without memory. Raises UserError for options and image sizes that it cannot
-    process, and where batch norm would get one value per channel in training."""
+    """Builds the model on the meta device, without allocating memory.
+
+    Raises UserError if the model does not support the options or the image size, or if batch norm
+    would get a single value per channel in training.
+    """
     import torch
 
     from trainer.export.exported_model import ModelMetadata
     from trainer.models.registry import build_model
 
     facts, data = ModelMetadata.of(run.config, run.train.classes, run.num_classes), run.config.data
-    side = data.size_in(0)  # the smallest: it never shrinks
+    side = data.size_in(0)  # the smallest side, because it never shrinks
     with torch.device("meta"):
         model = facts.build()
         if side < data.image_size:
@@ -101,7 +108,10 @@ def check_model(run: RunPlan) -> ModelSize:
 
 
 def _check_batch_norm(model: "nn.Module", run: RunPlan, side: int) -> None:
-    """For micro-batches of one sample: raises UserError where a layer sees a single pixel."""
+    """Raises UserError if a batch-norm layer sees a single pixel.
+
+    Called for micro-batches of one sample.
+    """
     import torch
 
     single: list[str] = []
@@ -127,7 +137,7 @@ def _check_batch_norm(model: "nn.Module", run: RunPlan, side: int) -> None:
 
 
 def _check_memory(run: RunPlan, size: ModelSize, local_ranks: int) -> None:
-    """Raises UserError where not even the weights and two micro-batches of pixels fit into memory."""
+    """Raises UserError if memory cannot hold even the weights and two micro-batches of pixels."""
     config = run.config
     side, largest = config.data.image_size, run.batch.micro_size
     if run.val is not None:
@@ -145,7 +155,7 @@ def _check_memory(run: RunPlan, size: ModelSize, local_ranks: int) -> None:
 
 
 def _memory_limit() -> int:
-    """Bytes that this container, or else this machine, has."""
+    """Returns the memory of this container, or of the machine if that is smaller, in bytes."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for name in _MEMORY_LIMITS:
         if Path(name).is_file() and (text := Path(name).read_text().strip()).isdigit():
@@ -173,9 +183,8 @@ def _probe_outputs(run: RunPlan) -> None:
     if local is not None and config.checkpoint.url is not None:
         folders["checkpoint.url"] = local
     cache = config.data.cache_dir
-    if cache is not None and not os.path.exists(
-        Path(cache) / CACHE_TOTAL
-    ):  # a filled one may be read-only
+    # A filled cache may be read-only.
+    if cache is not None and not os.path.exists(Path(cache) / CACHE_TOTAL):
         folders["data.cache_dir"] = Path(cache)
     faults = []
     for key, folder in folders.items():
@@ -237,14 +246,20 @@ def _checkpoint_bytes(run: RunPlan, size: ModelSize) -> int:
 
 
 def _most_checkpoints(run: RunPlan) -> int:
-    """How many exist at a time: those that are kept, the best one, and the one being written."""
+    """Returns the maximum number of checkpoints that exist at once.
+
+    These are the kept ones, the best one, and the one being written.
+    """
     every = run.config.checkpoint.every_steps
     in_total = -(-run.stop_step // run.steps_per_epoch) + (run.stop_step // every if every else 0)
     return min(in_total, run.config.checkpoint.keep + (run.val is not None) + 1)
 
 
 def _key_bytes(run: RunPlan, local_ranks: int) -> int:
-    """Of the logs of this machine's ranks: the mean length of a key, its quotes and its comma."""
+    """Estimates the size of the sample key logs of this machine's ranks, in bytes.
+
+    Uses the mean length of a key plus its quotes and comma.
+    """
     shard = run.train.shards[0]
     key = sum(map(len, shard.keys)) / max(1, len(shard.keys)) + 4
     samples = run.stop_step * run.batch.global_size * local_ranks / run.world_size
@@ -256,7 +271,7 @@ def _bytes_in(folder: Path, pattern: str) -> int:
 
 
 def _check_space(needs: list[_Need]) -> None:
-    """Raises UserError where a file system has less free space than all that will be written to it."""
+    """Raises UserError if a file system has less free space than the run will write to it."""
     systems: dict[int, tuple[FileSystem, list[_Need]]] = {}
     for need in needs:
         found = file_system(need.path)
@@ -278,8 +293,10 @@ def _check_space(needs: list[_Need]) -> None:
 
 
 def check_result_fits(run: RunPlan, model: "nn.Module", failed_checkpoints: int) -> None:
-    """Raises UserError where the trained model could not be written either: a training that goes on
-    would be lost as a whole."""
+    """Raises UserError if the disk is also too full for the trained model.
+
+    Continuing would waste the rest of the training, because its result could not be written.
+    """
     if failed_checkpoints < _FAILED_CHECKPOINTS:
         return
     folder = run.config.output_dir

@@ -1,5 +1,6 @@
-"""From a recipe to what a run needs, with every mistake of the user found before the first rank
-starts. No torch here.
+"""Turns a recipe into a RunPlan and reports every user error before the first rank starts.
+
+This module does not import torch.
 """
 
 import os
@@ -30,8 +31,10 @@ _SHAPING = (
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run whose every number is known. ``stop_step``: optimizer steps it makes; ``total_steps``:
-    what the schedule spans.
+    """A recipe with every derived number resolved.
+
+    ``stop_step``: number of optimizer steps that the run makes; ``total_steps``: number of steps
+    that the learning-rate schedule spans.
     """
 
     config: RunConfig
@@ -48,9 +51,10 @@ class RunPlan:
 
     @property
     def config_fingerprint(self) -> dict[str, Any]:
-        """The keys that shape the training, by name: what a checkpoint and the run that goes on
-        from it must share. How the work is spread, in which precision it is computed and where
-        things are kept is not among them.
+        """The keys and values that determine the training result.
+
+        A checkpoint and the run that resumes from it must agree on them. Parallelism, precision and
+        storage locations are not included.
         """
         shaping = ("model.", "optimizer.", "schedule.", "augment.", "ema", *_SHAPING)
         keys = {
@@ -68,10 +72,10 @@ class RunPlan:
 def build_run_plan(
     recipe: str, overrides: list[str], world_size: int, check_storage: bool
 ) -> RunPlan:
-    """Read the recipe and the indexes, derive the rest. Raises UserError.
+    """Reads the recipe and the indexes, and derives the remaining values. Raises UserError.
 
-    ``check_storage`` compares the presence and size of every shard too: one listing, so one rank of
-    a job does it.
+    ``check_storage``: also compare the presence and size of every shard. This takes one listing, so
+    only one rank of a job does it.
     """
     config = load_config(recipe, overrides)
     check_config(config)
@@ -118,8 +122,9 @@ def build_run_plan(
 
 
 def run_length(config: RunConfig, global_size: int, samples: int) -> tuple[int, int, int]:
-    """Optimizer steps: per epoch, that the learning-rate schedule spans, and after which the run
-    stops.
+    """Returns the steps per epoch, the steps of the learning-rate schedule and the stop step.
+
+    All three are numbers of optimizer steps; the run stops after the last one.
     """
     per_epoch = steps_per_epoch(samples, global_size, config.data.tail)
     epochs, max_steps = config.train.epochs, config.train.max_steps
@@ -129,7 +134,10 @@ def run_length(config: RunConfig, global_size: int, samples: int) -> tuple[int, 
 
 
 def check_config(config: RunConfig) -> None:
-    """Checks that need neither data nor a machine. Raises UserError with each fault."""
+    """Runs the checks that need neither data nor a machine.
+
+    Raises UserError with one line per fault.
+    """
     validate_parallelism(config)
     outputs = {
         "train.output_dir": str(config.output_dir),
@@ -147,12 +155,12 @@ def check_config(config: RunConfig) -> None:
 
 
 def _is_inside(place: str, url: str) -> bool:
-    """Whether a place is a URL or lies below it."""
+    """Returns whether ``place`` equals ``url`` or is below it."""
     return parse_storage_url(url).contains(parse_storage_url(place))
 
 
 def _check_splits(config: RunConfig, train: Index, val: Index | None, num_classes: int) -> None:
-    """Raises UserError where nothing can be learned or measured, or both splits name classes
+    """Raises UserError if nothing can be learned or measured, or if splits name classes
     differently.
     """
     if num_classes < 2:
@@ -176,8 +184,10 @@ def _check_splits(config: RunConfig, train: Index, val: Index | None, num_classe
 
 
 def split_ranks(config: RunConfig, world_size: int, samples: int) -> BatchPlan:
-    """How ``world_size`` ranks share the batches; ``samples``: of the training split. Raises
-    UserError with what would divide.
+    """Plans how ``world_size`` ranks share the batches.
+
+    ``samples``: number of samples in the training split. Raises UserError that suggests values that
+    divide evenly.
     """
     stages = config.parallel.pipeline_stages
     if world_size % stages:

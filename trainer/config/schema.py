@@ -1,5 +1,6 @@
-"""RunConfig: everything that a recipe may say, typed, with its unit; unknown keys are refused and
-every fault is told at once.
+"""RunConfig: the typed schema of a recipe, with units.
+
+Unknown keys are errors, and all faults are reported at once.
 """
 
 import difflib
@@ -58,7 +59,9 @@ class _Section(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _is_printable(cls, value: Any) -> Any:
-        """File systems, HTTP headers and MLflow refuse control characters, each in its own way."""
+        """Rejects control characters: file systems, HTTP headers and MLflow each refuse them
+        differently.
+        """
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
                 raise ValueError("contains a control character")
@@ -66,105 +69,114 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """Which network."""
+    """The network architecture and its initial weights."""
 
     name: str
-    """A name that `convoy models` lists."""
+    """Name of the model, as listed by `convoy models`."""
     num_classes: Annotated[int, Field(ge=1, le=2**24)] | None = None
-    """Classes of the head; the data set's own number when not given."""
+    """Number of output classes; default: the number of classes in the data set."""
     width: Annotated[int, Field(ge=1, le=2**16)] | None = None
-    """Channels of the first stage; the network's own when not given, as with every option below."""
+    """Channels of the first stage; default: the network's own. The same applies to every option
+    below.
+    """
     stem: Literal["imagenet", "small"] | None = None
-    """How the image is taken in: large strides for photographs, none for small images."""
+    """Input layers: `imagenet` downsamples with large strides, for photographs; `small` does not
+    downsample, for small images.
+    """
     activation: Literal["relu", "tanh"] | None = None
-    """The non-linearity."""
+    """Activation function."""
     batch_norm: bool | None = None
     """Whether batch norm follows each convolution."""
     dropout: Decay | None = None
-    """Probability that an input of a fully connected layer is dropped."""
+    """Dropout probability of the inputs of fully connected layers."""
     head: Literal["tower", "average"] | None = None
-    """What follows the convolutions: three fully connected layers, or one behind an average over
-    the image as in GoogLeNet.
+    """Classifier head after the convolutions: `tower` is three fully connected layers; `average` is
+    global average pooling and one fully connected layer, as in GoogLeNet.
     """
     filters: Literal["stacked", "single"] | None = None
-    """A stage's convolutions: 3x3 ones in a row, or one large one that sees as much."""
+    """Convolutions of a stage: `stacked` is a sequence of 3x3 convolutions; `single` is one large
+    convolution with the same receptive field.
+    """
     reduction: bool | None = None
-    """Whether 1x1 convolutions reduce the channels before an inception module's large filters."""
+    """Whether 1x1 convolutions reduce the channels before the large filters of an inception module.
+    """
     stride_in: Literal["1x1", "3x3"] | None = None
-    """The convolution that strides in a bottleneck block: 1x1 as in the paper, 3x3 as in "v1.5"."""
+    """Convolution of a bottleneck block that has the stride: 1x1 as in the paper, 3x3 as in "v1.5".
+    """
     zero_init_gamma: bool | None = None
-    """Every residual block starts as its shortcut (Goyal et al. 2017, 5.1)."""
+    """Initialize every residual block to its shortcut (Goyal et al. 2017, 5.1)."""
     init: Url | None = None
-    """URL of a weights file to start from, in our, torchvision's or timm's names; or an output
-    folder of a run.
+    """URL of a weights file to start from, with the parameter names of Convoy, torchvision or timm;
+    or the output folder of a run.
     """
 
 
 class DataConfig(_Section):
-    """What is read, and how."""
+    """Data sets, reading, caching, sample order and normalization."""
 
     train: Url
-    """URL of the split that is trained on."""
+    """URL of the training split."""
     val: Url | None = None
-    """URL of the split that top1 and top5 are measured on."""
+    """URL of the validation split, on which top1 and top5 are measured."""
     image_size: Pixels = 224
-    """Side of the square that the network sees, pixels."""
+    """Side length of the square network input, in pixels."""
     initial_size: Pixels | None = None
-    """Side in the first epochs, pixels, where training begins with smaller images (Howard et al.
-    2018); needs grow_until.
+    """Image side length of the first epochs, in pixels, for training that starts with smaller
+    images (Howard et al. 2018); requires grow_until.
     """
     grow_from: Epochs = 0.0
-    """Epochs after which the side begins to grow from initial_size."""
+    """Epoch after which the image size starts to grow from initial_size."""
     grow_until: Epochs | None = None
-    """Epochs after which it is image_size."""
+    """Epoch after which the image size is image_size."""
     size_step: Pixels = 32
-    """It is a multiple of this on the way, pixels."""
+    """The image size is a multiple of this while it grows, in pixels."""
     workers: Threads = 2
-    """Threads a rank that decode and augment; 0: in the training thread."""
+    """Decoding and augmentation threads per rank; 0: decode in the training thread."""
     prefetch_batches: Annotated[int, Field(ge=1, le=65536)] = 4
-    """Micro-batches a rank that are made ahead of the training step."""
+    """Micro-batches per rank that are prepared ahead of the training step."""
     prefetch_mb: Annotated[int, Field(ge=1, le=2**24)] = 512
-    """Encoded bytes that a rank holds or reads ahead, MiB; more only where one step needs more."""
+    """Encoded bytes that a rank holds or reads ahead, in MiB; exceeded only if one step needs more.
+    """
     requests: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Ranges that a rank reads at a time."""
+    """Number of ranges that a rank reads concurrently."""
     wait_minutes: Minutes = 0.0
-    """Minutes that the launcher waits for an index that is not there yet, because something else is
-    packing the data.
+    """Time that the launcher waits for a missing index while another process packs the data, in
+    minutes.
     """
     check: Literal["size", "sha256"] = "size"
-    """What of every shard is compared with the index before training: its size, or its bytes too,
-    which reads them all.
+    """Comparison of every shard with the index before training: `size` compares its size, `sha256`
+    also its content, which reads all shards.
     """
     cache_dir: Folder | None = None
-    """Folder on a node's own disk where bytes that were read are kept for the next epoch; its ranks
-    share it.
+    """Folder on the node's local disk that caches the bytes read for the next epochs; shared by the
+    ranks of the node.
     """
     cache_gb: Annotated[float, Field(gt=0, le=1e9)] = 50.0
-    """Most that stands in it, GiB; what was not used for longest goes first."""
+    """Maximum size of cache_dir, in GiB; the least recently used blocks are evicted first."""
     bad_samples: Literal["stop", "skip"] = "stop"
-    """What a sample that cannot be decoded does: stop the run, or count for nothing in its batch
-    and be told.
+    """Handling of samples that cannot be decoded: `stop` ends the run; `skip` gives the sample zero
+    weight in its batch and reports it.
     """
     max_bad_samples: Count = 10
-    """With `skip`, how many may be met, over all ranks and epochs, before the run stops all the
-    same.
+    """With `skip`, maximum number of bad samples over all ranks and epochs before the run stops
+    anyway.
     """
     log_keys: bool = False
-    """Write the keys of the samples that each rank took to `samples` in train.output_dir, a line a
+    """Write the sample keys that each rank consumed to `samples` in train.output_dir, one line per
     step.
     """
     shuffle_window: Count = 16384
-    """Samples, over all ranks, within which the order is shuffled."""
+    """Shuffle window, in samples over all ranks."""
     seed: Seed = 0
-    """Of the sample order and of the augmentation."""
+    """Random seed of the sample order and of the augmentation."""
     tail: Literal["pad", "drop"] = "pad"
-    """An epoch's last samples that fill no global batch: a smaller batch, padded with samples of
-    weight zero, or dropped.
+    """Last samples of an epoch that do not fill a global batch: `pad` makes a smaller batch, padded
+    with samples of zero weight; `drop` drops them.
     """
     mean: Mean = [0.485, 0.456, 0.406]
-    """Of each channel, subtracted after scaling to 0..1."""
+    """Mean per channel, subtracted after scaling to 0..1."""
     std: Deviation = [0.229, 0.224, 0.225]
-    """Of each channel, divided by after scaling to 0..1."""
+    """Standard deviation per channel, by which values are divided after scaling to 0..1."""
 
     @model_validator(mode="after")
     def _grows(self) -> "DataConfig":
@@ -180,8 +192,9 @@ class DataConfig(_Section):
         return self
 
     def size_in(self, epoch: int) -> int:
-        """Side of the training images of an epoch, pixels: from initial_size to image_size,
-        linearly, in steps of size_step.
+        """Returns the side length of the training images of an epoch, in pixels.
+
+        Grows linearly from initial_size to image_size, in steps of size_step.
         """
         if self.initial_size is None or self.grow_until is None or epoch >= self.grow_until:
             return self.image_size
@@ -193,41 +206,41 @@ class DataConfig(_Section):
 
 
 class BatchConfig(_Section):
-    """Sizes of batches, samples."""
+    """Batch sizes, in samples."""
 
     global_size: Count = 256
-    """Samples in an optimizer step, over all ranks and accumulation steps."""
+    """Samples per optimizer step, over all ranks and accumulation steps."""
     micro_size: Count | None = None
-    """Samples in one forward and backward of one rank; global_size / ranks when not given."""
+    """Samples per forward and backward pass of one rank; default: global_size / ranks."""
     eval_size: Count = 256
-    """Samples in one forward of one rank during evaluation."""
+    """Samples per forward pass of one rank during evaluation."""
 
 
 class OptimizerConfig(_Section):
-    """The update rule and its learning rate."""
+    """The optimizer and its base learning rate."""
 
     name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
-    """The update rule: SGD with momentum, AdamW, LARS or LAMB."""
+    """Optimizer: SGD with momentum, AdamW, LARS or LAMB."""
     base_lr: Positive = 0.1
-    """Learning rate at a global batch of base_batch; scaled linearly with the global batch (Goyal
-    et al. 2017, 2.1).
+    """Learning rate at a global batch of base_batch samples; scaled linearly with the global batch
+    (Goyal et al. 2017, 2.1).
     """
     base_batch: Count = 256
-    """Samples for which base_lr is meant."""
+    """Global batch size to which base_lr applies, in samples."""
     momentum: Decay = 0.9
-    """Of sgd and lars."""
+    """Momentum of sgd and lars."""
     nesterov: bool = False
-    """Whether the momentum of sgd and lars is Nesterov's."""
+    """Whether sgd and lars use Nesterov momentum."""
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """Decay of the first and second moment of adamw and lamb."""
+    """Decay rates of the first and second moments of adamw and lamb."""
     weight_decay: NonNegative = 1e-4
-    """Coefficient of weight decay; decoupled from the gradient in adamw."""
+    """Weight decay coefficient; decoupled from the gradient in adamw."""
     decay_norm_and_bias: bool = True
-    """Whether weight decay also pulls on biases and on the gains of norms; by the kind of layer,
-    not by name.
+    """Whether weight decay also applies to biases and to the gains of normalization layers;
+    selected by layer type, not by name.
     """
     clip_grad_norm: Positive | None = None
-    """Largest norm of the gradient over all weights; a longer one is scaled to it."""
+    """Maximum gradient norm over all weights; larger gradients are scaled down to it."""
 
     @model_validator(mode="after")
     def _has_momentum(self) -> "OptimizerConfig":
@@ -237,25 +250,26 @@ class OptimizerConfig(_Section):
 
 
 class ScheduleConfig(_Section):
-    """The learning rate over time."""
+    """The learning-rate schedule."""
 
     name: Literal["cosine", "step", "polynomial", "constant"] = "cosine"
-    """Learning rate after warmup: cosine or polynomial decay to 0, step decay at milestones, or
+    """Schedule after warmup: cosine or polynomial decay to 0, step decay at milestones, or
     constant.
     """
     warmup_epochs: Epochs = 0.0
-    """Epochs of warmup (Goyal et al. 2017, 2.2)."""
+    """Length of the warmup, in epochs (Goyal et al. 2017, 2.2)."""
     warmup: Literal["gradual", "constant"] = "gradual"
-    """gradual: climbs linearly to the peak; constant: stays at warmup_lr, then jumps to the peak.
+    """`gradual` increases linearly to the peak; `constant` stays at warmup_lr, then jumps to the
+    peak.
     """
     warmup_lr: NonNegative | None = None
-    """Where gradual warmup begins (0 when not given), or what constant warmup holds (base_lr when
-    not given).
+    """Start of gradual warmup (default: 0), or the learning rate of constant warmup (default:
+    base_lr, at most the peak).
     """
     milestones: list[Epochs] = [30.0, 60.0, 80.0]
     """Epochs at which `step` multiplies the learning rate by gamma."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Factor of `step`."""
+    """Learning-rate factor of `step`."""
     power: Annotated[float, Field(gt=0, le=1000)] = 2.0
     """Exponent of `polynomial`."""
 
@@ -267,130 +281,139 @@ class ScheduleConfig(_Section):
 
 
 class AugmentConfig(_Section):
-    """From stored images to the network's square."""
+    """Augmentation and cropping of images to the network input."""
 
     crop: Literal["resized", "padded", "none"] = "resized"
-    """resized: random area and aspect; padded: random shift in a zero border; none: as in
-    evaluation.
+    """Training crop: `resized` has a random area and aspect ratio; `padded` is a random shift
+    within a zero border; `none` crops as in evaluation.
     """
     padding: Annotated[int, Field(ge=0, le=16384)] = 4
-    """Border of `padded`, pixels."""
+    """Border width of `padded`, in pixels."""
     min_area: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """Least part of the image's area that `resized` keeps."""
+    """Minimum fraction of the image area that `resized` keeps."""
     flip: bool = True
-    """Mirror left and right with probability 1/2."""
+    """Flip images horizontally with probability 1/2."""
     auto: Literal["none", "rand", "trivial"] = "none"
-    """Random changes of colour and shape: RandAugment (Cubuk et al. 2019), TrivialAugment (Mueller
-    and Hutter 2021).
+    """Random color and geometric transforms: `rand` is RandAugment (Cubuk et al. 2019), `trivial`
+    is TrivialAugment (Mueller and Hutter 2021).
     """
     rand_layers: Annotated[int, Field(ge=1, le=4)] = 2
-    """Changes that `rand` makes to an image."""
+    """Number of transforms that `rand` applies to an image."""
     rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """Their strength, of 30."""
+    """Strength of the transforms of `rand`, from 0 to 30."""
     erase: Fraction = 0.0
-    """Probability that a rectangle of an image is painted over with data.mean (random erasing,
-    Zhong et al. 2017).
+    """Probability of filling a rectangle of an image with data.mean (random erasing, Zhong et al.
+    2017).
     """
     eval_crop: Annotated[float, Field(ge=0.1, le=1)] = 0.875
-    """Part of the resized short side that the centre crop of evaluation keeps (224 of 256)."""
+    """Fraction of the resized short side that the center crop of evaluation keeps (224 of 256)."""
     mixup: Alpha = 0.0
-    """alpha of the Beta distribution by which two images and their targets are blended (Zhang et
+    """Alpha of the Beta distribution with which two images and their targets are blended (Zhang et
     al. 2018); 0: off.
     """
     cutmix: Alpha = 0.0
-    """alpha of the Beta distribution of the area that another image's pixels take (Yun et al.
-    2019); 0: off. With mixup on too, each micro-batch gets one of them by a coin's toss.
+    """Alpha of the Beta distribution of the area that is replaced by another image (Yun et al.
+    2019); 0: off. If mixup is on as well, each micro-batch uses one of them, with probability 1/2
+    each.
     """
 
 
 class ParallelConfig(_Section):
-    """How a model and its optimizer are spread over the ranks."""
+    """Distribution of the model and its optimizer over the ranks."""
 
     pipeline_stages: Count = 1
-    """Ranks over which the layers of one copy of the model are spread."""
+    """Number of ranks over which the layers of one model replica are split."""
     split: list[str] | None = None
-    """Names of the layers at which a new stage begins; by multiply-adds when not given."""
+    """Names of the layers that start a new pipeline stage; default: balanced by multiply-adds."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """Partitioned over the ranks: 1 the optimizer's state, 2 the gradients too, 3 the weights too
-    (Rajbhandari et al. 2020).
+    """ZeRO stage: 1 partitions the optimizer state over the ranks, 2 also the gradients, 3 also the
+    weights (Rajbhandari et al. 2020).
     """
 
 
 class CheckpointConfig(_Section):
-    """What a run needs to go on after a stop: written while it trains, after each epoch and when it
-    is told to stop.
+    """Checkpoints: written during training, after each epoch and on a stop signal; used to resume a
+    run.
     """
 
     url: Url | None = None
-    """Folder or object store; `checkpoints` in train.output_dir when not given."""
+    """Folder or object store URL; default: `checkpoints` in train.output_dir."""
     every_steps: Count | None = None
-    """Optimizer steps between two, beside those at each epoch's end."""
+    """Optimizer steps between checkpoints, in addition to the one at the end of each epoch."""
     keep: Count = 3
-    """How many of the newest stay; the one of the best top1 stays too."""
+    """Number of newest checkpoints to keep; the one with the best top1 is kept in addition."""
     max_starts: Count = 10
-    """In pods, starts in a row without a new checkpoint between them, after which the job fails
-    instead of trying again.
+    """In pods, number of consecutive starts without a new checkpoint after which the job fails
+    instead of retrying.
     """
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest good one; never: begin anew, and remove those that stand at the
-    URL.
+    """`auto` resumes from the newest valid checkpoint; `never` starts over and deletes the existing
+    checkpoints at the URL.
     """
 
 
 class TrackingConfig(_Section):
-    """MLflow."""
+    """MLflow tracking and model registration."""
 
     uri: str | None = None
-    """MLflow server; MLFLOW_TRACKING_URI when not given; no tracking where neither is."""
+    """URI of the MLflow server; default: MLFLOW_TRACKING_URI. Without either, nothing is tracked.
+    """
     experiment: ExperimentName = "convoy"
     """Name of the MLflow experiment; created if it does not exist."""
     register_as: RegisteredName | None = None
-    """Name in the MLflow model registry under which the trained model gets a new version."""
+    """Name in the MLflow model registry under which the trained model is registered as a new
+    version.
+    """
 
 
 class TrainConfig(_Section):
-    """Length and manner of the run."""
+    """Length and execution options of the training."""
 
     epochs: Count | None = None
-    """Passes over the training split."""
+    """Number of passes over the training split."""
     max_steps: Count | None = None
-    """Optimizer steps after which to stop; the schedule spans `epochs` where that is given too."""
+    """Optimizer steps after which training stops; the schedule spans `epochs` if that is given as
+    well.
+    """
     seed: Seed = 0
-    """Of the initial weights."""
+    """Random seed of the initial weights."""
     log_every_steps: Count = 20
-    """Optimizer steps between two reads of the losses from the device (all of them are logged)."""
+    """Optimizer steps between two reads of the losses from the device; all losses are logged."""
     max_skipped_steps: Annotated[int, Field(ge=1, le=16)] = 16
-    """Steps in a row whose fp16 gradients overflow, after which the run stops."""
+    """Number of consecutive steps with overflowing fp16 gradients after which the run stops."""
     label_smoothing: Decay = 0.0
-    """Part of each training target that is spread evenly over all classes (Szegedy et al. 2016, 7).
+    """Fraction of each training target that is spread evenly over all classes (Szegedy et al. 2016,
+    7).
     """
     sync_batch_norm: bool = False
-    """Batch norm's statistics are those of the micro-batches of all data-parallel ranks at an
-    accumulation step, not of one.
+    """Compute batch-norm statistics over the micro-batches of all data-parallel ranks at an
+    accumulation step, instead of one rank's.
     """
     channels_last: bool = True
-    """Memory layout of activations."""
+    """Whether activations use the channels-last memory layout."""
     activation_checkpointing: bool = False
-    """Keep the activations of a few layers only and compute the others again in the backward pass
-    (Chen et al. 2016).
+    """Keep the activations of a few layers only and recompute the others in the backward pass (Chen
+    et al. 2016).
     """
     compile: bool = False
-    """Compile each layer with torch.compile; needs a C++ compiler where it runs, with a GPU too."""
+    """Compile each layer with torch.compile; requires a C++ compiler on the training machine, also
+    with a GPU.
+    """
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """auto: on a GPU, layers are replayed as CUDA graphs where they can be captured."""
+    """`auto` replays layers as CUDA graphs on a GPU if they can be captured."""
     hang_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = 15.0
-    """Minutes without a step or a batch of evaluation, after which a rank writes the stacks of all
-    its threads and ends as one that lost a peer does; null: never.
+    """Minutes without a training step or evaluation batch after which a rank dumps the stacks of
+    all its threads and exits like a rank that lost a peer; null: never.
     """
     output_dir: Folder = "runs/{name}"
-    """Folder for the weights, the result and whatever MLflow could not be told."""
+    """Folder for the weights, the result and the tracking data that MLflow did not receive."""
 
 
 class RunConfig(_Section):
-    """A whole recipe."""
+    """A complete recipe."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
-    """Of the run: letters, digits, dots, dashes."""
+    """Name of the run: letters, digits, dots, underscores and dashes."""
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig = BatchConfig()
@@ -398,10 +421,12 @@ class RunConfig(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     augment: AugmentConfig = AugmentConfig()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of weights and activations in training; master weights and batch norm are fp32 in each."""
+    """Precision of weights and activations in training; master weights and batch norm are always
+    fp32.
+    """
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay a step of a moving average of the weights, which is then what is evaluated and
-    exported; none when not given.
+    """Decay per step of the exponential moving average of the weights, which is then evaluated and
+    exported; default: no average.
     """
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -445,20 +470,19 @@ class RunConfig(_Section):
 
     @property
     def checkpoint_url(self) -> str:
-        """Where the run keeps its checkpoints: ``checkpoint.url``, or a folder in ``output_dir``."""
+        """URL of the checkpoints: ``checkpoint.url``, or a folder in ``output_dir``."""
         return self.checkpoint.url or str(self.output_dir / "checkpoints")
 
     def flat(self) -> dict[str, Any]:
-        """Every key as ``section.key``."""
+        """Returns the values of all keys, named ``section.key``."""
         return dict(_flatten(self.model_dump()))
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read ``recipe`` (a file, or the name of a shipped one), apply ``key=value`` overrides, check
-    all of it.
+    """Reads ``recipe``, applies ``key=value`` overrides and validates the result.
 
-    Raises UserError with a line for each fault. It never holds credentials: those of
-    ``tracking.uri`` are in the environment.
+    ``recipe``: a file, or the name of a shipped recipe. Raises UserError with one line per fault.
+    The result never contains credentials: those of ``tracking.uri`` are moved to the environment.
     """
     path = find_recipe(recipe)
     values = read_recipe(path)
@@ -482,7 +506,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Every key of a recipe as ``section.key``."""
+    """Returns every key of a recipe as ``section.key``."""
     keys = []
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -503,7 +527,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"{key}: unknown key; {_nearest(key)}"
         elif fault["type"] == "missing":
             yield f"{key}: must be given"
-        elif fault["type"] == "value_error" and isinstance(fault["input"], dict):  # of a section
+        # A section's validator raises this.
+        elif fault["type"] == "value_error" and isinstance(fault["input"], dict):
             yield ".".join([*([key] if key else []), fault["msg"].removeprefix("Value error, ")])
         else:
             message = fault["msg"].removeprefix("Value error, ")

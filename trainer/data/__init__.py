@@ -1,1 +1,1 @@
-"""Samples: index, order, fetching, decoding, augmentation, batches."""
+"""Data loading: index, sampling order, fetching, decoding, augmentation and batches."""

@@ -1,9 +1,11 @@
-/* What takes the loader's time, where this could be built: a crop of a JPEG, resized into its place in a batch
- * (trainer/data/decode/decoder.py), and finding a sample's files in a stretch of tar (trainer/data/shards/tar.py).
+/* Optional native code for the slowest parts of the data loader: decoding and resizing a crop of a
+ * JPEG into its slot of a batch (trainer/data/decode/decoder.py), and finding a sample's files in a
+ * byte range of a tar archive (trainer/data/shards/tar.py).
  *
- * libjpeg-turbo decodes the rows and the columns of the crop, at a reduced scale where the crop is much larger than what
- * is wanted; the antialiased resize takes each row as it comes, so that no whole picture is ever in memory. Nothing here
- * tries to save what is broken or unusual: such data are refused, and Pillow judges them.
+ * libjpeg-turbo decodes only the rows and columns of the crop, at a reduced scale if the crop is
+ * much larger than the result. The antialiased resize consumes each row as it is decoded, so the
+ * full image is never in memory. Corrupt or unusual data is not handled here: it is rejected, and
+ * the caller falls back to Pillow.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -20,7 +22,8 @@
 #error "libjpeg-turbo >= 2.0 is needed"
 #endif
 
-/* The two loops that take the time are compiled twice, and the processor's own is chosen when the module is loaded. */
+/* The two hot loops are compiled for AVX2 and for the baseline; the dynamic linker selects the one
+ * that the processor supports when the module is loaded. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(CONVOY_NO_CLONES)
 #define CLONED __attribute__((target_clones("avx2", "default")))
 #else
@@ -28,8 +31,8 @@
 #endif
 
 #define CHANNELS 4       /* libjpeg-turbo writes RGBX: a pixel is one vector of four */
-#define FINE_TAPS 12     /* above this many rows a sum, eight bits a weight are too coarse */
-#define EOI_WITHIN 1024  /* bytes before the end in which the end-of-image marker must stand */
+#define FINE_TAPS 12     /* above this many rows per sum, eight bits per weight are too coarse */
+#define EOI_WITHIN 1024  /* the end-of-image marker must be within this many bytes of the end */
 #define MAX_SIDE 16384
 #define TAR_BLOCK 512
 #define REDUCE_TO 2
@@ -41,8 +44,8 @@ typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef struct {
     const uint8_t *data;
     size_t size; /* bytes of data */
-    long left, top, width, height; /* of the crop, in pixels of the stored image */
-    long side; /* of the square result */
+    long left, top, width, height; /* the crop, in pixels of the stored image */
+    long side; /* side length of the square result */
     int flip;
     uint8_t *out; /* [side, side, 3] */
 } Job;
@@ -55,14 +58,15 @@ typedef struct {
     char why[64];
 } Decoder;
 
-/* For each of an axis's results: the first source pixel, and `taps` weights from there on, which add up to 1. */
+/* For each result along one axis: the first source pixel, and the weights of `taps` consecutive
+ * source pixels, which sum to 1. */
 typedef struct {
     long taps;
     int32_t *first; /* [results] */
     float *weights; /* [results, taps] */
 } Filter;
 
-/* ---- libjpeg's errors ---- */
+/* ---- libjpeg error handling ---- */
 
 static void refuse(j_common_ptr jpeg) {
     Decoder *decoder = jpeg->client_data;
@@ -84,7 +88,8 @@ static void say(Decoder *decoder, const char *why) {
     longjmp(decoder->escape, 1);
 }
 
-/* libjpeg's own jpeg_std_error writes to stderr and ends the process, and alone keeps its archive out of a shared object. */
+/* jpeg_std_error is not used: it writes to stderr and exits the process, and it is the only
+ * function that prevents linking libjpeg's static archive into a shared object. */
 static void open_decoder(Decoder *decoder, const uint8_t *data, size_t size) {
     memset(&decoder->errors, 0, sizeof decoder->errors);
     decoder->errors.error_exit = refuse;
@@ -100,7 +105,8 @@ static void open_decoder(Decoder *decoder, const uint8_t *data, size_t size) {
     jpeg_read_header(&decoder->jpeg, TRUE);
 }
 
-/* Whether this is one of the common kinds: 8 bits, Huffman, grey or YCbCr with whole chroma or one that is halved. */
+/* Whether this is a common kind of JPEG: 8 bits, Huffman coding, gray or YCbCr with chroma at
+ * full or half resolution. */
 static int is_plain(const struct jpeg_decompress_struct *jpeg) {
     const jpeg_component_info *parts = jpeg->comp_info;
     if (jpeg->data_precision != 8 || jpeg->arith_code)
@@ -115,11 +121,12 @@ static int is_plain(const struct jpeg_decompress_struct *jpeg) {
     return parts[0].h_samp_factor <= 2 && parts[0].v_samp_factor <= 2;
 }
 
-/* ---- the resize ---- */
+/* ---- Resize ---- */
 
-/* The triangle filter of Pillow's BILINEAR: as wide as two source pixels or two results, whichever is more, and cut off at
- * the crop's edge. The crop is [start, start + length) of a row whose pixels low <= i < high are at hand; `first` counts
- * from low. The weights are written back to front for a mirror. */
+/* The triangle filter of Pillow's BILINEAR. Its width is two source pixels or two result pixels,
+ * whichever is larger, and it is truncated at the crop's edge. The crop is [start, start +
+ * length) of a row whose pixels low <= i < high are available; `first` counts from low. For a
+ * mirrored result, the filters are stored in reverse order. */
 static long count_taps(double start, double length, long low, long high, long results) {
     double step = length / results, reach = step > 1 ? step : 1;
     long most = 1;
@@ -157,7 +164,7 @@ static void fill_filter(Filter *filter, double start, double length, long low, l
     }
 }
 
-/* Weights in 256ths, which add up to 256: what rounding leaves goes to the largest. */
+/* Converts weights to fixed point with a sum of 256; the rounding error is added to the largest. */
 static void to_fixed(uint16_t *fixed, const float *weights, long taps) {
     long left = 256, largest = 0;
     for (long k = 0; k < taps; k++) {
@@ -168,7 +175,8 @@ static void to_fixed(uint16_t *fixed, const float *weights, long taps) {
     fixed[largest] = (uint16_t)(fixed[largest] + left);
 }
 
-/* One row of results out of the weighted rows of the source: float [count], 256 for a grey level with fixed weights. */
+/* Computes one row of vertical results as the weighted sum of source rows: float [count], in
+ * units of 1/256 gray level. */
 CLONED static void blend_rows(float *restrict out, uint16_t *restrict sums, const uint8_t *const *rows,
                               const uint16_t *restrict fixed, const float *restrict weights, long taps, long count) {
     if (taps > FINE_TAPS) {
@@ -200,9 +208,10 @@ CLONED static void blend_rows(float *restrict out, uint16_t *restrict sums, cons
         out[i] = sums[i];
 }
 
-/* One pixel of the result, a byte a channel. */
+/* Computes one pixel of the result, one byte per channel. */
 static inline __attribute__((always_inline)) int32_t sum_pixel(const Floats *pixels, const float *weights, const long taps) {
-    const Bytes lowest = {0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12}; /* of each of four integers */
+    /* the lowest byte of each of four integers */
+    const Bytes lowest = {0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12};
     Floats sum = {0.5f, 0.5f, 0.5f, 0.5f};
     for (long k = 0; k < taps; k++)
         sum += pixels[k] * weights[k];
@@ -215,13 +224,13 @@ static inline __attribute__((always_inline)) void sum_pixels(uint8_t *restrict o
     int32_t pixel;
     for (long i = 0; i < side - 1; i++, out += 3, weights += taps) {
         pixel = sum_pixel(row + first[i], weights, taps);
-        memcpy(out, &pixel, 4); /* the fourth byte is the next pixel's, which comes later */
+        memcpy(out, &pixel, 4); /* the fourth byte is overwritten by the next pixel */
     }
     pixel = sum_pixel(row + first[side - 1], weights, taps);
     memcpy(out, &pixel, 3);
 }
 
-/* One row of the result: uint8 [side, 3] out of float [width] pixels. */
+/* Computes one row of the result: uint8 [side, 3] from float [width] pixels. */
 CLONED static void sum_columns(uint8_t *restrict out, const Floats *restrict row, const Filter *restrict filter, long side) {
     switch (filter->taps) {
     case 1: sum_pixels(out, row, filter->first, filter->weights, 1, side); break;
@@ -232,10 +241,12 @@ CLONED static void sum_columns(uint8_t *restrict out, const Floats *restrict row
     }
 }
 
-/* ---- the decoding ---- */
+/* ---- Decoding ---- */
 
-/* The scale, in eighths, at which the crop is decoded: the smallest of those with fast transforms (7, 6, 5 and 3 take longer
- * than 8) that leaves it REDUCE_TO times as large as the result, which the filter needs to look as if nothing was reduced. */
+/* Chooses the scale, in eighths, at which the crop is decoded. Only scales with fast transforms
+ * are used (7, 6, 5 and 3 take longer than 8). The smallest of them is chosen that leaves the
+ * crop at least REDUCE_TO times as large as the result, so that the filtered result looks as if
+ * it had been decoded at full scale. */
 static unsigned choose_eighths(const Job *job) {
     long shorter = job->width < job->height ? job->width : job->height;
     unsigned eighths = 8;
@@ -250,7 +261,8 @@ static void *take(char **position, size_t bytes) {
     return taken;
 }
 
-/* Whether the data end as a whole JPEG does; what stands before the reader was looked at by it. */
+/* Whether the data has an end-of-image marker; bytes before the read position were already
+ * checked by the reader. */
 static int ends_well(const Job *job, struct jpeg_decompress_struct *jpeg) {
     if (jpeg->unread_marker == JPEG_EOI || jpeg_input_complete(jpeg))
         return 1;
@@ -273,33 +285,34 @@ static void decode_rows(Decoder *decoder, const Job *job) {
     jpeg->scale_num = eighths;
     jpeg->scale_denom = 8;
     jpeg->out_color_space = JCS_EXT_RGBX;
-    jpeg_start_decompress(jpeg); /* reads a progressive file whole */
+    jpeg_start_decompress(jpeg); /* reads a progressive file completely */
     if (jpeg->progressive_mode)
         for (int i = 0; i < jpeg->num_components; i++)
             for (int k = 0; k < DCTSIZE2; k++)
                 if (jpeg->coef_bits[i][k] != 0)
                     say(decoder, "a progressive JPEG without its last scans");
 
-    /* The crop in pixels of the scaled image, and the whole pixels that it touches. */
+    /* The crop in pixels of the scaled image, and the range of integer pixels that it touches. */
     double scale = eighths / 8.0;
     double left = job->left * scale, width = job->width * scale, top = job->top * scale, height = job->height * scale;
     long low_x = (long)left, high_x = (long)(left + width + 0.999), low_y = (long)top, high_y = (long)(top + height + 0.999);
     high_x = high_x > (long)jpeg->output_width ? (long)jpeg->output_width : high_x;
     high_y = high_y > (long)jpeg->output_height ? (long)jpeg->output_height : high_y;
 
-    /* Chroma is interpolated from its neighbours, which must be inside what is decoded. */
+    /* Chroma is interpolated from neighboring pixels, which must be part of the decoded region. */
     long margin_left = low_x < 2 ? low_x : 2;
     long margin_right = (long)jpeg->output_width - high_x < 2 ? (long)jpeg->output_width - high_x : 2;
     JDIMENSION offset = (JDIMENSION)(low_x - margin_left);
     JDIMENSION columns = (JDIMENSION)(high_x + margin_right - low_x + margin_left);
-    jpeg_crop_scanline(jpeg, &offset, &columns); /* moves to the left and widens, to whole blocks */
+    /* Moves the offset to the left and widens the range, to full blocks. */
+    jpeg_crop_scanline(jpeg, &offset, &columns);
     if (low_y > 0 && jpeg_skip_scanlines(jpeg, (JDIMENSION)low_y) != (JDIMENSION)low_y)
         say(decoder, "rows are missing");
 
     Filter down = {.taps = count_taps(top, height, low_y, high_y, job->side)};
     Filter across = {.taps = count_taps(left, width, low_x, high_x, job->side)};
     size_t side = (size_t)job->side, count = (size_t)(high_x - low_x) * CHANNELS, stride = (size_t)jpeg->output_width * CHANNELS;
-    size_t kept = (size_t)down.taps; /* the last rows of the source, in turn */
+    size_t kept = (size_t)down.taps; /* the last source rows, in a ring buffer */
     stride = (stride + 63) / 64 * 64;
     size_t sizes[] = {kept * stride + CHANNELS, kept * sizeof(void *), count * sizeof(float), count * 2,
                       side * sizeof(int32_t), side * kept * sizeof(float), kept * 2,
@@ -311,7 +324,8 @@ static void decode_rows(Decoder *decoder, const Job *job) {
     if (!decoder->scratch)
         say(decoder, "no memory");
     char *position = (char *)(((uintptr_t)decoder->scratch + 63) / 64 * 64);
-    uint8_t *ring = (uint8_t *)take(&position, sizes[0]) + CHANNELS; /* libjpeg-turbo writes aligned rows past the caches */
+    /* Misaligned on purpose: libjpeg-turbo's writes of aligned rows bypass the caches. */
+    uint8_t *ring = (uint8_t *)take(&position, sizes[0]) + CHANNELS;
     const uint8_t **rows = take(&position, sizes[1]);
     float *blended = take(&position, sizes[2]);
     uint16_t *sums = take(&position, sizes[3]);
@@ -346,7 +360,8 @@ static void decode_rows(Decoder *decoder, const Job *job) {
         say(decoder, "no end-of-image marker");
 }
 
-/* Fills job->out. Returns 0, or -1 with the reason in `why`; out then holds anything. Needs no interpreter lock. */
+/* Fills job->out. Returns 0, or -1 with the reason in `why`; the content of out is then
+ * undefined. Does not need the GIL. */
 static int run(const Job *job, char *why, size_t length) {
     Decoder decoder;
     memset(&decoder, 0, sizeof decoder);
@@ -362,7 +377,7 @@ static int run(const Job *job, char *why, size_t length) {
     return refused ? -1 : 0;
 }
 
-/* ---- the module ---- */
+/* ---- Python module ---- */
 
 static PyObject *header(PyObject *module, PyObject *argument) {
     (void)module;
@@ -421,7 +436,7 @@ static PyObject *decode_crop(PyObject *module, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
-/* A field of octal digits, closed by a space or a NUL; -1 for anything else. */
+/* Parses a field of octal digits, terminated by a space or a NUL; returns -1 for anything else. */
 static long long octal(const uint8_t *field, size_t length) {
     long long value = 0;
     size_t i = 0;
@@ -430,7 +445,8 @@ static long long octal(const uint8_t *field, size_t length) {
     return i > 0 && i < length && (field[i] == ' ' || field[i] == 0) ? value : -1;
 }
 
-/* The length of the name in a header of a plain file (POSIX.1-1988), whose content has `size` bytes; 0 for any other block. */
+/* Returns the length of the name in a header of a plain file (POSIX.1-1988) and sets `size` to
+ * the bytes of its content; returns 0 for any other block. */
 static size_t plain_file(const uint8_t *block, long long *size) {
     long long sum = 8 * ' ';
     for (size_t i = 0; i < TAR_BLOCK; i++)

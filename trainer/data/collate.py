@@ -1,8 +1,8 @@
-"""The stages between a sample's number and a batch of pixels. Each is a generator over a plain
-iterator; threads do the work.
+"""Turns fetched samples into batches of pixels.
 
-``Window`` (which samples) - ``fetched`` - a micro-batch and its samples' bytes - ``decode_batches``
-- ``Batch`` (pixels).
+The loader's stages are generators over plain iterators; threads do the work. The data flows as
+follows: ``Window`` (sample numbers) -> ``fetch_samples`` -> micro-batches with their samples' bytes
+-> ``decode_batches`` -> ``Batch`` (pixels).
 """
 
 from collections import deque
@@ -18,11 +18,14 @@ from trainer.data.decode.decoder import DecodeError
 from trainer.data.shards.tar import Sample, encoded_image, label_of
 from trainer.errors import UserError
 
-_TASK = 8  # samples that a thread decodes before it looks for other work
+_TASK = 8  # samples per decode task
 
 
 Transform = Callable[[memoryview, np.ndarray | None, np.ndarray], None]
-"""Decodes an image, given its random numbers, into uint8 [side, side, 3]. Raises DecodeError."""
+"""Decodes an encoded image, given its random numbers, into uint8 [side, side, 3].
+
+Raises DecodeError.
+"""
 
 
 @contextmanager
@@ -30,7 +33,7 @@ def threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
     pool = ThreadPoolExecutor(count, name)
     try:
         yield pool
-    finally:  # an abandoned epoch does not finish what is queued
+    finally:  # if the epoch is abandoned, discard the queued tasks
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -47,19 +50,21 @@ class _PendingBatch:
 
 @dataclass(frozen=True)
 class Collator:
-    """How samples become pixels and labels. ``view`` None: labels alone, the pixels are left as
-    they are.
+    """Turns samples into pixels and labels.
+
+    If ``view`` is None, only labels are produced and the pixels stay uninitialized.
     """
 
     view: Transform | None
     num_classes: int
     skip_bad: bool
-    """A sample that cannot be decoded gets weight 0 and the colour ``grey``; otherwise it stops the
-    run.
+    """Whether to skip samples that cannot be decoded.
+
+    A skipped sample gets weight 0 and the color ``grey``. If False, such a sample raises UserError.
     """
     grey: np.ndarray  # uint8 [3]
     allocate: Allocate = np.empty
-    """Makes the arrays for pixels."""
+    """Creates the pixel arrays."""
 
     def begin(self, part: MicroBatch, samples: list[Sample]) -> _PendingBatch:
         size = len(samples)
@@ -71,8 +76,9 @@ class Collator:
         )
 
     def work(self, batch: _PendingBatch, first: int) -> list[tuple[int, str]]:
-        """Decode some samples from number ``first`` on; returns those that are bad, each with a
-        line that says why.
+        """Decodes up to ``_TASK`` samples of the batch, starting at index ``first``.
+
+        Returns the index of each bad sample with a one-line reason.
         """
         bad = []
         for i in range(first, min(first + _TASK, len(batch.samples))):
@@ -115,8 +121,10 @@ class Collator:
 def decode_batches(
     items: Iterable[Fetched], decoder: Collator, pool: ThreadPoolExecutor | None, ahead: int
 ) -> Iterator[Batch]:
-    """Batches in order, ``ahead`` of the consumer, their samples decoded by all threads; without a
-    pool, at once.
+    """Yields batches in order, decoding up to ``ahead`` batches in advance of the consumer.
+
+    The samples of a batch are decoded in parallel by the pool's threads. Without a pool, each batch
+    is decoded synchronously.
     """
     queue: deque[_PendingBatch] = deque()
 

@@ -1,4 +1,4 @@
-"""Reading the bytes of the next micro-batches' samples from the store."""
+"""Reads the bytes of the next micro-batches' samples from the store."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from trainer.data.shards.sample_reader import SampleRange, coalesce, read_range
 from trainer.data.shards.tar import Sample
 from trainer.data.storage.store import RangeReader
 
-_AHEAD = 2  # windows that are read while one is decoded
+_AHEAD = 2  # windows that are read in advance while one is decoded
 
 
 def fetch_samples(
@@ -22,12 +22,13 @@ def fetch_samples(
     pool: ThreadPoolExecutor,
     budget: int,
 ) -> Iterator[Fetched]:
-    """Micro-batches with their samples. The next windows are read meanwhile, while all that is held
-    has ``budget`` bytes.
+    """Yields micro-batches with their samples, reading the next windows in the background.
+
+    Windows are read ahead as long as all held data fits in ``budget`` bytes.
     """
     reading: deque[tuple[Window, list[Future[dict[int, Sample]]], int]] = deque()
     planned = ((window, *_parts(window, index)) for window in windows)
-    held = 0  # bytes of the window that is being taken apart
+    held = 0  # bytes of the window that is being yielded
     waiting = next(planned, None)
     while waiting is not None or reading:
         while waiting is not None:
@@ -51,7 +52,7 @@ def fetch_samples(
 
 
 def _parts(window: Window, index: Index) -> tuple[list[SampleRange], int]:
-    """What is to be read for a window, and how many bytes that is."""
+    """Returns the sample ranges to read for a window, and their total size in bytes."""
     parts = list(coalesce(np.concatenate([part.samples for part in window]), index))
     return parts, sum(
         index.shards[p.shard].offsets[p.end] - index.shards[p.shard].offsets[p.first] for p in parts

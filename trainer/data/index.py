@@ -1,5 +1,6 @@
-"""What a split holds: its shards, where each sample begins in them, and the class names. One
-``index.json`` a split.
+"""The index of a dataset split: its shards, the offset of each sample in them, and the class names.
+
+Each split has one ``index.json``.
 """
 
 import builtins
@@ -24,11 +25,11 @@ INDEX_NAME = "index.json"
 FORMAT: Final = "convoy-index/1"
 _Count = Annotated[int, Field(ge=0, le=2**62)]
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
-_AT_ONCE = 4  # shards whose SHA-256 is computed
+_AT_ONCE = 4  # shards whose SHA-256 is computed concurrently
 
 
 class Shard(BaseModel):
-    """One tar. Sample ``i`` stands in the bytes ``offsets[i]`` to ``offsets[i + 1]``."""
+    """One tar archive. Sample ``i`` occupies the bytes ``[offsets[i], offsets[i + 1])``."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -37,12 +38,12 @@ class Shard(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     bytes: _Count
     offsets: list[_Count]
-    """``samples + 1`` byte offsets, ascending; the last is where the tar's end mark begins."""
+    """``samples + 1`` byte offsets, ascending; the last is where the end-of-archive mark begins."""
     keys: list[str]
-    """WebDataset's ``__key__`` of each sample, in the tar's order."""
+    """WebDataset's ``__key__`` of each sample, in archive order."""
 
     def structure_fault(self) -> str | None:
-        """What is wrong with this entry by itself, if anything is."""
+        """Returns what is inconsistent within this entry, or None."""
         if self.name.startswith("/") or ".." in self.name.split("/") or _CONTROL.search(self.name):
             return "its name leads out of the folder of the shards, or contains control characters"
         if not len(self.keys) == len(self.offsets) - 1 == self.samples:
@@ -55,13 +56,13 @@ class Shard(BaseModel):
         return None
 
     def size_fault(self, size: int | None) -> str | None:
-        """What is wrong with a shard of ``size`` bytes (None: that is not there), if anything is."""
+        """Returns what is wrong with a shard of ``size`` bytes (None: missing), or None."""
         if size is None:
             return "is in the index but missing"
         return None if size == self.bytes else f"has {size:,} bytes, the index says {self.bytes:,}"
 
     def digest_fault(self, sha256: str) -> str | None:
-        """The same of a shard with this SHA-256."""
+        """Returns what is wrong with a shard of this SHA-256, or None."""
         return (
             None
             if sha256 == self.sha256
@@ -70,7 +71,7 @@ class Shard(BaseModel):
 
 
 class Index(BaseModel):
-    """All shards of a split. ``digest`` names the content: equal digests, equal bytes."""
+    """All shards of a split. ``digest`` identifies the content: equal digests mean equal bytes."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -79,14 +80,13 @@ class Index(BaseModel):
     samples: _Count
     bytes: _Count
     shards_in: Literal["", ".."] = ""
-    """The folder of the shards, relative to the index: ``..`` if several splits share one folder.
-    """
+    """The shards' folder relative to the index: ``..`` if several splits share one folder."""
     classes: list[str]
-    """Readable name of each label."""
+    """Human-readable name of each label."""
     class_ids: list[str]
-    """What the source calls each label: a folder's name, a WordNet id, a number."""
+    """The source's identifier of each label: a folder name, a WordNet id, a number."""
     plan: str
-    """SHA-256 of what was to be packed and how; a second ``convoy pack`` compares it."""
+    """SHA-256 of the data to pack and the settings; compared by a second ``convoy pack``."""
     digest: str
     shards: list[Shard]
 
@@ -100,7 +100,7 @@ class Index(BaseModel):
         plan: str = "",
         shards_in: Literal["", ".."] = "",
     ) -> "Index":
-        """What these shards hold, its totals and digest computed."""
+        """Creates the index of these shards, computing its totals and digest."""
         return cls(
             shards_in=shards_in,
             split=split,
@@ -115,16 +115,16 @@ class Index(BaseModel):
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Samples of each shard, int64 [shards]."""
+        """Number of samples in each shard, int64 [shards]."""
         return np.array([shard.samples for shard in self.shards], dtype=np.int64)
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """The first sample number of each shard, and the count behind the last: int64 [shards + 1]."""
+        """First sample number of each shard, followed by the total count: int64 [shards + 1]."""
         return np.concatenate([[0], np.cumsum(self.sizes)])
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(shard number, place in that shard) of a sample number."""
+        """Returns (shard number, position in that shard) of a sample number."""
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
         return shard, sample - int(self.starts[shard])
 
@@ -133,7 +133,7 @@ class Index(BaseModel):
         return self.shards[shard].keys[place]
 
     def to_json(self) -> "builtins.bytes":
-        """One shard a line, so that a person can look at it."""
+        """Serializes the index with one shard per line, for readability."""
         head = self.model_dump(exclude={"shards"} if self.shards_in else {"shards", "shards_in"})
         lines = [json.dumps(shard.model_dump(), separators=(",", ":")) for shard in self.shards]
         text = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
@@ -141,13 +141,13 @@ class Index(BaseModel):
 
 
 def digest_of(classes: list[str], class_ids: list[str], shards: list[Shard]) -> str:
-    """SHA-256 over the classes and each shard's name, counts and own SHA-256."""
+    """Returns the SHA-256 over the classes and each shard's name, counts and own SHA-256."""
     facts = [classes, class_ids, [[s.name, s.samples, s.bytes, s.sha256] for s in shards]]
     return "sha256:" + hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
 
 
 def parse_index(raw: bytes, where: str) -> Index:
-    """Check and build an index from its JSON; raises UserError that names ``where``."""
+    """Parses and validates an index from its JSON; raises UserError that names ``where``."""
     try:
         index = Index.model_validate_json(raw)
     except ValidationError as error:
@@ -189,10 +189,9 @@ def _index_fault(index: Index) -> str | None:
 
 
 def write_index(store: Store, name: str, index: Index) -> None:
-    """Write an index, which is read back from its bytes first: no index is written that cannot be
-    read.
+    """Writes an index after parsing its bytes again, so that no unreadable index is written.
 
-    Raises UserError, for text that is not valid Unicode too.
+    Raises UserError, also for text that is not valid Unicode.
     """
     where = f"{store.url}/{name}"
     try:
@@ -208,8 +207,9 @@ def write_index(store: Store, name: str, index: Index) -> None:
 
 
 def open_index(url: str) -> tuple[Index, Store]:
-    """The index of the split at ``url`` and the store that its shards are in; raises UserError
-    where there is none.
+    """Returns the index of the split at ``url`` and the store that contains its shards.
+
+    Raises UserError if no index exists.
     """
     store = open_store(url)
     raw = store.read_small(INDEX_NAME)
@@ -228,15 +228,16 @@ def open_index(url: str) -> tuple[Index, Store]:
 
 
 def _parent(url: str) -> str:
-    """The URL of the folder that ``url`` is in."""
+    """Returns the URL of the parent folder of ``url``."""
     if is_remote(url):
         return url.rstrip("/").rpartition("/")[0]
     return os.fspath(folder_of(url, create=False).parent)
 
 
 def check_shards(index: Index, store: Store) -> None:
-    """Compare presence and size of every shard with the index, by one listing; raises UserError
-    with a line each (ten at most).
+    """Compares the presence and size of every shard with the index, using one listing.
+
+    Raises UserError with one line per error (at most ten).
     """
     there = store.sizes()
     _refuse(
@@ -250,11 +251,10 @@ def check_shards(index: Index, store: Store) -> None:
 
 
 def check_digests(index: Index, store: Store, numbers: Iterable[int]) -> None:
-    """Read the shards of these numbers once, several at a time, and compare sizes and SHA-256 with
-    the index.
+    """Compares the size and SHA-256 of the shards of these numbers with the index.
 
-    Holds ``_AT_ONCE`` pieces. Raises UserError with a line for each that differs (ten at most),
-    RetryableError.
+    Reads each shard once, several concurrently, and holds ``_AT_ONCE`` pieces in memory. Raises
+    UserError with one line per differing shard (at most ten), and RetryableError.
     """
 
     def fault_of(number: int) -> str | None:

@@ -1,5 +1,7 @@
-"""Batches for one rank, as a visible list of stages that webdataset's pipeline composes
-(``stages``).
+"""Builds the batches of one rank.
+
+The loader is an explicit list of stages, composed by webdataset's ``DataPipeline`` (see ``stages``
+in ``_run``).
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -34,8 +36,8 @@ from trainer.data.transforms.crop import crop_box, eval_transform, padded_crop
 from trainer.data.transforms.mixup import Mix, draw_mix
 from trainer.data.transforms.random_erasing import UNIFORMS, erase
 
-_LONG = 8 * 2**20  # bytes of a lane's stretch from which on a longer one is no faster to read
-_SLOW = 64 * 2**20  # bytes that are worth waiting for before the first step of an epoch
+_LONG = 8 * 2**20  # bytes; longer contiguous reads of one stream are no faster
+_SLOW = 64 * 2**20  # bytes; an epoch's first window may delay its first step by this much reading
 
 
 def train_loader(
@@ -50,9 +52,11 @@ def train_loader(
     labels_only: bool = False,
     allocate: Allocate = np.empty,
 ) -> Generator[Batch, None, None]:
-    """One epoch's micro-batches of one rank from its step ``start_step`` on, ``accumulation_steps``
-    a step. What comes before is not read. ``labels_only``: pixels are not decoded (a pipeline's
-    last stage). ``allocate`` makes the arrays for pixels.
+    """Yields one rank's micro-batches of an epoch, starting at step ``start_step``.
+
+    Each step has ``accumulation_steps`` micro-batches. Data before ``start_step`` is not read.
+    ``labels_only``: pixels are not decoded (for the last stage of a pipeline). ``allocate``:
+    creates the pixel arrays.
     """
     data, augment, global_size = config.data, config.augment, config.batch.global_size
     side = data.size_in(epoch)
@@ -67,7 +71,7 @@ def train_loader(
             index.sizes, data.seed, epoch, global_size, data.shuffle_window, data.tail
         )
         slots = micro_batch_slots(global_size, world_size, rank, accumulation_steps)
-        lane = index.bytes / index.samples  # bytes a step
+        lane = index.bytes / index.samples  # bytes per step
         for first, end in step_windows(
             order, start_step, lane, slots.size, data.prefetch_mb * 2**20
         ):
@@ -101,12 +105,15 @@ def train_loader(
 def step_windows(
     order: EpochOrder, start: int, lane: float, lanes: int, budget: int
 ) -> Iterator[tuple[int, int]]:
-    """Steps (first, end) whose bytes are fetched together, from ``start`` on.
+    """Yields step ranges (first, end), from ``start`` on, whose bytes are fetched together.
 
-    ``lane``: bytes that a lane reads a step; ``lanes``: how many the rank serves; ``budget``: bytes
-    that it may hold. A window is one block of the order, in which each lane reads one stretch, or
-    several where those are short. Only where two blocks are more than ``budget`` it is a part of
-    one, and samples are read singly. A long first block begins with its first step.
+    ``lane``: bytes that one stream reads per step. ``lanes``: number of streams that the rank
+    reads. ``budget``: bytes that the rank may hold in memory.
+
+    A window is one block of the order, in which each stream reads one contiguous byte range, or
+    several blocks if those ranges are short. If two blocks exceed ``budget``, a window is only part
+    of a block and samples are read one by one. If the first window is large, it is reduced to its
+    first step, so that training starts early.
     """
     block = min(order.block, order.steps)
     size = block * lane * lanes
@@ -126,8 +133,11 @@ def step_windows(
 
 
 def prefetch_hint(config: RunConfig, index: Index, ranks: int) -> str | None:
-    """What is to be said where ``step_windows`` lets each sample be asked for by itself, of a store
-    that takes long to answer.
+    """Returns a warning if ``data.prefetch_mb`` is so small that samples are read one by one.
+
+    Single reads are slow on a remote store, because each request has a high latency. Returns None
+    for local data, with a cache, and if ``data.prefetch_mb`` is large enough for ``step_windows``
+    to read long ranges.
     """
     data, global_size = config.data, config.batch.global_size
     if data.cache_dir is not None or not is_remote(data.train):
@@ -143,7 +153,7 @@ def prefetch_hint(config: RunConfig, index: Index, ranks: int) -> str | None:
 
 
 def build_train_transform(config: RunConfig) -> Transform:
-    """The augmentation that a recipe asks for."""
+    """Builds the training augmentation that the recipe configures."""
     augment = config.augment
     grey = _grey(config)
 
@@ -186,8 +196,9 @@ def eval_loader(
     rank: int,
     allocate: Allocate = np.empty,
 ) -> Iterator[Batch]:
-    """A rank's stretch of the validation split, each sample once; the last batch may be smaller.
-    Bad ones are left out.
+    """Yields a rank's share of the validation split, each sample once.
+
+    The last batch may be smaller. Samples that cannot be decoded are removed from their batch.
     """
     data, size = config.data, config.batch.eval_size
 

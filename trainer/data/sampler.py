@@ -1,11 +1,12 @@
-"""Which sample comes when: pure functions of (index, seed, epoch, global batch size), the same on
-any number of ranks.
+"""The sampling order: pure functions of (index, seed, epoch, global batch size).
 
-The shards are shuffled and their samples concatenated; the row is cut into as many equal *lanes* as
-a global batch has slots, and slot ``j`` of every global batch reads lane ``j`` from its beginning
-to its end. Inside a lane, blocks of ``shuffle_window / global_size`` samples are shuffled. A lane
-is a stretch of bytes, so a rank reads few long ranges and each byte is read once, by one rank; and
-since the number of ranks appears nowhere here, it cannot change the order.
+The shards are shuffled and their samples concatenated. The resulting sequence is cut into as many
+equal *streams* as a global batch has slots, and slot ``j`` of every global batch reads stream ``j``
+from beginning to end. Within a stream, blocks of ``shuffle_window / global_size`` samples are
+shuffled.
+
+A stream is a contiguous range of bytes, so a rank reads a few long ranges, and each byte is read
+once, by one rank. The order does not depend on the number of ranks.
 """
 
 from dataclasses import dataclass
@@ -14,19 +15,21 @@ import numpy as np
 
 from trainer.errors import UserError
 
-_ORDER, _AUGMENT, _MIX = 1, 2, 3  # one random stream each
+_ORDER, _AUGMENT, _MIX = 1, 2, 3  # seeds of independent random streams
 
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """``samples[step, slot]``: the sample number that a slot reads at a step; ``weights`` is 0
-    where it only pads.
+    """The sampling order of one epoch.
+
+    ``samples[step, slot]`` is the sample number that a slot reads at a step.
+    ``weights[step, slot]`` is 0 if the slot is padding.
     """
 
     samples: np.ndarray  # int64 [steps, global_size]
     weights: np.ndarray  # float32 [steps, global_size]
     block: int
-    """Steps after which every lane begins a new shuffled block."""
+    """Steps per shuffled block; every stream starts a new block after this many steps."""
 
     @property
     def steps(self) -> int:
@@ -38,8 +41,10 @@ def _generator(*seeds: int) -> np.random.Generator:
 
 
 def steps_per_epoch(samples: int, global_size: int, tail: str) -> int:
-    """Optimizer steps of an epoch. ``pad``: the last partial global batch is a step too; ``drop``:
-    it is left out.
+    """Returns the number of optimizer steps per epoch.
+
+    ``tail``: with ``pad``, the last partial global batch is a step too; with ``drop``, it is
+    dropped. Raises UserError if there are fewer samples than one global batch.
     """
     if samples < global_size:
         raise UserError(
@@ -49,17 +54,17 @@ def steps_per_epoch(samples: int, global_size: int, tail: str) -> int:
 
 
 def block_steps(window: int, global_size: int) -> int:
-    """Steps in which about ``window`` samples are shuffled among each other."""
+    """Returns the steps per shuffled block, which together read about ``window`` samples."""
     return max(1, -(-window // global_size))
 
 
 def epoch_order(
     sizes: np.ndarray, seed: int, epoch: int, global_size: int, window: int, tail: str = "pad"
 ) -> EpochOrder:
-    """The order of one epoch over shards of ``sizes`` samples.
+    """Computes the order of one epoch over shards of ``sizes`` samples.
 
-    With ``pad`` a lane that is one sample shorter than the others repeats its last one with weight
-    zero.
+    With ``pad``, a stream that is one sample shorter than the others repeats its last sample with
+    weight 0.
     """
     total = int(sizes.sum())
     steps = steps_per_epoch(total, global_size, tail)
@@ -85,11 +90,11 @@ def epoch_order(
 def micro_batch_slots(
     global_size: int, world_size: int, rank: int, accumulation_steps: int
 ) -> np.ndarray:
-    """The slots of a global batch that a rank serves: int64 [accumulation_steps, micro_size].
+    """Returns a rank's slots of a global batch: int64 [accumulation_steps, micro_size].
 
-    Slot ``j`` belongs to micro-batch ``j mod (world_size x accumulation_steps)``: which samples
-    share a micro-batch (and its batch-norm statistics) depends on the micro-batch's size alone, and
-    a short last batch is spread over all of them.
+    Slot ``j`` belongs to micro-batch ``j mod (world_size x accumulation_steps)``. Thus the samples
+    that share a micro-batch (and its batch-norm statistics) depend only on the micro-batch size,
+    and a partial last batch is spread over all micro-batches.
     """
     micro_batches = world_size * accumulation_steps
     first = np.arange(accumulation_steps) * world_size + rank
@@ -97,19 +102,21 @@ def micro_batch_slots(
 
 
 def augment_uniforms(seed: int, epoch: int, step: int, global_size: int, count: int) -> np.ndarray:
-    """Random numbers in [0, 1) for every slot of one global batch: float64 [global_size, count]."""
+    """Draws random numbers in [0, 1) for a global batch: float64 [global_size, count]."""
     return _generator(seed, epoch, _AUGMENT, step).random((global_size, count))
 
 
 def mix_generator(seed: int, epoch: int, step: int, micro_batch: int) -> np.random.Generator:
-    """What draws how a micro-batch is mixed; ``micro_batch``: its number in the global batch, as
-    ``micro_batch_slots`` counts.
+    """Returns the random generator that draws how a micro-batch is mixed.
+
+    ``micro_batch``: its number in the global batch, as numbered by ``micro_batch_slots``.
     """
     return _generator(seed, epoch, _MIX, step, micro_batch)
 
 
 def eval_range(samples: int, world_size: int, rank: int) -> range:
-    """The stretch of a validation split that a rank measures; the stretches of all ranks are the
-    split, once.
+    """Returns the samples of a validation split that a rank evaluates.
+
+    The ranges of all ranks together cover the split exactly once.
     """
     return range(samples * rank // world_size, samples * (rank + 1) // world_size)

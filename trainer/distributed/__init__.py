@@ -1,1 +1,1 @@
-"""Several ranks: process group, collectives, environment variables, start-up of a pod."""
+"""Distributed runs: process group, collectives, environment variables, pod startup."""

@@ -1,4 +1,4 @@
-"""Collectives; all ranks take part in each."""
+"""Collectives. All ranks must take part in each call."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,8 +13,9 @@ T = TypeVar("T")
 
 
 def broadcast_from_rank0(work: Callable[[], T]) -> T:
-    """What ``work`` gives on the first rank, or its UserError or RetryableError, on every rank;
-    told by the first alone.
+    """Run ``work`` on rank 0 and return its result on every rank.
+
+    A UserError or RetryableError of ``work`` is raised on every rank, and reported by rank 0 only.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -33,7 +34,7 @@ def broadcast_from_rank0(work: Callable[[], T]) -> T:
 def broadcast_tensors_from_rank0(
     tensors: dict[str, Tensor] | None, device: torch.device
 ) -> dict[str, Tensor]:
-    """Those of the first rank, on every rank. All ranks take part."""
+    """Return the tensors of rank 0 on every rank. All ranks must take part."""
     first = dist.get_rank() == 0
     described = broadcast_from_rank0(
         lambda: {name: (value.shape, value.dtype) for name, value in (tensors or {}).items()}
@@ -51,19 +52,19 @@ def broadcast_tensors_from_rank0(
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum over ranks. All ranks take part."""
+    """Return the sum over ranks. All ranks must take part."""
     values = values.clone()
     dist.all_reduce(values)
     return values
 
 
 def all_reduce_mean(values: Tensor) -> Tensor:
-    """The mean over ranks. All ranks take part."""
+    """Return the mean over ranks. All ranks must take part."""
     return all_reduce_sum(values) / dist.get_world_size()
 
 
 def all_gather_list(values: list[str]) -> list[str]:
-    """The lists of all ranks as one. All ranks take part."""
+    """Return the concatenated lists of all ranks. All ranks must take part."""
     parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, values)
     return [value for part in parts for value in part]

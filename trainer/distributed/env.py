@@ -1,4 +1,4 @@
-"""The environment variables that give a process its rank."""
+"""Rank and world size from environment variables."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from trainer.process.launch_environment import check_rank_environment
 
 @dataclass(frozen=True)
 class DistEnv:
-    """This process among all ranks."""
+    """Rank, world size and local rank of this process."""
 
     rank: int
     world_size: int
@@ -15,9 +15,9 @@ class DistEnv:
 
     @classmethod
     def from_env(cls) -> "DistEnv":
-        """As the launcher or torchrun set it; the only rank if neither started this process.
+        """Read the variables set by the launcher or torchrun; without either this is the only rank.
 
-        Raises UserError for variables that another launcher left.
+        Raises UserError for variables that another launcher left behind.
         """
         return cls(*check_rank_environment())
 

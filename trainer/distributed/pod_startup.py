@@ -1,5 +1,6 @@
-"""One pod of a job: what the training-operator's environment says, and what is waited for before
-ranks start. No torch here.
+"""Startup of one pod of a job: the training-operator's environment, and waiting for dependencies.
+
+Nothing here imports torch.
 """
 
 import json
@@ -20,19 +21,21 @@ from trainer.locks.lock_owner import is_of_another_job
 from trainer.locks.run_lock import owner_of
 
 STARTS = "starts.json"
-_STORE_MINUTES = 5.0  # for an object store that starts, or moves to another node, at the same time
-_HOST_MINUTES = (
-    30.0  # for the first pod, whose node may still pull the image; then this one is made anew
-)
-_LAST_SECONDS = 60.0  # that the first pod may take to end after its ranks have
-_SEEN_SECONDS = 5.0  # until its end has come to the operator
+_STORE_MINUTES = 5.0  # for an object store that starts or moves to another node meanwhile
+# for the first pod, whose node may still pull the image; then this pod is recreated
+_HOST_MINUTES = 30.0
+_LAST_SECONDS = 60.0  # for the first pod to end after its ranks have ended
+_SEEN_SECONDS = 5.0  # for the operator to notice the end of the first pod
 _BETWEEN_TRIES = 0.5
 _BETWEEN_WORDS = 30.0
 
 
 @dataclass(frozen=True)
 class PodEnv:
-    """``nodes`` pods of ``procs`` ranks meet at ``host``:``port``, which is the first pod."""
+    """Topology of a job: ``nodes`` pods with ``procs`` ranks each.
+
+    The ranks rendezvous at ``host``:``port``, which is the first pod.
+    """
 
     nodes: int
     procs: int
@@ -50,8 +53,9 @@ class PodEnv:
 
 
 def pod_from_environment(environment: Mapping[str, str] = os.environ) -> PodEnv | None:
-    """By the variables that torchrun reads too (PET_*), or None where no operator set them. Raises
-    UserError.
+    """Read the PET_* variables, which torchrun reads too; None if no operator set them.
+
+    Raises UserError for invalid values.
     """
     endpoint = environment.get("PET_RDZV_ENDPOINT")
     if not endpoint:
@@ -77,11 +81,11 @@ def pod_from_environment(environment: Mapping[str, str] = os.environ) -> PodEnv 
 
 
 def wait_for_data(config: RunConfig) -> None:
-    """Until the store answers and the indexes are there, for as long as `data.wait_minutes` lets
-    it; says what it waits for.
+    """Wait until the store responds and the indexes exist, at most ``data.wait_minutes``.
 
-    What is still missing then is told by whoever needs it. Raises UserError for what waiting does
-    not cure.
+    An unreachable store gets at least 5 minutes. Prints what it waits for. If something is still
+    missing afterwards, the code that needs it reports that. Raises UserError for problems that
+    waiting does not fix.
     """
     for url in (config.data.train, config.data.val):
         if url is not None:
@@ -96,9 +100,8 @@ def _wait_for_index(url: str, minutes: float) -> None:
         nonlocal store
         waited = (time.monotonic() - started) / 60
         try:
-            if store is None and (
-                is_remote(url) or local_path(url).is_dir()
-            ):  # a folder may be packed later
+            # a folder may be packed later
+            if store is None and (is_remote(url) or local_path(url).is_dir()):
                 store = open_store(url)
             if store is not None and store.read_small(INDEX_NAME) is not None:
                 return None
@@ -112,7 +115,7 @@ def _wait_for_index(url: str, minutes: float) -> None:
 
 
 def wait_for_host(pod: PodEnv) -> None:
-    """Until the first pod can be reached, where this is another one. Raises RetryableError."""
+    """Wait until the first pod is reachable, if this is another pod. Raises RetryableError."""
     started = time.monotonic()
 
     def there() -> str | None:
@@ -131,15 +134,15 @@ def wait_for_host(pod: PodEnv) -> None:
 
 
 def wait_for_rank0_exit(pod: PodEnv) -> None:
-    """After a success, wait where this is another pod until the first has ended, and been seen to.
+    """After a success, wait until the first pod has ended and the operator has noticed.
 
-    The operator calls a job done when any of its pods is, and then deletes those that still run:
-    the first one's log is to stay.
+    The first pod itself does not wait. The operator considers a job done when any of its pods is
+    done, and then deletes those that still run. Waiting preserves the log of the first pod.
     """
     if pod.is_rank_zero:
         return
     give_up = time.monotonic() + _LAST_SECONDS
-    with suppress(OSError):  # it is gone
+    with suppress(OSError):  # the first pod has ended
         while time.monotonic() < give_up:
             socket.create_connection((pod.host, pod.port), timeout=3).close()
             time.sleep(_BETWEEN_TRIES)
@@ -147,7 +150,7 @@ def wait_for_rank0_exit(pod: PodEnv) -> None:
 
 
 def _wait(missing: Callable[[], str | None]) -> None:
-    """Until ``missing`` gives None; what it gives else is told at once and then every half minute."""
+    """Wait until ``missing`` returns None; print its text at once and then every half minute."""
     told = -_BETWEEN_WORDS
     while (text := missing()) is not None:
         if time.monotonic() - told >= _BETWEEN_WORDS:
@@ -157,16 +160,18 @@ def _wait(missing: Callable[[], str | None]) -> None:
 
 
 def check_restart_budget(url: str, most: int) -> None:
-    """Count this start of a job, beside its checkpoints; one that found a newer checkpoint than the
-    start before counts from 1.
+    """Count this start of a job and limit starts that make no progress.
 
-    The training-operator makes a pod anew without end. Raises UserError after ``most`` starts that
-    came no further, and then forgets them, so that a job that is submitted again gets as many.
-    Where the store cannot be read the run itself will say so.
+    The count is stored next to the job's checkpoints. A start that finds a newer checkpoint than
+    the previous start counts from 1.
+
+    The training-operator recreates a pod without limit. Raises UserError after ``most`` starts
+    without a newer checkpoint, and then resets the count, so that a job that is submitted again
+    gets as many starts. If the store cannot be read, the run itself reports that.
     """
     with suppress(RetryableError, ServiceUnreachable):
         if is_of_another_job(owner_of(url)):
-            return  # the first rank refuses to start, or waits; the count is the other job's
+            return  # rank 0 refuses to start or waits; the count belongs to the other job
         store = open_store(url, create=True)
         newest = max(
             (name.partition("/")[0] for name in store.sizes() if name.startswith("step-")),

@@ -1,6 +1,4 @@
-"""The ranks of a run: joining them, wrapping a model in DeepSpeed's engine, and what they add up
-together.
-"""
+"""Process group of a run: initialization, cleanup and this rank's GPU."""
 
 import logging
 import os
@@ -20,10 +18,10 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # DeepSpeed's default
 
 
 def init_distributed(ranks: DistEnv, fp16: bool = False) -> torch.device:
-    """Join the process group, NCCL with GPUs and gloo without; returns this rank's device. All
-    ranks take part.
+    """Join the process group and return this rank's device. All ranks must take part.
 
-    ``fp16``: half precision is wanted, which DeepSpeed must be told that a CPU can do too.
+    The backend is NCCL with GPUs and gloo without. Set ``fp16`` if the run uses half precision:
+    DeepSpeed must be configured to accept it on a CPU.
     """
     alone = ranks.world_size == 1
     defaults = {
@@ -33,29 +31,29 @@ def init_distributed(ranks: DistEnv, fp16: bool = False) -> torch.device:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
     }
-    os.environ.update(defaults if alone else defaults | os.environ)  # DeepSpeed insists on them
+    os.environ.update(defaults if alone else defaults | os.environ)  # DeepSpeed requires them
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with _absent("mlflow"):  # which its autotuner would load: a second and 100 MB of every rank
+    with _absent("mlflow"):  # DeepSpeed's autotuner imports it: 1 s and 100 MB per rank
         if fp16 and not torch.cuda.is_available():
             _allow_half_on_cpu()
         import deepspeed
         from deepspeed.utils import logger
 
-    logger.setLevel(logging.ERROR)  # it warns of every optimizer that it did not write
-    # its shared-memory reduction is compiled at start: no compiler in a pod, and gloo does without
+    logger.setLevel(logging.ERROR)  # it warns about every optimizer that is not DeepSpeed's
+    # DeepSpeed compiles its shared-memory reduction at startup: a pod has no compiler, and gloo
+    # does not need it
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = (
         torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = (
-            True  # shapes stay the same: the fastest algorithm of each convolution, tried once
-        )
+        # shapes stay the same, so the fastest algorithm of each convolution is searched only once
+        torch.backends.cudnn.benchmark = True
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if alone:  # no port is needed
+    if alone:  # needs no port
         dist.init_process_group(
             backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
         )
@@ -72,7 +70,10 @@ def init_distributed(ranks: DistEnv, fp16: bool = False) -> torch.device:
 
 
 def _local_store(ranks: DistEnv) -> Any:
-    """The rendezvous of ranks on one machine: the launcher has bound its port already."""
+    """Return the rendezvous store of ranks on one machine.
+
+    The launcher has already bound its port.
+    """
     given = os.environ.pop(STORE_FD)
     return torch._C._distributed_c10d.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -87,7 +88,7 @@ def _local_store(ranks: DistEnv) -> Any:
 
 @contextmanager
 def _absent(package: str) -> Iterator[None]:
-    """Meanwhile ``import package`` finds nothing, unless it was imported before."""
+    """Make ``import package`` fail in this context, unless it was imported before."""
     sys.modules.setdefault(package, None)  # type: ignore[arg-type]
     try:
         yield
@@ -101,7 +102,7 @@ def _allow_half_on_cpu() -> None:
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     class HalfAccelerator(CPU_Accelerator):  # type: ignore[misc]
-        """Slow, but it lets every fp16 path be tried without a GPU."""
+        """CPU accelerator with fp16: slow, but it allows testing every fp16 path without a GPU."""
 
         def is_fp16_supported(self) -> bool:
             return True
@@ -113,7 +114,7 @@ def _allow_half_on_cpu() -> None:
 
 
 def describe_gpu(ranks: DistEnv) -> str | None:
-    """The rank's GPU with its name and UUID, as far as the driver still answers; None without GPUs."""
+    """Return the rank's GPU with name and UUID, if the driver still responds; None without GPUs."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return None
     try:

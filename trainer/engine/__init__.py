@@ -1,1 +1,1 @@
-"""Optimizer steps on one or many ranks: data parallelism, pipeline stages, CUDA graphs."""
+"""Optimizer steps on one or many ranks: data parallelism, pipeline parallelism, CUDA graphs."""

@@ -1,9 +1,9 @@
 """Forward and backward passes replayed as CUDA graphs.
 
-With few images per GPU a step is bound by the processor, which launches some thousand small
-kernels. A CUDA graph launches all kernels of several layers at once. The layers are divided into
-segments, each with one graph for its forward and one for its backward pass, which also adds the
-gradients to the flat buffers; between two segments a full bucket is reduced as usual.
+With few images per GPU a step is CPU-bound, because it launches some thousand small kernels. A CUDA
+graph launches all kernels of several layers at once. The layers are divided into segments. Each
+segment has one graph for its forward pass and one for its backward pass, which also adds the
+gradients to the flat buffers. Between two segments, full buckets are reduced as usual.
 """
 
 import logging
@@ -18,28 +18,34 @@ from trainer.engine.deepspeed.grad_reducer import GradReducer
 from trainer.models.batch_norm import BatchNorm2d
 from trainer.models.layers import Value, on_image
 
-_WARMUP_RUNS = 3  # cuDNN tries its algorithms, libraries allocate their workspaces
-_SEGMENTS = 6  # with several ranks: enough for communication to overlap with the backward pass
+_WARMUP_RUNS = 3  # cuDNN tries its algorithms and libraries allocate their workspaces
+_SEGMENTS = 6  # with several ranks: enough to overlap communication with the backward pass
 _SHAPES = 4
-"""Input shapes with graphs of their own; further ones run eagerly."""
+"""Number of input shapes that get CUDA graphs; further shapes run eagerly."""
 _log = logging.getLogger(__name__)
 
 RunLayers = Callable[[Sequence[nn.Module], Value], Value]
 
 
 class Recorder(Protocol):
-    """Records kernels that write to fixed addresses."""
+    """Recorder of kernels that write to fixed addresses."""
 
     def warm_up(self) -> AbstractContextManager[None]:
-        """Around what runs before anything is recorded."""
+        """Return a context for the runs before the first recording."""
 
     def record(self, run: Callable[[], Tensor | None]) -> tuple[Callable[[], None], Tensor | None]:
-        """A function that repeats what ``run`` launched, and ``run``'s result, which each
-        repetition overwrites."""
+        """Record the kernels that ``run`` launches.
+
+        Returns a function that replays them, and the result of ``run``, which each replay
+        overwrites.
+        """
 
 
 class CudaRecorder:
-    """``torch.cuda.CUDAGraph``s that share their memory: replay them in the order of recording."""
+    """Recorder of ``torch.cuda.CUDAGraph`` objects that share a memory pool.
+
+    They must be replayed in the order of recording.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -49,7 +55,7 @@ class CudaRecorder:
 
     def record(self, run: Callable[[], Tensor | None]) -> tuple[Callable[[], None], Tensor | None]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: meanwhile the loader's threads allocate pinned memory
+        # thread_local: the loader's threads allocate pinned memory during the capture
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
         return graph.replay, result
@@ -57,7 +63,7 @@ class CudaRecorder:
 
 @contextmanager
 def _side_stream() -> Iterator[None]:
-    """As torch asks for, since the default stream cannot be captured."""
+    """Use a side stream, as torch requires because the default stream cannot be captured."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -66,7 +72,7 @@ def _side_stream() -> Iterator[None]:
 
 
 class _Segment(nn.Module):
-    """Some layers, run as the engine does."""
+    """Consecutive layers, run as the engine runs them."""
 
     def __init__(self, layers: Sequence[nn.Module], run: RunLayers) -> None:
         super().__init__()
@@ -77,11 +83,12 @@ class _Segment(nn.Module):
 
 
 class _Graph:
-    """One segment's graphs for one input shape: image to image.
+    """CUDA graphs of one segment for one input shape, from image to image.
 
-    It differentiates with respect to aliases of the parameters, leaves of their own with the same
-    memory: DeepSpeed keeps the parameters' ``AccumulateGrad`` nodes alive, and these make the
-    default stream wait for every gradient, which a capture does not allow.
+    The graph differentiates with respect to aliases of the parameters, which are separate leaf
+    tensors with the same memory. DeepSpeed keeps the ``AccumulateGrad`` nodes of the parameters
+    alive, and these make the default stream wait for every gradient, which a capture does not
+    allow.
     """
 
     def __init__(self, layers: Sequence[nn.Module], run: RunLayers, gradients: GradReducer) -> None:
@@ -115,7 +122,7 @@ class _Graph:
         return gradients[0] if inputs else None
 
     def warm_up(self, image: Tensor, needs_gradient: bool) -> Tensor:
-        """Run forward and backward; gives the output for ``image``."""
+        """Run forward and backward passes; return the output for ``image``."""
         self.input = image.detach().requires_grad_(needs_gradient)
         for _ in range(_WARMUP_RUNS):
             output = self._apply()
@@ -131,13 +138,19 @@ class _Graph:
         self.output = output
 
     def record_backward(self, recorder: Recorder, fixed_gradient: Tensor | None) -> None:
-        """``fixed_gradient``: where the next segment's graph writes the gradient of our output;
-        None where that is not a graph."""
+        """Record the backward pass.
+
+        ``fixed_gradient`` is the tensor to which the next segment's graph writes the gradient of
+        this segment's output, or None if the next segment has no graph.
+        """
         self.gradient = torch.empty_like(self.output) if fixed_gradient is None else fixed_gradient
         self._replay_backward, self.input_gradient = recorder.record(self._differentiate)
 
     def forget_activations(self) -> None:
-        """What the backward graph reads stays in the graphs' memory; torch need not keep it."""
+        """Release torch's references to activations.
+
+        The graphs' memory pool keeps the activations that the backward graph reads.
+        """
         self._result = torch.empty(0)
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -159,8 +172,11 @@ class _Graph:
 
 
 class _Replayed(torch.autograd.Function):
-    """The anchor requires a gradient, so that the backward pass comes here though parameters are
-    no inputs: their gradients are added to the buffers by the graph."""
+    """Autograd function that replays a segment's graphs.
+
+    The anchor requires a gradient, so that autograd calls ``backward`` although the parameters are
+    not inputs: the graph adds their gradients to the buffers.
+    """
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, anchor: Tensor, graph: _Graph) -> Tensor:
@@ -174,14 +190,15 @@ class _Replayed(torch.autograd.Function):
 
 
 def _nothing() -> None:
-    """Replays nothing."""
+    """Do nothing: the replay function before recording."""
 
 
 class GraphedLayers:
-    """A row of layers in training, with graphs for those that can be captured.
+    """Layers in training, with CUDA graphs for those that can be captured.
 
-    ``run``: runs some of the layers eagerly. Graphs are made at the first call with an input shape;
-    weights must stay where they are from then on. ``recorder``: makes the recorder for one shape.
+    Graphs are captured at the first call with an input shape. From then on the weights must keep
+    their addresses. ``run`` runs some of the layers eagerly. ``recorder`` creates the recorder for
+    one shape.
     """
 
     def __init__(
@@ -223,7 +240,7 @@ class GraphedLayers:
         try:
             return self._capture(image)
         except RuntimeError as error:
-            cause = error.__context__ or error  # the end of a capture fails too
+            cause = error.__context__ or error  # ending a failed capture raises too
             reason = str(cause).partition("\n")[0]
             _log.warning("CUDA graphs are not used for images %s: %s", tuple(image.shape), reason)
             if image.is_cuda:
@@ -266,7 +283,10 @@ class GraphedLayers:
 
 
 def _end_capture_of_random_numbers() -> None:
-    """A failed capture leaves the generator in a state in which dropout raises."""
+    """Reset the CUDA generator after a failed capture, which leaves it in a bad state.
+
+    In that state dropout raises.
+    """
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
     generator.graphsafe_set_state(fresh.graphsafe_get_state())
@@ -277,8 +297,10 @@ def _image(value: Value) -> Tensor:
 
 
 def _segments(layers: Sequence[nn.Module], count: int) -> list[tuple[list[nn.Module], bool]]:
-    """Neighbouring layers with about ``1 / count`` of the weights each, and whether they can be
-    captured."""
+    """Split layers into segments with about ``1 / count`` of the weights each.
+
+    Returns each segment with a flag that says whether it can be captured.
+    """
     total = sum(p.numel() for layer in layers for p in layer.parameters())
     segments: list[tuple[list[nn.Module], bool]] = []
     size = 0
@@ -293,8 +315,11 @@ def _segments(layers: Sequence[nn.Module], count: int) -> list[tuple[list[nn.Mod
 
 
 def _can_be_captured(layer: nn.Module) -> bool:
-    """Not: dropout, whose mask follows from a seed that is set anew in each step, and batch norm
-    that communicates."""
+    """Return whether a layer can be captured.
+
+    Two layers cannot: dropout, whose mask depends on a seed that is set in each step, and batch
+    norm that communicates.
+    """
     for module in layer.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             return False

@@ -1,6 +1,4 @@
-"""Training with the whole model on every rank: data parallelism, its state partitioned over the
-ranks by ZeRO where asked.
-"""
+"""Data parallelism: every rank runs the full model; ZeRO can partition the state."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -28,8 +26,9 @@ from trainer.training.optimizers import build_optimizer
 
 
 class DataParallel(Engine):
-    """Every rank computes other samples with the same weights; gradients are averaged over ranks.
+    """Engine for data parallelism.
 
+    Every rank computes different samples with the same weights; gradients are averaged over ranks.
     ``model`` belongs to the engine, which keeps it in training mode.
     """
 
@@ -47,13 +46,13 @@ class DataParallel(Engine):
             model=stage, optimizer=optimizer, config=deepspeed_config(config, batch)
         )
         if config.train.channels_last and config.parallel.zero_stage == 0:
-            engine.module.to(
-                memory_format=torch.channels_last
-            )  # only now, since it cannot broadcast such weights
+            # only after deepspeed.initialize, which cannot broadcast channels-last weights
+            engine.module.to(memory_format=torch.channels_last)
             for master in chain(*getattr(engine.optimizer, "fp32_groups", [])):
-                if master.dim() == 4:  # else its gradient would be laid out anew in every step
+                # otherwise the gradient's memory layout would be converted in every step
+                if master.dim() == 4:
                     master.data = master.data.contiguous(memory_format=torch.channels_last)
-        engine.train()  # once: for ResNet-50's 160 modules it takes 3 ms of the processor
+        engine.train()  # once: it takes 3 ms of CPU time for ResNet-50's 160 modules
         if config.train.sync_batch_norm:
             synchronize_batch_norm(engine.module, dist.group.WORLD)
         graphs = _uses_graphs(config, device)
@@ -109,8 +108,10 @@ class DataParallel(Engine):
 
 
 def _uses_graphs(config: RunConfig, device: torch.device) -> bool:
-    """Not where gradients are DeepSpeed's, activations are computed again, or layers are compiled,
-    which is untested.
+    """Return whether to use CUDA graphs.
+
+    They are not used if DeepSpeed reduces the gradients (ZeRO 2 and 3), if activations are
+    recomputed, or if layers are compiled, which is untested.
     """
     train = config.train
     eager = (
@@ -123,8 +124,10 @@ def _uses_graphs(config: RunConfig, device: torch.device) -> bool:
 
 
 def _own_gradients(engine: Any, config: RunConfig, ranks: int, graphs: bool) -> GradReducer | None:
-    """Take the averaging of gradients from DeepSpeed where we do it faster; None where it is
-    DeepSpeed's, or nobody's.
+    """Take over the averaging of gradients from DeepSpeed where ours is faster (ZeRO 0 and 1).
+
+    Returns None if DeepSpeed averages the gradients (ZeRO 2 and 3) or no averaging is needed (ZeRO
+    0 on one rank without CUDA graphs).
     """
     stage = config.parallel.zero_stage
     if stage > 1:

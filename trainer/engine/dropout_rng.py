@@ -1,4 +1,4 @@
-"""Dropout masks that do not depend on the topology."""
+"""Dropout masks that do not depend on the parallel topology."""
 
 from functools import partial
 from typing import Any
@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from torch import nn
 
-_DROPOUT = 3  # a random stream of its own, beside those of the data's order
+_DROPOUT = 3  # a random stream separate from those of the data order
 
 
 class DropoutRNG:
-    """Makes every dropout mask a function of (seed, step, micro-batch, layer): the same on any
-    number of ranks and stages and after a resume, with no generator's state to keep. ``first`` and
-    ``stride``: a rank's micro-batches in the global batch.
+    """Makes every dropout mask a function of (seed, step, micro-batch, layer).
+
+    Masks are the same for any number of ranks and pipeline stages and after a resume, and no
+    generator state has to be saved. ``first`` and ``stride`` select a rank's micro-batches in the
+    global batch.
     """
 
     def __init__(self, model: nn.Module, seed: int, first: int, stride: int) -> None:
@@ -26,11 +28,11 @@ class DropoutRNG:
             layer.register_forward_pre_hook(partial(self._before, number))
 
     def begin(self, step: int) -> None:
-        """The next forward pass is the first of this rank in optimizer step ``step``, from 0."""
+        """Begin optimizer step ``step`` (from 0); the next forward pass is this rank's first."""
         self._step, self._count = step, 0
 
     def advance(self) -> tuple[int, int]:
-        """The step and micro-batch of the forward pass that begins."""
+        """Return the step and micro-batch of the forward pass that starts now."""
         self.position = (self._step, self._first + self._count * self._stride)
         self._count += 1
         return self.position
@@ -41,7 +43,7 @@ class DropoutRNG:
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, layer: int) -> int:
-    """Of torch's generator before the ``layer``-th dropout of the model."""
+    """Return the seed of torch's generator before the ``layer``-th dropout of the model."""
     return int(
         np.random.SeedSequence([seed, _DROPOUT, step, micro_batch, layer]).generate_state(
             1, np.uint64

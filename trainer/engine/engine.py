@@ -1,4 +1,4 @@
-"""What the loop may ask of an engine, whichever way a model is spread over the ranks."""
+"""The interface of engines, the same for every way to distribute a model over the ranks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What came of an optimizer step.
+    """Result of an optimizer step.
 
-    ``loss``: scalar on the device; its mean over ranks is the mean over the global batch's samples.
-    ``images``, ``keys``: of the global batch, and of this rank's part of it; 0 and none on a rank
-    that reads no data. ``skipped``: the gradients overflowed fp16, so that the weights stayed as
-    they were.
+    ``loss`` is a scalar on the device; its mean over ranks is the mean over the global batch's
+    samples. ``images`` is the size of the global batch and ``keys`` lists this rank's samples; they
+    are 0 and empty on a rank that reads no data. ``skipped`` is true if the gradients overflowed
+    fp16, so that the weights were not updated.
     """
 
     loss: Tensor
@@ -39,10 +39,10 @@ class StepOutput:
 
 
 class Engine(ABC):
-    """A model and its optimizer in one of DeepSpeed's engines. All ranks take part in every call.
+    """A model and its optimizer in a DeepSpeed engine. All ranks must take part in every call.
 
-    A model that was trained before must hold its weights when the engine is made of it; ``restore``
-    then gives the rest.
+    When resuming, load the model's weights before constructing the engine; ``restore`` then loads
+    optimizer state, EMA, loss scale and step.
     """
 
     _engine: Any
@@ -66,8 +66,9 @@ class Engine(ABC):
         self._global_step = 0
 
     def _attach_engine(self, engine: Any, weights: dict[str, Tensor], grad_norm: GradNorm) -> None:
-        """Take over an engine; ``weights``: the fp32 parameters that it was given, before it
-        rounded them.
+        """Take over a DeepSpeed engine.
+
+        ``weights`` are the fp32 parameters that it was given, before it rounded them.
         """
         self._engine, self._grad_norm = engine, grad_norm
         if self._type == torch.float16:
@@ -81,22 +82,24 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, batches: Iterator[Batch], learning_rate: float) -> StepOutput:
-        """One optimizer step of the next ``accumulation_steps`` micro-batches."""
+        """Run one optimizer step on the next ``accumulation_steps`` micro-batches."""
 
     @abstractmethod
     def _gather_full_state_dict(
         self, own: dict[str, Tensor], names: list[str]
     ) -> dict[str, Tensor]:
-        """The tensors ``names`` of the whole model, of which ``own`` are this rank's part."""
+        """Return the tensors ``names`` of the full model; ``own`` is this rank's part of it."""
 
     @abstractmethod
     def _data_group(self) -> Any:
-        """The ranks that hold the same part of the model."""
+        """Return the process group of the ranks that hold the same part of the model."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The whole model on this rank: fp32 master weights, and batch norm's running statistics as
-        their mean over the data-parallel ranks, each of which saw other samples; from here on each
-        has that mean.
+        """Return the state dict of the full model on this rank.
+
+        It has the fp32 master weights, and batch norm's running statistics as their mean over the
+        data-parallel ranks, each of which saw different samples. The statistics of the engine's own
+        model are set to that mean too.
         """
         module, own = self._engine.module, self._fp32_state.weights()
         for _, buffer in self._statistics():
@@ -107,13 +110,13 @@ class Engine(ABC):
         )
 
     def ema_state_dict(self) -> dict[str, Tensor] | None:
-        """The same of the moving averages; None where the run keeps none."""
+        """Return the full state dict of the moving averages (EMA); None if the run keeps none."""
         if self._decay is None:
             return None
         return self.full_state_dict() | self._slot(EMA)
 
     def training_state(self) -> TrainingState:
-        """All that is needed to go on from here, on any number of ranks."""
+        """Return everything that is needed to resume from here, on any number of ranks."""
         return TrainingState(
             self.full_state_dict(),
             self._slots(),
@@ -123,8 +126,10 @@ class Engine(ABC):
         )
 
     def restore(self, state: TrainingState) -> None:
-        """Go on from ``state``, whose ``model`` this engine was made of, so that the masters are
-        its weights already.
+        """Resume from ``state``.
+
+        The engine must have been constructed from ``state.model``, so that the master weights are
+        already those of ``state``.
         """
         own = {self._to_fqn(name): name for name in self._engine.module.state_dict()}
         slots = [(slot.partition("/"), value) for slot, value in state.slots.items()]
@@ -138,7 +143,7 @@ class Engine(ABC):
         self._global_step = state.step
 
     def _slots(self) -> dict[str, Tensor]:
-        """By ``slot/name``, of the whole model."""
+        """Return the optimizer state of the full model by ``slot/name``."""
         return {
             f"{slot}/{name}": value
             for slot in self._fp32_state.names
@@ -146,7 +151,7 @@ class Engine(ABC):
         }
 
     def _slot(self, slot: str) -> dict[str, Tensor]:
-        """One slot of the whole model, by name."""
+        """Return one slot of the full model by name."""
         own, names = self._fp32_state.slot(slot), self._trained
         if slot == EMA:
             own |= {name: self._mean_over_ranks(value) for name, value in self._averages.items()}
@@ -168,11 +173,11 @@ class Engine(ABC):
         return total / self._batch.ranks
 
     def _to_fqn(self, name: str) -> str:
-        """The whole model's name of what the engine's module calls ``name``."""
+        """Return the full model's name for ``name`` in the engine's module."""
         return name
 
     def _finish(self, skipped: bool) -> None:
-        """After each step: the moving averages follow, and the step is counted."""
+        """Update the moving averages and count the step. Called after each step."""
         self._global_step += 1
         if self._decay is not None and not skipped:
             self._fp32_state.update_ema(self._decay)
@@ -180,13 +185,14 @@ class Engine(ABC):
                 self._averages[name].lerp_(buffer, 1 - self._decay)
 
     def grad_norm(self) -> float | None:
-        """Euclidean norm of the last step's gradient over all weights, before clipping; None if the
-        step was skipped.
+        """Return the Euclidean norm of the last step's gradient over all weights, before clipping.
+
+        Returns None if the step was skipped.
         """
         return self._grad_norm.value()
 
     def loss_scale(self) -> float | None:
-        """The factor that keeps fp16 gradients from vanishing; None in other precisions."""
+        """Return the factor that keeps fp16 gradients from vanishing; None in other precisions."""
         return float(self._engine.optimizer.cur_scale) if self._type == torch.float16 else None
 
     def _prepare(self, learning_rate: float) -> None:
@@ -199,12 +205,12 @@ class Engine(ABC):
         return bool(getattr(self._engine.optimizer, "overflow", False))
 
     def _images(self, batch: Batch) -> Tensor:
-        """[N, 3, size, size] in the training type, made on the device."""
+        """Return images [N, 3, size, size] in the training dtype, prepared on the device."""
         return apply_mix(
             normalize(to_device(batch.pixels, self._device), self._mean, self._std), batch.mix
         ).to(self._type)
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of a model's parameters."""
+    """Return copies of a model's parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

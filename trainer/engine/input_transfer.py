@@ -1,4 +1,4 @@
-"""Batches on their way to the device: pinned memory, copies, mixing."""
+"""Transfer of batches to the device: pinned memory, copies, mixing."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ from trainer.data.transforms.mixup import Mix
 
 
 def apply_mix(images: Tensor, mix: Mix | None) -> Tensor:
-    """[N, C, H, W], each mixed with the one at its place in the reversed batch. Overwrites them."""
+    """Mix each image with the one at the same position in the reversed batch.
+
+    ``images`` [N, C, H, W] is overwritten.
+    """
     if mix is None:
         return images
     if mix.box is None:
@@ -27,8 +30,10 @@ def to_device(array: Any, device: torch.device) -> Tensor:
 
 
 def pinned_array(shape: tuple[int, ...], dtype: type[np.uint8]) -> np.ndarray:
-    """An array of bytes that a GPU copies by itself, while this process goes on to launch what
-    comes next. Its memory is used again only after the copies from it.
+    """Return a uint8 array in pinned memory.
+
+    A GPU copies from it asynchronously while this process launches further work. The memory is
+    reused only after those copies have finished.
     """
     assert dtype is np.uint8
     return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()

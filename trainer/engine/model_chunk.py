@@ -1,4 +1,4 @@
-"""A row of layers as an engine runs them: the whole model, or one pipeline stage of it."""
+"""Layers as an engine runs them: the full model, or one pipeline stage of it."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,8 +18,10 @@ from trainer.models.layers import Value
 
 
 class ModelChunk(nn.Sequential):
-    """Neighbouring layers of a model. What enters and leaves is contiguous, as a transport needs;
-    inside, activations have the layout of ``train.channels_last``.
+    """Consecutive layers of a model.
+
+    Inputs and outputs are contiguous, as sending them between ranks requires. Inside, activations
+    have the memory layout set by ``train.channels_last``.
     """
 
     def __init__(
@@ -34,29 +36,25 @@ class ModelChunk(nn.Sequential):
         self._segments = [row[start : start + length] for start in range(0, len(row), length)]
         for first, *_ in self._segments:
             if isinstance(first, nn.ReLU):
-                first.inplace = (
-                    False  # its input belongs to another rank, or is kept to compute from again
-                )
+                # its input belongs to another rank, or is saved for recomputation
+                first.inplace = False
         if config.compile:
-            torch._dynamo.config.recompile_limit = max(
-                64, torch._dynamo.config.recompile_limit
-            )  # kinds of block in a deep network
+            # the number of kinds of block in a deep network
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for layer in self:
-                if not any(
-                    isinstance(module, nn.Dropout) for module in layer.modules()
-                ):  # whose hook is not to be traced
-                    layer.compile(
-                        dynamic=False
-                    )  # else those of one kind share code for any size, slow to make and to run
+                # the hook of dropout must not be traced
+                if not any(isinstance(module, nn.Dropout) for module in layer.modules()):
+                    # dynamic: layers of one kind would share code for all sizes, which is slow to
+                    # compile and to run
+                    layer.compile(dynamic=False)
 
     def forward(self, value: Value) -> Value:
         value = _laid_out(value, self._layout)
         position = self._dropout_rng.advance() if self.training else (0, 0)
         if self.training and self._graphs is not None and isinstance(value, Tensor):
             return _laid_out(self._graphs(value), torch.contiguous_format)
-        again = (
-            self._segments[:-1] if self.training else []
-        )  # the last one's backward pass comes at once
+        # not the last segment, whose backward pass follows immediately
+        again = self._segments[:-1] if self.training else []
         for layers in again:
             value = checkpoint(
                 self._run,
@@ -71,7 +69,10 @@ class ModelChunk(nn.Sequential):
         return _laid_out(value, torch.contiguous_format)
 
     def use_graphs(self, gradients: GradReducer, ranks: int) -> None:
-        """Train with CUDA graphs, where this is the whole model and no activation is recomputed."""
+        """Train with CUDA graphs.
+
+        Only for a chunk that is the full model and recomputes no activations.
+        """
 
         def run(layers: Sequence[nn.Module], value: Value) -> Value:
             return self._run(layers, self._dropout_rng.position, value)
@@ -88,15 +89,18 @@ class ModelChunk(nn.Sequential):
 def _recomputing(
     layers: Sequence[nn.Module],
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For the forward pass and for its repetition, in which batch norm must not count the same
-    batch again.
+    """Return the contexts for the forward pass and for its recomputation.
+
+    During recomputation, batch norm must not count the same batch again.
     """
     return nullcontext(), _StatisticsKept(layers)
 
 
 class _StatisticsKept(AbstractContextManager[None]):
-    """Keeps the running statistics of batch norm as they are. It can be entered more than once, as
-    torch does if a backward pass is split into several, which ZeRO 3 does.
+    """Context that leaves the running statistics of batch norm unchanged.
+
+    It can be entered more than once: torch does so if a backward pass is split into several, as
+    ZeRO 3 does.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""Which layers belong to which pipeline stage."""
+"""Assignment of layers to pipeline stages."""
 
 import copy
 from collections.abc import Sequence
@@ -11,8 +11,9 @@ from trainer.errors import UserError
 
 
 def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
-    """Work of each layer's forward pass on one image: multiply-adds, and one for each number that
-    it puts out.
+    """Return the cost of each layer's forward pass on one image.
+
+    The cost is the number of multiply-adds plus one per output element.
     """
     costs = dict.fromkeys((name for name, _ in model.named_children()), 0)
 
@@ -35,10 +36,12 @@ def layer_costs(model: nn.Sequential, image_size: int) -> dict[str, int]:
 def assign_layers(
     costs: dict[str, int], stages: int, given: Sequence[str] | None = None
 ) -> list[list[str]]:
-    """The layers' names, stage by stage: cut where the costliest stage costs least, or before the
-    layers ``given``.
+    """Return the names of the layers of each pipeline stage.
 
-    Raises UserError for more stages than layers, and for a given split that is none.
+    Stages begin at the layers ``given``; without these, boundaries are chosen so that the cost of
+    the most expensive stage is minimal.
+
+    Raises UserError for more stages than layers, and for an invalid ``given``.
     """
     names = list(costs)
     if stages > len(names):
@@ -66,8 +69,9 @@ def assign_layers(
 def validate_stage_boundaries(
     model: nn.Sequential, parts: list[list[str]], given: Sequence[str] | None
 ) -> None:
-    """Raises UserError if a stage has no weights to train: ZeRO and bf16 optimizers cannot be made
-    for such a stage.
+    """Raise UserError if a pipeline stage has no weights to train.
+
+    ZeRO and bf16 optimizers cannot be created for such a stage.
     """
     layers = dict(model.named_children())
     for number, names in enumerate(parts):
@@ -86,8 +90,9 @@ def validate_stage_boundaries(
 
 
 def _balanced(costs: Sequence[int], parts: int) -> list[int]:
-    """Where to cut a row of ``costs`` into ``parts``, none empty, so that the largest sum is least;
-    with both ends.
+    """Return the boundaries that split ``costs`` into ``parts`` non-empty contiguous ranges.
+
+    The largest sum of a range is minimal. The boundaries include both ends.
     """
     sums = [0, *accumulate(costs)]
     best = {(1, stop): (sums[stop], [0, stop]) for stop in range(1, len(costs) + 1)}

@@ -1,9 +1,9 @@
-"""Training with the layers of a model spread over ranks: pipeline (model) parallelism, and data
-parallelism beside it.
+"""Pipeline parallelism: the layers of a model spread over ranks, combined with data parallelism.
 
-Rank ``r`` of ``stages x D`` is stage ``r // D`` of the copy ``r mod D``. Micro-batches follow one
-another through the stages, so that ``accumulation_steps`` of them keep ``stages`` stages busy but
-for a bubble of ``(stages - 1) / (steps + stages - 1)`` of the time (Huang et al. 2019, 2.3).
+Rank ``r`` of ``stages x D`` runs stage ``r // D`` of model replica ``r mod D``. Micro-batches pass
+through the stages one after another, so that ``accumulation_steps`` of them keep ``stages`` stages
+busy except for a bubble of ``(stages - 1) / (steps + stages - 1)`` of the time (Huang et al. 2019,
+2.3).
 """
 
 import contextlib
@@ -31,8 +31,9 @@ from trainer.training.optimizers import build_optimizer
 
 
 class PipelineParallel(Engine):
-    """Each rank holds one stage of the model, and ``model`` loses the weights of the others.
-    ``parts``: the names of the layers of each stage.
+    """Engine for pipeline parallelism: each rank holds one stage of the model.
+
+    ``model`` loses the weights of the other stages. ``parts`` holds the layer names of each stage.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class PipelineParallel(Engine):
             )
             for names in parts
         ]
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its layers
+        with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints its layers
             pipe = PipelineModule(
                 stages,
                 num_stages=len(parts),
@@ -68,9 +69,8 @@ class PipelineParallel(Engine):
             )
         for number, stage in enumerate(stages):
             if number != pipe.stage_id:
-                stage.to(
-                    "meta"
-                )  # else the pipe, and who gave the model, hold all of its weights on every rank
+                # otherwise the pipe and the caller would hold all of its weights on every rank
+                stage.to("meta")
         optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(pipe)
         engine, *_ = deepspeed.initialize(
@@ -90,7 +90,7 @@ class PipelineParallel(Engine):
         )
 
     def _loss(self, outputs: Any, targets: tuple[Tensor, ...]) -> Tensor:
-        labels, weights, *lam = targets  # scaled, see below
+        labels, weights, *lam = targets  # the weights are scaled in ``step``
         return weighted_loss(outputs, labels, weights, 1.0, 1, self._smoothing, *lam)
 
     def step(self, batches: Iterator[Batch], learning_rate: float) -> StepOutput:
@@ -106,7 +106,7 @@ class PipelineParallel(Engine):
                 )
                 labels = to_device(batch.labels, self._device)
                 lam = () if batch.lam is None else (torch.full((), batch.lam, device=self._device),)
-                # the last stage takes the targets alone
+                # the last stage uses only the targets
                 yield (
                     self._images(batch) if self._engine.is_first_stage() else labels,
                     (labels, weights, *lam),
@@ -141,12 +141,14 @@ class PipelineParallel(Engine):
         return self._engine.grid.get_data_parallel_group()
 
     def _to_fqn(self, name: str) -> str:
-        return name.partition(".")[2]  # without the stage's number
+        return name.partition(".")[2]  # without the stage number
 
 
 def _free_after_backward(engine: Any) -> None:
-    """The last stage's outputs, by which DeepSpeed holds their inputs and the gradients of these
-    for some micro-batches more.
+    """Free the last stage's outputs after each backward pass.
+
+    Through these outputs, DeepSpeed keeps their inputs and the gradients of those for some more
+    micro-batches.
     """
     from deepspeed.runtime.pipe.schedule import BackwardPass
 

@@ -1,1 +1,1 @@
-"""Trained models for others: the exported file, the MLflow model, the registry."""
+"""Exports trained models: the exported files, the MLflow model, the model registry."""

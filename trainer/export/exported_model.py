@@ -1,6 +1,4 @@
-"""A trained model as two plain files: master weights (safetensors) and what is needed to use them
-(JSON).
-"""
+"""A trained model as two plain files: master weights (safetensors) and metadata (JSON)."""
 
 import json
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ WEIGHTS_NAME, FACTS_NAME = "model.safetensors", "model.json"
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """All that turns image bytes into probabilities, beside the weights."""
+    """Everything besides the weights that is needed to turn image bytes into probabilities."""
 
     name: str
     options: dict[str, Any]
@@ -61,7 +59,7 @@ class ModelMetadata:
 
 
 def save_model(folder: Path, model: nn.Module, facts: ModelMetadata) -> None:
-    """Write both files; each appears whole or not at all. Raises UserError where the disk is full."""
+    """Writes both files, each atomically. Raises UserError if the disk is full."""
     weights = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
@@ -70,8 +68,9 @@ def save_model(folder: Path, model: nn.Module, facts: ModelMetadata) -> None:
 
 
 class Predictor:
-    """A saved model in use: encoded images in, class probabilities out, through the same steps as
-    in evaluation.
+    """Runs a saved model: encoded images in, class probabilities out.
+
+    The preprocessing is the same as in evaluation.
     """
 
     def __init__(self, weights: Path, facts: Path) -> None:
@@ -90,7 +89,10 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, images: list[bytes]) -> np.ndarray:
-        """Probabilities, float32 [N, num_classes]. Raises DecodeError for bytes that are no image."""
+        """Returns probabilities, float32 [N, num_classes].
+
+        Raises DecodeError for bytes that cannot be decoded as an image.
+        """
         facts = self.facts
         views = [
             to_array(eval_transform(decode_rgb(image), facts.image_size, facts.eval_crop))

@@ -1,4 +1,4 @@
-"""Puts a trained model into MLflow's registry, and decides who is champion there."""
+"""Registers a trained model in MLflow's registry and decides whether it becomes the champion."""
 
 import hashlib
 import importlib.metadata
@@ -18,12 +18,12 @@ from trainer.tracking.mlflow_run import single_try
 from trainer.tracking.server import refusal
 
 _NEEDED = ("torch", "numpy", "pillow", "safetensors", "pydantic", "pyyaml", "pandas")
-_WAITS = (2.0, 8.0)  # seconds between tries
+_WAITS = (2.0, 8.0)  # seconds between attempts
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A version and the alias that it won."""
+    """A registered version, the alias it received, and the reason."""
 
     name: str
     version: str
@@ -41,11 +41,11 @@ def register(
     top5: float | None,
     val_digest: str,
 ) -> Registered:
-    """Log the model of folder ``export`` to the run, register it and let it challenge the champion.
+    """Logs the model in folder ``export`` to the run, registers it and promotes it if it is better.
 
-    ``example``: one encoded image. ``val_digest``: the data that ``top1`` was measured on. The same
-    weights with the same figures get one version of a run, however often they are registered.
-    Raises UserError if the server refuses the model for good, RetryableError if a retry may
+    ``example``: one encoded image. ``val_digest``: identifies the data that ``top1`` was measured
+    on. Registering the same weights with the same metrics repeatedly creates only one version per
+    run. Raises UserError if the server rejects the model permanently, RetryableError if a retry may
     succeed.
     """
     configure_mlflow()
@@ -105,7 +105,10 @@ def _version(
     tags: dict[str, str],
     logged: dict[str, Any],
 ) -> str:
-    """The version of these weights, found or made. ``logged`` keeps the logged model over tries."""
+    """Returns the version of these weights, creating it if needed.
+
+    ``logged`` keeps the logged model across attempts.
+    """
     from mlflow.exceptions import MlflowException
 
     run = client.get_run(run_id)
@@ -130,7 +133,7 @@ def _version(
 
 
 def _log_model(client: Any, run: Any, export: Path, example: bytes, logged: dict[str, Any]) -> Any:
-    """Upload the model with the code that serves it; one logged model, however many tries."""
+    """Uploads the model with its serving code; creates one logged model across all attempts."""
     import mlflow
     import numpy as np
     import pandas as pd
@@ -171,8 +174,9 @@ def _num_classes(export: Path) -> int:
 def promote_if_better(
     client: Any, name: str, version: str, top1: float | None, val_digest: str
 ) -> Registered:
-    """Alias ``challenger``; it becomes ``champion`` when its top1 is not worse than the champion's
-    on the same data.
+    """Sets the alias ``challenger``, or ``champion`` if the version is at least as good.
+
+    The version becomes champion if its top1 is not worse than the champion's on the same data.
     """
     client.set_registered_model_alias(name, "challenger", version)
     aliases = client.get_registered_model(name).aliases

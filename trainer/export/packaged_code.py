@@ -1,5 +1,6 @@
-"""The code that a registered model needs to predict, as a package whose name no program has for its
-own.
+"""Packages the code that a registered model needs to predict, under a unique package name.
+
+The name cannot clash with a package of the program that loads the model.
 """
 
 import ast
@@ -20,12 +21,11 @@ _ABSOLUTE_IMPORT = re.compile(r"^(\s*(?:from|import)\s+)trainer\b", re.MULTILINE
 
 @contextmanager
 def packaged_code() -> Iterator[tuple[Path, Path]]:
-    """The package's folder, for MLflow's ``code_paths``, and the file that it runs to load the
-    model, for the block's time.
+    """Yields the package's folder and the file that loads the model; both exist within the block.
 
-    The package holds what ``pyfunc_model.py`` imports, directly or not, and nothing else. Its name
-    ends in a hash of its content: models of different versions of Convoy can be loaded into one
-    program.
+    The folder is for MLflow's ``code_paths``; MLflow runs the file to load the model. The package
+    contains only what ``pyfunc_model.py`` imports, directly or indirectly. Its name ends in a hash
+    of its content, so that models of different versions of Convoy can be loaded into one program.
     """
     sources = _needed()
     name = _PREFIX + _digest(sources)
@@ -39,7 +39,7 @@ def packaged_code() -> Iterator[tuple[Path, Path]]:
                 shutil.copyfile(path, target)
         serving = Path(folder, Path(_SERVING).name)
         serving.write_text(_renamed(_ROOT / _SERVING, name), encoding="utf-8")
-        sys.path.append(folder)  # MLflow runs the file before it logs the model
+        sys.path.append(folder)  # MLflow runs the file before logging the model
         try:
             yield Path(folder, name), serving
         finally:
@@ -58,8 +58,9 @@ def _digest(sources: list[Path]) -> str:
 
 
 def _needed() -> list[Path]:
-    """The files of this package that ``pyfunc_model.py`` imports, directly or not, in a fixed
-    order.
+    """Returns the files that ``pyfunc_model.py`` imports, directly or indirectly.
+
+    The order is fixed.
     """
     found: set[Path] = set()
     waiting = [_ROOT / _SERVING]
@@ -72,7 +73,10 @@ def _needed() -> list[Path]:
 
 
 def _imported(path: Path) -> set[str]:
-    """Names below ``trainer`` that a file imports: modules, and names in them that may be modules."""
+    """Returns the names below ``trainer`` that a file imports.
+
+    These are modules, and names in modules that may be modules.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -83,7 +87,10 @@ def _imported(path: Path) -> set[str]:
 
 
 def _files_of(module: str) -> list[Path]:
-    """A module's file (compiled too) and the packages above it; none for a name that is no module."""
+    """Returns a module's files (compiled ones too) and its parent packages' ``__init__.py``.
+
+    Returns an empty list for a name that is not a module.
+    """
     parts = module.split(".")[1:]
     base = _ROOT.joinpath(*parts)
     if base.is_dir():

@@ -1,5 +1,6 @@
-"""The MLflow model, as code: MLflow copies this file and runs it to load a registered version, so
-nothing is pickled.
+"""The MLflow model as code.
+
+MLflow copies this file and runs it to load a registered version, so nothing is pickled.
 """
 
 from pathlib import Path
@@ -15,8 +16,10 @@ _IMAGES_AT_ONCE = 256
 
 
 class ConvoyModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
-    """Column ``image`` of encoded bytes (JPEG, PNG, ...) in, float32 [N, classes] of probabilities
-    out.
+    """Predicts class probabilities from encoded images.
+
+    Input: column ``image`` of encoded bytes (JPEG, PNG, ...). Output: float32 [N, classes] of
+    probabilities.
     """
 
     def load_context(self, context: Any) -> None:

@@ -1,1 +1,1 @@
-"""Errors of hardware and disks, told apart from errors of the program and of the user."""
+"""Detection of hardware and disk errors, as opposed to program and user errors."""

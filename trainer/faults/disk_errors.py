@@ -1,4 +1,4 @@
-"""Which errors of the operating system a person must cure: no retry helps a full or read-only disk."""
+"""Operating system errors that a person must fix: a retry cannot help a full or read-only disk."""
 
 import errno
 import os
@@ -13,11 +13,14 @@ _OF_A_PATH = {
     errno.EISDIR,
     errno.ELOOP,
 }
-_IN_TEXT = re.compile(r"\(os error (\d+)\)")  # object_store's and safetensors' errors
+_IN_TEXT = re.compile(r"\(os error (\d+)\)")  # in errors of object_store and safetensors
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """A few words for a full, read-only or forbidden disk or path; None for any other error."""
+    """Describes a full, read-only or forbidden disk or path in a few words.
+
+    Returns None for any other error.
+    """
     number = error.errno if isinstance(error, OSError) else None
     of_a_network = "error sending request" in str(error)
     if number is None and not of_a_network and (found := _IN_TEXT.search(str(error))):

@@ -1,6 +1,4 @@
-"""Files on the local disk: probing a folder, writing whole files and logs, and what a full disk
-means.
-"""
+"""Files on the local disk: folder probes, atomic writes, and logs that survive a full disk."""
 
 import os
 import sys
@@ -19,7 +17,10 @@ _MAX_UNWRITTEN_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class FileSystem:
-    """Bytes and inodes that a process without privileges may still use; None: it does not say."""
+    """Bytes and inodes that an unprivileged process may still use.
+
+    None if the file system does not report them.
+    """
 
     device: int
     free_bytes: int | None
@@ -27,7 +28,7 @@ class FileSystem:
 
 
 def file_system(path: Path) -> FileSystem:
-    """That of ``path``, or of its nearest ancestor that exists. Raises OSError."""
+    """Returns the file system of ``path``, or of its nearest existing ancestor. Raises OSError."""
     path = path.absolute()
     while not os.path.exists(path):
         path = path.parent
@@ -40,12 +41,12 @@ def file_system(path: Path) -> FileSystem:
 
 
 def mib(size: float) -> str:
-    """Bytes as text, in MiB."""
+    """Formats a number of bytes in MiB."""
     return f"{size / 2**20:,.1f} MiB"
 
 
 def cannot_write(path: Path, error: OSError, needed: int | None = None) -> str:
-    """The line of a failed write: what, why, and how much space there is where that matters."""
+    """Formats a failed write as one line: the path, the reason and, if relevant, the free space."""
     why = disk_fault(error) or error.strerror or str(error)
     with suppress(OSError):
         found = file_system(path)
@@ -58,7 +59,7 @@ def cannot_write(path: Path, error: OSError, needed: int | None = None) -> str:
 
 
 def probe_folder(folder: Path) -> None:
-    """Create ``folder`` and a file in it, and remove again what was created. Raises OSError."""
+    """Creates ``folder`` and a file in it, and removes what it created. Raises OSError."""
     folder = folder.absolute()
     created: list[Path] = []
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
@@ -76,14 +77,14 @@ def probe_folder(folder: Path) -> None:
             probe.unlink(missing_ok=True)
     finally:
         for path in reversed(created):
-            with suppress(OSError):  # another process uses it by now
+            with suppress(OSError):  # another process is already using the folder
                 path.rmdir()
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file, with its folder; it appears whole or not at all.
+    """Writes a file atomically, creating its folder if needed.
 
-    Raises UserError, with needed and free space, for a disk that is full or cannot be written.
+    Raises UserError, with needed and free space, if the disk is full or cannot be written.
     """
     data = content.encode() if isinstance(content, str) else content
     part = path.with_name(f".{path.name}.part")
@@ -103,10 +104,11 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 class AppendLog:
-    """A file of lines that a full disk does not end: lines that could not be written stay in
-    memory, and are written before the next one. Safe to use from several threads.
+    """A file of lines that survives a full disk.
 
-    ``write`` raises UserError once 64 MiB are in memory, so that the run ends before it loses any.
+    Lines that could not be written stay in memory and are written before the next one. Thread-safe.
+    ``write`` raises UserError once 64 MiB are in memory, so that the run ends before it loses any
+    lines.
     """
 
     def __init__(self, path: Path, append: bool = True) -> None:
@@ -123,7 +125,7 @@ class AppendLog:
             raise UserError(cannot_write(path, error)) from None
 
     def write(self, line: str) -> None:
-        """Append a line."""
+        """Appends a line."""
         with self._lock:
             self._unwritten += line.encode() + b"\n"
             error = self._flush()
@@ -134,7 +136,7 @@ class AppendLog:
             self._reported = error is not None
 
     def close(self) -> int:
-        """Returns how many lines are lost, which is printed too."""
+        """Closes the file. Returns the number of lost lines, which is printed as well."""
         with self._lock:
             error = self._flush()
             self._file.close()

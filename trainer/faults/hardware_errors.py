@@ -1,9 +1,10 @@
-"""Classification of errors that a GPU, its driver, the interconnect or the host's memory causes.
+"""Classifies errors caused by a GPU, its driver, the interconnect or the host's memory.
 
 Such a fault is not a bug of the program. A device fault ends the rank with exit code 144, so that
-the job restarts elsewhere; running out of memory is for the user to fix and ends with exit code 2.
-Classification is by exception type and message, since CUDA, cuDNN, cuBLAS and NCCL report through
-plain ``RuntimeError`` in many places. No torch here: the command line uses it too.
+the job restarts on another node; running out of memory is for the user to fix and ends with exit
+code 2. Errors are classified by exception type and message, because CUDA, cuDNN, cuBLAS and NCCL
+report many of them as plain ``RuntimeError``. This module does not import torch, because the
+command line uses it too.
 """
 
 import errno
@@ -16,7 +17,7 @@ from trainer.config.schema import RunConfig
 from trainer.errors import RetryableError, UserError
 
 NODE_VARIABLE = "CONVOY_NODE"
-"""Environment variable with the Kubernetes node's name, set by the job's manifest."""
+"""Environment variable with the name of the Kubernetes node, set by the job's manifest."""
 GPUS_VARIABLE = "CONVOY_GPUS"
 """Environment variable with the number of GPUs that the pod requests, set by the job's manifest."""
 
@@ -24,7 +25,7 @@ GPUS_VARIABLE = "CONVOY_GPUS"
 class HardwareFault(RetryableError):
     """A device, driver or interconnect failed on this node; a retry on another node may succeed.
 
-    ``fault``: the error as the driver or library words it, one line.
+    ``fault``: the error message of the driver or library, on one line.
     """
 
     def __init__(self, place: str, fault: str) -> None:
@@ -33,10 +34,10 @@ class HardwareFault(RetryableError):
 
 
 class LostPeer(RetryableError):
-    """A collective failed because another rank ended or became unreachable."""
+    """A collective failed because another rank exited or became unreachable."""
 
 
-# How the CUDA and HIP runtimes, their drivers, Triton and NCCL introduce the name of an error.
+# Prefixes before the error name in messages of CUDA, HIP, their drivers, Triton and NCCL.
 _RUNTIME_ERROR = re.compile(
     r"(?:(?:CUDA|HIP)(?: (?:driver|runtime))? error: |Triton Error \[(?:CUDA|HIP)\]: "
     r"|cuda runtime error \(\d+\) : |(?:Cuda|Hip) failure (?:\d+ )?')([^\n]*)"
@@ -45,7 +46,7 @@ _OUT_OF_DEVICE_MEMORY = re.compile(
     r"\bout of memory\b|OUT_OF_MEMORY|(?:cuda|hip)Error(?:MemoryAllocation|OutOfMemory)"
     r"|CU(?:DNN|BLAS|SOLVER|SPARSE)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED|Failed to CUDA "
     r"(?:host )?[mc]?alloc"
-    r"|Unable to find a valid cuDNN algorithm",  # each of them needs more workspace than is free
+    r"|Unable to find a valid cuDNN algorithm",  # every algorithm needs more workspace than is free
     re.IGNORECASE,
 )
 _OUT_OF_HOST_MEMORY = re.compile(r"DefaultCPUAllocator: |Cannot allocate memory|std::bad_alloc")
@@ -55,7 +56,7 @@ _OUT_OF_SHARED_MEMORY = re.compile(
 )
 _OUT_OF_THREADS = re.compile(r"can't start new thread|Resource temporarily unavailable")
 
-# Errors of the CUDA and HIP runtimes which the program causes; every other one is a device fault.
+# CUDA and HIP runtime errors that the program causes; every other one is a device fault.
 _PROGRAM_ERRORS = re.compile(
     r"device-side assert|invalid argument|invalid configuration argument|invalid device function"
     r"|invalid resource handle|invalid value|too many resources requested|not permitted"
@@ -128,23 +129,23 @@ _LINE_LENGTH = 300
 
 
 def node_name() -> str:
-    """Name of this machine: the Kubernetes node where the manifest passes it, else the host."""
+    """Returns the Kubernetes node's name if the manifest passes it, else this machine's name."""
     return os.environ.get(NODE_VARIABLE) or socket.gethostname()
 
 
 def describe_place(gpu: str | None = None) -> str:
-    """The node, pod and GPU for an error message."""
+    """Describes the node, pod and GPU for an error message."""
     node, host = node_name(), socket.gethostname()
     pod = f" (pod {host})" if node != host else ""
     return f"node {node}{pod}" + (f", {gpu}" if gpu else "")
 
 
 def check_gpus(visible: int, procs: int) -> None:
-    """Compare the GPUs that the driver offers with those that this machine's ranks need.
+    """Compares the GPUs that the driver reports with those that this machine's ranks need.
 
-    Raises HardwareFault where a pod sees fewer than it requested: a GPU fell off the bus or the
-    driver does not start, and training would fail, or continue on the CPU. Raises UserError for
-    more ranks than GPUs.
+    Raises HardwareFault if a pod sees fewer GPUs than it requested: a GPU fell off the bus or the
+    driver does not start, and training would fail or continue on the CPU. Raises UserError if there
+    are more ranks than GPUs.
     """
     requested = int(os.environ.get(GPUS_VARIABLE) or 0)
     if visible < requested:
@@ -160,7 +161,7 @@ def check_gpus(visible: int, procs: int) -> None:
 
 
 def memory_advice(config: RunConfig, micro_size: int) -> str:
-    """How a training run needs less memory; names only what it does not do already."""
+    """Suggests how to reduce the memory of a training run, omitting options already in use."""
     ways = []
     if micro_size > 1:
         ways.append(
@@ -180,12 +181,11 @@ def memory_advice(config: RunConfig, micro_size: int) -> str:
 
 
 def classify_fault(error: BaseException, place: str, advice: str = "") -> BaseException:
-    """The exception to report for ``error``, which is ``error`` itself where it is not such a
-    fault.
+    """Returns the exception to report for ``error``: ``error`` itself if it is not such a fault.
 
-    Returns UserError for memory that ran out, with ``advice`` on how to need less; HardwareFault
-    for a failed device, driver, disk or interconnect; LostPeer for a collective that failed because
-    of another rank. Looks at the exceptions that ``error`` was raised from, too.
+    Returns UserError if memory ran out, with ``advice`` on how to need less; HardwareFault for a
+    failed device, driver, disk or interconnect; LostPeer for a collective that failed because of
+    another rank. Exceptions from which ``error`` was raised are examined as well.
     """
     if isinstance(error, UserError | RetryableError):
         return error
@@ -198,7 +198,7 @@ def classify_fault(error: BaseException, place: str, advice: str = "") -> BaseEx
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and what it was raised from, at most eight exceptions."""
+    """Yields ``error`` and the exceptions from which it was raised, at most eight."""
     current: BaseException | None = error
     for _ in range(8):
         if current is None:
@@ -283,7 +283,7 @@ def _first_line(text: str) -> str:
 
 
 def _fault_line(text: str) -> str:
-    """The first line, and NCCL's "Last error", which names the device or the peer."""
+    """Returns the first line, and NCCL's "Last error", which names the device or the peer."""
     last = re.search(r"Last error:\s*(.+)", text)
     first = _first_line(text)
     return (

@@ -1,8 +1,8 @@
-"""Records of hardware faults beside a run's checkpoints: which node failed, how often, and how.
+"""Hardware fault records next to a run's checkpoints: which node failed, how often, and how.
 
-A job restarts its pods on any node, and a node with a failing GPU passes every readiness check, so
-it gets the next pod too. Each fault is one small object ``faults/TIME-NODE-rank-N.json``, so that
-ranks write without coordination.
+A job restarts its pods on any node. A node with a failing GPU passes every readiness check, so it
+is likely to get the next pod as well. Each fault is one small object
+``faults/TIME-NODE-rank-N.json``, so that ranks write without coordination.
 """
 
 import json
@@ -21,14 +21,17 @@ from trainer.faults.hardware_errors import NODE_VARIABLE, node_name
 FOLDER = "faults"
 _MOST_RECORDS = 200
 _WRITE_SECONDS = 10.0
-"""A rank with a failed device waits this long for its record; until it ends, the others wait."""
+"""Time that a rank with a failed device waits for its record to be written, in seconds.
+
+The other ranks wait until it exits.
+"""
 
 
 def record_fault(url: str, rank: int, fault: str) -> str:
-    """Write a record below the checkpoint URL; returns advice on the node, empty for its first
-    fault.
+    """Writes a fault record below the checkpoint URL; returns advice on the node.
 
-    Never raises and returns within seconds, even when the store is unreachable.
+    The advice is empty for the node's first fault. Never raises and returns within seconds, even if
+    the store is unreachable.
     """
     advice: list[str] = []
 
@@ -43,7 +46,7 @@ def record_fault(url: str, rank: int, fault: str) -> str:
             )
             record = {"node": node, "rank": rank, "time": now, "fault": fault}
             store.write(name, (json.dumps(record) + "\n").encode())
-            # Ranks of one node fail together: incidents, not records, are counted.
+            # Ranks of one node fail together, so incidents are counted instead of records.
             incidents = _incidents(_read(store)).get(node, [])
             if len(incidents) > 1:
                 advice.append(
@@ -58,7 +61,7 @@ def record_fault(url: str, rank: int, fault: str) -> str:
 
 
 def repeated_faults(store: Store) -> list[str]:
-    """One line for each node with more than one hardware fault, the most faults first."""
+    """Returns one line per node with more than one hardware fault, most faults first."""
     lines = []
     for node, incidents in sorted(_incidents(_read(store)).items(), key=lambda item: -len(item[1])):
         if len(incidents) > 1:
@@ -79,15 +82,14 @@ def _what_to_do(node: str) -> str:
 
 
 def _read(store: Store) -> list[dict[str, Any]]:
-    """The newest records, oldest first; older ones than the newest 200 are deleted."""
+    """Returns the newest 200 records, oldest first, and deletes older ones."""
     names = sorted(name for name in store.sizes() if name.startswith(f"{FOLDER}/"))
     if len(names) > _MOST_RECORDS:
         store.delete(names[:-_MOST_RECORDS])
     records = []
     for name in names[-_MOST_RECORDS:]:
-        with suppress(
-            ValueError, KeyError, TypeError
-        ):  # a record is advice: one that is corrupt is none
+        # Records are only advice, so a corrupt one is skipped.
+        with suppress(ValueError, KeyError, TypeError):
             record = json.loads(store.read_small(name) or b"")
             records.append(
                 {
@@ -102,7 +104,7 @@ def _read(store: Store) -> list[dict[str, Any]]:
 def _incidents(
     records: list[dict[str, Any]], seconds: float = 60.0
 ) -> dict[str, list[dict[str, Any]]]:
-    """The records of each node, where those within ``seconds`` of one another count once."""
+    """Groups the records by node; records within ``seconds`` of one another count once."""
     nodes: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in sorted(records, key=lambda record: record["time"]):
         known = nodes[record["node"]]

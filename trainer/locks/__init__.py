@@ -1,1 +1,1 @@
-"""One writer per place: locks with a lease on folders and object store prefixes."""
+"""Locks with a lease on folders and object store prefixes: one writer per location."""

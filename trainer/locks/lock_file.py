@@ -1,8 +1,8 @@
-"""A small record that exactly one process can create, in a folder (local or network disk) or in an
-object store.
+"""A lock record that exactly one process can create, in a folder or in an object store.
 
-Every change is conditional on what the writer saw: an object is written with ``If-None-Match`` or
-``If-Match``; a file is created by ``link`` and changed while ``flock`` holds off others.
+The folder may be on a local or a network disk. Every change is conditional on the record that the
+writer saw: an object is written with ``If-None-Match`` or ``If-Match``; a file is created with
+``link`` and changed while ``flock`` excludes others.
 """
 
 import errno
@@ -23,14 +23,16 @@ from trainer.errors import UserError
 
 _NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
 _NO_LINK = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
-_FLOCK_SECONDS = 10.0  # others hold it for microseconds, unless they are stopped meanwhile
+_FLOCK_SECONDS = 10.0  # others hold it for microseconds, unless they are suspended
 _MAX_BYTES = 65536
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A record as it was read. ``version`` differs after each change and each renewal;
-    ``written_at``: seconds since 1970, by whichever clock the storage uses.
+    """A record as it was read.
+
+    ``version`` differs after each change and each renewal; ``written_at``: seconds since 1970, by
+    the clock of the storage.
     """
 
     content: bytes
@@ -39,13 +41,14 @@ class Seen:
 
 
 class LockFile(Protocol):
-    """The storage of one lock. Methods raise OSError, UserError or RetryableError if the storage
-    fails.
+    """The storage of one lock.
+
+    Methods raise OSError, UserError or RetryableError if the storage fails.
     """
 
     @property
     def location(self) -> str:
-        """A canonical name of the place that is locked."""
+        """Canonical name of the locked location."""
 
     is_atomic: bool
     """Whether conditional changes work here; known after the first ``create``."""
@@ -53,35 +56,41 @@ class LockFile(Protocol):
     def read(self) -> Seen | None: ...
 
     def create(self, content: bytes) -> Seen | None:
-        """None if a record exists."""
+        """Creates the record. Returns None if one exists."""
 
     def replace(self, seen: Seen, content: bytes) -> Seen | None:
-        """None if the record is not ``seen`` any more."""
+        """Replaces the record. Returns None if it is no longer ``seen``."""
 
     def renew(self, seen: Seen, content: bytes) -> Seen | None:
-        """Give the record another version. None if it is not ``seen`` any more."""
+        """Gives the record a new version. Returns None if it is no longer ``seen``."""
 
     def delete(self, seen: Seen) -> None:
-        """No-op if the record is not ``seen`` any more."""
+        """Deletes the record. No-op if it is no longer ``seen``."""
 
     def close(self) -> None:
-        """End all waiting for a store that is unreachable."""
+        """Stops all waiting for an unreachable store."""
 
 
 def lock_file(url: str, name: str) -> LockFile:
-    """The record ``name`` at a folder or an object store. Raises UserError for an invalid URL."""
+    """Returns the record ``name`` in a folder or object store.
+
+    Raises UserError for an invalid URL.
+    """
     return ObjectLockFile(url, name) if is_remote(url) else FolderLockFile(url, name)
 
 
 class FolderLockFile:
-    """A file. A renewal changes its time of modification only, which needs no space on a full disk."""
+    """A lock record in a file.
+
+    A renewal changes only its modification time, which needs no space on a full disk.
+    """
 
     def __init__(self, url: str, name: str) -> None:
         self._url = url
         self._name = name
         try:
             self._folder = folder_of(url, create=False).resolve()
-        except UserError:  # missing until `create`
+        except UserError:  # the folder is missing until `create`
             self._folder = local_path(url).resolve()
         self._created_folders: list[Path] = []
         self.is_atomic = True
@@ -96,15 +105,11 @@ class FolderLockFile:
 
     def read(self) -> Seen | None:
         try:
-            with self._path.open(
-                "rb"
-            ) as file:  # opening makes NFS ask the server for the attributes
+            # Opening makes NFS request the attributes from the server.
+            with self._path.open("rb") as file:
                 return _seen(file.fileno())
-        except (
-            FileNotFoundError,
-            NotADirectoryError,
-        ):  # `create` names the file that is in the way
-            return None
+        except (FileNotFoundError, NotADirectoryError):
+            return None  # `create` reports a file that is in the way
 
     def create(self, content: bytes) -> Seen | None:
         self._make_folder()
@@ -112,9 +117,8 @@ class FolderLockFile:
             try:
                 os.link(part, self._path)
             except FileExistsError:
-                return (
-                    seen if part.stat().st_nlink == 2 else None
-                )  # NFS may repeat a request that succeeded
+                # NFS may repeat a request that succeeded.
+                return seen if part.stat().st_nlink == 2 else None
             except OSError as error:
                 if error.errno not in _NO_LINK:
                     raise
@@ -122,7 +126,10 @@ class FolderLockFile:
             return seen
 
     def _create_exclusively(self, content: bytes) -> Seen | None:
-        """For file systems without hard links. Others may see the file before its content."""
+        """Creates the file on file systems without hard links.
+
+        Other processes may see the file before its content.
+        """
         try:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -155,7 +162,7 @@ class FolderLockFile:
             if file is None:
                 return
             self._path.unlink()
-        for folder in self._created_folders:  # those that nothing was written to
+        for folder in self._created_folders:  # removes only empty folders
             with suppress(OSError):
                 folder.rmdir()
 
@@ -164,10 +171,10 @@ class FolderLockFile:
 
     @contextmanager
     def _opened_if(self, seen: Seen) -> Iterator[int | None]:
-        """The open file while no one else can change it, or None if it is not ``seen`` any more."""
+        """Yields the open file, locked against changes, or None if it is no longer ``seen``."""
         try:
             file = os.open(self._path, os.O_RDWR)
-        except PermissionError:  # another user's, which can still be replaced
+        except PermissionError:  # the file belongs to another user, but can still be replaced
             file = os.open(self._path, os.O_RDONLY)
         except FileNotFoundError:
             yield None
@@ -207,7 +214,7 @@ class FolderLockFile:
 
     @contextmanager
     def _part(self, content: bytes) -> Iterator[tuple[Path, Seen]]:
-        """A complete file with another name in the same folder, and how it will be seen."""
+        """Yields a complete file with a temporary name in the same folder, and its Seen record."""
         part = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.part")
         try:
             with part.open("w+b") as file:
@@ -233,7 +240,10 @@ def _seen(file: int) -> Seen:
 
 
 class ObjectLockFile:
-    """An object. A store without conditional writes is detected; ``is_atomic`` is then False."""
+    """A lock record in an object.
+
+    Detects stores without conditional writes; ``is_atomic`` is then False.
+    """
 
     def __init__(self, url: str, name: str) -> None:
         self._store = open_store(url)
@@ -277,7 +287,7 @@ class ObjectLockFile:
             except NotImplementedError:
                 self.is_atomic = False
             else:
-                if version is None:  # a retry of a request that succeeded is refused as well
+                if version is None:  # the retry of a successful request is refused as well
                     return self.read_own(content)
                 return Seen(content, _hashable(version), time.time())
         found = self.read()
@@ -287,7 +297,10 @@ class ObjectLockFile:
         return self.read_own(content)
 
     def _probed(self, seen: Seen | None) -> Seen | None:
-        """Some stores ignore the conditions: ask for two writes that must be refused."""
+        """Probes whether the store honors conditions, with two writes that must be refused.
+
+        Some stores ignore the conditions.
+        """
         if seen is None or self._is_probed or not self.is_atomic:
             return seen
         bogus: Version = {"e_tag": '"00000000000000000000000000000000"', "version": "1"}

@@ -1,6 +1,4 @@
-"""The owner of a lock: which process of which run holds it, as recorded in the lock, and whether
-that process is still alive.
-"""
+"""The owner of a lock: the process and run recorded in it, and whether that process is alive."""
 
 import getpass
 import json
@@ -12,15 +10,15 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-_MAX_RECORD_LEASE_SECONDS = (
-    600.0  # a larger value in a lock is corrupt and must not make others wait
-)
+# A larger value in a lock is corrupt and must not make others wait.
+_MAX_RECORD_LEASE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process on a host. A PID has a meaning only within one boot and one PID namespace (a
-    container has its own).
+    """A process on a host.
+
+    A PID is valid only within one boot and one PID namespace (a container has its own).
     """
 
     host: str
@@ -28,18 +26,19 @@ class Process:
     pid_namespace: str
     pid: int
     start_ticks: int
-    """When the process started, in clock ticks since boot; distinguishes it from a later process
+    """Start time of the process, in clock ticks since boot; distinguishes it from a later process
     with the same PID.
     """
 
     def shares_pids_with(self, other: "Process") -> bool:
-        """Whether ``other``'s PID can be looked up where this process runs."""
+        """Returns whether ``other``'s PID can be looked up from this process."""
         here = (self.host, self.boot_id, self.pid_namespace)
         return bool(self.boot_id) and here == (other.host, other.boot_id, other.pid_namespace)
 
     def is_alive(self) -> bool:
-        """Whether the process still runs. Only valid where its PID can be looked up. A zombie is
-        not alive.
+        """Returns whether the process is running; a zombie is not.
+
+        Only valid if the PID can be looked up from this process.
         """
         if self.pid <= 0:
             return False
@@ -48,13 +47,13 @@ class Process:
         except ProcessLookupError:
             return False
         except OSError:
-            pass  # another user's process
+            pass  # the process belongs to another user
         state = _process_state(self.pid)
         return state is None or (state[0] not in "ZX" and state[1] == self.start_ticks)
 
 
 def process_of(pid: int) -> Process:
-    """A process of this host."""
+    """Returns a process of this host."""
     state = _process_state(pid)
     return Process(
         socket.gethostname(), _boot_id(), _pid_namespace(), pid, state[1] if state else 0
@@ -63,8 +62,9 @@ def process_of(pid: int) -> Process:
 
 @dataclass(frozen=True)
 class Owner:
-    """The content of a lock. ``token`` is unique to one acquisition. Times are for people: no
-    decision depends on a clock.
+    """The content of a lock.
+
+    ``token`` is unique to one acquisition. Times are for people: no decision depends on a clock.
     """
 
     token: str
@@ -76,15 +76,15 @@ class Owner:
     lease_seconds: float
     process: Process
     launcher: Process | None = None
-    """The process that started the ranks; they end when it is gone."""
+    """The process that started the ranks; they end when it exits."""
     pod: str | None = None
-    """Namespace, job and name of the pod. Kubernetes starts a pod of a name only after the previous
-    one is gone.
+    """Namespace, job and name of the pod. Kubernetes starts a pod of the same name only after the
+    previous one is gone.
     """
 
     @staticmethod
     def current(location: str, program: str, run: str | None, lease_seconds: float) -> "Owner":
-        """This process, with a new token."""
+        """Returns an owner for this process, with a new token."""
         launched = "TORCHELASTIC_RUN_ID" in os.environ
         return Owner(
             token=uuid.uuid4().hex,
@@ -100,8 +100,9 @@ class Owner:
         )
 
     def to_json(self, renewals: int) -> bytes:
-        """The record. ``renewals`` makes the content, and with it the object's ETag, differ each
-        time.
+        """Returns the record as JSON.
+
+        ``renewals`` makes the content, and therefore the object's ETag, different each time.
         """
         return (json.dumps(asdict(self) | {"renewals": renewals}, indent=1) + "\n").encode()
 
@@ -111,8 +112,9 @@ class Owner:
 
 
 def parse_owner(content: bytes) -> Owner | None:
-    """The owner that a lock records, or None if the record is truncated, corrupt or of another
-    program.
+    """Returns the owner recorded in a lock.
+
+    Returns None if the record is truncated, corrupt or written by another program.
     """
     try:
         record = json.loads(content)
@@ -130,7 +132,7 @@ def parse_owner(content: bytes) -> Owner | None:
 
 
 def pod_identity(environment: Mapping[str, str] = os.environ) -> str | None:
-    """``namespace/job/pod``, or None outside of a job's pod."""
+    """Returns ``namespace/job/pod``, or None outside of a job's pod."""
     job = environment.get("PET_RDZV_ID")
     if not job or not environment.get("PET_RDZV_ENDPOINT"):
         return None
@@ -138,7 +140,7 @@ def pod_identity(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def is_of_another_job(owner: Owner | None) -> bool:
-    """Whether a lock belongs to another Kubernetes job than the one of this pod."""
+    """Returns whether a lock belongs to a different Kubernetes job than this pod's."""
     return owner is not None and _job(owner.pod) != _job(pod_identity())
 
 
@@ -156,7 +158,7 @@ def _parse_process(record: Mapping[str, object]) -> Process:
 
 
 def _process_state(pid: int) -> tuple[str, int] | None:
-    """State and start of a process as ``/proc`` reports them, or None if they cannot be read."""
+    """Returns state and start time of a process from ``/proc``, or None if they cannot be read."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return fields[0].decode(), int(fields[19])

@@ -1,8 +1,8 @@
-"""One writer per place: a lock with a lease on an output folder or a checkpoint URL.
+"""A lock with a lease on an output folder or a checkpoint URL: one writer per location.
 
-The owner renews the lease from a thread. Others never compare clocks: a lock is expired when its
-version has not changed for a full lease while it was watched. An owner that cannot renew stops
-writing before that, and ends when it finds another owner.
+The owner renews the lease from a thread. Other processes never compare clocks: a lock is expired if
+its version has not changed for a full lease while it was watched. An owner that cannot renew stops
+writing before that, and exits when it finds another owner.
 """
 
 import os
@@ -20,13 +20,14 @@ from trainer.secrets.redaction import redact_credentials
 LOCK_NAME = "run.lock"
 LEASE_SECONDS = 60.0
 OUTAGE_SECONDS = 120.0
-"""How long an owner waits for storage that is unreachable, writing nothing once its lease is over.
+"""Time that an owner waits for unreachable storage, in seconds; it writes nothing after its lease
+ends.
 """
 _RENEWALS_PER_LEASE = 6
 _WATCH_FACTOR = 1.1
-"""Others wait for this many leases: their clocks may run faster than the owner's."""
+"""Number of leases that other processes wait: their clocks may run faster than the owner's."""
 _ENDING_SECONDS = 130.0
-"""How long ranks without a launcher may take to write a checkpoint and end."""
+"""Time for ranks without a launcher to write a checkpoint and exit, in seconds."""
 _RELEASE_SECONDS = 10.0
 _MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.02, 1.0
 
@@ -40,12 +41,12 @@ class LockLost(RetryableError):
 
 
 def _clock() -> float:
-    """Seconds that also count while the machine is suspended, where the system has such a clock."""
+    """Returns seconds of a clock that also runs while the machine is suspended, if there is one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _end_process(error: LockLost) -> None:
-    """End at once: whatever this process still did, it would do to the new owner's files."""
+    """Exits immediately, because any further writes would affect the new owner's files."""
     code = report(error, "convoy")
     with suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -53,9 +54,9 @@ def _end_process(error: LockLost) -> None:
 
 
 class RunLock:
-    """The lock of one place. ``advice``: what the user can do if another process owns it.
+    """The lock of one location. ``advice``: what the user can do if another process owns it.
 
-    ``lease_seconds`` and ``on_taken_over`` are for tests; the latter is called from any thread.
+    ``lease_seconds`` and ``on_taken_over`` are for tests; the latter may be called from any thread.
     """
 
     def __init__(
@@ -88,11 +89,10 @@ class RunLock:
         self._stop = threading.Event()
 
     def acquire(self) -> None:
-        """Become the owner, waiting for at most a lease to find out whether another owner still
-        lives.
+        """Becomes the owner, waiting for at most a lease to find out if another owner is alive.
 
-        Raises LockHeld (a UserError that names the owner) if it does, UserError if the lock cannot
-        be written, RetryableError if the storage is unreachable.
+        Raises LockHeld (a UserError that names the owner) if it is, UserError if the lock cannot be
+        written, RetryableError if the storage is unreachable.
         """
         try:
             self._acquire()
@@ -104,7 +104,7 @@ class RunLock:
         threading.Thread(target=self._keep, name="run-lock", daemon=True).start()
 
     def watch(self) -> None:
-        """Start to watch another owner's lock, so that a later ``acquire`` has less time to wait."""
+        """Starts to watch another owner's lock, which shortens the wait of a later ``acquire``."""
         seen = self._file.read()
         if seen is not None:
             self._watch = _Watch(seen, parse_owner(seen.content), _clock())
@@ -130,7 +130,10 @@ class RunLock:
             time.sleep(self._poll)
 
     def _may_take(self, seen: Seen, holder: Owner | None, watch: "_Watch") -> bool:
-        """Whether the owner is gone. Raises LockHeld if it lives; False while that is not known."""
+        """Returns whether the owner is gone; False while that is unknown.
+
+        Raises LockHeld if it is alive.
+        """
         lease = holder.lease_seconds if holder is not None else self._lease
         waited = _clock() - watch.since
         if holder is not None:
@@ -150,7 +153,7 @@ class RunLock:
         return waited >= lease * _WATCH_FACTOR
 
     def _is_ending(self, holder: Owner) -> bool:
-        """Whether the launcher of its ranks was killed, so that they end by themselves."""
+        """Returns whether the launcher of the owner's ranks was killed, so that they will exit."""
         launcher = holder.launcher
         return (
             launcher is not None
@@ -177,8 +180,9 @@ class RunLock:
         )
 
     def _take(self, seen: Seen | None) -> bool:
-        """Write our record, over ``seen`` or where there is none. False if another process was
-        faster.
+        """Writes this process's record, either over ``seen`` or as a new one.
+
+        Returns False if another process was faster.
         """
         before = _clock()
         content = self.owner.to_json(self._renewals)
@@ -202,8 +206,9 @@ class RunLock:
         return True
 
     def check(self) -> None:
-        """Return if this process is still the only writer; wait while that is unknown. Raises
-        LockLost if it is not.
+        """Returns if this process is still the only writer; waits while that is unknown.
+
+        Raises LockLost if it is not.
         """
         while self._lost is None and self._age() > self._lease:
             self._renew()
@@ -215,7 +220,7 @@ class RunLock:
             raise self._lost
 
     def _age(self) -> float:
-        """Seconds since the last renewal began."""
+        """Returns the seconds since the last renewal began."""
         return _clock() - self._renewed
 
     def _keep(self) -> None:
@@ -239,10 +244,10 @@ class RunLock:
             found = self._file.read()
             holder = parse_owner(found.content) if found is not None else None
             if found is not None and holder is not None and holder.token == self.owner.token:
-                self._seen = found  # someone touched the file, or copied it back
+                self._seen = found  # the file was touched, or copied back
                 new = self._file.renew(found, self.owner.to_json(self._renewals))
                 if new is None:
-                    return  # and again: the next renewal tries from what it finds then
+                    return  # changed once more: the next renewal starts from the state it finds
             elif found is None and self._can_write_again(before):
                 new = self._file.create(self.owner.to_json(self._renewals))
             if new is None:
@@ -257,8 +262,10 @@ class RunLock:
             )
 
     def _can_write_again(self, now: float) -> bool:
-        """Whether a lock that is gone was just deleted. No other owner can have come and gone
-        within the lease, unless it took over at once: a pod of the same job.
+        """Returns whether a missing lock was merely deleted.
+
+        Another owner cannot have taken and released it within the lease, unless it took over
+        immediately, as a pod of the same job does.
         """
         return now - self._renewed <= self._lease and self.owner.pod is None
 
@@ -284,8 +291,9 @@ class RunLock:
                 self._on_taken_over(self._lost)
 
     def release(self) -> None:
-        """Remove the lock if it is still ours. Waits a bounded time for storage that is
-        unreachable.
+        """Removes the lock if this process still owns it.
+
+        Waits a limited time for unreachable storage.
         """
         if self._seen is None:
             return
@@ -310,15 +318,19 @@ class RunLock:
 
 
 class RunLocks:
-    """The locks of a run: its output folder's and its checkpoint URL's. Without any on ranks other
-    than the first.
+    """The locks of a run: its output folder's and its checkpoint URL's.
+
+    Empty on ranks other than rank 0.
     """
 
     def __init__(self) -> None:
         self._locks: list[RunLock] = []
 
     def acquire(self, output_dir: str, checkpoint_url: str, run: str) -> None:
-        """Own both. Raises as ``RunLock.acquire``; ``release`` is needed then too."""
+        """Acquires both locks.
+
+        Raises as ``RunLock.acquire``; ``release`` must be called in that case too.
+        """
         for url, key in (
             (output_dir, "name or train.output_dir"),
             (checkpoint_url, "checkpoint.url"),
@@ -332,12 +344,12 @@ class RunLocks:
             lock.acquire()
 
     def check(self) -> None:
-        """Raises LockLost if any is lost."""
+        """Raises LockLost if any lock is lost."""
         for lock in self._locks:
             lock.check()
 
     def check_output(self) -> None:
-        """Raises LockLost if the output folder's is lost."""
+        """Raises LockLost if the output folder's lock is lost."""
         for lock in self._locks[:1]:
             lock.check()
 
@@ -347,7 +359,7 @@ class RunLocks:
 
 
 class _Watch:
-    """When a lock was first seen in this state."""
+    """A lock's state and the time at which it was first seen in that state."""
 
     def __init__(self, seen: Seen, holder: Owner | None, since: float) -> None:
         self.token = _token(holder, seen)
@@ -357,14 +369,15 @@ class _Watch:
 
 
 def _token(holder: Owner | None, seen: Seen) -> object:
-    """What stays the same while an owner renews its lock."""
+    """Returns a value that does not change while an owner renews its lock."""
     return holder.token if holder is not None else seen.content
 
 
 @contextmanager
 def exclusive(url: str, program: str, advice: str, name: str = LOCK_NAME) -> Iterator[None]:
-    """Own a place while the command ``program`` works there. Raises LockHeld if a run or another
-    command does.
+    """Holds the lock of a location while the command ``program`` works there.
+
+    Raises LockHeld if a run or another command holds it.
     """
     lock = RunLock(url, program, None, advice, name)
     try:
@@ -375,8 +388,9 @@ def exclusive(url: str, program: str, advice: str, name: str = LOCK_NAME) -> Ite
 
 
 def owner_of(url: str) -> Owner | None:
-    """The owner that the lock of a place records, whether it still lives or not. None if no lock
-    can be read.
+    """Returns the owner recorded in a location's lock, whether it is alive or not.
+
+    Returns None if no lock can be read.
     """
     try:
         seen = lock_file(url, LOCK_NAME).read()

@@ -1,4 +1,4 @@
-"""The networks: a table of variants and one builder a family."""
+"""The models: a registry, and one builder per family."""
 
 from trainer.models import alexnet, googlenet, resnet, vgg
 from trainer.models.registry import build_model, get_model_spec, list_models

@@ -1,9 +1,9 @@
 """AlexNet: five convolutions and three fully connected layers.
 
 ``alexnet2012`` is the network of Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep
-Convolutional Neural Networks" (2012), whose two GPUs are the two groups of its convolutions.
-``alexnet`` is the single tower of Krizhevsky, "One weird trick for parallelizing convolutional
-neural networks" (2014), without response normalization: torchvision's.
+Convolutional Neural Networks" (2012). The paper's two GPUs are the two groups of its convolutions.
+``alexnet`` is the single-tower network of Krizhevsky, "One weird trick for parallelizing
+convolutional neural networks" (2014), without response normalization, as in torchvision.
 """
 
 from torch import nn
@@ -35,13 +35,16 @@ def alexnet(
     width: int | None = None,
     head: HeadKind = "tower",
 ) -> nn.Sequential:
-    """[N, 3, H, W] to [N, num_classes].
+    """Build AlexNet, from [N, 3, H, W] to [N, num_classes].
 
-    ``towers`` of 2: grouped convolutions where the paper's two GPUs do not talk (2, 4 and 5), and
-    response normalization. ``stem`` small: a first convolution of 3x3 without stride, and one
-    average pixel before the fully connected layers. ``width``: channels of the first convolution;
-    all others, and the fully connected layers, follow in proportion. ``head`` average: as
-    GoogLeNet's.
+    Args:
+        towers: 2 adds response normalization, and groups the convolutions at which the paper's two
+            GPUs do not communicate (2, 4 and 5).
+        stem: ``small`` has a 3x3 first convolution without stride, and one average pixel before the
+            fully connected layers.
+        width: Channels of the first convolution; all others, and the fully connected layers, scale
+            in proportion.
+        head: ``average`` is GoogLeNet's head.
     """
     c1, c2, c3, c4, c5 = (scaled(c, width, channels[0], towers) for c in channels)
     full = scaled(_FULL, width, channels[0])
@@ -59,9 +62,8 @@ def alexnet(
         if number <= 2 and towers > 1:
             layers.append((f"norm{number}", LocalResponseNorm()))
         if number in (1, 2, 5):
-            layers.append(
-                (f"pool{number}", nn.MaxPool2d(3, 2))
-            )  # windows overlap: 3.4 of the paper
+            # overlapping windows: section 3.4 of the paper
+            layers.append((f"pool{number}", nn.MaxPool2d(3, 2)))
     pooled = 6 if stem == "imagenet" else 1
     tower = [
         ("avgpool", nn.AdaptiveAvgPool2d(pooled)),  # the identity at 224 pixels
@@ -83,11 +85,11 @@ def alexnet(
 
 
 def _initialize_2012(model: nn.Sequential) -> None:
-    """Weights N(0, 0.01), biases 1 in convolutions 2, 4, 5 and the hidden fully connected layers,
-    else 0 (2012, section 5).
+    """Initialize weights with N(0, 0.01) and biases with 1 or 0 (2012, section 5).
 
-    The 2014 paper names none: the single tower keeps the framework's own, uniform within 1 /
-    sqrt(fan-in).
+    Biases are 1 in convolutions 2, 4, 5 and the hidden fully connected layers, and 0 elsewhere. The
+    2014 paper specifies no initialization: the single tower keeps the framework's default, uniform
+    within 1 / sqrt(fan-in).
     """
     for name, layer in model.named_children():
         if isinstance(layer, nn.Conv2d | nn.Linear):

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics and arithmetic are fp32 in every precision; input and output keep
-    their own type.
+    """Batch norm with fp32 statistics and arithmetic in every precision.
 
-    A half-precision engine leaves buffers in fp32 and halves the weights, which plain batch norm
-    refuses.
+    Input and output keep their dtype. A half-precision engine keeps buffers in fp32 and converts
+    the weights to half precision, which plain batch norm does not accept.
     """
 
     group: Any = None
-    """Process group whose ranks share their statistics in training; all of them take part in each
-    forward and backward.
+    """Process group whose ranks share their statistics in training.
+
+    All of its ranks must take part in each forward and backward pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,9 +51,8 @@ class BatchNorm2d(nn.BatchNorm2d):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(
-                var * (count / (count - 1)), self.momentum
-            )  # without bias, as torch's
+            # unbiased, as in torch
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
         out: Tensor = _NormalizeTogether.apply(
             values, self.weight.float(), self.bias.float(), mean, var, count, self.eps, self.group
         )  # type: ignore[no-untyped-call]
@@ -61,8 +60,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronize_batch_norm(model: nn.Module, group: Any) -> None:
-    """Let the model's batch norms share their training statistics over the ranks of ``group``;
-    alone they stay as they are.
+    """Share the training statistics of the model's batch norms over the ranks of ``group``.
+
+    With a group of one rank they are unchanged.
     """
     if dist.get_world_size(group) > 1:
         for module in model.modules():
@@ -71,11 +71,10 @@ def synchronize_batch_norm(model: nn.Module, group: Any) -> None:
 
 
 def _shared_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Each channel's mean and biased variance over all ranks' [N, C, H, W], and the number of
-    values a channel.
+    """Return each channel's mean and biased variance over all ranks, and its number of values.
 
-    Means and squared distances from them are combined (Chan et al. 1979), since a difference of
-    large sums would lose the variance.
+    ``x`` is this rank's [N, C, H, W]. Means and squared deviations from them are combined (Chan et
+    al. 1979), because a difference of large sums would lose the variance.
     """
     channels = x.shape[1]
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
@@ -90,11 +89,10 @@ def _shared_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _NormalizeTogether(torch.autograd.Function):
-    """Batch norm by statistics that all ranks share; its gradient passes through every rank's part
-    in them.
+    """Batch norm with statistics that all ranks share.
 
-    The gradient of weight and bias is this rank's own, since the engine averages gradients over
-    ranks.
+    The gradient of the input passes through every rank's part in the statistics. The gradients of
+    weight and bias are this rank's only, because the engine averages gradients over ranks.
     """
 
     @staticmethod

@@ -1,15 +1,16 @@
-"""GoogLeNet: nine inception modules (Szegedy et al. 2014, "Going Deeper with Convolutions", table 1
-and figure 3).
+"""GoogLeNet: nine inception modules.
 
-``googlenet2014`` is the paper's: true 5x5 branches, response normalization, no batch norm.
-``googlenet`` is torchvision's form, with two quirks: batch norm everywhere, and 3x3 convolutions
+Source: Szegedy et al. 2014, "Going Deeper with Convolutions", table 1 and figure 3.
+
+``googlenet2014`` is the paper's network: true 5x5 branches, response normalization, no batch norm.
+``googlenet`` is torchvision's variant, with two quirks: batch norm everywhere, and 3x3 convolutions
 where the paper has 5x5 (pytorch/vision#906).
 
-Both have the paper's two auxiliary heads, which work in training only. An auxiliary head passes the
-image on and adds its logits: from there on the value between two layers is a tuple ``(image,
-logits1[, logits2])``, and the network's result is ``(logits, logits1, logits2)``. In evaluation it
-stays a plain tensor. So the list of layers can be cut anywhere, and what crosses the cut is a
-tensor or a tuple of tensors, as a pipeline engine needs.
+Both have the paper's two auxiliary heads, which are active in training only. An auxiliary head
+passes the image on and adds its logits: from there on, the value between two layers is a tuple
+``(image, logits1[, logits2])``, and the network returns ``(logits, logits1, logits2)``. In
+evaluation the value is always a plain tensor. The list of layers can therefore be split anywhere,
+and the value at the split is a tensor or a tuple of tensors, as a pipeline engine requires.
 """
 
 import torch
@@ -46,7 +47,7 @@ _AUXILIARY_AFTER = {"4a": 1, "4d": 2}
 
 
 class ConvUnit(nn.Module):
-    """Convolution, batch norm where the form has it, non-linearity."""
+    """Convolution, optional batch norm, activation."""
 
     weight_layers = 1
 
@@ -71,8 +72,9 @@ class ConvUnit(nn.Module):
 
 
 class Inception(nn.Module):
-    """Parallel 1x1, 3x3, 5x5 and pooling branches, 1x1 reductions before the large ones. [N, in, H,
-    W] to [N, out, H, W].
+    """Parallel 1x1, 3x3, 5x5 and pooling branches, with 1x1 reductions before the large ones.
+
+    [N, in, H, W] to [N, out, H, W].
     """
 
     weight_layers = 2
@@ -121,8 +123,9 @@ class Inception(nn.Module):
 
 
 class Pool(nn.MaxPool2d):
-    """Max pooling with stride 2 whose last window may reach over the border, as the paper's sizes
-    need.
+    """Max pooling with stride 2 whose last window may cross the border.
+
+    The sizes in the paper need this.
     """
 
     def __init__(self, kernel: int) -> None:
@@ -133,14 +136,15 @@ class Pool(nn.MaxPool2d):
 
 
 class AuxiliaryHead(nn.Module):
-    """In training adds a classifier's logits [N, num_classes] to the value; the image passes
-    unchanged (section 5).
+    """Auxiliary classifier, active in training only (section 5).
 
-    ``adaptive``: torchvision's average pooling, to 4x4 from any size; else the paper's 5x5 with
-    stride 3, which is the same size at 224 pixels (smaller images are averaged to 4x4 too).
+    It adds its logits [N, num_classes] to the value and passes the image on unchanged. With
+    ``adaptive``, it uses torchvision's average pooling to 4x4 from any size. Otherwise it uses the
+    paper's 5x5 average pooling with stride 3, which gives the same size at 224 pixels; smaller
+    images are averaged to 4x4 too.
     """
 
-    weight_layers = 0  # beside the path that counts
+    weight_layers = 0  # not on the longest path
 
     def __init__(
         self,
@@ -176,7 +180,7 @@ class AuxiliaryHead(nn.Module):
 
 
 class Head(nn.Module):
-    """Average over the image, dropout and one fully connected layer: no tower of them (section 5)."""
+    """Average pooling over the image, dropout and one fully connected layer (section 5)."""
 
     weight_layers = 1
 
@@ -201,15 +205,19 @@ def googlenet(
     width: int | None = None,
     reduction: bool = True,
 ) -> nn.Sequential:
-    """[N, 3, H, W] to [N, num_classes]; in training to a tuple of those and both auxiliary heads'
-    logits.
+    """Build GoogLeNet, from [N, 3, H, W] to [N, num_classes].
 
-    ``paper``: 5x5 convolutions, response normalization, 3x3 pooling before 5a, dropout 0.4; else
-    torchvision's 3x3, none, 2x2 and 0.2. ``dropout``: of the main head; the auxiliary ones keep
-    their 0.7. ``stem`` small: a first 3x3 convolution without stride or pooling. ``width``:
-    channels of the first convolution; all others follow in proportion. ``reduction`` off: 3x3 and
-    5x5 filters see all channels (figure 2a, but the pooled ones stay projected, so that modules
-    keep their sizes).
+    In training it returns a tuple of those logits and the logits of both auxiliary heads.
+
+    Args:
+        paper: True for 5x5 convolutions, response normalization, 3x3 pooling before 5a and dropout
+            0.4; False for torchvision's 3x3 convolutions, no response normalization, 2x2 pooling
+            and dropout 0.2.
+        stem: ``small`` has a 3x3 first convolution without stride or pooling.
+        dropout: Dropout of the main head; the auxiliary heads keep 0.7.
+        width: Channels of the first convolution; all others scale in proportion.
+        reduction: If off, 3x3 and 5x5 filters see all channels. This is figure 2a, except that the
+            pooled channels are still projected, so that modules keep their sizes.
     """
 
     def units(*channels: int) -> tuple[int, ...]:
@@ -262,8 +270,9 @@ def googlenet(
 
 
 def _initialize_glorot(model: nn.Module) -> None:
-    """Glorot weights, biases 0.2, last layers' biases 0: the paper names none; these are its Caffe
-    form's (bvlc_googlenet).
+    """Initialize with Glorot weights and biases 0.2, or 0 in the last layers.
+
+    The paper specifies none; these values are those of its Caffe version (bvlc_googlenet).
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -273,8 +282,9 @@ def _initialize_glorot(model: nn.Module) -> None:
 
 
 def _initialize_normal(model: nn.Module) -> None:
-    """N(0, 0.01), the usual of the batch-norm forms; the scale of a convolution before batch norm
-    does not matter.
+    """Initialize with N(0, 0.01), as usual for the batch norm variants.
+
+    The scale of a convolution before batch norm does not matter.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -1,4 +1,4 @@
-"""Layers that every family shares."""
+"""Layers that all model families share."""
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -15,13 +15,15 @@ Activation = Literal["relu", "tanh"]
 Stem = Literal["imagenet", "small"]
 HeadKind = Literal["tower", "average"]
 Value = Tensor | tuple[Tensor, ...]
-"""What passes from layer to layer: the image, and in training the logits of auxiliary heads that it
-has passed.
+"""The value passed from layer to layer.
+
+It is the image, or in training a tuple of the image and the logits of the auxiliary heads passed so
+far.
 """
 
 
 def stack(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
-    """An ordered list of named layers."""
+    """Return the named layers as an ordered ``nn.Sequential``."""
     model = nn.Sequential()
     for name, layer in layers:
         model.add_module(name, layer)
@@ -29,8 +31,9 @@ def stack(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
 
 
 def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in channels-last layout; mean and std are those of
-    pixels from 0 to 1.
+    """Convert uint8 [N, H, W, 3] to float32 [N, 3, H, W] in channels-last layout.
+
+    ``mean`` and ``std`` apply to pixel values from 0 to 1.
     """
     images = pixels.permute(0, 3, 1, 2).float()
     return images.sub_(_grey_levels(tuple(mean), pixels.device)).div_(
@@ -40,22 +43,26 @@ def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
 
 @lru_cache
 def _grey_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[1, 3, 1, 1], in grey levels; kept, since a copy to a GPU of what was not pinned waits for
-    all of its work.
+    """Return ``values`` as a tensor [1, 3, 1, 1], multiplied by 255.
+
+    It is cached, because copying unpinned memory to a GPU waits for all of the GPU's work.
     """
     return torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
 
 
 def nonlinearity(name: Activation) -> nn.Module:
-    """The non-linearity; ReLU overwrites its input, which no layer before it needs for its
-    gradient.
+    """Return the activation layer.
+
+    ReLU overwrites its input, which no layer before it needs for its gradient.
     """
     return nn.ReLU(inplace=True) if name == "relu" else nn.Tanh()
 
 
 def scaled(channels: int, width: int | None, base: int, divisor: int = 1) -> int:
-    """``channels`` of a network whose first stage has ``base``, when that stage gets ``width`` of
-    them.
+    """Scale the number of channels of a layer to a network of a different width.
+
+    The network's first stage has ``base`` channels; it gets ``width`` instead, unless ``width`` is
+    None. Raises UserError if ``width`` is not divisible by ``divisor``.
     """
     if width is None:
         return channels
@@ -65,8 +72,9 @@ def scaled(channels: int, width: int | None, base: int, divisor: int = 1) -> int
 
 
 def average_head(channels: int, num_classes: int, dropout: float) -> list[tuple[str, nn.Module]]:
-    """In place of a tower of fully connected layers: average over the image, dropout and one layer
-    (Szegedy et al. 2014, 5).
+    """Return a head of average pooling over the image, dropout and one linear layer.
+
+    It replaces the stack of fully connected layers (Szegedy et al. 2014, 5).
     """
     return [
         ("avgpool", nn.AdaptiveAvgPool2d(1)),
@@ -84,19 +92,21 @@ def conv_norm(
     batch_norm: bool = True,
     eps: float = 1e-5,
 ) -> tuple[nn.Conv2d, nn.Module]:
-    """A convolution, padded to keep the size at stride 1, and its batch norm; without that a bias
-    takes its place.
+    """Return a convolution and its batch norm.
+
+    The convolution is padded to keep the size at stride 1. Without batch norm it has a bias
+    instead.
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=not batch_norm)
     return conv, BatchNorm2d(out_channels, eps) if batch_norm else nn.Identity()
 
 
 class LocalResponseNorm(nn.Module):
-    """``b = a / (k + alpha * sum of a^2 over the size nearest channels)^beta`` (Krizhevsky et al.
-    2012, 3.3).
+    """Local response normalization (Krizhevsky et al. 2012, 3.3).
 
-    [N, C, H, W] to the same. torch's own divides alpha by ``size``, which the paper does not. The
-    squares are fp32 in every precision: those of half-precision activations above 255 would
+    ``b = a / (k + alpha * sum of a^2 over the size nearest channels)^beta``, from [N, C, H, W] to
+    the same shape. torch's own layer divides alpha by ``size``, which the paper does not. The
+    squares are fp32 in every precision, because those of half-precision activations above 255 would
     overflow.
     """
 
@@ -116,7 +126,10 @@ class LocalResponseNorm(nn.Module):
 
 
 class ShortcutA(nn.Module):
-    """Identity by striding, new channels zero: no parameters (He et al. 2015, 3.3, option A)."""
+    """Strided identity shortcut with zeros for new channels (He et al. 2015, 3.3, option A).
+
+    It has no parameters.
+    """
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
@@ -128,9 +141,7 @@ class ShortcutA(nn.Module):
 
 
 def on_image(layer: Callable[[Tensor], Tensor], value: Value) -> Value:
-    """Apply ``layer`` to the image and let auxiliary logits, where the value holds them, travel
-    along.
-    """
+    """Apply ``layer`` to the image and pass auxiliary logits on, if the value has any."""
     if isinstance(value, tuple):
         image, *auxiliary = value
         return (layer(image), *auxiliary)

@@ -1,6 +1,4 @@
-"""What each network is and costs, computed from the network itself, beside the figures that were
-published of it.
-"""
+"""Size and cost of each model, computed from the model itself, and published results."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +27,9 @@ _TOP5 = {
     "resnet152": (5.71, _RESNET),
     "plain34": (10.02, _RESNET),
 }
-"""Published top-5 error on ImageNet, percent, with its source; a form that no paper measured has
-none.
+"""Published top-5 error on ImageNet in percent, with its source.
+
+Variants that no paper measured have no entry.
 """
 _CIFAR_ERROR = {
     "resnet20": 8.75,
@@ -43,25 +42,25 @@ _CIFAR_ERROR = {
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A row of ``convoy models``. Errors and accuracies are percent; an unpublished one is None."""
+    """A row of ``convoy models``. Errors and accuracies are in percent, or None if unpublished."""
 
     name: str
     family: str
     year: int
     layers: int
-    """Weight layers: convolutions and fully connected layers on the longest path that an image
-    takes.
-    """
+    """Weight layers: convolutions and fully connected layers on the longest path of an image."""
     parameters: int
-    """Those that evaluation uses."""
+    """Parameters that evaluation uses."""
     auxiliary_parameters: int
-    """Of the auxiliary heads, which training uses too."""
+    """Parameters of the auxiliary heads, which training uses in addition."""
     num_classes: int
     image_size: int
     multiply_adds: int
-    """Of one image's evaluation, convolutions and fully connected layers."""
+    """Multiply-adds of convolutions and fully connected layers to evaluate one image."""
     activation_bytes: int
-    """Kept for the backward pass of one image in training, fp32, inputs included and weights not.
+    """Bytes saved for the backward pass of one image in training, in fp32.
+
+    This includes inputs and excludes weights.
     """
     top5_error: float | None
     top5_source: str | None
@@ -73,11 +72,13 @@ class ModelInfo:
 
 
 def model_info(name: str, image_size: int | None = None) -> ModelInfo:
-    """Compute and look up everything of one network. The network has shapes and no numbers, so this
-    takes milliseconds.
+    """Return the size, cost and published results of one model.
 
-    ``image_size``: pixels; when not given, ImageNet's 224, or CIFAR-10's 32 for the networks made
-    for it, which get its 10 classes in place of 1,000. Raises UserError where it is too small.
+    The model is built on the meta device, without data, so this takes milliseconds.
+
+    ``image_size`` is in pixels. The default is ImageNet's 224, or CIFAR-10's 32 for the models made
+    for CIFAR-10, which get its 10 classes instead of 1,000. Raises UserError if ``image_size`` is
+    too small.
     """
     variant = get_model_spec(name)
     num_classes, usual_size = (1000, 224) if variant.default_stem == "imagenet" else (10, 32)
@@ -111,8 +112,9 @@ def model_info(name: str, image_size: int | None = None) -> ModelInfo:
 
 
 def weight_layers(layer: nn.Module) -> int:
-    """Convolutions and fully connected layers on the longest path; shortcuts' projections and
-    auxiliary heads are beside it.
+    """Count convolutions and fully connected layers on the longest path.
+
+    Projections in shortcuts and auxiliary heads are not on it.
     """
     if isinstance(layer, nn.Conv2d | nn.Linear):
         return 1
@@ -124,8 +126,9 @@ IMAGES_TRACED = 3
 
 
 class _BatchNormStandIn(torch.autograd.Function):
-    """Keeps what batch norm keeps, its input; torch's own takes milliseconds a layer on the meta
-    device.
+    """Stand-in that saves the same as batch norm, which is its input.
+
+    torch's own batch norm takes milliseconds per layer on the meta device.
     """
 
     @staticmethod
@@ -135,11 +138,11 @@ class _BatchNormStandIn(torch.autograd.Function):
 
 
 def forward_costs(model: nn.Module, image_size: int) -> tuple[int, int]:
-    """Multiply-adds of an image's evaluation, and bytes that autograd keeps of it in training; a
-    model on the meta device.
+    """Return the multiply-adds to evaluate an image, and the bytes saved for backward in training.
 
+    Bytes are those that autograd saves per image. The model must be on the meta device.
     Multiply-adds are those of convolutions and fully connected layers outside auxiliary heads,
-    biases not counted.
+    without biases.
     """
     counts = []
 
@@ -156,12 +159,11 @@ def forward_costs(model: nn.Module, image_size: int) -> tuple[int, int]:
 
 
 def saved_activation_bytes(model: nn.Module, value: Any) -> tuple[int, Any]:
-    """Bytes an image that autograd keeps for the backward pass through a model, or a part of one,
-    on the meta device; and what it puts out. ``value``: what goes in, of IMAGES_TRACED images,
-    without numbers.
+    """Return the bytes per image that autograd saves for the backward pass, and the output.
 
-    Of what the forward pass saves each storage counts once; weights and batch norm's few statistics
-    a channel do not.
+    This works for a model or a part of one, on the meta device. ``value`` is the input, of
+    IMAGES_TRACED images, without data. Each storage that the forward pass saves counts once.
+    Weights and the few statistics per channel of batch norm do not count.
     """
     weights = {
         tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]
@@ -170,9 +172,8 @@ def saved_activation_bytes(model: nn.Module, value: Any) -> tuple[int, Any]:
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.shape[:1] == (IMAGES_TRACED,) and tensor.untyped_storage()._cdata not in weights:
-            saved[tensor.untyped_storage()._cdata] = (
-                tensor  # held, so that no other storage gets its place
-            )
+            # keeps a reference, so that no other storage reuses the address
+            saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     for layer in model.modules():
@@ -184,8 +185,9 @@ def saved_activation_bytes(model: nn.Module, value: Any) -> tuple[int, Any]:
 
 
 def _torchvision(name: str) -> tuple[str | None, float | None, float | None]:
-    """torchvision's first published weights and their ImageNet top-1 and top-5 accuracy, percent
-    (its own figures).
+    """Return torchvision's first published weights and their ImageNet top-1 and top-5 accuracy.
+
+    The accuracies are torchvision's own figures, in percent.
     """
     if "torchvision" not in schemes_of(name):
         return None, None, None

@@ -1,4 +1,4 @@
-"""Every network by name."""
+"""Registry of all models by name."""
 
 import difflib
 import inspect
@@ -13,20 +13,19 @@ from trainer.errors import UserError
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A row of the table: a name, the builder of its family and what sets this variant apart."""
+    """An entry of the registry: a name, the builder of the family and the variant's arguments."""
 
     name: str
     year: int
-    """Of the paper that brought the network, or of the year's competition that it won."""
+    """Year of the paper that introduced the network, or of the competition that it won."""
     family: str
     builder: Callable[..., nn.Sequential]
-    """Takes ``num_classes`` and ``arguments``; its keyword-only parameters are the options that a
-    recipe may set.
+    """Takes ``num_classes`` and ``arguments``.
+
+    Its keyword-only parameters are the options that a recipe may set.
     """
     smallest_input: Mapping[str, int]
-    """By stem: the least side of the input with which every layer still has a pixel to work on,
-    pixels.
-    """
+    """Smallest input side in pixels, by stem, that leaves every layer at least one pixel."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -51,12 +50,12 @@ def register(variant: ModelSpec) -> None:
 
 
 def list_models() -> list[ModelSpec]:
-    """Every variant, by family and size as registered."""
+    """Return every model, by family and size as registered."""
     return list(_VARIANTS.values())
 
 
 def get_model_spec(name: str) -> ModelSpec:
-    """Raises UserError with the nearest names."""
+    """Return the spec of a model. Raises UserError that lists the nearest names."""
     if name not in _VARIANTS:
         nearest = difflib.get_close_matches(name.lower(), _VARIANTS, n=3, cutoff=0.3) or list(
             _VARIANTS
@@ -68,14 +67,14 @@ def get_model_spec(name: str) -> ModelSpec:
 def build_model(
     name: str, num_classes: int, image_size: int | None = None, **options: Any
 ) -> nn.Sequential:
-    """Build a network; options that are None keep the network's own value.
+    """Build a model. Options that are None keep the model's default.
 
-    The result is an ordered list of layers that may be cut between any two. It maps images [N, 3,
-    H, W] to logits [N, num_classes]; GoogLeNet in training to a tuple of those and of its auxiliary
-    heads' logits.
+    The result is an ordered list of layers that can be split between any two. It maps images [N, 3,
+    H, W] to logits [N, num_classes]. In training, GoogLeNet returns a tuple of those and its
+    auxiliary heads' logits.
 
     Raises UserError for an unknown name, for options that the family does not have, and for an
-    ``image_size`` (pixels) that is too small for the network.
+    ``image_size`` (pixels) that is too small for the model.
     """
     variant = get_model_spec(name)
     given = {key: value for key, value in options.items() if value is not None}

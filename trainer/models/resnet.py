@@ -1,5 +1,6 @@
-"""Residual networks, and the plain ones that they were compared with (He et al. 2015, "Deep
-Residual Learning", 3.3 and 4).
+"""Residual networks and the plain networks that they were compared with.
+
+Source: He et al. 2015, "Deep Residual Learning", 3.3 and 4.
 """
 
 from typing import Any, Literal
@@ -15,7 +16,7 @@ StrideIn = Literal["1x1", "3x3"]
 
 
 class Projection(nn.Sequential):
-    """1x1 convolution and batch norm: the shortcut where the shape changes (3.3, option B)."""
+    """1x1 convolution and batch norm: the shortcut at a change of shape (3.3, option B)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, batch_norm: bool) -> None:
         super().__init__()
@@ -23,10 +24,10 @@ class Projection(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Some convolutions F and the shortcut, ``y = relu(F(x) + x)``; without shortcut the plain ``y
-    = relu(F(x))``.
+    """Residual block, ``y = relu(F(x) + x)`` with convolutions F.
 
-    [N, in, H, W] to [N, out, H / stride, W / stride].
+    Without a shortcut it is the plain ``y = relu(F(x))``. [N, in, H, W] to [N, out, H / stride, W /
+    stride].
     """
 
     weight_layers: int
@@ -52,7 +53,7 @@ class Block(nn.Module):
 
 
 class BasicBlock(Block):
-    """Two 3x3 convolutions."""
+    """Block of two 3x3 convolutions."""
 
     weight_layers = 2
     expansion = 1
@@ -81,10 +82,10 @@ class BasicBlock(Block):
 
 
 class Bottleneck(Block):
-    """1x1 to a quarter of the channels, 3x3, 1x1 back.
+    """Block of a 1x1 convolution to a quarter of the channels, a 3x3, and a 1x1 back.
 
-    The paper's stride is in the first 1x1; "v1.5" (Gross, Wilber 2016, and torchvision) has it in
-    the 3x3, which skips no input.
+    The paper has the stride in the first 1x1. "v1.5" (Gross, Wilber 2016, and torchvision) has it
+    in the 3x3, which skips no input.
     """
 
     weight_layers = 3
@@ -130,14 +131,17 @@ def resnet(
     stride_in: StrideIn | None = None,
     zero_init_gamma: bool = False,
 ) -> nn.Sequential:
-    """[N, 3, H, W] to [N, num_classes].
+    """Build a residual or plain network, from [N, 3, H, W] to [N, num_classes].
 
-    ``blocks`` of each stage. ``stem``: imagenet is 7x7 with stride 2 and pooling, small is 3x3
-    alone (4.2). ``width``: channels of the first stage; each further one doubles them.
-    ``stride_in``: the bottleneck's convolution that strides, 3x3 when not given.
-    ``zero_init_gamma``: each block starts as its shortcut (Goyal et al. 2017, 5.1).
+    Args:
+        blocks: Number of blocks in each stage.
+        stem: ``imagenet`` is a 7x7 convolution with stride 2 and pooling; ``small`` is a 3x3
+            convolution only (4.2).
+        width: Channels of the first stage; each further stage doubles them.
+        stride_in: The convolution of a bottleneck that has the stride; the default is 3x3.
+        zero_init_gamma: Initialize each block as its shortcut (Goyal et al. 2017, 5.1).
 
-    Raises UserError for an option that the network has no place for.
+    Raises UserError for an option that does not apply to the network.
     """
     if stride_in is not None and block is BasicBlock:
         raise UserError(
@@ -192,8 +196,9 @@ def _shortcut(
 
 
 def _initialize(model: nn.Module, zero_init_gamma: bool) -> None:
-    """Normal with variance 2 / fan-out for convolutions (He et al. 2015, "Delving deep into
-    rectifiers"), zero biases.
+    """Initialize convolutions from a normal distribution of variance 2 / fan-out; biases are 0.
+
+    Source: He et al. 2015, "Delving deep into rectifiers".
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -219,8 +224,10 @@ _IMAGENET_BLOCKS = {
 
 
 def _register() -> None:
-    """Every depth, residual and plain. Padding lets all sizes through; below the smallest, some
-    stride finds one pixel alone.
+    """Register every depth, residual and plain.
+
+    Because of padding no input size is an error by itself. Below the smallest input, a layer with
+    stride has a single pixel as its input.
     """
     for family, residual in (("resnet", True), ("plain", False)):
         for depth in _CIFAR_DEPTHS:

@@ -1,6 +1,6 @@
-"""The names that other libraries give to the same weights, and a state dict in any of them.
+"""Conversion of state dicts between Convoy's names and those of other libraries.
 
-A state dict maps names to tensors. *Schemes* of names: ``convoy`` (the layers' own),
+A state dict maps names to tensors. The naming *schemes* are ``convoy`` (the names of the layers),
 ``torchvision`` and ``timm``.
 """
 
@@ -16,7 +16,7 @@ from trainer.models.registry import ModelSpec, get_model_spec, list_models
 StateDictAdapter = Literal["convoy", "torchvision", "timm"]
 State = dict[str, Tensor]
 
-_SUBSTITUTIONS = {  # in this order: a new name may look like an old one further up
+_SUBSTITUTIONS = {  # order matters: a new name may match an earlier pattern
     "resnet": [
         (r"^conv\.", "conv1."),
         (r"^bn\.", "bn1."),
@@ -44,7 +44,7 @@ _TIMM = re.compile(r"resnet(18|34|50|101|152)|vgg(11|13|16|19)(_bn)?")
 
 
 def schemes_of(name: str) -> list[StateDictAdapter]:
-    """Whose names the weights of this model can have."""
+    """Return the schemes that have names for this model's weights."""
     schemes: list[StateDictAdapter] = ["convoy"]
     if _TORCHVISION.fullmatch(name):
         schemes.append("torchvision")
@@ -54,9 +54,9 @@ def schemes_of(name: str) -> list[StateDictAdapter]:
 
 
 def key_map(scheme: StateDictAdapter, variant: ModelSpec, model: nn.Sequential) -> dict[str, str]:
-    """From each name in the model's own state dict to that in ``scheme``.
+    """Return the mapping from the model's state dict names to those in ``scheme``.
 
-    Raises UserError where that library does not have the network.
+    Raises UserError if that library does not have the model.
     """
     own = list(model.state_dict())
     if scheme == "convoy":
@@ -84,8 +84,9 @@ def _substituted(name: str, family: str) -> str:
 
 
 def _numbered(model: nn.Sequential) -> dict[str, str]:
-    """torchvision's AlexNet and VGG number their layers before and after the average pooling:
-    ``features.0.``, ...
+    """Return the prefix of each layer in torchvision's AlexNet and VGG, such as ``features.0.``.
+
+    torchvision numbers the layers before and after the average pooling.
     """
     prefixes, part, number = {}, "features", 0
     for name, _ in model.named_children():
@@ -98,20 +99,23 @@ def _numbered(model: nn.Sequential) -> dict[str, str]:
 
 
 def head_names(model: nn.Sequential) -> list[str]:
-    """Names of the weights whose shape follows ``num_classes``, auxiliary heads' too."""
+    """Return the names of weights whose shape depends on ``num_classes``.
+
+    These include the auxiliary heads' weights.
+    """
     last = ("head.weight", "head.bias", "head.fc.weight", "head.fc.bias")
     return [name for name in model.state_dict() if name in last or re.match(r"aux\d\.fc2\.", name)]
 
 
 def auxiliary_names(model: nn.Sequential) -> list[str]:
-    """Names of the weights that only training uses."""
+    """Return the names of weights that only training uses."""
     return [name for name in model.state_dict() if re.match(r"aux\d\.", name)]
 
 
 def detect(
     state: Mapping[str, Tensor], variant: ModelSpec, model: nn.Sequential
 ) -> StateDictAdapter:
-    """The scheme in which most names of ``state`` are the model's."""
+    """Return the scheme with the most names of ``state`` that belong to the model."""
     return max(
         schemes_of(variant.name),
         key=lambda scheme: len(set(key_map(scheme, variant, model).values()) & set(state)),
@@ -119,12 +123,11 @@ def detect(
 
 
 def export_state(scheme: StateDictAdapter, name: str, model: nn.Sequential) -> State:
-    """The model's weights under another library's names and in its shapes."""
+    """Return the model's weights with another library's names and shapes."""
     names = key_map(scheme, get_model_spec(name), model)
     state = {names[own]: value.detach() for own, value in model.state_dict().items()}
-    if scheme == "timm" and name.startswith(
-        "vgg"
-    ):  # its fully connected layers are convolutions over the whole image
+    # timm's fully connected layers are convolutions over the full image
+    if scheme == "timm" and name.startswith("vgg"):
         side = cast(nn.AdaptiveAvgPool2d, model.get_submodule("avgpool")).output_size
         assert isinstance(side, int)
         for key, kernel in (("pre_logits.fc1.weight", side), ("pre_logits.fc2.weight", 1)):
@@ -135,7 +138,7 @@ def export_state(scheme: StateDictAdapter, name: str, model: nn.Sequential) -> S
 def to_native_state_dict(
     state: Mapping[str, Tensor], scheme: StateDictAdapter, variant: ModelSpec, model: nn.Sequential
 ) -> State:
-    """A state dict in the model's own names; those that the model does not have stay as they are."""
+    """Convert a state dict to the model's own names. Unknown names are unchanged."""
     own = {theirs: name for name, theirs in key_map(scheme, variant, model).items()}
     convolved = ("pre_logits.fc1.weight", "pre_logits.fc2.weight") if scheme == "timm" else ()
     return {

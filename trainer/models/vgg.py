@@ -1,5 +1,6 @@
-"""VGG: stacked 3x3 convolutions and 2x2 pooling (Simonyan, Zisserman 2015, "Very Deep Convolutional
-Networks", table 1).
+"""VGG: stacked 3x3 convolutions and 2x2 pooling.
+
+Source: Simonyan, Zisserman 2015, "Very Deep Convolutional Networks", table 1.
 """
 
 from typing import Literal
@@ -22,7 +23,7 @@ _FULL = 4096
 """Outputs of a hidden fully connected layer."""
 _CHANNELS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
-"""Of each stage, by depth: the paper's columns A, B, D, E."""
+"""Number of convolutions in each stage, by depth: the paper's columns A, B, D, E."""
 
 
 def vgg(
@@ -37,13 +38,16 @@ def vgg(
     head: HeadKind = "tower",
     filters: Literal["stacked", "single"] = "stacked",
 ) -> nn.Sequential:
-    """[N, 3, H, W] to [N, num_classes].
+    """Build VGG, from [N, 3, H, W] to [N, num_classes].
 
-    ``stem`` small: the first pooling is left out, and one average pixel goes to the fully connected
-    layers. ``width``: channels of the first stage; all others, and the fully connected layers,
-    follow in proportion. ``head`` average: as GoogLeNet's. ``filters`` single: each stage's n
-    convolutions of 3x3 become one of 2n + 1, whose receptive field is theirs, as in the paper's
-    shallow net of 5x5 filters (section 4).
+    Args:
+        stem: ``small`` omits the first pooling and passes one average pixel to the fully connected
+            layers.
+        width: Channels of the first stage; all others, and the fully connected layers, scale in
+            proportion.
+        head: ``average`` is GoogLeNet's head.
+        filters: ``single`` replaces each stage's n convolutions of 3x3 by one of 2n + 1, which has
+            the same receptive field, as in the paper's shallow net of 5x5 filters (section 4).
     """
     layers: list[tuple[str, nn.Module]] = []
     channels = 3
@@ -82,8 +86,10 @@ def vgg(
 
 
 def _initialize(model: nn.Sequential) -> None:
-    """Glorot, Bengio (2010) with zero biases, by which the paper (3.1) trains every depth without a
-    shallower net before it.
+    """Initialize weights as in Glorot, Bengio (2010) and biases with zeros.
+
+    With this initialization the paper (3.1) trains every depth without first training a shallower
+    net.
     """
     for layer in model.children():
         if isinstance(layer, nn.Conv2d | nn.Linear):

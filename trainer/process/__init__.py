@@ -1,3 +1,1 @@
-"""One operating system process: its environment, standard streams, signals, limits, child
-processes.
-"""
+"""Support for one OS process: environment, standard streams, signals, limits, child processes."""

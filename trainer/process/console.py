@@ -1,4 +1,4 @@
-"""Progress of a run: a live bar on a terminal, plain lines in a pod."""
+"""Shows training progress: a live bar on a terminal, plain lines in a pod."""
 
 import sys
 import time
@@ -11,8 +11,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgress:
-    """``update`` as often as there is news; ``note`` for what should stay on the screen. A quiet
-    one says nothing.
+    """Progress output of a training run.
+
+    Call ``update`` whenever the progress changes and ``note`` for text that should stay on the
+    screen. If ``quiet`` is true, nothing is printed.
     """
 
     def __init__(self, total_steps: int, quiet: bool) -> None:
@@ -43,7 +45,10 @@ class TrainingProgress:
             print(f"step {step}/{self._total} {text}{self._left(step)}", flush=True)
 
     def _left(self, step: int) -> str:
-        """The time that the rest will take at the pace since the first line, evaluation included."""
+        """Returns the estimated remaining time as text.
+
+        Extrapolates the pace since the first line, including evaluation.
+        """
         now = time.monotonic()
         first, then = self._first = self._first or (step, now)
         if step in (first, self._total):

@@ -1,16 +1,18 @@
-"""The number of files that this process and its ranks may open."""
+"""The limit on open files of this process and its ranks."""
 
 import resource
 
 from trainer.errors import UserError
 
-_NEEDED = 256  # libraries, shards, connections and pipes of a rank that reads from an object store
+# Libraries, shards, connections and pipes of a rank that reads from an object store.
+_NEEDED = 256
 _ENOUGH = 65_536
 
 
 def raise_open_file_limit() -> None:
-    """Raise the soft limit towards the hard one. Raises UserError if a rank cannot work within the
-    hard one.
+    """Raises the soft limit towards the hard limit.
+
+    Raises UserError if the hard limit is too low for a rank.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)

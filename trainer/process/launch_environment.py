@@ -1,6 +1,4 @@
-"""What the environment says about ranks and nodes: variables of launchers, leftovers of others, and
-the ranks' own.
-"""
+"""Environment variables of ranks and nodes: set by launchers, left over, or set by Convoy."""
 
 import os
 import re
@@ -13,14 +11,15 @@ from trainer.errors import UserError
 from trainer.process.proxies import is_loopback
 
 LAUNCHER_PID = "CONVOY_LAUNCHER_PID"
-"""Process id of the launcher that started this rank and ends it."""
+"""Process ID of the launcher that started this rank and will end it."""
 STORE_FD = "CONVOY_STORE_FD"
-"""Rank 0's listening socket of the rendezvous store, at MASTER_ADDR:MASTER_PORT; empty for other
-ranks on this machine.
+"""File descriptor of rank 0's listening socket for the rendezvous store, at
+MASTER_ADDR:MASTER_PORT; empty for other ranks on this machine.
 """
 RUN_ID_FILE = "CONVOY_RUN_ID_FILE"
-"""File in which rank 0 keeps the id of an MLflow run that it has not ended yet. Its folder also
-holds a file for each local rank, which the rank removes when its work is done.
+"""File in which rank 0 stores the ID of an MLflow run that it has not ended yet.
+
+Its folder also contains one file per local rank, which the rank removes when its work is done.
 """
 
 _LAUNCHER_PREFIXES = (
@@ -42,8 +41,9 @@ _REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def without_launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` without what launchers set for their ranks, and without Python options that
-    change a program.
+    """Returns ``environment`` without variables that launchers set for their ranks.
+
+    Python options that change how a program behaves are removed as well.
     """
     kept = {
         name: value
@@ -61,10 +61,10 @@ def without_launcher_variables(environment: Mapping[str, str]) -> dict[str, str]
 def local_rank_environment(
     environment: Mapping[str, str], rank: int, world_size: int, port: int
 ) -> dict[str, str]:
-    """All variables of a rank of a run on this machine, whatever is left in ``environment``.
+    """Returns the complete environment of a rank of a local run, regardless of leftover variables.
 
-    ``port``: of the rendezvous store on 127.0.0.1. The ranks connect over the loopback interface:
-    neither the host's name nor its networks matter.
+    ``port``: port of the rendezvous store on 127.0.0.1. The ranks connect over the loopback
+    interface, so the host name and its networks do not matter.
     """
     threads = _thread_limit(environment) or str(max(1, cpus(environment) // world_size))
     loopback = loopback_interface()
@@ -79,25 +79,24 @@ def local_rank_environment(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": threads,
-        # as torchrun
+        # the same default as torchrun
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": environment.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
-        # a peer that is gone is reported by its own line, not by stack traces of those that wait
-        # for it
+        # a lost peer is reported by its own error message; stack traces of the ranks that wait
+        # for it would only hide that
         "TORCH_CPP_LOG_LEVEL": environment.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         "PYTHONSAFEPATH": "1",
     }  # fmt: skip
 
 
 def become_only_rank() -> None:
-    """Give this process, which no launcher started, the environment of the only rank of a local
-    run.
-    """
+    """Sets the environment of the only rank of a local run. No launcher started this process."""
     _replace_environment(local_rank_environment(os.environ, 0, 1, 0))
 
 
 def drop_leftovers() -> None:
-    """Remove from this process's environment what no local run may depend on: the launcher imports
-    torch, too.
+    """Removes from this process's environment the variables that a local run must not depend on.
+
+    Needed in the launcher as well, because it imports torch.
     """
     environment = without_launcher_variables(os.environ)
     if _thread_limit(environment) is None:
@@ -117,24 +116,24 @@ def _replace_environment(environment: Mapping[str, str]) -> None:
 
 
 def cpus(environment: Mapping[str, str] = os.environ) -> int:
-    """Those that the pod requested, rounded up: ranks that count on all of the node's spin for each
-    other's.
+    """Returns the number of CPUs that the pod requested, rounded up, or else this process's CPUs.
 
-    Else those of this process.
+    Ranks that assume they have all of the node's CPUs spin while they wait for each other.
     """
     requested = environment.get("CONVOY_CPUS", "")
     return int(requested) if re.fullmatch(r"[1-9]\d*", requested) else len(os.sched_getaffinity(0))
 
 
 def loopback_interface() -> str | None:
-    """``lo`` on Linux; None if there is none of a known name."""
+    """Returns ``lo`` on Linux; None if no interface has a known loopback name."""
     names = [name for _, name in socket.if_nameindex()]
     return next((name for name in ("lo", "lo0") if name in names), None)
 
 
 def check_single_node(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError if several nodes or tasks run this command: each would train alone, into the
-    same output and checkpoints.
+    """Raises UserError if several nodes or tasks run this command.
+
+    Each of them would train alone and write to the same output and checkpoints.
     """
     described = _several_nodes(environment) or _several_tasks(environment)
     if described:
@@ -155,8 +154,9 @@ def check_single_node(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_working_directory() -> None:
-    """Raise UserError if it was deleted: relative paths mean nothing then, and libraries fail to
-    load.
+    """Raises UserError if the working directory was deleted.
+
+    Relative paths would be invalid, and libraries would fail to load.
     """
     try:
         os.getcwd()
@@ -167,8 +167,9 @@ def check_working_directory() -> None:
 
 
 def leftovers(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Names of variables of another launcher that a local run ignores and that a user may wonder
-    about.
+    """Returns the names of another launcher's variables that a local run ignores.
+
+    The user is informed of them.
     """
     return [name for name in (*_REQUIRED, "LOCAL_WORLD_SIZE") if name in environment]
 
@@ -185,8 +186,8 @@ def _several_nodes(environment: Mapping[str, str]) -> str | None:
     if _number(environment, "GROUP_WORLD_SIZE") > 1:
         return f"GROUP_WORLD_SIZE={environment['GROUP_WORLD_SIZE']}"
     address, world_size = environment.get("MASTER_ADDR", ""), _number(environment, "WORLD_SIZE")
-    # a PyTorchJob without an elasticPolicy, whose master's address is localhost in its own pod,
-    # sets no LOCAL_RANK
+    # A PyTorchJob without an elasticPolicy sets no LOCAL_RANK, and its master's address is
+    # localhost in the master's pod.
     by_operator = "LOCAL_RANK" not in environment or "KUBERNETES_SERVICE_HOST" in environment
     several = world_size > 1 and world_size != _number(environment, "LOCAL_WORLD_SIZE")
     if address and several and (by_operator or _is_remote(address)):
@@ -195,13 +196,16 @@ def _several_nodes(environment: Mapping[str, str]) -> str | None:
 
 
 def _several_tasks(environment: Mapping[str, str]) -> str | None:
-    """SLURM's srun and MPI's mpirun start the same command once per task."""
+    """Returns the variable that shows that SLURM's srun or MPI's mpirun started several tasks.
+
+    Both start the same command once per task.
+    """
     started_by_slurm = any(
         name in environment for name in ("SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID")
     )
     step = ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"]
-    # within a step (srun) the job's counts are those of all steps: `srun --nodes=1 --ntasks=1
-    # convoy train ...` is one task
+    # Within a step (srun) the job's counts cover all steps, so they are ignored there:
+    # `srun --nodes=1 --ntasks=1 convoy train ...` is one task.
     job = (
         [] if any(name in environment for name in step) else ["SLURM_NNODES", "SLURM_JOB_NUM_NODES"]
     )
@@ -226,7 +230,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def _is_remote(address: str) -> bool:
-    """Whether ``address`` is neither loopback nor this machine's name."""
+    """Returns whether ``address`` is neither loopback nor this machine's name."""
     own = socket.gethostname()
     if address.strip() in ("", own, own.partition(".")[0]):
         return False
@@ -234,10 +238,10 @@ def _is_remote(address: str) -> bool:
 
 
 def check_rank_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
-    """Rank, world size and local rank of this process; (0, 1, 0) if no launcher started it.
+    """Returns rank, world size and local rank of this process: (0, 1, 0) if no launcher started it.
 
-    Raises UserError for variables of a launcher that are incomplete, inconsistent or left over from
-    another process: waiting for ranks that do not exist would never end.
+    Raises UserError if a launcher's variables are incomplete, inconsistent or left over from
+    another process, because waiting for ranks that do not exist would never end.
     """
     given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in environment]
     by_torchrun = bool(given) and "TORCHELASTIC_RUN_ID" in environment and started_by_torchrun()
@@ -272,9 +276,7 @@ def check_rank_environment(environment: Mapping[str, str] = os.environ) -> tuple
 
 
 def started_by_torchrun() -> bool:
-    """Whether one of the processes above this one is torchrun, or runs torch's launcher as a
-    module.
-    """
+    """Returns whether an ancestor process is torchrun or runs torch's launcher as a module."""
     return any(_is_torchrun(command) for command in _ancestor_commands())
 
 
@@ -289,6 +291,6 @@ def _ancestor_commands() -> list[list[str]]:
 
     commands = []
     for process in psutil.Process().parents():
-        with suppress(psutil.Error):  # it ended meanwhile, or belongs to another user
+        with suppress(psutil.Error):  # the process has ended or belongs to another user
             commands.append(process.cmdline())
     return commands

@@ -1,4 +1,4 @@
-"""Which services are reached without a proxy: those on this machine and inside the cluster."""
+"""Excludes services on this machine and inside the cluster from proxies."""
 
 import ipaddress
 import os
@@ -18,11 +18,11 @@ _SERVICE_VARIABLES = (
 
 
 def bypass_proxies_for_local_services(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Extend no_proxy and NO_PROXY by loopback, cluster domains and local services that
-    ``environment`` names.
+    """Excludes local services from proxies in no_proxy and NO_PROXY.
 
-    Both variables get the union of both: requests, urllib, botocore and reqwest (obstore) differ in
-    which they read first. Nothing changes when no proxy is configured.
+    Adds loopback, cluster domains and the local services that ``environment`` names. Both variables
+    get the union of both, because requests, urllib, botocore and reqwest (obstore) differ in which
+    one they read first. Does nothing if no proxy is configured.
     """
     if not any(environment.get(name) or environment.get(name.upper()) for name in _PROXY_VARIABLES):
         return
@@ -36,7 +36,7 @@ def bypass_proxies_for_local_services(environment: MutableMapping[str, str] = os
 
 
 def is_local(host: str) -> bool:
-    """Whether ``host`` is this machine, a name without a dot or a Kubernetes service."""
+    """Returns whether ``host`` is this machine, a name without a dot or a Kubernetes service."""
     name = host.strip("[]").rstrip(".").lower()
     return (
         is_loopback(name)
@@ -46,7 +46,7 @@ def is_local(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` is localhost, a loopback address or the unspecified one."""
+    """Returns whether ``host`` is localhost, a loopback address or the unspecified address."""
     name = host.strip().strip("[]").rstrip(".").lower()
     try:
         address = ipaddress.ip_address(name)
@@ -59,4 +59,4 @@ def _host(url: str) -> str | None:
     try:
         return urlsplit(url if "://" in url else f"//{url}").hostname
     except ValueError:
-        return None  # whoever connects to it reports the error
+        return None  # the client that connects to it reports the error

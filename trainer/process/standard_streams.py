@@ -1,4 +1,4 @@
-"""Standard streams that never end a run: closed ones, and a terminal or pipe that goes away."""
+"""Standard streams that cannot end a run: closed streams, hung-up terminals and broken pipes."""
 
 import errno
 import io
@@ -10,8 +10,9 @@ _CANNOT_BE_WRITTEN = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ENOSPC, errno.E
 
 
 class _LossyOutput(io.FileIO):
-    """A file descriptor whose writes never fail for good: a closed pipe, a terminal that hung up, a
-    full disk.
+    """A file descriptor whose writes succeed on a closed pipe, a hung-up terminal or a full disk.
+
+    Data that cannot be written is discarded.
     """
 
     def write(self, data: Any) -> int:
@@ -24,11 +25,11 @@ class _LossyOutput(io.FileIO):
 
 
 def secure_standard_streams() -> None:
-    """Open closed standard streams on /dev/null; make output that nobody reads, or cannot be
-    encoded, no error.
+    """Opens closed standard streams on /dev/null and makes output errors harmless.
 
-    A closed descriptor would become that of the next opened file, such as a checkpoint or a
-    connection, and everything that is printed would go there.
+    Output that nobody reads or that cannot be encoded does not raise. A closed descriptor would be
+    reused by the next opened file, such as a checkpoint or a connection, and everything that is
+    printed would go into it.
     """
     for descriptor in range(3):
         try:

@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop: SIGTERM, SIGINT, SIGHUP and SIGQUIT."""
+"""Handles the signals that ask a process to stop: SIGTERM, SIGINT, SIGHUP and SIGQUIT."""
 
 import os
 import signal
@@ -10,37 +10,34 @@ from typing import Any, NoReturn
 from trainer.errors import Preempted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_STUCK_SECONDS = 3.0  # until a main thread that has not noticed the signal is held to be blocked
-_UNWIND_SECONDS = 30.0  # that one has to clean up which has
-_FORCE_SECONDS = (
-    1.0  # between two SIGINTs of an impatient user; one key press may be delivered twice
-)
+_STUCK_SECONDS = 3.0  # after which a main thread that did not see the signal counts as blocked
+_UNWIND_SECONDS = 30.0  # for a main thread that saw the signal to clean up
+# Minimum time between the two SIGINTs of an impatient user; one key press may be delivered twice.
+_FORCE_SECONDS = 1.0
 
 
 class StopSignals:
-    """Before ``defer`` the first signal raises Preempted in the main thread; after it, signals are
-    only recorded.
+    """Handles stop signals: raises Preempted until ``defer`` is called, then only records them.
 
-    A main thread that is blocked in native code, such as connecting to a rendezvous, cannot raise:
-    the process then ends after 3 s. A signal that was ignored when the process started, such as
-    SIGHUP under nohup, stays ignored.
+    Preempted is raised in the main thread. A main thread that is blocked in native code, such as
+    connecting to a rendezvous, cannot raise; the process then exits after 3 s. A signal that was
+    ignored when the process started, such as SIGHUP under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """The first signal's number."""
+        """Number of the first signal received."""
         self.forced = False
-        """A second SIGINT came: do not wait for a checkpoint."""
+        """Whether a second SIGINT arrived, which means: do not wait for a checkpoint."""
         self._first_time = 0.0
         self._action: Callable[[int], None] = _terminate
 
     def install(self) -> None:
-        """In the main thread."""
+        """Installs the handlers. Must be called in the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        signal.set_wakeup_fd(
-            writer, warn_on_full_buffer=False
-        )  # written to even if the main thread is blocked
+        # The wakeup descriptor is written to even if the main thread is blocked.
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -49,19 +46,17 @@ class StopSignals:
         ).start()
 
     def defer(self, action: Callable[[int], None] = lambda number: None) -> None:
-        """From now on the first signal calls ``action`` with its number instead of raising
-        Preempted.
-        """
+        """Makes the first signal call ``action`` with its number instead of raising Preempted."""
         self._action = action
 
     def resume(self) -> None:
-        """Undo ``defer``. Raises Preempted if a signal came meanwhile."""
+        """Undoes ``defer``. Raises Preempted if a signal has arrived in the meantime."""
         self._action = _terminate
         if self.received is not None:
             raise Preempted(self.received)
 
     def ignore(self) -> None:
-        """The outcome of the process is decided; it ends by itself."""
+        """Ignores all stop signals: the outcome is decided and the process is about to exit."""
         self._action = lambda number: None
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)

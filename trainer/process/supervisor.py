@@ -1,4 +1,4 @@
-"""Run the ranks of one machine as child processes: start, watch, stop and clean up."""
+"""Runs the ranks of one machine as child processes: starts, watches, stops and cleans up."""
 
 import math
 import os
@@ -22,25 +22,26 @@ from trainer.process.launch_environment import (
 from trainer.process.stop_signals import StopSignals
 
 STOP_SECONDS = 100.0
-"""That ranks have for a checkpoint after a stop signal; less than the pods' grace period."""
-_LOST_PEER_SECONDS = 30.0  # that ranks have to end after one has failed
-_REPORT_SECONDS = 2.0  # until those that have not ended by themselves are asked to
+"""Time for ranks to write a checkpoint after a stop signal; less than the pods' grace period."""
+_LOST_PEER_SECONDS = 30.0  # for the ranks to exit after one has failed
+_REPORT_SECONDS = 2.0  # after which ranks that have not exited by themselves are terminated
 _POLL_SECONDS = 0.1
 _ENTRY = Path(__file__).parents[2] / "convoy_entry" / "run.py"
 
 
 def python_command(module: str) -> list[str]:
-    """The command that calls ``main`` of a module of this installation, whatever the working
-    directory contains.
+    """Returns the command that calls ``main`` of a module of this installation.
+
+    It does not depend on the contents of the working directory.
     """
     return [sys.executable, "-P", str(_ENTRY), module]
 
 
 def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: StopSignals) -> int:
-    """Run ``procs`` ranks on this machine until all have ended; returns the exit code of the run.
+    """Runs ``procs`` ranks on this machine until all have ended; returns the exit code of the run.
 
-    A stop signal is forwarded once, as SIGTERM; a rank that fails ends the others. No process that
-    a rank started outlives this. From here on ``signals`` are deferred.
+    A stop signal is forwarded once, as SIGTERM; a failing rank makes the others end. No process
+    started by a rank outlives this call. Defers ``signals`` from here on.
     """
     signals.defer()
     ranks: list[subprocess.Popen[bytes]] = []
@@ -72,10 +73,10 @@ def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: Stop
 
 
 def exit_code(codes: Iterable[int], received: int | None) -> int:
-    """The run's exit code by those of its ranks (negative: killed by a signal) and the launcher's
-    stop signal.
+    """Returns the run's exit code, from its ranks' codes and the launcher's stop signal.
 
-    0 if all succeeded; else the most telling: the user's mistake, a bug, a stop, else "retry".
+    A negative code is that of a rank killed by a signal. Returns 0 if all ranks succeeded;
+    otherwise the most informative code: a user error, a bug, a stop, or "retry", in this order.
     """
     failed = {code for code in codes if code != 0}
     for code in (EXIT_USER, EXIT_BUG):
@@ -85,16 +86,15 @@ def exit_code(codes: Iterable[int], received: int | None) -> int:
         return 0
     if received is not None:
         return 128 + received
-    return (
-        EXIT_PREEMPTED if failed == {EXIT_PREEMPTED} else EXIT_RETRY
-    )  # one that was killed is a lost peer
+    # A rank that was killed counts as a lost peer.
+    return EXIT_PREEMPTED if failed == {EXIT_PREEMPTED} else EXIT_RETRY
 
 
 class UnfinishedRanks:
-    """The local ranks that have not called ``report_finished``: an exit code of 0 alone does not
-    prove that the work is done.
+    """Local ranks that have not called ``report_finished``.
 
-    A file stands for each, since torch's agent passes no pipe on; removing it needs no space.
+    An exit code of 0 alone does not prove that the work is done. Each rank has a file, because
+    torch's agent does not pass on pipes; removing a file needs no disk space.
     """
 
     def __init__(self, run_id_file: Path, procs: int) -> None:
@@ -106,8 +106,9 @@ class UnfinishedRanks:
         return self._files[local_rank].exists()
 
     def code_of(self, local_rank: int, code: int | None) -> int | None:
-        """What the exit code of a rank means, None while it runs. A rank that ended early with 0 is
-        a lost peer.
+        """Returns the effective exit code of a rank, or None while it runs.
+
+        A rank that exited early with 0 counts as a lost peer.
         """
         return EXIT_RETRY if code == 0 and local_rank in self else code
 
@@ -117,17 +118,19 @@ def _unfinished_file(run_id_file: Path, local_rank: int | str) -> Path:
 
 
 def report_finished() -> None:
-    """Let the launcher know that this rank has done its work."""
+    """Tells the launcher that this rank has finished its work."""
     if file := os.environ.get(RUN_ID_FILE):
-        with suppress(OSError):  # the launcher is gone
+        with suppress(OSError):  # the launcher has exited
             _unfinished_file(Path(file), os.environ["LOCAL_RANK"]).unlink(missing_ok=True)
 
 
 def _start(
     ranks: list["subprocess.Popen[bytes]"], procs: int, arguments: list[str], run_id_file: Path
 ) -> None:
-    """Rank 0 inherits the listening socket of the rendezvous store, so that no other process can
-    take its port.
+    """Starts the ranks.
+
+    Rank 0 inherits the listening socket of the rendezvous store, so that no other process can take
+    its port.
     """
     with socket.create_server(("127.0.0.1", 0), backlog=max(128, procs)) as listener:
         port = listener.getsockname()[1]
@@ -150,9 +153,9 @@ def _start(
 def _watch(
     ranks: list["subprocess.Popen[bytes]"], unfinished: UnfinishedRanks, signals: StopSignals
 ) -> set[int]:
-    """Until all have ended. Returns the ranks that were asked to end or killed.
+    """Waits until all ranks have ended. Returns the ranks that were terminated or killed.
 
-    Ranks that lose a peer get a moment to report it and end by themselves.
+    Ranks that lose a peer get a moment to report it and exit by themselves.
     """
     asked: set[int] = set()
     ask_at = give_up = math.inf
@@ -184,8 +187,10 @@ def _watch(
 
 
 def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
-    """Kills what an ended rank left, before its process id, which is also its group's, becomes
-    free.
+    """Returns whether a rank has ended, and kills the processes it left behind.
+
+    They are killed before the rank is reaped, while its process ID, which is also its group's,
+    cannot be reused.
     """
     if process.returncode is None:
         if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -196,15 +201,19 @@ def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
 
 
 def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    """The rank, if it still runs, and what it started: it leads a session of its own."""
+    """Kills the rank, if it still runs, and the processes it started.
+
+    Each rank leads its own session.
+    """
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
 def _suspended_together(ranks: list["subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """Ctrl-Z stops the ranks with this process, and ``fg`` continues them: they are not in the
-    terminal's group.
+    """Stops the ranks together with this process on Ctrl-Z, and continues them on ``fg``.
+
+    The ranks are not in the terminal's process group.
     """
 
     def suspend(number: int, frame: Any) -> None:

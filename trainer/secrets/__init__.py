@@ -1,1 +1,1 @@
-"""Credentials: finding them, and keeping them out of logs, files, MLflow and process arguments."""
+"""Credentials: finds them and keeps them out of logs, files, MLflow and process arguments."""

@@ -1,7 +1,7 @@
-"""Credentials taken out of URLs into the environment, where the libraries that need them look.
+"""Moves credentials from URLs to the environment variables that libraries read.
 
-From then on no configuration, process argument, log line or file of a run can hold them. Called at
-the start of every process and for every configuration that is read.
+After that, no configuration, process argument, log line or file of a run can contain them. Called
+at the start of every process and for every configuration that is read.
 """
 
 import os
@@ -20,14 +20,17 @@ _SERVER = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _DATABASE = ("PGUSER", "PGPASSWORD")
 _POSTGRESQL = ("postgresql", "postgres")
 _HOST = "CONVOY_CREDENTIALS_HOST"
-"""Names the server whose credentials were taken, so that no other one is sent them."""
+"""Environment variable that names the server whose credentials were taken, so that they are not
+sent to any other server.
+"""
 _REFUSED = "credentials do not belong in a URL or a recipe; set them in the environment"
 
 
 def take_credentials(overrides: Sequence[str] = ()) -> list[str]:
-    """Take the credentials of MLflow out of the environment's URIs and out of ``overrides``
-    (key=value), and return ``overrides`` without them. Raises UserError, without echoing a value,
-    for credentials under another key.
+    """Removes MLflow credentials from the environment's URIs and from ``overrides`` (key=value).
+
+    Returns ``overrides`` without them. Raises UserError, without echoing a value, for credentials
+    under another key.
     """
     for name in _URI_VARIABLES:
         if uri := os.environ.get(name):
@@ -49,8 +52,9 @@ def take_credentials(overrides: Sequence[str] = ()) -> list[str]:
 
 
 def take_from_values(values: dict[str, Any]) -> None:
-    """The same for a recipe that was read: ``tracking.uri`` loses its credentials; others are
-    refused.
+    """Removes the credentials of ``tracking.uri`` from a parsed recipe.
+
+    Raises UserError for credentials under any other key.
     """
     tracking = values.get("tracking")
     if isinstance(tracking, dict) and isinstance(uri := tracking.get("uri"), str):
@@ -66,9 +70,10 @@ def take_from_values(values: dict[str, Any]) -> None:
 
 
 def take_from_uri(uri: str, where: str) -> str:
-    """``uri`` without credentials, which are now in the variables that MLflow (or PostgreSQL's
-    client) reads. Raises UserError, which names ``where`` and does not echo the URI, if that is
-    impossible.
+    """Returns ``uri`` without credentials, after moving them to environment variables.
+
+    These are the variables that MLflow (or PostgreSQL's client) reads. Raises UserError, which
+    names ``where`` and does not echo the URI, if that is impossible.
     """
     scheme, separator, rest = uri.partition("://")
     end = min((rest.index(mark) for mark in "/?#" if mark in rest), default=len(rest))
@@ -107,8 +112,9 @@ def take_from_uri(uri: str, where: str) -> str:
 
 
 def _may_hold_password(uri: str, kind: str) -> bool:
-    """Whether a text that no parser takes for credentials could be some, such as
-    ``http://me:123/x@host`` and what has no scheme. Files may have any name.
+    """Returns whether text that no parser accepts as credentials could still contain some.
+
+    Examples are ``http://me:123/x@host`` and text without a scheme. Files may have any name.
     """
     if kind in ("sqlite", "file") or (uri.startswith(("/", ".")) and not uri.startswith("//")):
         return False
@@ -118,8 +124,9 @@ def _may_hold_password(uri: str, kind: str) -> bool:
 
 
 def without_credentials(recipe: str) -> str:
-    """The text of a recipe for a run's records. What only YAML's escapes hide is redacted too, at
-    the cost of the layout.
+    """Returns the text of a recipe for a run's records, without credentials.
+
+    Credentials that YAML escapes hide are redacted as well, at the cost of the layout.
     """
     text = redact_credentials(recipe)
     values = yaml.safe_load(text)
@@ -129,7 +136,10 @@ def without_credentials(recipe: str) -> str:
 
 
 def refuse_credentials(texts: Mapping[str, str]) -> None:
-    """Raises UserError that names which of ``texts`` hold credentials, for what becomes a manifest."""
+    """Raises UserError that names the ``texts`` with credentials.
+
+    Used for text that becomes part of a manifest.
+    """
     faults = [
         f"{name}: holds credentials, which a manifest would show to everybody; put "
         "MLFLOW_TRACKING_USERNAME and "
@@ -152,7 +162,7 @@ def _redacted(values: Any) -> Any:
 
 
 def _drop_foreign(uri: str) -> None:
-    """Forget credentials that were taken from the URI of another server."""
+    """Discards credentials that were taken from the URI of a different server."""
     taken = os.environ.get(_HOST)
     scheme, _, rest = uri.partition("://")
     if taken and scheme.lower() in ("http", "https") and rest.partition("/")[0].lower() != taken:
@@ -161,7 +171,7 @@ def _drop_foreign(uri: str) -> None:
 
 
 def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in nested mappings and lists, with its dotted key."""
+    """Yields every string in nested mappings and lists, with its dotted key."""
     if isinstance(values, dict):
         for name, value in values.items():
             yield from _texts(value, f"{key}.{name}" if key else str(name))

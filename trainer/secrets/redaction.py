@@ -1,7 +1,7 @@
-"""Credentials, removed before anything is printed, logged or written.
+"""Removes credentials from text before it is printed, logged or written.
 
-The first line of defence is that configuration holds none (``trainer.secrets.credentials``); this
-is the second one, for texts that libraries make: error messages, tracebacks, URLs.
+The first line of defense is that the configuration contains none (``trainer.secrets.credentials``).
+This is the second one, for text produced by libraries: error messages, tracebacks, URLs.
 """
 
 import os
@@ -12,7 +12,7 @@ from urllib.parse import quote, quote_plus, unquote
 HIDDEN = "***"
 
 _USER_INFO = re.compile(r"(?<=://)[^/\s?#\"'<>]*@")
-# A password with characters that should have been percent-encoded: a colon that no port follows.
+# A password whose characters should have been percent-encoded: a colon not followed by a port.
 _ODD_USER_INFO = re.compile(r"(?<=://)[^/\s@:\"'<>]*:(?!\d{1,5}(?:[/?#\s]|$))[^\s\"'<>]*@")
 _QUERY = re.compile(
     r"(?i)(?P<name>(?<=[?&;#])(?:[a-z0-9_.~-]|%2D)*"
@@ -29,14 +29,15 @@ _BEARER = re.compile(
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:PG)?(?:PASSWORD|PASSWD|SECRET|TOKEN|SECRET_ACCESS_KEY|ACCESS_KEY|ACCOUNT_KEY|SAS_KEY|API_KEY)$"
 )
-_SECRET_VALUE = re.compile(
-    r"(?=.*[^a-z]).{6,}|.{16,}", re.DOTALL
-)  # others are words of innocent text
+# Any other value may be a word of ordinary text.
+_SECRET_VALUE = re.compile(r"(?=.*[^a-z]).{6,}|.{16,}", re.DOTALL)
 
 
 def redact_credentials(text: str) -> str:
-    """``text`` without the user name and password of any URL in it, and with the values of signing
-    parameters and authorization headers hidden. Text without credentials is returned unchanged.
+    """Removes credentials from ``text``.
+
+    Removes the user name and password from every URL, and hides the values of signing parameters
+    and authorization headers. Text without credentials is returned unchanged.
     """
     text = _ODD_USER_INFO.sub("", _USER_INFO.sub("", text))
     for pattern in (_QUERY, _HEADER, _BEARER):
@@ -45,8 +46,10 @@ def redact_credentials(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """The same, and without the secret values that this process's environment holds, as they are,
-    percent-encoded or in base64. For everything that is printed.
+    """Removes credentials and the secret values of this process's environment from ``text``.
+
+    Secrets are found as they are, percent-encoded or in base64. Used for everything that is
+    printed.
     """
     text = redact_credentials(text)
     for secret in _secrets():
@@ -60,12 +63,15 @@ def _hide(found: re.Match[str]) -> str:
 
 
 def _secrets() -> list[str]:
-    """The longest first, so that one that contains another disappears entirely."""
+    """Returns the secret values, longest first.
+
+    A value that contains another one is then removed completely.
+    """
     values: set[str] = set()
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name.upper()):
             values.add(value)
-        elif found := re.search(r"://[^/\s?#:]*:([^/\s?#]*)@", value):  # proxies
+        elif found := re.search(r"://[^/\s?#:]*:([^/\s?#]*)@", value):  # proxy variables
             values |= {found[1], unquote(found[1])}
     secrets = {value for value in values if _SECRET_VALUE.fullmatch(value)}
     forms = (

@@ -1,4 +1,4 @@
-"""MLflow: what a run reports, kept in a spool until the server has accepted it."""
+"""MLflow tracking: entries stay in a spool until the server has accepted them."""
 
 from trainer.tracking.server import configure_mlflow as configure_mlflow
 from trainer.tracking.system_metrics import SystemMetrics as SystemMetrics

@@ -1,4 +1,4 @@
-"""Classifies the errors of MLflow's client: try again, fix the credentials, or give the entry up."""
+"""Classifies MLflow client errors: retry, fix the credentials, or drop the entry."""
 
 import re
 from collections.abc import Iterator
@@ -22,17 +22,17 @@ _REASON_LENGTH = 300
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a request to MLflow failed.
+    """The reason why a request to MLflow failed.
 
-    ``unreachable``: the network, the server's load or its own fault, a retry may succeed;
-    ``unauthorized``: the credentials are missing, wrong or insufficient; ``rejected``: the same
+    ``unreachable``: a network fault, an overloaded server or a server error; a retry may succeed.
+    ``unauthorized``: the credentials are missing, wrong or insufficient. ``rejected``: the same
     request will fail again.
     """
 
     kind: Literal["unreachable", "unauthorized", "rejected"]
     reason: str
     status: int | None = None
-    """The HTTP status, if there was an answer."""
+    """HTTP status, if the server responded."""
 
     @property
     def may_succeed_later(self) -> bool:
@@ -40,7 +40,7 @@ class Fault:
 
 
 class DeliveryStopped(Exception):
-    """The server as a whole, or the run, takes no entries. ``fault`` says why."""
+    """The server as a whole, or the run, accepts no entries. ``fault`` gives the reason."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.reason)
@@ -60,7 +60,7 @@ class RunMissing(Exception):
 
 
 def classify(error: BaseException) -> Fault:
-    """The fault behind an exception of MLflow's client, requests, botocore or SQLAlchemy."""
+    """Returns the fault behind an exception of MLflow, requests, botocore or SQLAlchemy."""
     status = None
     for cause in _chain(error):
         names = {kind.__name__ for kind in type(cause).__mro__}
@@ -86,7 +86,7 @@ def classify(error: BaseException) -> Fault:
 
 
 def is_service_error(error: BaseException) -> bool:
-    """Whether MLflow, its stores or the network raised it, rather than a bug of the caller."""
+    """Returns whether MLflow, its stores or the network raised the error, not a caller's bug."""
     packages = {
         "mlflow",
         "requests",
@@ -105,7 +105,7 @@ def is_service_error(error: BaseException) -> bool:
 
 _UNAVAILABLE = "TEMPORARILY_UNAVAILABLE"
 _NETWORK_ERRORS = {
-    "ConnectionError",  # of Python, requests and botocore
+    "ConnectionError",  # raised by Python, requests and botocore
     "Timeout",
     "TimeoutError",
     "RetryError",  # requests: the server answered 408, 429 or 5xx until the retries ended
@@ -119,7 +119,7 @@ _NETWORK_ERRORS = {
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception and those that led to it; MLflow raises its own without ``from``."""
+    """Yields the exception and its causes; MLflow raises its own exceptions without ``from``."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -128,11 +128,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _mlflow_status(error: BaseException) -> int | None:
-    """The HTTP status of an MlflowException that came from an answer of the server."""
+    """Returns the HTTP status of an MlflowException that was caused by a server response."""
     if match := _STATUS.search(str(error)):
         return int(match[1])
     status = getattr(error, "get_http_status_code", None)
-    # without a known code it says 500, but a real 500 is a RetryError
+    # MLflow reports 500 if it has no known code; a real 500 is a RetryError.
     return None if status is None or status() == 500 else int(status())
 
 
@@ -145,6 +145,6 @@ def _kind(status: int | None) -> Literal["unreachable", "unauthorized", "rejecte
 
 
 def _text(error: BaseException) -> str:
-    """One line of bounded length without credentials."""
+    """Formats the error as one line of limited length, without credentials."""
     text = " ".join(re.sub(r"<[^>]*>", " ", str(error)).split()) or type(error).__name__
     return redact_credentials(text)[:_REASON_LENGTH]

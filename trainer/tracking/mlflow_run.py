@@ -1,4 +1,4 @@
-"""One run on an MLflow server: found or created by its key, and what it already holds."""
+"""One run on an MLflow server: found or created by its run key, and its existing contents."""
 
 import json
 import os
@@ -20,10 +20,10 @@ _SYSTEM_METRICS_MS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """The smallest thing that the server accepts or rejects.
+    """The smallest unit that the server accepts or rejects.
 
-    ``content`` is kept if it is rejected, ``value`` is what MLflow's client takes, ``digest`` names
-    the entry of the spool.
+    ``content`` is stored if the item is rejected, ``value`` is the object for MLflow's client,
+    ``digest`` identifies the spool entry.
     """
 
     kind: str
@@ -34,8 +34,10 @@ class Item:
 
 @contextmanager
 def single_try() -> Iterator[None]:
-    """Without retries inside MLflow's client, which would repeat a request that is not idempotent
-    after a lost response."""
+    """Disables the retries of MLflow's client.
+
+    They would repeat a request that is not idempotent after a lost response.
+    """
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     before = os.environ.get(name)
     os.environ[name] = "0"
@@ -49,7 +51,10 @@ def single_try() -> Iterator[None]:
 
 
 class MlflowRun:
-    """A run that exists on the server. Made by `open`; raises what MLflow's client raises."""
+    """A run that exists on the server. Create it with `open`.
+
+    Methods raise what MLflow's client raises.
+    """
 
     def __init__(
         self, client: Any, key: str, run: Any, existed: bool, record: DeliveryRecord
@@ -60,7 +65,7 @@ class MlflowRun:
         self.existed = existed
         self.status = str(run.info.status)
         self.live_attempt: int | None = None
-        """The attempt of this process, of which the server has nothing yet."""
+        """The attempt of this process, from which the server has received nothing yet."""
         self._record = record
         self._last = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         self._history: dict[str, set[int]] = {}
@@ -70,8 +75,11 @@ class MlflowRun:
     def open(
         cls, client: Any, key: str, entries: Mapping[int, Entry], record: DeliveryRecord
     ) -> "MlflowRun":
-        """Find the run by its id or key, or create it. Raises RunUnavailable if it was deleted, if
-        its experiment was, or if nothing says how to create it."""
+        """Finds the run by its ID or key, or creates it.
+
+        Raises RunUnavailable if the run or its experiment was deleted, or if no entry describes how
+        to create it.
+        """
         found = find_run(client, key, entries, record)
         if found is not None:
             record.created(key, found.info.run_id, certain=False)
@@ -94,7 +102,7 @@ class MlflowRun:
         return cls(client, key, run, False, record)
 
     def check(self) -> None:
-        """Raises RunMissing or RunUnavailable if the run takes nothing more."""
+        """Raises RunMissing or RunUnavailable if the run accepts no more entries."""
         run = _get_run(self.client, self.run_id)
         if run is None:
             raise RunMissing
@@ -104,11 +112,13 @@ class MlflowRun:
         if self.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
 
-    # --- what is sent -------------------------------------------------------------------------
+    # --- items to send ------------------------------------------------------------------------
 
     def metric_items(self, entry: Entry, several_attempts: bool) -> list[Item]:
-        """The metrics of an entry that the run does not have yet. A step that a resumed run repeats
-        keeps its first value."""
+        """Returns the metrics of an entry that the run does not have yet.
+
+        A step that is repeated by a resumed run keeps its first value.
+        """
         from mlflow.entities import Metric
 
         items = []
@@ -127,7 +137,10 @@ class MlflowRun:
         return items
 
     def _step(self, name: str, entry: Entry) -> int:
-        """The first format counted the steps of system metrics from 0 in each attempt."""
+        """Returns the step of a metric.
+
+        The first format counted the steps of system metrics from 0 in each attempt.
+        """
         if "run" in entry.content or not name.startswith("system/") or not entry.attempt:
             return int(entry.content["step"])
         return int((entry.content["time_ms"] - start_ms(self.key)) // _SYSTEM_METRICS_MS)
@@ -136,17 +149,17 @@ class MlflowRun:
         if step > self._last.get(name, -1):
             return False
         if attempt == self.live_attempt:
-            return True  # earlier attempts logged every step up to their last one
+            return True  # earlier attempts logged every step up to their last step
         if name not in self._history:
             history = self.client.get_metric_history(self.run_id, name)
             self._history[name] = {int(metric.step) for metric in history}
         return step in self._history[name]
 
     def description_items(self, entry: Entry) -> list[Item]:
-        """The parameters, tags and data sets of a run entry that the run does not have yet.
+        """Returns the parameters, tags and data sets of a run entry that the run does not have yet.
 
-        MLflow's parameters cannot change: if the run has another value, for example because it was
-        resumed on more ranks, the new one becomes the tag ``convoy.changed.NAME``.
+        MLflow's parameters are immutable. If the run has another value, for example because it was
+        resumed on more ranks, the new value is stored as the tag ``convoy.changed.NAME``.
         """
         from mlflow.entities import Param, RunTag
 
@@ -179,7 +192,7 @@ class MlflowRun:
         return items
 
     def send(self, kind: str, items: list[Item]) -> None:
-        """One request."""
+        """Sends items of one kind in one request."""
         values = [item.value for item in items]
         if kind == "metrics":
             self.client.log_batch(self.run_id, metrics=values, synchronous=True)
@@ -191,7 +204,7 @@ class MlflowRun:
             self.client.log_inputs(self.run_id, [_dataset_input(value) for value in values])
 
     def finish(self, content: Mapping[str, Any]) -> None:
-        """Set the status, and delete the empty runs that lost responses have left."""
+        """Sets the final status, and deletes the empty runs left behind by lost responses."""
         self.client.set_terminated(self.run_id, content["status"], content.get("time_ms"))
         self.status = content["status"]
         if self.key in self._record.uncertain:
@@ -206,9 +219,9 @@ class MlflowRun:
 def find_run(
     client: Any, key: str, entries: Mapping[int, Entry], record: DeliveryRecord
 ) -> Any | None:
-    """The run that the record or an entry names, if it is this run, else the one with the key.
+    """Returns the run named by the record or an entry, or else the run with ``key``.
 
-    Raises RunUnavailable if it was deleted.
+    A named run is only used if it is this run. Raises RunUnavailable if the run was deleted.
     """
     recorded = record.run_ids.get(key)
     named = [entries[attempt].content.get("run_id") for attempt in sorted(entries)]
@@ -243,8 +256,10 @@ def _runs_with_key(client: Any, experiment_ids: list[str], key: str) -> list[Any
 
 
 def ensure_experiment(client: Any, name: str) -> str:
-    """The id of the experiment, which is created if it is missing. Raises RunUnavailable if it was
-    deleted."""
+    """Returns the ID of the experiment, creating it if needed.
+
+    Raises RunUnavailable if it was deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -254,7 +269,8 @@ def ensure_experiment(client: Any, name: str) -> str:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            experiment = client.get_experiment_by_name(name)  # another run has just created it
+            # Another run created it in the meantime.
+            experiment = client.get_experiment_by_name(name)
     if experiment is None or not experiment.experiment_id:
         reason = f"the server says that the experiment {name!r} exists, but does not return it"
         raise RunUnavailable(Fault("rejected", reason))
@@ -271,7 +287,7 @@ def deleted_experiment(name: str, experiment_id: str) -> str:
 
 
 def _get_run(client: Any, run_id: str) -> Any | None:
-    """None if the server does not know the run."""
+    """Returns the run, or None if the server does not know it."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -290,7 +306,7 @@ def _require_active(run: Any) -> None:
 
 
 def _own_fields(entry: Entry) -> dict[str, Any]:
-    """The fields of an entry that a rejected part of it keeps."""
+    """Returns the fields of an entry that each rejected part of it keeps."""
     names = ("attempt", "seq", "kind", "time_ms")
     return {name: entry.content[name] for name in names if name in entry.content}
 
@@ -316,7 +332,7 @@ def _dataset_input(dataset: Mapping[str, str]) -> Any:
 
 
 def item_of_rejected(content: Mapping[str, Any]) -> Item:
-    """The item that an entry of the file of rejected ones holds."""
+    """Returns the item stored in an entry of the file of rejected entries."""
     from mlflow.entities import Metric, Param, RunTag
 
     kind = str(content["kind"])

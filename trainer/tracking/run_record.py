@@ -1,4 +1,4 @@
-"""What a run leaves behind: its MLflow run, ``result.json`` and a version in the model registry."""
+"""Records of a run: its MLflow run, ``result.json`` and a version in the model registry."""
 
 import importlib.metadata
 import json
@@ -34,11 +34,11 @@ def start_tracking(
     found: Checkpoint | None,
     check_lock: Callable[[], None] = lambda: None,
 ) -> tuple[Tracker, SystemMetrics | None]:
-    """Start logging to MLflow on the first rank if a server is named. ``found``: the checkpoint
-    that the run resumes from.
+    """Starts logging to MLflow on rank 0 if a server is configured.
 
-    Raises UserError if the server answers but does not take the run: before its first step. A run
-    that is resumed only keeps its entries then, and so does one whose server is unreachable.
+    ``found``: the checkpoint from which the run resumes. Raises UserError before the first step if
+    the server responds but does not accept the run. A resumed run, or a run whose server is
+    unreachable, only keeps its entries in the spool instead.
     """
     config, uri = run.config, tracking_uri(run.config)
     if not ranks.is_rank_zero or uri is None:
@@ -47,12 +47,13 @@ def start_tracking(
     if found is None:
         fault = check_server(uri, config.tracking.experiment, config.tracking.register_as)
         reachable = fault is None
-    elif config.tracking.register_as:  # which may differ from what was checked when the run began
+    elif config.tracking.register_as:
+        # The name may differ from the one that was checked when the run started.
         check_registered_name(config.tracking.register_as)
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     run_key = found.run_key if found else None
-    if found and not run_key and found.run_id:  # a checkpoint of an earlier version
+    if found and not run_key and found.run_id:  # a checkpoint of an earlier version of Convoy
         run_key = f"{0:013d}-{found.run_id}"
     tracker = MlflowTracker(
         uri,
@@ -72,7 +73,7 @@ def start_tracking(
 
 
 def _description(run: RunPlan, recipe: str, ranks: DistEnv) -> dict[str, Any]:
-    """The experiment, name, tags, parameters and data sets of the run."""
+    """Returns the experiment, name, tags, parameters and data sets of the run."""
     config = run.config
     splits = [("training", config.data.train, run.train)]
     if run.val:
@@ -92,7 +93,7 @@ def _description(run: RunPlan, recipe: str, ranks: DistEnv) -> dict[str, Any]:
         name, digest = url.split("://")[-1][-200:], index.digest.removeprefix("sha256:")[:32]
         profile = {"samples": index.samples, "bytes": index.bytes, "shards": len(index.shards)}
         dataset = {"name": name, "digest": digest, "url": url, "context": context}
-        if same := datasets.get((name, digest)):  # MLflow keeps a data set of a run once
+        if same := datasets.get((name, digest)):  # MLflow stores a data set only once per run
             same["context"] += f", {context}"
         else:
             datasets[name, digest] = dataset | {"profile": json.dumps(profile)}
@@ -111,7 +112,7 @@ def _description(run: RunPlan, recipe: str, ranks: DistEnv) -> dict[str, Any]:
 
 
 def _documents(run: RunPlan, recipe: str) -> dict[str, str]:
-    """The recipe as given, the configuration that came of it, and the environment."""
+    """Returns the recipe as given, the resulting configuration, and the environment."""
     packages = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
     machine = [
         f"python {platform.python_version()}",
@@ -127,7 +128,10 @@ def _documents(run: RunPlan, recipe: str) -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """Of the code that runs: an image carries it in its environment, a checkout knows it."""
+    """Returns the commit of the running code.
+
+    An image has it in its environment, a checkout in its repository.
+    """
     if commit := os.environ.get("CONVOY_GIT_COMMIT"):
         return commit
     if shutil.which("git") is None:
@@ -140,9 +144,9 @@ def _git_commit() -> str | None:
 def finalize_run(
     run: RunPlan, result: TrainState, tracker: Tracker, failed_checkpoints: int
 ) -> None:
-    """Leave ``result.json``, then register the model if a name is given.
+    """Writes ``result.json``, then registers the model if a name is configured.
 
-    Raises UserError if the registry refuses it for good, RetryableError if a retry may succeed.
+    Raises UserError if the registry rejects it permanently, RetryableError if a retry may succeed.
     """
     config = run.config
     facts: dict[str, Any] = asdict(result) | {"ranks": run.world_size, "name": config.name}
@@ -193,8 +197,9 @@ def _register(run: RunPlan, result: TrainState, run_id: str | None) -> dict[str,
 
 
 class SampleKeyLogger:
-    """The keys of the samples that a rank took, a line a step as ``convoy order --json`` prints it,
-    and the epoch.
+    """Logs the keys of the samples that a rank consumed, and the epoch.
+
+    Writes one line per step, in the format of ``convoy order --json``.
     """
 
     def __init__(self, folder: Path, run: RunPlan, rank: int) -> None:
@@ -203,8 +208,10 @@ class SampleKeyLogger:
         self._file: AppendLog | None = None
 
     def write(self, step: int, keys: list[str]) -> None:
-        """``step``: of the run, from 0. The file is named by the first one, the rank and the number
-        of ranks.
+        """Appends the keys of one step.
+
+        ``step``: step of the run, from 0. The file name contains the first step, the rank and the
+        number of ranks.
         """
         if self._file is None:
             name = f"from-{step}-rank-{self._rank}-of-{self._world_size}.jsonl"

@@ -1,6 +1,7 @@
-"""The status of an MLflow run whose rank 0 ended without setting it: killed, out of memory, hung.
+"""Sets the status of an MLflow run whose rank 0 exited without doing so.
 
-Rank 0 keeps the id of its run in a file of the launcher until it has ended the run itself.
+Rank 0 was killed, ran out of memory or hung. It stores the ID of its run in a file of the launcher
+until it has ended the run itself.
 """
 
 import os
@@ -16,8 +17,10 @@ from trainer.tracking.spool.spool import append_finish
 
 
 class UnfinishedRun:
-    """``note`` the run's id as soon as the server has given it, ``clear`` it when the run has
-    ended; only rank 0 does.
+    """The ID of a run that has not ended, stored in the launcher's file; only by rank 0.
+
+    Call ``note`` with the run's ID as soon as the server has returned it, and ``clear`` when the
+    run has ended.
     """
 
     def __init__(self, is_first: bool) -> None:
@@ -28,23 +31,22 @@ class UnfinishedRun:
     def note(self, run_id: str | None) -> None:
         if run_id is not None and not self._noted and self._path is not None:
             self._noted = True
-            with suppress(OSError):  # the launcher that would read it is gone
+            with suppress(OSError):  # the launcher that would read it has exited
                 self._path.write_text(run_id, encoding="utf-8")
 
     def clear(self) -> None:
         self._noted = True
         if self._path is not None:
-            with suppress(OSError):  # the launcher finds that the run has ended
+            with suppress(OSError):  # the launcher will see that the run has ended
                 self._path.unlink(missing_ok=True)
 
 
 def end_unfinished_run(run_id_file: Path, uri: str | None, spool: Path, status: str) -> None:
-    """Set ``status`` (FAILED or KILLED) of the run that rank 0 left RUNNING, if any; also at the
-    end of its spool.
+    """Sets the status of a run that rank 0 left RUNNING, if any, and appends it to the spool.
 
-    If the server cannot be reached, the status is sent with the spool: when the run resumes or by
-    ``convoy sync``. Nothing is done if another process has taken over the output folder: the run is
-    that one's.
+    ``status``: FAILED or KILLED. If the server is unreachable, the status is sent with the spool:
+    when the run resumes or by ``convoy sync``. Does nothing if another process has taken over the
+    output folder, because the run then belongs to that process.
     """
     try:
         run_id = run_id_file.read_text(encoding="utf-8")
@@ -65,7 +67,7 @@ def _end_run(run_id: str, uri: str | None, spool: Path, status: str) -> None:
     try:
         MlflowClient(tracking_uri=uri).set_terminated(run_id, status)
         outcome = f"MLflow run {run_id} is now {status}"
-    except Exception as error:  # whatever it is, the run's exit code matters more
+    except Exception as error:  # any error: the run's exit code matters more
         reason = redact_credentials(" ".join(str(error).split())[:200])
         outcome = f"MLflow run {run_id} could not be set to {status} ({reason})"
     rest = f"; send what it did not receive with: convoy sync {spool}" if spool.exists() else ""

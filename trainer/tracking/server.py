@@ -1,4 +1,4 @@
-"""The MLflow server: settings of its client, which addresses are valid, and the check at start-up."""
+"""The MLflow server: client settings, validation of tracking URIs, and the check at startup."""
 
 import importlib
 import importlib.metadata
@@ -16,15 +16,18 @@ from trainer.tracking.errors import DeliveryStopped, Fault, classify
 from trainer.tracking.mlflow_run import ensure_experiment
 
 _CHECK_SECONDS = 10.0
-_MIGRATION_SECONDS = 120.0  # for a new SQLite file; a process that ends before leaves it half made
+# For a new SQLite file; a process that exits earlier leaves it partially migrated.
+_MIGRATION_SECONDS = 120.0
 _DATABASES = ("postgresql", "mysql", "sqlite", "mssql")
 _DRIVERS = {"mysql": "MySQLdb", "mssql": "pyodbc", "postgresql": "psycopg2"}
 _HOST_AND_PORT = re.compile(r"^[\w.-]+:\d{1,5}(/.*)?$")
 
 
 def configure_mlflow(retries: int = 2) -> None:
-    """Short tries, no pickle, no progress output. Call it before MLflow is imported; what the
-    environment sets stays."""
+    """Sets short timeouts, no pickle and no progress output for MLflow.
+
+    Call it before MLflow is imported. Variables that are already set are kept.
+    """
     for name, value in (
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(retries)),
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "15"),
@@ -37,21 +40,24 @@ def configure_mlflow(retries: int = 2) -> None:
 
 
 def connect(uri: str) -> Any:
-    """An MLflow client. Raises what MLflow raises; a database is contacted, a server is not."""
-    configure_mlflow(retries=1)  # the uploader retries too
+    """Returns an MLflow client. Raises what MLflow raises.
+
+    Contacts a database, but not a server.
+    """
+    configure_mlflow(retries=1)  # the uploader retries as well
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
 
 
 def validate_tracking_uri(uri: str, key: str = "tracking.uri") -> None:
-    """Raises UserError if MLflow would not take ``uri``, or would keep nothing there.
+    """Raises UserError if MLflow would not accept ``uri``, or would not persist anything there.
 
-    Contacts nobody, and does not import MLflow.
+    Makes no connection and does not import MLflow.
     """
     shown = redact_credentials(uri)
     if uri.lower().startswith("http"):
-        shown = re.split("[?#]", shown)[0]  # the rest may be a secret
+        shown = re.split("[?#]", shown)[0]  # the query or fragment may be a secret
 
     def refuse(reason: str) -> None:
         raise UserError(f"{key}: {shown!r} {reason}")
@@ -117,7 +123,7 @@ def _plugin_schemes() -> set[str]:
 
 
 def check_registered_name(name: str) -> None:
-    """Raises UserError for a name that MLflow's registry rejects (mlflow.utils.validation)."""
+    """Raises UserError if MLflow's registry would reject the name (mlflow.utils.validation)."""
     if "/" in name or ":" in name:
         raise UserError(
             f"tracking.register_as: {name!r} is wrong: MLflow allows neither / nor : in the "
@@ -131,15 +137,16 @@ def check_registered_name(name: str) -> None:
 
 
 def check_server(uri: str, experiment: str, register_as: str | None) -> Fault | None:
-    """Ask the server for the experiment, and for the registered model if one is named.
+    """Requests the experiment from the server, and the registered model if one is named.
 
-    Returns the fault if the server cannot be reached within seconds, which is no reason not to
-    train. Raises UserError if it answers and the run could not be logged, or the model's name is
-    not allowed.
+    Returns the fault if the server cannot be reached within seconds, which does not prevent
+    training. Raises UserError if the server responds but the run could not be logged, or if the
+    model's name is not allowed.
     """
     outcome: list[Fault | None] = []
     configure_mlflow(retries=1)
-    importlib.import_module("mlflow.tracking")  # here, so that only the server's time counts
+    # Imported here so that the time limit covers only the server.
+    importlib.import_module("mlflow.tracking")
     seconds = _MIGRATION_SECONDS if uri.startswith("sqlite") else _CHECK_SECONDS
 
     def ask() -> None:
@@ -168,7 +175,7 @@ def check_server(uri: str, experiment: str, register_as: str | None) -> Fault | 
 
 
 def _check_model(client: Any, name: str) -> None:
-    """Raises MlflowException or DeliveryStopped if the registry would not take a version."""
+    """Raises MlflowException or DeliveryStopped if the registry would not accept a new version."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -187,7 +194,7 @@ def _check_model(client: Any, name: str) -> None:
 
 
 def refusal(uri: str, fault: Fault) -> str:
-    """A message for a server that answers and does not take the run."""
+    """Formats the message for a server that responds but does not accept the run."""
     server = f"MLflow at {redact_credentials(uri)}"
     if fault.kind == "unauthorized":
         return (

@@ -1,4 +1,4 @@
-"""CPU, memory, disk, network and GPU of the machine of rank 0."""
+"""Logs CPU, memory, disk, network and GPU metrics of rank 0's machine."""
 
 import threading
 import time
@@ -10,9 +10,9 @@ from trainer.tracking.tracker import Tracker
 
 
 class SystemMetrics:
-    """Logs under the names of MLflow's own view, every ``interval`` seconds.
+    """Logs system metrics every ``interval`` seconds, under the names that MLflow uses.
 
-    Steps count intervals since the run's first start, so that those of a resumed run follow on.
+    Steps count intervals since the run's first start, so that a resumed run continues the sequence.
     """
 
     def __init__(self, tracker: Tracker, interval: float = 10.0) -> None:
@@ -33,7 +33,7 @@ class SystemMetrics:
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
         monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with suppress(ImportError, RuntimeError):  # no GPU, or none that NVML knows
+        with suppress(ImportError, RuntimeError):  # no GPU, or none that NVML supports
             monitors.append(GPUMonitor())
         started = start_ms(self._tracker.run_key or "0")
         step = -1

@@ -1,7 +1,7 @@
-"""What a run tells MLflow while it trains.
+"""Logs a run to MLflow while it trains.
 
-Everything is written to a spool first and sent from threads: a server that is slow or unreachable
-never holds up training, and what it did not accept stays in the spool for ``convoy sync``.
+Entries are first written to a spool and then sent from threads: a slow or unreachable server never
+delays training, and entries that it did not accept stay in the spool for ``convoy sync``.
 """
 
 import sys
@@ -29,12 +29,12 @@ from trainer.tracking.spool.spool import (
 from trainer.tracking.spool.spool_reader import SpoolReader, is_spool_of
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
-_START_WAIT, _CLOSE_WAIT = 20.0, 30.0  # seconds that a run's start and end wait for the server
-_LAST_TRIES = 3  # of what fails at the end of a run
+_START_WAIT, _CLOSE_WAIT = 20.0, 30.0  # seconds to wait for the server at the run's start and end
+_LAST_TRIES = 3  # tries for failing entries at the end of a run
 
 
 class Tracker(Protocol):
-    """Where metrics go."""
+    """Interface of a destination for metrics."""
 
     @property
     def run_id(self) -> str | None: ...
@@ -47,7 +47,7 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """For ranks other than the first, and for runs without a server; keeps the run's identity."""
+    """Tracker of other ranks than rank 0 and of runs without a server; keeps the run's identity."""
 
     def __init__(self, run_id: str | None = None, run_key: str | None = None) -> None:
         self.run_id = run_id
@@ -66,8 +66,8 @@ class NullTracker:
 class MlflowTracker:
     """Logs a run to the MLflow server at ``uri`` through ``spool``.
 
-    ``description``: the run's name, experiment, tags, parameters and data sets, and its MLflow id
-    if it is resumed. ``run_key``: of the run that is resumed; a new run gets a new key. A spool of
+    ``description``: the run's name, experiment, tags, parameters and data sets, and its MLflow ID
+    if it is resumed. ``run_key``: key of the resumed run; a new run gets a new key. A spool of
     another run is renamed. Raises UserError if another process uses the spool.
     """
 
@@ -80,12 +80,15 @@ class MlflowTracker:
         wait: bool = True,
         check_lock: Callable[[], None] = lambda: None,
     ) -> None:
-        """``wait``: for the first contact with the server, a bounded time. ``check_lock`` raises
-        LockLost once another process owns the output folder: nothing is written or sent then."""
+        """Opens the spool and starts the sender threads.
+
+        ``wait``: wait a limited time for the first contact with the server. ``check_lock`` raises
+        LockLost once another process owns the output folder; nothing is written or sent after that.
+        """
         self._check_lock = check_lock
         self.run_key: str = run_key or new_run_key()
         self.refused: Fault | None = None
-        """Why the server did not take the run at its start."""
+        """Reason why the server did not accept the run at startup."""
         self._uri = uri
         self._spool = spool
         spool.parent.mkdir(parents=True, exist_ok=True)
@@ -135,12 +138,15 @@ class MlflowTracker:
     def _is_writer(self) -> bool:
         try:
             self._check_lock()
-        except LockLost:  # the training loop ends by the same error
+        except LockLost:  # the training loop ends with the same error
             return False
         return True
 
     def close(self, status: str) -> bool:
-        """End the run; waits a bounded time for the server. Whether the server has its status."""
+        """Ends the run and waits a limited time for the server.
+
+        Returns whether the server has its status.
+        """
         self._put("finish", status=status, time_ms=now_ms())
         self._closing.set()
         self._more.set()
@@ -168,7 +174,7 @@ class MlflowTracker:
         return self._runs.status_sent is not None
 
     def abandon(self) -> None:
-        """Stop without a trace of a run that the server refused at its start."""
+        """Stops, and removes all traces of a run that the server refused at startup."""
         self._closing.set()
         self._more.set()
         self._spool.unlink(missing_ok=True)
@@ -192,7 +198,10 @@ class MlflowTracker:
     # --- threads ------------------------------------------------------------------------------
 
     def _send_entries(self) -> None:
-        """Until the run is closed and nothing is left, or the last tries fail."""
+        """Sends entries until the run is closed and none are left.
+
+        Gives up when the last tries fail.
+        """
         wait, tries = _FIRST_WAIT, 0
         while self._is_writer():
             closing = self._closing.is_set()
@@ -205,13 +214,16 @@ class MlflowTracker:
             elif done:
                 self._more.wait()
                 self._more.clear()
-                self._closing.wait(1.0)  # collect a second's metrics for one request
+                self._closing.wait(1.0)  # batch one second of metrics into one request
             else:
                 self._closing.wait(wait)
             wait = _FIRST_WAIT if done else min(wait * 2, _LONGEST_WAIT)
 
     def _send_artifacts(self) -> None:
-        """Until the other thread has ended and no artifact is left, or the last tries fail."""
+        """Sends artifacts until the other thread has ended and none are left.
+
+        Gives up when the last tries fail.
+        """
         wait, tries = _FIRST_WAIT, 0
         while self._is_writer():
             closing = self._closing.is_set() and not self._threads[0].is_alive()
@@ -239,8 +251,8 @@ class MlflowTracker:
             return deliver()
         except DeliveryStopped as stop:
             self._failed(stop.fault)
-        except Exception as error:  # whatever it is, training continues
-            if isinstance(error, OSError) and error.filename:  # of this machine, not of the server
+        except Exception as error:  # any error: training continues
+            if isinstance(error, OSError) and error.filename:  # local, not from the server
                 self._say_once(
                     str(error.filename), f"{error.filename}: {error.strerror}; training continues"
                 )

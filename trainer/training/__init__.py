@@ -1,1 +1,1 @@
-"""The training loop and what it uses: loss, optimizers, learning rate, metrics, checkpoints."""
+"""The training loop and its components: loss, optimizers, learning rate, metrics, checkpoints."""

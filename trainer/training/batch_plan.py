@@ -1,4 +1,4 @@
-"""The only batch arithmetic: global batch = micro-batch x accumulation steps x data-parallel ranks."""
+"""All batch arithmetic: global batch = micro-batch x accumulation steps x data-parallel ranks."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,10 @@ from trainer.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Sizes in samples; ``accumulation_steps`` micro-batches of each rank make an optimizer step."""
+    """Batch sizes in samples.
+
+    ``accumulation_steps`` is the number of micro-batches of each rank per optimizer step.
+    """
 
     global_size: int
     micro_size: int
@@ -17,9 +20,10 @@ class BatchPlan:
 
 
 def plan_batches(global_size: int, micro_size: int | None, ranks: int, samples: int) -> BatchPlan:
-    """Derive the accumulation steps; raises UserError with the nearest sizes that divide.
+    """Compute the number of accumulation steps.
 
-    ``samples``: of the training split, of which every rank must get some.
+    ``samples`` is the size of the training split; every rank must get at least one sample. Raises
+    UserError that lists the nearest valid sizes.
     """
     if ranks > samples:
         raise UserError(

@@ -1,11 +1,14 @@
-"""Checkpoints: all that a run needs to go on, in a form that knows nothing of ranks, stages or
-precision, and no pickle.
+"""Checkpoints: everything a run needs to resume.
 
-A checkpoint is a folder ``step-000001200`` below the URL: ``model.safetensors`` (fp32 master
-weights and batch norm's statistics), ``optimizer.safetensors`` (the update rule's tensors by
-``slot/parameter``) and ``checkpoint.json``, which holds the numbers and the size and SHA-256 of the
-other two. That file is written last: without it there is no checkpoint, so that one half-written is
-none, on a disk and in an object store alike.
+The format is independent of ranks, pipeline stages and precision, and does not use pickle. A
+checkpoint is a folder such as ``step-000001200`` below the checkpoint URL. It contains:
+
+- ``model.safetensors``: fp32 master weights and batch norm statistics
+- ``optimizer.safetensors``: the optimizer's tensors by ``slot/parameter``
+- ``checkpoint.json``: the manifest, with scalar state and the size and SHA-256 of the other files
+
+The manifest is written last. A folder without a manifest is not a checkpoint, so a partial write is
+never loaded, on a disk and in an object store alike.
 """
 
 import hashlib
@@ -34,18 +37,20 @@ MANIFEST = "checkpoint.json"
 _FORMAT = 2
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 _SHOWN = 5
-"""Differing recipe keys that a refusal names."""
+"""Number of differing recipe keys that the error lists."""
 
 
 class CorruptCheckpoint(Exception):
-    """What is wrong with a checkpoint."""
+    """Raised for a corrupt checkpoint; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``config_fingerprint``: the keys that shape the training, which a run that goes on must
-    share; ``result``: figures of the run so far; ``run_id``: in MLflow; ``run_key``: names the run
-    in the spool of its tracker.
+    """A training state and the metadata of its run.
+
+    ``config_fingerprint`` holds the recipe keys that shape the training; a resumed run must have
+    the same values. ``result`` holds the metrics of the run so far. ``run_id`` is the run's ID in
+    MLflow. ``run_key`` names the run in its tracker's spool.
     """
 
     state: TrainingState
@@ -63,11 +68,13 @@ def resume_or_start(
     device: torch.device,
     check_lock: Callable[[], None] = lambda: None,
 ) -> tuple["CheckpointManager | None", Checkpoint | None, list[str]]:
-    """Where the first rank keeps checkpoints; on every rank the newest good one, where the run is
-    to go on; what to say of it.
+    """Open the checkpoint URL and, if ``resume``, load the newest valid checkpoint.
 
-    All ranks take part. Raises UserError on every rank, told by the first, for a URL that cannot be
-    written and for a checkpoint of another recipe.
+    Returns the checkpoint manager (rank 0 only, None on other ranks), the checkpoint on every rank
+    (None to start from scratch), and messages to print.
+
+    All ranks must take part. Raises UserError on every rank, reported by rank 0, if the URL is not
+    writable or the checkpoint belongs to a different recipe.
     """
     kept = read = None
 
@@ -75,7 +82,8 @@ def resume_or_start(
         nonlocal kept, read
         kept = CheckpointManager(url, keep, check_lock)
         if not resume:
-            return None, []  # ``clear`` is for when nothing can be refused any more
+            # existing checkpoints are deleted later, by ``clear``, when no check can fail any more
+            return None, []
         notes: list[str] = []
         read = kept.load_latest(fingerprint, notes.append)
         if read is None:
@@ -93,9 +101,9 @@ def resume_or_start(
 
 
 class CheckpointManager:
-    """Those of one run, below one URL. For rank 0 alone.
+    """Manager of the checkpoints of one run below one URL, for rank 0 only.
 
-    ``check_lock`` raises LockLost if another run may write there; it is called before each change.
+    ``check_lock`` is called before each change and raises LockLost if another run may write there.
     """
 
     def __init__(self, url: str, keep: int, check_lock: Callable[[], None] = lambda: None) -> None:
@@ -103,18 +111,18 @@ class CheckpointManager:
         self._store = open_store(url, create=True)
         self._keep = keep
         self.failures = self.failures_in_a_row = 0
-        """Checkpoints that could not be written: in all, and since the last one that could."""
+        """Checkpoints that could not be written: in total, and since the last successful write."""
         self._writer: threading.Thread | None = None
         self._top1: dict[int, float] = {}
-        """Of the steps whose checkpoint says it."""
+        """Top-1 accuracy by step, for checkpoints that contain it."""
 
     def load_latest(
         self, fingerprint: Mapping[str, Any], tell: Callable[[str], None]
     ) -> Checkpoint | None:
-        """The newest good one. One that is torn or changed is passed over, and told.
+        """Return the newest valid checkpoint, or None if there is none.
 
-        Raises UserError where it is of another recipe, RetryableError where the store cannot be
-        read.
+        Corrupt or modified checkpoints are skipped and reported to ``tell``. Raises UserError if
+        the checkpoint belongs to a different recipe, RetryableError if the store cannot be read.
         """
         found = None
         for step in sorted(self._steps(), reverse=True):
@@ -129,13 +137,15 @@ class CheckpointManager:
         return found
 
     def clear(self) -> None:
-        """Remove every checkpoint."""
+        """Delete every checkpoint."""
         for step in self._steps():
             self._delete(step)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Copy it and write it from a thread; waits for the write before. A failure is told, and
-        what stands stays.
+        """Copy the checkpoint and write it from a background thread.
+
+        Waits for the previous write first. A failed write is reported on stderr and leaves the
+        existing checkpoints in place.
         """
         self.wait()
         state = checkpoint.state
@@ -146,7 +156,7 @@ class CheckpointManager:
         self._writer.start()
 
     def wait(self) -> None:
-        """Until the last one is written, or has failed."""
+        """Wait until the last write has finished or failed."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -181,7 +191,7 @@ class CheckpointManager:
             self._note(step, manifest)
             self._prune(step)
         except LockLost:
-            return  # the training loop ends by the same error
+            return  # the training loop ends with the same error
         except (UserError, RetryableError, OSError) as error:
             self.failures += 1
             self.failures_in_a_row += 1
@@ -194,7 +204,10 @@ class CheckpointManager:
             self._discard(step)
 
     def _prune(self, newest: int) -> None:
-        """Keep the last ones and the best, and remove the others, torn ones too."""
+        """Delete old checkpoints except the last ``keep`` and the best by top-1 accuracy.
+
+        Partial checkpoints are deleted as well.
+        """
         steps = sorted((step for step in self._steps() if step <= newest), reverse=True)
         kept = set(steps[: self._keep])
         if self._top1:
@@ -204,7 +217,7 @@ class CheckpointManager:
                 self._discard(step)
 
     def _space(self, *tensors: Mapping[str, Tensor]) -> str:
-        """Needed and free bytes of a local disk, for the line of a failed write."""
+        """Return needed and free space of a local disk, for the message of a failed write."""
         if is_remote(self._store.url):
             return ""
         needed = sum(value.nbytes for part in tensors for value in part.values())
@@ -212,9 +225,8 @@ class CheckpointManager:
         return "" if free is None else f" ({mib(needed)} needed, {mib(free)} free)"
 
     def _discard(self, step: int) -> None:
-        with suppress(
-            UserError, RetryableError, OSError
-        ):  # what stays behind is no checkpoint, or one too many
+        # a leftover is a partial checkpoint, or one more than needed
+        with suppress(UserError, RetryableError, OSError):
             self._delete(step)
 
     def _delete(self, step: int) -> None:
@@ -224,7 +236,7 @@ class CheckpointManager:
         self._store.remove_empty_folder(_folder(step))
 
     def _folders(self) -> dict[int, set[str]]:
-        """The files of each step's folder."""
+        """Return the file names in each step's folder."""
         folders: dict[int, set[str]] = {}
         for name in self._store.sizes():
             folder, _, file = name.partition("/")
@@ -303,7 +315,7 @@ def _folder(step: int) -> str:
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, apart from what training goes on to change."""
+    """Return contiguous copies on the CPU, which further training does not modify."""
     plain = torch.contiguous_format
     return {
         name: torch.empty_like(value, device="cpu", memory_format=plain).copy_(value)
@@ -312,7 +324,7 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_fingerprint(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raises UserError that names the keys that differ."""
+    """Raise UserError that lists the recipe keys that differ."""
     differing = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
     if differing:
         told = [

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of a validation split, counted exactly over all ranks."""
+"""Top-1 and top-5 accuracy on a validation split, counted exactly over all ranks."""
 
 from collections.abc import Callable, Iterator
 
@@ -23,16 +23,17 @@ def evaluate(
     preemption: PreemptionSignal,
     heartbeat: Callable[[], None],
 ) -> tuple[float, float, int]:
-    """top1, top5 (fractions) and the number of samples, counted exactly over all ranks, all of
-    which take part.
+    """Return top-1 accuracy, top-5 accuracy (fractions) and the number of samples.
 
-    ``heartbeat`` is called after each batch. Raises Preempted on all ranks if any rank received a
-    stop signal before it had read all its samples.
+    Samples are counted exactly over all ranks; all ranks must take part. ``heartbeat`` is called
+    after each batch.
+
+    Raises Preempted on all ranks if any rank received a stop signal before it had read all of its
+    samples.
     """
     model.eval()
-    counts = torch.zeros(
-        4, dtype=torch.int64, device=device
-    )  # top1, top5, samples, ranks that stopped
+    # top-1 hits, top-5 hits, samples, ranks that stopped
+    counts = torch.zeros(4, dtype=torch.int64, device=device)
     for batch in batches:
         if preemption.received:
             counts[3] = 1

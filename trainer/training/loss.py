@@ -1,11 +1,11 @@
-"""What is minimized, and what is measured."""
+"""Training loss and accuracy counts."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 AUXILIARY_WEIGHT = 0.3
-"""Of each auxiliary head's loss (Szegedy et al. 2014, section 5)."""
+"""Weight of each auxiliary head's loss (Szegedy et al. 2014, section 5)."""
 
 
 def weighted_loss(
@@ -17,16 +17,22 @@ def weighted_loss(
     smoothing: float = 0.0,
     lam: float | Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy whose mean over all ``micro_batches`` of a global batch is the mean over its
-    samples.
+    """Return the cross-entropy of a micro-batch, scaled to average correctly over a global batch.
 
-    logits [N, classes], those of auxiliary heads after the main ones in a tuple; labels int64 [N],
-    weights [N] (0: padding); ``global_weight``: the sum of the weights over the global batch. The
-    engine averages gradients over micro-batches and ranks, whatever each of them held; this scale
-    makes that the average by samples, in an epoch's short last batch too. ``smoothing``: part of
-    each target that is spread over all classes (Szegedy et al. 2016, section 7); ``lam``: part that
-    is the sample's own label where samples were mixed, the rest being the label at its place in the
-    reversed micro-batch.
+    The mean of the losses of all ``micro_batches`` of a global batch is the mean over its samples.
+    The engine averages gradients over micro-batches and ranks, regardless of how many samples each
+    has; this scale makes that the average over samples, also in the short last batch of an epoch.
+
+    Args:
+        logits: [N, classes], or a tuple of the main logits and those of the auxiliary heads.
+        labels: int64 [N].
+        weights: [N]; 0 for padding.
+        global_weight: Sum of the weights over the global batch.
+        micro_batches: Number of micro-batches in the global batch.
+        smoothing: Fraction of each target that is spread over all classes (Szegedy et al. 2016,
+            section 7).
+        lam: If samples were mixed, the fraction of the sample's own label; the rest is the label at
+            the same position in the reversed micro-batch.
     """
 
     def of(head: Tensor) -> Tensor:
@@ -46,8 +52,9 @@ def weighted_loss(
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """int64 [3]: samples whose label is the first, or among the first five, and samples in all. A
-    tie goes to the lower class.
+    """Return int64 [3]: top-1 correct samples, top-5 correct samples and all samples.
+
+    Ties go to the lower class.
     """
     ranked = torch.argsort(logits.float(), dim=1, descending=True, stable=True)[:, :5]
     hits = ranked == labels[:, None]

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the optimizer step: a resume needs no scheduler state."""
+"""Learning rate as a pure function of the optimizer step; a resume needs no scheduler state."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,10 @@ from trainer.errors import UserError
 
 
 def scaled_learning_rate(optimizer: OptimizerConfig, global_size: int) -> float:
-    """The linear scaling rule: base_lr x global_size / base_batch (Goyal et al. 2017, 2.1)."""
+    """Return ``base_lr * global_size / base_batch``, the linear scaling rule.
+
+    Source: Goyal et al. 2017, 2.1.
+    """
     return optimizer.base_lr * global_size / optimizer.base_batch
 
 
@@ -19,14 +22,18 @@ def learning_rate_schedule(
     steps_per_epoch: int,
     total_steps: int,
 ) -> Callable[[int], float]:
-    """The learning rate of optimizer step 0, 1, ... ``total_steps - 1``, whose peak follows the
-    linear scaling rule.
+    """Return a function that maps an optimizer step to its learning rate.
 
-    Gradual warmup climbs linearly and reaches the peak at its last step; constant warmup stays low
-    and then jumps there (Goyal et al. 2017, 2.2). Cosine falls from the peak to 0 at
-    ``total_steps`` (Loshchilov and Hutter 2016, eq. 5), and so does polynomial, as ``(1 -
-    progress)^power``; step multiplies by gamma at each milestone, in epochs. Raises UserError for a
-    warmup as long as the run, or one that begins above the peak.
+    Steps are 0, 1, ... ``total_steps - 1``. The peak follows the linear scaling rule.
+
+    Gradual warmup increases linearly and reaches the peak at its last step. Constant warmup stays
+    at the low learning rate and then jumps to the peak (Goyal et al. 2017, 2.2).
+
+    After warmup, ``cosine`` decays from the peak to 0 at ``total_steps`` (Loshchilov and Hutter
+    2016, eq. 5). ``polynomial`` decays to 0 as ``(1 - progress)^power``. ``step`` multiplies by
+    ``gamma`` at each milestone, in epochs.
+
+    Raises UserError if warmup is at least as long as the run, or starts above the peak.
     """
     peak = scaled_learning_rate(optimizer, global_size)
     warmup = round(schedule.warmup_epochs * steps_per_epoch)

@@ -1,4 +1,4 @@
-"""Figures of a run: losses, rates, time spent waiting for data."""
+"""Metrics of a run: losses, throughput and time spent waiting for data."""
 
 import math
 import time
@@ -11,8 +11,10 @@ from trainer.engine.engine import StepOutput
 
 @dataclass
 class TrainState:
-    """Figures of a run. ``top1`` and ``top5`` are fractions of the validation split, None without
-    one, as measured after ``evaluated_step``; seconds and images without evaluation.
+    """Progress and metrics of a run.
+
+    ``top1`` and ``top5`` are fractions of the validation split, measured after ``evaluated_step``,
+    or None without a validation split. Seconds and images exclude evaluation.
     """
 
     steps: int = 0
@@ -32,10 +34,10 @@ class TrainState:
 
 @dataclass
 class MetricsMeter:
-    """Time and images since the last ``compute``; evaluation does not count.
+    """Time and images since the last ``compute``, excluding evaluation.
 
-    ``outputs``: steps whose losses were not read from the device yet; ``bad_samples``: a line for
-    each of their samples that could not be decoded.
+    ``outputs`` holds the steps whose losses have not been read from the device yet. ``bad_samples``
+    holds one line per sample of those steps that could not be decoded.
     """
 
     images: int = 0
@@ -46,7 +48,7 @@ class MetricsMeter:
     bad_samples: list[str] = field(default_factory=list)
 
     def time_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; measures the time until each arrives."""
+        """Yield the same batches and measure the time until each arrives."""
         while True:
             requested = time.perf_counter()
             batch = next(batches)
@@ -62,7 +64,7 @@ class MetricsMeter:
         self.outputs.append(output)
 
     def compute(self, state: TrainState) -> dict[str, float]:
-        """Rates since the last call, whose times and images are added to ``state``."""
+        """Return the rates since the last call, and add its times and images to ``state``."""
         state.images += self.images
         state.waited_seconds += self.waited_seconds
         state.train_seconds += self.train_seconds
@@ -77,11 +79,11 @@ class MetricsMeter:
         return values
 
     def take_outputs(self) -> list[StepOutput]:
-        """``outputs``, which are empty afterwards."""
+        """Return ``outputs`` and clear it."""
         outputs, self.outputs = self.outputs, []
         return outputs
 
     def take_bad_samples(self) -> list[str]:
-        """``bad_samples``, which are empty afterwards."""
+        """Return ``bad_samples`` and clear it."""
         bad_samples, self.bad_samples = self.bad_samples, []
         return bad_samples

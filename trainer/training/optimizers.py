@@ -1,4 +1,4 @@
-"""The update rules, from torch and timm, and which weights they decay."""
+"""Optimizers from torch and timm, and the weights to which they apply weight decay."""
 
 from typing import Any
 
@@ -13,10 +13,12 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
-    """The model's parameters as one group, or, with ``decay_norm_and_bias`` off, as those that
-    decay and those that do not.
+    """Return the optimizer's parameter groups.
 
-    Norms are told by the kind of layer: a name such as ``downsample.1`` does not say that it is
+    This is one group, or, with ``decay_norm_and_bias`` off, one group with weight decay and one
+    without.
+
+    Norms are recognized by layer type, because a name such as ``downsample.1`` does not identify
     one.
     """
     parameters = dict(model.named_parameters())
@@ -40,19 +42,23 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """sgd: torch's, whose velocity does not hold the learning rate, so that a change of it needs no
-    momentum correction (Goyal et al. 2017, 3, remark 2); adamw: torch's (Loshchilov and Hutter
-    2019); lars and lamb: timm's (You et al. 2017, 2020), without trust ratio on weights that do not
-    decay. torch's are fused: one pass over memory, not four.
+    """Build the optimizer of the recipe.
+
+    - ``sgd``: torch's, whose momentum buffer does not contain the learning rate, so that changing
+      it needs no momentum correction (Goyal et al. 2017, 3, remark 2)
+    - ``adamw``: torch's (Loshchilov and Hutter 2019)
+    - ``lars`` and ``lamb``: timm's (You et al. 2017, 2020), without trust ratio for weights that
+      are not decayed
+
+    torch's optimizers are fused: one pass over memory instead of four.
     """
     groups = weight_groups(model, config)
     betas = (config.betas[0], config.betas[1])
     if config.name == "adamw":
         return _laying_out(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
     if config.name == "lamb":
-        from timm.optim.lamb import (
-            Lamb,
-        )  # here: timm imports torchvision, two seconds of every rank's start
+        # imported here: timm imports torchvision, which adds two seconds to every rank's start
+        from timm.optim.lamb import Lamb
 
         return Lamb(groups, lr=learning_rate, betas=betas, max_grad_norm=None)
     if config.name == "lars":
@@ -67,10 +73,12 @@ def build_optimizer(
 
 
 def _laying_out(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """A fused update walks through weights, gradients and state as they lie in memory, and is
-    silently wrong where they do not lie alike, as do state that was restored beside channels-last
-    weights, and contiguous fp32 masters beside the channels-last gradients of 16-bit weights.
-    Before each step all are laid out as the weights are.
+    """Register a hook that gives gradients and state the memory layout of their parameters.
+
+    Fused optimizers assume that parameter, gradient and state share one memory layout, and are
+    silently wrong otherwise. Layouts differ when state was restored for channels-last weights, and
+    when contiguous fp32 masters get the channels-last gradients of 16-bit weights. The hook runs
+    before each step.
     """
 
     def laid_out(value: Any, parameter: Tensor) -> Any:

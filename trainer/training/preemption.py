@@ -1,4 +1,4 @@
-"""SIGTERM on any rank stops all ranks at the same step."""
+"""Stops all ranks at the same step if any rank receives SIGTERM."""
 
 from typing import Any
 
@@ -7,33 +7,34 @@ import torch.distributed as dist
 
 
 class PreemptionSignal:
-    """Whether any rank received SIGTERM, known to all ranks at the end of the same step.
+    """Flag that any rank received SIGTERM, known to all ranks at the end of the same step.
 
-    The flag is all-reduced asynchronously on the CPU while the step runs, so that it costs a GPU no
+    The flag is all-reduced asynchronously on the CPU while the step runs, so it costs no GPU
     synchronization.
     """
 
     def __init__(self) -> None:
         self.received = False
-        """By this rank."""
+        """Whether this rank received the signal."""
         self._group: Any = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self._flag = torch.zeros(1)
         self._work: dist.Work | None = None
 
     def receive(self, number: int) -> None:
-        """Signal handler: this rank received the signal ``number``."""
+        """Record that this rank received the signal ``number`` (a signal handler)."""
         self.received = True
 
     def start_all_reduce(self) -> None:
-        """Before a step."""
+        """Start the all-reduce of the flag. Call before each step."""
         self._flag.fill_(self.received)
         self._work = (
             dist.all_reduce(self._flag, group=self._group, async_op=True) if self._group else None
         )
 
     def any_rank_received(self) -> bool:
-        """After a step: whether any rank had received the signal when the step began. All ranks
-        take part.
+        """Return whether any rank had received the signal when the step began.
+
+        Call after each step. All ranks must take part.
         """
         if self._work is not None:
             self._work.wait()

@@ -32,13 +32,18 @@ _KEYS_SHOWN = 16
 
 
 class Trainer:
-    """Trains one rank's part of a run to its last step.
+    """Training loop of one rank, up to the last step of a run.
 
-    ``eval_model`` is the full network in fp32, for evaluation and export, however the engine
-    distributes it. ``save`` writes a checkpoint of a training state and the figures so far; it
-    returns while that is still being written. ``heartbeat`` is called after each step and each
-    batch of evaluation; ``on_samples_consumed`` after each step with its number and the keys of
-    the samples that this rank used. All ranks construct a Trainer and call ``fit``.
+    All ranks construct a Trainer and call ``fit``.
+
+    Args:
+        eval_model: The full model in fp32, for evaluation and export, however the engine
+            distributes it.
+        save: Writes a checkpoint of a training state and the metrics so far. It returns while the
+            checkpoint is still being written.
+        heartbeat: Called after each step and each evaluation batch.
+        on_samples_consumed: Called after each step with its number and the keys of the samples that
+            this rank used.
     """
 
     def __init__(
@@ -81,7 +86,7 @@ class Trainer:
         self._allocate: Allocate = pinned_array if device.type == "cuda" else np.empty
 
     def fit(self) -> TrainState:
-        """Train from where ``state`` ends to the last step, evaluating after each epoch.
+        """Train from ``state`` to the last step and evaluate after each epoch.
 
         Raises Preempted, after writing a checkpoint, if any rank received a stop signal.
         """
@@ -91,9 +96,8 @@ class Trainer:
             self.progress.note("nothing is left to train; checkpoint.resume=never begins anew")
             self._update_eval_model()
         while self.state.steps < self.plan.stop_step:
-            with closing(
-                self._train_batches()
-            ) as batches:  # a loader that is not exhausted holds threads
+            # a loader that is not exhausted keeps its threads until it is closed
+            with closing(self._train_batches()) as batches:
                 self._train_epoch(batches)
             self._end_epoch()
         return self.state
@@ -118,7 +122,7 @@ class Trainer:
                 return
 
     def _train_step(self, batches: Iterator[Batch]) -> bool:
-        """One optimizer step; returns whether any rank received a stop signal."""
+        """Run one optimizer step; return whether any rank received a stop signal."""
         started = time.perf_counter()
         self.preemption.start_all_reduce()
         output = self.engine.step(
@@ -178,7 +182,7 @@ class Trainer:
             self.engine.ema_state_dict() or self.engine.full_state_dict()
         )
 
-    # --- which step is what -------------------------------------------------------------------
+    # --- step predicates ----------------------------------------------------------------------
 
     def _is_epoch_end(self, step: int) -> bool:
         return step % self.plan.steps_per_epoch == 0 or step == self.plan.stop_step
@@ -188,17 +192,17 @@ class Trainer:
         return every is not None and step % every == 0
 
     def _was_stopped_before_evaluation(self) -> bool:
-        """The checkpoint is of an epoch's last step, which was not evaluated."""
+        """Return whether the checkpoint is at the end of an epoch that was not evaluated."""
         steps = self.state.steps
         return steps > 0 and self._is_epoch_end(steps) and self.state.evaluated_step != steps
 
     # --- data ---------------------------------------------------------------------------------
 
     def _train_batches(self) -> Generator[Batch, None, None]:
-        """This rank's micro-batches of the current epoch, from the current step on."""
+        """Return this rank's micro-batches of the current epoch, from the current step on."""
         epoch, start_step = divmod(self.state.steps, self.plan.steps_per_epoch)
         batch, rank = self.plan.batch, self.env.rank
-        # the last pipeline stage needs labels only, unless it must know which samples are bad
+        # the last pipeline stage needs labels only, unless it must know which samples are corrupt
         labels_only = rank >= batch.ranks and not self._skips_bad_samples
         return train_loader(
             self.plan.config,
@@ -214,7 +218,10 @@ class Trainer:
         )
 
     def _eval_batches(self, bad: list[str]) -> Iterator[Batch]:
-        """This rank's part of the validation split; adds a line to ``bad`` per corrupt sample."""
+        """Yield this rank's part of the validation split.
+
+        Adds a line to ``bad`` for each corrupt sample.
+        """
         val, store, env = self.plan.val, self._val_store, self.env
         assert val is not None
         assert store is not None
@@ -227,7 +234,7 @@ class Trainer:
     # --- metrics and checks -------------------------------------------------------------------
 
     def _collect_metrics(self) -> dict[str, float]:
-        """What is logged every ``train.log_every_steps``: a new metric belongs here."""
+        """Return the metrics logged every ``train.log_every_steps``. Add new metrics here."""
         values = self._meter.compute(self.state)
         norm, scale = self.engine.grad_norm(), self.engine.loss_scale()
         if norm is not None:
@@ -239,8 +246,9 @@ class Trainer:
         return values
 
     def _log(self) -> None:
-        """Read the losses of the last steps (a device synchronization), average them over ranks and
-        log each.
+        """Log the loss of each step since the last call, averaged over ranks.
+
+        This reads the losses from the device, which is a device synchronization.
         """
         outputs, last = self._meter.take_outputs(), self.state.steps
         losses = all_reduce_mean(torch.stack([output.loss for output in outputs])).tolist()
@@ -265,7 +273,9 @@ class Trainer:
         )
 
     def _check_overflow(self) -> None:
-        """Raises Diverged, on all ranks, if gradients are NaN or Inf and no smaller loss scale can
+        """Check the gradients of the last step for overflow.
+
+        Raises Diverged, on all ranks, if gradients are NaN or Inf and no smaller loss scale can
         help.
         """
         skipped, step = self._meter.skipped_in_a_row, self.state.steps
@@ -286,8 +296,9 @@ class Trainer:
             )
 
     def _count_bad_samples(self) -> int:
-        """Report the corrupt samples of all ranks since the last call. Raises CollectiveUserError
-        if there are too many.
+        """Report new corrupt samples of all ranks and return the total.
+
+        Raises CollectiveUserError if there are more than ``data.max_bad_samples``.
         """
         for line in dict.fromkeys(all_gather_list(self._meter.take_bad_samples())):
             self.progress.note(f"a bad sample counts for nothing: {line}")
@@ -303,7 +314,7 @@ class Trainer:
 
 
 def _sample_keys(output: StepOutput) -> str:
-    """The keys of a step's samples on all ranks, which take part."""
+    """Return the keys of a step's samples on all ranks. All ranks must take part."""
     keys = all_gather_list(output.keys)
     more = len(keys) - _KEYS_SHOWN
     return ", ".join(keys[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")

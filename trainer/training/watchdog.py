@@ -1,5 +1,6 @@
-"""A rank that makes no step any more says where it hangs and ends, so that its job can go on
-elsewhere.
+"""Watchdog for a rank that stops making steps.
+
+It prints where the rank hangs and ends the process, so that the job can resume elsewhere.
 """
 
 import faulthandler
@@ -12,8 +13,10 @@ from trainer.errors import EXIT_RETRY
 
 
 class Watchdog:
-    """Between construction and ``close``, ``alive`` must be called again within ``minutes``; None:
-    never.
+    """Thread that ends the process if ``heartbeat`` is not called in time.
+
+    From construction until ``close``, ``heartbeat`` must be called at least once every ``minutes``.
+    If ``minutes`` is None, the watchdog is disabled.
     """
 
     def __init__(self, minutes: float | None, rank: int) -> None:
@@ -31,7 +34,10 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self) -> None:
-        """The process ends at once: threads that hang in a collective can't be told to."""
+        """End the process if there is no heartbeat in time.
+
+        The process exits immediately, because threads that hang in a collective cannot be stopped.
+        """
         while not self._closed.wait(min(1.0, self._seconds / 4)):
             silent = time.monotonic() - self._last
             if silent >= self._seconds:

@@ -1,1 +1,1 @@
-"""Pretrained and external weights: reading state dicts, matching their names and classes."""
+"""Pretrained and external weights: reads state dicts and matches their names and classes."""

@@ -1,4 +1,4 @@
-"""Which output of a model stands for which class of a dataset: matched by name, never by position."""
+"""Matches a model's outputs to a dataset's classes: by name, never by position."""
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -13,13 +13,15 @@ _SHOWN = 5
 def match_classes(
     outputs: Sequence[Collection[str]], index: Index, model: str, data: str
 ) -> list[int]:
-    """The model's output for each class of the dataset, in the dataset's order.
+    """Returns the model's output index for each class of the dataset, in the dataset's order.
 
-    ``outputs``: the names by which each output is known. A dataset's class matches by its id
-    (``n01440764``), else by its name. 1,000 classes that are plain numbers, as in third-party
-    shards of ImageNet, are the outputs of these numbers. ``model``, ``data``: what error messages
-    call them. Raises UserError that names the classes which match no output, several outputs, or an
-    output that another class has.
+    ``outputs``: the names by which each output is known. ``model``, ``data``: their names in error
+    messages.
+
+    A dataset's class is matched by its id (``n01440764``), otherwise by its name. 1,000 classes
+    that are plain numbers, as in third-party ImageNet shards, are the outputs of these numbers.
+    Raises UserError that names the classes which match no output, several outputs, or an output
+    that another class has matched.
     """
     if len(index.classes) == len(outputs) == 1000 and index.classes == [
         str(number) for number in range(1000)
@@ -47,10 +49,10 @@ def match_classes(
 
 
 def output_names(classes: Sequence[str], num_outputs: int) -> list[set[str]]:
-    """The names by which each output of a model with these class names is known.
+    """Returns the names by which each output of a model with these class names is known.
 
     Classes in ImageNet's order of 1,000 are also known by their WordNet ids and synonyms. An output
-    without a class name is known by no name.
+    without a class name has no names.
     """
     names = [{name} for name in classes] + [set() for _ in range(num_outputs - len(classes))]
     if len(classes) == 1000 and list(classes) in (_imagenet_categories(), _imagenet_ids()):
@@ -59,8 +61,9 @@ def output_names(classes: Sequence[str], num_outputs: int) -> list[set[str]]:
 
 
 def imagenet_output_names() -> list[set[str]]:
-    """The names of ImageNet's 1,000 classes in their usual order: WordNet id, synonyms,
-    torchvision's category.
+    """Returns the names of ImageNet's 1,000 classes in their usual order.
+
+    The names of a class are its WordNet id, its synonyms and torchvision's category.
     """
     from timm.data.imagenet_info import ImageNetInfo
 

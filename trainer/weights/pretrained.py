@@ -1,4 +1,4 @@
-"""A network's weights from a file: the set that fits, in the network's own names, checked."""
+"""Loads a network's weights from a file: selects, renames and checks the matching set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,16 +22,19 @@ from trainer.weights.class_matching import match_classes, output_names
 from trainer.weights.state_dict_file import WeightSet, classes_beside, is_average, read_weight_sets
 
 _SHOWN = 10
-"""Keys of each kind that a refusal names."""
+"""Maximum number of keys of each kind that an error message lists."""
 _COUNTER = "num_batches_tracked"
-"""Of batch norm, which files of before 2018 lack."""
+"""Batch norm's counter, which is missing in files from before 2018."""
 _PREFIX_DEPTH = 3
-"""Components before the names, such as ``state.model.module.``, that are tried."""
+"""Maximum number of components of a prefix, such as ``state.model.module.``, that is tried."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The library whose names a weights file has, and what it did not give, one line each."""
+    """The naming scheme of a weights file, with notes.
+
+    The notes say what the file did not provide, one line each.
+    """
 
     scheme: StateDictAdapter
     notes: list[str]
@@ -39,14 +42,14 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A set's tensors below one prefix, and how many of the network's names are among them."""
+    """A set's tensors below one prefix; ``score`` counts the network's names among them."""
 
     path: str
     state: State
     scheme: StateDictAdapter
     score: int
     others: tuple[str, ...]
-    """Names of the same set outside the prefix."""
+    """Names in the same set outside the prefix."""
 
     @property
     def name(self) -> str:
@@ -55,7 +58,7 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class FittingWeights:
-    """The weights in a file that are for one network, in the file's names without any prefix."""
+    """The weights in a file that match one network, under the file's names without any prefix."""
 
     state: State
     scheme: StateDictAdapter
@@ -63,11 +66,11 @@ class FittingWeights:
 
 
 def select_weights(url: str, name: str, key: str | None = None) -> FittingWeights:
-    """The set of weights at ``url`` whose names fit the network ``name`` best.
+    """Selects the set of weights at ``url`` whose names best match the network ``name``.
 
-    Prefixes (``module.``, ``model.``) are removed. Averaged (EMA) weights are preferred, and the
-    notes say which set was taken and what was ignored. ``key``: the set to take, as the notes name
-    it. Raises UserError for two sets that fit equally well, and for a ``key`` that is missing.
+    Prefixes (``module.``, ``model.``) are removed. Averaged (EMA) weights are preferred; the notes
+    name the selected set and what was ignored. ``key``: the set to select, as named in the notes.
+    Raises UserError if two sets match equally well, and if ``key`` is missing.
     """
     variant = get_model_spec(name)
     with torch.device("meta"):
@@ -84,9 +87,8 @@ def select_weights(url: str, name: str, key: str | None = None) -> FittingWeight
             )
         return _selected(chosen[0], [], url)
     best = max(candidate.score for candidate in candidates)
-    if (
-        best < len(key_map("convoy", variant, model)) // 4
-    ):  # another network's: the caller says what differs
+    # The weights of another network: the caller reports the differences.
+    if best < len(key_map("convoy", variant, model)) // 4:
         complete = [candidate for candidate in candidates if not candidate.others]
         closest = max(complete, key=lambda candidate: (len(candidate.state), len(candidate.path)))
         return FittingWeights(closest.state, closest.scheme, [])
@@ -113,9 +115,8 @@ def _selected(chosen: _Candidate, rest: list[_Candidate], url: str) -> FittingWe
         )
     elif is_average(chosen.path):
         notes.append(f"{url}: the averaged (EMA) weights at {chosen.name}")
-    others = [
-        key for key in chosen.others if key != "n_averaged"
-    ]  # the counter of torch's AveragedModel
+    # n_averaged is the counter of torch's AveragedModel.
+    others = [key for key in chosen.others if key != "n_averaged"]
     if others:
         more = f" and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else ""
         notes.append(
@@ -126,7 +127,10 @@ def _selected(chosen: _Candidate, rest: list[_Candidate], url: str) -> FittingWe
 
 
 def _candidates(one: WeightSet, variant: ModelSpec, model: nn.Sequential) -> list[_Candidate]:
-    """Each prefix of the set's names, with the scheme of names that fits best below it."""
+    """Returns a candidate for each prefix of the set's names.
+
+    Each has the naming scheme that matches best below its prefix.
+    """
     names = {
         scheme: {n for n in key_map(scheme, variant, model).values() if _COUNTER not in n}
         for scheme in schemes_of(variant.name)
@@ -156,7 +160,7 @@ def _candidates(one: WeightSet, variant: ModelSpec, model: nn.Sequential) -> lis
 
 
 def _without_copies(candidates: list[_Candidate]) -> list[_Candidate]:
-    """Without those that hold the same tensors as an earlier one."""
+    """Removes candidates that contain the same tensors as an earlier one."""
     kept: list[_Candidate] = []
     for candidate in candidates:
         if not any(_same_tensors(candidate.state, other.state) for other in kept):
@@ -178,16 +182,18 @@ def load_weights(
     outputs: Sequence[int] | None = None,
     data: Index | None = None,
 ) -> LoadReport:
-    """Fill ``model``, built as ``name``, from the weights file at ``url``: .safetensors, or .pth
-    with tensors alone.
+    """Loads the weights file at ``url`` into ``model``, built as ``name``.
 
-    Names may be ours, torchvision's or timm's. A file for another number of classes leaves the
-    heads as they are, new; so does one without auxiliary heads. ``weights``: the file's content
-    where it was read already. ``outputs``: the file's output for each of the model's classes, where
-    they differ. ``data``: the dataset whose classes the model has; those of a run's output folder
-    at ``url`` are matched with them by name, and a head for other classes is left as it is, too.
+    The file is a .safetensors, or a .pth that contains only tensors. Names may be Convoy's,
+    torchvision's or timm's. If the file has another number of classes, the model's heads keep their
+    new initialization; so do auxiliary heads that the file does not have.
 
-    Raises UserError for all else that does not fit, and for NaN or infinite weights.
+    ``weights``: the file's content, if it was read already. ``outputs``: the file's output for each
+    of the model's classes, if they differ. ``data``: the dataset whose classes the model has. If
+    ``url`` is a run's output folder, its classes are matched with the dataset's by name, and a head
+    for other classes keeps its new initialization as well.
+
+    Raises UserError for any other mismatch, and for NaN or Inf weights.
     """
     weights = select_weights(url, name) if weights is None else weights
     variant, state, scheme = get_model_spec(name), weights.state, weights.scheme
@@ -234,7 +240,10 @@ def _filled(
     url: str,
     name: str,
 ) -> LoadReport:
-    """Check ``own`` against the model and load it; the weights called ``new`` stay as they are."""
+    """Checks ``own`` against the model and loads it.
+
+    The weights listed in ``new`` are left unchanged.
+    """
     expected, variant, scheme = model.state_dict(), get_model_spec(name), weights.scheme
     auxiliary = auxiliary_names(model)
     if auxiliary and not any(key in own for key in auxiliary):
@@ -256,8 +265,9 @@ def _filled(
 
 
 def _check_heads(own: State, heads: list[str], url: str) -> None:
-    """Raise UserError for heads whose weights and biases differ in the number of their outputs, or
-    have none.
+    """Raises UserError for inconsistent heads.
+
+    The weights and biases of all heads must have the same, nonzero number of outputs.
     """
     counts = {key: own[key].shape[0] if own[key].dim() else 0 for key in heads}
     if len(set(counts.values())) > 1 or 0 in counts.values():
@@ -269,8 +279,9 @@ def _check_heads(own: State, heads: list[str], url: str) -> None:
 
 
 def classes_in(weights: FittingWeights, name: str) -> int | None:
-    """Classes of the head in the weights for the network ``name``; None where they have no such
-    head.
+    """Returns the number of classes of the head in the weights for the network ``name``.
+
+    Returns None if the weights have no such head.
     """
     with torch.device("meta"):
         model = build_model(name, 1)
@@ -280,8 +291,9 @@ def classes_in(weights: FittingWeights, name: str) -> int | None:
 
 
 def _misfits(own: State, expected: State, new: list[str], names: dict[str, str]) -> list[str]:
-    """What keeps ``own`` from being the ``expected`` state, a line a kind, in the file's ``names``;
-    ``new`` need not be there.
+    """Returns how ``own`` differs from the ``expected`` state, one line per kind of mismatch.
+
+    ``new``: names that may be missing. ``names``: maps the model's names to the file's.
     """
     missing = [k for k in expected if k not in own and k not in new and not k.endswith(_COUNTER)]
     unexpected = [key for key in own if key not in expected]
@@ -313,8 +325,9 @@ def _listed(kind: str, keys: list[str]) -> str:
 
 
 def _likely(state: State, name: str) -> str:
-    """The registered network that most of the file's names and shapes fit, unless that is ``name``
-    itself.
+    """Names the registered network that most of the file's names and shapes match.
+
+    Returns an empty string if that is ``name`` itself, or if no network matches.
     """
     best, best_score = "", 0.5
     given = {key: tuple(value.shape) for key, value in state.items() if not key.endswith(_COUNTER)}

@@ -1,7 +1,8 @@
-"""Weights files: read without running code, and the sets of weights that they hold.
+"""Reads weights files without running code, and finds the sets of weights in them.
 
-A training checkpoint holds more than one model's weights: the trained ones, their moving average
-(EMA), an optimizer's state, a teacher. Each dictionary of tensors in the file is one ``WeightSet``.
+A training checkpoint contains more than one model's weights: the trained ones, their exponential
+moving average (EMA), an optimizer's state, a teacher. Each dictionary of tensors in the file is one
+``WeightSet``.
 """
 
 import argparse
@@ -43,31 +44,38 @@ _INERT: list[Any] = [
         for core in ("core", "_core")
     ),
 ]
-"""Values beside the weights in the checkpoints of timm (``args``), torchvision and many scripts
-(``best_acc``). To build them runs no code of the file.
+"""Types that may accompany the weights in checkpoints; constructing them runs no code of the file.
+
+They occur in the checkpoints of timm (``args``), torchvision and many scripts (``best_acc``).
 """
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 @dataclass(frozen=True)
 class WeightSet:
-    """One dictionary of tensors in a file; ``key``: its path there, with dots, empty at the top."""
+    """One dictionary of tensors in a file.
+
+    ``key``: its dotted path in the file, empty at the top level.
+    """
 
     key: str
     tensors: State
 
 
 def is_average(path: str) -> bool:
-    """Whether a key or prefix names averaged weights: ``state_dict_ema``, ``model_ema``, ``ema.``."""
+    """Whether a key or prefix denotes averaged weights.
+
+    Examples: ``state_dict_ema``, ``model_ema``, ``ema.``.
+    """
     return _AVERAGE.search(_CAMEL.sub("_", path).lower()) is not None
 
 
 def read_weight_sets(url: str) -> list[WeightSet]:
-    """Every set of weights in the file at a path or URL; of a run's output folder, its model's.
+    """Returns every set of weights in the file at a path or URL.
 
-    Wrappers' components are removed from the names: ``_orig_mod`` and the like. Raises UserError
-    for a file that cannot be read, is corrupt, is a pickle with more than tensors, or holds no
-    tensors.
+    For a run's output folder, these are its model's weights. Components of wrappers, such as
+    ``_orig_mod``, are removed from the names. Raises UserError for a file that cannot be read, is
+    corrupt, is a pickle with more than tensors, or contains no tensors.
     """
     location = parse_storage_url(url)
     path = Path(location.prefix)
@@ -102,10 +110,9 @@ def read_weight_sets(url: str) -> list[WeightSet]:
 
 
 def classes_beside(url: str) -> list[str] | None:
-    """The class names of a model that Convoy saved: ``url`` is its folder or its weights file; None
-    for any other file.
+    """Returns the class names of a model that Convoy saved; None for any other file.
 
-    Raises UserError for a corrupt ``model.json``.
+    ``url``: the model's folder or its weights file. Raises UserError for a corrupt ``model.json``.
     """
     location = parse_storage_url(url)
     path = Path(location.prefix)
@@ -134,16 +141,15 @@ def classes_beside(url: str) -> list[str] | None:
 
 
 def _parse(content: bytes, url: str) -> Any:
-    if (
-        content[8:9] == b"{"
-    ):  # after the length of a safetensors header, whose first byte can be a pickle's
+    # The 8 bytes before hold the length of a safetensors header; checked first, because their first
+    # byte can equal a pickle's.
+    if content[8:9] == b"{":
         try:
             return load_safetensors(content)
         except SafetensorError as error:
             raise UserError(f"{url}: is damaged: {error}") from None
-    if (
-        content[:4] != b"PK\x03\x04" and content[:1] != b"\x80"
-    ):  # torch's zip file, and the bare pickle before it
+    # torch's zip format, and the bare pickle format before it
+    if content[:4] != b"PK\x03\x04" and content[:1] != b"\x80":
         raise UserError(f"{url}: is neither a .safetensors nor a .pth file")
     _check_zip(content, url)
     try:
@@ -161,7 +167,10 @@ def _parse(content: bytes, url: str) -> Any:
 
 
 def _check_zip(content: bytes, url: str) -> None:
-    """Reject a changed byte, which torch.load does not notice, and TorchScript. Raises UserError."""
+    """Rejects changed bytes, which torch.load does not notice, and TorchScript.
+
+    Raises UserError.
+    """
     if content[:2] != b"PK":
         return
     try:
@@ -183,7 +192,7 @@ def _check_zip(content: bytes, url: str) -> None:
 
 
 def _dictionaries(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
-    """Dictionaries with at least one tensor under a string key, outer ones first."""
+    """Yields dictionaries with at least one tensor under a string key, outer ones first."""
     if not isinstance(value, dict) or depth > _DEPTH:
         return
     named = {key: item for key, item in value.items() if isinstance(key, str)}

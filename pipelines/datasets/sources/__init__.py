@@ -1,1 +1,1 @@
-"""Sources to pack: class folders, ImageNet's own tars, idx files."""
+"""Sources to pack: class folders, ImageNet's tars, idx files."""

@@ -1,4 +1,4 @@
-"""Check the content of listed images: format, completeness and, on request, that they decode."""
+"""Checks the content of listed images: format, completeness and, on request, that they decode."""
 
 import os
 import zlib
@@ -8,14 +8,14 @@ from pipelines.datasets.sources.item import Item
 from trainer.data.decode.decoder import DecodeError, decode_rgb
 from trainer.data.decode.image_formats import EXTENSIONS, ImageFault, PngWithoutEnd, identify
 
-_SAMPLED = 8192  # bytes at the beginning, which distinguish images of equal size
+_SAMPLED = 8192  # bytes at the beginning that are compared between images of equal size
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Result of one image: the extension of its format and a checksum, or the reason against it.
+    """Result of checking one image: the extension of its format and a checksum, or the fault.
 
-    ``doubt``: what may be wrong with an image that was not decoded.
+    ``doubt``: a possible fault of an image that was not decoded.
     """
 
     extension: str
@@ -25,12 +25,12 @@ class Checked:
 
 
 def check_items(items: list[Item], decode: bool) -> list[Checked]:
-    """Check images of files and tars. Runs in a worker."""
+    """Check images in files and tars. Runs in a worker."""
     return [_check(item, decode) for item in items]
 
 
 def with_extension(item: Item, extension: str) -> Item:
-    """The item with its format's extension; dataclasses.replace takes five times as long."""
+    """Return the item with its format's extension; dataclasses.replace takes five times as long."""
     return Item(
         item.key,
         item.label,

@@ -1,4 +1,4 @@
-"""ImageNet's devkit: ground truth of the validation images and readable class names."""
+"""Reads ImageNet's devkit: ground truth of the validation images, and readable class names."""
 
 import gzip
 import io
@@ -15,10 +15,10 @@ TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 class Devkit:
-    """In a source folder: a folder, its tar.gz, or loose files."""
+    """The devkit in a source folder: a folder, its tar.gz, or loose files."""
 
     def __init__(self, root: Path) -> None:
-        """Raises UserError for files that are corrupt."""
+        """Read the class ids and names. Raises UserError for corrupt files."""
         self._root = root
         self._by_number: dict[int, str] = {}
         self.words: dict[str, str] = {}
@@ -29,12 +29,12 @@ class Devkit:
             self.words = synsets("synset_words.txt", raw)
             self._by_number = dict(enumerate(self.words, start=1))
             ids = list(self.words)
-            # the well-known list of 1,000 is sorted by WordNet id, but the ground truth counts in
-            # the devkit's own order
+            # the well-known list of 1,000 is sorted by WordNet id, but the ground truth uses the
+            # devkit's order
             self._is_alphabetical = len(ids) == 1000 and ids == sorted(ids)
 
     def ground_truth(self) -> list[str]:
-        """The class of each validation image, by the images' names."""
+        """Return the class of each validation image, in the order of the image names."""
         raw = self._find(TRUTH)
         if raw is None:
             raise UserError(
@@ -71,7 +71,7 @@ class Devkit:
                     self.words[str(synset["WNID"])] = str(synset["words"])
         except MemoryError:
             raise
-        except Exception as error:  # SciPy's reader raises whatever its parsing runs into
+        except Exception as error:  # SciPy's reader raises whatever exception its parsing causes
             raise UserError(
                 f"{self._root}: meta.mat of the devkit cannot be read: {error}; extract it again"
             ) from None

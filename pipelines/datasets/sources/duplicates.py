@@ -1,20 +1,20 @@
-"""Images of val that are in train too: validation would measure what was trained on."""
+"""Detects images of val that are in train too, so that validation would measure training data."""
 
 import hashlib
 from collections.abc import Callable, Sequence
 
 from pipelines.datasets.sources.item import Item
 
-_COMPARED = 10_000  # candidates whose content is read; they are nearly always equal
+_COMPARED = 10_000  # candidates whose content is read; nearly all of them are equal
 
 Marked = tuple[Item, int]
-"""An item and the checksum of its beginning."""
+"""An item, and the checksum of its first bytes."""
 
 
 def leak_note(
     train: Sequence[Marked], val: Sequence[Marked], read: Callable[[Item], bytes]
 ) -> str | None:
-    """A line about images of ``val`` with the same bytes as one of ``train``, if there are any."""
+    """Return a warning if images of ``val`` have the same bytes as one of ``train``, else None."""
     marks = {(item.size, mark) for item, mark in val}
     candidates: dict[tuple[int, int], list[Item]] = {}
     for item, mark in train:

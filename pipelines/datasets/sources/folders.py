@@ -1,4 +1,4 @@
-"""Folders of class folders as a source."""
+"""Lists a source of class folders."""
 
 import os
 import re
@@ -32,13 +32,13 @@ class _Class:
     name: str
     path: str
     files: list[tuple[str, Entry]]
-    """(folder relative to the class's own, file)."""
+    """(folder relative to the class folder, file) of each file."""
 
 
 def folder_splits(root: Path, layout: Layout, nested: bool, account: Account) -> list[Split]:
-    """The splits of a source of class folders. Raises UserError for what is ambiguous.
+    """Return the splits of a source of class folders. Raises UserError if the source is ambiguous.
 
-    ``nested``: all images below a class folder belong to it, whatever its subfolders are called.
+    ``nested``: all images below a class folder belong to it, regardless of its subfolders' names.
     """
     found: list[list[_Class]] = []
     folders = find_split_folders(str(root), layout, account)
@@ -84,7 +84,7 @@ def _class_folders(root: str, nested: bool, account: Account) -> list[_Class]:
 
 
 def _check_single_class(classes: list[_Class], account: Account) -> None:
-    """One class is a flat list of images in most cases."""
+    """Warn about a single class, or raise UserError: in most cases it is a list without classes."""
     if len(classes) > 1:
         return
     only = classes[0]
@@ -98,7 +98,7 @@ def _check_single_class(classes: list[_Class], account: Account) -> None:
 
 
 def _check_names(classes: list[_Class], account: Account) -> None:
-    """Names are stored as UTF-8 text and read by people: they must differ for both."""
+    """Check that class names are UTF-8 text, and distinct both as text and to a reader."""
     by_form: dict[str, str] = {}
     by_case: dict[str, list[str]] = {}
     for one in classes:
@@ -160,7 +160,10 @@ def _check_levels(one: _Class, account: Account) -> None:
 
 
 def _check_same_classes(train: list[_Class], val: list[_Class], account: Account) -> None:
-    """The labels are those of train: a class of val only is a fault, one of train only is noted."""
+    """Compare the classes of the two splits; the labels are those of train.
+
+    A class that is only in val is an error. A class that is only in train is noted.
+    """
     known = {one.name for one in train}
     similar = {_loosely(name): name for name in known}
     for one in val:

@@ -1,4 +1,4 @@
-"""idx files (LeCun's format: the MNIST family) as a source."""
+"""Lists a source of idx files (LeCun's format, used by the MNIST family)."""
 
 import gzip
 import math
@@ -22,7 +22,10 @@ def is_idx_folder(root: Path) -> bool:
 
 
 def idx_splits(root: Path, account: Account) -> list[Split]:
-    """``train-*`` and ``t10k-*``, plain or gzip; the labels are the classes. Raises UserError."""
+    """Return the splits of ``train-*`` and ``t10k-*`` files, plain or gzip. Raises UserError.
+
+    The labels are the classes.
+    """
     splits = []
     pairs = {
         name: [_find(root, f"{prefix}-{kind}-ubyte") for kind in _KINDS]
@@ -79,12 +82,12 @@ def _find(root: Path, name: str) -> Path | None:
 
 @lru_cache(maxsize=2)
 def idx_images(path: str) -> np.ndarray:
-    """uint8 [images, height, width] of an idx3 file. Raises UserError."""
+    """Return the images of an idx3 file, uint8 [images, height, width]. Raises UserError."""
     return _read(Path(path), 3)
 
 
 def _read(path: Path, dimensions: int) -> np.ndarray:
-    """uint8 array of an idx file: two zero bytes, type, rank, sizes, data."""
+    """Read an idx file as a uint8 array: two zero bytes, type, rank, sizes, data."""
     try:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":

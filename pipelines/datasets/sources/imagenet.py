@@ -1,4 +1,4 @@
-"""ImageNet's own tars as a source: train.tar of a tar per class, val.tar of images, and the devkit."""
+"""Lists ImageNet's tars: train.tar with a tar per class, val.tar with images, and the devkit."""
 
 from pathlib import Path, PurePosixPath
 
@@ -10,7 +10,7 @@ from trainer.data.shards.tar_reader import TarError, list_members
 from trainer.errors import UserError, shortened
 
 Found = list[tuple[str, int, int]]
-"""Name, first byte and size of each image."""
+"""Name, byte offset and size of each image."""
 
 
 def has_imagenet_tars(root: Path) -> bool:
@@ -18,9 +18,10 @@ def has_imagenet_tars(root: Path) -> bool:
 
 
 def imagenet_splits(root: Path, account: Account) -> list[Split]:
-    """The splits of ``ILSVRC2012_img_train.tar`` and ``ILSVRC2012_img_val.tar``, or one of them.
+    """Return the splits of ``ILSVRC2012_img_train.tar`` and ``ILSVRC2012_img_val.tar``, or one of
+    them.
 
-    Raises UserError for tars that are corrupt, and for a val.tar without its ground truth.
+    Raises UserError for corrupt tars, and for a val.tar without its ground truth.
     """
     train, val = _find(root, "train"), _find(root, "val")
     used = {path.name for path in (train, val) if path is not None}
@@ -105,7 +106,11 @@ def _val_split(
 
 
 def _items(path: Path, names: list[tuple[str, str]], labels: list[int], found: Found) -> list[Item]:
-    """Keys are the images' own names, as ImageNet's are unique; otherwise with their class."""
+    """Build the items of a split.
+
+    Keys are the image names if these are unique, as ImageNet's are; otherwise they include the
+    class.
+    """
     if not has_equal_keys([stem for _, stem in names]):
         names = [("", stem) for _, stem in names]
     changed = path.stat().st_mtime_ns
@@ -118,7 +123,7 @@ def _items(path: Path, names: list[tuple[str, str]], labels: list[int], found: F
 
 
 def _members(path: Path, account: Account, start: int = 0, size: int | None = None) -> Found:
-    """The files of a tar, or of a tar inside one; offsets count from the outer one's beginning."""
+    """Return the files of a tar, or of a tar inside it; offsets are relative to the outer tar."""
     try:
         members = list_members(path, start, size)
     except TarError as error:

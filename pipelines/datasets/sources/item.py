@@ -1,14 +1,14 @@
-"""What can be packed: images (items) in splits, and an account of every other file of a source."""
+"""Images to pack (items) in splits, and an account of every other file of a source."""
 
 from dataclasses import dataclass, field
 
-_NAMED = 3  # skipped files of each rule that are named
+_NAMED = 3  # skipped files that are listed per rule
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image: bytes ``offset`` to ``offset + size`` of a file, or image ``offset`` of an idx
-    file.
+    """One image: bytes ``offset`` to ``offset + size`` of a file, or image number ``offset`` of an
+    idx file.
     """
 
     key: str
@@ -17,16 +17,16 @@ class Item:
     offset: int
     size: int
     extension: str = ""
-    """Of its format; empty until its content was checked."""
+    """Extension of the image format; empty until the content is checked."""
     changed: int = 0
-    """The file's modification time, ns; shows that an image changed since it was listed."""
+    """The file's modification time, ns; detects that an image changed since it was listed."""
     is_idx: bool = False
     name: str = ""
-    """Of a member of a tar."""
+    """Name of the member, if the image is in a tar."""
 
     @property
     def source(self) -> str:
-        """Where it is, for messages."""
+        """Return the location of the image, for messages."""
         if self.name:
             return printable(f"{self.path}: {self.name} at byte {self.offset:,}")
         return printable(self.path if not self.offset else f"{self.path} at byte {self.offset:,}")
@@ -34,9 +34,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Split:
-    """The images of ``train`` or ``val`` in the source's order.
+    """The images of ``train`` or ``val`` in source order.
 
-    ``class_ids[label]`` is the source's name of a class, ``classes[label]`` the readable one.
+    ``class_ids[label]`` is the name of a class in the source, ``classes[label]`` the readable name.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Split:
 
 @dataclass
 class Account:
-    """What became of the files of a source that are not packed."""
+    """Account of the files of a source that are not packed."""
 
     skipped: dict[str, list[str]] = field(default_factory=dict)
-    """Paths by rule; a folder that was skipped contributes each file in it."""
+    """Paths by rule; a skipped folder contributes each file in it."""
     rejected: list[str] = field(default_factory=list)
     """``PATH: REASON`` of files that cannot be packed; --skip-bad omits them."""
     faults: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Account:
         self.faults.append(f"{printable(path)}: {reason}")
 
     def skip_lines(self) -> list[str]:
-        """One line per rule, with the first names."""
+        """Return one line per rule, with the first names."""
         lines = []
         for rule, paths in self.skipped.items():
             named = ", ".join(printable(path) for path in paths[:_NAMED])
@@ -91,13 +91,15 @@ class Source:
 
 
 def printable(text: str) -> str:
-    r"""``text`` on one line: control characters and undecodable bytes as escapes (\n, \xe9)."""
+    r"""Return ``text`` on one line, with control characters and undecodable bytes escaped (\n,
+    \xe9).
+    """
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else _escaped(char) for char in text)
 
 
 def _escaped(char: str) -> str:
-    if 0xDC80 <= ord(char) <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it
+    if 0xDC80 <= ord(char) <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode represents it
         return f"\\x{ord(char) - 0xDC00:02x}"
     return char.encode("unicode_escape").decode("ascii")

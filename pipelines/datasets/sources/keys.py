@@ -1,4 +1,4 @@
-"""WebDataset keys from file names: ASCII, without dots, at most 95 characters, each unique."""
+"""Derives WebDataset keys from file names: ASCII, no dots, at most 95 characters, unique."""
 
 import re
 import unicodedata
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_+-]")
 _LIMIT = 40  # characters of a class and of a stem: a plain tar header holds a name of 100
-_HEAD = 18  # characters of a longer name's beginning; the rest is its end, which tells files apart
+_HEAD = 18  # characters kept from the start of a longer name; its end distinguishes files
 
 
 def sample_keys(names: Sequence[tuple[str, str]], labels: Sequence[int]) -> list[str]:
-    """A key for each (class, stem): ``class/stem`` made safe; collisions are numbered in order.
+    """Return a key per (class, stem): ``class/stem`` without unsafe characters.
 
-    An empty class is omitted. Depends on the order of ``names`` only; takes linear time.
+    Collisions are numbered in order. An empty class is omitted. The result depends only on the
+    order of ``names``; the time is linear.
     """
     folders: dict[tuple[str, int], str] = {}
     wanted = []
@@ -28,7 +29,7 @@ def sample_keys(names: Sequence[tuple[str, str]], labels: Sequence[int]) -> list
 
 
 def has_equal_keys(stems: Sequence[str]) -> bool:
-    """Whether ``sample_keys`` would have to number some of these stems."""
+    """Return whether ``sample_keys`` would have to number some of these stems."""
     return len({_safe(stem, "_") for stem in stems}) < len(stems)
 
 
@@ -39,9 +40,7 @@ def _numbered(wanted: list[str]) -> list[str]:
     keys, seen = [], set()
     following: dict[str, int] = {}
     for key in wanted:
-        if (
-            counts[key] == 1 or key not in seen
-        ):  # the first one, and names that exist as such, keep it
+        if counts[key] == 1 or key not in seen:  # the first occurrence of a key stays unchanged
             seen.add(key)
             keys.append(key)
             continue
@@ -59,11 +58,11 @@ def _safe(name: str, fallback: str) -> str:
         name = "".join(
             char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char)
         )
-        name = re.sub(r"[^\x00-\x7f]+", "_", name)  # one for a word of another script
+        name = re.sub(r"[^\x00-\x7f]+", "_", name)  # one underscore per word of another script
         if not name.strip("_"):
             return fallback
     name = _UNSAFE.sub("_", name)
-    if name.startswith("-"):  # would be taken for an option of a command
+    if name.startswith("-"):  # would be parsed as a command-line option
         name = "_" + name[1:]
     if len(name) > _LIMIT:
         name = f"{name[:_HEAD]}__{name[_HEAD + 2 - _LIMIT :]}"

@@ -1,8 +1,8 @@
-"""Which folders of a source are splits and which are classes.
+"""Determines which folders of a source are splits and which are classes.
 
-The rule: a folder named like a split (`train`, `Training`, `val`, `test`, `seg_test`, ...) is one
-if it contains folders. Splits and classes beside each other are ambiguous and an error, and so is
-everything that would merge splits.
+A folder named like a split (`train`, `Training`, `val`, `test`, `seg_test`, ...) is a split if it
+contains folders. Splits next to classes are ambiguous and an error, and so is everything that would
+merge splits.
 """
 
 import os
@@ -16,7 +16,7 @@ from pipelines.datasets.sources.walk import Entry, Walk, files_below, looks_like
 from trainer.errors import UserError, shortened
 
 Layout = Literal["auto", "splits", "classes"]
-"""How the top folders of a source are understood."""
+"""Interpretation of the top-level folders of a source."""
 
 _WORDS = {
     "train": "train",
@@ -53,14 +53,14 @@ _FILLERS = frozenset(
 
 @dataclass(frozen=True)
 class SplitFolder:
-    """A split's name in the data set and its folder."""
+    """Name of a split in the dataset, and its folder."""
 
     name: str
     path: str
 
 
 def split_kind(name: str) -> str | None:
-    """``train``, ``val`` or ``test`` for a folder's name in any usual spelling, else None."""
+    """Return ``train``, ``val`` or ``test`` for a folder name in any usual spelling, else None."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
     words = [_without_suffix(word) for word in re.findall(r"[^\W\d_]+", spaced.casefold())]
     kinds = {_WORDS.get(word) for word in words if word not in _FILLERS}
@@ -75,11 +75,11 @@ def _without_suffix(word: str) -> str:
 
 
 def find_split_folders(root: str, layout: Layout, account: Account) -> list[SplitFolder]:
-    """The folders of the splits; the source itself as ``train`` if its folders are classes.
+    """Return the folders of the splits, or the source as ``train`` if its folders are classes.
 
-    Skips and counts what is beside the splits. Raises UserError for what is ambiguous.
+    Entries next to the splits are skipped and counted. Raises UserError if the layout is ambiguous.
     """
-    top = Walk(Account())  # the account of whoever lists the folder for good
+    top = Walk(Account())  # discarded: the folder is accounted for when it is listed for packing
     folders = [entry for entry in top.entries(root, is_class=False) if entry.is_folder]
     words = {folder.name: kind for folder in folders if (kind := split_kind(folder.name))}
     if layout == "classes" or not words:
@@ -113,7 +113,9 @@ def find_split_folders(root: str, layout: Layout, account: Account) -> list[Spli
 
 
 def _choose(root: str, kinds: dict[Entry, str]) -> dict[str, Entry]:
-    """The folder of ``train``, and of ``val``: a validation folder, else a test folder."""
+    """Choose the folders of ``train`` and ``val``; ``val`` is a validation folder, else a test
+    folder.
+    """
     by_kind: dict[str, list[Entry]] = {}
     for folder, kind in kinds.items():
         by_kind.setdefault(kind, []).append(folder)
@@ -145,7 +147,10 @@ def _skip_rest(
     layout: Layout,
     account: Account,
 ) -> None:
-    """Account for what is beside the split folders; raises UserError if classes may be among it."""
+    """Account for the entries next to the split folders.
+
+    Raises UserError if they may contain classes.
+    """
     loose = [
         entry.path for entry in Walk(account).entries(root, is_class=False) if not entry.is_folder
     ]
@@ -182,9 +187,7 @@ def _skip_rest(
 
 
 def _contains_folders(folder: Entry, account: Account) -> bool:
-    listed = (
-        Account()
-    )  # its files are accounted for later, but a folder that cannot be listed is not
+    listed = Account()  # files are accounted for later, but a folder that cannot be listed is not
     found = any(entry.is_folder for entry in Walk(listed).entries(folder.path))
     account.faults += listed.faults
     return found

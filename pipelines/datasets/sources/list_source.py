@@ -1,6 +1,6 @@
-"""What there is to pack: class folders, ImageNet's own tars, idx files; listed, but not read.
+"""Lists the images of a source without reading them: class folders, ImageNet's tars or idx files.
 
-Every file below a source becomes an item, or is skipped by a rule, or is rejected; `Account` keeps
+Every file below a source becomes an item, is skipped by a rule, or is rejected; `Account` records
 the last two.
 """
 
@@ -23,10 +23,11 @@ from trainer.errors import UserError
 
 @dataclass(frozen=True)
 class ListOptions:
-    """How a source is understood.
+    """Options for interpreting a source.
 
-    ``class_names``: a file that `pipelines.datasets.class_names` reads; by default synset_words.txt
-    if that is in the source. ``nested``: images at any depth below a class folder belong to it.
+    ``class_names``: a file in a format of `pipelines.datasets.class_names`; defaults to
+    synset_words.txt, if the source contains it. ``nested``: images at any depth below a class
+    folder belong to it.
     """
 
     class_names: str | None = None
@@ -35,10 +36,10 @@ class ListOptions:
 
 
 def list_source(source: str, options: ListOptions | None = None) -> Source:
-    """Recognize the kind of ``source`` and list its images; raises UserError."""
+    """Detect the kind of ``source`` and list its images. Raises UserError."""
     try:
         return _list(source, options or ListOptions())
-    except UserError as error:  # names in messages may be of any bytes
+    except UserError as error:  # names in messages may contain arbitrary bytes
         raise UserError(*map(printable, error.faults)) from None
 
 
@@ -59,9 +60,9 @@ def _list(source: str, options: ListOptions) -> Source:
 
 
 def read_item(item: Item) -> bytes:
-    """The image's bytes, unmodified; of an idx file the pixels as PNG.
+    """Return the image's bytes, unmodified. An image of an idx file is encoded as PNG.
 
-    Raises UserError if the file is not the one that was listed.
+    Raises UserError if the file changed since it was listed.
     """
     if item.is_idx:
         buffer = io.BytesIO()

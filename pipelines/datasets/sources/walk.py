@@ -1,5 +1,6 @@
-"""Listing folders so that every entry is accounted for: a file, skipped by a rule, rejected, or a
-fault.
+"""Lists folders and accounts for every entry.
+
+An entry is listed, skipped by a rule, rejected, or a fault.
 """
 
 import errno
@@ -36,7 +37,7 @@ _SPECIAL = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file or folder; links are followed."""
+    """A file or folder; symbolic links are followed."""
 
     name: str
     path: str
@@ -49,15 +50,17 @@ class Entry:
 
 @dataclass
 class Walk:
-    """Lists folders of one split; ``account`` gets all that is not listed."""
+    """Lists the folders of one split; ``account`` records everything that is not listed."""
 
     account: Account
     _visited: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def entries(self, folder: str, is_class: bool = True) -> list[Entry]:
-        """Files and folders in ``folder`` by name, without what is skipped, rejected or a fault.
+        """Return the files and folders in ``folder`` by name, without skipped, rejected or faulty
+        entries.
 
-        ``is_class``: whether files in it belong to a class; elsewhere a broken link may be one.
+        ``is_class``: whether files in it belong to a class. Otherwise a broken link may be a class
+        itself.
         """
         found = []
         for entry in self._scan(folder):
@@ -81,7 +84,9 @@ class Walk:
         return found
 
     def files(self, folder: Entry) -> Iterator[tuple[str, Entry]]:
-        """(folder relative to ``folder``, file) of all files below it; in each folder by name."""
+        """Yield (folder relative to ``folder``, file) of all files below it, by name in each
+        folder.
+        """
         stack: list[tuple[str, Iterator[Entry]]] = []
         if self.enter(folder):
             stack.append(("", iter(self.entries(folder.path))))
@@ -97,7 +102,9 @@ class Walk:
                 stack.append((below, iter(self.entries(entry.path))))
 
     def enter(self, folder: Entry) -> bool:
-        """Whether the folder is reached for the first time; loops and second paths are faults."""
+        """Return whether the folder is visited for the first time; loops and second paths are
+        faults.
+        """
         identity = (folder.status.st_dev, folder.status.st_ino)
         first = self._visited.setdefault(identity, folder.path)
         if first == folder.path:
@@ -117,14 +124,14 @@ class Walk:
 
 
 def skipped_by_name(name: str, is_folder: bool) -> bool:
-    """Hidden files, and what desktop systems and file systems leave behind."""
+    """Return whether an entry is hidden, or left behind by a desktop or file system."""
     if name.startswith("."):
         return True
     return name in _LEFTOVER_FOLDERS if is_folder else name.lower() in _LEFTOVERS
 
 
 def files_below(folder: str, unreadable: list[str] | None = None) -> list[str]:
-    """Paths of all files below a folder that is skipped, for its count; links are not followed.
+    """Return the paths of all files below a skipped folder, to count them; links are not followed.
 
     A folder that cannot be listed counts as one file, and is added to ``unreadable``.
     """
@@ -142,7 +149,7 @@ def files_below(folder: str, unreadable: list[str] | None = None) -> list[str]:
 
 
 def looks_like_image(path: str) -> bool:
-    """By its suffix, or by its first bytes."""
+    """Return whether a file looks like an image, by its suffix or its first bytes."""
     if os.path.splitext(path)[1].lower() in _IMAGE_SUFFIXES:
         return True
     try:
@@ -156,9 +163,9 @@ def looks_like_image(path: str) -> bool:
 
 
 def skip_others(root: Path, used: Collection[str], rule: str, account: Account) -> None:
-    """Account for everything in ``root`` but the entries in ``used``.
+    """Account for everything in ``root`` except the entries in ``used``.
 
-    Raises UserError for folders of images: what to pack is ambiguous then.
+    Raises UserError for folders of images, because it is then ambiguous what to pack.
     """
     for name in sorted(set(os.listdir(root)) - set(used)):
         path = os.path.join(root, name)
@@ -175,7 +182,7 @@ def skip_others(root: Path, used: Collection[str], rule: str, account: Account) 
 
 
 def check_root(source: str) -> Path:
-    """The source as a path; raises UserError unless it is a folder that can be listed."""
+    """Return the source as a path. Raises UserError unless it is a folder that can be listed."""
     try:
         if stat.S_ISDIR(os.stat(source).st_mode):
             os.scandir(source).close()

@@ -1,4 +1,7 @@
-"""The same batch in one micro-batch or in many: the same loss curve, less memory."""
+"""Study: gradient accumulation.
+
+The same batch in one micro-batch or in many gives the same loss curve in less memory.
+"""
 
 from pathlib import Path
 
@@ -28,7 +31,7 @@ KINDS = {"without batch norm": "false", "with batch norm": "true"}
 
 
 def training_of(scale: Scale, kind: str, micro: int, seed: int) -> Training:
-    """The rate is small in a full run, as in data_parallel.py."""
+    """Return one training. The learning rate of a full run is small, as in data_parallel.py."""
     keys = (
         "model.name=resnet8", f"model.batch_norm={KINDS[kind]}", f"optimizer.base_lr={scale.choose(0.01, 0.00125)}",
         f"batch.global_size={BATCH}", f"batch.micro_size={micro}", f"train.epochs={scale.choose(3, 5)}", "train.log_every_steps=1",
@@ -43,7 +46,7 @@ def training_of(scale: Scale, kind: str, micro: int, seed: int) -> Training:
 
 
 def micro_sizes(kind: str, scale: Scale) -> tuple[int, ...]:
-    """With batch norm the curve is not the same, which two sizes show."""
+    """Return the micro-batch sizes. With batch norm the curve differs; two sizes show that."""
     ends = (MICRO[0], MICRO[-1])
     return scale.choose(ends, MICRO) if kind == "without batch norm" else scale.choose((), ends)
 
@@ -58,7 +61,7 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def activation_mib(micro: int) -> float:
-    """Kept for the backward pass of a micro-batch, computed from the network."""
+    """Return the MiB saved for the backward pass of a micro-batch, computed from the network."""
     with torch.device("meta"):
         model = build_model("resnet8", 10, 28, batch_norm=False)
     return forward_costs(model, 28)[1] * micro / 2**20

@@ -1,5 +1,7 @@
-"""ReLU against tanh in a plain network: steps to 25% training error (Krizhevsky et al. 2012, figure
-1), and gradients by layer.
+"""Study: ReLU against tanh in a plain network.
+
+Measures the steps to 25% training error (Krizhevsky et al. 2012, figure 1), and the gradients by
+layer.
 """
 
 from pathlib import Path
@@ -30,9 +32,10 @@ def rates(scale: Scale) -> tuple[float, ...]:
 
 
 def training_of(scale: Scale, kind: str, rate: float, seed: int) -> Training:
-    """Seven convolutions without shortcuts or batch norm. No decay, a constant rate: nothing but
-    the non-linearity and the rate differs. An epoch is short, so that the training error is
-    measured often.
+    """Return one training of seven convolutions without shortcuts or batch norm.
+
+    There is no weight decay and the learning rate is constant, so that only the non-linearity and
+    the rate differ. An epoch is short, so that the training error is measured often.
     """
     keys = (
         "model.name=plain8", "model.width=8", "model.batch_norm=false", f"model.activation={kind}",
@@ -59,17 +62,16 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def steps_to_goal(steps: list[int], errors: list[float]) -> int:
-    """The first at which the error was measured to be at most the goal; where it never was, twice
-    the last step.
-    """
+    """Return the first step with a measured error of at most the goal, else twice the last step."""
     return next(
         (step for step, error in zip(steps, errors, strict=True) if error <= GOAL), 2 * steps[-1]
     )
 
 
 def _errors(runs: Runs, training: Training) -> tuple[list[int], list[float]]:
-    """Steps, and the training error in percent after each; of one that diverged what guessing
-    gives, at its end.
+    """Return steps, and the training error in percent at each.
+
+    A training that diverged has the error of guessing, at its last step.
     """
     if runs.outcome(training)["diverged"]:
         return [runs.run_of(training).steps()], [90.0]
@@ -113,7 +115,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
 
 
 def first_to_last(norms: dict[str, float]) -> float:
-    """The first layer's gradient as a part of the last layer's."""
+    """Return the first layer's gradient norm as a fraction of the last layer's."""
     each = list(norms.values())
     return each[0] / each[-1]
 

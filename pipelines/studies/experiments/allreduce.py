@@ -1,6 +1,6 @@
-"""Time of a gloo all-reduce of several sizes, written as JSON.
+"""Measures the time of gloo all-reduces of several sizes, and writes it as JSON.
 
-``python -m pipelines.studies.experiments.allreduce FILE`` runs on each rank.
+Run ``python -m pipelines.studies.experiments.allreduce FILE`` on each rank.
 """
 
 import json
@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 SIZES = (4, 2**16, 2**20, 2**24)
-"""Bytes."""
+"""Sizes of the all-reduced tensor, bytes."""
 _ROUNDS = 15
 
 
 def main(file: Path) -> None:
-    """The first rank writes the median seconds of each size."""
+    """Measure the median seconds of each size; rank 0 writes them to ``file``."""
     dist.init_process_group("gloo")
     seconds = {}
     for size in SIZES:

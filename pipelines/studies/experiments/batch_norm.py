@@ -1,4 +1,4 @@
-"""How wide is the range of learning rates that train VGG-11, with batch norm and without?"""
+"""Study: the range of learning rates that train VGG-11, with and without batch norm."""
 
 import math
 from pathlib import Path
@@ -19,9 +19,7 @@ from pipelines.studies.framework.study import (
 
 KINDS = {"with": "vgg11_bn", "without": "vgg11"}
 LEARNED = math.log(10) / 2
-"""A network has learned something where its training loss is below half of what guessing gives,
-nats.
-"""
+"""Training loss below which a network has learned something, nats: half that of guessing."""
 
 
 def rates(scale: Scale) -> tuple[float, ...]:
@@ -48,7 +46,7 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def last_loss(runs: Runs, training: Training) -> float | None:
-    """Mean of the last fifth of the steps; None of a training that diverged."""
+    """Return the mean loss of the last fifth of the steps, or None if the training diverged."""
     if runs.outcome(training)["diverged"]:
         return None
     losses = runs.losses(training)
@@ -56,8 +54,9 @@ def last_loss(runs: Runs, training: Training) -> float | None:
 
 
 def decades(tried: list[float], losses: list[float | None]) -> float:
-    """Orders of magnitude from the least to the greatest rate that trains; a step of the grid for
-    one alone, 0 for none.
+    """Return the orders of magnitude from the lowest to the highest rate that trains.
+
+    One step of the grid is added, so that a single rate counts as one step; no rate counts as 0.
     """
     good = [
         rate

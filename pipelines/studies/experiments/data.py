@@ -1,4 +1,4 @@
-"""Fashion-MNIST's first images as shards, made once for each number of them."""
+"""Packs the first images of Fashion-MNIST into shards, once for each number of images."""
 
 import gzip
 import shutil
@@ -16,10 +16,10 @@ _SHARD_SAMPLES = 8192
 
 
 def prepare(folder: Path, train_samples: int, val_samples: int) -> Path:
-    """The folder of the two splits with that many images each, packed where it is not there yet.
+    """Return the folder of the two splits with that many images each; pack them if missing.
 
-    The data set's own order is a shuffled one, so its first images are a fair part. Raises
-    UserError where it cannot be had.
+    The dataset itself is shuffled, so that its first images are a fair sample. Raises UserError if
+    it is unavailable.
     """
     packed = folder / f"fashion-mnist-{train_samples}-{val_samples}"
     if all((packed / split / "index.json").exists() for split in ("train", "val")):
@@ -48,8 +48,9 @@ def _read(folder: Path, name: str) -> bytes:
 
 
 def first_of_idx(content: bytes, samples: int) -> bytes:
-    """An idx file's first ``samples`` entries: type and rank in four bytes, then each dimension,
-    big-endian (LeCun's format).
+    """Return the first ``samples`` entries of an idx file.
+
+    The format is type and rank in four bytes, then each dimension, big-endian (LeCun's format).
     """
     rank = content[3]
     dimensions = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]

@@ -1,5 +1,7 @@
-"""One, two and four ranks: the same loss curve; step time against a model of compute and AllReduce,
-taken to 512 ranks.
+"""Study: data parallelism on one, two and four ranks.
+
+The loss curves must be the same. Step times are compared with a model of compute and all-reduce,
+which is extrapolated to 512 ranks.
 """
 
 import json
@@ -32,24 +34,26 @@ from trainer.models.model_info import model_info
 
 RANKS = (1, 2, 4)
 BATCH, MICRO = 128, 32
-"""The micro-batch is the same on any number of ranks, and so accumulation makes up the difference.
+"""The micro-batch has the same size on any number of ranks; accumulation makes up the difference.
 """
 LEAST_SPEEDUP = 1.6
-"""Of two ranks on two cores."""
+"""Minimum speed-up of two ranks on two cores."""
 
-# Goyal et al. 2017: 29 hours on 8 P100s, one hour on 256 (8 a server, 50 Gbit/s Ethernet), 32
-# images a GPU, fp32 gradients
+# Goyal et al. 2017: 29 hours on 8 P100s, one hour on 256 (8 per server, 50 Gbit/s Ethernet), 32
+# images per GPU, fp32 gradients
 GOYAL_HOURS = {8: 29.0, 256: 1.0}
 GOYAL_BANDWIDTH, GPUS_A_SERVER, IMAGES_A_GPU = 50e9 / 8, 8, 32
 LATENCY = 20e-6
-"""Assumed of Ethernet, seconds a message."""
+"""Assumed latency of Ethernet, seconds per message."""
 DLE = ("8 A100, NVIDIA DeepLearningExamples, ResNet-50", 8, 6.72)
-"""Machine, GPUs, published speed-up over one."""
+"""Machine, GPUs, published speed-up over one GPU."""
 
 
 def training_of(scale: Scale, ranks: int, seed: int) -> Training:
-    """A full run is long enough for a large rate to multiply differences of rounding (docs/log.md),
-    so its rate is small.
+    """Return one training.
+
+    A full run is long enough for a large learning rate to amplify rounding differences
+    (docs/log.md), so its rate is small.
     """
     keys = (
         "model.name=resnet8", "model.batch_norm=false", f"optimizer.base_lr={scale.choose(0.02, 0.0025)}",
@@ -65,22 +69,24 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def ring(ranks: int, size: float, latency: float, bandwidth: float) -> float:
-    """Seconds of a ring AllReduce of ``size`` bytes: 2 (N - 1) messages, which carry 2 (N - 1) / N
-    of it (Patarasu, Yuan 2009).
+    """Return the seconds of a ring all-reduce of ``size`` bytes.
+
+    It consists of 2 (N - 1) messages, which carry 2 (N - 1) / N of the bytes (Patarasu, Yuan 2009).
     """
     return 2 * (ranks - 1) * latency + 2 * (ranks - 1) / ranks * size / bandwidth
 
 
 def link_of(seconds: dict[int, float]) -> tuple[float, float]:
-    """Latency (s) and bandwidth (bytes/s) of a link, from the AllReduces of two ranks, least and
-    largest.
+    """Return latency (s) and bandwidth (bytes/s) of a link.
+
+    ``seconds``: all-reduce time of two ranks by size; the smallest and largest sizes are used.
     """
     small, large = min(seconds), max(seconds)
     return seconds[small] / 2, large / max(seconds[large] - seconds[small], 1e-9)
 
 
 def measure_link(folder: Path) -> tuple[float, float]:
-    """Of two processes on this machine."""
+    """Measure latency (s) and bandwidth (bytes/s) between two processes on this machine."""
     file = folder / "allreduce.json"
     command = [
         sys.executable,
@@ -113,9 +119,11 @@ def measure_link(folder: Path) -> tuple[float, float]:
 
 
 def efficiency(ranks: int) -> dict[str, float]:
-    """Of ResNet-50 on P100s as Goyal et al. had them: images a GPU and second to those on 8, with
-    AllReduce after the backward pass and wholly under it. Inside a server gradients are taken to
-    cost nothing; the servers form a ring.
+    """Return the scaling efficiency of ResNet-50 on P100s, as in Goyal et al.
+
+    It is images per GPU and second relative to 8 GPUs, with the all-reduce after the backward pass
+    and fully overlapped with it. Communication inside a server is assumed to be free; the servers
+    form a ring.
     """
     images = 90 * 1_281_167
     compute = IMAGES_A_GPU / (images / (GOYAL_HOURS[8] * 3600 * 8))
@@ -167,7 +175,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
 
 
 def describe_small() -> int:
-    """Parameters of the network that is trained here."""
+    """Return the number of parameters of the network that is trained here."""
     import torch
 
     from trainer.models import build_model

@@ -1,5 +1,6 @@
-"""Plain and residual networks of growing depth (He et al. 2015, figures 1 and 6): who gains by more
-layers?
+"""Study: plain and residual networks of growing depth (He et al. 2015, figures 1 and 6).
+
+Which of them benefit from more layers?
 """
 
 import inspect
@@ -30,15 +31,17 @@ SHALLOW, DEEP = 20, 56
 
 
 def networks(scale: Scale) -> dict[tuple[str, int], int]:
-    """Of family and depth: how many seeds. 110 layers are tried with shortcuts alone, as in the
-    paper's figure 6, and once: no claim is on them.
+    """Return the number of seeds by family and depth.
+
+    110 layers are trained only with shortcuts, as in the paper's figure 6, and only once: no claim
+    depends on them.
     """
     both = {(family, depth): scale.seeds for family in FAMILIES for depth in (SHALLOW, DEEP)}
     return both | scale.choose({}, {("resnet", 110): 1})
 
 
 def training_of(scale: Scale, family: str, depth: int, seed: int) -> Training:
-    """Half of the paper's channels, and its rate, 0.1 for 128."""
+    """Return one training, with half of the paper's channels and its learning rate, 0.1 for 128."""
     keys = (f"model.name={family}{depth}", "model.width=8", f"train.epochs={scale.choose(3, 4)}")
     return Training(f"{family}{depth}", seed, scale.choose(2048, 10_000), scale.val_samples, keys)
 
@@ -53,9 +56,7 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def block_difference() -> dict[str, object]:
-    """What the shortcut adds: to the code of a block, to its parameters, to what it computes from
-    the same weights.
-    """
+    """Return what the shortcut adds to a block: code, parameters, output for the same weights."""
     with torch.device("meta"):
         parameters = [
             measure.count_parameters(build_model(f"{family}{DEEP}", 10)) for family in FAMILIES

@@ -1,5 +1,6 @@
-"""Dropout in AlexNet's fully connected layers, with 2,000 training images: the gap between training
-and test.
+"""Study: dropout in AlexNet's fully connected layers, with 2,000 training images.
+
+Measures the gap between training and test accuracy.
 """
 
 from pathlib import Path
@@ -23,7 +24,7 @@ KINDS = {"without": 0.0, "with": 0.5}
 
 
 def training_of(scale: Scale, kind: str, seed: int) -> Training:
-    """No weight decay and no augmentation: dropout alone works against learning by heart."""
+    """Return one training. Without weight decay and augmentation, only dropout counters overfitting."""
     keys = (
         "model.name=alexnet", "model.stem=small", "model.width=16", f"model.dropout={KINDS[kind]}",
         "optimizer.base_lr=0.02", "optimizer.weight_decay=0.0", f"train.epochs={scale.choose(15, 40)}",

@@ -1,5 +1,6 @@
-"""How much of the loss's gradient reaches each block, plain and residual, at the start and after
-training.
+"""Study: the gradient of the loss at each block of plain and residual networks.
+
+It is measured at the start and after training.
 """
 
 import math
@@ -27,11 +28,11 @@ from trainer.models.resnet import Block
 
 IMAGES = 128
 STARTS = 5
-"""Initial weights that are looked at; that takes no training."""
+"""Number of initial weights that are measured; this needs no training."""
 
 
 def trainings(scale: Scale) -> list[Training]:
-    """Those of ``depth``, which are not made twice."""
+    """Return the trainings of ``depth``, which are not run twice."""
     return [
         training_of(scale, family, depth, seed)
         for seed in range(scale.seeds)
@@ -41,8 +42,9 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def only_shortcuts(model: nn.Sequential) -> nn.Sequential:
-    """The same network, whose gradient passes through no block's convolutions: what they add is a
-    constant to it.
+    """Block the gradient through the convolutions of all blocks, in place; return the network.
+
+    To the gradient, the output of the residual branches is a constant.
     """
     for block in model.modules():
         if isinstance(block, Block):
@@ -84,14 +86,15 @@ def measured(runs: Runs, scale: Scale) -> Figures:
 
 
 def _alone(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Of the gradient at the last block, the part that the shortcuts alone bring to the first one."""
+    """Return the fraction of the last block's gradient that shortcuts alone carry to the first."""
     norms = _norms(model, images, labels)
     return norms[0] / norms[-1]
 
 
 def orders(norms: list[float]) -> float:
-    """Orders of magnitude between what reaches the first block and what reaches the last; above 0
-    the first gets more.
+    """Return the orders of magnitude between the gradients at the first and the last block.
+
+    Above 0, the first block gets more.
     """
     return math.log10(norms[0] / norms[-1])
 

@@ -1,8 +1,7 @@
-"""Stacks of plain and of residual blocks asked to be the identity, and one residual block asked for
-a map near it.
+"""Study: plain and residual blocks that learn the identity, or a map close to it.
 
-This is a regression of feature maps, which the trainer's classification cannot express: ``fit`` is
-a measurement of its blocks, with its update rule, and trains no network.
+This is a regression of feature maps, which the trainer's classification cannot express. ``fit``
+measures the trainer's blocks with its update rule, and trains no network.
 """
 
 from pathlib import Path
@@ -31,7 +30,7 @@ from trainer.models.resnet import Block
 from trainer.training.optimizers import build_optimizer
 
 DEPTHS = {1: 8, 3: 20, 9: 56}
-"""Blocks, and the layers of the CIFAR network whose first stage has that many."""
+"""Number of blocks, and layers of the CIFAR network whose first stage has that many."""
 CHANNELS = 8
 RATES = (1e-3, 1e-2)
 EXPLAINED = 0.9
@@ -44,8 +43,9 @@ KINDS = {
 
 
 def stack_of(kind: str, blocks: int, seed: int) -> nn.Sequential:
-    """``blocks`` blocks of a network's first stage with their first weights: [N, 8, H, W] to the
-    same.
+    """Return ``blocks`` blocks of a network's first stage with their initial weights.
+
+    They map [N, 8, H, W] to the same shape.
     """
     family, options = KINDS[kind]
     torch.manual_seed(seed)
@@ -56,11 +56,10 @@ def stack_of(kind: str, blocks: int, seed: int) -> nn.Sequential:
 
 
 def feature_maps(images: Tensor) -> Tensor:
-    """Eight maps from 0.25 to 1 of each image [N, 3, 28, 28]: its four mirror images at half the
-    size, and their negatives.
+    """Return eight maps in [0.25, 1] of each image [N, 3, 28, 28].
 
-    Above 0 the last ReLU is open, so that a block's residual branch is what it must be; where y = 0
-    any negative one would do.
+    They are its four mirror images at half the size, and their negatives. Above 0 the last ReLU is
+    active, which determines a block's residual branch; if y = 0, any negative branch would do.
     """
     grey = F.avg_pool2d(images.mean(1, keepdim=True), 2)
     grey = 0.25 + 0.75 * (grey - grey.amin()) / (grey.amax() - grey.amin())
@@ -69,8 +68,9 @@ def feature_maps(images: Tensor) -> Tensor:
 
 
 def fit(blocks: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float) -> list[float]:
-    """Of each step: squared error as a part of the variance of ``y``; 1 is what its mean would
-    give.
+    """Train ``blocks`` to map ``x`` to ``y``; return the error of each step.
+
+    The error is the squared error divided by the variance of ``y``: the mean of ``y`` would give 1.
     """
     optimizer = build_optimizer(blocks, OptimizerConfig(name="adamw", weight_decay=0.0), rate)
     losses = []
@@ -86,14 +86,15 @@ def fit(blocks: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float) -> lis
 
 
 def _best(kind: str, blocks: int, seed: int, x: Tensor, steps: int) -> list[float]:
-    """The curve of the rate that ends lowest: each kind gets its own."""
+    """Return the curve of the learning rate that ends lowest: each kind gets its own rate."""
     curves = [fit(stack_of(kind, blocks, seed), x, x, steps, rate) for rate in RATES]
     return min(curves, key=lambda curve: sum(curve[-10:]))
 
 
 def explained(kind: str, x: Tensor, seed: int, steps: int) -> float:
-    """Part of H(x) - x that the residual branch F of one block comes to be, where it was asked for
-    H = the 3x3 mean of x.
+    """Return the fraction of H(x) - x that the residual branch F of one block learns.
+
+    The target is H = the 3x3 mean of x.
     """
     wanted = F.avg_pool2d(x, 3, 1, 1)
     blocks = stack_of(kind, 1, seed)

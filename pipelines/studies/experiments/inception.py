@@ -1,5 +1,6 @@
-"""Inception modules with and without the 1x1 convolutions before their large filters (Szegedy et
-al. 2014, figure 2).
+"""Study: inception modules with and without the 1x1 convolutions before their large filters.
+
+Source: Szegedy et al. 2014, figure 2.
 """
 
 from pathlib import Path
@@ -26,8 +27,10 @@ from trainer.models.model_info import forward_costs
 from trainer.models.state_dict_adapter import auxiliary_names
 
 WIDTH, NARROW = 16, 11
-"""Channels of the first convolution: of the two that differ in reduction alone, and of the one
-without reduction that is brought down to the multiply-adds of the one with it.
+"""Channels of the first convolution.
+
+WIDTH: of the two networks that differ only in reduction. NARROW: of the network without reduction
+that is narrowed to the multiply-adds of the network with it.
 """
 SIDE = 28
 NETWORKS = {
@@ -42,7 +45,7 @@ def _name(network: str) -> str:
 
 
 def trainings(scale: Scale) -> list[Training]:
-    """The dearest networks of all studies, so on fewer images."""
+    """Return the trainings. They are the most expensive ones, so they use fewer images."""
     keys = ("model.name=googlenet", "model.stem=small", "train.epochs=2")
     return [
         Training(_name(network), seed, scale.choose(4096, 8192), scale.val_samples, (*keys, *own))
@@ -52,7 +55,7 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def costs(name: str, classes: int, side: int, **options: Any) -> dict[str, int]:
-    """Parameters (without auxiliary heads) and multiply-adds of an image's evaluation."""
+    """Return the parameters (without auxiliary heads) and the multiply-adds per image."""
     with torch.device("meta"):
         model = build_model(name, classes, side, **options)
         auxiliary = set(auxiliary_names(model))

@@ -1,5 +1,6 @@
-"""Eight times the batch at eight times the rate: the same as the small batch (Goyal et al. 2017,
-2.1 and figure 3)?
+"""Study: does an eight times larger batch with an eight times higher rate match the small batch?
+
+Source: Goyal et al. 2017, 2.1 and figure 3.
 """
 
 from pathlib import Path
@@ -30,7 +31,7 @@ RECIPES = tuple(recipe for group in GROUPS.values() for recipe in group)
 
 
 def trainings(scale: Scale) -> list[Training]:
-    """Those of ``warmup`` are not made twice."""
+    """Return the trainings; those of ``warmup`` are not run twice."""
     return trainings_of(RECIPES, scale)
 
 

@@ -1,5 +1,6 @@
-"""fp32, bf16 and fp16: curve, speed and memory; and which gradients fp16 would lose without loss
-scaling.
+"""Study: loss curve, speed and memory in fp32, bf16 and fp16.
+
+Also measures which gradients fp16 would lose without loss scaling.
 """
 
 from pathlib import Path
@@ -26,19 +27,21 @@ from trainer.models.model_info import IMAGES_TRACED, saved_activation_bytes
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 NEAR = 0.1
-"""Nats by which the training loss at the end may differ from fp32's."""
+"""Maximum difference of the final training loss from fp32's, nats."""
 LEAST_FP16 = 2.0**-25
-"""What fp16 rounds to 0: half of its least number, 2^-24."""
+"""Largest value that fp16 rounds to 0: half of its smallest number, 2^-24."""
 SCALE = 2.0**16
 KINDS = ("weights", "activations")
-"""In what the loss has its gradients."""
+"""The tensors for which gradients of the loss are counted."""
 BINS = list(range(-44, 5))
-"""Powers of two between which gradients are counted."""
+"""Powers of two that separate the bins of the gradient histogram."""
 
 
 def training_of(scale: Scale, precision: str, seed: int) -> Training:
-    """Small, since few processors compute in fp16; ZeRO 1 in all, which fp16 needs for its fp32
-    master weights.
+    """Return one training.
+
+    The network is small, because few processors compute in fp16. All use ZeRO-1, which fp16 needs
+    for its fp32 master weights.
     """
     keys = (
         "model.name=resnet8", "model.width=4", f"precision={precision}", "parallel.zero_stage=1",
@@ -58,8 +61,9 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def activation_mib(name: str, dtype: torch.dtype) -> float:
-    """Of an image of 224 pixels, kept for the backward pass, where weights and images have that
-    type.
+    """Return the activations saved for the backward pass of a 224-pixel image, MiB.
+
+    ``dtype``: the type of weights and images.
     """
     with torch.device("meta"):
         model = build_model(name, 1000, 224)
@@ -74,9 +78,10 @@ def activation_mib(name: str, dtype: torch.dtype) -> float:
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Absolute values, in fp32, of those gradients that are not 0: of the loss in all weights, and
-    in what each convolution and fully connected layer puts out (Micikevicius et al. 2018, figure
-    3).
+    """Return the absolute values, in fp32, of the gradients that are not 0.
+
+    They are the gradients of the loss in all weights, and in the output of each convolution and
+    fully connected layer (Micikevicius et al. 2018, figure 3).
     """
     outputs = measure.output_gradients(model, images, labels)
     weights = [p.grad for p in model.parameters() if p.grad is not None]
@@ -89,8 +94,10 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Ten
 
 
 def lost(values: Tensor, factor: float) -> float:
-    """Part of the gradients that are 0 in fp16 when the loss is multiplied by ``factor``: by the
-    conversion itself.
+    """Return the fraction of the gradients that become 0 in fp16 if the loss is scaled by
+    ``factor``.
+
+    It counts only the loss of the conversion itself.
     """
     return float(((values * factor).half() == 0).float().mean())
 

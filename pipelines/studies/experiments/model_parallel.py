@@ -1,5 +1,7 @@
-"""VGG-16 and ResNet-152 over 1, 2 and 4 pipeline stages: memory of each stage, the bubble, what
-fits where; and the same curve.
+"""Study: VGG-16 and ResNet-152 on 1, 2 and 4 pipeline stages.
+
+Computes the memory of each stage, the bubble, and which GPUs fit; checks that the curve is the
+same.
 """
 
 from pathlib import Path
@@ -30,9 +32,9 @@ from trainer.models.model_info import IMAGES_TRACED, saved_activation_bytes
 NETWORKS = ("vgg16", "resnet152")
 STAGES = (1, 2, 4)
 MICRO, MICRO_BATCHES = 32, 8
-"""Images in a micro-batch, and how many of them make an optimizer step."""
+"""Images per micro-batch, and micro-batches per optimizer step."""
 BYTES_A_PARAMETER = 12
-"""fp32 weight, gradient and momentum."""
+"""Bytes of an fp32 weight, its gradient and its momentum."""
 GPUS = {"GTX 580, 3 GiB": 3, "P100, 16 GiB": 16, "H100, 80 GiB": 80}
 
 
@@ -53,11 +55,11 @@ def trainings(scale: Scale) -> list[Training]:
 def stage_memory(
     name: str, stages: int, image_size: int = 224, micro: int = MICRO
 ) -> list[dict[str, Any]]:
-    """Of each stage: parameters, and MiB of weights with what belongs to them and of activations.
+    """Return the layers and parameters of each stage, and its MiB of weights and activations.
 
-    Stage s of S holds the activations of up to S - s micro-batches at a time (one forward, one
-    backward by turns: Narayanan et al. 2019, 3.2), and one stage alone those of one. Layers are cut
-    where the trainer cuts them, by multiply-adds.
+    Weights include their gradients and momentum. Stage s of S holds the activations of up to S - s
+    micro-batches at a time (one forward, one backward: Narayanan et al. 2019, 3.2); a single stage
+    holds those of one. The layers are split as the trainer splits them, by multiply-adds.
     """
     with torch.device("meta"):
         model = build_model(name, 1000, image_size)
@@ -83,8 +85,9 @@ def stage_memory(
 
 
 def bubble(stages: int, micro_batches: int = MICRO_BATCHES) -> float:
-    """Part of the time that a stage waits: (S - 1) / (m + S - 1), where all stages take equally
-    long (Huang et al. 2019, 2.3).
+    """Return the fraction of the time that a stage waits: (S - 1) / (m + S - 1).
+
+    All stages are assumed to take equally long (Huang et al. 2019, 2.3).
     """
     return (stages - 1) / (micro_batches + stages - 1)
 
@@ -174,7 +177,7 @@ def plot(figures: Figures, file: Path) -> None:
                     labels.append(f"{place + 1}/{stages}")
             axes.set_xticks(range(len(labels)), labels)
             axes.set(title=name, xlabel="stage / of how many", ylabel="memory (GiB)")
-            axes.margins(y=0.25)  # room for the legend
+            axes.margins(y=0.25)  # space for the legend
             axes.legend(frameon=False)
 
 

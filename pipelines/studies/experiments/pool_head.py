@@ -1,5 +1,6 @@
-"""Where the parameters sit, and what an average over the image saves in place of the fully
-connected layers (GoogLeNet).
+"""Study: fully connected layers against an average over the image (GoogLeNet).
+
+Counts where the parameters are, and how many the average saves.
 """
 
 from pathlib import Path
@@ -26,7 +27,8 @@ from trainer.models import build_model
 HEADS = ("tower", "average")
 NETWORKS = ("alexnet2012", "vgg16")
 TOLERANCE = 0.5
-"""Points of top-1 by which the average may be worse and still "replace" the tower."""
+"""Points of top-1 by which the average may be worse and still "replace" the fully connected layers.
+"""
 
 
 def trainings(scale: Scale) -> list[Training]:
@@ -50,7 +52,9 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def parameters(name: str, **options: object) -> dict[str, int]:
-    """In convolutions and in fully connected layers, of the network for ImageNet's 1,000 classes."""
+    """Return the parameters in convolutions and in fully connected layers, for ImageNet's 1,000
+    classes.
+    """
     with torch.device("meta"):
         model = build_model(name, 1000, 224, **options)
     return {

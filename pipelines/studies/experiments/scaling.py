@@ -1,8 +1,8 @@
-"""The recipes ``warmup-*``: a small batch, one eight times as large at the scaled rate, and that
-with one thing missing.
+"""The recipes ``warmup-*``.
 
-They differ in batch, rate and warmup alone; batch norm sees 64 images at a time in all (Goyal et
-al. 2017, 2.1 to 2.3).
+They are a small batch, one eight times as large at the scaled rate, and the same with one thing
+missing. They differ only in batch, rate and warmup; batch norm sees 64 images at a time in all of
+them (Goyal et al. 2017, 2.1 to 2.3).
 """
 
 import statistics
@@ -33,16 +33,19 @@ GROUPS = {
     FAST: ("warmup-64-fast", "warmup-512-fast", "warmup-512-cold"),
 }
 _WINDOW = 8192
-"""Samples whose losses are averaged in the picture."""
+"""Number of samples over which the plot averages the loss."""
 
 
 def train_samples(scale: Scale) -> int:
-    """All in a full run: the recipes' warmup lasts an epoch of them."""
+    """Return the number of training images.
+
+    A full run uses all of them: the recipes' warmup lasts one such epoch.
+    """
     return scale.choose(4096, 60_000)
 
 
 def trainings_of(recipes: Sequence[str], scale: Scale) -> list[Training]:
-    """Seed by seed, so that a study that is cut short has whole seeds."""
+    """Return the trainings, seed by seed, so that an interrupted study has complete seeds."""
     samples = train_samples(scale), scale.choose(2000, 10_000)
     return [
         Training(recipe, seed, *samples, recipe=recipe)
@@ -52,7 +55,7 @@ def trainings_of(recipes: Sequence[str], scale: Scale) -> list[Training]:
 
 
 def measured_of(recipes: Sequence[str], runs: Runs, scale: Scale) -> Figures:
-    """By recipe: batch, peak rate, top-1 and losses of each seed."""
+    """Return batch, peak rate, top-1 and losses of each seed, by recipe."""
     figures: Figures = {}
     for recipe in recipes:
         own = [training for training in trainings_of(recipes, scale) if training.name == recipe]
@@ -75,7 +78,7 @@ def measured_of(recipes: Sequence[str], runs: Runs, scale: Scale) -> Figures:
 
 
 def differences(figures: Figures, one: str, other: str) -> list[float]:
-    """Points of top-1, seed by seed."""
+    """Return the differences of top-1 in points, seed by seed."""
     pairs = zip(
         figures[one]["top1_percent"]["each"], figures[other]["top1_percent"]["each"], strict=True
     )
@@ -93,8 +96,10 @@ def better(statement: str, figures: Figures, one: str, other: str) -> Claim:
 
 
 def same(statement: str, figures: Figures, one: str, other: str) -> Claim:
-    """Borne out where the differences have both signs, not where all have one; equals would have
-    one sign in three seeds of three by chance one time in four.
+    """Compare two recipes that should do equally well.
+
+    The claim is borne out if the differences have both signs, and not borne out if all have one.
+    Between equal recipes, three of three seeds have the same sign by chance one time in four.
     """
     values = differences(figures, one, other)
     verdict = UNDECIDED
@@ -111,7 +116,7 @@ def same(statement: str, figures: Figures, one: str, other: str) -> Claim:
 def plot_groups(
     figures: Figures, groups: Mapping[str, tuple[str, ...]], title: str, file: Path
 ) -> None:
-    """Training loss against samples seen, a panel for each rate."""
+    """Plot the training loss over samples seen, with a panel per rate."""
     with plots.panels(len(groups), title, file, 5.0) as row:
         for axes, (rate, recipes) in zip(row, groups.items(), strict=True):
             for recipe, colour in zip(

@@ -1,5 +1,6 @@
-"""Published accuracy against size, over all families; and how much of a small difference is the
-seed's and the protocol's.
+"""Study: published accuracy against size, for all families.
+
+Also measures how much of a small difference is due to the seed and the protocol.
 """
 
 import math
@@ -32,8 +33,8 @@ SMALL = {
     "resnet8": ("model.name=resnet8", "model.width=8"),
 }
 PROTOCOLS = ("one view", "two views")
-"""One view: the image. Two views: the mean of its probabilities and its mirror image's, as papers
-average crops.
+"""One view: the image. Two views: the mean of the probabilities of the image and its mirror image,
+as papers average crops.
 """
 
 
@@ -48,7 +49,7 @@ def training_of(scale: Scale, name: str, seed: int) -> Training:
 
 
 def seeds(scale: Scale) -> range:
-    """Five at least in a full run: it is the spread that is asked for."""
+    """Return the seeds. A full run uses at least five, since the spread is the question."""
     return range(scale.choose(scale.seeds, max(5, scale.seeds)))
 
 
@@ -57,8 +58,9 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def published() -> dict[str, dict[str, float | int | None]]:
-    """Networks whose top-5 error on ImageNet a paper or torchvision published, percent; parameters
-    and multiply-adds computed.
+    """Return the networks whose top-5 error on ImageNet a paper or torchvision published, percent.
+
+    Parameters and multiply-adds are computed.
     """
     found: dict[str, dict[str, float | int | None]] = {}
     for variant in list_models():
@@ -76,7 +78,7 @@ def published() -> dict[str, dict[str, float | int | None]]:
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's, of values without ties worth speaking of: the correlation of their ranks."""
+    """Return Spearman's correlation, that of the ranks. The values should have hardly any ties."""
 
     def ranks(values: list[float]) -> list[int]:
         order = sorted(range(len(values)), key=lambda i: values[i])

@@ -1,5 +1,6 @@
-"""Stacked 3x3 convolutions against one large filter that sees as much (Simonyan, Zisserman 2015,
-sections 2.3 and 4).
+"""Study: stacked 3x3 convolutions against one large filter with the same receptive field.
+
+Source: Simonyan, Zisserman 2015, sections 2.3 and 4.
 """
 
 from pathlib import Path
@@ -26,7 +27,7 @@ from trainer.models import build_model
 from trainer.models.model_info import forward_costs
 
 KINDS = ("stacked", "single")
-_STAGE = "3"  # the first of VGG-16's with three convolutions
+_STAGE = "3"  # the first stage of VGG-16 with three convolutions
 
 
 def trainings(scale: Scale) -> list[Training]:
@@ -50,8 +51,9 @@ def trainings(scale: Scale) -> list[Training]:
 
 
 def stage_layers(kind: str, width: int) -> nn.Sequential:
-    """The convolutions of VGG-16's third stage and their non-linearities, ``width`` channels in the
-    first stage.
+    """Return the convolutions and non-linearities of VGG-16's third stage.
+
+    ``width``: channels in the first stage.
     """
     model = build_model("vgg16", 10, width=width, filters=kind)
     return nn.Sequential(
@@ -64,7 +66,9 @@ def stage_layers(kind: str, width: int) -> nn.Sequential:
 
 
 def computed(kind: str) -> dict[str, Any]:
-    """Of the stage, measured and counted; and of the whole VGG-16 at 224 pixels."""
+    """Return the measured and counted figures of the stage, and those of all of VGG-16 at 224
+    pixels.
+    """
     torch.manual_seed(0)
     layers = stage_layers(kind, 16)
     side = measure.receptive_field(layers, layers[0].in_channels, 15)  # type: ignore[arg-type]

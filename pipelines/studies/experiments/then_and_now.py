@@ -1,5 +1,6 @@
-"""What 90 epochs of each network cost in 2012 and cost today, from published machines, peaks and
-times.
+"""Study: the cost of 90 epochs of each network in 2012 and today.
+
+It is computed from published machines, peaks and times.
 """
 
 from dataclasses import dataclass
@@ -13,20 +14,21 @@ from trainer.models.model_info import model_info
 IMAGES, EPOCHS = (
     1_281_167,
     90,
-)  # of ImageNet's training set; as in Krizhevsky et al. 2012, section 5, "roughly 90 cycles"
+)  # training images; Krizhevsky et al. 2012, section 5: "roughly 90 cycles"
 FLOPS_A_MULTIPLY_ADD = 6
-"""2 operations, in the forward pass and twice in the backward one: for the weights' gradients and
-for the inputs'.
+"""2 operations, once in the forward pass and twice in the backward pass: for the gradients of the
+weights and of the inputs.
 """
 UTILIZATION_TODAY = 0.3
-"""Assumed, of the peak; near what Goyal's hour comes to below."""
+"""Assumed fraction of the peak; close to that of Goyal's one-hour training below."""
 NETWORKS = ("alexnet2012", "googlenet2014", "vgg16", "resnet50", "resnet152")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """``peak``: floating-point operations a second of one, as its maker states it for the precision
-    that was used.
+    """An accelerator.
+
+    ``peak``: floating-point operations per second, as stated by its maker for the precision used.
     """
 
     name: str
@@ -41,7 +43,7 @@ H100 = Machine("H100", 989.4e12)  # NVIDIA: SXM, bf16 and fp16, dense
 
 @dataclass(frozen=True)
 class Report:
-    """A training whose time was published. ``hours``: a range where the source gives one."""
+    """A training with a published time. ``hours``: a range if the source gives one."""
 
     network: str
     model: str
@@ -74,18 +76,19 @@ REPORTS = (
     Report("ResNet-50", "resnet50", 90, 256, P100, (1, 1), "Goyal et al. 2017, abstract: one hour"),
 )
 MLPERF = {8: 13.466, 64: 2.664, 512: 0.509, 768: 0.369, 3584: 0.183}
-"""Minutes of ResNet-50 to 75.90% top-1, by H100s: MLPerf Training 3.0, closed, entries 3.0-2053,
--2071, -2068, -2075, -2002.
+"""Minutes of ResNet-50 to 75.90% top-1, by number of H100s.
+
+Source: MLPerf Training 3.0, closed, entries 3.0-2053, -2071, -2068, -2075, -2002.
 """
 
 
 def training_flops(model: str, epochs: int = EPOCHS) -> float:
-    """Operations of ``epochs`` passes over ImageNet at 224 pixels."""
+    """Return the operations of ``epochs`` passes over ImageNet at 224 pixels."""
     return float(model_info(model).multiply_adds) * FLOPS_A_MULTIPLY_ADD * IMAGES * epochs
 
 
 def utilization(report: Report) -> tuple[float, float]:
-    """Of the peak of all its machines together: least and greatest that the published time allows."""
+    """Return the lowest and highest fraction of the machines' total peak that the time allows."""
     peak_hour = report.count * report.machine.peak * 3600
     low, high = (
         training_flops(report.model, report.epochs) / (peak_hour * hours)

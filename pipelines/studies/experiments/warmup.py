@@ -1,4 +1,7 @@
-"""A large batch at a large rate, with warmup and without (Goyal et al. 2017, 2.2 and figure 2)."""
+"""Study: a large batch at a large rate, with and without warmup.
+
+Source: Goyal et al. 2017, 2.2 and figure 2.
+"""
 
 from pathlib import Path
 

@@ -1,1 +1,1 @@
-"""What all studies share: their form, running trainings, statistics, plots."""
+"""Shared code of the studies: their structure, running trainings, statistics, plots."""

@@ -1,4 +1,4 @@
-"""All studies by name."""
+"""The catalog of studies, by name."""
 
 import difflib
 import importlib
@@ -25,13 +25,13 @@ NAMES = (
     "size-and-skill",
     "then-and-now",
 )
-"""In the order of the cheatsheet; each is ``STUDY`` of the module of that name, dashes as
-underscores.
+"""Names in the order of the cheatsheet. Each is ``STUDY`` of the module of that name, with
+underscores for dashes.
 """
 
 
 def load(name: str) -> Study:
-    """Raises UserError with the nearest names."""
+    """Return the study of that name. Raises UserError with the nearest names."""
     if name not in NAMES:
         nearest = difflib.get_close_matches(name.lower(), NAMES, n=3, cutoff=0.4) or list(NAMES)
         raise UserError(

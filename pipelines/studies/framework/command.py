@@ -1,4 +1,4 @@
-"""``convoy study``: run studies one after another and leave what each found."""
+"""``convoy study``: runs studies one after another and writes their results."""
 
 import json
 import os
@@ -21,7 +21,7 @@ FOLDER = Path("runs/study")
 
 
 def list_studies() -> Table:
-    """A row for each study."""
+    """Return a table with a row per study."""
     table = Table("study", "bears on", "question", box=None, padding=(0, 2, 0, 0))
     for study in studies():
         table.add_row(study.name, ", ".join(study.statements), study.question)
@@ -31,8 +31,9 @@ def list_studies() -> Table:
 def run_studies(
     names: Sequence[str], scale: Scale, jobs: int, folder: Path = FOLDER
 ) -> list[dict[str, Any]]:
-    """Run each and print its answer; returns their results. Raises UserError, after the first that
-    fails.
+    """Run each study and print its verdicts; return the results.
+
+    Raises UserError if a study fails; the remaining ones are then not run.
     """
     folder = folder.absolute()
     chosen = [load(name) for name in (NAMES if list(names) == ["all"] else names)]
@@ -50,15 +51,16 @@ def run_studies(
 
 
 def run_study(study: Study, scale: Scale, runs: Runs) -> dict[str, Any]:
-    """Train what is not trained, measure, judge; leaves result.json, plot.png and paragraph.md in
-    the study's folder.
+    """Run the missing trainings, then measure and judge.
+
+    Writes result.json, plot.png and paragraph.md to the study's folder.
     """
     started = time.monotonic()
     trainings = study.trainings(scale)
     runs.train(trainings, study.name)
     figures = json.loads(
         json.dumps(study.measure(runs, scale))
-    )  # as it will be read back: keys are text
+    )  # as it will be read back: keys are strings
     claims = study.judge(figures)
     outcomes = [runs.outcome(training) for training in trainings]
     result = {
@@ -103,7 +105,7 @@ def heading(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any], picture: str | None = None) -> str:
-    """A study's section of docs/studies.md; ``picture``: where its picture lies."""
+    """Return a study's section of docs/studies.md; ``picture``: path of its plot."""
     kind = "quick run, to see that it works" if result["quick"] else "full run"
     seeds = (
         f", {result['seeds']} seed{'s' if result['seeds'] > 1 else ''}" if result["seeds"] else ""
@@ -131,7 +133,7 @@ def markdown(result: dict[str, Any], picture: str | None = None) -> str:
 
 
 def summary_table(results: Sequence[dict[str, Any]]) -> Table:
-    """A row for each study that was run."""
+    """Return a table with a row per study that was run."""
     table = Table("study", "bears on", "verdict", "training, s", box=None, padding=(0, 2, 0, 0))
     for result in results:
         table.add_row(

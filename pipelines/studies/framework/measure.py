@@ -1,5 +1,6 @@
-"""Measurements on networks, trained or not: a forward and a backward pass through the trainer's own
-modules and loss.
+"""Measurements on networks, trained or not.
+
+They are forward and backward passes through the trainer's own modules and loss.
 """
 
 from collections.abc import Iterator
@@ -21,21 +22,22 @@ from trainer.training.loss import count_correct, weighted_loss
 
 
 def untrained(config: RunConfig, num_classes: int = 10) -> nn.Sequential:
-    """The network with the first weights that the trainer gives it."""
+    """Return the network with the initial weights that the trainer gives it."""
     options = config.model.model_dump(exclude={"name", "num_classes", "init"}, exclude_none=True)
     torch.manual_seed(config.train.seed)
     return build_model(config.model.name, num_classes, config.data.image_size, **options)
 
 
 def trained(runs: Runs, training: Training) -> nn.Module:
-    """The network with the weights that the training ended with, in evaluation mode."""
+    """Return the network with the final weights of a training, in evaluation mode."""
     folder = runs.run_of(training).folder
     return Predictor(folder / "model.safetensors", folder / "model.json").model
 
 
 def batches(split: Path, config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images float32 [N, 3, H, W] and labels int64 [N] of a packed split, as the trainer's
-    evaluation gives them.
+    """Yield images float32 [N, 3, H, W] and labels int64 [N] of a packed split.
+
+    They are the same as in the trainer's evaluation.
     """
     index, store = open_index(str(split))
     for batch in eval_loader(config, index, store, 1, 0):
@@ -46,8 +48,9 @@ def batches(split: Path, config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def some_images(runs: Runs, count: int) -> tuple[Tensor, Tensor]:
-    """The first ``count``, at most 256, training images and labels of the quick runs' data, which
-    all studies can share.
+    """Return the first ``count``, at most 256, training images and labels.
+
+    They are from the data of quick runs, which all studies can share.
     """
     split = prepare(runs.folder / "data", 4096, 2000) / "train"
     config = load_config("study", [f"data.train={split}"])
@@ -57,7 +60,7 @@ def some_images(runs: Runs, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def top1(runs: Runs, training: Training, split: str) -> float:
-    """Of a training's network on a whole split, percent."""
+    """Return the top-1 of a training's network on a full split, percent."""
     model = trained(runs, training)
     right = seen = 0
     for images, labels in batches(runs.data(training) / split, runs.run_of(training).config()):
@@ -68,8 +71,9 @@ def top1(runs: Runs, training: Training, split: str) -> float:
 
 @torch.inference_mode()
 def mirrored_top1(runs: Runs, training: Training) -> float:
-    """Top-1 on the test split, percent, of the mean of an image's probabilities and its mirror
-    image's.
+    """Return the top-1 on the test split with two views per image, percent.
+
+    The probabilities of an image and its mirror image are averaged.
     """
     model = trained(runs, training)
     right = seen = 0
@@ -80,8 +84,9 @@ def mirrored_top1(runs: Runs, training: Training) -> float:
 
 
 def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """By convolution or fully connected layer in their order: norm of the loss's gradient in its
-    weights, in training mode.
+    """Return the norm of the loss's gradient in the weights of each layer, in training mode.
+
+    Layers are convolutions and fully connected layers, in their order.
     """
     model.train()
     model.zero_grad()
@@ -94,8 +99,10 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str
 
 
 def output_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
-    """Of the mean loss of these images, in the output of each convolution and fully connected
-    layer, last layer first, in training mode; the weights keep theirs in ``grad``.
+    """Return the gradients of the images' mean loss in the layers' outputs, in training mode.
+
+    Layers are convolutions and fully connected layers, the last layer first. The weights keep their
+    gradients in ``grad``.
     """
     found: list[Tensor] = []
 
@@ -113,10 +120,10 @@ def output_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> list[T
 
 
 def gradients_at_blocks(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """By top-level layer in their order: norm of the loss's gradient in what the layer puts out, a
-    mean over images.
+    """Return the norm of the loss's gradient in each top-level layer's output, a mean over images.
 
-    In training mode. It is what reaches the layer from above, whatever the layer's own weights are.
+    Layers are in their order, in training mode. The gradient is what reaches the layer from above,
+    whatever the layer's own weights are.
     """
     model.train()
     kept: dict[str, Tensor] = {}
@@ -136,10 +143,10 @@ def gradients_at_blocks(model: nn.Module, images: Tensor, labels: Tensor) -> dic
 
 
 def receptive_field(layers: nn.Module, channels: int, side: int) -> int:
-    """Side in pixels of the square of inputs on which the output's middle pixel depends, measured:
-    where its gradient is not zero.
+    """Return the side in pixels of the square of inputs on which the output's middle pixel depends.
 
-    ``layers``: convolutions that keep the size of [1, channels, side, side].
+    It is measured: the gradient of the pixel in these inputs is not zero. ``layers``: convolutions
+    that keep the size of [1, channels, side, side].
     """
     image = torch.rand(1, channels, side, side, dtype=torch.float64, requires_grad=True)
     out = layers.double()(image)
@@ -152,7 +159,7 @@ def receptive_field(layers: nn.Module, channels: int, side: int) -> int:
 
 
 def parameter_share(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> int:
-    """Parameters in layers of a kind."""
+    """Return the number of parameters in layers of a kind."""
     return sum(
         p.numel()
         for layer in model.modules()

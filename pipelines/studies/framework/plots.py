@@ -1,5 +1,7 @@
-"""How the pictures of all studies look: Okabe and Ito's colours, which colour-blind readers tell
-apart; seeds as bands.
+"""Plot style of all studies.
+
+The colours are Okabe and Ito's, which colour-blind readers can distinguish; seeds are drawn as
+bands.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +28,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PINK, BLACK, SKY, YELLOW)
 
 @contextmanager
 def panels(count: int, title: str, file: Path, height: float = 4.2) -> Iterator[list[Any]]:
-    """``count`` axes in a row, written to ``file`` at the end."""
+    """Yield ``count`` axes in a row, and write the figure to ``file`` at the end."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
@@ -53,8 +55,9 @@ def band(
     label: str,
     **style: Any,
 ) -> None:
-    """Mean of the rows (one a seed), and a band from the least to the greatest. Rows of unequal
-    length are cut to the shortest.
+    """Plot the mean of the rows (one per seed), and a band from their minimum to their maximum.
+
+    Rows of unequal length are truncated to the shortest.
     """
     length = min(len(x), *(len(row) for row in rows))
     values = np.array([row[:length] for row in rows], dtype=float)
@@ -72,7 +75,7 @@ def bars(
     colours: Sequence[str],
     form: str = "{:.1f}",
 ) -> None:
-    """A bar for each spread, its seeds as dots, its mean above."""
+    """Plot a bar per spread, with its seeds as dots and its mean above."""
     for place, (values, colour) in enumerate(zip(spreads, colours, strict=False)):
         axes.bar(place, values["mean"], color=colour, width=0.6, alpha=0.85)
         axes.plot([place] * len(values["each"]), values["each"], ".", color=BLACK, markersize=4)
@@ -94,7 +97,7 @@ def points(
     colours: Sequence[str],
     form: str = "{:.1f}",
 ) -> None:
-    """For values far from zero: a large dot for the mean, a small one for each seed."""
+    """Plot a large dot per mean and a small one per seed, for values far from zero."""
     for place, (values, colour) in enumerate(zip(spreads, colours, strict=True)):
         axes.plot(place, values["mean"], "o", color=colour, markersize=11)
         axes.plot([place] * len(values["each"]), values["each"], ".", color=BLACK, markersize=4)
@@ -109,7 +112,7 @@ def points(
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Mean of the last ``width`` values, of fewer at the beginning."""
+    """Return the mean of the last ``width`` values at each place, of fewer at the beginning."""
     sums = np.cumsum(np.asarray(values, dtype=float))
     counts = np.minimum(np.arange(1, len(sums) + 1), max(1, width))
     sums[width:] -= sums[:-width].copy() if width < len(sums) else 0
@@ -117,8 +120,9 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def thinned(values: Sequence[float], most: int = 200) -> tuple[list[int], list[float]]:
-    """Every n-th of a curve, its last among them, so that at most ``most`` are kept: their places
-    from 1 on, and them, rounded.
+    """Return at most ``most`` points of a curve, evenly spaced, including the last.
+
+    Returns their places, counted from 1, and their values, rounded.
     """
     places = sorted(set(np.linspace(1, len(values), min(most, len(values))).astype(int).tolist()))
     return places, [float(f"{values[place - 1]:.5g}") for place in places]

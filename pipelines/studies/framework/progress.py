@@ -1,4 +1,4 @@
-"""Progress of a study's trainings: a bar with the time left on a terminal, plain lines elsewhere."""
+"""Progress of a study's trainings: a bar with the time left on a terminal, else plain lines."""
 
 import sys
 import time
@@ -13,8 +13,10 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class StudyProgress:
-    """``trainings``: label and cost of each that is to be done, of ``of`` in all. Time left follows
-    from the cost done so far.
+    """Reports the progress of the trainings of a study.
+
+    ``trainings``: label and cost of each training to run; ``of``: number of all trainings. The time
+    left is estimated from the cost done so far.
     """
 
     def __init__(self, what: str, trainings: Sequence[tuple[str, float]], of: int) -> None:
@@ -42,7 +44,7 @@ class StudyProgress:
         return self
 
     def at(self, label: str, part: float) -> None:
-        """``part`` of one training's steps is done."""
+        """Record that the fraction ``part`` of one training's steps is done."""
         self._parts[label] = min(1.0, part)
         text = f"{self._done}/{self._of} trainings, {self.left()}"
         if self._bar is not None:
@@ -62,13 +64,13 @@ class StudyProgress:
         self.at(label, 1.0)
 
     def part(self) -> float:
-        """Of the whole cost, from 0 to 1."""
+        """Return the fraction of the total cost that is done, from 0 to 1."""
         return sum(self._costs[label] * part for label, part in self._parts.items()) / max(
             sum(self._costs.values()), 1e-9
         )
 
     def left(self) -> str:
-        """Time left at the pace so far; nothing is said before 2% are done."""
+        """Return the time left at the pace so far; it is unknown until 2% are done."""
         part = self.part()
         if part < 0.02:
             return "time left not known yet"

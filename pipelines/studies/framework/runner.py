@@ -1,5 +1,6 @@
-"""Trainings of studies through ``python -m trainer.launch``, several at a time, each made once and
-taken up where it stopped.
+"""Runs the trainings of studies through ``python -m trainer.launch``, several at a time.
+
+Each training runs once, and resumes if it was interrupted.
 """
 
 import json
@@ -26,13 +27,14 @@ from trainer.tracking import configure_mlflow
 
 EXPERIMENT = "studies"
 _DIVERGED = ": training diverged;"
-_LEAST_FREE = 2**30  # bytes; a whole set of studies leaves some hundred MiB
+_LEAST_FREE = 2**30  # bytes; a full set of studies writes some hundred MiB
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training with its place: ``folder`` holds what the trainer leaves, ``folder``.log what it
-    said.
+    """A training and its location.
+
+    ``folder`` holds the trainer's output, ``folder``.log its log.
     """
 
     training: Training
@@ -45,14 +47,16 @@ class Run:
 
     @property
     def outcome(self) -> Path:
-        """What became of it; written by this side, last."""
+        """File with the outcome of the training; written last, by this process."""
         return self.folder / "outcome.json"
 
     def config(self) -> RunConfig:
         return load_config(self.training.recipe, self.overrides)
 
     def is_begun(self) -> bool:
-        """Whether what lies there is of the configuration that it has now, wherever it is tracked."""
+        """Return whether the folder holds a run of the current configuration, wherever it is
+        tracked.
+        """
         try:
             there = RunConfig.model_validate_json((self.folder / "config.json").read_text())
         except (OSError, ValueError):
@@ -71,14 +75,14 @@ class Run:
         return lines[-1][:300] if lines else ""
 
     def steps(self) -> int:
-        """Optimizer steps that it is to make."""
+        """Return the number of optimizer steps of the training."""
         config = self.config()
         full, rest = divmod(self.training.train_samples, config.batch.global_size)
         whole = (config.train.epochs or 10**9) * (full + (rest > 0 and config.data.tail == "pad"))
         return min(whole, config.train.max_steps or whole)
 
     def step(self) -> int:
-        """The last that its log tells."""
+        """Return the last step in the log."""
         steps = [
             line.split()[1]
             for line in self.log.read_text(errors="replace").splitlines()
@@ -88,7 +92,7 @@ class Run:
 
 
 class Runs:
-    """What trainings left, for the studies that asked for them."""
+    """The results of trainings, for the studies that requested them."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self.folder, self.jobs = folder, jobs
@@ -97,7 +101,7 @@ class Runs:
 
     @property
     def client(self) -> Any:
-        """Of MLflow; makes the experiment before two trainings would do it at once."""
+        """MLflow client; creates the experiment, before two trainings would do so concurrently."""
         if self._client is None:
             configure_mlflow()
             from mlflow.tracking import MlflowClient
@@ -124,21 +128,24 @@ class Runs:
         return Run(training, folder, overrides)
 
     def outcome(self, training: Training) -> dict[str, Any]:
-        """``diverged``, ``seconds``, ``peak_mib`` (of all its ranks' memory together), and what the
-        trainer's result.json says.
+        """Return the outcome of a training.
+
+        It holds ``diverged``, ``seconds``, ``peak_mib`` (memory of all its ranks together), and the
+        contents of the trainer's result.json.
         """
         outcome: dict[str, Any] = json.loads(self.run_of(training).outcome.read_text())
         return outcome
 
     def top1(self, training: Training) -> float:
-        """Of the split that it is measured on after its last epoch, percent; of one that diverged
-        0.
+        """Return the top-1 after the last epoch, percent; 0 if the training diverged.
+
+        It is measured on the training's evaluation split.
         """
         outcome = self.outcome(training)
         return 0.0 if outcome["diverged"] else 100 * float(outcome["top1"])
 
     def history(self, training: Training, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps int64 [n] and values float64 [n] of a metric, from MLflow."""
+        """Return the steps, int64 [n], and values, float64 [n], of a metric, from MLflow."""
         run_id = self.outcome(training)["mlflow_run_id"]
         points = sorted(
             {(point.step, point.value) for point in self.client.get_metric_history(run_id, key)}
@@ -146,7 +153,9 @@ class Runs:
         return np.array([step for step, _ in points]), np.array([value for _, value in points])
 
     def losses(self, training: Training) -> np.ndarray:
-        """float64 [steps]. Raises RetryableError where MLflow was not told all of them."""
+        """Return the loss of each step, float64 [steps]. Raises RetryableError if MLflow lacks
+        some.
+        """
         _, values = self.history(training, "loss")
         outcome = self.outcome(training)
         if not outcome["diverged"] and len(values) != outcome["steps"]:
@@ -158,8 +167,9 @@ class Runs:
         return values
 
     def train(self, trainings: Sequence[Training], what: str) -> None:
-        """Train what is not done, ``jobs`` ranks at a time; ends all of them where one fails or
-        this process is ended.
+        """Run the trainings that are not done, on ``jobs`` ranks at a time.
+
+        If one fails or this process is terminated, all of them are terminated.
         """
         check_room(self.folder)
         unique = list({training.label: training for training in trainings}.values())
@@ -176,7 +186,7 @@ class Runs:
 
 
 def check_room(folder: Path, needed: int = _LEAST_FREE) -> None:
-    """Raises UserError where fewer than ``needed`` bytes are free."""
+    """Raise UserError if fewer than ``needed`` bytes are free on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -187,8 +197,9 @@ def check_room(folder: Path, needed: int = _LEAST_FREE) -> None:
 
 
 def _cost(run: Run) -> float:
-    """Something proportional to the time it takes: images of training by multiply-adds of the
-    network.
+    """Return a cost that is proportional to the time of a training.
+
+    It is the number of training images times the multiply-adds of the network.
     """
     from trainer.engine.partition import layer_costs
     from trainer.models import build_model
@@ -202,14 +213,14 @@ def _cost(run: Run) -> float:
             config.data.image_size,
         ).values()
     )
-    return images * work + 2e10  # the start, some seconds
+    return images * work + 2e10  # startup takes some seconds
 
 
 Finished = tuple[Run, "subprocess.Popen[bytes]", float, float]
 
 
 def _finished(todo: Sequence[Run], jobs: int, progress: StudyProgress) -> Iterator[Finished]:
-    """Each run after it ended, with its process, when it began and its greatest memory, MiB."""
+    """Yield each run after it exits, with its process, start time and peak memory in MiB."""
     waiting = list(todo)
     active: dict[str, tuple[Run, subprocess.Popen[bytes], float, float]] = {}
     with _ended(active):
@@ -232,8 +243,9 @@ def _finished(todo: Sequence[Run], jobs: int, progress: StudyProgress) -> Iterat
 
 @contextmanager
 def _ended(active: dict[str, Finished]) -> Iterator[None]:
-    """Whatever happens, no training outlives this; SIGTERM lets each keep a checkpoint, from which
-    the next command goes on.
+    """Terminate all trainings on exit, whatever the reason.
+
+    SIGTERM lets each write a checkpoint, from which the next command resumes.
     """
     try:
         yield
@@ -245,8 +257,9 @@ def _ended(active: dict[str, Finished]) -> Iterator[None]:
 
 
 def _memory(pid: int) -> float:
-    """Greatest resident memory so far of a process and its children, MiB, as Linux keeps it;
-    elsewhere what it is now.
+    """Return the peak resident memory of a process and its children, MiB.
+
+    The peak is read from Linux; on other systems it is the current value.
     """
     import psutil
 
@@ -270,7 +283,10 @@ def _memory(pid: int) -> float:
 
 
 def _start(run: Run) -> "subprocess.Popen[bytes]":
-    """One thread a rank, no GPU; goes on from a checkpoint of the same configuration."""
+    """Start a training with one thread per rank and no GPU.
+
+    It resumes from a checkpoint of the same configuration.
+    """
     if not run.is_begun():
         shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -293,15 +309,17 @@ def _start(run: Run) -> "subprocess.Popen[bytes]":
 
 
 def _keep(run: Run, process: "subprocess.Popen[bytes]", seconds: float, peak: float) -> None:
-    """Write what became of it. Raises UserError or RetryableError for a training that failed,
-    SystemExit where somebody ended it.
+    """Write the outcome of a training.
+
+    Raises UserError or RetryableError for a training that failed, and SystemExit if it was
+    terminated.
     """
     code = process.returncode
     diverged = code == EXIT_USER and run.training.may_diverge and _DIVERGED in run.log_tail()
     if code in (EXIT_PREEMPTED, -signal.SIGTERM):
         raise SystemExit(EXIT_PREEMPTED)
     if code and not diverged:
-        check_room(run.folder)  # a full disk ends a training in many ways
+        check_room(run.folder)  # a full disk can end a training in many ways
         kind = UserError if code == EXIT_USER else RetryableError
         raise kind(
             f"training {run.training.label} ended with exit code {code}: "
@@ -315,11 +333,11 @@ def _keep(run: Run, process: "subprocess.Popen[bytes]", seconds: float, peak: fl
     part = run.outcome.with_suffix(".part")
     part.write_text(json.dumps(facts, indent=1) + "\n")
     part.replace(run.outcome)
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # nothing is left to go on with
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # no further resume is possible
 
 
 def _run_id(run: Run) -> str | None:
-    """The MLflow run that the trainer's first line names."""
+    """Return the MLflow run that the trainer's first line names."""
     words = run.log.read_text(errors="replace").split("MLflow run ", 1)
     return words[1].split()[0] if len(words) == 2 else None
 

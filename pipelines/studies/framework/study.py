@@ -1,4 +1,6 @@
-"""What a study is: a question, a rule that was written before the results, the trainings and
+"""Defines a study.
+
+A study has a question, a rule that was written before the results, and the trainings and
 measurements that answer it.
 """
 
@@ -17,8 +19,8 @@ NOT_BORNE_OUT: Verdict = "not borne out"
 UNDECIDED: Verdict = "undecided"
 
 LEAST_SEEDS = 3
-"""Below that many, a comparison of trained networks is undecided, whatever it shows: two equals
-differ too.
+"""Minimum number of seeds. With fewer, a comparison of trained networks is undecided whatever it
+shows: two equal networks differ too.
 """
 
 T = TypeVar("T")
@@ -27,8 +29,9 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is spent. ``seeds``: trainings of each kind that differ in initial weights and
-    sample order alone.
+    """Size of a study.
+
+    ``seeds``: trainings of each kind that differ only in initial weights and sample order.
     """
 
     quick: bool
@@ -39,35 +42,33 @@ class Scale:
 
     @property
     def train_samples(self) -> int:
-        """Of Fashion-MNIST's 60,000 training images, the first."""
+        """Number of Fashion-MNIST's 60,000 training images to use; the first ones are used."""
         return self.choose(4096, 12_000)
 
     @property
     def val_samples(self) -> int:
-        """Of its 10,000 test images, the first."""
+        """Number of its 10,000 test images to use; the first ones are used."""
         return self.choose(2000, 5000)
 
 
 @dataclass(frozen=True)
 class Training:
-    """One run of the trainer on the first images of Fashion-MNIST: a recipe with the keys of a
-    study.
-    """
+    """One run of the trainer on the first images of Fashion-MNIST: a recipe with a study's keys."""
 
     name: str
-    """Unique among all studies; studies that ask for the same training share it."""
+    """Unique among all studies; studies that request the same training share it."""
     seed: int
-    """Of initial weights and sample order."""
+    """Seed of initial weights and sample order."""
     train_samples: int
     val_samples: int
     keys: tuple[str, ...] = ()
-    """``key=value``, as on the command line."""
+    """Overrides as ``key=value``, as on the command line."""
     measured_on: Literal["train", "val"] = "val"
-    """The split whose top1 is measured after each epoch."""
+    """The split on which top-1 is measured after each epoch."""
     recipe: str = "study"
     procs: int = 1
     may_diverge: bool = False
-    """Whether a loss that is no number is an answer, not a failure."""
+    """Whether a loss that is NaN or Inf is a result rather than a failure."""
 
     @property
     def label(self) -> str:
@@ -76,39 +77,41 @@ class Training:
 
 @dataclass(frozen=True)
 class Claim:
-    """A part of a study's answer: what of which statement was tried, and how it came out."""
+    """A part of a study's answer: the claim that was tested, and its verdict."""
 
     statement: str
-    """Id in the cheatsheet."""
+    """Id of the statement in the cheatsheet."""
     text: str
     verdict: Verdict
     why: str
-    """The figures that decided."""
+    """The figures that decided the verdict."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """An experiment. What it measures goes into ``figures`` whole, so that verdicts, plot and text
-    follow from them alone.
+    """An experiment.
+
+    All of its measurements go into ``figures``, so that verdicts, plot and text depend only on
+    them.
     """
 
     name: str
     statements: tuple[str, ...]
-    """Ids in the cheatsheet that it bears on."""
+    """Ids of the statements in the cheatsheet that it bears on."""
     question: str
     rule: str
-    """When which verdict is given, in words; ``judge`` is the same in code."""
+    """The rule for each verdict, in words; ``judge`` implements it."""
     measure: Callable[["Runs", Scale], Figures]
     judge: Callable[[Figures], list[Claim]]
     plot: Callable[[Figures, Path], None]
     paragraph: Callable[[Figures], str]
     trainings: Callable[[Scale], list[Training]] = field(default=lambda scale: [])
     seeded: bool = True
-    """Whether anything in it is drawn."""
+    """Whether it uses random numbers."""
 
 
 def mean_std(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
-    """Mean, standard deviation (None of one) and each value, in the order of the seeds."""
+    """Return mean, standard deviation (None for one value) and each value, in seed order."""
     return {
         "mean": round(statistics.mean(values), digits),
         "deviation": round(statistics.stdev(values), digits) if len(values) > 1 else None,
@@ -117,17 +120,17 @@ def mean_std(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
 
 
 def format_mean_std(values: dict[str, Any], digits: int = 1, unit: str = "") -> str:
-    """A spread as text: ``91.2 ± 0.3%``."""
+    """Format a spread as text: ``91.2 ± 0.3%``."""
     deviation = "" if values["deviation"] is None else f" ± {values['deviation']:.{digits}f}"
     return f"{values['mean']:.{digits}f}{deviation}{unit}"
 
 
 def verdict_by_seeds(differences: Sequence[float], least: float = 0.0) -> Verdict:
-    """Borne out where every seed's difference is above ``least``, not where every one is at most
-    that, else undecided.
+    """Return the verdict on differences by seed.
 
-    Undecided with fewer than LEAST_SEEDS too: of two equals one leads in each of three seeds one
-    time in eight.
+    It is borne out if every seed's difference is above ``least``, not borne out if every one is at
+    most ``least``, else undecided. It is also undecided with fewer than LEAST_SEEDS: of two equal
+    networks, one leads in each of three seeds one time in eight.
     """
     if len(differences) < LEAST_SEEDS:
         return UNDECIDED
@@ -137,15 +140,17 @@ def verdict_by_seeds(differences: Sequence[float], least: float = 0.0) -> Verdic
 
 
 SAME, LEAST_FALL = 0.01, 0.3
-"""Nats: below the first, losses of one step are the same (sums in another order round differently,
-and training amplifies that); by the second a curve must fall, since curves of networks that learn
-nothing are alike whatever is done.
+"""Nats. SAME: losses of one step that differ by less are the same (sums in another order round
+differently, and training amplifies that). LEAST_FALL: a curve must fall by this much, since curves
+of networks that learn nothing are alike in any case.
 """
 
 
 def same_curves(statement: str, text: str, apart: float, fall: float) -> Claim:
-    """``apart``: greatest difference of one step's losses; ``fall``: by how much the loss fell in
-    the run where it fell least.
+    """Return the claim that loss curves are the same.
+
+    ``apart``: largest difference between losses of one step; ``fall``: decrease of the loss in the
+    run in which it decreased least.
     """
     verdict = UNDECIDED if fall < LEAST_FALL else verdict_if(apart < SAME)
     return Claim(
@@ -157,18 +162,18 @@ def same_curves(statement: str, text: str, apart: float, fall: float) -> Claim:
 
 
 def fall_of(losses: Sequence[float]) -> float:
-    """From the first loss to the mean of the last fifth."""
+    """Return the decrease from the first loss to the mean of the last fifth."""
     last = losses[-max(1, len(losses) // 5) :]
     return float(losses[0]) - float(sum(last)) / len(last)
 
 
 def verdict_if(holds: bool) -> Verdict:
-    """Of what is computed, and so has no spread."""
+    """Return the verdict on a computed value, which has no spread."""
     return BORNE_OUT if holds else NOT_BORNE_OUT
 
 
 def differences_text(differences: Sequence[float], digits: int = 2, unit: str = "") -> str:
-    """Seed by seed, and why these do not decide where they are too few."""
+    """Format the differences seed by seed, with a note if they are too few to decide."""
     each = ", ".join(f"{value:+.{digits}f}{unit}" for value in differences)
     few = (
         f"; fewer than {LEAST_SEEDS} seeds decide nothing" if len(differences) < LEAST_SEEDS else ""
@@ -177,7 +182,7 @@ def differences_text(differences: Sequence[float], digits: int = 2, unit: str = 
 
 
 def overall(claims: Sequence[Claim]) -> Verdict:
-    """One claim that is not borne out is told first, then one that is undecided."""
+    """Return the verdict of a study: not borne out if any claim is, else undecided if any is."""
     verdicts = {claim.verdict for claim in claims}
     for verdict in (NOT_BORNE_OUT, UNDECIDED):
         if verdict in verdicts:

@@ -1,4 +1,4 @@
-"""Encoded image bytes to pixels."""
+"""Decodes encoded image bytes to pixels."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,67 +10,74 @@ from trainer.data.decode.image_formats import MAX_PIXELS, ImageFault, open_suppo
 
 try:
     from trainer.data import _native
-except ImportError:  # it was not built: no compiler, or no libjpeg-turbo
+except ImportError:  # not built: no compiler, or no libjpeg-turbo
     _native = None  # type: ignore[assignment]
 
 Box = tuple[int, int, int, int]
-"""Left, top, width, height; pixels of the image as it is stored."""
+"""Left, top, width, height, in pixels of the image as stored."""
 
 Choose = Callable[[int, int], Box]
-"""Width and height of an image to the box that is wanted of it. Pure: it may be asked twice."""
+"""Returns the box to crop from an image of a given width and height.
+
+Must be pure: it may be called twice for one image.
+"""
 
 
 class DecodeError(ValueError):
-    """These bytes are no image that can be decoded whole."""
+    """Raised for bytes that cannot be completely decoded as an image."""
 
 
 def decoder_in_use() -> str:
-    """What ``decode_crop`` decodes JPEGs with, for people: one line."""
+    """Describes in one line, for people, how ``decode_crop`` decodes JPEGs."""
     if _native is None:
         return "Pillow, which is slower: the native decoder was not built (it needs gcc, python3-dev and libjpeg-dev)"
     return "native, by libjpeg-turbo: of a JPEG only what its crop needs"
 
 
 def decode_rgb(encoded: bytes | memoryview) -> Image.Image:
-    """Decode to RGB, size as stored, EXIF's orientation ignored as torchvision's ImageFolder does.
+    """Decodes an image to RGB in its stored size.
 
-    Raises DecodeError for what is not an image of a supported format, is truncated, or is a
-    decompression bomb (more than MAX_PIXELS, not decoded).
+    The EXIF orientation is ignored, as in torchvision's ImageFolder. Raises DecodeError if the
+    bytes are not an image of a supported format, are truncated, or are a decompression bomb (more
+    than MAX_PIXELS; it is not decoded).
     """
     try:
         image = open_supported(encoded)
         if image.mode == "RGB":
             image.load()
             return image
-        return image.convert("RGB")  # decodes; grey and CMYK too
+        return image.convert("RGB")  # decodes; handles gray and CMYK
     except MemoryError:
         raise
     except ImageFault as error:
         raise DecodeError(str(error)) from None
-    # Pillow's readers raise what their parsing stumbles over: struct.error, IndexError, ...
+    # Pillow's parsers raise arbitrary exceptions on corrupt data: struct.error, IndexError, ...
     except Exception as error:
         raise DecodeError(str(error) or type(error).__name__) from None
 
 
 def decode_crop(encoded: bytes | memoryview, choose: Choose, out: np.ndarray, flip: bool) -> None:
-    """Decode the box that ``choose`` wants, resized (bilinear, antialiased) and, with ``flip``,
-    mirrored, into ``out``.
+    """Decodes the box that ``choose`` returns, resizes it into ``out`` and optionally mirrors it.
 
-    ``out``: uint8 [size, size, 3], contiguous, as a place in a batch is; holds anything after an
-    error. The result is Pillow's ``crop(box).resize((size, size), BILINEAR)`` to two grey levels
-    (mean 0.15); of a JPEG, a box four times as large as ``out`` or more is decoded at a reduced
-    scale that leaves it twice as large or more (mean 0.4, single pixels 10). Raises DecodeError as
-    ``decode_rgb`` does, but corruption below the box may not be seen; ValueError for a box that is
-    not inside the image.
+    The resize is bilinear and antialiased; ``flip`` mirrors the result horizontally. ``out``: uint8
+    [size, size, 3], contiguous, such as a slot of a batch; its content is undefined after an error.
+
+    The result equals Pillow's ``crop(box).resize((size, size), BILINEAR)`` to within two gray
+    levels (mean 0.15). If the box of a JPEG is at least four times as large as ``out``, it is
+    decoded at a reduced scale that leaves it at least twice as large (mean error 0.4, single pixels
+    10).
+
+    Raises DecodeError as ``decode_rgb`` does, but corruption below the box may go undetected.
+    Raises ValueError if the box is not inside the image.
     """
     if _native is not None and (found := _native.header(encoded)):
         width, height, plain = found
         _refuse_bomb(width, height)
         if plain:
             box = _inside(choose(width, height), width, height)
-            with suppress(
-                ValueError
-            ):  # what is cut or corrupt, Pillow judges: the verdict is the same with and without us
+            # Truncated or corrupt files fall through to Pillow, so that a file is accepted or
+            # rejected alike with and without the native decoder.
+            with suppress(ValueError):
                 _native.decode_crop(encoded, box, out, flip)
                 return
     crop_by_pillow(encoded, choose, out, flip)
@@ -79,7 +86,7 @@ def decode_crop(encoded: bytes | memoryview, choose: Choose, out: np.ndarray, fl
 def crop_by_pillow(
     encoded: bytes | memoryview, choose: Choose, out: np.ndarray, flip: bool
 ) -> None:
-    """``decode_crop`` without native code, for every kind of image."""
+    """Implements ``decode_crop`` without native code, for all image formats."""
     image = decode_rgb(encoded)
     left, top, width, height = _inside(choose(*image.size), *image.size)
     size = (out.shape[1], out.shape[0])
@@ -90,7 +97,7 @@ def crop_by_pillow(
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """uint8 [height, width, 3]."""
+    """Returns the pixels of an image as uint8 [height, width, 3]."""
     return np.asarray(image, dtype=np.uint8)
 
 

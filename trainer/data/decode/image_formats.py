@@ -1,7 +1,7 @@
-"""The supported image formats: identify encoded bytes, find truncation, open them with Pillow.
+"""The supported image formats: identifies encoded bytes, detects truncation, opens with Pillow.
 
 Pillow can open more than 40 formats, and some of its readers run other programs (EPS starts
-Ghostscript) or raise arbitrary exceptions. Everything here opens `FORMATS` only.
+Ghostscript) or raise arbitrary exceptions. Everything here opens only `FORMATS`.
 """
 
 import io
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Names that Pillow's ``formats`` argument accepts; MPO and MPO-like JPEGs are opened by JPEG."""
+"""Names for Pillow's ``formats`` argument; "JPEG" also opens MPO and MPO-like JPEGs."""
 
 EXTENSIONS = {
     "JPEG": "jpg",
@@ -35,16 +35,17 @@ EXTENSIONS = {
     "PPM": "ppm",
     "GIF": "gif",
 }
-"""File extension in a shard of each format that ``open_supported`` returns."""
+"""File extension in a shard for each format that ``open_supported`` returns."""
 
 MAX_PIXELS = 178_956_970
-"""Of the largest image that is decoded; Pillow raises DecompressionBombError above it too."""
+"""Pixels of the largest image that is decoded; above it, Pillow raises DecompressionBombError too.
+"""
 
 Read = Callable[[int, int], bytes]
 """``read(start, end)`` returns those bytes of an encoded image; fewer at its end."""
 
-_PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # imported, so that Pillow does not import all 40
-# Pillow warns of large images and odd metadata; here an image is either accepted or rejected.
+_PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # imported so that Pillow does not import all 40
+# Pillow warns about large images and odd metadata; here an image is either accepted or rejected.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _HEAD = 8192  # bytes; contains the headers of nearly all JPEGs and PNGs
 _TAIL = 512  # bytes; contains the end marker unless more garbage follows it
@@ -75,15 +76,18 @@ _BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
 
 
 class ImageFault(ValueError):
-    """Encoded bytes that are not a supported, complete image; the message is the reason."""
+    """Raised for bytes that are not a supported, complete image; the message is the reason."""
 
 
 class PngWithoutEnd(ImageFault):
-    """A PNG without its IEND chunk; whether its pixels are complete, only decoding can tell."""
+    """Raised for a PNG without its IEND chunk.
+
+    Only decoding can tell whether its pixels are complete.
+    """
 
 
 def open_supported(encoded: bytes | memoryview) -> Image.Image:
-    """Open an image of a supported format; pixels are not decoded yet.
+    """Opens an image of a supported format; the pixels are not decoded yet.
 
     Raises ImageFault with the reason: another format, unreadable, or more than MAX_PIXELS.
     """
@@ -94,7 +98,7 @@ def open_supported(encoded: bytes | memoryview) -> Image.Image:
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         bomb = isinstance(error, Image.DecompressionBombError)
         raise ImageFault(str(error) if bomb else describe(bytes(encoded[:_HEAD]))) from None
-    except Exception as error:  # Pillow's readers raise whatever their parsing runs into
+    except Exception as error:  # Pillow's parsers raise arbitrary exceptions on corrupt data
         raise ImageFault(f"cannot be read: {error or type(error).__name__}") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -103,11 +107,13 @@ def open_supported(encoded: bytes | memoryview) -> Image.Image:
 
 
 def identify(read: Read, size: int) -> str:
-    """The format's extension, after checking that the encoded image is complete.
+    """Returns the format's file extension after checking that the encoded image is complete.
 
-    JPEG, PNG and WebP: by their header and end marker, without decoding; bytes after the end
-    marker are allowed. All other formats have no reliable end marker and are decoded.
-    Raises PngWithoutEnd where only that chunk is missing, else ImageFault with the reason;
+    JPEG and PNG are checked by their header and end marker, WebP by its header and the length in
+    it, without decoding; bytes after the end are allowed. The other formats have no reliable end
+    marker and are decoded.
+
+    Raises PngWithoutEnd if only that chunk is missing, otherwise ImageFault with the reason.
     ``read`` may raise OSError.
     """
     if size == 0:
@@ -155,7 +161,7 @@ def _identify_whole(content: bytes) -> str:
 
 
 def _jpeg_fault(read: Read, head: bytes, size: int) -> str | None:
-    """Look for the end-of-image marker behind the first scan's header.
+    """Looks for the end-of-image marker after the first scan's header.
 
     Entropy-coded data cannot contain FF D9, but a thumbnail before the first scan does.
     """
@@ -168,7 +174,7 @@ def _jpeg_fault(read: Read, head: bytes, size: int) -> str | None:
             return "truncated: it ends within the header"
         marker = segment[1]
         if segment[0] != 0xFF:
-            position += 1  # padding or garbage between segments, as libjpeg skips it
+            position += 1  # padding or garbage between segments, which libjpeg skips too
         elif marker == 0xDA:
             break
         elif marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:
@@ -196,7 +202,7 @@ def _png_has_end(read: Read, size: int) -> bool:
 
 
 def _gif_fault(content: bytes) -> str | None:
-    """Walk through the blocks: each must be complete. A missing trailer alone is harmless."""
+    """Checks that every block of a GIF is complete. A missing trailer alone is harmless."""
     cut = "truncated: it ends within a frame"
 
     def table(flags: int) -> int:
@@ -219,7 +225,7 @@ def _gif_fault(content: bytes) -> str | None:
 
 
 def describe(head: bytes) -> str:
-    """What bytes that are not a supported image seem to be, and what to do about it."""
+    """Describes what unsupported bytes seem to be, and how to fix it."""
     text = head[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"version https://git-lfs.github.com/"):
         return "a Git LFS pointer, not the image; run `git lfs pull` in its repository"

@@ -1,1 +1,1 @@
-"""Tar shards: reading, writing and rejecting what is not exactly representable."""
+"""Tar shards: reads and writes them, and rejects anything that cannot be represented exactly."""

@@ -1,4 +1,4 @@
-"""Samples by their number, out of the shards' byte ranges."""
+"""Reads samples by their numbers from byte ranges of the shards."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,14 +9,13 @@ from trainer.data.index import Index
 from trainer.data.shards.tar import Sample, encoded_image, read_sample
 from trainer.data.storage.store import RangeReader
 
-_REQUEST = (
-    8 * 2**20
-)  # bytes; most that is asked for at once, so that a long stretch comes in several requests side by side
+# Maximum bytes per request, so that a long range is fetched by several concurrent requests.
+_REQUEST = 8 * 2**20
 
 
 @dataclass(frozen=True)
 class SampleRange:
-    """Neighbours in a shard: its samples ``first`` to ``end - 1``."""
+    """Consecutive samples of a shard: ``first`` to ``end - 1``."""
 
     shard: int
     first: int
@@ -24,7 +23,7 @@ class SampleRange:
 
 
 def coalesce(numbers: np.ndarray, index: Index) -> Iterator[SampleRange]:
-    """Where the samples of these numbers stand, each once, as few long stretches as that takes."""
+    """Yields the locations of these samples, each once, as few long ranges as possible."""
     wanted = np.unique(numbers)
     shard_of = np.searchsorted(index.starts, wanted, side="right") - 1
     for number in np.unique(shard_of):
@@ -41,8 +40,10 @@ def coalesce(numbers: np.ndarray, index: Index) -> Iterator[SampleRange]:
 
 
 def read_range(stretch: SampleRange, index: Index, store: RangeReader) -> dict[int, Sample]:
-    """Its samples, by number. Raises RetryableError where the store is lost, UserError where the
-    bytes are not what was indexed.
+    """Returns the samples of a range, by number.
+
+    Raises RetryableError if the store becomes unavailable, and UserError if the bytes differ from
+    those that were indexed.
     """
     shard, first = index.shards[stretch.shard], int(index.starts[stretch.shard])
     start = shard.offsets[stretch.first]
@@ -58,7 +59,10 @@ def read_range(stretch: SampleRange, index: Index, store: RangeReader) -> dict[i
 
 
 def read_samples(numbers: np.ndarray, index: Index, store: RangeReader) -> dict[int, Sample]:
-    """The samples of these numbers, by number, one request after another. Raises as ``read_range``."""
+    """Returns the samples of these numbers, by number, sending one request after another.
+
+    Raises what ``read_range`` raises.
+    """
     return {
         n: sample
         for stretch in coalesce(numbers, index)
@@ -67,5 +71,5 @@ def read_samples(numbers: np.ndarray, index: Index, store: RangeReader) -> dict[
 
 
 def read_image(number: int, index: Index, store: RangeReader) -> bytes:
-    """The encoded image of one sample."""
+    """Returns the encoded image of one sample."""
     return bytes(encoded_image(read_samples(np.array([number]), index, store)[number]))

@@ -1,5 +1,6 @@
-"""A sample in a shard: neighbouring tar members, an image and its label (``.cls``, decimal text),
-as plain WebDataset has it.
+"""Samples in a shard: consecutive tar members, an image and its label (``.cls``, decimal text).
+
+This is plain WebDataset format.
 """
 
 import re
@@ -13,17 +14,18 @@ from trainer.errors import UserError
 
 try:
     from trainer.data import _native
-except ImportError:  # it was not built
+except ImportError:  # not built
     _native = None  # type: ignore[assignment]
 
-_RECORD = 10240  # bytes; a tar's length is a multiple
+_RECORD = 10240  # bytes; the length of a tar archive is a multiple of this
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "gif")
-"""Extensions of the members that are taken for the image, in small letters."""
+"""Lowercase extensions of the members that are treated as the image."""
 
 MAX_CLASSES = 2**20
-"""Classes of a data set at most; each costs a line of the index and a row of the classifier. Real
-sets have up to 2**18.
+"""Maximum number of classes of a dataset.
+
+Each class costs a line of the index and a row of the classifier. Real datasets have up to 2**18.
 """
 
 SIDE_FILES = frozenset(
@@ -46,30 +48,23 @@ SIDE_FILES = frozenset(
         "sha256",
     )
 )
-"""Last extensions of members that describe samples or the archive, and are not part of the training
-data.
-"""
-_META = re.compile(
-    r"__[^/]*__($|/)|(.*/)?(__MACOSX|@eaDir)/"
-)  # webdataset's rule for metadata; macOS; Synology
+"""Last extensions of members that describe samples or the archive and are not training data."""
+# webdataset's rule for metadata; folders of macOS and Synology
+_META = re.compile(r"__[^/]*__($|/)|(.*/)?(__MACOSX|@eaDir)/")
 
 Sample = dict[str, Any]
 """``__key__``, ``__where__`` (for messages) and the members' bytes by extension."""
 
 
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-_NAME, _SIZE, _SUM = (
-    slice(0, 100),
-    slice(124, 136),
-    slice(148, 156),
-)  # fields of a header (POSIX.1-1988)
+# Fields of a header (POSIX.1-1988).
+_NAME, _SIZE, _SUM = slice(0, 100), slice(124, 136), slice(148, 156)
 
 
 def header(name: str, size: int) -> bytes:
-    """A member's header with neither time nor owner, as tarfile writes it, which takes ten times as
-    long.
+    """Returns a member's header without time and owner, as tarfile writes it.
 
-    ``name``: ASCII, at most 100 characters.
+    tarfile takes ten times as long. ``name``: ASCII, at most 100 characters.
     """
     block = bytearray(_HEADER)
     block[_NAME] = name.encode("ascii").ljust(100, b"\0")
@@ -82,7 +77,7 @@ def header(name: str, size: int) -> bytes:
 def write_sample(
     write: Callable[[bytes], Any], key: str, extension: str, image: bytes, label: int
 ) -> None:
-    """Append a sample to a tar."""
+    """Appends a sample to a tar archive."""
     text = str(label).encode()
     write(header(f"{key}.{extension}", len(image)))
     write(image)
@@ -95,13 +90,15 @@ def write_sample(
 
 
 def end_mark(length: int) -> bytes:
-    """What closes a tar that is ``length`` bytes long so far."""
+    """Returns the end-of-archive mark and padding of a tar that is ``length`` bytes long so far."""
     return bytes(2 * BLOCK + -(length + 2 * BLOCK) % _RECORD)
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's key and its extension in small letters, by webdataset's rule: the first dot of the
-    last path component parts them. The extension of what has none is empty.
+    """Splits a member's name into its key and its lowercase extension.
+
+    By webdataset's rule, they are separated by the first dot of the last path component. The
+    extension is empty if there is no dot.
     """
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
@@ -109,9 +106,10 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def is_system_file(name: str) -> bool:
-    """Whether a member is ignored by its name, as webdataset ignores it: hidden files (macOS writes
-    ``._NAME`` before each file), ``__NAME__`` metadata, names without an extension, and what
-    desktop systems leave in folders.
+    """Whether a member is ignored because of its name, as in webdataset.
+
+    Ignored are hidden files (macOS writes ``._NAME`` before each file), ``__NAME__`` metadata,
+    names without an extension, and files that desktop systems leave in folders.
     """
     base = name.rpartition("/")[2]
     return (
@@ -128,20 +126,22 @@ def is_side_file(name: str) -> bool:
 
 
 def parse_label(content: bytes) -> int | None:
-    """The class number in a ``.cls`` member, decimal ASCII digits and white space; None for
-    anything else.
+    """Parses the class number in a ``.cls`` member: decimal ASCII digits and white space.
+
+    Returns None for any other content.
     """
     text = bytes(content).strip()
     return int(text) if text.isdigit() and len(text) <= 20 else None
 
 
 def read_sample(content: memoryview, key: str, where: str) -> Sample:
-    """Take a sample's stretch of a tar apart. Raises UserError, which begins with ``where``, for
-    bytes that are not it.
+    """Parses a sample's byte range of a tar archive.
+
+    Raises UserError, whose message begins with ``where``, if the bytes are not the indexed sample.
     """
     sample: Sample = {"__key__": key, "__where__": where}
     found = _native.members(content) if _native is not None else None
-    if found is None:  # other headers than plain ones: long names, folders, pax
+    if found is None:  # headers that the native code does not parse: long names, folders, pax
         try:
             found = members_in(content)
         except TarError as error:
@@ -167,7 +167,7 @@ def _add(sample: Sample, name: str, content: memoryview, where: str) -> None:
 
 
 def encoded_image(sample: Sample) -> memoryview:
-    """The first member that is an image."""
+    """Returns the first member that is an image."""
     image: memoryview = next(
         content for extension, content in sample.items() if extension in IMAGES
     )
@@ -175,7 +175,7 @@ def encoded_image(sample: Sample) -> memoryview:
 
 
 def label_of(sample: Sample, num_classes: int) -> int:
-    """The class number. Raises UserError where it is none of ``num_classes``."""
+    """Returns the class number. Raises UserError if it is not below ``num_classes``."""
     label = parse_label(sample["cls"])
     if label is None or label >= num_classes:
         text = bytes(sample["cls"][:20])

@@ -1,4 +1,4 @@
-"""The fields of tar headers and the records of extended ones, each checked strictly."""
+"""Parses the fields of tar headers and the records of extended headers, with strict validation."""
 
 import re
 
@@ -18,11 +18,14 @@ _OTHER_FORMATS = {
 
 
 class TarError(ValueError):
-    """Why an archive is rejected, as a clause that follows the archive's name: "is truncated: ..."."""
+    """Raised for a rejected archive.
+
+    The message is a clause that follows the archive's name: "is truncated: ...".
+    """
 
 
 def check_format(block: bytes) -> None:
-    """Reject files that begin as something else than a tar archive."""
+    """Rejects files that begin like a format other than tar."""
     for magic, fault in _OTHER_FORMATS.items():
         if block.startswith(magic):
             raise TarError(f"is not a plain tar archive: it {fault}")
@@ -34,7 +37,7 @@ def check_format(block: bytes) -> None:
 
 
 def has_valid_sum(block: bytes) -> bool:
-    """Whether the checksum of a header is right."""
+    """Whether the checksum of a header is correct."""
     field = _OCTAL.fullmatch(block[148:156])
     if field is None or not field[1]:
         return False
@@ -45,8 +48,9 @@ def has_valid_sum(block: bytes) -> bool:
 
 
 def check_sum(block: bytes, at: int) -> None:
-    """Reject a header whose checksum is wrong. ``at``: its first byte in the archive, as in all
-    functions here.
+    """Rejects a header with a wrong checksum.
+
+    ``at``: the header's first byte in the archive, as in all functions of this module.
     """
     if has_valid_sum(block):
         return
@@ -59,7 +63,7 @@ def check_sum(block: bytes, at: int) -> None:
 
 
 def size_in(block: bytes, at: int) -> int:
-    """Bytes of data by a header."""
+    """Returns the member's data size in bytes according to the header."""
     raw = block[124:136]
     if raw[0] == 0x80:
         return int.from_bytes(raw[1:], "big")
@@ -70,7 +74,10 @@ def size_in(block: bytes, at: int) -> int:
 
 
 def pax_size(value: bytes, in_header: int, at: int) -> int:
-    """Bytes of data by a pax record ``size``; ``in_header``: by the header that follows."""
+    """Returns the member's data size in bytes according to a pax record ``size``.
+
+    ``in_header``: the size according to the header that follows.
+    """
     if not re.fullmatch(rb"[0-9]{1,19}", value):
         raise TarError(f"the member at byte {at:,} has the invalid pax size {value[:40]!r}")
     size = int(value)
@@ -80,7 +87,7 @@ def pax_size(value: bytes, in_header: int, at: int) -> int:
 
 
 def pax_records(data: bytes, at: int) -> dict[bytes, bytes]:
-    """Key and value of each record ``LENGTH KEY=VALUE\\n``."""
+    """Returns the key and value of each record ``LENGTH KEY=VALUE\\n``."""
     records: dict[bytes, bytes] = {}
     position = 0
     while data[position:].strip(b"\0"):
@@ -102,7 +109,10 @@ def pax_records(data: bytes, at: int) -> dict[bytes, bytes]:
 
 
 def check_global(records: dict[bytes, bytes], at: int) -> None:
-    """Members are read alone later, so that nothing in a global header may change what they are."""
+    """Rejects global headers that would change names, sizes or links of members.
+
+    Members are read individually later, so nothing in a global header may affect them.
+    """
     for key in records:
         if key in (b"path", b"size", b"linkpath") or key.startswith(b"GNU.sparse."):
             raise TarError(
@@ -112,7 +122,7 @@ def check_global(records: dict[bytes, bytes], at: int) -> None:
 
 
 def long_name(data: bytes, at: int) -> bytes:
-    """The name in the data of a GNU long-name header."""
+    """Returns the name in the data of a GNU long-name header."""
     name, _, rest = data.partition(b"\0")
     if rest.strip(b"\0"):
         raise TarError(f"is corrupt: the long name at byte {at:,} contains a zero byte")
@@ -120,14 +130,14 @@ def long_name(data: bytes, at: int) -> bytes:
 
 
 def header_name(block: bytes) -> bytes:
-    """The name in a header, with its ustar prefix."""
+    """Returns the name in a header, including its ustar prefix."""
     name = block[:100].partition(b"\0")[0]
     prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
 
 
 def decode_name(name: bytes, at: int) -> str:
-    """A name as text; rejects what is not UTF-8 and control characters."""
+    """Decodes a name; rejects names that are not UTF-8 or contain control characters."""
     try:
         text = name.decode("utf-8")
     except UnicodeDecodeError:
@@ -144,5 +154,5 @@ def decode_name(name: bytes, at: int) -> str:
 
 
 def describe(block: bytes, at: int) -> str:
-    """A member, for messages."""
+    """Describes a member, for messages."""
     return f"the member {header_name(block).decode('utf-8', 'replace')!r} at byte {at:,}"

@@ -1,27 +1,29 @@
 """A strict tar reader: every byte of the archive is accounted for, or the archive is rejected.
 
-Python's ``tarfile`` and GNU tar's compatibility modes end silently at a corrupt header, at the
-first end-of-archive mark and at a truncated end, so that members behind it vanish. This reader
-raises ``TarError`` instead, with the byte at which the archive is wrong.
+Python's ``tarfile`` and GNU tar's compatibility modes stop silently at a corrupt header, at the
+first end-of-archive mark and at a truncated end, so members after that point are lost. This reader
+raises ``TarError`` instead, with the byte at which the archive is invalid.
 
-Use it on a seekable file (members' data are skipped by seeking, so that listing a large archive
-reads only its headers) or on anything with ``read(count)``::
+Use it on a seekable file (members' data is skipped by seeking, so listing a large archive reads
+only its headers) or on any object with ``read(count)``::
 
     with open(path, "rb") as file:
         for member in read_members(file, os.path.getsize(path)):
             if member.is_file:
-                data = member.read()        # before the next member is taken
+                data = member.read()        # before the next iteration
                 member.name, member.offset, member.data_offset, member.size
 
     list_members(path)                      # a list of a local archive's members
     list_members(path, start, size)         # of an archive inside another one, without a copy
 
 Accepted: POSIX ustar and pax (x and g headers; path, linkpath, size, hdrcharset), GNU (L and K
-headers, base-256 sizes), v7 and Solaris archives; directories, links and special files are
-yielded with their kind. Rejected: what has a wrong checksum, an invalid or negative size, a name
-that is not UTF-8 or contains control characters, sparse files, parts of multi-volume archives,
-unknown types of members, bytes missing before the end-of-archive mark, one zero block instead of
-two, anything but zeros behind the mark (a second, concatenated archive), compressed files.
+headers, base-256 sizes), v7 and Solaris archives. Directories, links and special files are yielded
+with their kind.
+
+Rejected: wrong checksums, invalid or negative sizes, names that are not UTF-8 or contain control
+characters, sparse files, parts of multi-volume archives, unknown member types, bytes missing before
+the end-of-archive mark, one zero block instead of two, anything but zeros after the mark (a second,
+concatenated archive), compressed files.
 """
 
 import os
@@ -45,9 +47,9 @@ from trainer.data.shards.tar_header import (
     size_in,
 )
 
-BLOCK = 512  # bytes; the unit of a tar
+BLOCK = 512  # bytes; the block size of tar
 _PIECE = 2**20  # bytes read at a time when skipping
-_MAX_EXTENDED = 2**20  # bytes of a pax header or of a long name
+_MAX_EXTENDED = 2**20  # maximum bytes of a pax header or of a long name
 
 Kind = Literal["file", "directory", "symbolic link", "hard link", "device or pipe", "volume label"]
 
@@ -68,7 +70,7 @@ _UNSUPPORTED = {
 
 
 class Readable(Protocol):
-    """The part of a binary file that is needed; ``seek`` is used if the file has ``seekable()``."""
+    """The required part of a binary file; ``seek`` is used if the file has ``seekable()``."""
 
     def read(self, count: int, /) -> bytes: ...
 
@@ -80,12 +82,12 @@ class Member:
     name: str
     kind: Kind
     offset: int
-    """The first byte of its headers, extended ones included."""
+    """First byte of its headers, including extended ones."""
     data_offset: int
     size: int
     """Bytes of its data, without the padding to a full block."""
     end: int
-    """The first byte behind its padding."""
+    """First byte after its padding."""
     _archive: "_Archive" = field(repr=False, compare=False)
 
     @property
@@ -93,15 +95,15 @@ class Member:
         return self.kind == "file"
 
     def read(self) -> bytes:
-        """Its data. Call it before the next member is taken, once."""
+        """Reads its data. Call it at most once, before the next member is iterated."""
         return self._archive.take(self.size, f"{self.name!r}")
 
 
 def read_members(file: Readable, size: int) -> Iterator[Member]:
-    """The members of an archive of ``size`` bytes that begins at the file's position, in order.
+    """Yields the members of an archive of ``size`` bytes that begins at the file's position.
 
-    Raises TarError, after the members before the fault; only a complete iteration says that the
-    archive is complete. Reads to the end of the archive.
+    Reads to the end of the archive. Raises TarError after yielding the members before the error;
+    only a finished iteration proves that the archive is complete.
     """
     archive = _Archive(file, size)
     while (block := archive.header()) is not None:
@@ -114,9 +116,9 @@ def read_members(file: Readable, size: int) -> Iterator[Member]:
 def list_members(
     path: str | os.PathLike[str], start: int = 0, size: int | None = None
 ) -> list[Member]:
-    """All members of a local archive, or of one in the bytes ``start`` to ``start + size`` of a
-    file.
+    """Returns all members of a local archive.
 
+    ``start``, ``size``: read an archive in the bytes ``start`` to ``start + size`` of a file.
     Raises TarError, OSError.
     """
     with Path(path).open("rb") as file:
@@ -126,9 +128,9 @@ def list_members(
 
 
 def members_in(content: memoryview) -> list[tuple[str, int, int]]:
-    """Name, first byte and end of the data of each file in a stretch of an archive without its end.
+    """Returns the name and the data's [first byte, end) of each file in a byte range of an archive.
 
-    Raises TarError for bytes that are not complete members.
+    The range has no end-of-archive mark. Raises TarError for bytes that are not complete members.
     """
     archive = _Archive(_Memory(content), len(content))
     found = []
@@ -142,7 +144,7 @@ def members_in(content: memoryview) -> list[tuple[str, int, int]]:
 
 
 class _Memory:
-    """Bytes in memory as a file."""
+    """A file interface to bytes in memory."""
 
     def __init__(self, content: memoryview) -> None:
         self._content, self._position = content, 0
@@ -161,7 +163,7 @@ class _Memory:
 
 
 class _Archive:
-    """The position in an archive, and reads that never pass its end."""
+    """The position in an archive, with reads that never pass its end."""
 
     def __init__(self, file: Readable, size: int) -> None:
         seekable = getattr(file, "seekable", None)
@@ -201,7 +203,10 @@ class _Archive:
             self.take(min(_PIECE, end - self.position), "the data of a member")
 
     def header(self) -> bytes | None:
-        """The next header; None at the end of the archive, which is then read and checked."""
+        """Returns the next header, or None at the end of the archive.
+
+        At the end, the rest of the archive is read and checked.
+        """
         if self.size == 0:
             raise TarError("is empty (0 bytes)")
         if self.position == self.size:
@@ -240,8 +245,9 @@ class _Archive:
 
 
 def _read_member(archive: _Archive, block: bytes) -> Member | None:
-    """The member whose headers begin with ``block``; None for a global pax header that stands
-    alone.
+    """Returns the member whose headers begin with ``block``.
+
+    Returns None for a standalone global pax header.
     """
     offset = archive.position - BLOCK
     names: set[str] = set()
@@ -299,7 +305,7 @@ def _member(archive: _Archive, block: bytes, name: str, size: int, offset: int) 
         raise TarError(f"{describe(block, at)} {_UNSUPPORTED[flag]}")
     if flag in _FILES:
         kind: Kind = "directory" if name.endswith("/") else "file"
-    elif flag == b"D":  # GNU tar's directory of an incremental backup: its data are a list of names
+    elif flag == b"D":  # directory of a GNU tar incremental backup: its data is a list of names
         kind = "directory"
     elif flag in _WITHOUT_DATA:
         kind = _WITHOUT_DATA[flag]

@@ -1,1 +1,1 @@
-"""Bytes of objects, wherever they are: stores, retries, caches, credentials."""
+"""Object storage and local folders: stores, retries, caches and credentials."""

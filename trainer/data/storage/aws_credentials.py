@@ -1,8 +1,8 @@
-"""The settings of S3 that AWS's own tools read: environment, profile, config file, CA bundle.
+"""The S3 settings that AWS's own tools read: environment, profile, config file, CA bundle.
 
-botocore does the reading, so that the order of precedence is theirs. What it accepts and the
-store's client would panic on (an endpoint without a scheme, a region with a space, a key with a
-newline) is completed or rejected here.
+botocore reads them, so the order of precedence is the same. Values that botocore accepts but that
+would make the storage client panic (an endpoint without a scheme, a region with a space, a key with
+a newline) are completed or rejected here.
 """
 
 import os
@@ -20,8 +20,8 @@ from trainer.secrets.redaction import redact_credentials
 if TYPE_CHECKING:
     from obstore.store import S3Credential
 
-_REREAD = timedelta(seconds=60)  # the age at which credentials of a file are read again
-_ASKED_EARLY = timedelta(seconds=300)  # before they expire, object_store asks for new ones
+_REREAD = timedelta(seconds=60)  # age at which credentials from files are re-read
+_ASKED_EARLY = timedelta(seconds=300)  # object_store refreshes credentials this long before expiry
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -42,8 +42,10 @@ _OTHER_SOURCES = (
 
 @dataclass(frozen=True)
 class S3Settings:
-    """``endpoint``: with scheme and without a slash at the end; None for Amazon's.
-    ``root_certificates``: PEM.
+    """Settings of the S3 client.
+
+    ``endpoint``: with a scheme and without a trailing slash; None for Amazon's.
+    ``root_certificates``: in PEM form.
     """
 
     region: str
@@ -54,12 +56,15 @@ class S3Settings:
 
     @property
     def address(self) -> str:
-        """Where requests go, for messages."""
+        """The address that requests are sent to, for messages."""
         return self.endpoint or f"https://s3.{self.region}.amazonaws.com"
 
 
 def s3_settings() -> S3Settings:
-    """Read them. Raises UserError with the variable, or the profile and file, that is wrong."""
+    """Reads the settings.
+
+    Raises UserError that names the invalid variable, or the profile and file.
+    """
     _forget_empty_variables()
     for name in _KEYS:
         if name in os.environ:
@@ -88,7 +93,7 @@ def s3_settings() -> S3Settings:
         "AWS_VIRTUAL_HOSTED_STYLE_REQUEST", ""
     ).lower() in ("1", "true")
     ignored = endpoint is None and any(name in os.environ for name in (*_ENDPOINTS, "AWS_ENDPOINT"))
-    if ignored:  # object_store would read the variable all the same
+    if ignored:  # object_store would read the variable anyway
         endpoint, source = (
             f"https://s3.{region}.amazonaws.com{'.cn' if region.startswith('cn-') else ''}",
             "AWS_REGION",
@@ -98,7 +103,7 @@ def s3_settings() -> S3Settings:
 
 
 def _endpoint(session: Any, scoped: dict[str, Any]) -> tuple[str, str | None]:
-    """Where the endpoint is given, and what it is."""
+    """Returns the source of the endpoint and its value."""
     if session.get_config_variable("ignore_configured_endpoint_urls"):
         return "", None
     for name in _ENDPOINTS:
@@ -118,8 +123,10 @@ def _endpoint(session: Any, scoped: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def parse_endpoint(text: str, source: str) -> str:
-    """The endpoint with a scheme and without a slash at the end. Without a scheme, an address of
-    this machine's loopback gets http, and any other https. Raises UserError that names ``source``.
+    """Returns the endpoint with a scheme and without a trailing slash.
+
+    If the scheme is missing, a loopback address gets http and any other address https. Raises
+    UserError that names ``source``.
     """
     address = text.strip()
     shown = redact_credentials(address)
@@ -163,7 +170,10 @@ def parse_endpoint(text: str, source: str) -> str:
 
 
 def bucket_endpoint(settings: S3Settings, bucket: str) -> str | None:
-    """The endpoint as object_store wants it: with virtual hosting, the bucket is part of the host."""
+    """Returns the endpoint for object_store.
+
+    With virtual hosting, the bucket is part of the host name.
+    """
     if settings.endpoint is None or not settings.virtual_hosted:
         return settings.endpoint
     scheme, _, rest = settings.endpoint.partition("://")
@@ -171,7 +181,9 @@ def bucket_endpoint(settings: S3Settings, bucket: str) -> str | None:
 
 
 def credentials_from_files() -> "S3Credential":
-    """Those of the profile, read by a new session: botocore keeps what it has read once. Files,
+    """Returns the profile's credentials.
+
+    They are read by a new session, because botocore caches what it has read. Supports files,
     credential_process, single sign-on and assumed roles. Raises RuntimeError with one line.
     """
     from botocore.exceptions import BotoCoreError
@@ -197,9 +209,10 @@ def credentials_from_files() -> "S3Credential":
 
 
 def _credentials_are_in_files() -> bool:
-    """By the order of AWS's own programs: the environment wins. object_store itself knows the
-    environment, web identity, containers and instance metadata, and renews those that expire; but
-    it knows no files.
+    """Whether the credentials come from files, in AWS's order of precedence: the environment wins.
+
+    object_store itself supports the environment, web identity, containers and instance metadata,
+    and renews credentials that expire, but it does not read files.
     """
     if any(os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", *_OTHER_SOURCES)):
         return False
@@ -209,8 +222,10 @@ def _credentials_are_in_files() -> bool:
 
 
 def _forget_empty_variables() -> None:
-    """``AWS_ENDPOINT_URL=`` in an env file means that it is not set; object_store takes it
-    literally.
+    """Removes empty AWS_* variables from the environment.
+
+    ``AWS_ENDPOINT_URL=`` in an env file means that it is not set; object_store would use the empty
+    value.
     """
     for name in [
         name for name, value in os.environ.items() if name.startswith("AWS_") and not value.strip()
@@ -236,18 +251,21 @@ def _is_loopback(address: str) -> bool:
 
 
 def _is_host(host: str) -> bool:
-    """What the store's client takes as a host without a panic."""
+    """Whether the storage client accepts the host without a panic."""
     try:
         if ":" in host or re.fullmatch(r"(.*\.)?(\d+|0[xX][0-9a-fA-F]*)\.?", host):
             ip_address(host)
         host.encode().decode("idna")
-    except ValueError:  # UnicodeError is one
+    except ValueError:  # includes UnicodeError
         return False
     return True
 
 
 def _certificates(bundle: str | None) -> bytes | None:
-    """The content of the CA bundle; AWS's setting first, then those of other tools."""
+    """Returns the content of the CA bundle.
+
+    AWS's setting takes precedence over the settings of other tools.
+    """
     source = "AWS_CA_BUNDLE" if os.environ.get("AWS_CA_BUNDLE") else f"ca_bundle in {_files()}"
     if not bundle:
         source = next((name for name in _BUNDLES if os.path.isfile(os.environ.get(name, ""))), "")
@@ -269,7 +287,7 @@ def _certificates(bundle: str | None) -> bytes | None:
 
 
 def _files() -> str:
-    """The files that a setting can be in, for messages."""
+    """Names the files that a setting can come from, for messages."""
     config = os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config"
     return f"{config} and {os.environ.get('AWS_SHARED_CREDENTIALS_FILE') or '~/.aws/credentials'}"
 

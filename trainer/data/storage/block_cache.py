@@ -1,9 +1,9 @@
-"""A folder of blocks of bytes that several processes share: bounded, checksummed, whole after a
-kill at any time.
+"""A bounded, checksummed disk cache of byte blocks that several processes share.
 
-A block is written to ``NAME.convoy-part``, which its writer holds a lock on, and renamed when it is
-whole. A lock is the kernel's (flock): it ends with its process, be it killed. So a part that nobody
-has locked is a dead process's, and is taken over.
+The cache stays consistent if a process is killed at any time. A block is written to
+``NAME.convoy-part``, on which its writer holds a lock, and renamed when it is complete. The locks
+are flocks: the kernel releases them when the process ends, even if it is killed. A part that is not
+locked therefore belongs to a dead process and is taken over.
 """
 
 import fcntl
@@ -15,26 +15,25 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-_PAGE = 256 * 1024  # bytes under one checksum
+_PAGE = 256 * 1024  # bytes per checksum
 _SUM = 32  # bytes of a SHA-256
-_BLOCK, _PART = ".convoy-block", ".convoy-part"  # the folder may hold files of others
-# the file that holds the bytes of all blocks, and is locked to change them
+_BLOCK, _PART = ".convoy-block", ".convoy-part"  # distinct: the folder may hold other files
+# File that holds the total size of all blocks; it is locked while blocks are added or removed.
 CACHE_TOTAL = "convoy-blocks.total"
-# when blocks are removed, 1/20 of the bound is made free, so that the folder is seldom looked
-# through
+# An eviction frees at least 1/20 of the limit, so that the folder is seldom scanned.
 _SLACK = 20
-_LOCK_SECONDS, _BETWEEN = 30.0, 0.003  # a lock is waited for; seconds between two looks
+_LOCK_SECONDS, _BETWEEN = 30.0, 0.003  # seconds: lock timeout; polling interval
 
 
 class Damaged(Exception):
-    """A block's bytes are not what was written."""
+    """Raised if a block's bytes differ from those that were written."""
 
 
 class DiskBlockCache:
-    """Blocks below ``folder``, ``max_bytes`` in all over everything that is in it; the least
-    recently used ones go first.
+    """Blocks below ``folder``, with least-recently-used eviction.
 
-    Every method raises OSError where the disk does.
+    ``max_bytes`` limits the total size of all blocks in the folder. Every method raises OSError on
+    disk errors.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -42,7 +41,7 @@ class DiskBlockCache:
         self.max_bytes = max_bytes
 
     def clean(self) -> None:
-        """Make the folder; remove what dead processes left behind, and what is over the bound."""
+        """Creates the folder, removes parts of dead processes, evicts blocks above the limit."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob(f"*/*{_PART}"):
             with suppress(FileNotFoundError), part.open("rb") as file:
@@ -52,8 +51,9 @@ class DiskBlockCache:
             self._shrink(total, 0)
 
     def read(self, name: str, length: int, start: int, end: int) -> memoryview | None:
-        """Bytes ``[start, end)`` of a block of ``length`` bytes, checked; None where there is no
-        such block. Raises Damaged.
+        """Returns the verified bytes ``[start, end)`` of a block of ``length`` bytes.
+
+        Returns None if the block is missing. Raises Damaged.
         """
         try:
             file = self._path(name, _BLOCK).open("rb", buffering=0)
@@ -73,16 +73,16 @@ class DiskBlockCache:
                     f"has other bytes between {begin:,} and {begin + len(content):,} than were "
                     "written"
                 )
-            with suppress(OSError):  # of a disk that cannot be written to
+            with suppress(OSError):  # the disk may be read-only
                 os.utime(file.fileno())
         return memoryview(content)[start - begin : end - begin]
 
     @contextmanager
     def acquire(self, names: list[str]) -> Iterator[dict[str, IO[bytes]]]:
-        """The right to write these blocks, for whom no other process has it. Locks one after
-        another, in the order of names.
+        """Acquires the exclusive right to write these blocks; yields the open part file of each.
 
-        One that another writer held for 30 s is left out: who waits must not wait for ever.
+        The locks are taken one after another in the order of names. A block that another writer
+        holds locked for 30 s is omitted, so that no process waits forever.
         """
         with ExitStack() as stack:
             claims: dict[str, IO[bytes]] = {}
@@ -95,11 +95,14 @@ class DiskBlockCache:
                 for name, file in claims.items():
                     part = self._path(name, _PART)
                     with suppress(OSError):
-                        if _is_at(file, part):  # not written
+                        if _is_at(file, part):  # the block was not written
                             part.unlink()
 
     def write(self, name: str, file: IO[bytes], content: memoryview) -> bool:
-        """Fill a claimed block and give it its name; False where it does not fit into the bound."""
+        """Writes an acquired block and publishes it under its name.
+
+        Returns False if the block is larger than the cache's limit.
+        """
         if _size(len(content)) > self.max_bytes:
             return False
         file.truncate(0)
@@ -110,11 +113,10 @@ class DiskBlockCache:
         block = self._path(name, _BLOCK)
         with self._locked_total() as total:
             self._shrink(total, _size(len(content)))
-            before = (
-                min(block.stat().st_size, _size(len(content))) if block.exists() else 0
-            )  # a damaged one
-            # counted before it is there: a kill in between counts too much, which the next look
-            # through the folder corrects
+            # An existing block is a corrupt one that is replaced.
+            before = min(block.stat().st_size, _size(len(content))) if block.exists() else 0
+            # Counted before the rename: a kill in between makes the total too large, which the next
+            # scan of the folder corrects.
             _set(total, _get(total) + _size(len(content)) - before)
             self._path(name, _PART).rename(block)
         return True
@@ -130,7 +132,7 @@ class DiskBlockCache:
             locked = _wait_for_lock(file)
             if locked and _is_at(file, part):
                 return file
-            file.close()  # the one before has renamed or removed it
+            file.close()  # the previous lock holder has renamed or removed it
             if not locked:
                 return None
 
@@ -144,7 +146,7 @@ class DiskBlockCache:
             yield file
 
     def _shrink(self, total: IO[bytes], more: int) -> None:
-        """Make room for ``more`` bytes, where they would not fit."""
+        """Evicts blocks until ``more`` bytes fit below the limit."""
         if os.fstat(total.fileno()).st_size and _get(total) + more <= self.max_bytes:
             return
         found = []
@@ -158,9 +160,9 @@ class DiskBlockCache:
             for _, freed, block in sorted(found):
                 if size <= wanted:
                     break
-                block.unlink(missing_ok=True)  # who has it open reads on
+                block.unlink(missing_ok=True)  # processes that have it open can still read it
                 size -= freed
-                with suppress(OSError):  # others are left in it
+                with suppress(OSError):  # the folder is not empty
                     block.parent.rmdir()
         _set(total, size)
 
@@ -169,13 +171,14 @@ class DiskBlockCache:
 
 
 def _size(length: int) -> int:
-    """Bytes of the file of a block: its own, then the checksum of each page."""
+    """Returns the size of a block's file in bytes: its content, then the checksum of each page."""
     return length + -(-length // _PAGE) * _SUM
 
 
 def _sums(name: str, content: bytes | memoryview, first: int) -> bytes:
-    """SHA-256 of each page, over its bytes, its number and the block's name: a block in another's
-    place is found out.
+    """Returns the SHA-256 of each page, over its bytes, its number and the block's name.
+
+    The name and number reveal a page that is stored in another page's place.
     """
     pages = (content[at : at + _PAGE] for at in range(0, len(content), _PAGE))
     return b"".join(_sum(name, number, page) for number, page in enumerate(pages, first))
@@ -205,7 +208,7 @@ def _wait_for_lock(file: IO[bytes]) -> bool:
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
-    """Whether an open file still is the one of that name."""
+    """Whether an open file is still the one at ``path``."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -214,10 +217,13 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 def _get(total: IO[bytes]) -> int:
     text = os.pread(total.fileno(), 32, 0)
-    return int(text) if text.strip().isdigit() else 2**62  # unreadable: look through the folder
+    return int(text) if text.strip().isdigit() else 2**62  # unreadable: forces a scan of the folder
 
 
 def _set(total: IO[bytes], size: int) -> None:
-    """In one write of a fixed length, so that a kill leaves the old number or the new one."""
+    """Writes the total.
+
+    A single write of fixed length ensures that a kill leaves either the old or the new number.
+    """
     os.pwrite(total.fileno(), f"{size:020d}".encode(), 0)
     os.ftruncate(total.fileno(), 20)

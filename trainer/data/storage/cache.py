@@ -1,6 +1,4 @@
-"""Shards' bytes kept on a disk of the node, before the store: ``data.cache_dir`` and
-``data.cache_gb``.
-"""
+"""Caches shards on a local disk of the node (``data.cache_dir`` and ``data.cache_gb``)."""
 
 import logging
 import threading
@@ -24,7 +22,10 @@ _LOG = logging.getLogger(__name__)
 def with_cache(
     store: RangeReader, index: Index, folder: str | None, gigabytes: float
 ) -> RangeReader:
-    """``store``, behind a cache of at most so many GiB where there is a ``folder`` for one."""
+    """Returns ``store`` behind a cache of at most ``gigabytes`` GiB in ``folder``.
+
+    Returns ``store`` itself if ``folder`` is None.
+    """
     if folder is None:
         return store
     return Cache(
@@ -37,15 +38,15 @@ def with_cache(
 
 
 class Cache:
-    """A source before another: what was read once is read from ``folder`` from then on.
+    """A RangeReader that caches another one in ``folder``.
 
-    Shards are cut into blocks of ``block_bytes``; a block that is needed and not there is fetched
-    whole, once over all processes that share ``folder``. A disk that is full or cannot be written
-    to is told once; reads then go to the store. Raises UserError where ``folder`` cannot be a
+    Shards are divided into blocks of ``block_bytes``. A required block that is missing is fetched
+    in full, once for all processes that share ``folder``. If the disk is full or cannot be written,
+    a warning is logged once and reads go to the store. Raises UserError if ``folder`` cannot be a
     folder.
 
-    ``max_bytes``: of everything in ``folder``, other data sets too. ``digest``: of the index.
-    ``sizes``: bytes of each shard, by name.
+    ``max_bytes``: limit for all cached blocks in ``folder``, including those of other datasets.
+    ``digest``: the index's digest. ``sizes``: bytes of each shard, by name.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Cache:
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.hit_bytes, self.missed_bytes = 0, 0
-        """Of what was asked for: read from the disk, and from the store."""
+        """Requested bytes that were read from the disk, and from the store."""
         self._store = store
         self._folder = Path(folder)
         self._blocks = DiskBlockCache(self._folder, max_bytes)
@@ -67,7 +68,7 @@ class Cache:
         self._block_bytes = block_bytes
         self._writes = True
         self._reported: set[str] = set()
-        """Damaged blocks."""
+        """Corrupt blocks that were logged."""
         self._lock = threading.Lock()
         try:
             self._blocks.clean()
@@ -85,16 +86,18 @@ class Cache:
     def read_ranges(
         self, name: str, starts: Sequence[int], ends: Sequence[int]
     ) -> list[memoryview]:
-        """The bytes ``[start, end)`` of a shard, each pair. Raises what the store raises."""
+        """Returns the bytes ``[start, end)`` of a shard for each pair.
+
+        Raises what the store raises.
+        """
         size = self._sizes.get(name)
         if size is None or max(ends, default=0) > size:
-            return self._store.read_ranges(name, starts, ends)  # which says what is wrong
+            return self._store.read_ranges(name, starts, ends)  # raises the specific error
         parts = [
             np.empty(max(0, end - start), np.uint8) for start, end in zip(starts, ends, strict=True)
         ]
-        wanted: dict[
-            int, list[tuple[np.ndarray, int, int]]
-        ] = {}  # by block: where to, first and last byte in the block
+        # By block number: destination array, first byte and end in the block.
+        wanted: dict[int, list[tuple[np.ndarray, int, int]]] = {}
         for part, start, end in zip(parts, starts, ends, strict=True):
             for number in range(
                 start // self._block_bytes, -(-end // self._block_bytes) if end > start else 0
@@ -117,7 +120,7 @@ class Cache:
     def _read(
         self, name: str, number: int, pieces: list[tuple[np.ndarray, int, int]], tell: bool = False
     ) -> bool:
-        """Fill the pieces from the disk; False where the block is not there, or is damaged."""
+        """Fills the pieces from the disk; returns False if the block is missing or corrupt."""
         block, length = self._name(name, number), self._length(name, number)
         try:
             for piece, first, last in pieces:
@@ -134,7 +137,10 @@ class Cache:
         return True
 
     def _fetch(self, name: str, wanted: Mapping[int, list[tuple[np.ndarray, int, int]]]) -> None:
-        """Fill what is missing from the store, and keep it; by then another process may have."""
+        """Fills missing pieces from the store and caches their blocks.
+
+        A block that another process has written in the meantime is read from the disk.
+        """
         if not self._writes:
             self._pass_by(name, wanted)
             return
@@ -178,7 +184,7 @@ class Cache:
             self._count(missed=len(piece))
 
     def _pass_by(self, name: str, wanted: Mapping[int, list[tuple[np.ndarray, int, int]]]) -> None:
-        """Read from the store what is needed and no more, and keep nothing."""
+        """Reads only the required bytes from the store and caches nothing."""
         pieces = [
             (piece, number * self._block_bytes + first)
             for number in wanted

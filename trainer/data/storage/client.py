@@ -1,6 +1,4 @@
-"""How an object store is reached: addresses, time limits, and credentials that are read again when
-they change.
-"""
+"""Creates object store clients: addresses, timeouts, and credentials that are re-read on change."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -21,7 +19,7 @@ from trainer.data.storage.store_errors import panics_as_errors
 from trainer.errors import UserError
 from trainer.secrets.redaction import redact_credentials
 
-_QUIET_RETRIES = {  # of what is no read of ranges: object_store does these by itself
+_QUIET_RETRIES = {  # for all requests except range reads; object_store retries these itself
     "max_retries": 8,
     "backoff": {
         "init_backoff": timedelta(milliseconds=100),
@@ -34,7 +32,10 @@ _NO_RETRIES = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
 
 
 class Connections(NamedTuple):
-    """Only ``for_all_else`` retries by itself. ``address``: of the store, for messages."""
+    """The clients of one store; only ``for_all_else`` retries by itself.
+
+    ``address``: the store's address, for messages.
+    """
 
     for_ranges: ObjectStore
     for_all_else: ObjectStore
@@ -42,8 +43,9 @@ class Connections(NamedTuple):
 
 
 def folder_of(url: str, create: bool) -> Path:
-    """The folder that a URL without an object store names. ``create`` makes a missing one. Raises
-    UserError.
+    """Returns the folder that a local URL denotes.
+
+    ``create``: create it if it is missing. Raises UserError.
     """
     path = Path(parse_storage_url(url).prefix)
     try:
@@ -61,10 +63,10 @@ def folder_of(url: str, create: bool) -> Path:
 
 
 def connector(url: str, connect_seconds: float, silent_seconds: float) -> Callable[[], Connections]:
-    """A function that connects, each time with settings and credentials read again. Raises
-    UserError.
+    """Returns a function that connects to a store.
 
-    ``silent_seconds``: of a read without a byte.
+    Each call re-reads settings and credentials. ``silent_seconds``: maximum time that a range read
+    may go without receiving a byte. Raises UserError.
     """
     location = parse_storage_url(url)
     if not location.is_remote:
@@ -97,8 +99,9 @@ def connector(url: str, connect_seconds: float, silent_seconds: float) -> Callab
 def _store(
     location: Location, settings: S3Settings | None, client: dict[str, Any], retry: dict[str, Any]
 ) -> ObjectStore:
-    """Built from the bucket and the literal prefix: object_store's own parser drops and decodes
-    parts of a URL.
+    """Builds a client from the bucket and the literal prefix.
+
+    object_store's own URL parser is not used because it drops and decodes parts of a URL.
     """
     common: dict[str, Any] = {
         "prefix": location.prefix or None,
@@ -115,10 +118,8 @@ def _store(
         "virtual_hosted_style_request": settings.virtual_hosted,
     }
     if endpoint := bucket_endpoint(settings, location.bucket):
-        config |= {
-            "endpoint": endpoint,
-            "aws_endpoint_url_s3": endpoint,
-        }  # the second would win from the environment
+        # If only "endpoint" were set, aws_endpoint_url_s3 from the environment would override it.
+        config |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
         common["client_options"]["allow_http"] = endpoint.startswith("http://")
     if settings.root_certificates is not None:
         common["client_options"]["root_certificate"] = settings.root_certificates

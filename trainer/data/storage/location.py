@@ -1,8 +1,7 @@
-"""Storage URLs: each denotes exactly one bucket and literal key prefix, or one folder, or is
-rejected.
+"""Storage URLs: each denotes exactly one bucket and literal key prefix, or one folder.
 
 Nothing in a URL is decoded, normalized or dropped: ``#``, ``?``, ``%`` and spaces are characters of
-the key like any other. Texts that another tool would read differently are errors instead.
+the key like any other. URLs that another tool would interpret differently are rejected.
 """
 
 import os
@@ -31,9 +30,10 @@ _MEANT_REMOTE = re.compile(rf"\s*({'|'.join((*_SCHEMES, *_ALIASES, 'https?'))}):
 
 @dataclass(frozen=True)
 class Location:
-    """A place for objects. ``bucket``: the container on Azure, empty for a folder. ``prefix``:
-    literal keys begin with it and a slash; empty for the full bucket; for a folder, its absolute
-    path.
+    """A bucket and key prefix, or a local folder.
+
+    ``bucket``: the container on Azure; empty for a folder. ``prefix``: literal keys begin with it
+    and a slash; empty for the full bucket; for a folder, its absolute path.
     """
 
     scheme: str
@@ -46,20 +46,18 @@ class Location:
 
     @property
     def root(self) -> str:
-        """The URL of the bucket."""
+        """The bucket's URL."""
         return f"{self.scheme}://{self.bucket}"
 
     @property
     def url(self) -> str:
-        """The one way to write it. ``parse_storage_url`` returns the same location for it."""
+        """The canonical URL; ``parse_storage_url`` returns the same location for it."""
         if not self.is_remote:
             return self.prefix
         return f"{self.root}/{self.prefix}" if self.prefix else self.root
 
     def contains(self, other: "Location") -> bool:
-        """Whether ``other`` is this place or below it; folders are compared with their links
-        resolved.
-        """
+        """Whether ``other`` is this location or below it; folders' symbolic links are resolved."""
         if (self.scheme, self.bucket) != (other.scheme, other.bucket):
             return False
         ours, theirs = (
@@ -70,10 +68,10 @@ class Location:
 
 
 def parse_storage_url(url: str) -> Location:
-    """The location of ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path (``~`` is the
-    home folder). Schemes are case-insensitive, one slash at the end means nothing.
+    """Parses ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path to a location.
 
-    Raises UserError, which never shows credentials that the text contains.
+    In a plain path, ``~`` is the home folder. Schemes are case-insensitive; one trailing slash is
+    ignored. Raises UserError, whose message never shows credentials that the URL contains.
     """
     shown = _shown(url)
     if not url:
@@ -108,13 +106,14 @@ def parse_storage_url(url: str) -> Location:
 
 
 def is_remote(url: str) -> bool:
-    """Whether a URL denotes an object store, not a folder. Raises UserError."""
+    """Whether a URL denotes an object store rather than a folder. Raises UserError."""
     return parse_storage_url(url).is_remote
 
 
 def local_path(url: str) -> Path:
-    """The folder or file that a plain path or a file URL denotes, whether it exists or not. Raises
-    UserError.
+    """Returns the folder or file that a plain path or a file URL denotes.
+
+    It need not exist. Raises UserError.
     """
     location = parse_storage_url(url)
     assert not location.is_remote, "callers ask is_remote first"
@@ -122,11 +121,11 @@ def local_path(url: str) -> Path:
 
 
 def _shown(url: str) -> str:
-    """``url`` for a message: on one line, without credentials."""
+    """Returns ``url`` for a message: on one line, without credentials."""
     text = redact_credentials(url)
     authority = re.match(r"\s*[A-Za-z][A-Za-z0-9+.-]*:/*([^/\s]*)", text)
     if authority and ":" in authority[1] and not _PORT.fullmatch(authority[1]):
-        text = text[: authority.start(1)] + "..."  # perhaps KEY:SECRET without a bucket
+        text = text[: authority.start(1)] + "..."  # possibly KEY:SECRET without a bucket
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
         text = ascii(text)
     return text

@@ -1,8 +1,7 @@
-"""Reading that goes on after faults: which errors pass by themselves, how long they are waited for,
-and from which byte on.
+"""Retries of storage requests: which errors are retried, for how long, and from which byte.
 
-A read of a range goes on behind its last good byte. Both the tries and the time without a new byte
-are bounded.
+After a storage error, a range read resumes at the first missing byte. Both the number of attempts
+and the time without a new byte are bounded.
 """
 
 import logging
@@ -26,36 +25,38 @@ from trainer.data.storage.store_errors import (
 )
 from trainer.errors import RetryableError, UserError
 
-CHUNK = 256 * 1024  # bytes that come at once; fewer than these are lost with a connection
+CHUNK = 256 * 1024  # bytes per received chunk; a broken connection loses less than this
 _SECONDS_BETWEEN_LINES = 5.0
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How faults of the world are waited for. The defaults outlast a store that is away for a
-    minute.
-    """
+    """Limits for retries after storage errors. The defaults outlast a one-minute outage."""
 
     tries: int = 60
-    """One after another without a new byte."""
+    """Maximum number of consecutive retries without a new byte."""
     seconds: float = 120.0
-    """Without a new byte, from the first failure on."""
+    """Maximum seconds without a new byte, from the first failure on."""
     first_wait: float = 0.1
-    """Seconds; the longest that the first wait can be. It doubles with each try, and each wait is
-    drawn between 0 and it.
+    """Upper bound of the first wait, in seconds.
+
+    The bound doubles with each retry; each wait is drawn uniformly between 0 and the bound.
     """
     longest_wait: float = 10.0
     refusals: int = 20
-    """Times that refused credentials are read again, one after another."""
+    """Maximum number of consecutive times that rejected credentials are re-read."""
     connect_seconds: float = 5.0
     silent_seconds: float = 20.0
-    """After which a connection that gives no byte is given up."""
+    """Seconds after which a connection that delivers no byte is abandoned."""
 
 
 @dataclass
 class TransferStats:
-    """What went over a store's connections. ``bytes``: of ranges. ``retries``: of everything."""
+    """Transfer counters of a store.
+
+    ``bytes`` and ``requests`` count range reads; ``retries`` counts retries of all operations.
+    """
 
     bytes: int = 0
     requests: int = 0
@@ -70,8 +71,9 @@ class TransferStats:
 
 
 class StoreClient:
-    """The connections to one store, made again with new credentials when the old ones are refused;
-    its counts and its voice.
+    """The connections to one store, with its transfer counters and retry log.
+
+    Connections are re-created with new credentials when the store rejects the old ones.
     """
 
     def __init__(
@@ -85,9 +87,10 @@ class StoreClient:
         self.counts = TransferStats()
         self.closed = threading.Event()
         self.met = False
-        """Whether it ever answered: before that, an address is rather wrong than away."""
+        """Whether it ever answered; before that, the address is more likely wrong than unavailable.
+        """
         self.accepted = False
-        """Whether it ever answered a signed request with what was asked for."""
+        """Whether it ever answered a signed request successfully."""
         self.proven = False
         """Whether it ever answered as only an object store does."""
         self._connect = connect
@@ -100,14 +103,17 @@ class StoreClient:
         self.met = self.accepted = True
 
     def renew(self, generation: int) -> None:
-        """Read the credentials anew, unless another thread did since ``generation``."""
+        """Re-reads the credentials, unless another thread has done so since ``generation``."""
         with self._lock:
             if generation == self.generation:
                 self.for_ranges, self.for_all_else, self.address = self._connect()
                 self.generation += 1
 
     def tell(self, text: str) -> None:
-        """A line of a retry; one in 5 s, with the number of those left out before it."""
+        """Logs a retry, at most one line every 5 s.
+
+        The line includes the number of retries that were not logged since the last one.
+        """
         self.counts.add(retries=1)
         with self._lock:
             if time.monotonic() - self._reported < _SECONDS_BETWEEN_LINES:
@@ -119,8 +125,9 @@ class StoreClient:
 
 
 class Retrier:
-    """One piece of work through its failures: ``failed`` returns when it may be tried again, or
-    raises.
+    """Tracks the failures of one operation.
+
+    ``failed`` returns when the operation may be retried, or raises.
     """
 
     def __init__(self, link: StoreClient) -> None:
@@ -133,14 +140,16 @@ class Retrier:
         self._tries, self._since = 0, 0.0
 
     def succeeded(self) -> None:
-        """The credentials were accepted, and something came."""
+        """Records that the credentials were accepted and data arrived."""
         self._link.succeeded()
         self._refusals = 0
         self.progressed()
 
     def failed(self, error: Exception, where: str) -> None:
-        """Wait before the next try. Raises UserError for what no waiting changes, RetryableError at
-        the bounds.
+        """Waits before the next attempt.
+
+        Raises UserError for errors that no retry can fix, and RetryableError when a limit is
+        reached.
         """
         link, patience = self._link, self._link.patience
         kind, why = kind_of(error), reason(error, link.address)
@@ -187,9 +196,10 @@ def read_piece(
     into: memoryview,
     check: Callable[[str | None, int], None],
 ) -> None:
-    """Fill ``into`` with an object's bytes from ``start`` on, each fetched once.
+    """Fills ``into`` with an object's bytes from ``start`` on, fetching each byte once.
 
-    ``check`` is given the object's ETag and size at every answer. Raises UserError, RetryableError.
+    ``check`` is called with the object's ETag and size for every response. Raises UserError,
+    RetryableError.
     """
     at, end = start, start + len(into)
     endurance = Retrier(link)

@@ -1,5 +1,7 @@
-"""Object storage and folders as one thing: byte ranges in, whole objects out, faults outlasted with
-a bound, errors in one line.
+"""Uniform access to object stores and folders.
+
+Byte ranges are read and full objects are written; transient errors are retried within limits, and
+errors are reported in one line.
 """
 
 import json
@@ -45,19 +47,19 @@ __all__ = [
     "read_whole",
 ]
 
-_PIECE = 8 * 2**20  # bytes of one request at most
-_REQUESTS = 8  # at once
+_PIECE = 8 * 2**20  # maximum bytes per request
+_REQUESTS = 8  # concurrent requests
 _PATIENCE = RetryPolicy()
 _NOT_FOUND = (NotFoundError, FileNotFoundError)
 
 A = TypeVar("A")
 
 Version = dict[str, str]
-"""ETag, and where the store counts them the version, of an object's content."""
+"""ETag of an object's content and, if the store has versioning, its version."""
 
 
 class RangeReader(Protocol):
-    """What byte ranges of shards are read from: a store, or a cache before one."""
+    """Reads byte ranges of shards: a store, or a cache in front of one."""
 
     @property
     def url(self) -> str: ...
@@ -68,15 +70,19 @@ class RangeReader(Protocol):
 
 
 def read_whole(source: RangeReader, name: str, size: int) -> Iterator[memoryview]:
-    """An object of ``size`` bytes from its beginning to its end, in pieces of at most 8 MiB. Raises
-    as ``read_ranges``.
+    """Yields an object of ``size`` bytes from beginning to end, in pieces of at most 8 MiB.
+
+    Raises what ``read_ranges`` raises.
     """
     for start in range(0, size, _PIECE):
         yield from source.read_ranges(name, [start], [min(start + _PIECE, size)])
 
 
 class Store:
-    """The objects below one URL. Safe to use from several threads. ``counts`` grow with its use."""
+    """The objects below one URL.
+
+    Thread-safe. ``counts`` accumulates the transfer counters.
+    """
 
     def __init__(
         self, url: str, connect: Callable[[], Connections], patience: RetryPolicy = _PATIENCE
@@ -84,7 +90,7 @@ class Store:
         self.url = url.rstrip("/")
         self._link = StoreClient(self.url, connect, patience)
         self._seen: dict[str, tuple[str | None, int]] = {}
-        """ETag and size of each object that ranges were read from: they must stay."""
+        """ETag and size of each object that ranges were read from; they must not change."""
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
 
@@ -93,17 +99,18 @@ class Store:
         return self._link.counts
 
     def close(self) -> None:
-        """End every wait for a store that is away; those who wait get RetryableError."""
+        """Ends all waits for an unavailable store; the waiting calls raise RetryableError."""
         self._link.closed.set()
 
     def read_ranges(
         self, name: str, starts: Sequence[int], ends: Sequence[int]
     ) -> list[memoryview]:
-        """The bytes ``[start, end)`` of an object, each pair. Those that touch or overlap are
-        fetched as one, and no others.
+        """Returns the bytes ``[start, end)`` of an object for each pair.
 
-        Raises RetryableError after the bounds of ``RetryPolicy``; UserError where there is no such
-        object, where it ends before, and where it is another one than at the first read.
+        Ranges that touch or overlap are fetched together; no other bytes are fetched. Raises
+        RetryableError when the limits of ``RetryPolicy`` are reached. Raises UserError if the
+        object does not exist, if it ends before a range does, or if it has changed since the first
+        read.
         """
         if isinstance(self._link.for_ranges, LocalStore):
             return self._read_local(name, starts, ends)
@@ -185,11 +192,11 @@ class Store:
     def _with_retry(
         self, work: Callable[[ObjectStore], A], where: str, missing: Callable[[], A] | None = None
     ) -> A:
-        """``work`` through the faults of the world. ``missing``: what a missing object gives,
-        instead of an error.
+        """Calls ``work`` and retries transient errors.
 
-        An address that never answered is the user's to look at: ServiceUnreachable, after
-        object_store's own retries (20 s).
+        ``missing``: supplies the result for a missing object, instead of an error. If the address
+        never answered, raises ServiceUnreachable after object_store's own retries (20 s): the
+        address is probably wrong.
         """
         endurance = Retrier(self._link)
         while True:
@@ -211,8 +218,9 @@ class Store:
                 return result
 
     def read_small(self, name: str) -> bytes | None:
-        """A whole object, or None where there is none. Raises UserError where the store cannot be
-        read at all, RetryableError.
+        """Returns a full object, or None if it does not exist.
+
+        Raises UserError if the store cannot be read at all, and RetryableError.
         """
         return self._with_retry(
             lambda objects: obstore.get(objects, name).bytes().to_bytes(),
@@ -221,16 +229,19 @@ class Store:
         )
 
     def read_record(self, name: str) -> dict[str, Any] | None:
-        """A JSON object that Convoy wrote, or None if it is missing. Raises UserError in one line
-        for anything else, such as a truncated file or a web page. Errors else as ``read_small``.
+        """Returns a JSON object that Convoy wrote, or None if it does not exist.
+
+        Raises UserError in one line for anything else, such as a truncated file or a web page.
+        Other errors are those of ``read_small``.
         """
         content = self.read_small(name)
         return None if content is None else parse_record(content, f"{self.url}/{name}")
 
     def _prove(self) -> None:
-        """Raise UserError if something other than an object store answers. A web page (a console, a
-        captive portal) answers every request with success: an empty listing and a write that is
-        lost.
+        """Raises UserError if something other than an object store answers.
+
+        A web page (a console, a captive portal) answers every request with success: listings are
+        empty, and writes are lost.
         """
         if self._link.proven or isinstance(self._link.for_all_else, LocalStore):
             return
@@ -250,7 +261,7 @@ class Store:
         self._link.proven = True
 
     def size(self, name: str) -> int | None:
-        """Bytes of an object, or None where there is none."""
+        """Returns the size of an object in bytes, or None if it does not exist."""
 
         def ask(objects: ObjectStore) -> int | None:
             return obstore.head(objects, name)["size"]
@@ -258,8 +269,9 @@ class Store:
         return self._with_retry(ask, f"{self.url}/{name}", lambda: None)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every object, by name. The empty object that consoles make for a folder is not
-        one.
+        """Returns the size in bytes of every object, by name.
+
+        The empty object that consoles create for a folder is omitted.
         """
 
         def ask(objects: ObjectStore) -> dict[str, int]:
@@ -277,7 +289,7 @@ class Store:
         return found
 
     def write(self, name: str, content: bytes | IO[bytes]) -> None:
-        """Write a whole object; it appears at once or not at all."""
+        """Writes a full object atomically."""
         self._prove()
         first = 0 if isinstance(content, bytes) else content.tell()
 
@@ -289,8 +301,9 @@ class Store:
         self._with_retry(put, f"{self.url}/{name} cannot be written")
 
     def read_versioned(self, name: str) -> tuple[bytes, Version, float] | None:
-        """An object, its version and its time of modification (seconds since 1970), or None if
-        there is none.
+        """Returns an object, its version and its modification time (seconds since 1970).
+
+        Returns None if the object does not exist.
         """
 
         def ask(objects: ObjectStore) -> tuple[bytes, Version, float]:
@@ -304,11 +317,10 @@ class Store:
         return self._with_retry(ask, f"{self.url}/{name}", lambda: None)
 
     def write_if(self, name: str, content: bytes, version: Version | None) -> Version | None:
-        """Write an object if it still has ``version`` (None: if it does not exist); returns its new
-        version.
+        """Writes an object if it still has ``version`` (None: if it does not exist).
 
-        Returns None, and writes nothing, otherwise. Raises NotImplementedError if the store cannot
-        do this.
+        Returns the new version. Otherwise writes nothing and returns None. Raises
+        NotImplementedError if the store does not support conditional writes.
         """
 
         def put(objects: ObjectStore) -> Version | None:
@@ -328,8 +340,9 @@ class Store:
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
-        """A file to write a large object into; it appears whole when the block ends, and not at all
-        when that fails.
+        """Yields a file to write a large object into.
+
+        The object appears in full when the block ends, and not at all if the block fails.
         """
         folder = self._folder()
         if folder is None:
@@ -350,13 +363,13 @@ class Store:
             part.unlink(missing_ok=True)
 
     def remove_empty_folder(self, name: str) -> None:
-        """Object stores have no folders; on a disk they stay behind."""
+        """Removes an empty folder on a disk; object stores have no folders."""
         if folder := self._folder():
             with suppress(OSError):
                 (folder / name).rmdir()
 
     def delete(self, names: Sequence[str]) -> None:
-        """Delete objects; one that is not there is no error."""
+        """Deletes objects; a missing object is not an error."""
         for name in names:
             self._with_retry(
                 lambda objects, name=name: obstore.delete(objects, name),  # type: ignore[misc]
@@ -374,7 +387,7 @@ def _version(meta: Mapping[str, Any]) -> Version:
 
 
 def _merged(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]:
-    """The ranges in order, those that touch or overlap as one; empty ones left out."""
+    """Returns the ranges in order, merging those that touch or overlap and omitting empty ones."""
     spans: list[tuple[int, int]] = []
     for start, end in sorted(zip(starts, ends, strict=True)):
         if end <= start:
@@ -387,8 +400,9 @@ def _merged(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]
 
 
 def parse_record(content: bytes, where: str) -> dict[str, Any]:
-    """A JSON object. Every record that Convoy reads back goes through here. Raises UserError that
-    names ``where``.
+    """Parses a JSON object. Every record that Convoy reads back is parsed here.
+
+    Raises UserError that names ``where``.
     """
     try:
         record = json.loads(content)
@@ -405,7 +419,7 @@ def parse_record(content: bytes, where: str) -> dict[str, Any]:
 def not_json(
     content: bytes, where: str, advice: str = "remove it, or restore it from a copy"
 ) -> UserError:
-    """The error for ``content`` that is not JSON."""
+    """Returns the error for ``content`` that is not JSON."""
     start = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")) and is_remote(where):
         return UserError(f"{where}: is a web page, not JSON; {CHECK_ENDPOINT}")
@@ -414,10 +428,9 @@ def not_json(
 
 
 def open_store(url: str, create: bool = False, patience: RetryPolicy = _PATIENCE) -> Store:
-    """The store at ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path. ``create`` makes
-    a missing folder.
+    """Opens the store at ``s3://``, ``gs://``, ``az://``, ``file:///`` or a plain path.
 
-    Raises UserError.
+    ``create``: create a missing folder. Raises UserError.
     """
     if create and not is_remote(url):
         folder_of(url, create=True)

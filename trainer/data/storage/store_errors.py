@@ -1,4 +1,4 @@
-"""What an error of the store's client means: whether to wait, and one line that says what to do."""
+"""Classifies errors of the storage client and translates them to one actionable line."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from trainer.secrets.redaction import redact_credentials
 
 
 class ErrorKind(Enum):
-    """What an error asks for."""
+    """The required reaction to an error."""
 
     PASSING = "wait and try again"
     REFUSED = "read the credentials again"
@@ -28,20 +28,20 @@ class ErrorKind(Enum):
 
 
 class Interrupted(OSError):
-    """An answer that is not what was asked for: cut short, or too long."""
+    """A response that is not what was requested: truncated, or too long."""
 
 
 class Foreign(OSError):
-    """An answer that no object store gives."""
+    """A response that no object store gives."""
 
 
 class ClientPanic(OSError):
-    """A panic in the store's client, which is written in Rust."""
+    """A panic in the storage client, which is written in Rust."""
 
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Raise a panic of the client, which is not even an ``Exception``, as ClientPanic."""
+    """Converts a panic of the client, which is not even an ``Exception``, to ClientPanic."""
     try:
         yield
     except Exception:
@@ -97,7 +97,7 @@ _CERTIFICATE_FAULTS = {
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status in an error of obstore's, None where there was no answer."""
+    """Returns the HTTP status in an obstore error; None if there was no response."""
     found = _STATUS.search(str(error))
     return int(found[1]) if found else None
 
@@ -108,7 +108,7 @@ def _code_of(error: BaseException) -> str:
 
 
 def kind_of(error: BaseException) -> ErrorKind:
-    """What an error of obstore's or of a file system's asks for."""
+    """Classifies an error of obstore or of a file system."""
     text, status, code = str(error), status_of(error), _code_of(error)
     if code in ("RequestTimeTooSkewed", "NoSuchBucket") or isinstance(error, ClientPanic):
         return ErrorKind.FINAL
@@ -137,7 +137,7 @@ def kind_of(error: BaseException) -> ErrorKind:
         | NotADirectoryError,
     ):
         return ErrorKind.FINAL
-    if "redirect" in text.split("\n")[0]:  # of a bucket in another region
+    if "redirect" in text.split("\n")[0]:  # the bucket is in another region
         return ErrorKind.FINAL
     if (
         status is not None
@@ -150,7 +150,7 @@ def kind_of(error: BaseException) -> ErrorKind:
 
 
 def reason(error: BaseException, address: str = "") -> str:
-    """An error of obstore's in a few words. ``address``: of the store."""
+    """Describes an obstore error in a few words. ``address``: the store's address."""
     text, status, code = str(error), status_of(error), _code_of(error)
     store = f"the object store at {address or 'its address'}"
     if isinstance(error, ClientPanic):

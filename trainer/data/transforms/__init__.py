@@ -1,1 +1,1 @@
-"""Augmentations: each draws from random streams that depend on the sample only."""
+"""Augmentations, each driven by random streams that depend only on the sample."""

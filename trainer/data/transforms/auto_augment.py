@@ -1,7 +1,8 @@
-"""RandAugment (Cubuk et al. 2019) and TrivialAugment's wide space (Mueller and Hutter 2021), as
-torchvision has them.
+"""RandAugment and TrivialAugment, equivalent to torchvision's implementations.
 
-What is drawn comes in as numbers, three an image's change: which one, its sign, its strength.
+RandAugment: Cubuk et al. 2019. TrivialAugment with the wide augmentation space: Mueller and Hutter
+2021. The random numbers are passed in as arguments, three per operation: its index, its sign and
+its magnitude.
 """
 
 import math
@@ -26,11 +27,11 @@ CHANGES = (
     "equalize",
 )
 BINS = 31
-"""Strengths of a change: 0, weakest, to 30."""
+"""Number of magnitudes of an operation, from 0 (weakest) to 30."""
 FIRST = 24
-"""Place of the numbers among a sample's uniforms."""
+"""Index of the first auto-augment number among a sample's uniforms."""
 LAYERS = 4
-"""Most changes that an image can get."""
+"""Maximum number of operations per image."""
 
 _ENHANCERS = {
     "brightness": ImageEnhance.Brightness,
@@ -43,7 +44,7 @@ _ENHANCERS = {
 def rand_augment(
     image: Image.Image, layers: int, magnitude: int, uniforms: np.ndarray
 ) -> Image.Image:
-    """``layers`` changes of one strength, one after another."""
+    """Applies ``layers`` random operations of the same magnitude in sequence."""
     for layer in range(layers):
         which, sign = uniforms[FIRST + 3 * layer : FIRST + 3 * layer + 2]
         name = CHANGES[int(which * len(CHANGES))]
@@ -56,7 +57,7 @@ def rand_augment(
 
 
 def trivial_augment(image: Image.Image, uniforms: np.ndarray) -> Image.Image:
-    """One change of a strength drawn evenly."""
+    """Applies one random operation with a uniformly drawn magnitude."""
     which, sign, strength = uniforms[FIRST : FIRST + 3]
     name = CHANGES[int(which * len(CHANGES))]
     return change(
@@ -67,7 +68,7 @@ def trivial_augment(image: Image.Image, uniforms: np.ndarray) -> Image.Image:
 
 
 def _strength(name: str, magnitude: int, width: int, wide: bool) -> float:
-    """What ``magnitude`` of 30 is in a change's own unit."""
+    """Converts ``magnitude`` (0 to 30) to the operation's own unit."""
     part = magnitude / (BINS - 1)
     if name.startswith("shear"):
         return part * (0.99 if wide else 0.3)
@@ -85,9 +86,12 @@ def _strength(name: str, magnitude: int, width: int, wide: bool) -> float:
 
 
 def change(image: Image.Image, name: str, strength: float) -> Image.Image:
-    """Apply one change. ``strength``: shear as a slope, translation in pixels, rotation in degrees,
-    colour as what is added to a factor of 1, posterize in bits taken away, solarize as what is
-    taken from a threshold of 1; what has no direction takes its size.
+    """Applies one operation.
+
+    ``strength``: slope for shear, pixels for translation, degrees for rotation; for the enhancers
+    (brightness, color, contrast, sharpness) the value added to a factor of 1; for posterize the
+    number of bits removed; for solarize the value subtracted from a threshold of 1. Operations
+    without a direction use the absolute value.
     """
     if name in _ENHANCERS:
         return _ENHANCERS[name](image).enhance(1.0 + strength)

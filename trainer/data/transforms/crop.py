@@ -6,17 +6,19 @@ import numpy as np
 from PIL import Image
 
 _LARGEST_RESIZED = 16
-"""Pixels of a whole resized image, in squares of its short side, above which only the crop is made.
+"""Size limit of the full resized image, in multiples of its squared short side.
+
+Above it, only the crop is resized.
 """
 
 
 def eval_transform(image: Image.Image, size: int, crop: float) -> Image.Image:
-    """Resize the short side to ``size / crop`` (bilinear, antialiased) and take the centre, as
-    torchvision's presets do.
+    """Resizes the short side to ``size / crop`` (bilinear, antialiased) and takes the center crop.
 
-    The whole resized image is made first, so that results equal torchvision's, unless it is much
-    longer than high: of a 4,000 x 1 image it would have 262 million pixels. Then only the centre is
-    made, which differs by two grey levels of rounding at most.
+    This matches torchvision's presets. The full image is resized first, so that results equal
+    torchvision's, unless the image is extremely elongated: a 4,000 x 1 image would be resized to
+    262 million pixels. In that case only the center is resized, which differs by at most two gray
+    levels of rounding.
     """
     short = round(size / crop)
     width, height = image.size
@@ -38,10 +40,10 @@ def eval_transform(image: Image.Image, size: int, crop: float) -> Image.Image:
 def crop_box(
     width: int, height: int, min_area: float, uniforms: np.ndarray
 ) -> tuple[int, int, int, int]:
-    """Inception's crop (Szegedy et al. 2014, section 6): area in [min_area, 1], aspect in [3/4,
-    4/3], ten tries, else centre.
+    """Draws an Inception-style crop (Szegedy et al. 2014, section 6).
 
-    Returns left, top, width, height.
+    The area is in [min_area, 1] of the image and the aspect ratio in [3/4, 4/3]. After ten failed
+    attempts, the center is used. Returns (left, top, width, height).
     """
     for u_area, u_ratio in uniforms[3:23].reshape(10, 2).tolist():
         area = width * height * (min_area + (1 - min_area) * u_area)
@@ -54,7 +56,10 @@ def crop_box(
 
 
 def padded_crop(image: Image.Image, size: int, padding: int, uniforms: np.ndarray) -> Image.Image:
-    """A shift by up to ``padding`` pixels in a black border (He et al. 2015, section 4.2)."""
+    """Crops after padding with ``padding`` black pixels per side (He et al. 2015, section 4.2).
+
+    This shifts the image by up to ``padding`` pixels in each direction.
+    """
     left, top = (
         int(uniforms[1] * (2 * padding + 1)) - padding,
         int(uniforms[2] * (2 * padding + 1)) - padding,

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: which samples of a micro-batch are mixed, and how."""
+"""Mixup and CutMix: draws which samples of a micro-batch are mixed, and how."""
 
 import math
 from dataclasses import dataclass
@@ -8,25 +8,26 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Mix:
-    """How each sample of a micro-batch is mixed with the one at its place in the reversed
-    micro-batch.
+    """Mixing parameters of one micro-batch.
+
+    Each sample is mixed with the sample at the same position in the reversed micro-batch.
     """
 
     lam: float
-    """The sample's own part of its target; the other's is 1 - lam."""
+    """Weight of the sample's own target; the other sample's target has weight 1 - lam."""
     box: tuple[int, int, int, int] | None
-    """Top, bottom, left, right of the pixels that are the other's (CutMix); None: all are blended
-    by lam (mixup).
+    """Top, bottom, left, right of the pixels taken from the other sample (CutMix).
+
+    None: all pixels are blended by ``lam`` (mixup).
     """
 
 
 def draw_mix(random: np.random.Generator, mixup: float, cutmix: float, size: int) -> Mix | None:
-    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a micro-batch of ``size`` pixels a
-    side, as timm draws them.
+    """Draws mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) parameters, as timm does.
 
-    ``mixup``, ``cutmix``: alpha of the Beta distribution, 0: off; with both on, either with
-    probability 1/2. CutMix's box may reach over the border, so that its lam is that of the area
-    that is left.
+    ``mixup``, ``cutmix``: alpha of the Beta distribution; 0 disables the method. If both are
+    enabled, each is chosen with probability 1/2. ``size``: side length of the images in pixels.
+    CutMix's box may extend beyond the border, so its lam is computed from the clipped area.
     """
     if not mixup and not cutmix:
         return None

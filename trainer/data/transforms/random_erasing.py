@@ -1,5 +1,7 @@
-"""From a decoded image to the square that the network sees. Randomness comes in as numbers, so
-every stage is a pure function.
+"""Random erasing, and the layout of the random numbers that augment one training sample.
+
+Random numbers are passed in as arguments, so every stage from the decoded image to the network's
+input is a pure function.
 """
 
 import math
@@ -10,15 +12,19 @@ from trainer.data.transforms.auto_augment import FIRST, LAYERS
 
 _ERASE = FIRST + 3 * LAYERS
 UNIFORMS = _ERASE + 23
-"""Random numbers that one training sample uses: flip, two for the place, two for each of ten tries
-at a crop; one is left over; then three for each change of colour and shape; whether to erase, two
-for the place, and two for each of ten tries.
+"""Random numbers per training sample.
+
+In order: one for the flip; two for the crop's position; two for each of ten crop attempts; one
+unused; three for each auto-augment operation; one for whether to erase; two for the position of the
+erased rectangle; two for each of ten erase attempts.
 """
 
 
 def erase(pixels: np.ndarray, probability: float, colour: np.ndarray, uniforms: np.ndarray) -> None:
-    """Paint a rectangle of uint8 [side, side, 3] over with uint8 [3] (Zhong et al. 2017, 3.2): 2%
-    to 33% of the area, aspect 0.3 to 3.3, ten tries.
+    """Fills a random rectangle of an image in place (Zhong et al. 2017, section 3.2).
+
+    ``pixels``: uint8 [side, side, 3]. ``colour``: uint8 [3]. The rectangle covers 2% to 33% of the
+    area with an aspect ratio of 0.3 to 3.3; ten attempts are made to fit one.
     """
     draws = uniforms[_ERASE:].tolist()
     if draws[0] >= probability:

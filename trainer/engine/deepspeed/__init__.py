@@ -1,1 +1,1 @@
-"""Everything that knows how DeepSpeed works inside; no other package uses its attributes."""
+"""Adapters to DeepSpeed: configuration, gradients, optimizer state, loss scale."""

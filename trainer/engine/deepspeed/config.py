@@ -1,4 +1,4 @@
-"""What DeepSpeed is told."""
+"""The DeepSpeed configuration of a run."""
 
 from typing import Any
 
@@ -7,24 +7,27 @@ from trainer.errors import UserError
 from trainer.training.batch_plan import BatchPlan
 
 BUCKET_NUMEL = 4 * 2**20
-"""Numbers that DeepSpeed reduces or gathers at once, or one layer's where it has more. Its defaults
-of up to 1e9 take 2 GB for a bucket, and let ZeRO 3 keep every network here gathered.
+"""Elements that DeepSpeed reduces or gathers at once, or one layer's if it has more.
+
+DeepSpeed's defaults of up to 1e9 use 2 GB per bucket, and let ZeRO 3 keep every model here
+gathered.
 """
 PARAM_PERSISTENCE_THRESHOLD = 100_000
-"""ZeRO 3 does not partition weights of fewer numbers than this."""
+"""ZeRO 3 does not partition parameters with fewer elements than this."""
 LOSS_SCALE_WINDOW = 1000
-"""Steps without an overflow after which fp16's loss scale is doubled."""
+"""Steps without overflow after which the fp16 loss scale is doubled."""
 
 
 def validate_parallelism(config: RunConfig) -> None:
-    """Refuse what cannot work, and what trains without an error and does not learn. Raises
-    UserError with every fault.
+    """Reject configurations that cannot work, or that run without an error and do not learn.
+
+    Raises UserError that lists every problem.
     """
     stage, optimizer = config.parallel.zero_stage, config.optimizer.name
     faults = []
     if config.precision == "fp16" and stage == 0:
-        # engine.backward scales the loss for ZeRO's optimizers alone; FP16_UnfusedOptimizer divides
-        # by the scale all the same
+        # engine.backward scales the loss for ZeRO's optimizers only; FP16_UnfusedOptimizer divides
+        # by the scale nevertheless
         faults.append(
             "parallel.zero_stage: 0 does not learn with precision fp16: DeepSpeed divides its "
             "gradients by a loss scale "
@@ -48,23 +51,23 @@ def validate_parallelism(config: RunConfig) -> None:
 
 
 def deepspeed_config(config: RunConfig, batch: BatchPlan) -> dict[str, Any]:
-    """The engine's own dictionary."""
+    """Return DeepSpeed's configuration dictionary."""
     settings: dict[str, Any] = {
         "train_batch_size": batch.global_size,
         "train_micro_batch_size_per_gpu": batch.micro_size,
         "gradient_accumulation_steps": batch.accumulation_steps,
-        "gradient_clipping": config.optimizer.clip_grad_norm
-        or 0.0,  # left out, it clips every gradient to norm 1
+        # if omitted, DeepSpeed clips every gradient to norm 1
+        "gradient_clipping": config.optimizer.clip_grad_norm or 0.0,
         "zero_optimization": _zero_settings(config),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a step
+        # the throughput timer would synchronize with the GPU twice per step
+        "timers": {"throughput": {"enabled": False}},
     }
-    if (
-        config.precision == "bf16"
-    ):  # a gradient that is no number stops the run by its loss; looking for it waits for the GPU
+    # a NaN or Inf gradient stops the run through its loss; checking gradients waits for the GPU
+    if config.precision == "bf16":
         settings["bf16"] = {"enabled": True, "check_grad_overflow": False}
-    if config.precision == "fp16":  # 0: a dynamic scale (Micikevicius et al. 2018, 3.2)
+    if config.precision == "fp16":  # 0: dynamic (Micikevicius et al. 2018, 3.2)
         settings["fp16"] = {
             "enabled": True,
             "loss_scale": 0,
@@ -75,8 +78,10 @@ def deepspeed_config(config: RunConfig, batch: BatchPlan) -> dict[str, Any]:
 
 
 def _zero_settings(config: RunConfig) -> dict[str, Any]:
-    """At stage 1 gradients are averaged in buffers of our own (``gradients.py``) but for pipelines,
-    so DeepSpeed needs none.
+    """Return the ``zero_optimization`` section.
+
+    At stage 1 without pipeline stages, gradients are averaged in our own buffers
+    (``grad_reducer.py``), so DeepSpeed needs none.
     """
     settings: dict[str, Any] = {
         "stage": config.parallel.zero_stage,
@@ -86,7 +91,7 @@ def _zero_settings(config: RunConfig) -> dict[str, Any]:
     if config.parallel.zero_stage == 1 and config.parallel.pipeline_stages == 1:
         settings |= {"contiguous_gradients": False, "overlap_comm": False}
         clips = config.optimizer.clip_grad_norm is not None
-        settings["compute_grad_norm"] = clips  # else ``grad_norm.py`` does, when it is logged
+        settings["compute_grad_norm"] = clips  # otherwise ``grad_norm.py`` computes it to log it
     if config.parallel.zero_stage == 3:
         settings |= {
             "stage3_prefetch_bucket_size": BUCKET_NUMEL,

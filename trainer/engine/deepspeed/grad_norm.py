@@ -1,9 +1,9 @@
-"""The gradient norm over all weights, for clipping and for the log, on every topology.
+"""The gradient norm over all weights, for clipping and logging, on every topology.
 
-DeepSpeed computes this norm in five places, one for each of its optimizers. With pipeline stages
-two of them fail: with fp32 and ZeRO 0 clipping counts only the first stage; with ZeRO 1 stages are
-added up once for each parameter group, which hangs if one stage has both weights that decay and
-weights that do not, and another has only one kind. These two are replaced here.
+DeepSpeed computes this norm in five places, one for each of its optimizers. Two of them fail with
+pipeline stages. With fp32 and ZeRO 0, clipping counts only the first stage. With ZeRO 1, the stages
+are summed once per parameter group, which hangs if one stage has weights both with and without
+weight decay and another has only one kind. These two are replaced here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,13 +15,15 @@ from torch import Tensor
 
 
 class GradNorm:
-    """The Euclidean norm of the last step's gradient before clipping. All ranks take part in every
-    call.
+    """The Euclidean norm of the last step's gradient before clipping.
 
-    ``max_norm``: the norm to which longer gradients are scaled; None: no clipping. ``buffers``:
-    flat tensors that hold all of this rank's gradients after a step, if there are any. ``stages``:
-    the process group of the ranks that hold one copy of the model together; None if each rank holds
-    all of it.
+    All ranks must take part in every call.
+
+    Args:
+        max_norm: The norm to which larger gradients are scaled; None disables clipping.
+        buffers: Flat tensors that hold all of this rank's gradients after a step, if there are any.
+        stages: Process group of the ranks that together hold one copy of the model; None if each
+            rank holds all of it.
     """
 
     def __init__(
@@ -37,8 +39,8 @@ class GradNorm:
             buffers,
             stages,
         )
-        # without a wrapper the optimizer updates the module's own parameters, and nothing else
-        # clips or keeps a norm
+        # without a wrapper the optimizer updates the module's parameters directly, and nothing else
+        # clips gradients or stores a norm
         self._unwrapped = isinstance(engine.optimizer, torch.optim.Optimizer)
         self._norm: Tensor | None = None
         self._loss_scale = 1.0
@@ -49,8 +51,9 @@ class GradNorm:
             engine.optimizer.scaled_global_norm = self._norm_of_partitions
 
     def begin_step(self, loss_scale: float) -> None:
-        """Discard the last step's gradients. ``loss_scale``: the factor by which the next ones are
-        too large.
+        """Discard the last step's gradients.
+
+        ``loss_scale`` is the factor by which the next gradients are too large.
         """
         self._norm, self._loss_scale = None, loss_scale
         if self._unwrapped:
@@ -58,8 +61,9 @@ class GradNorm:
                 parameter.grad = None
 
     def value(self) -> float | None:
-        """The norm, computed here if DeepSpeed did not need it. None if the step was skipped, since
-        fp16 overflowed.
+        """Return the norm, computed here if DeepSpeed did not need it.
+
+        Returns None if the step was skipped because of an fp16 overflow.
         """
         if getattr(self._engine.optimizer, "overflow", False):
             return None
@@ -85,8 +89,9 @@ class GradNorm:
         )
 
     def _norm_of_partitions(self, norm_type: float = 2) -> Tensor:
-        """For ZeRO with stages: each rank holds another part of the gradient, its partition of its
-        stage's.
+        """Return the norm for ZeRO with pipeline stages.
+
+        Each rank holds a different part of the gradient: its partition of its stage's gradient.
         """
         partitions = self._engine.optimizer.averaged_gradients.values()
         return self._total(
@@ -94,7 +99,10 @@ class GradNorm:
         )
 
     def _total(self, gradients: Iterable[Tensor], group: Any) -> Tensor:
-        """``group``: the ranks that hold other parts of the gradient, if there are any."""
+        """Return the norm of ``gradients`` combined over the ranks of ``group``.
+
+        ``group`` contains the ranks that hold other parts of the gradient; None if there are none.
+        """
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         norm = (
             torch.linalg.vector_norm(torch.stack(norms))

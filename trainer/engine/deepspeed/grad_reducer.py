@@ -1,11 +1,11 @@
-"""Averaging gradients over data-parallel ranks, in place of DeepSpeed's own way at ZeRO 0 and 1.
+"""Averages gradients over data-parallel ranks, in place of DeepSpeed's code at ZeRO 0 and 1.
 
 DeepSpeed copies all gradients into a flat tensor after the backward pass, reduces it, and copies
-them back, with one rank too; at ZeRO 1 it copies each of them four times. Here a gradient is copied
-once, while it is still in the cache, to its place in a flat buffer that stays, and a part of the
-buffer is reduced as soon as it is full, while the backward pass computes the gradients before it
-(Li et al. 2020, "PyTorch Distributed", 3.2). The optimizer then takes pieces of the buffer as its
-gradients.
+them back, even with one rank. At ZeRO 1 it copies each gradient four times. Here a gradient is
+copied once, while it is still in the cache, to its place in a persistent flat buffer. A bucket of
+the buffer is reduced as soon as it is full, while the backward pass computes the gradients of
+earlier layers (Li et al. 2020, "PyTorch Distributed", 3.2). The optimizer then uses views of the
+buffer as its gradients.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,14 @@ from trainer.engine.deepspeed.zero1_layout import ParamOffsets, param_offsets
 
 BUCKET_BYTES = 25 * 2**20
 FIRST_BUCKET_BYTES = 2**20
-"""The first to be full is small, so that communication begins early."""
+"""Size of the first bucket to fill; it is small so that communication starts early."""
 
 
 @dataclass
 class _Bucket:
-    """Neighbouring gradients that are reduced together. ``missing``: those that the backward pass
-    did not bring yet.
+    """Adjacent gradients that are reduced together.
+
+    ``missing`` is the number of gradients that the backward pass has not produced yet.
     """
 
     part: Tensor
@@ -35,8 +36,9 @@ class _Bucket:
 
 
 class GradReducer:
-    """The gradients of one model on one rank. All ranks take part in each backward pass and in
-    ``finalize_backward``.
+    """Reduces the gradients of one model on one rank.
+
+    All ranks must take part in each backward pass and in ``finalize_backward``.
     """
 
     def __init__(
@@ -48,13 +50,15 @@ class GradReducer:
     ) -> None:
         self.buffers, self._ranks = list(buffers), ranks
         self._views: dict[nn.Parameter, Tensor] = {}
-        self._filled: set[int] = (
-            set()
-        )  # identities: hashing a tensor is a call of a Python function
+        # IDs, because hashing a tensor calls a Python function
+        self._filled: set[int] = set()
         self._handles: list[Any] = []
         self._last = True
         self.zero_before_step = False
-        """CUDA graphs add to the buffers, whichever micro-batch of a step they run for."""
+        """Whether to zero the buffers before each step.
+
+        CUDA graphs need it: they add to the buffers for every micro-batch of a step.
+        """
         self._buckets: list[_Bucket] = []
         for buffer, offsets in zip(buffers, places, strict=True):
             for parameter, offset in offsets.items():
@@ -64,17 +68,18 @@ class GradReducer:
                 parameter.register_post_accumulate_grad_hook(self._on_grad_ready)  # type: ignore[no-untyped-call]
             self._buckets += _build_buckets(buffer, offsets)
         number = {parameter: i for i, parameter in enumerate(module.parameters())}
-        self._buckets.sort(
-            key=lambda bucket: -min(number[p] for p in bucket.parameters)
-        )  # as backward passes fill them
+        # in the order in which backward passes fill them
+        self._buckets.sort(key=lambda bucket: -min(number[p] for p in bucket.parameters))
         self._bucket_of = {
             id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters
         }
         self._waiting: list[_Bucket] = []
 
     def prepare_for_backward(self, last: bool) -> None:
-        """Before a backward pass. ``last``: of those whose gradients make one step, and so the one
-        that reduces.
+        """Prepare for a backward pass. Call before each one.
+
+        ``last`` marks the last backward pass of a step, which is the one that reduces the
+        gradients.
         """
         self._last = last
         if self.zero_before_step and not self._filled:
@@ -85,7 +90,7 @@ class GradReducer:
             bucket.missing = len(bucket.parameters)
 
     def _on_grad_ready(self, parameter: Tensor) -> None:
-        """Take a gradient that the backward pass has just computed."""
+        """Copy a gradient that the backward pass has just computed to its buffer."""
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
         view = self._views[parameter]
@@ -99,8 +104,9 @@ class GradReducer:
         self.arrived([parameter])
 
     def add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        """Add gradients to the buffers, which ``prepare_for_backward`` has set to zero; ``arrived``
-        must follow.
+        """Add gradients to the buffers, which ``prepare_for_backward`` has set to zero.
+
+        Call ``arrived`` afterwards.
         """
         came = [
             (self._views[p], g) for p, g in zip(parameters, gradients, strict=True) if g is not None
@@ -110,13 +116,13 @@ class GradReducer:
             torch._foreach_add_(views, values, alpha=1 / self._ranks)
 
     def arrived(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The gradients of ``parameters`` are in the buffers: reduce what is full."""
+        """Mark the gradients of ``parameters`` as ready in the buffers; reduce full buckets."""
         arrived = [id(parameter) for parameter in parameters]
         self._filled.update(arrived)
         if self._last:
             for identity in arrived:
                 self._bucket_of[identity].missing -= 1
-            while self._waiting and not self._waiting[0].missing:  # in one order on all ranks
+            while self._waiting and not self._waiting[0].missing:  # in the same order on all ranks
                 self._reduce(self._waiting.pop(0))
 
     def _reduce(self, bucket: _Bucket) -> None:
@@ -124,8 +130,9 @@ class GradReducer:
             self._handles.append(dist.all_reduce(bucket.part, async_op=True))
 
     def finalize_backward(self) -> None:
-        """After the last backward pass: every parameter's ``grad`` is the mean over ranks; zero
-        where there was none.
+        """Wait for the reductions and set every parameter's ``grad`` to the mean over ranks.
+
+        Call after the last backward pass of a step. A parameter without a gradient gets zeros.
         """
         for parameter, view in self._views.items():
             if id(parameter) not in self._filled:
@@ -140,7 +147,7 @@ class GradReducer:
 
 
 def _build_buckets(buffer: Tensor, offsets: ParamOffsets) -> list[_Bucket]:
-    """Buckets of a buffer from its end, since a backward pass begins with the last layers."""
+    """Split a buffer into buckets from its end, since a backward pass starts at the last layers."""
     buckets: list[_Bucket] = []
     stop, limit, parameters = buffer.numel(), FIRST_BUCKET_BYTES, []
     for parameter, offset in reversed(offsets.items()):
@@ -154,7 +161,7 @@ def _build_buckets(buffer: Tensor, offsets: ParamOffsets) -> list[_Bucket]:
 
 
 def make_grad_reducer(module: nn.Module, ranks: int) -> GradReducer:
-    """For an optimizer that updates the module's own parameters (ZeRO 0)."""
+    """Create a reducer for an optimizer that updates the module's parameters directly (ZeRO 0)."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     places: ParamOffsets = {}
     size = 0
@@ -165,7 +172,7 @@ def make_grad_reducer(module: nn.Module, ranks: int) -> GradReducer:
 
 
 class Zero1GradReducer(GradReducer):
-    """For DeepSpeed's ZeRO 1, whose optimizer updates one flat piece of the weights a rank."""
+    """Reducer for DeepSpeed's ZeRO 1, whose optimizer updates one flat partition per rank."""
 
     def __init__(self, module: nn.Module, optimizer: Any, ranks: int) -> None:
         self._optimizer = optimizer

@@ -1,14 +1,14 @@
-"""fp16's dynamic loss scale (Micikevicius et al. 2018, 3.2)."""
+"""Dynamic loss scale for fp16 (Micikevicius et al. 2018, 3.2)."""
 
 from typing import Any
 
 
 def grow_after_update(optimizer: Any) -> None:
-    """Raise the loss scale of a ZeRO optimizer after an update instead of before it.
+    """Increase the loss scale of a ZeRO optimizer after an update instead of before it.
 
-    DeepSpeed first doubles the scale when ``loss_scale_window`` steps did not overflow, and then
-    divides the gradients, which were computed with the old scale, by the new one: that update is
-    made with half of the gradient.
+    After ``loss_scale_window`` steps without overflow, DeepSpeed first doubles the scale and then
+    divides the gradients by it, although they were computed with the old scale. That update uses
+    half of the gradient.
     """
     scaler, step = optimizer.loss_scaler, optimizer.step
 

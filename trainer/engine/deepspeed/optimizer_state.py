@@ -1,13 +1,12 @@
-"""Master weights and optimizer state as whole fp32 tensors by parameter name, however DeepSpeed
-keeps them.
+"""Master weights and optimizer state as full fp32 tensors by parameter name.
 
-ZeRO flattens the weights of a group and gives each rank a piece, in another layout at each stage.
-What is read and written here knows nothing of that, so that a checkpoint fits any stage, precision
-and number of ranks.
+ZeRO flattens the weights of a group and gives each rank a partition, in a different layout at each
+stage. This module hides those layouts, so that a checkpoint fits any ZeRO stage, precision and
+number of ranks.
 
-A *slot* is one tensor that an optimizer keeps for each weight. All slots are made before the first
-step, so that a state can be written into them then; torch's update rules compute the same from
-zeros as from nothing.
+A *slot* is one tensor that an optimizer keeps for each weight. All slots are created before the
+first step, so that a saved state can be written into them. torch's optimizers compute the same from
+zeros as from an empty state.
 """
 
 import itertools
@@ -27,19 +26,19 @@ OPTIMIZER_STATE_KEYS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "lamb": ("exp_avg", "exp_avg_sq"),
 }
-"""By ``optimizer.name``."""
+"""Slots by ``optimizer.name``."""
 EMA = "ema"
-"""The slot that holds the moving average of a weight, beside those of the update rule."""
+"""Slot that holds the moving average of a weight, in addition to the optimizer's slots."""
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that an engine needs to go on: fp32 tensors by name, and numbers.
+    """Everything an engine needs to resume: fp32 tensors by name, and numbers.
 
-    ``model``: the whole state dict; ``slots``: by ``slot/parameter``; ``step``: optimizer steps
-    done, of which ``updates`` were counted by a rule that counts; ``scaler``: of fp16's loss scale,
-    empty in other precisions.
+    ``model`` is the full state dict. ``slots`` is keyed by ``slot/parameter``. ``step`` is the
+    number of optimizer steps done; ``updates`` is how many of them the optimizer counted, if it
+    counts. ``scaler`` is the state of the fp16 loss scale, empty in other precisions.
     """
 
     model: dict[str, Tensor]
@@ -50,8 +49,9 @@ class TrainingState:
 
 
 class Fp32State:
-    """The masters and slots of one DeepSpeed engine. All ranks of its data-parallel group take part
-    in every read.
+    """Master weights and slots of one DeepSpeed engine.
+
+    All ranks of its data-parallel group must take part in every read.
     """
 
     def __init__(self, engine: Any, optimizer_name: str) -> None:
@@ -79,15 +79,13 @@ class Fp32State:
         self._link()
 
     def _link(self) -> None:
-        """Let each weight know its piece of the slots, which the engine does only at the first
-        step.
-        """
+        """Link each weight to its part of the slots, as DeepSpeed does only in the first step."""
         if hasattr(self._wrapped, "_lazy_init_hp_params_optimizer_state"):
             self._wrapped._hp_optimizer_states_linked = False
             self._wrapped._lazy_init_hp_params_optimizer_state()
 
     def init_ema(self) -> None:
-        """Keep a moving average of the weights, which begins at what they are."""
+        """Start to keep a moving average of the weights, initialized to their current values."""
         for master in self._flat():
             self._inner.state[master][EMA] = master.detach().clone()
         if EMA not in self.names:
@@ -95,15 +93,19 @@ class Fp32State:
         self._link()
 
     def _flat(self) -> list[Tensor]:
-        """This rank's fp32 masters as the update rule sees them: a tensor a weight, or ZeRO's flat
-        pieces.
+        """Return this rank's fp32 master weights as the optimizer sees them.
+
+        This is one tensor per weight, or ZeRO's flat partitions.
         """
         if hasattr(self._wrapped, "fp32_partitioned_groups_flat"):
             return list(self._wrapped.fp32_partitioned_groups_flat)
         return [master for group in self._inner.param_groups for master in group["params"]]
 
     def update_ema(self, decay: float) -> None:
-        """Move the average of each weight towards the weight: a rank's own piece, no communication."""
+        """Move the average of each weight towards the weight.
+
+        This updates the rank's local partition only, without communication.
+        """
         masters = self._flat()
         torch._foreach_lerp_(
             [self._inner.state[master][EMA] for master in masters],
@@ -112,11 +114,11 @@ class Fp32State:
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """Every weight, whole."""
+        """Return the full tensor of every master weight."""
         return self._wholes(None)
 
     def slot(self, slot: str) -> dict[str, Tensor]:
-        """One slot of every weight, whole."""
+        """Return the full tensor of one slot for every weight."""
         return self._wholes(slot)
 
     def _wholes(self, slot: str | None) -> dict[str, Tensor]:
@@ -128,7 +130,7 @@ class Fp32State:
         }
 
     def updates(self) -> int:
-        """How many updates the rule has made, where it counts them."""
+        """Return the number of updates that the optimizer has counted; 0 if it does not count."""
         counters = self._counters()
         return int(counters[0]) if counters else 0
 
@@ -145,14 +147,15 @@ class Fp32State:
         )
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Of the masters alone: the weights that a 16-bit engine computes with come from the model
-        it was made of.
+        """Set the master weights only.
+
+        The weights with which a 16-bit engine computes come from the model it was constructed from.
         """
         for name, parameter in self._parameters.items():
             self._write(parameter, weights[name])
 
     def set_slots(self, slots: Mapping[str, Tensor], updates: int) -> None:
-        """Slots that ``slots`` does not hold stay as they are."""
+        """Set slots and update counters. Slots that ``slots`` does not contain are unchanged."""
         for slot, name in itertools.product(self.names, self._parameters):
             if f"{slot}/{name}" in slots:
                 self._write(self._parameters[name], slots[f"{slot}/{name}"], slot)
@@ -181,9 +184,8 @@ class Fp32State:
         from deepspeed import utils
 
         value = value.to(parameter.device, torch.float32)
-        if hasattr(
-            parameter, "ds_id"
-        ):  # the whole-tensor call does not know that the last piece is padded
+        # DeepSpeed's full-tensor call ignores that the last shard is padded
+        if hasattr(parameter, "ds_id"):
             piece = _local_shard(value, parameter)
             if slot:
                 utils.safe_set_local_optimizer_state(parameter, piece, slot)
@@ -200,7 +202,10 @@ class Fp32State:
 
 
 def _local_shard(value: Tensor, parameter: Any) -> Tensor:
-    """This rank's piece of a weight that ZeRO 3 spreads over all, the last one padded with zeros."""
+    """Return this rank's shard of a weight partitioned by ZeRO 3.
+
+    The last shard is padded with zeros.
+    """
     size, rank = parameter.ds_tensor.numel(), dist.get_rank(group=parameter.ds_process_group)
     flat = value.flatten()[size * rank : size * (rank + 1)]
     return torch.cat([flat, flat.new_zeros(size - flat.numel())])

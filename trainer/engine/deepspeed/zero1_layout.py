@@ -1,4 +1,4 @@
-"""The memory layout of ZeRO 1's flat buffers."""
+"""Memory layout of ZeRO 1's flat buffers."""
 
 from collections.abc import Sequence
 from types import MethodType
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 ParamOffsets = dict[nn.Parameter, int]
-"""Where in a flat buffer the gradient of each parameter begins, from front to back."""
+"""Offset of each parameter's gradient in a flat buffer, in ascending order."""
 
 
 def param_offsets(optimizer: Any) -> list[ParamOffsets]:
@@ -20,8 +20,9 @@ def param_offsets(optimizer: Any) -> list[ParamOffsets]:
 
 
 def relayout_zero1_weights(optimizer: Any, channels_last: bool) -> None:
-    """Let ZeRO 1 hold the weights as convolutions want them, and in fp32 once: its partition of
-    them is its master copy.
+    """Lay out ZeRO 1's flat buffers in channels-last order if ``channels_last``.
+
+    In fp32, alias the partition as the master copy instead of keeping a second one.
     """
     single = optimizer.dtype == torch.float32
     if single:
@@ -31,7 +32,8 @@ def relayout_zero1_weights(optimizer: Any, channels_last: bool) -> None:
             strict=True,
         ):
             master.data = parts[dist.get_rank()]
-        # before they lie otherwise: it flattens each, which then is a copy, and keeps it
+        # before the layout changes: DeepSpeed keeps a flattened view of each weight, which would be
+        # a copy in another layout
         optimizer._link_all_hp_params()
     for flat, places in zip(optimizer.bit16_groups_flat, param_offsets(optimizer), strict=True):
         for parameter, offset in places.items():
@@ -47,9 +49,8 @@ def relayout_zero1_weights(optimizer: Any, channels_last: bool) -> None:
                 parameter.data = place
     if not single:
         optimizer.refresh_fp32_params()
-    optimizer._update_model_bit16_weights = lambda group: (
-        None
-    )  # it would view them all again, each step, in its own layout
+    # DeepSpeed's method would recreate all views in its own layout in each step
+    optimizer._update_model_bit16_weights = lambda group: None
     if dist.get_backend() == "gloo" or dist.get_world_size() == 1:
         from deepspeed.runtime.zero import stage_1_and_2
 
@@ -65,8 +66,10 @@ def _broadcast_partitions(
     dp_process_group: Sequence[Any],
     **_: Any,
 ) -> None:
-    """What each rank updated goes to all: gloo's broadcasts in place take a third of the time of
-    its all-gather. With one rank nothing is sent, where DeepSpeed gathers all the same.
+    """Send the partition that each rank updated to all ranks.
+
+    gloo's in-place broadcasts take a third of the time of its all-gather. With one rank nothing is
+    sent, whereas DeepSpeed gathers even then.
     """
     handles: list[Any] = [
         dist.broadcast(part, group=group, group_src=owner, async_op=True)
@@ -79,11 +82,12 @@ def _broadcast_partitions(
 
 
 def all_gather_full_params(optimizer: Any, slot: str | None) -> dict[nn.Parameter, Tensor]:
-    """What ZeRO 1 and 2 spread over the ranks, whole on each: the fp32 weights, or one ``slot`` of
-    the update rule.
+    """Return the full tensors that ZeRO 1 and 2 partition over the ranks, on each rank.
 
-    A flat tensor is sent by each rank, where DeepSpeed's own call adds up one of mostly zeros for
-    each weight.
+    These are the fp32 weights, or one ``slot`` of the optimizer.
+
+    Each rank sends one flat tensor. DeepSpeed's own call sums one tensor of mostly zeros per weight
+    instead.
     """
     wholes: dict[nn.Parameter, Tensor] = {}
     masters, groups = optimizer.single_partition_of_fp32_groups, optimizer.real_dp_process_group

@@ -1,1 +1,1 @@
-"""The spool: a file of what MLflow has not accepted yet, and its delivery."""
+"""The spool, a file of entries that MLflow has not accepted yet, and its delivery."""

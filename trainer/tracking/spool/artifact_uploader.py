@@ -1,4 +1,4 @@
-"""Delivers artifacts apart from metrics: their store may be down, slow or not writable."""
+"""Delivers artifacts separately from metrics: their store may be down, slow or read-only."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from trainer.tracking.spool.spool import Entry
 
 
 class ArtifactUploader:
-    """Sends the artifacts that a `RunUploader` has read. May run in another thread than that."""
+    """Sends the artifacts that a `RunUploader` has read. May run in a different thread."""
 
     def __init__(
         self, uploader: RunUploader, spool: Path, record: DeliveryRecord, rejected: RejectedEntries
@@ -22,7 +22,10 @@ class ArtifactUploader:
         self._rejected = rejected
 
     def step(self) -> bool:
-        """Try each waiting artifact once; True if none is left. Raises DeliveryStopped."""
+        """Tries each waiting artifact once. Returns True if none is left.
+
+        Raises DeliveryStopped.
+        """
         run, queue = self._uploader.run, self._uploader.artifacts
         if run is None:
             return False
@@ -36,7 +39,7 @@ class ArtifactUploader:
         return not queue
 
     def _send(self, run: MlflowRun, entry: Entry) -> bool:
-        """Whether the entry is settled: accepted, or kept among the rejected ones."""
+        """Returns whether the entry is settled: accepted, or stored among the rejected entries."""
         reason = None
         try:
             send_artifact(run, entry.content, self._spool)
@@ -58,9 +61,9 @@ class ArtifactUploader:
 
 
 def send_artifact(run: MlflowRun, content: dict[str, Any], spool: Path) -> None:
-    """Upload a text of the spool, or the file that an entry of the first format names.
+    """Uploads a text from the spool, or the file that an entry of the first format names.
 
-    Raises FileNotFoundError if that file is missing, or was written again after the spool.
+    Raises FileNotFoundError if that file is missing, or was modified after the spool.
     """
     folder = content["folder"]
     if "path" not in content:

@@ -1,4 +1,4 @@
-"""What MLflow has accepted of a spool, and what it has rejected."""
+"""Records which entries of a spool MLflow has accepted, and which it has rejected."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class DeliveryRecord:
-    """An append-only file beside a spool: the MLflow run of each run key, and what it accepted.
+    """An append-only file next to a spool: the MLflow run of each run key and its accepted entries.
 
-    Lines: ``creating KEY`` before the server is asked to create a run, ``run KEY RUN_ID`` after,
-    ``sent KEY DIGEST...`` for entries that need no further delivery. A partial line is ignored: its
-    entries are sent again, which the server or `RunUploader` recognises. Thread-safe.
+    Lines: ``creating KEY`` before the server is asked to create a run, ``run KEY RUN_ID`` after
+    that, ``sent KEY DIGEST...`` for entries that need no further delivery. A partial line is
+    ignored: its entries are sent again, which the server or `RunUploader` detects. Thread-safe.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class DeliveryRecord:
                 self.uncertain.add(key)
             case ["run", key, run_id]:
                 if self.run_ids.get(key) not in (None, run_id):
-                    self.sent.pop(key, None)  # what another run accepted, this one has not
+                    self.sent.pop(key, None)  # another run accepted those entries, not this one
                 self.run_ids[key] = run_id
             case ["sent", key, *digests]:
                 self.sent.setdefault(key, set()).update(digests)
@@ -47,13 +47,16 @@ class DeliveryRecord:
         self._append("creating", key)
 
     def created(self, key: str, run_id: str, certain: bool) -> None:
-        """The run of ``key`` is ``run_id``; forgets what an earlier run of that key accepted."""
+        """Records ``run_id`` as the run of ``key``.
+
+        Forgets what an earlier run of that key accepted.
+        """
         self._append("run", key, run_id)
         if certain:
             self._append("certain", key)
 
     def mark_sent(self, key: str, digests: Iterable[str]) -> None:
-        """These entries are accepted, superseded or safely in the file of rejected ones."""
+        """Marks entries as accepted, superseded or stored in the file of rejected entries."""
         if digests := list(digests):
             self._append("sent", key, *digests)
 
@@ -71,7 +74,7 @@ class DeliveryRecord:
 class RejectedEntries:
     """A JSON Lines file of entries that MLflow rejected, each with its run and the reason.
 
-    Thread-safe. ``added``: those of this process.
+    Thread-safe. ``added``: entries added by this process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +83,7 @@ class RejectedEntries:
         self._lock = threading.Lock()
 
     def add(self, content: Mapping[str, Any], reason: str) -> None:
-        """Keep an entry; it is on the disk when this returns."""
+        """Adds an entry, which is on disk when this returns."""
         entry = {**content, "reason": reason}
         with self._lock:
             with self.path.open("a", encoding="utf-8") as file:
@@ -97,7 +100,7 @@ class RejectedEntries:
 
 
 def describe(entry: Mapping[str, Any]) -> str:
-    """Name an entry for a message: ``metric loss at step 3``, ``artifact config.json``."""
+    """Names an entry for a message: ``metric loss at step 3``, ``artifact config.json``."""
     kind = entry["kind"]
     if kind == "metrics":
         return f"metric {', '.join(map(repr, entry.get('values', ())))} at step {entry.get('step')}"

@@ -1,4 +1,4 @@
-"""Delivers the entries of one run: creates the run, describes it, sends metrics and its status."""
+"""Delivers the entries of one run: creates and describes it, and sends metrics and its status."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -19,8 +19,8 @@ from trainer.tracking.spool.delivery_record import DeliveryRecord, RejectedEntri
 from trainer.tracking.spool.spool import Entry
 from trainer.tracking.spool.spool_reader import SpoolReader
 
-_CHUNK = 500  # entries that are read from the spool at once
-_MOST_PARKED = 20_000  # items that may wait while others pass them
+_CHUNK = 500  # entries read from the spool at a time
+_MOST_PARKED = 20_000  # items that may be set aside for a later retry while others are sent
 _MOST_CREATIONS = 3
 _BATCH_SIZES = {"metrics": 1000, "param": 100, "tag": 100, "dataset": 1}
 
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 @dataclass
 class _Batch:
-    """Items of one kind that go to the server in one request. ``failures``: so far."""
+    """Items of one kind that are sent in one request. ``failures``: number of failures so far."""
 
     kind: str
     items: list[Item]
@@ -42,12 +42,12 @@ class _Batch:
 
 
 class RunUploader:
-    """Sends what a spool holds of one run, in order, and passes by what fails on its own.
+    """Sends the spool entries of one run, in order, and skips entries that fail individually.
 
-    A request that fails is followed by a look at the run itself. If that fails too, delivery stops
-    (DeliveryStopped) and nothing is lost. If it succeeds, the fault is the entry's: a batch is
-    halved until the entries at fault are alone; these are kept in ``rejected`` if the server will
-    never take them, and tried again later if it may.
+    If a request fails, the run itself is checked. If that fails as well, delivery stops
+    (DeliveryStopped) and nothing is lost. If it succeeds, the fault lies with the entry: a batch is
+    halved until the faulty entries are isolated. These are stored in ``rejected`` if the server
+    will never accept them, and retried later if it may.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class RunUploader:
         connect: Callable[[], Any],
         live_attempt: int | None = None,
     ) -> None:
-        """``connect`` makes the MLflow client; ``live_attempt``: the attempt of this process."""
+        """``connect`` creates the MLflow client; ``live_attempt``: the attempt of this process."""
         self.key = key
         self.sent = 0
         self.rejected = 0
         self.status_sent: str | None = None
         self.artifacts: deque[Entry] = deque()
-        """Those read and not yet sent; `ArtifactUploader` takes them."""
+        """Artifacts that were read and not yet sent; consumed by `ArtifactUploader`."""
         self.run: MlflowRun | None = None
         self._reader = reader
         self._record = record
@@ -86,11 +86,11 @@ class RunUploader:
 
     @property
     def waiting(self) -> int:
-        """Entries that were read and are not settled, without artifacts."""
+        """Number of entries that were read and are not settled, excluding artifacts."""
         return len(self._unsettled) + len(self._chunk)
 
     def step(self) -> bool:
-        """Send some entries; False if there were none. Raises DeliveryStopped."""
+        """Sends some entries; returns False if there were none. Raises DeliveryStopped."""
         try:
             if self.run is None:
                 self._open()
@@ -98,14 +98,15 @@ class RunUploader:
             while self._queue:
                 self._send(self._queue.popleft())
             return self._send_status() or moved
-        except RunMissing:  # the server lost it, or is another one: create it again, in full
+        except RunMissing:
+            # The server lost the run or is a different one: recreate it with all entries.
             self.run = None
             return True
         finally:
             self._save()
 
     def retry_parked(self) -> bool:
-        """Try again what the server may take later; True if nothing is left."""
+        """Retries items that the server may accept later; returns True if none are left."""
         parked, self._parked = self._parked, []
         for batch in parked:
             halve = batch.failures > 1 and len(batch.items) > 1
@@ -116,7 +117,7 @@ class RunUploader:
     # --- the run ------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Find or create the run."""
+        """Finds or creates the run."""
         entries = self._reader.runs.get(self.key, {})
         known = self._record.run_ids.get(self.key)
         self.run = self._ask(
@@ -134,7 +135,7 @@ class RunUploader:
             self._restart()
 
     def _restart(self) -> None:
-        """Deliver from the first entry: the run is not the one that accepted the earlier ones."""
+        """Restarts delivery at the first entry: a different run accepted the earlier ones."""
         for entries in (self._chunk, self._queue, self._parked, self.artifacts):
             entries.clear()
         self._unsettled.clear()
@@ -143,7 +144,10 @@ class RunUploader:
         self._reader.rewind(self.key)
 
     def _ask(self, ask: Callable[[], _T]) -> _T:
-        """The answer of a request that no entry is at fault for. Raises DeliveryStopped."""
+        """Returns the response of a request that cannot fail because of an entry.
+
+        Raises DeliveryStopped.
+        """
         try:
             return ask()
         except (DeliveryStopped, RunMissing):
@@ -154,7 +158,7 @@ class RunUploader:
     # --- entries ------------------------------------------------------------------------------
 
     def _read(self) -> bool:
-        """Queue the next entries; False if there are none."""
+        """Queues the next entries; returns False if there are none."""
         assert self.run is not None
         run, attempts = self.run, self._reader.attempts.get(self.key, set())
         if not self._chunk:
@@ -179,9 +183,9 @@ class RunUploader:
             if items or entry is self._finish:
                 self._unsettled[entry.digest] += len(items) or 1
             elif entry.kind != "artifact":
-                self._settled.append(entry.digest)  # nothing of it is new, or it is superseded
+                self._settled.append(entry.digest)  # contains nothing new, or is superseded
             if entry.kind == "run":
-                break  # what a later attempt changes shows only when this is sent
+                break  # the changes of a later attempt are known only after this entry is sent
         self._enqueue("metrics", metrics)
         return found
 
@@ -191,7 +195,7 @@ class RunUploader:
             self._queue.append(_Batch(kind, items[first : first + size]))
 
     def _send(self, batch: _Batch) -> None:
-        """Send a batch, or halve it until the items at fault are alone."""
+        """Sends a batch, halving it until the faulty items are isolated."""
         stack = [batch]
         try:
             while stack:
@@ -217,8 +221,10 @@ class RunUploader:
         return self.run
 
     def _try(self, send: Callable[[], None]) -> Fault | None:
-        """Why the server did not accept an entry, None if it did. Raises DeliveryStopped or
-        RunMissing if the server or the run is at fault."""
+        """Returns why the server did not accept an entry, or None if it did.
+
+        Raises DeliveryStopped or RunMissing if the server or the run is at fault.
+        """
         try:
             send()
         except Exception as error:
@@ -239,7 +245,7 @@ class RunUploader:
         self.rejected += 1
 
     def _send_status(self) -> bool:
-        """Set the run's final status once all other entries have been tried."""
+        """Sets the run's final status once all other entries have been tried."""
         entry = self._finish
         if entry is None:
             return False
@@ -256,7 +262,7 @@ class RunUploader:
         return True
 
     def _release(self, items: list[Item]) -> None:
-        """These are accepted or rejected; an entry is settled with the last of its items."""
+        """Marks items as accepted or rejected; an entry is settled when all of its items are."""
         for item in items:
             self._unsettled[item.digest] -= 1
             if self._unsettled[item.digest] <= 0:

@@ -2,11 +2,13 @@
 
 Every line names its run::
 
-    {"run": KEY, "attempt": START_MS, "seq": N, "kind": "run" | "metrics" | "artifact" | "finish", ...}
+    {"run": KEY, "attempt": START_MS, "seq": N,
+     "kind": "run" | "metrics" | "artifact" | "finish", ...}
 
-The run key is chosen once per run and survives restarts; an attempt is one process of the run. The
-lines may therefore stand in any order, twice, and together with those of other runs. Lines without
-``run`` are of the first format, in which an entry belonged to the nearest run entry before it.
+The run key is chosen once per run and survives restarts; an attempt is one process of the run.
+Lines may therefore be in any order, occur twice, and be mixed with lines of other runs. Lines
+without ``run`` have the first format, in which an entry belonged to the nearest preceding run
+entry.
 """
 
 import fcntl
@@ -33,12 +35,12 @@ _STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
 def new_run_key() -> str:
-    """A unique key that begins with the run's start time in milliseconds."""
+    """Returns a unique key that begins with the run's start time in milliseconds."""
     return f"{now_ms():013d}-{uuid.uuid4().hex}"
 
 
 def start_ms(run_key: str) -> int:
-    """The start time of the run that ``run_key`` names, in milliseconds since the epoch."""
+    """Returns the start time of the run ``run_key``, in milliseconds since the epoch."""
     return int(run_key.partition("-")[0])
 
 
@@ -47,12 +49,12 @@ def now_ms() -> int:
 
 
 def record_path(spool: Path) -> Path:
-    """The file that records which entries of ``spool`` MLflow has accepted."""
+    """Returns the path of the file that records which entries of ``spool`` MLflow has accepted."""
     return spool.with_suffix(".sent")
 
 
 def rejected_path(spool: Path) -> Path:
-    """The file that keeps the entries of ``spool`` that MLflow rejected."""
+    """Returns the path of the file that stores the entries of ``spool`` that MLflow rejected."""
     return spool if spool.name.endswith(".rejected.jsonl") else spool.with_suffix(".rejected.jsonl")
 
 
@@ -62,7 +64,10 @@ def first_format_record_path(spool: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line. ``digest`` identifies it: two lines with the same digest are one entry."""
+    """One line of the spool.
+
+    ``digest`` identifies it: two lines with the same digest are one entry.
+    """
 
     run_key: str
     attempt: int
@@ -77,7 +82,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class CorruptLine:
-    """A line that is not an entry. ``text`` escapes what is not UTF-8; ``number`` counts from 1."""
+    """A line that is not an entry.
+
+    ``text`` escapes bytes that are not UTF-8; ``number`` counts from 1.
+    """
 
     number: int
     text: str
@@ -87,7 +95,7 @@ class CorruptLine:
 class SpoolWriter:
     """Appends the entries of one attempt of a run. Thread-safe; never waits for a server.
 
-    Holds a lock on the file while it is open. Raises UserError if another process holds it.
+    Holds a lock on the file while it is open. Raises UserError if another process holds the lock.
     """
 
     def __init__(self, path: Path, run_key: str, attempt: int, first_seq: int = 0) -> None:
@@ -97,7 +105,7 @@ class SpoolWriter:
         self.error: OSError | None = None
         """The reason why entries are kept in memory, while the file cannot be written."""
         self.lost = 0
-        """Entries that could neither be written nor kept in memory."""
+        """Number of entries that could neither be written nor kept in memory."""
         self._seq = first_seq
         self._unwritten: deque[bytes] = deque()
         self._lock = threading.Lock()
@@ -107,7 +115,7 @@ class SpoolWriter:
             os.write(self._file, b"\n")  # a killed process left a partial line
 
     def append(self, kind: str, **content: Any) -> None:
-        """Add an entry. A full disk is not an error: the entry is written as soon as possible."""
+        """Adds an entry. A full disk is not an error: the entry is written as soon as possible."""
         with self._lock:
             entry = {"run": self.run_key, "attempt": self.attempt, "seq": self._seq, "kind": kind}
             self._seq += 1
@@ -124,7 +132,7 @@ class SpoolWriter:
                 self.error = error
 
     def _write(self, line: bytes) -> None:
-        """Write the whole line or nothing. Raises OSError."""
+        """Writes the complete line or nothing. Raises OSError."""
         before = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, line)
@@ -140,14 +148,14 @@ class SpoolWriter:
         return len(self._unwritten)
 
     def close(self) -> None:
-        """Close the file, which releases the lock."""
+        """Closes the file, which releases the lock."""
         os.close(self._file)
 
 
 def append_finish(spool: Path, status: str) -> None:
-    """End the run whose entry is the last one of ``spool``: its process was killed and could not.
+    """Ends the run of the last entry of ``spool``, whose process was killed before it could do so.
 
-    A spool that ends with a corrupt line is left as it is. Raises UserError if it is in use.
+    Partial and corrupt lines are skipped. Raises UserError if the spool is in use.
     """
     last: dict[str, Any] = {}
     for line in spool.read_bytes().splitlines():
@@ -160,9 +168,9 @@ def append_finish(spool: Path, status: str) -> None:
 
 
 def lock_spool(path: Path, create: bool = False) -> int:
-    """An open, exclusively locked file descriptor of ``path``. Raises UserError if it is in use.
+    """Returns an open, exclusively locked file descriptor of ``path``.
 
-    File systems without locks are used without them.
+    Raises UserError if it is in use. On file systems without locks, the file is used unlocked.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     while True:
@@ -178,11 +186,11 @@ def lock_spool(path: Path, create: bool = False) -> int:
                 ) from None
         if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
             return file
-        os.close(file)  # whoever held the lock has delivered and removed the file
+        os.close(file)  # the previous lock holder has delivered and removed the file
 
 
 def parse_line(raw: bytes) -> dict[str, Any]:
-    """The content of a line. Raises ValueError with the reason if it is not an entry."""
+    """Returns the content of a line. Raises ValueError with the reason if it is not an entry."""
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):
@@ -236,7 +244,7 @@ def line_digest(data: bytes) -> str:
 
 
 def set_aside(spool: Path) -> Path:
-    """Rename the spool of another run, with its record; returns the new path."""
+    """Renames the spool of another run, together with its record; returns the new path."""
     number = int(time.time())
     while (target := spool.with_name(f"{number}-{spool.name}")).exists():
         number += 1

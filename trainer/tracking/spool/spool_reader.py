@@ -1,4 +1,4 @@
-"""Reads a spool: which runs it holds, their entries in order, and the lines that are not entries."""
+"""Reads a spool: its runs, their entries in order, and the lines that are not entries."""
 
 import os
 from collections import deque
@@ -12,7 +12,7 @@ from trainer.tracking.spool.spool import CorruptLine, Entry, line_digest, parse_
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an entry is in the file; the order of places is the order of delivery."""
+    """Position of an entry in the file; positions are ordered by delivery."""
 
     attempt: int
     seq: int
@@ -26,7 +26,7 @@ class _Place:
 
 @dataclass
 class _FirstFormat:
-    """Attributes lines of the first format, which name no run, to the run entry before them."""
+    """Assigns lines of the first format, which name no run, to the preceding run entry."""
 
     key: str | None = None
     attempt: int = 0
@@ -34,7 +34,7 @@ class _FirstFormat:
     run_id: str | None = None
 
     def start(self, content: Mapping[str, Any], raw: bytes) -> None:
-        """A run entry: of a new run, or of a later attempt of the run before it."""
+        """Processes a run entry: it starts a new run, or a later attempt of the preceding run."""
         if self.key is not None and self._continues(content):
             self.attempt = content["time_ms"]
         else:
@@ -51,7 +51,10 @@ class _FirstFormat:
         return all(content.get(key) == self.entry.get(key) for key in same)
 
     def corrupt(self, raw: bytes) -> None:
-        """What follows a corrupt line is of an unknown run if that line may have started one."""
+        """Processes a corrupt line.
+
+        If it may have started a run, the lines after it belong to an unknown run.
+        """
         if not raw.startswith(
             tuple(b'{"kind": "%s"' % k for k in (b"metrics", b"artifact", b"finish"))
         ):
@@ -59,10 +62,10 @@ class _FirstFormat:
 
 
 class SpoolReader:
-    """The entries of a spool, by run and in order, whatever the order of the lines.
+    """The entries of a spool, by run and in order, regardless of the order of the lines.
 
     ``sent``: by run key, the digests of entries that need no delivery. Run entries are kept in
-    memory, other entries are read when they are needed.
+    memory; other entries are read on demand.
     """
 
     def __init__(
@@ -72,17 +75,20 @@ class SpoolReader:
         sent_bytes: int = 0,
         growing: bool = False,
     ) -> None:
-        """``growing``: this process appends to the file, so a line without an end is not complete."""
+        """Opens and scans the spool.
+
+        ``growing``: this process appends to the file, so a line without a newline is incomplete.
+        """
         self._file = path.open("rb")
         self._growing = growing
         self._sent_bytes = sent_bytes
-        """Lines of the first format before this offset are sent."""
+        """Lines of the first format before this offset were sent."""
         self.runs: dict[str, dict[int, Entry]] = {}
-        """By run key and attempt, the run entries."""
+        """Run entries, by run key and attempt."""
         self.attempts: dict[str, set[int]] = {}
         self.corrupt: list[CorruptLine] = []
         self.first_format_key: str | None = None
-        """The run that the first format's record is about."""
+        """Key of the run that the record of the first format describes."""
         self._backlog: dict[str, deque[_Place]] = {}
         self._first_format = _FirstFormat()
         self._number = 0
@@ -118,14 +124,17 @@ class SpoolReader:
             self._backlog[key] = deque(found)
 
     def _sent_before(self, entry: Entry, offset: int) -> bool:
-        """Whether the record of the first format covers the entry. Describing a run again is safe."""
+        """Returns whether the record of the first format covers the entry.
+
+        Describing a run again is safe.
+        """
         if offset >= self._sent_bytes or "run" in entry.content:
             return False
         self.first_format_key = entry.run_key
         return entry.kind != "run"
 
     def _entry(self, line: bytes, offset: int) -> Entry | None:
-        """Parse the next line; None if it is blank or corrupt."""
+        """Parses the next line; returns None if it is blank or corrupt."""
         self._number += 1
         raw = line.strip()
         if not raw:
@@ -152,8 +161,11 @@ class SpoolReader:
         )
 
     def read(self, key: str, limit: int) -> list[Entry]:
-        """Take the next entries of run ``key``, at most ``limit``; first those found at the start,
-        then those that this process has appended since, which are all of one run."""
+        """Returns the next entries of run ``key``, at most ``limit``.
+
+        Entries found at startup come first, then those that this process has appended since, which
+        are all of one run.
+        """
         backlog = self._backlog.get(key, deque())
         entries: list[Entry] = []
         while backlog and len(entries) < limit:
@@ -175,11 +187,11 @@ class SpoolReader:
         return entries
 
     def unread(self, key: str) -> bool:
-        """Whether entries of run ``key`` were not taken yet."""
+        """Returns whether run ``key`` has entries that were not read yet."""
         return bool(self._backlog.get(key)) or os.fstat(self._file.fileno()).st_size > self._end
 
     def rewind(self, key: str) -> None:
-        """Read the entries of run ``key`` from the first one again, sent or not."""
+        """Starts over at the first entry of run ``key``, including entries that were sent."""
         others = self._backlog
         self.corrupt, self._first_format, self._number, self._end = [], _FirstFormat(), 0, 0
         self._file.seek(0)
@@ -193,7 +205,10 @@ class SpoolReader:
 
 
 def is_spool_of(path: Path, run_key: str | None) -> bool:
-    """Whether every entry of ``path`` is of the run ``run_key``, or there is none."""
+    """Returns whether every entry of ``path`` belongs to run ``run_key``.
+
+    An empty spool does as well; a spool of only corrupt lines does not.
+    """
     reader = SpoolReader(path, {})
     try:
         return set(reader.keys) <= {run_key} and (bool(reader.keys) or not reader.corrupt)

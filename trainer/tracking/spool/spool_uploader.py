@@ -1,4 +1,4 @@
-"""``convoy sync``: delivers a whole spool, whatever runs its entries are of."""
+"""Delivers a whole spool, with the entries of any number of runs: ``convoy sync``."""
 
 import json
 import os
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 @dataclass
 class RunReport:
-    """What became of one run's entries. ``fault``: why the rest was not sent."""
+    """The outcome for one run's entries. ``fault``: the reason why the rest was not sent."""
 
     key: str
     run_id: str | None = None
@@ -42,8 +42,8 @@ class RunReport:
 class SpoolUploader:
     """Delivers the spool ``path`` to the MLflow server ``uri``.
 
-    What the server accepts is recorded, so that delivery resumes after a failure and repeats
-    nothing. The spool is removed when every entry was accepted or is in the file of rejected ones.
+    Accepted entries are recorded, so that delivery resumes after a failure without repeating any.
+    The spool is removed when every entry was accepted or stored in the file of rejected entries.
     Raises UserError if the spool is in use.
     """
 
@@ -57,7 +57,7 @@ class SpoolUploader:
         self._lock: int | None = lock_spool(path)
 
     def upload(self) -> list[RunReport]:
-        """Deliver as much as possible; reports on each run."""
+        """Delivers as much as possible; returns a report for each run."""
         try:
             if self.path == self.rejected.path:
                 return self._retry_rejected()
@@ -110,7 +110,7 @@ class SpoolUploader:
     # --- rejected entries ---------------------------------------------------------------------
 
     def _retry_rejected(self) -> list[RunReport]:
-        """Try each rejected entry once more, and keep those that are rejected again."""
+        """Retries each rejected entry once, and keeps those that are rejected again."""
         entries = [
             _parse_rejected(number, raw)
             for number, raw in enumerate(self.path.read_bytes().splitlines(), 1)
@@ -178,7 +178,10 @@ class SpoolUploader:
 
 
 def _parse_rejected(number: int, raw: bytes) -> dict[str, Any]:
-    """A line of the file of rejected entries; one that is not an entry is kept as it is."""
+    """Parses a line of the file of rejected entries.
+
+    A line that is not an entry is kept unchanged.
+    """
     with suppress(ValueError, RecursionError):
         content = json.loads(raw)
         if isinstance(content, dict) and isinstance(content.get("kind"), str):
@@ -193,7 +196,10 @@ def _parse_rejected(number: int, raw: bytes) -> dict[str, Any]:
 
 
 def _first_format_record(path: Path) -> dict[str, Any]:
-    """The record of the first format. Without it, or if it is corrupt, entries are sent again."""
+    """Returns the record of the first format.
+
+    If it is missing or corrupt, entries are sent again.
+    """
     with suppress(FileNotFoundError, ValueError):
         note = json.loads(path.read_bytes())
         if isinstance(note, dict) and isinstance(note.get("offset"), int):
@@ -208,7 +214,10 @@ def _all_sent(uploader: RunUploader) -> bool:
 
 
 def _patiently(deliver: Callable[[], bool]) -> bool:
-    """Try a few times; whether it was done. Raises DeliveryStopped of the last try."""
+    """Tries a few times; returns whether delivery was completed.
+
+    Raises DeliveryStopped of the last try.
+    """
     for wait in (*_WAITS, None):
         try:
             if deliver():
@@ -223,7 +232,10 @@ def _patiently(deliver: Callable[[], bool]) -> bool:
 
 
 def _end_killed(run: MlflowRun) -> None:
-    """The last attempt left no status, and is not running: nobody writes to the spool."""
+    """Sets a run to KILLED whose last attempt left no status.
+
+    The attempt is not running, because no process writes to the spool.
+    """
     if run.status == "RUNNING":
         try:
             run.finish({"status": "KILLED"})
@@ -232,8 +244,9 @@ def _end_killed(run: MlflowRun) -> None:
 
 
 def spool_files(path: Path) -> list[Path]:
-    """The spool ``path`` and the file of its rejected entries, those that exist. Raises UserError
-    if neither does.
+    """Returns the spool ``path`` and the file of its rejected entries, if they exist.
+
+    Raises UserError if neither does.
     """
     paths = [p for p in dict.fromkeys((path, rejected_path(path))) if p.is_file()]
     if not paths:
@@ -244,13 +257,13 @@ def spool_files(path: Path) -> list[Path]:
 
 
 def sync_spool(path: Path, uri: str) -> tuple[SpoolUploader, list[RunReport]]:
-    """Deliver the spool at ``path``, then what MLflow rejected of it before.
+    """Delivers the spool at ``path`` and the entries of it that MLflow rejected earlier.
 
-    Raises UserError if neither exists.
+    Raises UserError if neither file exists.
     """
     paths = spool_files(path)
     reports: list[RunReport] = []
-    for one in reversed(paths):  # the rejected ones first: the spool may add to them
+    for one in reversed(paths):  # rejected entries first, because delivering the spool may add some
         uploader = SpoolUploader(one, uri)
         reports += uploader.upload()
     return uploader, reports
