@@ -42,6 +42,7 @@ class Watchdog:
             silent = time.monotonic() - self._last
             if silent >= self._seconds:
                 faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
-                told = f"convoy: rank {self._rank}: no step for {silent / 60:.1f} minutes (train.hang_minutes); its threads are above"
-                print(told, file=sys.stderr, flush=True)
+                message = f"convoy: rank {self._rank}: no step for {silent / 60:.1f} minutes"
+                message += " (train.hang_minutes); its threads are above"
+                print(message, file=sys.stderr, flush=True)
                 os._exit(EXIT_RETRY)

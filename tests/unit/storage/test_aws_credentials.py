@@ -88,7 +88,13 @@ s3 =
 dynamodb =
   endpoint_url = http://127.0.0.1:1
 """
-CREDENTIALS = "[default]\naws_access_key_id=DEFAULTKEY\naws_secret_access_key=a\n[lab]\naws_access_key_id=LABKEY\naws_secret_access_key=b\n"
+CREDENTIALS = """[default]
+aws_access_key_id=DEFAULTKEY
+aws_secret_access_key=a
+[lab]
+aws_access_key_id=LABKEY
+aws_secret_access_key=b
+"""
 
 
 @pytest.mark.parametrize(
