@@ -1,4 +1,7 @@
-"""From what ``make matrix`` measured to docs/matrix.md: ``python tools/matrix.py FOLDER DOCUMENT``."""
+"""Writes docs/matrix.md from the measurements of ``make matrix``.
+
+``python tools/matrix.py FOLDER DOCUMENT``
+"""
 
 import datetime
 import itertools
@@ -13,41 +16,52 @@ ACCUMULATIONS, STAGES, PRECISIONS = (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16", "f
 
 HEAD = """# Every parallel configuration, tested against a single-process reference loop
 
-Written by `make matrix` on {date}: {count:,} trainings of 20 steps, {seconds:,.0f} s on 2 cores; {passed:,} passed. The
-reference (`tests/equivalence/reference_loop.py`) is plain torch: one process, fp32, `clip_grad_norm_`, AdamW, `AveragedModel` and
-`cross_entropy` of torch, LARS and LAMB written out, over the same global batches in the same micro-batches. What is refused is
-refused by `check_engine`, in a line that says why.
+`make matrix` wrote this page on {date}: {count:,} trainings of 20 steps each, {seconds:,.0f} s on 2
+cores; {passed:,} passed. The reference (`tests/equivalence/reference_loop.py`) is plain torch in one
+process and fp32: torch's `clip_grad_norm_`, AdamW, `AveragedModel` and `cross_entropy`, and LARS and
+LAMB written out, over the same global batches divided into the same micro-batches. "refused" marks
+what `validate_parallelism` rejects, with a message that gives the reason.
 
-Allowed are relative differences of a step's loss of 1e-5 in the first five steps and 1e-4 in all in fp32, 2e-2 in 16 bit; final
-weights likewise, and their difference as a part of the total weight update: 1% in fp32 (2% with options), 10% in 16 bit, half of
-that without batch norm. The gradient norm that the engine reports in each step may differ by 1e-3 in the first five steps and
-5% in all in fp32, 15% and 25% in 16 bit. AdamW and LAMB, which divide by a gradient's size, may differ by ten times as much in
-losses, weights and fp32's first gradient norms, and in the total weight update by 10% in fp32 and 25% in 16 bit. A step whose
-gradients overflow fp16 is skipped, at most five times; the reference then leaves its weights as they are too, and no norm is
-reported.
+Limits, as relative differences from the reference:
+
+| quantity | fp32 | bf16 and fp16 |
+|---|--:|--:|
+| loss of a step, first five steps | 1e-5 | 2e-2 |
+| loss of a step, all steps | 1e-4 | 2e-2 |
+| final weights | 1e-4 | 2e-2 |
+| final weights, relative to the total weight update (half of it without batch norm) | 1% (2% with options) | 10% |
+| gradient norm, first five steps | 1e-3 | 15% |
+| gradient norm, all steps | 5% | 25% |
+
+With AdamW and LAMB, which divide by the size of a gradient, the limits of losses, weights and the
+first gradient norms in fp32 are ten times as large, and that of the total weight update is 10% in
+fp32 and 25% in 16 bit. A step whose gradients overflow fp16 is skipped, at most five times; the
+reference then skips it too, and no gradient norm is reported.
 
 ## Without options
 
-A cell is the largest relative difference of a step's loss over three networks: without batch norm, with it, and GoogLeNet with
-auxiliary heads and dropout. {plain:,} trainings.
+Each cell shows the largest relative difference of a step's loss over three networks: without batch
+norm, with batch norm, and GoogLeNet with auxiliary heads and dropout. {plain:,} trainings.
 
 """
 
 OPTIONS = """
 ## With options
 
-ResNet-8 with batch norm, two accumulation steps. A cell is the largest relative difference of a step's loss and, behind the
-slash, of a step's gradient norm, over 1, 2 and 4 ranks. {presets:,} trainings. LARS and LAMB are refused but with fp32 and
-ZeRO 0. In all trainings the last batch is short; with "short batches" every fifth one is, one of them to a single sample.
+ResNet-8 with batch norm and two accumulation steps. Each cell shows the largest relative difference
+of a step's loss and, after the slash, of a step's gradient norm, over 1, 2 and 4 ranks. {presets:,}
+trainings. LARS and LAMB need fp32 and ZeRO 0. The last batch of every training is short; with "short
+batches" every fifth one is, down to a single sample.
 
 """
 
 COVERING = """
 ## Combinations of options
 
-{others:,} more trainings: a covering set, in which every pair of values of ranks, stages, accumulation steps, ZeRO stage,
-precision, network and every option occurs that is allowed, which is what `make test` trains; torch.compile; fp16 whose loss
-scale grows; and those that write the checkpoints from which `test_resume.py` resumes on every other topology. {differ}
+{others:,} more trainings: a covering set, which `make test` also trains and in which every allowed
+pair of values of ranks, stages, accumulation steps, ZeRO stage, precision, network and options
+occurs; `torch.compile`; fp16 with a growing loss scale; and the trainings that write the checkpoints
+from which `test_resume_grid.py` resumes on every other topology. {differ}
 """
 
 

@@ -224,9 +224,7 @@ def test_evaluation_ends_when_a_rank_was_told_to_stop() -> None:
     class Stop:
         received = True
 
-    dist.init_process_group(
-        "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(Preempted):
             evaluate(

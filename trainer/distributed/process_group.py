@@ -54,9 +54,8 @@ def init_distributed(ranks: DistEnv, fp16: bool = False) -> torch.device:
         torch.backends.cudnn.benchmark = True
     backend = "nccl" if device.type == "cuda" else "gloo"
     if alone:  # needs no port
-        dist.init_process_group(
-            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-        )
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     elif STORE_FD in os.environ:
         dist.init_process_group(
             backend,
@@ -75,7 +74,7 @@ def _local_store(ranks: DistEnv) -> Any:
     The launcher has already bound its port.
     """
     given = os.environ.pop(STORE_FD)
-    return torch._C._distributed_c10d.TCPStore(
+    return dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         ranks.world_size,

@@ -8,12 +8,14 @@ from math import isqrt
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import config as compiler
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config.schema import TrainConfig
 from trainer.engine.cuda_graphs import GraphedLayers
 from trainer.engine.deepspeed.grad_reducer import GradReducer
 from trainer.engine.dropout_rng import DropoutRNG
+from trainer.models.batch_norm import BatchNorm2d
 from trainer.models.layers import Value
 
 
@@ -40,7 +42,7 @@ class ModelChunk(nn.Sequential):
                 first.inplace = False
         if config.compile:
             # the number of kinds of block in a deep network
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            compiler.recompile_limit = max(64, compiler.recompile_limit)
             for layer in self:
                 # the hook of dropout must not be traced
                 if not any(isinstance(module, nn.Dropout) for module in layer.modules()):
@@ -105,9 +107,7 @@ class _StatisticsKept(AbstractContextManager[None]):
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         modules = (module for layer in layers for module in layer.modules())
-        self._norms = [
-            module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        ]
+        self._norms = [module for module in modules if isinstance(module, BatchNorm2d)]
         self._kept: list[tuple[float | None, Tensor | None]] = []
 
     def __enter__(self) -> None:

@@ -9,7 +9,7 @@ from trainer.config.schema import OptimizerConfig
 
 Group = dict[str, Any]
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
 
 
 def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
