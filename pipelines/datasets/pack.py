@@ -33,7 +33,7 @@ from pipelines.datasets.destination import (
     survey,
 )
 from pipelines.datasets.process_pool import worker_lost, worker_pool
-from pipelines.datasets.sources.check import check_items, with_extension
+from pipelines.datasets.sources.check_images import check_items, with_extension
 from pipelines.datasets.sources.duplicates import Marked, leak_note
 from pipelines.datasets.sources.item import Account, Item, Split, printable
 from pipelines.datasets.sources.layout import Layout

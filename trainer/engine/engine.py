@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
+from trainer.data.transforms.mixup import apply_mix
 from trainer.engine.deepspeed.grad_norm import GradNorm
 from trainer.engine.deepspeed.loss_scaler import grow_after_update
 from trainer.engine.deepspeed.optimizer_state import EMA, Fp32State, TrainingState
 from trainer.engine.dropout_rng import DropoutRNG
-from trainer.engine.input_transfer import apply_mix, to_device
+from trainer.engine.ema import ExponentialMovingAverage
+from trainer.engine.input_transfer import to_device
 from trainer.models.layers import normalize
 from trainer.training.batch_plan import BatchPlan
 
@@ -62,7 +64,7 @@ class Engine(ABC):
         self._type = _TYPES[config.precision]
         self._optimizer_name, self._decay = config.optimizer.name, config.ema
         self._smoothing = config.train.label_smoothing
-        self._averages: dict[str, Tensor] = {}
+        self._ema: ExponentialMovingAverage | None = None
         self._global_step = 0
 
     def _attach_engine(self, engine: Any, weights: dict[str, Tensor], grad_norm: GradNorm) -> None:
@@ -77,8 +79,7 @@ class Engine(ABC):
         if self._type != torch.float32:
             self._fp32_state.set_weights(weights)
         if self._decay is not None:
-            self._fp32_state.init_ema()
-            self._averages = {name: buffer.clone() for name, buffer in self._statistics()}
+            self._ema = ExponentialMovingAverage(self._fp32_state, self._statistics(), self._decay)
 
     @abstractmethod
     def step(self, batches: Iterator[Batch], learning_rate: float) -> StepOutput:
@@ -111,7 +112,7 @@ class Engine(ABC):
 
     def ema_state_dict(self) -> dict[str, Tensor] | None:
         """Return the full state dict of the moving averages (EMA); None if the run keeps none."""
-        if self._decay is None:
+        if self._ema is None:
             return None
         return self.full_state_dict() | self._slot(EMA)
 
@@ -136,9 +137,10 @@ class Engine(ABC):
         self._fp32_state.set_slots(
             {f"{slot}/{own[name]}": v for (slot, _, name), v in slots if name in own}, state.updates
         )
+        averages = self._ema.buffers if self._ema is not None else {}
         for (slot, _, name), value in slots:
-            if slot == EMA and own.get(name) in self._averages:
-                self._averages[own[name]].copy_(value)
+            if slot == EMA and own.get(name) in averages:
+                averages[own[name]].copy_(value)
         self._fp32_state.set_scaler(state.scaler)
         self._global_step = state.step
 
@@ -153,8 +155,9 @@ class Engine(ABC):
     def _slot(self, slot: str) -> dict[str, Tensor]:
         """Return one slot of the full model by name."""
         own, names = self._fp32_state.slot(slot), self._trained
-        if slot == EMA:
-            own |= {name: self._mean_over_ranks(value) for name, value in self._averages.items()}
+        if slot == EMA and self._ema is not None:
+            averages = self._ema.buffers
+            own |= {name: self._mean_over_ranks(value) for name, value in averages.items()}
             names = [name for name, (_, dtype) in self._shapes.items() if dtype.is_floating_point]
         return self._gather_full_state_dict(
             {self._to_fqn(name): value for name, value in own.items()}, names
@@ -179,10 +182,8 @@ class Engine(ABC):
     def _finish(self, skipped: bool) -> None:
         """Update the moving averages and count the step. Called after each step."""
         self._global_step += 1
-        if self._decay is not None and not skipped:
-            self._fp32_state.update_ema(self._decay)
-            for name, buffer in self._statistics():
-                self._averages[name].lerp_(buffer, 1 - self._decay)
+        if self._ema is not None and not skipped:
+            self._ema.update(self._statistics())
 
     def grad_norm(self) -> float | None:
         """Return the Euclidean norm of the last step's gradient over all weights, before clipping.

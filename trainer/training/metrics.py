@@ -43,7 +43,6 @@ class MetricsMeter:
     images: int = 0
     waited_seconds: float = 0.0
     train_seconds: float = 0.0
-    skipped_in_a_row: int = 0
     outputs: list[StepOutput] = field(default_factory=list)
     bad_samples: list[str] = field(default_factory=list)
 
@@ -60,7 +59,6 @@ class MetricsMeter:
         """Add a step that took ``seconds``."""
         self.images += output.images
         self.train_seconds += seconds
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if output.skipped else 0
         self.outputs.append(output)
 
     def compute(self, state: TrainState) -> dict[str, float]:

@@ -17,18 +17,16 @@ from trainer.data.storage.cache import with_cache
 from trainer.distributed.collectives import all_gather_list, all_reduce_mean
 from trainer.distributed.env import DistEnv
 from trainer.engine.deepspeed.optimizer_state import TrainingState
-from trainer.engine.engine import Engine, StepOutput
+from trainer.engine.engine import Engine
 from trainer.engine.input_transfer import pinned_array
-from trainer.errors import CollectiveUserError, Diverged, Preempted
+from trainer.errors import CollectiveUserError, Preempted
 from trainer.process.console import TrainingProgress
 from trainer.tracking import Tracker
+from trainer.training.divergence import DivergenceDetector
 from trainer.training.evaluator import evaluate
 from trainer.training.lr_schedule import learning_rate_schedule
 from trainer.training.metrics import MetricsMeter, TrainState
 from trainer.training.preemption import PreemptionSignal
-
-_ADVICE = "training diverged; lower optimizer.base_lr or lengthen schedule.warmup_epochs"
-_KEYS_SHOWN = 16
 
 
 class Trainer:
@@ -71,6 +69,7 @@ class Trainer:
         )
         config, data = plan.config, plan.config.data
         self._meter = MetricsMeter()
+        self._divergence = DivergenceDetector(config.train.max_skipped_steps)
         self._learning_rate = learning_rate_schedule(
             config.schedule,
             config.optimizer,
@@ -135,7 +134,7 @@ class Trainer:
         self.state.skipped_steps += output.skipped
         if self._on_samples_consumed is not None and output.keys:
             self._on_samples_consumed(self.state.steps - 1, output.keys)
-        self._check_overflow()
+        self._divergence.check_gradients(self.state.steps, output, self.engine.loss_scale())
         return preempted
 
     def _end_epoch(self) -> None:
@@ -258,11 +257,7 @@ class Trainer:
             values = {"loss": loss, "learning_rate": self._learning_rate(step - 1)}
             self.tracker.log_metrics(values | (metrics if step == last else {}), step)
         for step, loss, output in zip(steps, losses, outputs, strict=True):
-            if not math.isfinite(loss) and not output.skipped:  # fp16 recovers from an overflow
-                raise Diverged(
-                    f"the loss of step {step} is {loss}: {_ADVICE}; its samples: "
-                    f"{_sample_keys(output)}"
-                )
+            self._divergence.check_loss(step, loss, output)
         self.state.loss = float(losses[-1])
         self.progress.update(
             last,
@@ -271,29 +266,6 @@ class Trainer:
             f"{metrics['images_per_second']:,.0f} images/s, waiting for data "
             f"{metrics['data_wait_fraction']:.1%}",
         )
-
-    def _check_overflow(self) -> None:
-        """Check the gradients of the last step for overflow.
-
-        Raises Diverged, on all ranks, if gradients are NaN or Inf and no smaller loss scale can
-        help.
-        """
-        skipped, step = self._meter.skipped_in_a_row, self.state.steps
-        if not skipped:
-            return
-        scale = self.engine.loss_scale()
-        if scale is None:
-            raise Diverged(
-                f"step {step}: its gradients are no numbers: {_ADVICE}; its samples: "
-                f"{_sample_keys(self._meter.outputs[-1])}"
-            )
-        if skipped >= self.plan.config.train.max_skipped_steps:
-            raise Diverged(
-                f"step {step}: the gradients overflowed fp16 {skipped} times in a row, at last "
-                "at a loss scale of "
-                f"{scale}; lower optimizer.base_lr or use precision bf16; its samples: "
-                f"{_sample_keys(self._meter.outputs[-1])}"
-            )
 
     def _count_bad_samples(self) -> int:
         """Report new corrupt samples of all ranks and return the total.
@@ -311,10 +283,3 @@ class Trainer:
                 f"more than {limit}; `convoy verify` names them all"
             )
         return self.state.bad_samples
-
-
-def _sample_keys(output: StepOutput) -> str:
-    """Return the keys of a step's samples on all ranks. All ranks must take part."""
-    keys = all_gather_list(output.keys)
-    more = len(keys) - _KEYS_SHOWN
-    return ", ".join(keys[:_KEYS_SHOWN]) + (f" and {more} more" if more > 0 else "")

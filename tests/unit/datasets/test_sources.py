@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.images import DDS, jpeg, png
 
-from pipelines.datasets.sources.check import check_items
+from pipelines.datasets.sources.check_images import check_items
 from pipelines.datasets.sources.item import Source, Split
 from pipelines.datasets.sources.layout import Layout, split_kind
 from pipelines.datasets.sources.list_source import ListOptions, list_source, read_item

@@ -24,9 +24,8 @@ from trainer.data.batch import Batch
 from trainer.data.index import open_index
 from trainer.data.loader import train_loader
 from trainer.data.sampler import mix_generator
-from trainer.data.transforms.mixup import Mix, draw_mix
+from trainer.data.transforms.mixup import Mix, apply_mix, draw_mix
 from trainer.engine.engine import Engine, StepOutput
-from trainer.engine.input_transfer import apply_mix
 from trainer.errors import UserError
 from trainer.training.batch_plan import BatchPlan
 from trainer.training.loss import weighted_loss

@@ -2,8 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:  # the loader works without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,19 @@ def draw_mix(random: np.random.Generator, mixup: float, cutmix: float, size: int
     top, left = max(0, y - side // 2), max(0, x - side // 2)
     bottom, right = min(size, y + (side + 1) // 2), min(size, x + (side + 1) // 2)
     return Mix(1 - (bottom - top) * (right - left) / size**2, (top, bottom, left, right))
+
+
+def apply_mix(images: "Tensor", mix: Mix | None) -> "Tensor":
+    """Mix each image with the one at the same position in the reversed batch.
+
+    ``images`` [N, C, H, W] is overwritten.
+    """
+    if mix is None:
+        return images
+    if mix.box is None:
+        others = images.flip(0)
+        return images.mul_(mix.lam).add_(others, alpha=1 - mix.lam)
+    top, bottom, left, right = mix.box
+    part = images[:, :, top:bottom, left:right]
+    part.copy_(part.flip(0))
+    return images

@@ -84,12 +84,12 @@ class Fp32State:
             self._wrapped._hp_optimizer_states_linked = False
             self._wrapped._lazy_init_hp_params_optimizer_state()
 
-    def init_ema(self) -> None:
-        """Start to keep a moving average of the weights, initialized to their current values."""
+    def add_average(self, slot: str) -> None:
+        """Add a slot for averages of the weights, initialized to their current values."""
         for master in self._flat():
-            self._inner.state[master][EMA] = master.detach().clone()
-        if EMA not in self.names:
-            self.names = (*self.names, EMA)
+            self._inner.state[master][slot] = master.detach().clone()
+        if slot not in self.names:
+            self.names = (*self.names, slot)
         self._link()
 
     def _flat(self) -> list[Tensor]:
@@ -101,16 +101,16 @@ class Fp32State:
             return list(self._wrapped.fp32_partitioned_groups_flat)
         return [master for group in self._inner.param_groups for master in group["params"]]
 
-    def update_ema(self, decay: float) -> None:
-        """Move the average of each weight towards the weight.
+    def update_average(self, slot: str, weight: float) -> None:
+        """Move each average towards its weight by ``weight`` of their distance.
 
         This updates the rank's local partition only, without communication.
         """
         masters = self._flat()
         torch._foreach_lerp_(
-            [self._inner.state[master][EMA] for master in masters],
+            [self._inner.state[master][slot] for master in masters],
             [m.detach() for m in masters],
-            1 - decay,
+            weight,
         )
 
     def weights(self) -> dict[str, Tensor]:
