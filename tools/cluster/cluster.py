@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import configs
+import images
 from operator_pod import apply_operator, wait_for_operator
 from state import CHECKOUT, ClusterError, State, cache, default_state, end, wait_for
 from supervisor import cgroup_folders
-from support import images
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = {
