@@ -401,7 +401,7 @@ def test_records_do_not_count_as_checkpoints_and_corrupt_ones_are_skipped(
     open_store(url).write(f"{FOLDER}/1-bad-rank-0.json", b"{")
     open_store(url).write(f"{FOLDER}/2-bad-rank-0.json", b'{"node": 1}')
     assert repeated_faults(open_store(url)) == []
-    assert CheckpointManager(url, 3).newest({}, print) is None
+    assert CheckpointManager(url, 3).load_latest({}, print) is None
 
 
 def test_a_store_that_cannot_be_written_does_not_hold_up_the_end(node: str, tmp_path: Path) -> None:

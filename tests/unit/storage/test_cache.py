@@ -191,7 +191,7 @@ def test_a_damaged_block_is_fetched_again_and_told(
     (line,) = [record.getMessage() for record in caplog.records]
     assert "a.tar.000001: has " in line
     assert "it is fetched again" in line
-    assert int((tmp_path / "convoy-block_cache.total").read_text()) >= sum(
+    assert int((tmp_path / "convoy-blocks.total").read_text()) >= sum(
         path.stat().st_size for path in files(tmp_path)
     )
 
