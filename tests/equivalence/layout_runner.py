@@ -119,7 +119,7 @@ def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> 
         "channels_last": all(
             p.is_contiguous(memory_format=torch.channels_last) for p in convolutions
         ),
-        "not_kept": not_kept(engine._masters),
+        "not_kept": not_kept(engine._fp32_state),
     }
 
 
