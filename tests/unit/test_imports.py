@@ -43,8 +43,9 @@ LAYERS = [
         "trainer.training.evaluator",
         "trainer.training.divergence",
     ],
+    ["trainer.config.run_plan"],
     ["trainer.training.trainer"],
-    ["trainer.config.run_plan", "trainer.export.exported_model", "trainer.export.pyfunc_model"],
+    ["trainer.export.exported_model", "trainer.export.pyfunc_model"],
     ["trainer.export.packaged_code", "trainer.faults.node_fault_log"],
     ["trainer.distributed.pod_startup", "trainer.tracking.run_status"],
     ["trainer.weights.class_matching", "trainer.weights.state_dict_file"],
@@ -116,7 +117,7 @@ def test_a_rank_that_tracks_nothing_does_not_load_mlflow() -> None:
     """DeepSpeed would, where it is installed. It can be loaded afterwards."""
     code = (
         "import sys; from trainer.distributed import env, process_group as group;"
-        "group.join(env.DistEnv.from_env()); group.leave();"
+        "group.init_distributed(env.DistEnv.from_env()); group.cleanup();"
         "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules and 'pandas' not in "
         "sys.modules; import mlflow"
     )
