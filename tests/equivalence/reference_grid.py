@@ -189,25 +189,31 @@ def compiled_cells() -> list[Cell]:
     return [cell] if MATRIX and shutil.which("g++") else []
 
 
+CELLS_PER_PROCESS = 64
+"""Each engine with pipeline stages creates process groups, which stay until the process ends with a
+polling thread each: after some hundred engines in one process, nothing else runs."""
+
+
 def run_cells(cells: list[Cell], ranks: int, folder: Path) -> list[dict]:
-    """Train those of so many ranks in one set of processes."""
+    """Train the cells of ``ranks`` ranks, in as few sets of processes as may be."""
     cells = [cell for cell in cells if cell["ranks"] == ranks]
-    file = folder / f"cells{ranks}.json"
-    micro = {id(c): GLOBAL // (ranks // int(c["stages"]) * int(c["accumulation"])) for c in cells}
-    file.write_text(json.dumps([c | {"micro": micro[id(c)]} for c in cells]))
     digits = load_digits()  # here alone: each rank would need seconds for it
     np.savez(folder / "digits.npz", images=digits.images, target=digits.target)
+    results = []
+    for first in range(0, len(cells), CELLS_PER_PROCESS):
+        results += _run_set(cells[first : first + CELLS_PER_PROCESS], ranks, folder, first)
+    return results
+
+
+def _run_set(cells: list[Cell], ranks: int, folder: Path, number: int) -> list[dict]:
+    """Train some cells in one set of processes."""
+    file = folder / f"cells{ranks}-{number}.json"
+    micro = {id(c): GLOBAL // (ranks // int(c["stages"]) * int(c["accumulation"])) for c in cells}
+    file.write_text(json.dumps([c | {"micro": micro[id(c)]} for c in cells]))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += [
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-        str(HERE / "grid_runner.py"),
-        str(file),
-    ]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     done = subprocess.run(
-        command,
+        [*command, str(HERE / "grid_runner.py"), str(file)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
