@@ -266,7 +266,9 @@ def test_the_order_of_a_listing_does_not_matter(
             yield list(entries)[::-1]
 
     monkeypatch.setattr("pipelines.datasets.sources.walk.os.scandir", reversed_scandir)
-    monkeypatch.setattr("pipelines.datasets.sources.check_root", lambda source: Path(source))
+    monkeypatch.setattr(
+        "pipelines.datasets.sources.list_source.check_root", lambda source: Path(source)
+    )
     assert listed(root).splits[0].items == expected
 
 

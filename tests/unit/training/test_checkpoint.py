@@ -193,10 +193,10 @@ def test_beginning_anew_removes_those_that_stand(url: str) -> None:
 FULL = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_checkpoint import Checkpoints, _checkpoint
+from test_checkpoint import CheckpointManager, _checkpoint
 from trainer.data import storage
 object.__setattr__(storage._PATIENCE, "seconds", 3.0)
-checkpoints = Checkpoints({url!r}, 1)
+checkpoints = CheckpointManager({url!r}, 1)
 for step in (1, 2):
     checkpoints.save(_checkpoint(step))
     checkpoints.wait()

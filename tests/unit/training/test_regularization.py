@@ -283,7 +283,9 @@ class Bare(Engine):
     def step(self, batches: Iterator[Batch], learning_rate: float) -> StepOutput:
         raise NotImplementedError
 
-    def _whole(self, own: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    def _gather_full_state_dict(
+        self, own: dict[str, Tensor], names: list[str]
+    ) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def _data_group(self) -> Any:
