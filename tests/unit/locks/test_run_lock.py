@@ -409,11 +409,14 @@ def _unreachable(lock: RunLock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 WRITER = """
 import sys, time
-from trainer.locks.run_lock import RunLock
+from trainer.locks.run_lock import LockLost, RunLock
 lock = RunLock(sys.argv[1], "convoy train", "stopped", "", lease_seconds=float(sys.argv[2]))
 lock.acquire()
 while True:
-    lock.check()
+    try:
+        lock.check()
+    except LockLost:
+        time.sleep(60)  # the thread that found it ends the process
     with open(sys.argv[1] + "/written", "a") as file:
         file.write("x")
     time.sleep(0.01)
