@@ -194,7 +194,7 @@ FULL = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_checkpoint import CheckpointManager, _checkpoint
-from trainer.data import storage
+from trainer.data.storage import store as storage
 object.__setattr__(storage._PATIENCE, "seconds", 3.0)
 checkpoints = CheckpointManager({url!r}, 1)
 for step in (1, 2):
