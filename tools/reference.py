@@ -71,20 +71,16 @@ def cli_page() -> str:
             if parameter.name == "help" or getattr(parameter, "hidden", False):
                 continue
             if parameter.param_type_name == "argument":
-                names, help_text = parameter.name.upper(), parameter.help
+                names = parameter.name.upper()
             else:
-                names, help_text = (
-                    ", ".join([*parameter.opts, *parameter.secondary_opts]),
-                    parameter.help,
-                )
+                names = ", ".join([*parameter.opts, *parameter.secondary_opts])
             default = parameter.default
             if parameter.name == "workers":
                 default = "number of processors"
             elif callable(default) or default is None or default is False or parameter.required:
                 default = ""
-            rows.append(
-                f"| `{names}` | {cell(getattr(default, 'value', default))} | {cell(help_text or '')} |"
-            )
+            shown = getattr(default, "value", default)
+            rows.append(f"| `{names}` | {cell(shown)} | {cell(parameter.help or '')} |")
         if rows:
             lines += ["", "| argument or option | default | |", "|---|---|---|", *rows]
     return "\n".join(lines) + "\n"
@@ -137,16 +133,14 @@ PAGES = {"cli.md": cli_page, "recipe-keys.md": recipe_page, "exit-codes.md": exi
 
 
 def main() -> None:
-    stale = []
-    for name, page in PAGES.items():
-        text, path = NOTE + page(), FOLDER / name
-        if path.exists() and path.read_text() == text:
-            continue
-        stale.append(name)
-        if "--check" not in sys.argv:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    pages = {FOLDER / name: NOTE + page() for name, page in PAGES.items()}
+    if "--check" not in sys.argv:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        for path, text in pages.items():
             path.write_text(text)
-    if "--check" in sys.argv and stale:
+        return
+    stale = [p.name for p, text in pages.items() if not p.exists() or p.read_text() != text]
+    if stale:
         sys.exit(f"docs/reference: {', '.join(stale)} not current; run python tools/reference.py")
 
 

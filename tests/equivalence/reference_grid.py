@@ -189,9 +189,10 @@ def compiled_cells() -> list[Cell]:
     return [cell] if MATRIX and shutil.which("g++") else []
 
 
-CELLS_PER_PROCESS = 64
-"""Each engine with pipeline stages creates process groups, which stay until the process ends with a
-polling thread each: after some hundred engines in one process, nothing else runs."""
+CELLS_PER_PROCESS = 24
+"""``grid_runner.py`` destroys the process groups of each engine with pipeline stages, but about 15
+polling threads of each stay until the process ends: something in DeepSpeed keeps the groups. With
+1,400 threads per rank nothing else runs."""
 
 
 def run_cells(cells: list[Cell], ranks: int, folder: Path) -> list[dict]:

@@ -9,6 +9,7 @@ gradients to the flat buffers. Between two segments, full buckets are reduced as
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -209,12 +210,8 @@ class GraphedLayers:
         ranks: int,
         recorder: Callable[[], Recorder] = CudaRecorder,
     ) -> None:
-        self._layers, self._run, self._grad_reducer, self._recorder = (
-            layers,
-            run,
-            gradients,
-            recorder,
-        )
+        self._layers, self._run = layers, run
+        self._grad_reducer, self._recorder = gradients, recorder
         self._segments = _segments(layers, 1 if ranks == 1 else _SEGMENTS)
         self._graphs: dict[Any, list[_Graph | None] | None] = {}
         gradients.zero_before_step = True
@@ -264,7 +261,8 @@ class GraphedLayers:
                     with torch.no_grad():
                         value = self._run(segment, value)
                 else:
-                    value = on_image(lambda x, g=graph: g.warm_up(x, bool(len(inputs) > 1)), value)  # type: ignore[misc]
+                    needs_gradient = len(inputs) > 1
+                    value = on_image(partial(graph.warm_up, needs_gradient=needs_gradient), value)
         previous: _Graph | None = None
         for number, graph in enumerate(graphs):
             if graph is not None:

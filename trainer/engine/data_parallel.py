@@ -72,10 +72,8 @@ class DataParallel(Engine):
         for number in range(1, self._batch.accumulation_steps + 1):
             last = number == self._batch.accumulation_steps
             batch = next(batches)
-            labels, weights = (
-                to_device(batch.labels, self._device),
-                to_device(batch.weights, self._device),
-            )
+            labels = to_device(batch.labels, self._device)
+            weights = to_device(batch.weights, self._device)
             outputs = self._engine(self._images(batch))
             loss = weighted_loss(
                 outputs,

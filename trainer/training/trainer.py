@@ -62,11 +62,8 @@ class Trainer:
         self.plan, self.env, self.device = plan, env, device
         self.engine, self.eval_model, self.state = engine, eval_model, state
         self.tracker, self.progress, self.preemption = tracker, progress, preemption
-        self._save, self._heartbeat, self._on_samples_consumed = (
-            save,
-            heartbeat,
-            on_samples_consumed,
-        )
+        self._save, self._heartbeat = save, heartbeat
+        self._on_samples_consumed = on_samples_consumed
         config, data = plan.config, plan.config.data
         self._meter = MetricsMeter()
         self._divergence = DivergenceDetector(config.train.max_skipped_steps)
