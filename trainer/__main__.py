@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -61,8 +62,8 @@ from trainer.training.watchdog import Watchdog
 from trainer.weights.pretrained import load_weights
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one rank and return its exit code.
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run one rank and end the process with its exit code.
 
     ``arguments`` default to those of the command line.
     """
@@ -73,7 +74,19 @@ def main(arguments: list[str] | None = None) -> int:
     _STOP.ignore()
     if code == 0:
         report_finished()
-    return code
+    _exit_without_finalization(code)
+
+
+def _exit_without_finalization(code: int) -> NoReturn:
+    """End the process without finalizing the interpreter.
+
+    A gloo thread that releases a tensor while the interpreter is being finalized aborts the
+    process: it needs the interpreter's lock, and Python ends a thread that asks for it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or nothing reads it
+            stream.flush()
+    os._exit(code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -112,7 +125,7 @@ def _run(arguments: list[str]) -> int:
             found, program, quiet=isinstance(found, CollectiveUserError) and not ranks.is_rank_zero
         )
     finally:
-        process_group.cleanup()  # its threads would abort the process at exit
+        process_group.cleanup()
     return 0
 
 
@@ -371,4 +384,4 @@ def _headline(run: RunPlan, tracker: Tracker) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

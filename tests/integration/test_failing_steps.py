@@ -59,6 +59,23 @@ def test_a_device_fault_in_a_step_ends_every_rank_for_a_retry_and_is_recorded(
     assert "ECC" in content["fault"]
 
 
+def test_collectives_that_run_at_exit_do_not_abort_a_rank(digits: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command += [str(SCRIPT), "running", "0", *_settings(digits, tmp_path / "out")]
+    done = subprocess.run(
+        command, env=_environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "terminate called" not in done.stderr
+
+
 def test_memory_that_runs_out_in_a_step_is_the_users_to_fix(digits: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "memory", "0", *_settings(digits, tmp_path / "out")]
     done = subprocess.run(
