@@ -74,7 +74,8 @@ def _process_state() -> dict[str, Any]:
     from deepspeed.runtime.zero import stage_1_and_2
 
     return {
-        "environment": dict(os.environ),
+        # without those that torch sets for its compiler
+        "environment": {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")},
         "hidden modules": [name for name, module in sys.modules.items() if module is None],
         "log level": logging.getLogger("DeepSpeed").level,
         "operations": dict(deepspeed.ops.__compatible_ops__),
