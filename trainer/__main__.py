@@ -22,6 +22,7 @@ from trainer.config.run_plan import RunPlan, build_run_plan, tracking_uri
 from trainer.data.decode.decoder import decoder_in_use
 from trainer.data.index import check_digests
 from trainer.data.loader import prefetch_hint
+from trainer.dependencies.process_patches import pillow_warnings_ignored
 from trainer.distributed import process_group
 from trainer.distributed.collectives import broadcast_from_rank0
 from trainer.distributed.env import DistEnv
@@ -70,7 +71,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     secure_standard_streams()
     bypass_proxies_for_local_services(os.environ)
     _STOP.install()
-    code = _run(sys.argv[1:] if arguments is None else arguments)
+    with pillow_warnings_ignored():
+        code = _run(sys.argv[1:] if arguments is None else arguments)
     _STOP.ignore()
     if code == 0:
         report_finished()

@@ -19,6 +19,7 @@ from typing import Any
 from trainer.config.preflight import check_outputs
 from trainer.config.run_plan import build_run_plan, tracking_uri
 from trainer.config.schema import RunConfig, load_config
+from trainer.dependencies.process_patches import log_level
 from trainer.distributed.pod_startup import (
     PodEnv,
     check_restart_budget,
@@ -170,10 +171,10 @@ def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> i
             signals.defer()
             return super().reify(envs)
 
-    # the ranks report their errors themselves
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         with (
+            # the ranks report their errors themselves
+            log_level("torch.distributed.elastic", logging.CRITICAL),
             tempfile.TemporaryDirectory(
                 prefix="convoy-agent-", ignore_cleanup_errors=True
             ) as folder,

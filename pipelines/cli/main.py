@@ -15,9 +15,11 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.exceptions import TyperException
 
 from pipelines.cli import cluster, recipe
 from pipelines.cli.output import Json, print_json
+from trainer.dependencies.process_patches import pillow_warnings_ignored
 from trainer.errors import EXIT_USER, UserError, report, shortened
 from trainer.faults.hardware_errors import classify_fault, describe_place
 from trainer.process.launch_environment import check_working_directory
@@ -58,17 +60,18 @@ def main() -> None:
     try:
         check_working_directory()
         take_credentials()
-        code = app(standalone_mode=False)
+        with pillow_warnings_ignored():
+            code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except TyperException as error:
+        print(
+            redact(f"convoy: {error.format_message().rstrip('.')}; see convoy --help"),
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_USER)
     except Exception as error:
-        if hasattr(error, "format_message"):  # a usage error of the command-line library
-            print(
-                redact(f"convoy: {error.format_message().rstrip('.')}; see convoy --help"),
-                file=sys.stderr,
-            )
-            sys.exit(EXIT_USER)
         sys.exit(report(classify_fault(error, describe_place()), "convoy"))
 
 

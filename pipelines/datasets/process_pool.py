@@ -5,13 +5,14 @@ import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
+from trainer.dependencies.process_patches import enter, pillow_warnings_ignored
 from trainer.errors import RetryableError
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
     """Return a pool of new processes that exit when this one does, even if it is killed."""
     return ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_follow_parent
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker
     )
 
 
@@ -23,7 +24,8 @@ def worker_lost() -> RetryableError:
     )
 
 
-def _follow_parent() -> None:
+def _start_worker() -> None:
+    enter(pillow_warnings_ignored())  # until the process ends
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
 

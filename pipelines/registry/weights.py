@@ -15,6 +15,7 @@ from torch import nn
 
 from pipelines.registry.evaluate import downloaded
 from trainer.data.index import open_index
+from trainer.dependencies.process_patches import log_level
 from trainer.errors import UserError
 from trainer.export.exported_model import FACTS_NAME, WEIGHTS_NAME, ModelMetadata, save_model
 from trainer.models import build_model
@@ -178,9 +179,11 @@ def export_weights(source: str, file: Path, form: str) -> str:
 
 def _write_onnx(model: nn.Module, facts: ModelMetadata, path: Path) -> None:
     images = torch.zeros(2, 3, facts.image_size, facts.image_size)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with (
+        log_level("torch.onnx", logging.ERROR),
+        warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         program = torch.onnx.export(
             model,
             (images,),

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["trainer.secrets.redaction", "trainer.faults.disk_errors"],
     ["trainer.errors", "trainer.process.console", "trainer.training.watchdog"],
+    ["trainer.dependencies"],
     ["trainer.locks.lock_owner", "trainer.secrets.credentials"],
     ["trainer.process"],
     ["trainer.config.load", "trainer.config.field_types", "trainer.faults.disk_space"],
@@ -26,6 +27,7 @@ LAYERS = [
     ["trainer.models"],
     ["trainer.training.batch_plan", "trainer.training.lr_schedule"],
     ["trainer.training.optimizers", "trainer.training.loss"],
+    ["trainer.engine.deepspeed.compat"],
     [
         "trainer.distributed.env",
         "trainer.distributed.collectives",

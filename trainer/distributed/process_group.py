@@ -1,17 +1,15 @@
 """Process group of a run: initialization, cleanup and this rank's GPU."""
 
-import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from trainer.dependencies.process_patches import set_attribute, set_item, undo_patches
 from trainer.distributed.env import DistEnv
+from trainer.engine.deepspeed import compat
 from trainer.process.launch_environment import STORE_FD
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # DeepSpeed's default
@@ -21,7 +19,8 @@ def init_distributed(ranks: DistEnv, fp16: bool = False) -> torch.device:
     """Join the process group and return this rank's device. All ranks must take part.
 
     The backend is NCCL with GPUs and gloo without. Set ``fp16`` if the run uses half precision:
-    DeepSpeed must be configured to accept it on a CPU.
+    DeepSpeed must be configured to accept it on a CPU. ``cleanup`` undoes what this changes in the
+    process.
     """
     alone = ranks.world_size == 1
     defaults = {
@@ -31,27 +30,19 @@ def init_distributed(ranks: DistEnv, fp16: bool = False) -> torch.device:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
     }
-    os.environ.update(defaults if alone else defaults | os.environ)  # DeepSpeed requires them
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with _absent("mlflow"):  # DeepSpeed's autotuner imports it: 1 s and 100 MB per rank
-        if fp16 and not torch.cuda.is_available():
-            _allow_half_on_cpu()
-        import deepspeed
-        from deepspeed.utils import logger
+    for name, value in defaults.items():  # DeepSpeed requires them
+        if alone or name not in os.environ:
+            set_item(os.environ, name, value)
+    compat.import_deepspeed(allow_fp16_on_cpu=fp16)
+    import deepspeed
 
-    logger.setLevel(logging.ERROR)  # it warns about every optimizer that is not DeepSpeed's
-    # DeepSpeed compiles its shared-memory reduction at startup: a pod has no compiler, and gloo
-    # does not need it
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = (
         torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # shapes stay the same, so the fastest algorithm of each convolution is searched only once
-        torch.backends.cudnn.benchmark = True
+        set_attribute(torch.backends.cudnn, "benchmark", True)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if alone:  # needs no port
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -85,33 +76,6 @@ def _local_store(ranks: DistEnv) -> Any:
     )
 
 
-@contextmanager
-def _absent(package: str) -> Iterator[None]:
-    """Make ``import package`` fail in this context, unless it was imported before."""
-    sys.modules.setdefault(package, None)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        if sys.modules[package] is None:
-            del sys.modules[package]
-
-
-def _allow_half_on_cpu() -> None:
-    from deepspeed.accelerator import set_accelerator
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-    class HalfAccelerator(CPU_Accelerator):  # type: ignore[misc]
-        """CPU accelerator with fp16: slow, but it allows testing every fp16 path without a GPU."""
-
-        def is_fp16_supported(self) -> bool:
-            return True
-
-        def supported_dtypes(self) -> list[torch.dtype]:
-            return [torch.float32, torch.float16, torch.bfloat16]
-
-    set_accelerator(HalfAccelerator())
-
-
 def describe_gpu(ranks: DistEnv) -> str | None:
     """Return the rank's GPU with name and UUID, if the driver still responds; None without GPUs."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -124,5 +88,7 @@ def describe_gpu(ranks: DistEnv) -> str | None:
 
 
 def cleanup() -> None:
+    """Leave the process group, and undo what the run changed in this process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    undo_patches()

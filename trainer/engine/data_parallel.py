@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
+from trainer.engine.deepspeed import compat
 from trainer.engine.deepspeed.config import deepspeed_config
 from trainer.engine.deepspeed.grad_norm import GradNorm
 from trainer.engine.deepspeed.grad_reducer import GradReducer, Zero1GradReducer, make_grad_reducer
@@ -35,20 +35,16 @@ class DataParallel(Engine):
     def __init__(
         self, model: nn.Sequential, config: RunConfig, batch: BatchPlan, device: torch.device
     ) -> None:
-        import deepspeed
-
         super().__init__(model, config, batch, device)
         self._dropout_rng = DropoutRNG(model, config.train.seed, dist.get_rank(), batch.ranks)
         stage = ModelChunk(OrderedDict(model.named_children()), config.train, self._dropout_rng)
         optimizer = build_optimizer(stage, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(stage)
-        engine, *_ = deepspeed.initialize(
-            model=stage, optimizer=optimizer, config=deepspeed_config(config, batch)
-        )
+        engine = compat.initialize(stage, optimizer, deepspeed_config(config, batch))
         if config.train.channels_last and config.parallel.zero_stage == 0:
             # only after deepspeed.initialize, which cannot broadcast channels-last weights
             engine.module.to(memory_format=torch.channels_last)
-            for master in chain(*getattr(engine.optimizer, "fp32_groups", [])):
+            for _, master in compat.fp32_copies(engine.optimizer):
                 # otherwise the gradient's memory layout would be converted in every step
                 if master.dim() == 4:
                     master.data = master.data.contiguous(memory_format=torch.channels_last)
@@ -130,7 +126,7 @@ def _own_gradients(engine: Any, config: RunConfig, ranks: int, graphs: bool) -> 
     stage = config.parallel.zero_stage
     if stage > 1:
         return None
-    engine.enable_backward_allreduce = False
+    compat.disable_gradient_averaging(engine)
     if stage == 0:
         return make_grad_reducer(engine.module, ranks) if ranks > 1 or graphs else None
     relayout_zero1_weights(engine.optimizer, config.train.channels_last)

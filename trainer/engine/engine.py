@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
 from trainer.data.transforms.mixup import apply_mix
+from trainer.dependencies.torch_compat import check_torch
+from trainer.engine.deepspeed import compat
 from trainer.engine.deepspeed.grad_norm import GradNorm
 from trainer.engine.deepspeed.loss_scaler import grow_after_update
 from trainer.engine.deepspeed.optimizer_state import EMA, Fp32State, TrainingState
@@ -55,6 +57,7 @@ class Engine(ABC):
     def __init__(
         self, model: nn.Module, config: RunConfig, batch: BatchPlan, device: torch.device
     ) -> None:
+        check_torch()
         self._shapes = {
             name: (value.shape, value.dtype) for name, value in model.state_dict().items()
         }
@@ -194,7 +197,8 @@ class Engine(ABC):
 
     def loss_scale(self) -> float | None:
         """Return the factor that keeps fp16 gradients from vanishing; None in other precisions."""
-        return float(self._engine.optimizer.cur_scale) if self._type == torch.float16 else None
+        half = self._type == torch.float16
+        return compat.loss_scale(self._engine.optimizer) if half else None
 
     def _prepare(self, learning_rate: float) -> None:
         self._dropout_rng.begin(self._global_step)
@@ -203,7 +207,7 @@ class Engine(ABC):
             group["lr"] = learning_rate
 
     def _skipped(self) -> bool:
-        return bool(getattr(self._engine.optimizer, "overflow", False))
+        return compat.gradients_overflowed(self._engine.optimizer)
 
     def _images(self, batch: Batch) -> Tensor:
         """Return images [N, 3, size, size] in the training dtype, prepared on the device."""

@@ -42,13 +42,13 @@ class ModelChunk(nn.Sequential):
                 first.inplace = False
         if config.compile:
             # the number of kinds of block in a deep network
-            compiler.recompile_limit = max(64, compiler.recompile_limit)
+            limit = max(64, compiler.recompile_limit)
             for layer in self:
                 # the hook of dropout must not be traced
                 if not any(isinstance(module, nn.Dropout) for module in layer.modules()):
                     # dynamic: layers of one kind would share code for all sizes, which is slow to
                     # compile and to run
-                    layer.compile(dynamic=False)
+                    layer.compile(dynamic=False, recompile_limit=limit)
 
     def forward(self, value: Value) -> Value:
         value = _laid_out(value, self._layout)

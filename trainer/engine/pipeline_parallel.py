@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
+from trainer.engine.deepspeed import compat
 from trainer.engine.deepspeed.config import deepspeed_config
 from trainer.engine.deepspeed.grad_norm import GradNorm
 from trainer.engine.dropout_rng import DropoutRNG
@@ -44,7 +45,6 @@ class PipelineParallel(Engine):
         device: torch.device,
         parts: list[list[str]],
     ) -> None:
-        import deepspeed
         from deepspeed.pipe import PipelineModule
 
         super().__init__(model, config, batch, device)
@@ -73,12 +73,10 @@ class PipelineParallel(Engine):
                 stage.to("meta")
         optimizer = build_optimizer(pipe, config.optimizer, config.optimizer.base_lr)
         weights = parameters_of(pipe)
-        engine, *_ = deepspeed.initialize(
-            model=pipe, optimizer=optimizer, config=deepspeed_config(config, batch)
-        )
+        engine = compat.initialize(pipe, optimizer, deepspeed_config(config, batch))
         if config.train.sync_batch_norm:
             synchronize_batch_norm(pipe, engine.grid.get_data_parallel_group())
-        _free_after_backward(engine)
+        compat.free_outputs_after_backward(engine)
         self._attach_engine(
             engine,
             weights,
@@ -142,21 +140,3 @@ class PipelineParallel(Engine):
 
     def _to_fqn(self, name: str) -> str:
         return name.partition(".")[2]  # without the stage number
-
-
-def _free_after_backward(engine: Any) -> None:
-    """Free the last stage's outputs after each backward pass.
-
-    Through these outputs, DeepSpeed keeps their inputs and the gradients of those for some more
-    micro-batches.
-    """
-    from deepspeed.runtime.pipe.schedule import BackwardPass
-
-    backward = engine._INSTRUCTION_MAP[BackwardPass]
-
-    def and_free(engine: Any, buffer_id: int) -> None:
-        backward(engine, buffer_id)
-        engine.pipe_buffers["outputs"][buffer_id] = None
-        engine.loss = engine.loss.detach()
-
-    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {BackwardPass: and_free}

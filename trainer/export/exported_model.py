@@ -14,6 +14,7 @@ from torch import nn
 from trainer.config.schema import RunConfig
 from trainer.data.decode.decoder import decode_rgb, to_array
 from trainer.data.transforms.crop import eval_transform
+from trainer.dependencies.process_patches import pillow_warnings_ignored
 from trainer.errors import UserError
 from trainer.faults.disk_space import write_file
 from trainer.models import build_model
@@ -94,10 +95,11 @@ class Predictor:
         Raises DecodeError for bytes that cannot be decoded as an image.
         """
         facts = self.facts
-        views = [
-            to_array(eval_transform(decode_rgb(image), facts.image_size, facts.eval_crop))
-            for image in images
-        ]
+        with pillow_warnings_ignored():
+            views = [
+                to_array(eval_transform(decode_rgb(image), facts.image_size, facts.eval_crop))
+                for image in images
+            ]
         pixels = torch.from_numpy(np.stack(views)).to(self.device)
         logits = self.model(normalize(pixels, facts.mean, facts.std))
         probabilities: np.ndarray = torch.softmax(logits.float(), dim=1).cpu().numpy()

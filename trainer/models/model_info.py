@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.dependencies.torch_compat import check_torch, published_accuracy, storage_id
 from trainer.models.registry import build_model, get_model_spec
 from trainer.models.state_dict_adapter import auxiliary_names, schemes_of
 
@@ -165,15 +166,14 @@ def saved_activation_bytes(model: nn.Module, value: Any) -> tuple[int, Any]:
     IMAGES_TRACED images, without data. Each storage that the forward pass saves counts once.
     Weights and the few statistics per channel of batch norm do not count.
     """
-    weights = {
-        tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]
-    }
+    check_torch()
+    weights = {storage_id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.shape[:1] == (IMAGES_TRACED,) and tensor.untyped_storage()._cdata not in weights:
+        if tensor.shape[:1] == (IMAGES_TRACED,) and storage_id(tensor) not in weights:
             # keeps a reference, so that no other storage reuses the address
-            saved[tensor.untyped_storage()._cdata] = tensor
+            saved[storage_id(tensor)] = tensor
         return tensor
 
     for layer in model.modules():
@@ -194,5 +194,4 @@ def _torchvision(name: str) -> tuple[str | None, float | None, float | None]:
     from torchvision.models import get_model_weights
 
     weights: Any = next(iter(get_model_weights(name)))
-    metrics = weights.meta["_metrics"]["ImageNet-1K"]
-    return weights.name, metrics["acc@1"], metrics["acc@5"]
+    return weights.name, *published_accuracy(weights)

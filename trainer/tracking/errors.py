@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.secrets.redaction import redact_credentials
 
@@ -64,11 +64,10 @@ def classify(error: BaseException) -> Fault:
     status = None
     for cause in _chain(error):
         names = {kind.__name__ for kind in type(cause).__mro__}
-        response = getattr(cause, "response", None)
-        if "ClientError" in names and isinstance(response, dict):  # botocore
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        elif "HTTPError" in names and response is not None:  # requests
-            status = response.status_code
+        if _is(cause, "botocore.exceptions.ClientError"):
+            status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        elif _is(cause, "requests.exceptions.HTTPError") and cause.response is not None:
+            status = cause.response.status_code
         if status is not None:
             break
         if "SSLError" in names:
@@ -77,7 +76,8 @@ def classify(error: BaseException) -> Fault:
             return Fault("rejected", _text(cause))
         if names & _NETWORK_ERRORS:
             return Fault("unreachable", _text(cause))
-        if "OperationalError" in names or getattr(cause, "error_code", "") == _UNAVAILABLE:
+        unavailable = _is(cause, _MLFLOW_EXCEPTION) and cause.error_code == _UNAVAILABLE
+        if "OperationalError" in names or unavailable:
             refused = any(words in str(cause).lower() for words in _DATABASE_REFUSALS)
             return Fault("rejected" if refused else "unreachable", _text(cause))
     if status is None:
@@ -103,6 +103,7 @@ def is_service_error(error: BaseException) -> bool:
     )
 
 
+_MLFLOW_EXCEPTION = "mlflow.exceptions.MlflowException"
 _UNAVAILABLE = "TEMPORARILY_UNAVAILABLE"
 _NETWORK_ERRORS = {
     "ConnectionError",  # raised by Python, requests and botocore
@@ -118,7 +119,12 @@ _NETWORK_ERRORS = {
 }
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _is(error: BaseException, name: str) -> bool:
+    """Returns whether the error is of the class ``name``, without importing its package."""
+    return any(f"{kind.__module__}.{kind.__name__}" == name for kind in type(error).__mro__)
+
+
+def _chain(error: BaseException | None) -> Iterator[Any]:
     """Yields the exception and its causes; MLflow raises its own exceptions without ``from``."""
     seen = set()
     while error is not None and id(error) not in seen:
@@ -127,13 +133,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _mlflow_status(error: BaseException) -> int | None:
+def _mlflow_status(error: Any) -> int | None:
     """Returns the HTTP status of an MlflowException that was caused by a server response."""
     if match := _STATUS.search(str(error)):
         return int(match[1])
-    status = getattr(error, "get_http_status_code", None)
+    status = error.get_http_status_code() if _is(error, _MLFLOW_EXCEPTION) else None
     # MLflow reports 500 if it has no known code; a real 500 is a RetryError.
-    return None if status is None or status() == 500 else int(status())
+    return None if status is None or status == 500 else int(status)
 
 
 def _kind(status: int | None) -> Literal["unreachable", "unauthorized", "rejected"]:

@@ -67,7 +67,7 @@ class MlflowRun:
         self.live_attempt: int | None = None
         """The attempt of this process, from which the server has received nothing yet."""
         self._record = record
-        self._last = {metric.key: int(metric.step) for metric in run.data._metric_objs}
+        self._last = {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
         self._history: dict[str, set[int]] = {}
         self._taken: dict[tuple[str, int], int] = {}
 

@@ -6,7 +6,6 @@ Ghostscript) or raise arbitrary exceptions. Everything here opens only `FORMATS`
 
 import io
 import struct
-import warnings
 from collections.abc import Callable
 
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
@@ -45,8 +44,6 @@ Read = Callable[[int, int], bytes]
 """``read(start, end)`` returns those bytes of an encoded image; fewer at its end."""
 
 _PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # imported so that Pillow does not import all 40
-# Pillow warns about large images and odd metadata; here an image is either accepted or rejected.
-warnings.filterwarnings("ignore", module=r"PIL\.")
 _HEAD = 8192  # bytes; contains the headers of nearly all JPEGs and PNGs
 _TAIL = 512  # bytes; contains the end marker unless more garbage follows it
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"

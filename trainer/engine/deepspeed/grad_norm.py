@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.engine.deepspeed import compat
+
 
 class GradNorm:
     """The Euclidean norm of the last step's gradient before clipping.
@@ -41,14 +43,15 @@ class GradNorm:
         )
         # without a wrapper the optimizer updates the module's parameters directly, and nothing else
         # clips gradients or stores a norm
-        self._unwrapped = isinstance(engine.optimizer, torch.optim.Optimizer)
+        kind = compat.optimizer_kind(engine.optimizer)
+        self._unwrapped = kind is compat.OptimizerKind.PLAIN
         self._norm: Tensor | None = None
         self._loss_scale = 1.0
         if self._unwrapped:
-            engine.clip_fp32_gradients = self._clip
-            engine.zero_grad = lambda: None  # the gradients stay until the next step, for ``value``
-        elif stages is not None and hasattr(engine.optimizer, "scaled_global_norm"):
-            engine.optimizer.scaled_global_norm = self._norm_of_partitions
+            compat.replace_clipping(engine, self._clip)
+            compat.keep_gradients_after_step(engine)  # until the next step, for ``value``
+        elif stages is not None and kind is compat.OptimizerKind.ZERO_1_2:
+            compat.replace_gradient_norm(engine.optimizer, self._norm_of_partitions)
 
     def begin_step(self, loss_scale: float) -> None:
         """Discard the last step's gradients.
@@ -65,7 +68,7 @@ class GradNorm:
 
         Returns None if the step was skipped because of an fp16 overflow.
         """
-        if getattr(self._engine.optimizer, "overflow", False):
+        if compat.gradients_overflowed(self._engine.optimizer):
             return None
         if self._norm is None:
             norm = None if self._unwrapped else self._engine.get_global_grad_norm()
@@ -88,15 +91,12 @@ class GradNorm:
             self._engine.module.parameters(), self._max_norm or 0.0, self._norm
         )
 
-    def _norm_of_partitions(self, norm_type: float = 2) -> Tensor:
+    def _norm_of_partitions(self) -> Tensor:
         """Return the norm for ZeRO with pipeline stages.
 
         Each rank holds a different part of the gradient: its partition of its stage's gradient.
         """
-        partitions = self._engine.optimizer.averaged_gradients.values()
-        return self._total(
-            (gradient for partition in partitions for gradient in partition), dist.group.WORLD
-        )
+        return self._total(compat.gradient_partitions(self._engine.optimizer), dist.group.WORLD)
 
     def _total(self, gradients: Iterable[Tensor], group: Any) -> Tensor:
         """Return the norm of ``gradients`` combined over the ranks of ``group``.

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.engine.deepspeed.zero1_layout import ParamOffsets, param_offsets
+from trainer.dependencies.torch_compat import add_each
+from trainer.engine.deepspeed import compat
+from trainer.engine.deepspeed.zero1_layout import ParamOffsets
 
 BUCKET_BYTES = 25 * 2**20
 FIRST_BUCKET_BYTES = 2**20
@@ -113,7 +115,7 @@ class GradReducer:
         ]
         if came:
             views, values = zip(*came, strict=True)
-            torch._foreach_add_(views, values, alpha=1 / self._ranks)
+            add_each(views, values, alpha=1 / self._ranks)
 
     def arrived(self, parameters: Sequence[nn.Parameter]) -> None:
         """Mark the gradients of ``parameters`` as ready in the buffers; reduce full buckets."""
@@ -176,18 +178,18 @@ class Zero1GradReducer(GradReducer):
 
     def __init__(self, module: nn.Module, optimizer: Any, ranks: int) -> None:
         self._optimizer = optimizer
-        places = param_offsets(optimizer)
+        groups = compat.flat_groups(optimizer)
         super().__init__(
-            module, [torch.zeros_like(flat) for flat in optimizer.bit16_groups_flat], places, ranks
+            module,
+            [torch.zeros_like(group.weights) for group in groups],
+            [group.offsets for group in groups],
+            ranks,
         )
+        self._sizes = [group.fp32_partition.numel() for group in groups]
         self._rank = dist.get_rank()
 
     def finalize_backward(self) -> None:
-        from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
-
         super().finalize_backward()
-        for number, (buffer, size) in enumerate(
-            zip(self.buffers, self._optimizer.partition_size, strict=True)
-        ):
+        for number, (buffer, size) in enumerate(zip(self.buffers, self._sizes, strict=True)):
             part = buffer.narrow(0, self._rank * size, size)
-            self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([part], part)
+            compat.set_averaged_gradient(self._optimizer, number, part)

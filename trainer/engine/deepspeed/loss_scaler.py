@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from trainer.engine.deepspeed import compat
+
 
 def grow_after_update(optimizer: Any) -> None:
     """Increase the loss scale of a ZeRO optimizer after an update instead of before it.
@@ -10,15 +12,11 @@ def grow_after_update(optimizer: Any) -> None:
     divides the gradients by it, although they were computed with the old scale. That update uses
     half of the gradient.
     """
-    scaler, step = optimizer.loss_scaler, optimizer.step
-
-    def update_scale(has_overflow: bool = False) -> None:
-        if has_overflow:
-            scaler.update_scale(has_overflow)
+    step, grow = optimizer.step, compat.separate_loss_scale_growth(optimizer)
 
     def step_and_grow(closure: Any = None) -> None:
         step(closure)
-        if not optimizer.overflow:
-            scaler.update_scale(False)
+        if not compat.gradients_overflowed(optimizer):
+            grow()
 
-    optimizer._update_scale, optimizer.step = update_scale, step_and_grow
+    optimizer.step = step_and_grow

@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.dependencies.torch_compat import interpolate_each
+from trainer.engine.deepspeed import compat
+from trainer.engine.deepspeed.compat import OptimizerKind
 from trainer.engine.deepspeed.zero1_layout import all_gather_full_params
 
 OPTIMIZER_STATE_KEYS = {
@@ -29,7 +32,6 @@ OPTIMIZER_STATE_KEYS = {
 """Slots by ``optimizer.name``."""
 EMA = "ema"
 """Slot that holds the moving average of a weight, in addition to the optimizer's slots."""
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,12 @@ class Fp32State:
 
     def __init__(self, engine: Any, optimizer_name: str) -> None:
         self._wrapped = engine.optimizer
-        self._inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        self._kind = compat.optimizer_kind(engine.optimizer)
+        self._inner = compat.inner_optimizer(engine.optimizer)
         self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
         self.names = OPTIMIZER_STATE_KEYS[optimizer_name]
-        unfused = zip(
-            *(getattr(self._wrapped, f"{kind}_groups", []) for kind in ("fp16", "fp32")),
-            strict=False,
-        )
-        self._masters = {
-            id(low): master
-            for lows, masters in (unfused if engine.zero_optimization_stage() == 0 else ())
-            for low, master in zip(lows, masters, strict=True)
-        }
-        for master in self._flat():
+        self._masters = {id(low): master for low, master in compat.fp32_copies(engine.optimizer)}
+        for master in compat.fp32_tensors(self._wrapped):
             slots = self._inner.state[master]
             slots |= {name: torch.zeros_like(master) for name in self.names}
             if optimizer_name == "adamw":
@@ -76,38 +71,23 @@ class Fp32State:
         if optimizer_name == "lamb":
             for group in self._inner.param_groups:
                 group["step"] = torch.zeros(())
-        self._link()
-
-    def _link(self) -> None:
-        """Link each weight to its part of the slots, as DeepSpeed does only in the first step."""
-        if hasattr(self._wrapped, "_lazy_init_hp_params_optimizer_state"):
-            self._wrapped._hp_optimizer_states_linked = False
-            self._wrapped._lazy_init_hp_params_optimizer_state()
+        compat.link_optimizer_state(self._wrapped)
 
     def add_average(self, slot: str) -> None:
         """Add a slot for averages of the weights, initialized to their current values."""
-        for master in self._flat():
+        for master in compat.fp32_tensors(self._wrapped):
             self._inner.state[master][slot] = master.detach().clone()
         if slot not in self.names:
             self.names = (*self.names, slot)
-        self._link()
-
-    def _flat(self) -> list[Tensor]:
-        """Return this rank's fp32 master weights as the optimizer sees them.
-
-        This is one tensor per weight, or ZeRO's flat partitions.
-        """
-        if hasattr(self._wrapped, "fp32_partitioned_groups_flat"):
-            return list(self._wrapped.fp32_partitioned_groups_flat)
-        return [master for group in self._inner.param_groups for master in group["params"]]
+        compat.link_optimizer_state(self._wrapped)
 
     def update_average(self, slot: str, weight: float) -> None:
         """Move each average towards its weight by ``weight`` of their distance.
 
         This updates the rank's local partition only, without communication.
         """
-        masters = self._flat()
-        torch._foreach_lerp_(
+        masters = compat.fp32_tensors(self._wrapped)
+        interpolate_each(
             [self._inner.state[master][slot] for master in masters],
             [m.detach() for m in masters],
             weight,
@@ -122,7 +102,7 @@ class Fp32State:
         return self._wholes(slot)
 
     def _wholes(self, slot: str | None) -> dict[str, Tensor]:
-        flat = hasattr(self._wrapped, "single_partition_of_fp32_groups")
+        flat = self._kind is OptimizerKind.ZERO_1_2
         known = all_gather_full_params(self._wrapped, slot) if flat else {}
         return {
             name: known[p] if p in known else self._read(p, slot)
@@ -139,12 +119,7 @@ class Fp32State:
         return [holder["step"] for holder in holders if "step" in holder]
 
     def scaler(self) -> dict[str, float]:
-        scaler = getattr(self._wrapped, "loss_scaler", None)
-        return (
-            {name: vars(scaler)[name] for name in _SCALER if name in vars(scaler)}
-            if getattr(scaler, "dynamic", False)
-            else {}
-        )
+        return compat.loss_scaler_state(self._wrapped)
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Set the master weights only.
@@ -163,12 +138,13 @@ class Fp32State:
             counter.fill_(updates)
 
     def set_scaler(self, scaler: Mapping[str, float]) -> None:
-        if scaler and self.scaler():
-            for name, value in scaler.items():
-                setattr(self._wrapped.loss_scaler, name, value)
+        compat.set_loss_scaler_state(self._wrapped, scaler)
+
+    def _is_partitioned(self) -> bool:
+        return self._kind not in (OptimizerKind.PLAIN, OptimizerKind.UNFUSED)
 
     def _read(self, parameter: nn.Parameter, slot: str | None) -> Tensor:
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        if self._is_partitioned():
             from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
             whole = (
@@ -185,13 +161,13 @@ class Fp32State:
 
         value = value.to(parameter.device, torch.float32)
         # DeepSpeed's full-tensor call ignores that the last shard is padded
-        if hasattr(parameter, "ds_id"):
+        if self._kind is OptimizerKind.ZERO_3:
             piece = _local_shard(value, parameter)
             if slot:
                 utils.safe_set_local_optimizer_state(parameter, piece, slot)
             else:
                 utils.safe_set_local_fp32_param(parameter, piece)
-        elif hasattr(parameter, "_hp_mapping"):
+        elif self._is_partitioned():
             if slot:
                 utils.safe_set_full_optimizer_state(parameter, value, slot)
             else:
@@ -206,6 +182,7 @@ def _local_shard(value: Tensor, parameter: Any) -> Tensor:
 
     The last shard is padded with zeros.
     """
-    size, rank = parameter.ds_tensor.numel(), dist.get_rank(group=parameter.ds_process_group)
+    size, group = compat.zero3_shard(parameter)
+    rank = dist.get_rank(group=group)
     flat = value.flatten()[size * rank : size * (rank + 1)]
     return torch.cat([flat, flat.new_zeros(size - flat.numel())])

@@ -1,0 +1,1 @@
+"""Access to other packages beyond their public interface. DeepSpeed's is in `trainer/engine`."""
