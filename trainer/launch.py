@@ -90,11 +90,11 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
             drop_leftovers()  # the launcher's own imports must not read them either
         raise_open_file_limit()
         config = load_config(recipe, overrides)
-        publisher = ProgressPublisher(config.name)
+        # the pod of rank 0 publishes progress, and lists the store, once per job
+        checks = pod is None or pod.is_rank_zero
+        publisher = ProgressPublisher(config.name, quiet=not checks)
         if pod is not None or config.data.wait_minutes:
             wait_for_data(config, publisher.waiting)
-        # the store is listed once per job, in the pod of rank 0
-        checks = pod is None or pod.is_rank_zero
         run = build_run_plan(
             recipe, overrides, pod.world_size if pod else procs, check_storage=checks
         )

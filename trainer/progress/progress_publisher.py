@@ -88,6 +88,8 @@ class ProgressPublisher:
         and it does not have that exit code: rank 0 was killed, or another rank's code matters more.
         ``error`` is the launcher's own exception, if any.
         """
+        if self._quiet:
+            return
         found = read_progress(folder)
         if found is None or found.updated_at < since:
             if error is not None:

@@ -144,6 +144,7 @@ def test_the_launcher_corrects_only_a_record_of_its_own_run(tmp_path: Path) -> N
     rank = _publisher(tmp_path)
     before = (tmp_path / PROGRESS_FILE).read_bytes()
     launcher.end_for_ranks(tmp_path, time.time(), 2, None)  # refused before rank 0 began
+    ProgressPublisher("a", quiet=True).end_for_ranks(tmp_path, began, 144, None)  # another pod
     with_lock = RunLock(str(tmp_path), "convoy train", "other", "wait")
     with_lock.acquire()
     try:
