@@ -1,4 +1,4 @@
-"""Writes docs/reference/ from the code: the command line, recipe keys and exit codes.
+"""Writes docs/reference/ from the code: command line, recipe keys, exit codes, progress record.
 
     python tools/reference.py [--check]
 
@@ -11,10 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from pydantic import TypeAdapter
 
 from pipelines.cli.main import app
 from pipelines.cli.recipe_info import recipe_keys
 from trainer import errors
+from trainer.progress.progress_record import (
+    LINE_PREFIX,
+    PROGRESS_FILE,
+    PROGRESS_LOG_VARIABLE,
+    ProgressRecord,
+)
 
 FOLDER = Path(__file__).parents[1] / "docs/reference"
 NOTE = "<!-- Written by tools/reference.py; do not edit. -->\n\n"
@@ -129,7 +136,38 @@ def exit_code_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"cli.md": cli_page, "recipe-keys.md": recipe_page, "exit-codes.md": exit_code_page}
+def progress_page() -> str:
+    schema = TypeAdapter(ProgressRecord).json_schema()
+    lines = [
+        "# Progress record",
+        "",
+        f"A run publishes its progress for programs as `{PROGRESS_FILE}` in `train.output_dir`:",
+        "one JSON object, replaced atomically at each change of the phase, and at most once per",
+        "second otherwise.",
+        "",
+        f"If the environment variable `{PROGRESS_LOG_VARIABLE}` is 1, as in the pods of a job, the",
+        "same object is printed to the log at each change of the phase, and at most once per 10",
+        f"seconds otherwise, in lines that start with `{LINE_PREFIX.strip()}`.",
+        "",
+        "Other lines of the log are for people and may change. Readers must ignore fields that they",
+        "do not know. Texts contain no credentials and no control characters. A value that is not",
+        "known is null.",
+        "",
+        "| field | type | |",
+        "|---|---|---|",
+    ]
+    for name, node in schema["properties"].items():
+        types = [option["type"] for option in node.get("anyOf", [node])]
+        lines.append(f"| `{name}` | {' or '.join(types)} | {cell(node['description'])} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    "cli.md": cli_page,
+    "recipe-keys.md": recipe_page,
+    "exit-codes.md": exit_code_page,
+    "progress.md": progress_page,
+}
 
 
 def main() -> None:

@@ -50,6 +50,7 @@ from trainer.process.proxies import bypass_proxies_for_local_services
 from trainer.process.standard_streams import secure_standard_streams
 from trainer.process.stop_signals import StopSignals
 from trainer.process.supervisor import STOP_SECONDS, report_finished
+from trainer.progress.progress_publisher import ProgressPublisher
 from trainer.secrets.credentials import take_credentials
 from trainer.secrets.redaction import redact_credentials
 from trainer.tracking import SystemMetrics, Tracker
@@ -113,20 +114,27 @@ def _run(arguments: list[str]) -> int:
         return report(
             classify_fault(error, describe_place()), "convoy", quiet=not ranks.is_rank_zero
         )
+    locks = RunLocks()
+    publisher = ProgressPublisher(run.config.name, run.stop_step, quiet=not ranks.is_rank_zero)
     try:
         if run.config.data.check == "sha256":
             check_bytes(run, ranks)
-        train(run, built, arguments[0], ranks, notes)
+        train(run, built, arguments[0], ranks, locks, publisher, notes)
+        publisher.end(0)
     except (Exception, Preempted) as error:
         found = classify_rank_error(error, run, ranks)
         if _STOP.received is not None and isinstance(found, Preempted | LostPeer):
             # a peer that was stopped before all ranks agreed on a step is not a failure
             found = Preempted(_STOP.received)
         program = "convoy" if ranks.world_size == 1 else f"convoy: rank {ranks.rank}"
-        return report(
+        code = report(
             found, program, quiet=isinstance(found, CollectiveUserError) and not ranks.is_rank_zero
         )
+        publisher.end(code, found)
+        return code
     finally:
+        _STOP.ignore()  # the outcome is decided
+        locks.release()
         process_group.cleanup()
     return 0
 
@@ -220,24 +228,29 @@ def build_network(run: RunPlan) -> BuiltModel:
 
 
 def train(
-    run: RunPlan, built: BuiltModel, recipe: str, ranks: DistEnv, checked: Sequence[str] = ()
+    run: RunPlan,
+    built: BuiltModel,
+    recipe: str,
+    ranks: DistEnv,
+    locks: RunLocks,
+    publisher: ProgressPublisher,
+    checked: Sequence[str] = (),
 ) -> None:
     """Join the other ranks, lock the run's output folder and checkpoints, and train.
 
-    The locks make this run the only writer. All ranks must take part. ``checked`` holds the
-    messages of earlier checks.
+    ``locks`` make this run the only writer; the caller releases them. All ranks must take part.
+    ``checked`` holds the messages of earlier checks.
     """
     device = process_group.init_distributed(ranks, fp16=run.config.precision == "fp16")
-    locks = RunLocks()
-    try:
-        broadcast_from_rank0(
-            lambda: locks.acquire(
-                str(run.config.output_dir), run.config.checkpoint_url, run.config.name
-            )
+    broadcast_from_rank0(
+        lambda: locks.acquire(
+            str(run.config.output_dir),
+            run.config.checkpoint_url,
+            run.config.name,
+            publisher.waiting,
         )
-        _train(run, built, recipe, ranks, device, locks, checked)
-    finally:
-        locks.release()
+    )
+    _train(run, built, recipe, ranks, device, locks, publisher, checked)
 
 
 def _train(
@@ -247,6 +260,7 @@ def _train(
     ranks: DistEnv,
     device: torch.device,
     locks: RunLocks,
+    publisher: ProgressPublisher,
     checked: Sequence[str],
 ) -> None:
     """Build the components, resume from the newest checkpoint, train, save and register the model.
@@ -279,6 +293,14 @@ def _train(
         started[0] if ranks.is_rank_zero else start_tracking(run, recipe, ranks, found)
     )
     unfinished.note(tracker.run_id)
+    publisher.open_file(config.output_dir, locks.check_output)
+    publisher.update(
+        phase="starting",
+        message=None,
+        step=found.state.step if found else 0,
+        mlflow_run_id=tracker.run_id,
+        mlflow_tracking_uri=tracking_uri(config),
+    )
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_rank_zero)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
     room = prefetch_hint(config, run.train, run.batch.ranks)
@@ -306,10 +328,15 @@ def _train(
         else None
     )
 
+    def publish() -> None:
+        step, url = checkpoints.newest if checkpoints and checkpoints.newest else (None, None)
+        publisher.update(mlflow_run_id=tracker.run_id, checkpoint_step=step, checkpoint_url=url)
+
     def heartbeat() -> None:
         locks.check()
         watchdog.heartbeat()
         unfinished.note(tracker.run_id)
+        publish()
 
     status, result = "FAILED", TrainState(**found.result) if found else TrainState()
     trainer = Trainer(
@@ -321,6 +348,7 @@ def _train(
         result,
         tracker,
         progress,
+        publisher,
         preemption,
         save,
         heartbeat,
@@ -350,6 +378,8 @@ def _train(
             checkpoints.wait()
             if checkpoints.failures:
                 tracker.log_metrics({"failed_checkpoints": checkpoints.failures}, result.steps)
+        publish()
+        publisher.update(step=result.steps, epoch=result.steps / run.steps_per_epoch)
         if system is not None:
             system.close()
         tracker.close(status)

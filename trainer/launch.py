@@ -50,6 +50,7 @@ from trainer.process.supervisor import (
     python_command,
     run_ranks,
 )
+from trainer.progress.progress_publisher import ProgressPublisher
 from trainer.secrets.credentials import take_credentials
 from trainer.tracking.run_status import end_unfinished_run
 
@@ -75,6 +76,10 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
     """
     signals = StopSignals()
     signals.install()
+    started = time.time()
+    config: RunConfig | None = None
+    publisher: ProgressPublisher | None = None
+    failure: BaseException | None = None
     try:
         check_working_directory()
         overrides = take_credentials(overrides)  # removes them from the ranks' command lines
@@ -86,10 +91,11 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
             drop_leftovers()  # the launcher's own imports must not read them either
         raise_open_file_limit()
         config = load_config(recipe, overrides)
-        if pod is not None or config.data.wait_minutes:
-            wait_for_data(config)
-        # the store is listed once per job, in the pod of rank 0
+        # the pod of rank 0 publishes progress, and lists the store, once per job
         checks = pod is None or pod.is_rank_zero
+        publisher = ProgressPublisher(config.name, quiet=not checks)
+        if pod is not None or config.data.wait_minutes:
+            wait_for_data(config, publisher.waiting)
         run = build_run_plan(
             recipe, overrides, pod.world_size if pod else procs, check_storage=checks
         )
@@ -97,11 +103,15 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
             check_outputs(run)  # rank 0 checks what needs torch
         arguments = [recipe, *overrides]
         if pod is not None:
-            return _launch_pod(pod, config, arguments, signals)
-        with _run_id_file(config, signals) as file:
-            return run_ranks(procs, arguments, file, signals)
+            code = _launch_pod(pod, config, arguments, signals, publisher)
+        else:
+            with _run_id_file(config, signals) as file:
+                code = run_ranks(procs, arguments, file, signals)
     except (Exception, Preempted) as error:
-        return report(error, "convoy")
+        code, failure = report(error, "convoy"), error
+    if config is not None and publisher is not None:
+        publisher.end_for_ranks(config.output_dir, started, code, failure)
+    return code
 
 
 @contextmanager
@@ -126,11 +136,18 @@ def _run_id_file(config: RunConfig, signals: StopSignals) -> Iterator[Path]:
             )
 
 
-def _launch_pod(pod: PodEnv, config: RunConfig, arguments: list[str], signals: StopSignals) -> int:
+def _launch_pod(
+    pod: PodEnv,
+    config: RunConfig,
+    arguments: list[str],
+    signals: StopSignals,
+    publisher: ProgressPublisher,
+) -> int:
     if pod.is_rank_zero and config.checkpoint.url:
         check_restart_budget(config.checkpoint.url, config.checkpoint.max_starts)
-    wait_for_host(pod)
+    wait_for_host(pod, publisher.waiting)
     print(f"rendezvous of {pod.nodes} pods at {pod.host}:{pod.port}", flush=True)
+    publisher.update(phase="rendezvous", message=None)
     with _run_id_file(config, signals) as file:
         os.environ |= {LAUNCHER_PID: str(os.getpid()), RUN_ID_FILE: str(file)}
         unfinished = UnfinishedRanks(file, pod.procs)

@@ -17,6 +17,7 @@ from urllib3.exceptions import HTTPError
 from pipelines.cluster.pytorchjob import CONTAINER, Document
 from pipelines.cluster.status import Status, summarize_job
 from trainer.errors import RetryableError, ServiceUnreachable, UserError
+from trainer.progress.progress_record import is_record
 
 _KIND = (constants.GROUP, constants.VERSION)
 _PARAMETERS = constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]
@@ -25,7 +26,7 @@ _GROUP = ("scheduling.k8s.io", "v1beta1")
 _TIMEOUTS = {"_request_timeout": (5, 60)}  # connect and read timeouts, seconds
 _OURS = "app.kubernetes.io/name=convoy"
 _JOB_LABEL = constants.JOB_NAME_LABEL
-_HEAD_BYTES, _TAIL_LINES = 20_000, 50
+_TAIL_LINES = 200  # several progress records, or those before a traceback
 _BETWEEN_LOOKS = 2.0  # seconds
 
 
@@ -155,7 +156,7 @@ class JobClient:
             time.sleep(_BETWEEN_LOOKS)
 
     def logs(self, name: str, rank: int, follow: bool) -> Iterator[str]:
-        """Yield the log lines of the pod that runs ``rank``.
+        """Yield the log lines of the pod that runs ``rank``, without progress records.
 
         ``follow``: continue in the pod that replaces it, until the job is finished.
         """
@@ -180,7 +181,9 @@ class JobClient:
                 begun = pod is not None and pod["status"].get("phase") != "Pending"
                 if pod is not None and begun and pod["metadata"]["uid"] != shown:
                     shown = pod["metadata"]["uid"]
-                    yield from self._lines(pod_name, follow)
+                    for line in self._lines(pod_name, follow):
+                        if not is_record(line):
+                            yield line
                 if not follow and not shown:
                     raise UserError(f"{pod_name} has no log yet; {self.status(name).line()}")
                 if not follow or self.status(name).finished:
@@ -279,23 +282,20 @@ class JobClient:
         return plain
 
     def _log(self, name: str, pods: list[Document]) -> str:
-        """Return the beginning of the first pod's log, which names the MLflow run, and its end.
-
-        Returns an empty string if the log is unavailable.
-        """
+        """Return the end of the first pod's log; an empty string if the log is unavailable."""
         first = next((pod for pod in pods if pod["metadata"]["name"] == f"{name}-worker-0"), None)
         if first is None or first["status"].get("phase") == "Pending":
             return ""
-        texts = []
-        for part in ({"limit_bytes": _HEAD_BYTES}, {"tail_lines": _TAIL_LINES}):
-            with suppress(ApiException, HTTPError):
-                place = (f"{name}-worker-0", self.namespace)
-                texts.append(
-                    self._client.core_api.read_namespaced_pod_log(
-                        *place, container=CONTAINER, **part, **_TIMEOUTS
-                    )
-                )
-        return "\n".join(texts)
+        text = ""
+        with suppress(ApiException, HTTPError):
+            text = self._client.core_api.read_namespaced_pod_log(
+                f"{name}-worker-0",
+                self.namespace,
+                container=CONTAINER,
+                tail_lines=_TAIL_LINES,
+                **_TIMEOUTS,
+            )
+        return text
 
 
 @contextmanager

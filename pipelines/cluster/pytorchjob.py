@@ -15,6 +15,7 @@ from trainer.config.schema import RunConfig, load_config
 from trainer.data.storage.store import is_remote, parse_storage_url
 from trainer.errors import UserError
 from trainer.faults.hardware_errors import GPUS_VARIABLE, NODE_VARIABLE
+from trainer.progress.progress_record import PROGRESS_LOG_VARIABLE
 from trainer.secrets.credentials import refuse_credentials
 from trainer.tracking.server import check_registered_name
 
@@ -384,6 +385,7 @@ def _container(arguments: list[str], volumes: list[Document], options: JobOption
         "args": ["--", *arguments],
         "env": [
             {"name": "CONVOY_TERMINATION_LOG", "value": "/dev/termination-log"},
+            {"name": PROGRESS_LOG_VARIABLE, "value": "1"},
             {
                 "name": "CONVOY_CPUS",
                 "valueFrom": {"resourceFieldRef": {"resource": "requests.cpu"}},

@@ -1,23 +1,18 @@
 """Summarizes the status of a training job in one line.
 
-The sources are the objects of the API server and a log.
+The sources are the objects of the API server and the progress records in a log.
 """
 
-import re
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from pipelines.cluster.pytorchjob import GANG_LABEL
 from trainer.errors import EXIT_BUG, EXIT_USER
+from trainer.progress.progress_record import ProgressRecord, is_record, last_record
 
 Object = dict[str, Any]
 
-_STEP = re.compile(
-    r"^step (\d+)/(\d+) (.*?)(?:, ((?:\d+ days?, )?\d+:\d\d:\d\d) left)?$", re.MULTILINE
-)
-_RATE = re.compile(r"([\d,.]+) images/s")
-_RUN = re.compile(r"MLflow run (\w+) at (\S+)")
-_WAITING = re.compile(r"^waiting: (.*)$", re.MULTILINE)
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _SEVERITY = ("image", "secret", "start", "unschedulable", "pulling")
 
@@ -51,20 +46,19 @@ class Status:
 def summarize_job(job: Object, pods: list[Object], events: list[Object], log: str | None) -> Status:
     """Summarize the status of a job.
 
-    ``pods``, ``events``: those of the job. ``log``: beginning and end of the first pod's log; empty
-    if there is none, None if it was not requested.
+    ``pods``, ``events``: those of the job. ``log``: end of the first pod's log; empty if there is
+    none, None if it was not requested. Only its progress records are used.
     """
-    read, log = log is not None, log or ""
+    record = last_record((log or "").split("\n"))
     name, spec, status = job["metadata"]["name"], job["spec"], job.get("status", {})
     nodes = spec["pytorchReplicaSpecs"]["Worker"].get("replicas", 1)
     conditions = {c["type"]: c for c in status.get("conditions") or [] if c["status"] == "True"}
-    seen = _seen(log)
-    link = {"mlflow": seen.pop("mlflow", None)}
+    seen = _seen(record)
     if "Succeeded" in conditions:
-        return Status(name, "succeeded", _progress(seen, link), exit_code=0, **seen, **link)
+        return Status(name, "succeeded", _progress(seen), exit_code=0, **seen)
     if "Failed" in conditions:
-        says, code = _failure(name, conditions["Failed"], pods, log)
-        return Status(name, "failed", says, exit_code=code, **seen, **link)
+        says, code = _failure(name, conditions["Failed"], pods, record)
+        return Status(name, "failed", says, exit_code=code, **seen)
     if (spec.get("runPolicy") or {}).get("suspend"):
         if _QUEUE_LABEL in (job["metadata"].get("labels") or {}):
             return Status(
@@ -99,18 +93,17 @@ def summarize_job(job: Object, pods: list[Object], events: list[Object], log: st
             f"{running} of {nodes} pods run, {pulling}{nodes - running - len(troubles)} wait "
             "for a node",
         )
-    if seen:
-        return Status(name, "training", _progress(seen, link), **seen, **link)
-    waits = _WAITING.findall(log)
-    if "rendezvous of" in log or (waits and "rendezvous" in waits[-1]):
-        return Status(name, "rendezvous", f"{nodes} pods meet; the first step follows", **link)
-    if waits:
-        return Status(name, "waiting", waits[-1])
-    return (
-        Status(name, "starting", f"{nodes} pods run, no word of them yet")
-        if read
-        else Status(name, "running", f"{nodes} pods")
-    )
+    if record is None:
+        return (
+            Status(name, "starting", f"{nodes} pods run, no word of them yet")
+            if log == ""
+            else Status(name, "running", f"{nodes} pods")
+        )
+    if record.phase == "waiting":
+        return Status(name, "waiting", record.message or "")
+    if record.phase in ("rendezvous", "starting"):
+        return Status(name, "rendezvous", f"{nodes} pods meet; the first step follows", **seen)
+    return Status(name, "training", _progress(seen), **seen)
 
 
 def _is_gang(spec: Object) -> bool:
@@ -118,29 +111,32 @@ def _is_gang(spec: Object) -> bool:
     return GANG_LABEL in ((template.get("metadata") or {}).get("labels") or {})
 
 
-def _seen(log: str) -> dict[str, Any]:
-    """Return the values of the last progress line, and the URL of the MLflow run."""
+def _seen(record: ProgressRecord | None) -> dict[str, Any]:
+    """Return the fields of a Status that the progress record determines."""
+    if record is None:
+        return {}
     seen: dict[str, Any] = {}
-    if runs := _RUN.findall(log):
-        run, address = runs[-1]
-        seen["mlflow"] = f"{address.rstrip('/')}/#/runs/{run}"
-    for match in _STEP.finditer(log):
-        rate = _RATE.search(match[3])
-        seen |= {"step": int(match[1]), "total": int(match[2]), "left": match[4]}
-        seen["images_per_second"] = float(rate[1].replace(",", "")) if rate else None
+    if record.mlflow_run_id and record.mlflow_tracking_uri:
+        address = record.mlflow_tracking_uri.rstrip("/")
+        seen["mlflow"] = f"{address}/#/runs/{record.mlflow_run_id}"
+    if record.step is not None and record.total_steps is not None:
+        seen |= {"step": record.step, "total": record.total_steps}
+        seen["images_per_second"] = record.images_per_second
+    if record.eta_seconds is not None:
+        seen["left"] = str(timedelta(seconds=round(record.eta_seconds)))
     return seen
 
 
-def _progress(seen: dict[str, Any], link: dict[str, str | None]) -> str:
+def _progress(seen: dict[str, Any]) -> str:
     parts = []
     if "step" in seen:
         parts.append(f"step {seen['step']:,} of {seen['total']:,}")
         if seen["images_per_second"] is not None:
             parts.append(f"{seen['images_per_second']:,.0f} images/s")
-        if seen["left"] and seen["step"] < seen["total"]:
+        if "left" in seen and seen["step"] < seen["total"]:
             parts.append(f"{seen['left']} left")
-    if link["mlflow"]:
-        parts.append(str(link["mlflow"]))
+    if "mlflow" in seen:
+        parts.append(seen["mlflow"])
     return ", ".join(parts)
 
 
@@ -157,16 +153,18 @@ def _ended(pods: list[Object]) -> list[Object]:
     )
 
 
-def _failure(name: str, condition: Object, pods: list[Object], log: str) -> tuple[str, int]:
+def _failure(
+    name: str, condition: Object, pods: list[Object], record: ProgressRecord | None
+) -> tuple[str, int]:
     for ended in _ended(pods):
-        message = " ".join((ended.get("message") or "").split())
+        # the end of the log, if the container left no message
+        told = (ended.get("message") or "").splitlines()
+        lines = [line for line in told if line.strip() and not is_record(line)]
+        message = " ".join(" ".join(lines).split())
         if ended["exitCode"] == EXIT_USER:
-            lines = [line for line in (ended.get("message") or "").splitlines() if line.strip()]
             return " · ".join(lines[:5]) or f"a mistake; convoy logs {name} tells it", EXIT_USER
         if ended["exitCode"] == EXIT_BUG:
-            last = (
-                message.rpartition("Traceback")[2][-200:] or (log.strip().splitlines() or [""])[-1]
-            )
+            last = message.rpartition("Traceback")[2][-200:] or (record and record.message) or ""
             return f"a bug: ...{last.strip()}; convoy logs {name} has all of it", EXIT_BUG
     return condition.get("message") or condition.get(
         "reason"

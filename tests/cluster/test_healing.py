@@ -15,6 +15,8 @@ from kubectl import Kubectl, Refused
 from overlay import conditions, history, served, succeeded
 from support.helpers import run_convoy, until
 
+from trainer.progress.progress_record import is_record
+
 STEPS, EVERY, STRIKE = 400, 40, 120  # of a run; between checkpoints; at which it is disturbed
 SETTINGS = [
     "model.width=4", "data.val=null", f"train.max_steps={STEPS}", "train.log_every_steps=20", f"checkpoint.every_steps={EVERY}",
@@ -77,11 +79,14 @@ def train(line: Kubectl, name: str, strike: Callable[[], object] = lambda: None)
                 lines.append(text)
                 if text.startswith("step "):
                     break
+            training = run_convoy("status", name, "--namespace", line.namespace).stdout
+            assert re.match(rf"{name}: training: step \d+ of {STEPS}, ", training), training
             strike()
             lines.extend(process.stdout)
         finally:
             process.terminate()
     until(lambda: succeeded(line, name), 60)
+    assert not any(map(is_record, lines)), "records are not for people"
     return "".join(lines)
 
 

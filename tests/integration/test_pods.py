@@ -18,6 +18,7 @@ from support.helpers import ranks_of, until
 
 from pipelines.local.servers import _free_ports
 from trainer.distributed.pod_startup import STARTS
+from trainer.progress.progress_record import PROGRESS_LOG_VARIABLE, last_record
 
 RECIPE = "digits-resnet8"
 
@@ -71,6 +72,12 @@ def _log(folder: Path, number: int = 0) -> str:
     return (folder / f"log-{number}").read_text()
 
 
+def _phase(folder: Path) -> str | None:
+    """The phase in the last progress record of the first pod's log."""
+    record = last_record(_log(folder).splitlines())
+    return record.phase if record is not None else None
+
+
 def _codes(pods: list[subprocess.Popen]) -> list[int]:
     return [pod.wait(timeout=240) for pod in pods]
 
@@ -95,6 +102,7 @@ def test_two_pods_train_and_a_lost_rank_ends_both_with_144_so_that_they_go_on(
         assert _codes(pods) == [0, 0], _log(tmp_path / "second")
     assert "goes on from" in _log(tmp_path / "second")
     assert "step 60/60" in _log(tmp_path / "second")
+    assert last_record(_log(tmp_path / "second").splitlines()) is None, "nobody asked for records"
     assert (
         json.loads((tmp_path / "out/checkpoints" / STARTS).read_text())["newest"] > "step-000000000"
     )
@@ -104,12 +112,18 @@ def test_sigterm_of_one_pod_leaves_a_checkpoint_and_143_in_both(
     digits: Path, tmp_path: Path
 ) -> None:
     with _pods(
-        _settings(digits, tmp_path / "out", "train.epochs=1000", "checkpoint.keep=1"), tmp_path
+        _settings(digits, tmp_path / "out", "train.epochs=1000", "checkpoint.keep=1"),
+        tmp_path,
+        more={PROGRESS_LOG_VARIABLE: "1"},
     ) as pods:
-        until(lambda: "\nstep " in _log(tmp_path))
+        until(lambda: _phase(tmp_path) == "training")
         pods[1].send_signal(signal.SIGTERM)
         assert _codes(pods) == [143, 143], _log(tmp_path)
     assert "told to stop: checkpoint of step" in _log(tmp_path)
+    end = last_record(_log(tmp_path).splitlines())
+    assert end is not None
+    assert (end.phase, end.exit_code) == ("preempted", 143)
+    assert f"step-{end.step:09d}" in (end.checkpoint_url or "")
 
 
 def test_a_rank_that_ends_early_with_exit_code_0_is_a_lost_peer(
@@ -165,8 +179,11 @@ def test_a_pod_waits_for_data_that_is_still_being_packed(digits: Path, tmp_path:
         parents=True
     )  # train is missing altogether, as on a volume that a pod packs to
     settings = _settings(place, tmp_path / "out", "train.max_steps=1", "data.wait_minutes=5")
-    with _pods(settings, tmp_path / "pod", nodes=1) as pods:
-        until(lambda: "waiting: " in _log(tmp_path / "pod"))
+    with _pods(settings, tmp_path / "pod", nodes=1, more={PROGRESS_LOG_VARIABLE: "1"}) as pods:
+        until(lambda: _phase(tmp_path / "pod") == "waiting")
+        waiting = last_record(_log(tmp_path / "pod").splitlines())
+        assert waiting is not None
+        assert f"waiting: {waiting.message}\n" in _log(tmp_path / "pod")
         for split in ("train", "val"):
             (place / split).mkdir(exist_ok=True)
             for file in sorted(
@@ -176,6 +193,7 @@ def test_a_pod_waits_for_data_that_is_still_being_packed(digits: Path, tmp_path:
                 part.write_bytes(file.read_bytes())
                 part.rename(place / split / file.name)
         assert _codes(pods) == [0], _log(tmp_path / "pod")
+    assert _phase(tmp_path / "pod") == "finished"
 
 
 def test_a_rank_that_hangs_writes_its_stacks_and_ends_with_144(

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 # Each module may import those above it.
 LAYERS = [
     ["trainer.secrets.redaction", "trainer.faults.disk_errors"],
+    ["trainer.progress.progress_record"],
     ["trainer.errors", "trainer.process.console", "trainer.training.watchdog"],
     ["trainer.dependencies"],
     ["trainer.locks.lock_owner", "trainer.secrets.credentials"],
@@ -24,6 +25,7 @@ LAYERS = [
     ["trainer.data"],
     ["trainer.locks.lock_file"],
     ["trainer.locks.run_lock"],
+    ["trainer.progress.progress_publisher"],
     ["trainer.models"],
     ["trainer.training.batch_plan", "trainer.training.lr_schedule"],
     ["trainer.training.optimizers", "trainer.training.loss"],

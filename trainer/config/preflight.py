@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PROBE_NAME = ".convoy-probe"
 _FILES_OF_A_RUN = (
     *("model.safetensors", "model.json", "result.json", "tracking.jsonl"),
-    *("recipe.yaml", "config.json", "environment.txt"),
+    *("recipe.yaml", "config.json", "environment.txt", "progress.json"),
 )
 _SMALL_FILES_BYTES = 128 * 1024  # recipe, configuration, environment and result
 _SPOOL_BYTES_PER_STEP, _SPOOL_MOST_BYTES = 160, 2**30

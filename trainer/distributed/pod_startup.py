@@ -80,19 +80,20 @@ def pod_from_environment(environment: Mapping[str, str] = os.environ) -> PodEnv 
     )
 
 
-def wait_for_data(config: RunConfig) -> None:
+def wait_for_data(config: RunConfig, on_wait: Callable[[str], None]) -> None:
     """Wait until the store responds and the indexes exist, at most ``data.wait_minutes``.
 
-    An unreachable store gets at least 5 minutes. Prints what it waits for. If something is still
+    An unreachable store gets at least 5 minutes. Prints what it waits for and calls ``on_wait``
+    with it. If something is still
     missing afterwards, the code that needs it reports that. Raises UserError for problems that
     waiting does not fix.
     """
     for url in (config.data.train, config.data.val):
         if url is not None:
-            _wait_for_index(url, config.data.wait_minutes)
+            _wait_for_index(url, config.data.wait_minutes, on_wait)
 
 
-def _wait_for_index(url: str, minutes: float) -> None:
+def _wait_for_index(url: str, minutes: float, on_wait: Callable[[str], None]) -> None:
     store: Store | None = None
     started = time.monotonic()
 
@@ -111,11 +112,14 @@ def _wait_for_index(url: str, minutes: float) -> None:
             return str(error)
         return f"{url}: no {INDEX_NAME} yet" if waited < minutes else None
 
-    _wait(there)
+    _wait(there, on_wait)
 
 
-def wait_for_host(pod: PodEnv) -> None:
-    """Wait until the first pod is reachable, if this is another pod. Raises RetryableError."""
+def wait_for_host(pod: PodEnv, on_wait: Callable[[str], None]) -> None:
+    """Wait until the first pod is reachable, if this is another pod.
+
+    Prints what it waits for and calls ``on_wait`` with it. Raises RetryableError.
+    """
     started = time.monotonic()
 
     def there() -> str | None:
@@ -130,7 +134,7 @@ def wait_for_host(pod: PodEnv) -> None:
         return None
 
     if not pod.is_rank_zero:
-        _wait(there)
+        _wait(there, on_wait)
 
 
 def wait_for_rank0_exit(pod: PodEnv) -> None:
@@ -149,12 +153,13 @@ def wait_for_rank0_exit(pod: PodEnv) -> None:
     time.sleep(_SEEN_SECONDS)
 
 
-def _wait(missing: Callable[[], str | None]) -> None:
-    """Wait until ``missing`` returns None; print its text at once and then every half minute."""
+def _wait(missing: Callable[[], str | None], on_wait: Callable[[str], None]) -> None:
+    """Wait until ``missing`` returns None; report its text at once and then every half minute."""
     told = -_BETWEEN_WORDS
     while (text := missing()) is not None:
         if time.monotonic() - told >= _BETWEEN_WORDS:
             print(f"waiting: {text}", flush=True)
+            on_wait(text)
             told = time.monotonic()
         time.sleep(_BETWEEN_TRIES)
 

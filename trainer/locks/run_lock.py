@@ -68,6 +68,7 @@ class RunLock:
         name: str = LOCK_NAME,
         lease_seconds: float = LEASE_SECONDS,
         on_taken_over: Callable[[LockLost], None] = _end_process,
+        on_wait: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._file: LockFile = lock_file(url, name)
         self._name, self._advice = name, advice
@@ -78,7 +79,7 @@ class RunLock:
         self.owner = Owner.current(
             redact_credentials(self._file.location), program, run, lease_seconds
         )
-        self._on_taken_over = on_taken_over
+        self._on_taken_over, self._on_wait = on_taken_over, on_wait
         self._watch: _Watch | None = None
         self._seen: Seen | None = None
         self._renewed = 0.0
@@ -126,7 +127,9 @@ class RunLock:
                 continue
             if not watch.is_announced:
                 watch.is_announced = True
-                print(f"waiting: {self._where}: {self._waiting_for(holder)}", flush=True)
+                text = f"{self._where}: {self._waiting_for(holder)}"
+                print(f"waiting: {text}", flush=True)
+                self._on_wait(text)
             time.sleep(self._poll)
 
     def _may_take(self, seen: Seen, holder: Owner | None, watch: "_Watch") -> bool:
@@ -326,8 +329,14 @@ class RunLocks:
     def __init__(self) -> None:
         self._locks: list[RunLock] = []
 
-    def acquire(self, output_dir: str, checkpoint_url: str, run: str) -> None:
-        """Acquires both locks.
+    def acquire(
+        self,
+        output_dir: str,
+        checkpoint_url: str,
+        run: str,
+        on_wait: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Acquires both locks. ``on_wait`` is called with what it waits for.
 
         Raises as ``RunLock.acquire``; ``release`` must be called in that case too.
         """
@@ -335,7 +344,8 @@ class RunLocks:
             (output_dir, "name or train.output_dir"),
             (checkpoint_url, "checkpoint.url"),
         ):
-            lock = RunLock(url, "convoy train", run, f"use another {key}, or wait until that ends")
+            advice = f"use another {key}, or wait until that ends"
+            lock = RunLock(url, "convoy train", run, advice, on_wait=on_wait)
             if lock.owner.location not in [held.owner.location for held in self._locks]:
                 self._locks.append(lock)
         for lock in self._locks[1:]:

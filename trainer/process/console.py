@@ -7,6 +7,8 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.progress.progress_record import LONGEST_SECONDS
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -42,18 +44,20 @@ class TrainingProgress:
             step == self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES
         ):
             self._last_line = time.monotonic()
-            print(f"step {step}/{self._total} {text}{self._left(step)}", flush=True)
+            seconds = self.seconds_left(step)
+            left = "" if seconds is None else f", {timedelta(seconds=round(seconds))} left"
+            print(f"step {step}/{self._total} {text}{left}", flush=True)
 
-    def _left(self, step: int) -> str:
-        """Returns the estimated remaining time as text.
+    def seconds_left(self, step: int) -> float | None:
+        """Returns the estimated remaining time, seconds; None at the first and last call.
 
-        Extrapolates the pace since the first line, including evaluation.
+        Extrapolates the pace since the first call, including evaluation.
         """
         now = time.monotonic()
         first, then = self._first = self._first or (step, now)
         if step in (first, self._total):
-            return ""
-        return f", {timedelta(seconds=round((now - then) / (step - first) * (self._total - step)))} left"
+            return None
+        return min((now - then) / (step - first) * (self._total - step), LONGEST_SECONDS)
 
     def note(self, text: str) -> None:
         if self._bar is not None:

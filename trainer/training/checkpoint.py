@@ -112,6 +112,8 @@ class CheckpointManager:
         self._keep = keep
         self.failures = self.failures_in_a_row = 0
         """Checkpoints that could not be written: in total, and since the last successful write."""
+        self.newest: tuple[int, str] | None = None
+        """Step and URL of the newest valid checkpoint."""
         self._writer: threading.Thread | None = None
         self._top1: dict[int, float] = {}
         """Top-1 accuracy by step, for checkpoints that contain it."""
@@ -133,11 +135,13 @@ class CheckpointManager:
             except CorruptCheckpoint as error:
                 tell(f"checkpoint {self._name(step)} is passed over: {error}")
         if found is not None:
+            self.newest = found.state.step, self._name(found.state.step)
             _check_fingerprint(self._name(found.state.step), found.config_fingerprint, fingerprint)
         return found
 
     def clear(self) -> None:
         """Delete every checkpoint."""
+        self.newest = None
         for step in self._steps():
             self._delete(step)
 
@@ -188,6 +192,7 @@ class CheckpointManager:
                 f"{_folder(step)}/{MANIFEST}", (json.dumps(manifest, indent=1) + "\n").encode()
             )
             self.failures_in_a_row = 0
+            self.newest = step, self._name(step)
             self._note(step, manifest)
             self._prune(step)
         except LockLost:

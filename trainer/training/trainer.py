@@ -21,6 +21,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.input_transfer import pinned_array
 from trainer.errors import CollectiveUserError, Preempted
 from trainer.process.console import TrainingProgress
+from trainer.progress.progress_publisher import ProgressPublisher
 from trainer.tracking import Tracker
 from trainer.training.divergence import DivergenceDetector
 from trainer.training.evaluator import evaluate
@@ -54,6 +55,7 @@ class Trainer:
         state: TrainState,
         tracker: Tracker,
         progress: TrainingProgress,
+        publisher: ProgressPublisher,
         preemption: PreemptionSignal,
         save: Callable[[TrainingState, dict[str, Any]], None],
         heartbeat: Callable[[], None],
@@ -62,6 +64,7 @@ class Trainer:
         self.plan, self.env, self.device = plan, env, device
         self.engine, self.eval_model, self.state = engine, eval_model, state
         self.tracker, self.progress, self.preemption = tracker, progress, preemption
+        self.publisher = publisher
         self._save, self._heartbeat = save, heartbeat
         self._on_samples_consumed = on_samples_consumed
         config, data = plan.config, plan.config.data
@@ -144,6 +147,7 @@ class Trainer:
         if self._val_store is None:
             return
         state, data, bad = self.state, self.plan.config.data, list[str]()
+        self.publisher.update(phase="evaluating")
         try:
             state.top1, state.top5, state.val_samples = evaluate(
                 self.eval_model,
@@ -256,6 +260,14 @@ class Trainer:
         for step, loss, output in zip(steps, losses, outputs, strict=True):
             self._divergence.check_loss(step, loss, output)
         self.state.loss = float(losses[-1])
+        self.publisher.update(
+            phase="training",
+            step=last,
+            epoch=last / self.plan.steps_per_epoch,
+            loss=self.state.loss,
+            images_per_second=metrics["images_per_second"],
+            eta_seconds=self.progress.seconds_left(last),
+        )
         self.progress.update(
             last,
             f"epoch {last / self.plan.steps_per_epoch:.2f} loss {self.state.loss:.4f} lr "

@@ -23,10 +23,10 @@ from pipelines.studies.framework.study import Training
 from trainer.config.schema import RunConfig, load_config
 from trainer.errors import EXIT_PREEMPTED, EXIT_USER, RetryableError, UserError
 from trainer.process.supervisor import python_command
+from trainer.progress.progress_record import PROGRESS_FILE, read_progress
 from trainer.tracking import configure_mlflow
 
 EXPERIMENT = "studies"
-_DIVERGED = ": training diverged;"
 _LEAST_FREE = 2**30  # bytes; a full set of studies writes some hundred MiB
 
 
@@ -69,6 +69,7 @@ class Run:
         return self.outcome.exists() and self.is_begun()
 
     def log_tail(self) -> str:
+        """Return the last line of the log, for people."""
         lines = (
             self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
         )
@@ -82,13 +83,9 @@ class Run:
         return min(whole, config.train.max_steps or whole)
 
     def step(self) -> int:
-        """Return the last step in the log."""
-        steps = [
-            line.split()[1]
-            for line in self.log.read_text(errors="replace").splitlines()
-            if line.startswith("step ")
-        ]
-        return int(steps[-1].split("/")[0]) if steps else 0
+        """Return the last step that the trainer published; 0 if there is none."""
+        record = read_progress(self.folder)
+        return record.step or 0 if record is not None else 0
 
 
 class Runs:
@@ -290,6 +287,7 @@ def _start(run: Run) -> "subprocess.Popen[bytes]":
     if not run.is_begun():
         shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
+    (run.folder / PROGRESS_FILE).unlink(missing_ok=True)  # of the interrupted process
     command = [
         *python_command("trainer.launch"),
         "--procs",
@@ -315,7 +313,9 @@ def _keep(run: Run, process: "subprocess.Popen[bytes]", seconds: float, peak: fl
     terminated.
     """
     code = process.returncode
-    diverged = code == EXIT_USER and run.training.may_diverge and _DIVERGED in run.log_tail()
+    record = read_progress(run.folder)
+    phase = record.phase if record is not None else None
+    diverged = code == EXIT_USER and run.training.may_diverge and phase == "diverged"
     if code in (EXIT_PREEMPTED, -signal.SIGTERM):
         raise SystemExit(EXIT_PREEMPTED)
     if code and not diverged:
@@ -327,19 +327,13 @@ def _keep(run: Run, process: "subprocess.Popen[bytes]", seconds: float, peak: fl
         )
     facts = {"diverged": diverged, "seconds": round(seconds, 1), "peak_mib": round(peak, 1)}
     if diverged:
-        facts |= {"steps": run.step(), "mlflow_run_id": _run_id(run)}
+        facts |= {"steps": run.step(), "mlflow_run_id": record.mlflow_run_id if record else None}
     else:
         facts |= json.loads((run.folder / "result.json").read_text())
     part = run.outcome.with_suffix(".part")
     part.write_text(json.dumps(facts, indent=1) + "\n")
     part.replace(run.outcome)
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # no further resume is possible
-
-
-def _run_id(run: Run) -> str | None:
-    """Return the MLflow run that the trainer's first line names."""
-    words = run.log.read_text(errors="replace").split("MLflow run ", 1)
-    return words[1].split()[0] if len(words) == 2 else None
 
 
 def _headline(outcome: dict[str, Any]) -> str:

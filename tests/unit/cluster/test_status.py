@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from pipelines.cluster.status import Status, summarize_job
-from trainer.process.console import TrainingProgress
+from trainer.progress.progress_publisher import ProgressPublisher
+from trainer.progress.progress_record import LINE_PREFIX, PROGRESS_LOG_VARIABLE, ProgressRecord
 
 Object = dict[str, Any]
 
@@ -48,12 +49,33 @@ def _ended(code: int, message: str = "") -> Object:
 
 GANG = {"Worker": {"replicas": 2, "template": {"metadata": {"labels": {"convoy/gang": "true"}}}}}
 RUNNING = [_pod(0), _pod(1)]
+
+
+def _line(phase: str, **values: Any) -> str:
+    record = ProgressRecord(run_name="r50", phase=phase, updated_at=1.8e9, **values)  # type: ignore[arg-type]
+    return f"{LINE_PREFIX}{record.to_json()}\n"
+
+
+TRAINS = {
+    "total_steps": 1000,
+    "mlflow_run_id": "0a1b",
+    "mlflow_tracking_uri": "http://convoy-mlflow:5000",
+}
+WAITS = "waiting: text\n" + _line("waiting", message="s3://convoy/x: no index.json yet")
+MEETS = f"{WAITS}rendezvous of 2 pods at r50-worker-0:23456\n" + _line("rendezvous")
+FIRST_STEPS = (
+    MEETS
+    + _line("starting", step=0, **TRAINS)
+    + "step 20/1000 epoch 0.00 loss 6.9 lr 0.1 1,234 images/s, waiting for data 1.0%\n"
+    + _line("training", step=20, images_per_second=1234.4, loss=6.9, **TRAINS)
+)
 LOG = (
-    "waiting: s3://convoy/x: no index.json yet\nrendezvous of 2 pods at r50-worker-0:23456\n"
-    "resnet50: resnet50 on 1,281,167 images, 1,000 steps of 256 = 2 ranks x 1 accumulation "
-    "steps x 128, "
+    FIRST_STEPS
+    + _line("training", step=400, images_per_second=2345.2, eta_seconds=123.4, loss=5.1, **TRAINS)
+    + "convoy: MLflow cannot be reached\n"
+)
+OLD_LOG = (  # of a version that printed no records
     "MLflow run 0a1b at http://convoy-mlflow:5000\n"
-    "step 20/1000 epoch 0.00 loss 6.9 lr 0.1 1,234 images/s, waiting for data 1.0%\n"
     "step 400/1000 epoch 0.08 loss 5.1 lr 0.1 2,345 images/s, waiting for data 0.0%, 0:02:03 left\n"
 )
 
@@ -97,8 +119,23 @@ LOG = (
         ),
         (_job("Running"), RUNNING, "", "r50: starting: 2 pods run, no word of them yet"),
         (_job("Running"), RUNNING, None, "r50: running: 2 pods"),
-        (_job("Running"), RUNNING, LOG[:42], "r50: waiting: s3://convoy/x: no index.json yet"),
-        (_job("Running"), RUNNING, LOG[:95], "r50: rendezvous: 2 pods meet; the first step follows"),
+        (_job("Running"), RUNNING, WAITS, "r50: waiting: s3://convoy/x: no index.json yet"),
+        (_job("Running"), RUNNING, MEETS, "r50: rendezvous: 2 pods meet; the first step follows"),
+        (_job("Running"), RUNNING, MEETS + _line("starting", step=0), "r50: rendezvous: 2 pods meet; the first step follows"),
+        (_job("Running"), RUNNING, OLD_LOG, "r50: running: 2 pods"),
+        (_job("Succeeded"), [_pod(0, "Succeeded", _ended(0))], OLD_LOG, "r50: succeeded"),
+        (
+            _job("Running"), RUNNING, FIRST_STEPS,
+            "r50: training: step 20 of 1,000, 1,234 images/s, http://convoy-mlflow:5000/#/runs/0a1b",
+        ),
+        (
+            _job("Running"), RUNNING, LOG + LINE_PREFIX + '{"run_name": "r50", "phase": "training", "step": 6',
+            "r50: training: step 400 of 1,000, 2,345 images/s, 0:02:03 left, http://convoy-mlflow:5000/#/runs/0a1b",
+        ),
+        (
+            _job("Running"), RUNNING, LOG + _line("evaluating", step=1000, images_per_second=2345.2, **TRAINS),
+            "r50: training: step 1,000 of 1,000, 2,345 images/s, http://convoy-mlflow:5000/#/runs/0a1b",
+        ),
         (
             _job("Running"), RUNNING, LOG,
             "r50: training: step 400 of 1,000, 2,345 images/s, 0:02:03 left, http://convoy-mlflow:5000/#/runs/0a1b",
@@ -118,6 +155,14 @@ LOG = (
         (
             _job("Failed"), [_pod(0, "Failed", _ended(1, 'Traceback (most recent call last):\n  File "x"\nKeyError: 5\n'))], "",
             'r50: failed: a bug: ...(most recent call last): File "x" KeyError: 5; convoy logs r50 has all of it',
+        ),
+        (
+            _job("Failed"), [_pod(0, "Failed", _ended(1, "KeyError: 5\n" + _line("failed", exit_code=1)))], "",
+            "r50: failed: a bug: ...KeyError: 5; convoy logs r50 has all of it",
+        ),
+        (
+            _job("Failed"), [_pod(0, "Failed", _ended(1))], LOG + _line("failed", exit_code=1, message="KeyError: 5"),
+            "r50: failed: a bug: ...KeyError: 5; convoy logs r50 has all of it",
         ),
         (_job("Failed"), [], "", "r50: failed: PyTorchJob r50 is failed."),
     ],
@@ -148,7 +193,7 @@ def test_figures_and_exit_codes_for_programs() -> None:
     assert (status.step, status.total, status.images_per_second, status.left) == (
         400,
         1000,
-        2345.0,
+        2345.2,
         "0:02:03",
     )
     assert not status.finished
@@ -158,9 +203,12 @@ def test_figures_and_exit_codes_for_programs() -> None:
     assert Status("a", "queued").line() == "a: queued"
 
 
-def test_the_trainers_own_lines_are_read(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = TrainingProgress(1000, quiet=False)
-    for step in (20, 1000):
-        progress.update(step, "epoch 0.10 loss 1.0000 lr 0.1 1,100 images/s, waiting for data 0.0%")
+def test_the_trainers_own_records_are_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PROGRESS_LOG_VARIABLE, "1")
+    publisher = ProgressPublisher("r50", 1000)
+    for phase, step in (("starting", 0), ("training", 20), ("evaluating", 1000)):
+        publisher.update(phase=phase, step=step, images_per_second=1100.0)
     status = summarize_job(_job("Running"), RUNNING, [], capsys.readouterr().out)
     assert (status.step, status.total, status.images_per_second) == (1000, 1000, 1100.0)

@@ -4,6 +4,8 @@ test-studies` trains.
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ from support.helpers import Run as Command
 from pipelines.local.demo import _INSTALLED
 from pipelines.studies.experiments.data import first_of_idx
 from pipelines.studies.framework.progress import StudyProgress
-from pipelines.studies.framework.runner import Run, check_room
+from pipelines.studies.framework.runner import Run, _keep, check_room
 from pipelines.studies.framework.study import Training
 from trainer.errors import UserError
+from trainer.progress.progress_record import PROGRESS_FILE, ProgressRecord
 
 
 def test_a_training_is_done_once_and_only_with_its_own_configuration(tmp_path: Path) -> None:
@@ -42,14 +45,42 @@ def test_names_that_end_alike_have_logs_of_their_own(tmp_path: Path) -> None:
     assert len(logs) == 2
 
 
-def test_what_a_log_tells(tmp_path: Path) -> None:
+def test_the_step_comes_from_the_progress_file_and_only_errors_show_the_log(
+    tmp_path: Path,
+) -> None:
     run = Run(Training("a", 0, 64, 64), tmp_path / "a", [])
-    run.log.write_text(
-        "a: resnet8, MLflow run 12ab at sqlite:///x\nstep 20/96 epoch 0.3\nstep 40/96 epoch 0.6 "
-        "loss 1\n"
-    )
-    assert run.step() == 40
+    run.log.write_text("step 20/96 epoch 0.3\nstep 40/96 epoch 0.6 loss 1\n")
+    assert run.step() == 0
+    _publish(run, "training", step=41)
+    assert run.step() == 41
     assert run.log_tail().startswith("step 40/96")
+
+
+def _publish(run: Run, phase: str, **values: int | str) -> None:
+    run.folder.mkdir(exist_ok=True)
+    record = ProgressRecord(run_name="a", phase=phase, updated_at=1.0, **values)  # type: ignore[arg-type]
+    (run.folder / PROGRESS_FILE).write_text(record.to_json())
+
+
+def _ended(code: int) -> "subprocess.Popen[bytes]":
+    process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
+    process.wait()
+    return process
+
+
+def test_a_training_diverged_if_its_progress_file_says_so(tmp_path: Path) -> None:
+    run = Run(Training("a", 0, 64, 64, may_diverge=True), tmp_path / "a", [])
+    run.log.write_text("convoy: the loss of step 9 is nan: training diverged; lower ...\n")
+    _publish(run, "failed", exit_code=2)
+    with pytest.raises(UserError, match="ended with exit code 2: convoy: the loss of step 9"):
+        _keep(run, _ended(2), 1.0, 1.0)
+    _publish(run, "diverged", step=9, mlflow_run_id="12ab", exit_code=2)
+    _keep(run, _ended(2), 1.0, 1.0)
+    outcome = json.loads(run.outcome.read_text())
+    assert (outcome["diverged"], outcome["steps"], outcome["mlflow_run_id"]) == (True, 9, "12ab")
+    strict = Run(Training("a", 0, 64, 64), tmp_path / "a", [])
+    with pytest.raises(UserError, match="ended with exit code 2"):
+        _keep(strict, _ended(2), 1.0, 1.0)
 
 
 def test_the_first_entries_of_an_idx_file() -> None:

@@ -1,0 +1,1 @@
+"""Machine-readable progress of a run: the record, and its publication by the trainer."""
