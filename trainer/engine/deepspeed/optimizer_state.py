@@ -19,14 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.engine.deepspeed.zero1_layout import all_gather_full_params
+from trainer.training.optimizers.registry import OPTIMIZERS
 
-OPTIMIZER_STATE_KEYS = {
-    "sgd": ("momentum_buffer",),
-    "lars": ("momentum_buffer",),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "lamb": ("exp_avg", "exp_avg_sq"),
-}
-"""Slots by ``optimizer.name``."""
 EMA = "ema"
 """Slot that holds the moving average of a weight, in addition to the optimizer's slots."""
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -58,7 +52,9 @@ class Fp32State:
         self._wrapped = engine.optimizer
         self._inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
-        self.names = OPTIMIZER_STATE_KEYS[optimizer_name]
+        spec = OPTIMIZERS[optimizer_name]
+        self.names = spec.state_keys
+        self._spec = spec
         unfused = zip(
             *(getattr(self._wrapped, f"{kind}_groups", []) for kind in ("fp16", "fp32")),
             strict=False,
@@ -71,9 +67,9 @@ class Fp32State:
         for master in self._flat():
             slots = self._inner.state[master]
             slots |= {name: torch.zeros_like(master) for name in self.names}
-            if optimizer_name == "adamw":
+            if spec.step_counter == "weight":
                 slots["step"] = torch.zeros((), device=master.device)
-        if optimizer_name == "lamb":
+        if spec.step_counter == "group":
             for group in self._inner.param_groups:
                 group["step"] = torch.zeros(())
         self._link()
@@ -116,6 +112,16 @@ class Fp32State:
     def weights(self) -> dict[str, Tensor]:
         """Return the full tensor of every master weight."""
         return self._wholes(None)
+
+    def check_keys(self) -> None:
+        """Raise RuntimeError if the optimizer keeps state that no checkpoint would contain."""
+        known = {*self.names, *(["step"] if self._spec.step_counter == "weight" else [])}
+        unknown = {key for master in self._flat() for key in self._inner.state[master]} - known
+        if unknown:
+            raise RuntimeError(
+                f"optimizer {self._spec.name} keeps the state {', '.join(sorted(unknown))}, which "
+                "its OptimizerSpec does not list; a run could not resume with it"
+            )
 
     def slot(self, slot: str) -> dict[str, Tensor]:
         """Return the full tensor of one slot for every weight."""
