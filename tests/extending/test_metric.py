@@ -45,7 +45,8 @@ def test_the_metric_counts_the_images_of_every_step(tmp_path: Path) -> None:
     """120 images in batches of 50, of which the last one of an epoch holds 20."""
     assert follow_guide("add-a-metric", tmp_path) == "trainer/training/metrics/images.py"
     settings = [
-        *("train.epochs=2", "batch.global_size=50", "train.log_every_steps=1", "data.workers=0"),
+        *("train.epochs=2", "batch.global_size=50", "batch.micro_size=null", "data.workers=0"),
+        "train.log_every_steps=1",
         *(f"data.train={ROOT}/tests/compatibility/fixture/data/train", "data.val=null"),
         f"train.output_dir={tmp_path}/out",
     ]

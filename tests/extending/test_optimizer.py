@@ -9,7 +9,7 @@ import pytest
 from guide import follow_guide, run_python
 
 TRAIN = """
-import json, sys
+import copy, json
 import numpy as np, torch, torch.nn.functional as F
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
@@ -60,7 +60,7 @@ for step in range(STEPS):
 
 first = engine_of(network(), 0)
 train(first, range(3))
-state = first.training_state()
+state = copy.deepcopy(first.training_state())  # it refers to the engine's own tensors
 train(first, range(3, STEPS))
 resumed = network()
 resumed.load_state_dict(state.model)
