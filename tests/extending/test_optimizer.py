@@ -102,4 +102,4 @@ def test_the_optimizers_options_are_recipe_keys(tree: Path) -> None:
     keys = {key["key"]: key for key in json.loads(listed)}
     assert "rmsprop" in keys["optimizer.name"]["type"].split(" or ")
     assert keys["optimizer.alpha"]["default"] == 0.99
-    assert keys["optimizer.momentum"]["description"].endswith("Used by lars, rmsprop and sgd.")
+    assert keys["optimizer.momentum"]["description"].endswith("Used by: lars, rmsprop, sgd.")

@@ -253,7 +253,7 @@ else:
                 option.annotation,
                 Field(
                     default=option.default,
-                    description=f"{description_of(option.annotation)} Used by {' and '.join(users)}.",
+                    description=f"{description_of(option.annotation)} Used by: {', '.join(users)}.",
                 ),
             )
             for name, (option, users) in optimizer_options().items()
