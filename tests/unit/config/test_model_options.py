@@ -39,8 +39,8 @@ def test_options_are_recipe_keys() -> None:
         "width": 8,
         "stem": "small",
     }
-    with pytest.raises(UserError, match=r"model\.widht: unknown key; did you mean model\.width\?"):
-        load_config("digits-resnet8", ["model.widht=8"])
+    with pytest.raises(UserError, match=r"model\.stemm: unknown key; did you mean model\.stem\?"):
+        load_config("digits-resnet8", ["model.stemm=small"])
     with pytest.raises(UserError, match="'large' is wrong: input should be 'imagenet' or 'small'"):
         load_config("digits-resnet8", ["model.stem=large"])
 
