@@ -42,7 +42,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.input_transfer import pinned_array
 from trainer.models import build_model
 from trainer.models.model_info import forward_costs
-from trainer.training.metrics import MetricsMeter
+from trainer.training.metrics.meter import MetricsMeter
 
 ROOT = Path(__file__).parents[1]
 SIDE, RATE, STEPS = 224, 1e-4, 10

@@ -1,4 +1,5 @@
-"""Writes docs/reference/ from the code: command line, recipe keys, exit codes, progress record.
+"""Writes docs/reference/ from the code: the command line, recipe keys and exit codes; and the table
+of the networks in docs/models.md.
 
     python tools/reference.py [--check]
 
@@ -14,6 +15,7 @@ import typer
 from pydantic import TypeAdapter
 
 from pipelines.cli.main import app
+from pipelines.cli.model_table import markdown_table, top5_sources
 from pipelines.cli.recipe_info import recipe_keys
 from trainer import errors
 from trainer.progress.progress_record import (
@@ -22,8 +24,11 @@ from trainer.progress.progress_record import (
     PROGRESS_LOG_VARIABLE,
     ProgressRecord,
 )
+from trainer.models import list_models
+from trainer.models.model_info import model_info
 
-FOLDER = Path(__file__).parents[1] / "docs/reference"
+DOCS = Path(__file__).parents[1] / "docs"
+FOLDER = DOCS / "reference"
 NOTE = "<!-- Written by tools/reference.py; do not edit. -->\n\n"
 EXIT_CODES = {
     "EXIT_BUG": "A bug in Convoy; the traceback is on stderr. Never retried.",
@@ -168,10 +173,28 @@ PAGES = {
     "exit-codes.md": exit_code_page,
     "progress.md": progress_page,
 }
+def models_page() -> str:
+    """The page as it is, with new tables between the comments that mark them."""
+    entries = [model_info(spec.name) for spec in list_models()]
+    sources = [
+        "| models | source |",
+        "|---|---|",
+        *(f"| {', '.join(names)} | {source} |" for source, names in top5_sources(entries).items()),
+    ]
+    tables = {"networks": markdown_table(entries), "sources": "\n".join(sources)}
+    text = (DOCS / "models.md").read_text()
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: written by tools/reference.py -->\n", f"<!-- end of {name} -->"
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = f"{before}{begin}\n{table}\n\n{end}{after}"
+    return text
+
+
 
 
 def main() -> None:
     pages = {FOLDER / name: NOTE + page() for name, page in PAGES.items()}
+    pages[DOCS / "models.md"] = models_page()
     if "--check" not in sys.argv:
         FOLDER.mkdir(parents=True, exist_ok=True)
         for path, text in pages.items():
@@ -179,7 +202,7 @@ def main() -> None:
         return
     stale = [p.name for p, text in pages.items() if not p.exists() or p.read_text() != text]
     if stale:
-        sys.exit(f"docs/reference: {', '.join(stale)} not current; run python tools/reference.py")
+        sys.exit(f"docs: {', '.join(stale)} not current; run python tools/reference.py")
 
 
 if __name__ == "__main__":

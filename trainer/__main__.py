@@ -57,7 +57,7 @@ from trainer.tracking import SystemMetrics, Tracker
 from trainer.tracking.run_record import SampleKeyLogger, finalize_run, start_tracking
 from trainer.tracking.run_status import UnfinishedRun
 from trainer.training.checkpoint import Checkpoint, resume_or_start
-from trainer.training.metrics import TrainState
+from trainer.training.metrics.meter import TrainState
 from trainer.training.preemption import PreemptionSignal
 from trainer.training.trainer import Trainer
 from trainer.training.watchdog import Watchdog

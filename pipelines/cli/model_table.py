@@ -55,18 +55,28 @@ def table(entries: Iterable[ModelInfo]) -> Table:
 def markdown(entries: Iterable[ModelInfo]) -> str:
     """Return the same table and its sources as Markdown, for the documentation."""
     entries = list(entries)
-    lines = [
+    return markdown_table(entries) + "\n\n" + _caption(entries).replace("\n", "\n\n") + "\n"
+
+
+def markdown_table(entries: Iterable[ModelInfo]) -> str:
+    """Return the table as Markdown."""
+    return "\n".join(
         "| " + " | ".join(cells) + " |"
         for cells in (_COLUMNS, ["---", *["--:"] * (len(_COLUMNS) - 1)], *rows(entries))
-    ]
-    return "\n".join(lines) + "\n\n" + _caption(entries).replace("\n", "\n\n") + "\n"
+    )
 
 
-def _caption(entries: list[ModelInfo]) -> str:
+def top5_sources(entries: Iterable[ModelInfo]) -> dict[str, list[str]]:
+    """Return the sources of the published top-5 errors, each with the names of its models."""
     sources: dict[str, list[str]] = {}
     for entry in entries:
         if entry.top5_source:
             sources.setdefault(entry.top5_source, []).append(entry.name)
+    return sources
+
+
+def _caption(entries: list[ModelInfo]) -> str:
+    sources = top5_sources(entries)
     lines = [f"top-5 error of {', '.join(names)}: {source}" for source, names in sources.items()]
     lines += [
         "layers: with weights, on the longest path. params: after the +, those of the auxiliary "

@@ -19,18 +19,13 @@ from trainer.dependencies.process_patches import log_level
 from trainer.errors import UserError
 from trainer.export.exported_model import FACTS_NAME, WEIGHTS_NAME, ModelMetadata, save_model
 from trainer.models import build_model
-from trainer.models.registry import get_model_spec
+from trainer.models.registry import Library, get_model_spec
 from trainer.models.state_dict_adapter import StateDictAdapter, export_state
 from trainer.weights.class_matching import imagenet_output_names, match_classes
 from trainer.weights.pretrained import classes_in, load_weights, select_weights
 from trainer.weights.state_dict_file import classes_beside
 
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-_PUBLISHED = {"activation": "relu", "head": "tower", "filters": "stacked", "reduction": True}
-"""Options that other libraries' networks lack, with the value that theirs correspond to.
-
-With another value the weights would fit but mean something else, or have no name.
-"""
 _SUFFIXES = {
     "torchvision": (".pth", ".pt", ".safetensors"),
     "timm": (".safetensors", ".pth", ".pt"),
@@ -78,7 +73,8 @@ def import_weights(
     loaded = load_weights(model, name, file, weights, outputs)
     notes = [*loaded.notes, *notes]
     if half_range is None:
-        half_range = name == "googlenet" and loaded.scheme == "torchvision"
+        libraries = get_model_spec(name).libraries
+        half_range = loaded.scheme != "convoy" and libraries[loaded.scheme].half_range
     mean, std = ([0.5] * 3, [0.5] * 3) if half_range else _IMAGENET
     if half_range:
         notes.append(
@@ -152,10 +148,12 @@ def export_weights(source: str, file: Path, form: str) -> str:
         )
     with _model_folder(source) as folder:
         facts = ModelMetadata(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
-        for key, value in facts.options.items():
-            if form != "onnx" and value != _PUBLISHED.get(key, value):
+        library = get_model_spec(facts.name).libraries.get(cast(Library, form))
+        for key, theirs in (library.options if library else {}).items():
+            value = facts.options.get(key, theirs)
+            if value != theirs:
                 raise UserError(
-                    f"model.{key}: {form}'s {facts.name} has {_PUBLISHED[key]!r} alone, not "
+                    f"model.{key}: {form}'s {facts.name} has {theirs!r} alone, not "
                     f"{value!r}; export as onnx"
                 )
         model = facts.build()

@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer.config.schema import OptimizerConfig
 from trainer.engine.deepspeed.grad_reducer import _build_buckets
-from trainer.training.optimizers import build_optimizer
+from trainer.training.optimizers.build import build_optimizer
 
 
 def test_channels_last_weights_follow_the_plain_loop(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ LAYERS = [
     ["trainer.locks.lock_owner", "trainer.secrets.credentials"],
     ["trainer.process"],
     ["trainer.config.load", "trainer.config.field_types", "trainer.faults.disk_space"],
+    ["trainer.config.model_options", "trainer.training.optimizers"],
     ["trainer.config.schema"],
     ["trainer.faults.hardware_errors"],
     ["trainer.data"],
@@ -28,7 +29,7 @@ LAYERS = [
     ["trainer.progress.progress_publisher"],
     ["trainer.models"],
     ["trainer.training.batch_plan", "trainer.training.lr_schedule"],
-    ["trainer.training.optimizers", "trainer.training.loss"],
+    ["trainer.training.optimizers.build", "trainer.training.loss"],
     ["trainer.engine.deepspeed.compat"],
     [
         "trainer.distributed.env",

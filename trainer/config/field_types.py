@@ -1,9 +1,10 @@
 """Types of recipe values: numeric bounds and rules for paths and names."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field
+from typing_extensions import Doc
 
 # Every number has a lower and an upper bound so that derived values cannot overflow int64 (sample
 # order), fp32 (device) or the operating system's seconds (tests/unit/config/test_schema.py checks all of
@@ -74,3 +75,8 @@ Url = Annotated[str, AfterValidator(_is_url)]
 Folder = Annotated[str, AfterValidator(_is_folder)]
 ExperimentName = Annotated[str, AfterValidator(_is_experiment)]
 RegisteredName = Annotated[str, AfterValidator(_is_registered_name)]
+
+
+def description_of(annotation: Any) -> str:
+    """Returns the text of the ``Doc`` in an ``Annotated`` type."""
+    return next(str(part.documentation) for part in get_args(annotation) if isinstance(part, Doc))

@@ -16,6 +16,7 @@ from trainer.data.storage.location import is_remote, local_path
 from trainer.data.storage.store import open_store
 from trainer.errors import ServiceUnreachable, UserError
 from trainer.faults.disk_space import FileSystem, cannot_write, file_system, mib, probe_folder
+from trainer.training.optimizers.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +30,6 @@ _SMALL_FILES_BYTES = 128 * 1024  # recipe, configuration, environment and result
 _SPOOL_BYTES_PER_STEP, _SPOOL_MOST_BYTES = 160, 2**30
 _MANIFEST_BYTES = 64 * 1024
 _FAILED_CHECKPOINTS = 3  # consecutive failures after which the result is at risk
-_SLOTS = {"sgd": 1, "lars": 1, "adamw": 2, "lamb": 2}
 _MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -237,10 +237,7 @@ def _needs(run: RunPlan, size: ModelSize, local_ranks: int) -> Iterator[_Need]:
 
 
 def _checkpoint_bytes(run: RunPlan, size: ModelSize) -> int:
-    optimizer = run.config.optimizer
-    slots = _SLOTS[optimizer.name]
-    if optimizer.name == "sgd" and not optimizer.momentum:
-        slots = 0
+    slots = len(OPTIMIZERS[run.config.optimizer.name].state_keys)
     averages = size.state if run.config.ema is not None else 0
     return size.state + slots * size.parameters + averages + _MANIFEST_BYTES
 

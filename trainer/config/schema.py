@@ -9,13 +9,14 @@ import reprlib
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -38,10 +39,13 @@ from trainer.config.field_types import (
     Seed,
     Threads,
     Url,
+    description_of,
 )
 from trainer.config.load import apply_overrides, find_recipe, read_recipe
+from trainer.config.model_options import model_options
 from trainer.errors import UserError
 from trainer.secrets.credentials import take_from_values
+from trainer.training.optimizers.registry import OPTIMIZERS, optimizer_options
 
 PLACEHOLDER = "{name}"
 
@@ -68,47 +72,37 @@ class _Section(BaseModel):
         return value
 
 
-class ModelConfig(_Section):
+class _ModelKeys(_Section):
     """The network architecture and its initial weights."""
 
     name: str
     """Name of the model, as listed by `convoy models`."""
     num_classes: Annotated[int, Field(ge=1, le=2**24)] | None = None
     """Number of output classes; default: the number of classes in the data set."""
-    width: Annotated[int, Field(ge=1, le=2**16)] | None = None
-    """Channels of the first stage; default: the network's own. The same applies to every option
-    below.
-    """
-    stem: Literal["imagenet", "small"] | None = None
-    """Input layers: `imagenet` downsamples with large strides, for photographs; `small` does not
-    downsample, for small images.
-    """
-    activation: Literal["relu", "tanh"] | None = None
-    """Activation function."""
-    batch_norm: bool | None = None
-    """Whether batch norm follows each convolution."""
-    dropout: Decay | None = None
-    """Dropout probability of the inputs of fully connected layers."""
-    head: Literal["tower", "average"] | None = None
-    """Classifier head after the convolutions: `tower` is three fully connected layers; `average` is
-    global average pooling and one fully connected layer, as in GoogLeNet.
-    """
-    filters: Literal["stacked", "single"] | None = None
-    """Convolutions of a stage: `stacked` is a sequence of 3x3 convolutions; `single` is one large
-    convolution with the same receptive field.
-    """
-    reduction: bool | None = None
-    """Whether 1x1 convolutions reduce the channels before the large filters of an inception module.
-    """
-    stride_in: Literal["1x1", "3x3"] | None = None
-    """Convolution of a bottleneck block that has the stride: 1x1 as in the paper, 3x3 as in "v1.5".
-    """
-    zero_init_gamma: bool | None = None
-    """Initialize every residual block to its shortcut (Goyal et al. 2017, 5.1)."""
     init: Url | None = None
     """URL of a weights file to start from, with the parameter names of Convoy, torchvision or timm;
     or the output folder of a run.
     """
+
+
+def _with_options(keys: type[BaseModel], name: str, options: dict[str, Any]) -> type[BaseModel]:
+    """Returns a section with further keys, each given as pydantic's pair of type and field."""
+    repeated = options.keys() & keys.model_fields.keys()
+    assert not repeated, f"{name}: an option has the name of a key: {', '.join(repeated)}"
+    return create_model(name, __base__=keys, __doc__=keys.__doc__, __module__=__name__, **options)
+
+
+if TYPE_CHECKING:
+    ModelConfig = _ModelKeys
+else:
+    ModelConfig = _with_options(
+        _ModelKeys,
+        "ModelConfig",
+        {
+            name: (kind | None, Field(default=None, description=description_of(kind)))
+            for name, kind in model_options().items()
+        },
+    )
 
 
 class DataConfig(_Section):
@@ -216,23 +210,23 @@ class BatchConfig(_Section):
     """Samples per forward pass of one rank during evaluation."""
 
 
-class OptimizerConfig(_Section):
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
+
+
+class _OptimizerKeys(_Section):
     """The optimizer and its base learning rate."""
 
-    name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
-    """Optimizer: SGD with momentum, AdamW, LARS or LAMB."""
+    name: OptimizerName = "sgd"
+    """Name of the optimizer."""
     base_lr: Positive = 0.1
     """Learning rate at a global batch of base_batch samples; scaled linearly with the global batch
     (Goyal et al. 2017, 2.1).
     """
     base_batch: Count = 256
     """Global batch size to which base_lr applies, in samples."""
-    momentum: Decay = 0.9
-    """Momentum of sgd and lars."""
-    nesterov: bool = False
-    """Whether sgd and lars use Nesterov momentum."""
-    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """Decay rates of the first and second moments of adamw and lamb."""
     weight_decay: NonNegative = 1e-4
     """Weight decay coefficient; decoupled from the gradient in adamw."""
     decay_norm_and_bias: bool = True
@@ -243,10 +237,28 @@ class OptimizerConfig(_Section):
     """Maximum gradient norm over all weights; larger gradients are scaled down to it."""
 
     @model_validator(mode="after")
-    def _has_momentum(self) -> "OptimizerConfig":
-        if self.nesterov and not self.momentum and self.name in ("sgd", "lars"):
-            raise ValueError("nesterov: true needs a momentum above 0")
+    def _options_go_together(self) -> Self:
+        OPTIMIZERS[self.name].validate(self.model_dump())
         return self
+
+
+if TYPE_CHECKING:
+    OptimizerConfig = _OptimizerKeys
+else:
+    OptimizerConfig = _with_options(
+        _OptimizerKeys,
+        "OptimizerConfig",
+        {
+            name: (
+                option.annotation,
+                Field(
+                    default=option.default,
+                    description=f"{description_of(option.annotation)} Used by: {', '.join(users)}.",
+                ),
+            )
+            for name, (option, users) in optimizer_options().items()
+        },
+    )
 
 
 class ScheduleConfig(_Section):
@@ -503,6 +515,17 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def default_values(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Returns the default of every key that has one, named ``section.key``."""
+    values: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            values |= default_values(field.annotation, f"{prefix}{name}.")
+        elif not field.is_required():
+            values[prefix + name] = field.get_default()
+    return values
 
 
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -149,6 +149,7 @@ class Engine(ABC):
 
     def _slots(self) -> dict[str, Tensor]:
         """Return the optimizer state of the full model by ``slot/name``."""
+        self._fp32_state.check_keys()
         return {
             f"{slot}/{name}": value
             for slot in self._fp32_state.names

@@ -28,7 +28,7 @@ from trainer.engine.model_chunk import ModelChunk
 from trainer.models.batch_norm import synchronize_batch_norm
 from trainer.training.batch_plan import BatchPlan
 from trainer.training.loss import weighted_loss
-from trainer.training.optimizers import build_optimizer
+from trainer.training.optimizers.build import build_optimizer
 
 
 class PipelineParallel(Engine):

@@ -8,17 +8,10 @@ convolutional neural networks" (2014), without response normalization, as in tor
 
 from torch import nn
 
-from trainer.models.layers import (
-    Activation,
-    HeadKind,
-    LocalResponseNorm,
-    Stem,
-    average_head,
-    nonlinearity,
-    scaled,
-    stack,
-)
-from trainer.models.registry import ModelSpec, register
+from trainer.config.model_options import Activation, Dropout, HeadKind, Stem, Width
+from trainer.models.layers import LocalResponseNorm, average_head, nonlinearity, scaled, stack
+from trainer.models.registry import LibraryWeights, ModelSpec, PublishedError, register
+from trainer.models.state_dict_adapter import number_layers
 
 _FULL = 4096
 """Outputs of a hidden fully connected layer."""
@@ -29,10 +22,10 @@ def alexnet(
     channels: tuple[int, int, int, int, int],
     towers: int,
     *,
+    width: Width | None = None,
     stem: Stem = "imagenet",
     activation: Activation = "relu",
-    dropout: float = 0.5,
-    width: int | None = None,
+    dropout: Dropout = 0.5,
     head: HeadKind = "tower",
 ) -> nn.Sequential:
     """Build AlexNet, from [N, 3, H, W] to [N, num_classes].
@@ -109,6 +102,9 @@ register(
         alexnet,
         _SMALLEST,
         {"channels": (64, 192, 384, 256, 256), "towers": 1},
+        libraries={
+            "torchvision": LibraryWeights(number_layers, {"activation": "relu", "head": "tower"})
+        },
     )
 )
 register(
@@ -119,5 +115,6 @@ register(
         alexnet,
         _SMALLEST,
         {"channels": (96, 256, 384, 384, 256), "towers": 2},
+        top5_error=PublishedError(18.2, "Krizhevsky et al. 2012, table 2: one network, validation"),
     )
 )

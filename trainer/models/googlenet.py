@@ -13,14 +13,16 @@ evaluation the value is always a plain tensor. The list of layers can therefore 
 and the value at the split is a tensor or a tuple of tensors, as a pipeline engine requires.
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Doc
 
+from trainer.config.model_options import Activation, BatchNorm, Dropout, Stem, Width
 from trainer.models.layers import (
-    Activation,
     LocalResponseNorm,
-    Stem,
     Value,
     conv_norm,
     nonlinearity,
@@ -28,7 +30,8 @@ from trainer.models.layers import (
     scaled,
     stack,
 )
-from trainer.models.registry import ModelSpec, register
+from trainer.models.registry import LibraryWeights, ModelSpec, PublishedError, register
+from trainer.models.state_dict_adapter import substitute
 
 _WIDTH = 64
 _INCEPTIONS = {
@@ -198,12 +201,18 @@ def googlenet(
     num_classes: int,
     paper: bool,
     *,
+    width: Width | None = None,
     stem: Stem = "imagenet",
     activation: Activation = "relu",
-    batch_norm: bool = True,
-    dropout: float | None = None,
-    width: int | None = None,
-    reduction: bool = True,
+    batch_norm: BatchNorm = True,
+    dropout: Dropout | None = None,
+    reduction: Annotated[
+        bool,
+        Doc(
+            "Whether 1x1 convolutions reduce the channels before the large filters of an inception "
+            "module."
+        ),
+    ] = True,
 ) -> nn.Sequential:
     """Build GoogLeNet, from [N, 3, H, W] to [N, num_classes].
 
@@ -293,9 +302,29 @@ def _initialize_normal(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+_TORCHVISION_NAMES = [
+    (r"\.reduce3\.", ".branch2.0."),
+    (r"\.branch3\.", ".branch2.1."),
+    (r"\.reduce5\.", ".branch3.0."),
+    (r"\.branch5\.", ".branch3.1."),
+    (r"\.project\.", ".branch4.1."),
+    (r"^head\.fc\.", "fc."),
+]
 register(
     ModelSpec(
-        "googlenet", 2014, "googlenet", googlenet, {"imagenet": 15, "small": 4}, {"paper": False}
+        "googlenet",
+        2014,
+        "googlenet",
+        googlenet,
+        {"imagenet": 15, "small": 4},
+        {"paper": False},
+        libraries={
+            "torchvision": LibraryWeights(
+                substitute(_TORCHVISION_NAMES),
+                {"activation": "relu", "reduction": True},
+                half_range=True,
+            )
+        },
     )
 )
 register(
@@ -306,5 +335,8 @@ register(
         googlenet,
         {"imagenet": 31, "small": 8},
         {"paper": True, "batch_norm": False},
+        top5_error=PublishedError(
+            10.07, "Szegedy et al. 2014, table 3: one network, one crop, validation"
+        ),
     )
 )

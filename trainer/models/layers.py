@@ -2,18 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.config.model_options import Activation
 from trainer.errors import UserError
 from trainer.models.batch_norm import BatchNorm2d
 
-Activation = Literal["relu", "tanh"]
-Stem = Literal["imagenet", "small"]
-HeadKind = Literal["tower", "average"]
 Value = Tensor | tuple[Tensor, ...]
 """The value passed from layer to layer.
 

@@ -10,36 +10,6 @@ from trainer.dependencies.torch_compat import check_torch, published_accuracy, s
 from trainer.models.registry import build_model, get_model_spec
 from trainer.models.state_dict_adapter import auxiliary_names, schemes_of
 
-_ALEXNET = "Krizhevsky et al. 2012, table 2: one network, validation"
-_VGG = "Simonyan, Zisserman 2015, table 3: one network, one scale, validation"
-_GOOGLENET = "Szegedy et al. 2014, table 3: one network, one crop, validation"
-_RESNET = "He et al. 2015, table 3: one network, 10 crops, validation"
-_CIFAR = "He et al. 2015, table 6: CIFAR-10 test, top-1"
-_TOP5 = {
-    "alexnet2012": (18.2, _ALEXNET),
-    "vgg11": (10.4, _VGG),
-    "vgg13": (9.9, _VGG),
-    "vgg16": (8.1, _VGG),
-    "vgg19": (8.0, _VGG),
-    "googlenet2014": (10.07, _GOOGLENET),
-    "resnet34": (7.46, _RESNET + ", option B"),
-    "resnet50": (6.71, _RESNET),
-    "resnet101": (6.05, _RESNET),
-    "resnet152": (5.71, _RESNET),
-    "plain34": (10.02, _RESNET),
-}
-"""Published top-5 error on ImageNet in percent, with its source.
-
-Variants that no paper measured have no entry.
-"""
-_CIFAR_ERROR = {
-    "resnet20": 8.75,
-    "resnet32": 7.51,
-    "resnet44": 7.17,
-    "resnet56": 6.97,
-    "resnet110": 6.43,
-}
-
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -89,9 +59,8 @@ def model_info(name: str, image_size: int | None = None) -> ModelInfo:
     auxiliary = set(auxiliary_names(model))
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
     of_heads = sum(size for key, size in sizes.items() if key in auxiliary)
-    top5_error, top5_source = _TOP5.get(name, (None, None))
-    cifar10_error = _CIFAR_ERROR.get(name)
-    weights, top1, top5 = _torchvision(name)
+    top5, cifar10 = variant.top5_error, variant.cifar10_error
+    weights, weights_top1, weights_top5 = _torchvision(name)
     return ModelInfo(
         name,
         variant.family,
@@ -102,13 +71,13 @@ def model_info(name: str, image_size: int | None = None) -> ModelInfo:
         num_classes,
         image_size,
         *forward_costs(model, image_size),
-        top5_error,
-        top5_source,
-        cifar10_error,
-        _CIFAR if cifar10_error else None,
+        top5.percent if top5 else None,
+        top5.source if top5 else None,
+        cifar10.percent if cifar10 else None,
+        cifar10.source if cifar10 else None,
         weights,
-        top1,
-        top5,
+        weights_top1,
+        weights_top5,
     )
 
 

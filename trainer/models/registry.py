@@ -4,11 +4,46 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from trainer.errors import UserError
+
+Library = Literal["torchvision", "timm"]
+
+
+@dataclass(frozen=True)
+class PublishedError:
+    """An error that a paper published, in percent, with its source."""
+
+    percent: float
+    source: str
+
+
+def _no_convolutions(model: nn.Sequential) -> dict[str, int]:
+    return {}
+
+
+@dataclass(frozen=True)
+class LibraryWeights:
+    """How another library names and shapes the weights of the network that has the same name."""
+
+    key_map: Callable[[nn.Sequential], dict[str, str]]
+    """Takes the model; returns the library's name for each name in the model's state dict."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The value of each option that the library's network corresponds to.
+
+    With another value the weights would fit but mean something else, or have no name.
+    """
+    convolutions: Callable[[nn.Sequential], Mapping[str, int]] = _no_convolutions
+    """Takes the model; returns the library's names for weights of fully connected layers that are
+    convolutions there, with the side of their kernel.
+    """
+    half_range: bool = False
+    """Whether the published weights expect pixels from -1 to 1 instead of ImageNet's mean and
+    deviation.
+    """
 
 
 @dataclass(frozen=True)
@@ -27,6 +62,12 @@ class ModelSpec:
     smallest_input: Mapping[str, int]
     """Smallest input side in pixels, by stem, that leaves every layer at least one pixel."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    top5_error: PublishedError | None = None
+    """Published top-5 error on ImageNet; None for a variant that no paper measured."""
+    cifar10_error: PublishedError | None = None
+    """Published top-1 error on CIFAR-10's test set."""
+    libraries: Mapping[Library, LibraryWeights] = field(default_factory=dict)
+    """The libraries that have this network under this name."""
 
     @property
     def options(self) -> list[str]:
@@ -35,10 +76,10 @@ class ModelSpec:
 
     @property
     def default_stem(self) -> str:
-        stem = (
-            self.arguments.get("stem") or inspect.signature(self.builder).parameters["stem"].default
-        )
-        return str(stem)
+        """The stem without the option ``stem``; ``imagenet`` for a family without this option."""
+        parameter = inspect.signature(self.builder).parameters.get("stem")
+        default = parameter.default if parameter is not None else "imagenet"
+        return str(self.arguments.get("stem") or default)
 
 
 _VARIANTS: dict[str, ModelSpec] = {}
@@ -90,7 +131,7 @@ def build_model(
     stem = given.get("stem", variant.default_stem)
     smallest = variant.smallest_input[stem]
     if image_size is not None and image_size < smallest:
-        small = variant.smallest_input["small"]
+        small = variant.smallest_input.get("small", smallest)
         hint = f", or {small} with model.stem=small" if small < smallest else ""
         raise UserError(
             f"data.image_size: {image_size} is too small for {name}, which needs at least "

@@ -3,14 +3,17 @@
 Source: He et al. 2015, "Deep Residual Learning", 3.3 and 4.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
+from typing_extensions import Doc
 
+from trainer.config.model_options import Activation, BatchNorm, Stem, Width
 from trainer.errors import UserError
 from trainer.models.batch_norm import BatchNorm2d
-from trainer.models.layers import Activation, ShortcutA, Stem, conv_norm, nonlinearity, stack
-from trainer.models.registry import ModelSpec, register
+from trainer.models.layers import ShortcutA, conv_norm, nonlinearity, stack
+from trainer.models.registry import LibraryWeights, ModelSpec, PublishedError, register
+from trainer.models.state_dict_adapter import substitute
 
 StrideIn = Literal["1x1", "3x3"]
 
@@ -124,12 +127,21 @@ def resnet(
     first_channels: int,
     residual: bool,
     *,
+    width: Width | None = None,
     stem: Stem = "imagenet",
     activation: Activation = "relu",
-    batch_norm: bool = True,
-    width: int | None = None,
-    stride_in: StrideIn | None = None,
-    zero_init_gamma: bool = False,
+    batch_norm: BatchNorm = True,
+    stride_in: Annotated[
+        Literal["1x1", "3x3"],
+        Doc(
+            "Convolution of a bottleneck block that has the stride: 1x1 as in the paper, 3x3 as in "
+            '"v1.5".'
+        ),
+    ]
+    | None = None,
+    zero_init_gamma: Annotated[
+        bool, Doc("Initialize every residual block to its shortcut (Goyal et al. 2017, 5.1).")
+    ] = False,
 ) -> nn.Sequential:
     """Build a residual or plain network, from [N, 3, H, W] to [N, num_classes].
 
@@ -221,6 +233,32 @@ _IMAGENET_BLOCKS = {
     101: (Bottleneck, (3, 4, 23, 3)),
     152: (Bottleneck, (3, 8, 36, 3)),
 }
+_TOP5_SOURCE = "He et al. 2015, table 3: one network, 10 crops, validation"
+_TOP5_ERROR = {
+    "resnet34": PublishedError(7.46, f"{_TOP5_SOURCE}, option B"),
+    "resnet50": PublishedError(6.71, _TOP5_SOURCE),
+    "resnet101": PublishedError(6.05, _TOP5_SOURCE),
+    "resnet152": PublishedError(5.71, _TOP5_SOURCE),
+    "plain34": PublishedError(10.02, _TOP5_SOURCE),
+}
+_CIFAR10_ERROR = {
+    f"resnet{depth}": PublishedError(percent, "He et al. 2015, table 6: CIFAR-10 test, top-1")
+    for depth, percent in {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43}.items()
+}
+_THEIR_WEIGHTS = LibraryWeights(
+    substitute(
+        [
+            (r"^conv\.", "conv1."),
+            (r"^bn\.", "bn1."),
+            (r"^stage(\d)_(\d+)\.", r"layer\1.\2."),
+            (r"\.shortcut\.conv\.", ".downsample.0."),
+            (r"\.shortcut\.bn\.", ".downsample.1."),
+            (r"^head\.", "fc."),
+        ]
+    ),
+    {"activation": "relu"},
+)
+"""torchvision and timm use the same names."""
 
 
 def _register() -> None:
@@ -231,6 +269,7 @@ def _register() -> None:
     """
     for family, residual in (("resnet", True), ("plain", False)):
         for depth in _CIFAR_DEPTHS:
+            name = f"{family}{depth}"
             arguments = {
                 "block": BasicBlock,
                 "blocks": ((depth - 2) // 6,) * 3,
@@ -239,10 +278,17 @@ def _register() -> None:
             arguments |= {"residual": residual, "stem": "small"}
             register(
                 ModelSpec(
-                    f"{family}{depth}", 2015, family, resnet, {"imagenet": 9, "small": 3}, arguments
+                    name,
+                    2015,
+                    family,
+                    resnet,
+                    {"imagenet": 9, "small": 3},
+                    arguments,
+                    cifar10_error=_CIFAR10_ERROR.get(name),
                 )
             )
         for depth, (block, blocks) in _IMAGENET_BLOCKS.items():
+            name = f"{family}{depth}"
             arguments = {
                 "block": block,
                 "blocks": blocks,
@@ -251,12 +297,16 @@ def _register() -> None:
             }
             register(
                 ModelSpec(
-                    f"{family}{depth}",
+                    name,
                     2015,
                     family,
                     resnet,
                     {"imagenet": 17, "small": 5},
                     arguments,
+                    top5_error=_TOP5_ERROR.get(name),
+                    libraries=(
+                        {"torchvision": _THEIR_WEIGHTS, "timm": _THEIR_WEIGHTS} if residual else {}
+                    ),
                 )
             )
 

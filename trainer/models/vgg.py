@@ -3,21 +3,16 @@
 Source: Simonyan, Zisserman 2015, "Very Deep Convolutional Networks", table 1.
 """
 
-from typing import Literal
+from typing import Annotated, Literal, cast
 
 from torch import nn
+from typing_extensions import Doc
 
+from trainer.config.model_options import Activation, BatchNorm, Dropout, HeadKind, Stem, Width
 from trainer.models.batch_norm import BatchNorm2d
-from trainer.models.layers import (
-    Activation,
-    HeadKind,
-    Stem,
-    average_head,
-    nonlinearity,
-    scaled,
-    stack,
-)
-from trainer.models.registry import ModelSpec, register
+from trainer.models.layers import average_head, nonlinearity, scaled, stack
+from trainer.models.registry import LibraryWeights, ModelSpec, PublishedError, register
+from trainer.models.state_dict_adapter import number_layers
 
 _FULL = 4096
 """Outputs of a hidden fully connected layer."""
@@ -30,13 +25,19 @@ def vgg(
     num_classes: int,
     depth: int,
     *,
+    width: Width | None = None,
     stem: Stem = "imagenet",
     activation: Activation = "relu",
-    batch_norm: bool = False,
-    dropout: float = 0.5,
-    width: int | None = None,
+    batch_norm: BatchNorm = False,
+    dropout: Dropout = 0.5,
     head: HeadKind = "tower",
-    filters: Literal["stacked", "single"] = "stacked",
+    filters: Annotated[
+        Literal["stacked", "single"],
+        Doc(
+            "Convolutions of a stage: `stacked` is a sequence of 3x3 convolutions; `single` is one "
+            "large convolution with the same receptive field."
+        ),
+    ] = "stacked",
 ) -> nn.Sequential:
     """Build VGG, from [N, 3, H, W] to [N, num_classes].
 
@@ -98,6 +99,32 @@ def _initialize(model: nn.Sequential) -> None:
             nn.init.zeros_(layer.bias)
 
 
+_TIMM_NAMES = {
+    "classifier.0.": "pre_logits.fc1.",
+    "classifier.3.": "pre_logits.fc2.",
+    "classifier.6.": "head.fc.",
+}
+
+
+def _timm_key_map(model: nn.Sequential) -> dict[str, str]:
+    names = number_layers(model)
+    for name, theirs in names.items():
+        for torchvisions, timms in _TIMM_NAMES.items():
+            if theirs.startswith(torchvisions):
+                names[name] = theirs.replace(torchvisions, timms)
+    return names
+
+
+def _timm_convolutions(model: nn.Sequential) -> dict[str, int]:
+    """Return the kernels of timm's fully connected layers, which cover the full image."""
+    side = cast(nn.AdaptiveAvgPool2d, model.get_submodule("avgpool")).output_size
+    assert isinstance(side, int)
+    return {"pre_logits.fc1.weight": side, "pre_logits.fc2.weight": 1}
+
+
+_THEIR_OPTIONS = {"activation": "relu", "head": "tower", "filters": "stacked"}
+_TOP5_ERROR = {11: 10.4, 13: 9.9, 16: 8.1, 19: 8.0}
+_SOURCE = "Simonyan, Zisserman 2015, table 3: one network, one scale, validation"
 for _batch_norm in (False, True):
     for _depth in _CONVOLUTIONS:
         register(
@@ -108,5 +135,10 @@ for _batch_norm in (False, True):
                 vgg,
                 {"imagenet": 32, "small": 16},
                 {"depth": _depth, "batch_norm": _batch_norm},
+                top5_error=(None if _batch_norm else PublishedError(_TOP5_ERROR[_depth], _SOURCE)),
+                libraries={
+                    "torchvision": LibraryWeights(number_layers, _THEIR_OPTIONS),
+                    "timm": LibraryWeights(_timm_key_map, _THEIR_OPTIONS, _timm_convolutions),
+                },
             )
         )

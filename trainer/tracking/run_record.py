@@ -24,7 +24,7 @@ from trainer.secrets.redaction import redact_credentials
 from trainer.tracking import MlflowTracker, NullTracker, SystemMetrics, Tracker
 from trainer.tracking.server import check_registered_name, check_server, refusal
 from trainer.training.checkpoint import Checkpoint
-from trainer.training.metrics import TrainState
+from trainer.training.metrics.meter import TrainState
 
 
 def start_tracking(

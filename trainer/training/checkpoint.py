@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from trainer.config.schema import default_values
 from trainer.data.storage.location import local_path
 from trainer.data.storage.store import is_remote, open_store
 from trainer.distributed.collectives import broadcast_from_rank0, broadcast_tensors_from_rank0
@@ -329,8 +330,16 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_fingerprint(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise UserError that lists the recipe keys that differ."""
-    differing = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
+    """Raise UserError that lists the recipe keys that differ.
+
+    A key that one of them lacks has its default there: the checkpoint may be older than the key.
+    """
+    defaults = default_values()
+    differing = [
+        key
+        for key in dict.fromkeys([*theirs, *ours])
+        if theirs.get(key, defaults.get(key)) != ours.get(key, defaults.get(key))
+    ]
     if differing:
         told = [
             f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"

@@ -26,7 +26,8 @@ from trainer.tracking import Tracker
 from trainer.training.divergence import DivergenceDetector
 from trainer.training.evaluator import evaluate
 from trainer.training.lr_schedule import learning_rate_schedule
-from trainer.training.metrics import MetricsMeter, TrainState
+from trainer.training.metrics.meter import MetricsMeter, TrainState
+from trainer.training.metrics.registry import MetricInputs, compute_metrics
 from trainer.training.preemption import PreemptionSignal
 
 
@@ -234,13 +235,9 @@ class Trainer:
     # --- metrics and checks -------------------------------------------------------------------
 
     def _collect_metrics(self) -> dict[str, float]:
-        """Return the metrics logged every ``train.log_every_steps``. Add new metrics here."""
+        """Return the metrics logged every ``train.log_every_steps``."""
         values = self._meter.compute(self.state)
-        norm, scale = self.engine.grad_norm(), self.engine.loss_scale()
-        if norm is not None:
-            values["grad_norm"] = norm
-        if scale is not None:
-            values |= {"loss_scale": scale, "skipped_steps": self.state.skipped_steps}
+        values |= compute_metrics(MetricInputs(self.engine, self.state))
         if self._skips_bad_samples:
             values["bad_samples"] = self._count_bad_samples()
         return values

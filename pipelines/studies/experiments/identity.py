@@ -27,7 +27,7 @@ from pipelines.studies.framework.study import (
 from trainer.config.schema import OptimizerConfig
 from trainer.models import build_model
 from trainer.models.resnet import Block
-from trainer.training.optimizers import build_optimizer
+from trainer.training.optimizers.build import build_optimizer
 
 DEPTHS = {1: 8, 3: 20, 9: 56}
 """Number of blocks, and layers of the CIFAR network whose first stage has that many."""

@@ -163,7 +163,7 @@ def test_space_is_needed_for_what_the_run_will_write(digits: Path, tmp_path: Pat
 
     for setting, tensors in (
         (["optimizer.name=sgd"], 2),
-        (["optimizer.momentum=0", "optimizer.nesterov=false"], 1),
+        (["optimizer.momentum=0", "optimizer.nesterov=false"], 2),  # a buffer of zeros
         (["optimizer.name=adamw"], 3),
         (["optimizer.name=lamb", "ema=0.9"], 4),
     ):

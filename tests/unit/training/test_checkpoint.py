@@ -183,6 +183,15 @@ def test_one_of_another_recipe_is_refused(tmp_path: Path) -> None:
     assert "checkpoint.resume=never" in told
 
 
+def test_a_key_that_is_newer_than_the_checkpoint_must_have_its_default(tmp_path: Path) -> None:
+    """A new optimizer or network may bring a key; existing runs resume."""
+    _saved(str(tmp_path), 10)
+    newer = FINGERPRINT | {"optimizer.momentum": 0.9, "model.stem": None}
+    assert CheckpointManager(str(tmp_path), 3).load_latest(newer, print) is not None
+    with pytest.raises(UserError, match=r"optimizer\.momentum is None there and 0\.5 here"):
+        CheckpointManager(str(tmp_path), 3).load_latest(newer | {"optimizer.momentum": 0.5}, print)
+
+
 def test_beginning_anew_removes_those_that_stand(url: str) -> None:
     _saved(url, 10, 20)
     checkpoints = CheckpointManager(url, 3)

@@ -16,7 +16,7 @@ from trainer.models import build_model
 from trainer.training.batch_plan import plan_batches
 from trainer.training.loss import count_correct, weighted_loss
 from trainer.training.lr_schedule import learning_rate_schedule, scaled_learning_rate
-from trainer.training.optimizers import build_optimizer, weight_groups
+from trainer.training.optimizers.build import build_optimizer, weight_groups
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 16))

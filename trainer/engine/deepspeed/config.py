@@ -5,6 +5,7 @@ from typing import Any
 from trainer.config.schema import RunConfig
 from trainer.errors import UserError
 from trainer.training.batch_plan import BatchPlan
+from trainer.training.optimizers.registry import OPTIMIZERS
 
 BUCKET_NUMEL = 4 * 2**20
 """Elements that DeepSpeed reduces or gathers at once, or one layer's if it has more.
@@ -23,7 +24,7 @@ def validate_parallelism(config: RunConfig) -> None:
 
     Raises UserError that lists every problem.
     """
-    stage, optimizer = config.parallel.zero_stage, config.optimizer.name
+    stage, optimizer = config.parallel.zero_stage, OPTIMIZERS[config.optimizer.name]
     faults = []
     if config.precision == "fp16" and stage == 0:
         # engine.backward scales the loss for ZeRO's optimizers only; FP16_UnfusedOptimizer divides
@@ -40,11 +41,11 @@ def validate_parallelism(config: RunConfig) -> None:
         )
     if config.parallel.split is not None and config.parallel.pipeline_stages == 1:
         faults.append("parallel.split: needs parallel.pipeline_stages above 1")
-    if optimizer in ("lars", "lamb") and (stage > 0 or config.precision != "fp32"):
+    if stage not in optimizer.zero_stages or config.precision not in optimizer.precisions:
         faults.append(
-            f"optimizer.name: {optimizer} needs the norm of each layer's weights, which ZeRO "
-            "and 16-bit precision keep in one flat "
-            "piece; use precision fp32 with parallel.zero_stage 0, or another optimizer"
+            f"optimizer.name: {optimizer.name} {optimizer.limitation}; use precision "
+            f"{' or '.join(optimizer.precisions)} with parallel.zero_stage "
+            f"{' or '.join(map(str, optimizer.zero_stages))}, or another optimizer"
         )
     if faults:
         raise UserError(*faults)

@@ -22,14 +22,8 @@ from trainer.dependencies.torch_compat import interpolate_each
 from trainer.engine.deepspeed import compat
 from trainer.engine.deepspeed.compat import OptimizerKind
 from trainer.engine.deepspeed.zero1_layout import all_gather_full_params
+from trainer.training.optimizers.registry import OPTIMIZERS
 
-OPTIMIZER_STATE_KEYS = {
-    "sgd": ("momentum_buffer",),
-    "lars": ("momentum_buffer",),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "lamb": ("exp_avg", "exp_avg_sq"),
-}
-"""Slots by ``optimizer.name``."""
 EMA = "ema"
 """Slot that holds the moving average of a weight, in addition to the optimizer's slots."""
 
@@ -61,14 +55,16 @@ class Fp32State:
         self._kind = compat.optimizer_kind(engine.optimizer)
         self._inner = compat.inner_optimizer(engine.optimizer)
         self._parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
-        self.names = OPTIMIZER_STATE_KEYS[optimizer_name]
+        spec = OPTIMIZERS[optimizer_name]
+        self.names = spec.state_keys
+        self._spec = spec
         self._masters = {id(low): master for low, master in compat.fp32_copies(engine.optimizer)}
         for master in compat.fp32_tensors(self._wrapped):
             slots = self._inner.state[master]
             slots |= {name: torch.zeros_like(master) for name in self.names}
-            if optimizer_name == "adamw":
+            if spec.step_counter == "weight":
                 slots["step"] = torch.zeros((), device=master.device)
-        if optimizer_name == "lamb":
+        if spec.step_counter == "group":
             for group in self._inner.param_groups:
                 group["step"] = torch.zeros(())
         compat.link_optimizer_state(self._wrapped)
@@ -96,6 +92,16 @@ class Fp32State:
     def weights(self) -> dict[str, Tensor]:
         """Return the full tensor of every master weight."""
         return self._wholes(None)
+
+    def check_keys(self) -> None:
+        """Raise RuntimeError if the optimizer keeps state that no checkpoint would contain."""
+        known = {*self.names, *(["step"] if self._spec.step_counter == "weight" else [])}
+        unknown = {key for master in compat.fp32_tensors(self._wrapped) for key in self._inner.state[master]} - known
+        if unknown:
+            raise RuntimeError(
+                f"optimizer {self._spec.name} keeps the state {', '.join(sorted(unknown))}, which "
+                "its OptimizerSpec does not list; a run could not resume with it"
+            )
 
     def slot(self, slot: str) -> dict[str, Tensor]:
         """Return the full tensor of one slot for every weight."""

@@ -1,4 +1,4 @@
-"""Optimizers from torch and timm, and the weights to which they apply weight decay."""
+"""Builds the optimizer of a recipe, with the weights to which it applies weight decay."""
 
 from typing import Any
 
@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.schema import OptimizerConfig
-
-Group = dict[str, Any]
+from trainer.training.optimizers.registry import OPTIMIZERS, Groups
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
 
 
-def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
+def weight_groups(model: nn.Module, config: OptimizerConfig) -> Groups:
     """Return the optimizer's parameter groups.
 
     This is one group, or, with ``decay_norm_and_bias`` off, one group with weight decay and one
@@ -42,34 +41,11 @@ def weight_groups(model: nn.Module, config: OptimizerConfig) -> list[Group]:
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of the recipe.
-
-    - ``sgd``: torch's, whose momentum buffer does not contain the learning rate, so that changing
-      it needs no momentum correction (Goyal et al. 2017, 3, remark 2)
-    - ``adamw``: torch's (Loshchilov and Hutter 2019)
-    - ``lars`` and ``lamb``: timm's (You et al. 2017, 2020), without trust ratio for weights that
-      are not decayed
-
-    torch's optimizers are fused: one pass over memory instead of four.
-    """
-    groups = weight_groups(model, config)
-    betas = (config.betas[0], config.betas[1])
-    if config.name == "adamw":
-        return _laying_out(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True))
-    if config.name == "lamb":
-        # imported here: timm imports torchvision, which adds two seconds to every rank's start
-        from timm.optim.lamb import Lamb
-
-        return Lamb(groups, lr=learning_rate, betas=betas, max_grad_norm=None)
-    if config.name == "lars":
-        from timm.optim.lars import Lars
-
-        return Lars(groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov)
-    return _laying_out(
-        torch.optim.SGD(
-            groups, lr=learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True
-        )
-    )
+    """Build the optimizer of the recipe."""
+    spec = OPTIMIZERS[config.name]
+    options = {name: getattr(config, name) for name in spec.options}
+    optimizer = spec.builder(weight_groups(model, config), learning_rate, **options)
+    return _laying_out(optimizer) if spec.fused else optimizer
 
 
 def _laying_out(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
