@@ -63,10 +63,8 @@ def train_loader(
     """
     data, global_size = config.data, config.batch.global_size
     side = data.size_in(epoch)
-    streams, mixup = (
-        RandomStreams(streams_version, data.seed, epoch),
-        Mixup.from_config(config.augment),
-    )
+    streams = RandomStreams(streams_version, data.seed, epoch)
+    mixup = Mixup.from_config(config.augment)
     counts = {
         augmentation.stream: augmentation.num_uniforms
         for augmentation in enabled_augmentations(config.augment)

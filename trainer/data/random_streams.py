@@ -54,15 +54,12 @@ class RandomStreams:
         drawn = {}
         if self.version == 1:
             rows = self._version_1(_VERSION_1_SAMPLES, step).random((global_size, _VERSION_1_COUNT))
-            drawn = {
-                name: rows[:, _VERSION_1_COLUMNS[name]]
-                for name in counts
-                if name in _VERSION_1_COLUMNS
-            }
-        return drawn | {
-            name: self._philox(name, step, 0).random((global_size, count))
+            drawn = {name: rows[:, columns] for name, columns in _VERSION_1_COLUMNS.items()}
+        return {
+            name: drawn[name]
+            if name in drawn
+            else self._philox(name, step, 0).random((global_size, count))
             for name, count in counts.items()
-            if name not in drawn
         }
 
     def generator(self, name: str, step: int, micro_batch: int) -> np.random.Generator:

@@ -18,7 +18,9 @@ class Augmentation(BaseModel):
     share a key inherit its field from one base class.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True, use_attribute_docstrings=True, defer_build=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, use_attribute_docstrings=True, defer_build=True
+    )
 
     stream: ClassVar[str]
     """Name of the random stream, which determines its numbers: it must never change."""
