@@ -22,6 +22,7 @@ from trainer.config.run_plan import RunPlan, build_run_plan, tracking_uri
 from trainer.data.decode.decoder import decoder_in_use
 from trainer.data.index import check_digests
 from trainer.data.loader import prefetch_hint
+from trainer.data.random_streams import LATEST_VERSION
 from trainer.dependencies.process_patches import pillow_warnings_ignored
 from trainer.distributed import process_group
 from trainer.distributed.collectives import broadcast_from_rank0
@@ -272,6 +273,7 @@ def _train(
     checkpoints, found, notes = resume_or_start(
         config.checkpoint_url, kept.keep, kept.resume == "auto", fingerprint, device, locks.check
     )
+    streams_version = found.streams_version if found is not None else LATEST_VERSION
     if found is not None:
         built.model.load_state_dict(found.state.model)
     eval_model = copy.deepcopy(built.model).to(device)
@@ -311,6 +313,7 @@ def _train(
         *([room] if room else []),
         *checked,
         *notes,
+        f"augmentations use version {streams_version} of the random streams",
     ):
         progress.note(note)
 
@@ -318,7 +321,14 @@ def _train(
         if checkpoints is not None:
             check_result_fits(run, eval_model, checkpoints.failures_in_a_row)
             checkpoints.save(
-                Checkpoint(state, fingerprint, figures, tracker.run_id, tracker.run_key)
+                Checkpoint(
+                    state,
+                    fingerprint,
+                    figures,
+                    tracker.run_id,
+                    tracker.run_key,
+                    streams_version,
+                )
             )
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
@@ -352,6 +362,7 @@ def _train(
         preemption,
         save,
         heartbeat,
+        streams_version,
         on_samples_consumed=keys.write if keys else None,
     )
     try:

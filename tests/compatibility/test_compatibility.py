@@ -37,6 +37,7 @@ def test_the_run_resumes_and_ends_with_the_same_bits(convoy_ok: Run, tmp_path: P
     }
     said = convoy_ok("train", "digits-resnet8", *given.values(), "--procs", 2)
     assert f"step-{MIDDLE:09d}" in said
+    assert "augmentations use version 1 of the random streams" in said
     result = json.loads((tmp_path / "out/result.json").read_text())
     got = load_file(tmp_path / "out/model.safetensors")
     want = load_file(FIXTURE / "model.safetensors")
@@ -51,6 +52,8 @@ def test_the_run_resumes_and_ends_with_the_same_bits(convoy_ok: Run, tmp_path: P
         else:
             assert torch.allclose(got[name], value, rtol=1e-2, atol=1e-3), name
     assert result["loss"] == pytest.approx(EXPECTED["loss"], rel=1e-6 if same else 1e-2)
+    last = max((tmp_path / "out/checkpoints").glob("step-*/checkpoint.json"))
+    assert json.loads(last.read_text())["random_streams"] == 1
     assert result["top1"] == pytest.approx(EXPECTED["top1"], abs=0 if same else 0.05)
 
 

@@ -25,8 +25,9 @@ from update_error import distance
 
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
-from trainer.data.sampler import micro_batch_slots, mix_generator
-from trainer.data.transforms.mixup import Mix, draw_mix
+from trainer.data.random_streams import LATEST_VERSION, RandomStreams
+from trainer.data.sampler import micro_batch_slots
+from trainer.data.transforms.mixup import Mix, Mixup
 from trainer.distributed import process_group
 from trainer.distributed.collectives import all_reduce_mean
 from trainer.distributed.env import DistEnv
@@ -107,9 +108,11 @@ def config_of(cell: dict) -> RunConfig:
 
 
 def mix_of(config: RunConfig, step: int, micro_batch: int) -> Mix | None:
-    return draw_mix(
-        mix_generator(0, 0, step, micro_batch), config.augment.mixup, config.augment.cutmix, SIZE
-    )
+    mixup = Mixup.from_config(config.augment)
+    if not mixup.enabled:
+        return None
+    streams = RandomStreams(LATEST_VERSION, 0, 0)
+    return mixup.draw(streams.generator(mixup.stream, step, micro_batch), SIZE)
 
 
 def network_of(config: RunConfig) -> torch.nn.Sequential:

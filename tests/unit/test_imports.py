@@ -20,6 +20,7 @@ LAYERS = [
     ["trainer.locks.lock_owner", "trainer.secrets.credentials"],
     ["trainer.process"],
     ["trainer.config.load", "trainer.config.field_types", "trainer.faults.disk_space"],
+    ["trainer.data.transforms"],
     ["trainer.config.model_options", "trainer.training.optimizers"],
     ["trainer.config.schema"],
     ["trainer.faults.hardware_errors"],

@@ -12,6 +12,7 @@ from trainer.config.schema import RunConfig, load_config
 from trainer.data.index import Index, check_shards, open_index
 from trainer.data.sampler import steps_per_epoch
 from trainer.data.storage.store import Store, parse_storage_url
+from trainer.data.transforms.mixup import Mixup
 from trainer.engine.deepspeed.config import validate_parallelism
 from trainer.errors import UserError
 from trainer.tracking.server import validate_tracking_uri
@@ -198,8 +199,9 @@ def split_ranks(config: RunConfig, world_size: int, samples: int) -> BatchPlan:
     batch = plan_batches(
         config.batch.global_size, config.batch.micro_size, world_size // stages, samples
     )
-    if (config.augment.mixup or config.augment.cutmix) and batch.micro_size < 2:
-        key = "mixup" if config.augment.mixup else "cutmix"
+    mixup = Mixup.from_config(config.augment)
+    if mixup.enabled and batch.micro_size < 2:
+        key = "mixup" if mixup.mixup else "cutmix"
         raise UserError(
             f"augment.{key}: mixes the samples of a micro-batch, but that holds 1; use "
             "batch.micro_size 2 or more"

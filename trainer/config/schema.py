@@ -20,16 +20,15 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from trainer.config.field_types import (
-    Alpha,
     Count,
     Decay,
     Deviation,
     Epochs,
     ExperimentName,
     Folder,
-    Fraction,
     Mean,
     Minutes,
     NonNegative,
@@ -43,6 +42,8 @@ from trainer.config.field_types import (
 )
 from trainer.config.load import apply_overrides, find_recipe, read_recipe
 from trainer.config.model_options import model_options
+from trainer.data.transforms.augmentation import AUGMENTATIONS
+from trainer.data.transforms.crop import PaddedCrop
 from trainer.errors import UserError
 from trainer.secrets.credentials import take_from_values
 from trainer.training.optimizers.registry import OPTIMIZERS, optimizer_options
@@ -292,42 +293,27 @@ class ScheduleConfig(_Section):
         return self
 
 
-class AugmentConfig(_Section):
+if TYPE_CHECKING:
+    _AugmentationKeys = _Section
+else:
+    _AugmentationKeys = create_model(
+        "_AugmentationKeys",
+        __base__=_Section,
+        **{
+            name: (field.annotation, field)
+            for augmentation in AUGMENTATIONS
+            for name, field in augmentation.model_fields.items()
+        },
+    )
+
+
+class AugmentConfig(_AugmentationKeys):
     """Augmentation and cropping of images to the network input."""
 
-    crop: Literal["resized", "padded", "none"] = "resized"
-    """Training crop: `resized` has a random area and aspect ratio; `padded` is a random shift
-    within a zero border; `none` crops as in evaluation.
-    """
-    padding: Annotated[int, Field(ge=0, le=16384)] = 4
-    """Border width of `padded`, in pixels."""
-    min_area: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """Minimum fraction of the image area that `resized` keeps."""
-    flip: bool = True
-    """Flip images horizontally with probability 1/2."""
-    auto: Literal["none", "rand", "trivial"] = "none"
-    """Random color and geometric transforms: `rand` is RandAugment (Cubuk et al. 2019), `trivial`
-    is TrivialAugment (Mueller and Hutter 2021).
-    """
-    rand_layers: Annotated[int, Field(ge=1, le=4)] = 2
-    """Number of transforms that `rand` applies to an image."""
-    rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
-    """Strength of the transforms of `rand`, from 0 to 30."""
-    erase: Fraction = 0.0
-    """Probability of filling a rectangle of an image with data.mean (random erasing, Zhong et al.
-    2017).
-    """
+    # The other keys are the fields of all augmentations. Read them with `from_config` of the
+    # augmentation, which gives them their types.
     eval_crop: Annotated[float, Field(ge=0.1, le=1)] = 0.875
     """Fraction of the resized short side that the center crop of evaluation keeps (224 of 256)."""
-    mixup: Alpha = 0.0
-    """Alpha of the Beta distribution with which two images and their targets are blended (Zhang et
-    al. 2018); 0: off.
-    """
-    cutmix: Alpha = 0.0
-    """Alpha of the Beta distribution of the area that is replaced by another image (Yun et al.
-    2019); 0: off. If mixup is on as well, each micro-batch uses one of them, with probability 1/2
-    each.
-    """
 
 
 class ParallelConfig(_Section):
@@ -453,10 +439,10 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _padding_keeps_a_part(self) -> "RunConfig":
-        side, padding = self.data.size_in(0), self.augment.padding
-        if self.augment.crop == "padded" and padding >= side:
+        side, crop = self.data.size_in(0), PaddedCrop.from_config(self.augment)
+        if crop.enabled and crop.padding >= side:
             raise ValueError(
-                f"augment.padding: {padding} can shift all of an image of {side} pixels away; "
+                f"augment.padding: {crop.padding} can shift all of an image of {side} pixels away; "
                 "use less"
             )
         return self
@@ -517,26 +503,26 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def default_values(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """Returns the default of every key that has one, named ``section.key``."""
-    values: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            values |= default_values(field.annotation, f"{prefix}{name}.")
-        elif not field.is_required():
-            values[prefix + name] = field.get_default()
-    return values
-
-
-def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+def known_keys() -> list[str]:
     """Returns every key of a recipe as ``section.key``."""
-    keys = []
+    return [key for key, _ in _fields(RunConfig)]
+
+
+def default_values() -> dict[str, Any]:
+    """Returns the default of every key that may be omitted, by ``section.key``."""
+    return {
+        key: field.get_default(call_default_factory=True)
+        for key, field in _fields(RunConfig)
+        if not field.is_required()
+    }
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
+            yield from _fields(field.annotation, f"{prefix}{name}.")
         else:
-            keys.append(prefix + name)
-    return keys
+            yield prefix + name, field
 
 
 _REPR = reprlib.Repr()

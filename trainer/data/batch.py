@@ -1,6 +1,6 @@
 """The data types passed between the stages of the loader."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ class MicroBatch:
     weights: np.ndarray  # float32 [micro]; 0: padding
     global_weight: float  # number of samples with weight 1 in the global batch
     side: int  # pixels
-    uniforms: np.ndarray | None  # float64 [micro, UNIFORMS]; None in evaluation
+    uniforms: Mapping[str, np.ndarray]  # by random stream: float64 [micro, num_uniforms]
     mix: Mix | None = None
 
 

@@ -16,12 +16,13 @@ import numpy as np
 from trainer.data.batch import Allocate, Batch, Fetched, MicroBatch
 from trainer.data.decode.decoder import DecodeError
 from trainer.data.shards.tar import Sample, encoded_image, label_of
+from trainer.data.transforms.augmentation import Uniforms
 from trainer.errors import UserError
 
 _TASK = 8  # samples per decode task
 
 
-Transform = Callable[[memoryview, np.ndarray | None, np.ndarray], None]
+Transform = Callable[[memoryview, Uniforms, np.ndarray], None]
 """Decodes an encoded image, given its random numbers, into uint8 [side, side, 3].
 
 Raises DecodeError.
@@ -87,7 +88,7 @@ class Collator:
                 if self.view is not None:
                     self.view(
                         encoded_image(sample),
-                        None if part.uniforms is None else part.uniforms[i],
+                        {stream: values[i] for stream, values in part.uniforms.items()},
                         batch.pixels[i],
                     )
             except DecodeError as error:

@@ -12,7 +12,6 @@ from math import ceil
 
 import numpy as np
 import webdataset as wds
-from PIL import Image
 
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Allocate, Batch, MicroBatch, Window
@@ -20,21 +19,24 @@ from trainer.data.collate import Collator, Transform, decode_batches, threads
 from trainer.data.decode.decoder import decode_crop, decode_rgb
 from trainer.data.fetch import fetch_samples
 from trainer.data.index import Index
+from trainer.data.random_streams import LATEST_VERSION, RandomStreams
 from trainer.data.sampler import (
     EpochOrder,
-    augment_uniforms,
     block_steps,
     epoch_order,
     eval_range,
     micro_batch_slots,
-    mix_generator,
     steps_per_epoch,
 )
 from trainer.data.storage.store import RangeReader, is_remote
-from trainer.data.transforms.auto_augment import rand_augment, trivial_augment
-from trainer.data.transforms.crop import crop_box, eval_transform, padded_crop
-from trainer.data.transforms.mixup import Mix, draw_mix
-from trainer.data.transforms.random_erasing import UNIFORMS, erase
+from trainer.data.transforms.augmentation import (
+    ImageAugmentation,
+    Uniforms,
+    enabled_augmentations,
+)
+from trainer.data.transforms.crop import PaddedCrop, RandomResizedCrop, eval_transform
+from trainer.data.transforms.flip import RandomFlip
+from trainer.data.transforms.mixup import Mix, Mixup
 
 _LONG = 8 * 2**20  # bytes; longer contiguous reads of one stream are no faster
 _SLOW = 64 * 2**20  # bytes; an epoch's first window may delay its first step by this much reading
@@ -51,20 +53,28 @@ def train_loader(
     start_step: int = 0,
     labels_only: bool = False,
     allocate: Allocate = np.empty,
+    streams_version: int = LATEST_VERSION,
 ) -> Generator[Batch, None, None]:
     """Yields one rank's micro-batches of an epoch, starting at step ``start_step``.
 
     Each step has ``accumulation_steps`` micro-batches. Data before ``start_step`` is not read.
     ``labels_only``: pixels are not decoded (for the last stage of a pipeline). ``allocate``:
-    creates the pixel arrays.
+    creates the pixel arrays. ``streams_version``: version of the random streams.
     """
-    data, augment, global_size = config.data, config.augment, config.batch.global_size
+    data, global_size = config.data, config.batch.global_size
     side = data.size_in(epoch)
+    streams = RandomStreams(streams_version, data.seed, epoch)
+    mixup = Mixup.from_config(config.augment)
+    counts = {
+        augmentation.stream: augmentation.num_uniforms
+        for augmentation in enabled_augmentations(config.augment)
+        if augmentation.num_uniforms
+    }
 
     def mix(step: int, micro_batch: int) -> Mix | None:
-        return draw_mix(
-            mix_generator(data.seed, epoch, step, micro_batch), augment.mixup, augment.cutmix, side
-        )
+        if not mixup.enabled:
+            return None
+        return mixup.draw(streams.generator(mixup.stream, step, micro_batch), side)
 
     def windows() -> Iterator[Window]:
         order = epoch_order(
@@ -77,7 +87,7 @@ def train_loader(
         ):
             window = []
             for step in range(first, end):
-                uniforms = augment_uniforms(data.seed, epoch, step, global_size, UNIFORMS)
+                uniforms = streams.uniforms(counts, step, global_size)
                 whole = float(order.weights[step].sum())
                 window += [
                     MicroBatch(
@@ -85,7 +95,7 @@ def train_loader(
                         order.weights[step, s],
                         whole,
                         side,
-                        uniforms[s],
+                        {stream: values[s] for stream, values in uniforms.items()},
                         mix(step, a * world_size + rank),
                     )
                     for a, s in enumerate(slots)
@@ -153,33 +163,34 @@ def prefetch_hint(config: RunConfig, index: Index, ranks: int) -> str | None:
 
 
 def build_train_transform(config: RunConfig) -> Transform:
-    """Builds the training augmentation that the recipe configures."""
-    augment = config.augment
-    grey = _grey(config)
+    """Builds the training augmentation of single images that the recipe configures."""
+    eval_crop, fill = config.augment.eval_crop, _grey(config)
+    resized_crop = RandomResizedCrop.from_config(config.augment)
+    padded_crop = PaddedCrop.from_config(config.augment)
+    random_flip = RandomFlip.from_config(config.augment)
+    augmentations = [
+        augmentation
+        for augmentation in enabled_augmentations(config.augment)
+        if isinstance(augmentation, ImageAugmentation)
+    ]
 
-    def view(encoded: memoryview, uniforms: np.ndarray | None, out: np.ndarray) -> None:
-        assert uniforms is not None
-        flip = augment.flip and uniforms[0] < 0.5
-        if augment.crop == "resized":
+    def view(encoded: memoryview, uniforms: Uniforms, out: np.ndarray) -> None:
+        flip = random_flip.enabled and random_flip.is_flipped(uniforms[random_flip.stream])
+        if resized_crop.enabled:
+            crop_uniforms = uniforms[resized_crop.stream]
             decode_crop(
                 encoded,
-                lambda width, height: crop_box(width, height, augment.min_area, uniforms),
+                lambda width, height: resized_crop.box(width, height, crop_uniforms),
                 out,
                 flip,
             )
         else:
-            image = eval_transform(decode_rgb(encoded), len(out), augment.eval_crop)
-            if augment.crop == "padded":
-                image = padded_crop(image, len(out), augment.padding, uniforms)
+            image = eval_transform(decode_rgb(encoded), len(out), eval_crop)
+            if padded_crop.enabled:
+                image = padded_crop.shift(image, len(out), uniforms[padded_crop.stream])
             out[:] = np.asarray(image)[:, ::-1] if flip else np.asarray(image)
-        if augment.auto == "rand":
-            out[:] = rand_augment(
-                Image.fromarray(out), augment.rand_layers, augment.rand_magnitude, uniforms
-            )
-        elif augment.auto == "trivial":
-            out[:] = trivial_augment(Image.fromarray(out), uniforms)
-        if augment.erase:
-            erase(out, augment.erase, grey, uniforms)
+        for augmentation in augmentations:
+            augmentation.apply(out, uniforms[augmentation.stream], fill)
 
     return view
 
@@ -210,11 +221,11 @@ def eval_loader(
         )
         for first in range(0, len(batches), per_window):
             yield [
-                MicroBatch(b, np.ones(len(b), np.float32), float(len(b)), data.image_size, None)
+                MicroBatch(b, np.ones(len(b), np.float32), float(len(b)), data.image_size, {})
                 for b in batches[first : first + per_window]
             ]
 
-    def view(encoded: memoryview, uniforms: np.ndarray | None, out: np.ndarray) -> None:
+    def view(encoded: memoryview, uniforms: Uniforms, out: np.ndarray) -> None:
         out[:] = np.asarray(
             eval_transform(decode_rgb(encoded), data.image_size, config.augment.eval_crop)
         )

@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.errors import UserError
 
-_ORDER, _AUGMENT, _MIX = 1, 2, 3  # seeds of independent random streams
+_ORDER = 1  # distinguishes the order's random numbers from those of augmentations, version 1
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,6 @@ class EpochOrder:
     @property
     def steps(self) -> int:
         return len(self.samples)
-
-
-def _generator(*seeds: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(list(seeds)))
 
 
 def steps_per_epoch(samples: int, global_size: int, tail: str) -> int:
@@ -68,7 +64,7 @@ def epoch_order(
     """
     total = int(sizes.sum())
     steps = steps_per_epoch(total, global_size, tail)
-    random = _generator(seed, epoch, _ORDER)
+    random = np.random.Generator(np.random.PCG64([seed, epoch, _ORDER]))
     starts = np.concatenate([[0], np.cumsum(sizes)])
     shards = np.argsort(random.random(len(sizes)), kind="stable")
     row = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
@@ -99,19 +95,6 @@ def micro_batch_slots(
     micro_batches = world_size * accumulation_steps
     first = np.arange(accumulation_steps) * world_size + rank
     return first[:, None] + micro_batches * np.arange(global_size // micro_batches)[None, :]
-
-
-def augment_uniforms(seed: int, epoch: int, step: int, global_size: int, count: int) -> np.ndarray:
-    """Draws random numbers in [0, 1) for a global batch: float64 [global_size, count]."""
-    return _generator(seed, epoch, _AUGMENT, step).random((global_size, count))
-
-
-def mix_generator(seed: int, epoch: int, step: int, micro_batch: int) -> np.random.Generator:
-    """Returns the random generator that draws how a micro-batch is mixed.
-
-    ``micro_batch``: its number in the global batch, as numbered by ``micro_batch_slots``.
-    """
-    return _generator(seed, epoch, _MIX, step, micro_batch)
 
 
 def eval_range(samples: int, world_size: int, rank: int) -> range:

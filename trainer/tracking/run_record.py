@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.config.load import find_recipe
 from trainer.config.run_plan import RunPlan, tracking_uri
+from trainer.data.random_streams import LATEST_VERSION
 from trainer.data.shards.sample_reader import read_image
 from trainer.distributed.env import DistEnv
 from trainer.errors import RetryableError, UserError
@@ -58,7 +59,7 @@ def start_tracking(
     tracker = MlflowTracker(
         uri,
         folder / "tracking.jsonl",
-        {"run_id": found.run_id if found else None, **_description(run, recipe, ranks)},
+        {"run_id": found.run_id if found else None, **_description(run, recipe, ranks, found)},
         run_key,
         wait=reachable,
         check_lock=check_lock,
@@ -72,7 +73,9 @@ def start_tracking(
     return tracker, SystemMetrics(tracker)
 
 
-def _description(run: RunPlan, recipe: str, ranks: DistEnv) -> dict[str, Any]:
+def _description(
+    run: RunPlan, recipe: str, ranks: DistEnv, found: Checkpoint | None
+) -> dict[str, Any]:
     """Returns the experiment, name, tags, parameters and data sets of the run."""
     config = run.config
     splits = [("training", config.data.train, run.train)]
@@ -81,6 +84,7 @@ def _description(run: RunPlan, recipe: str, ranks: DistEnv) -> dict[str, Any]:
     tags = {
         "convoy.version": importlib.metadata.version("convoy"),
         "convoy.ranks": str(ranks.world_size),
+        "convoy.random_streams": str(found.streams_version if found else LATEST_VERSION),
         "mlflow.source.name": f"python -m trainer {recipe}",
         "mlflow.source.type": "JOB",
     }

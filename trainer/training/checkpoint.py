@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from trainer.config.schema import default_values
+from trainer.data.random_streams import LATEST_VERSION
 from trainer.data.storage.location import local_path
 from trainer.data.storage.store import is_remote, open_store
 from trainer.distributed.collectives import broadcast_from_rank0, broadcast_tensors_from_rank0
@@ -51,7 +52,8 @@ class Checkpoint:
 
     ``config_fingerprint`` holds the recipe keys that shape the training; a resumed run must have
     the same values. ``result`` holds the metrics of the run so far. ``run_id`` is the run's ID in
-    MLflow. ``run_key`` names the run in its tracker's spool.
+    MLflow. ``run_key`` names the run in its tracker's spool. ``streams_version`` is the version of
+    the random streams that augment its samples; a resumed run continues with it.
     """
 
     state: TrainingState
@@ -59,6 +61,7 @@ class Checkpoint:
     result: dict[str, Any]
     run_id: str | None
     run_key: str | None = None
+    streams_version: int = LATEST_VERSION
 
 
 def resume_or_start(
@@ -125,7 +128,8 @@ class CheckpointManager:
         """Return the newest valid checkpoint, or None if there is none.
 
         Corrupt or modified checkpoints are skipped and reported to ``tell``. Raises UserError if
-        the checkpoint belongs to a different recipe, RetryableError if the store cannot be read.
+        the checkpoint belongs to a different recipe or needs a newer version of Convoy,
+        RetryableError if the store cannot be read.
         """
         found = None
         for step in sorted(self._steps(), reverse=True):
@@ -137,6 +141,7 @@ class CheckpointManager:
                 tell(f"checkpoint {self._name(step)} is passed over: {error}")
         if found is not None:
             self.newest = found.state.step, self._name(found.state.step)
+            _check_streams_version(self._name(found.state.step), found.streams_version)
             _check_fingerprint(self._name(found.state.step), found.config_fingerprint, fingerprint)
         return found
 
@@ -185,6 +190,7 @@ class CheckpointManager:
                 "result": checkpoint.result,
                 "mlflow_run_id": checkpoint.run_id,
                 "run_key": checkpoint.run_key,
+                "random_streams": checkpoint.streams_version,
                 "config_fingerprint": checkpoint.config_fingerprint,
                 "files": files,
             }
@@ -272,6 +278,7 @@ class CheckpointManager:
                 )
             if manifest["format"] == 1:  # written before version 0.2
                 manifest["config_fingerprint"] = manifest.pop("course")
+            manifest["random_streams"] = int(manifest.get("random_streams", 1))
             if not {
                 "updates",
                 "scaler",
@@ -313,6 +320,7 @@ class CheckpointManager:
             manifest["result"],
             manifest["mlflow_run_id"],
             manifest.get("run_key"),
+            manifest["random_streams"],
         )
 
 
@@ -329,20 +337,28 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _check_streams_version(name: str, version: int) -> None:
+    """Raise UserError if the version of the random streams is newer than the known ones."""
+    if version > LATEST_VERSION:
+        raise UserError(
+            f"checkpoint {name} uses version {version} of the random streams, but this version of "
+            f"Convoy supports versions up to {LATEST_VERSION}; use a newer version of Convoy, "
+            "another checkpoint.url, or checkpoint.resume=never"
+        )
+
+
 def _check_fingerprint(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise UserError that lists the recipe keys that differ.
 
     A key that one of them lacks has its default there: the checkpoint may be older than the key.
     """
-    defaults = default_values()
-    differing = [
-        key
-        for key in dict.fromkeys([*theirs, *ours])
-        if theirs.get(key, defaults.get(key)) != ours.get(key, defaults.get(key))
-    ]
+    known = default_values()
+    defaults = {key: known.get(key) for key in [*theirs, *ours]}
+    theirs, ours = {**defaults, **theirs}, {**defaults, **ours}
+    differing = [key for key in defaults if theirs[key] != ours[key]]
     if differing:
         told = [
-            f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+            f"{key} is {theirs[key]!r} there and {ours[key]!r} here"
             for key in differing[:_SHOWN]
         ]
         more = f", and {len(differing) - _SHOWN} keys more" if len(differing) > _SHOWN else ""

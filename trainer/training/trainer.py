@@ -42,6 +42,7 @@ class Trainer:
         save: Writes a checkpoint of a training state and the metrics so far. It returns while the
             checkpoint is still being written.
         heartbeat: Called after each step and each evaluation batch.
+        streams_version: Version of the random streams that augment the samples.
         on_samples_consumed: Called after each step with its number and the keys of the samples that
             this rank used.
     """
@@ -60,6 +61,7 @@ class Trainer:
         preemption: PreemptionSignal,
         save: Callable[[TrainingState, dict[str, Any]], None],
         heartbeat: Callable[[], None],
+        streams_version: int,
         on_samples_consumed: Callable[[int, list[str]], None] | None = None,
     ) -> None:
         self.plan, self.env, self.device = plan, env, device
@@ -67,6 +69,7 @@ class Trainer:
         self.tracker, self.progress, self.preemption = tracker, progress, preemption
         self.publisher = publisher
         self._save, self._heartbeat = save, heartbeat
+        self._streams_version = streams_version
         self._on_samples_consumed = on_samples_consumed
         config, data = plan.config, plan.config.data
         self._meter = MetricsMeter()
@@ -216,6 +219,7 @@ class Trainer:
             start_step,
             labels_only,
             self._allocate,
+            self._streams_version,
         )
 
     def _eval_batches(self, bad: list[str]) -> Iterator[Batch]:

@@ -12,9 +12,10 @@ from torchvision.transforms.v2 import functional as TF
 from trainer.config.schema import RunConfig
 from trainer.data.decode.decoder import DecodeError, decode_rgb, to_array
 from trainer.data.loader import build_train_transform
-from trainer.data.transforms.auto_augment import CHANGES, change, rand_augment, trivial_augment
-from trainer.data.transforms.crop import eval_transform, padded_crop
-from trainer.data.transforms.random_erasing import UNIFORMS, erase
+from trainer.data.transforms.augmentation import AUGMENTATIONS, Uniforms
+from trainer.data.transforms.auto_augment import CHANGES, RandAugment, TrivialAugment, change
+from trainer.data.transforms.crop import PaddedCrop, eval_transform
+from trainer.data.transforms.random_erasing import RandomErasing
 from trainer.models.layers import normalize
 
 
@@ -24,7 +25,15 @@ def _encoded(image: Image.Image, form: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def _view(encoded: bytes, uniforms: np.ndarray, size: int, **augment: object) -> np.ndarray:
+FILL = np.array([1, 1, 1], np.uint8)
+
+
+def _uniforms(random: np.random.Generator) -> Uniforms:
+    """Random numbers of one sample for all augmentations."""
+    return {a.stream: random.random(a.num_uniforms) for a in AUGMENTATIONS}
+
+
+def _view(encoded: bytes, uniforms: Uniforms, size: int, **augment: object) -> np.ndarray:
     """What a recipe with these keys makes of an image."""
     config = RunConfig.model_validate(
         {
@@ -68,7 +77,7 @@ def test_random_resized_crop_follows_torchvisions_distribution(
     random, theirs_transform = np.random.default_rng(0), v2.RandomResizedCrop(64, antialias=True)
     torch.manual_seed(0)
     for _ in range(3000):
-        crop = _view(encoded, random.random(UNIFORMS), 64, flip=False).astype(float)
+        crop = _view(encoded, _uniforms(random), 64, flip=False).astype(float)
         spans = (
             crop[:, -1, 0].mean() - crop[:, 0, 0].mean(),
             crop[-1, :, 1].mean() - crop[0, :, 1].mean(),
@@ -89,16 +98,17 @@ def test_random_resized_crop_follows_torchvisions_distribution(
 
 
 def test_random_resized_crop_resizes_as_torchvision(photographs: list[Image.Image]) -> None:
-    uniforms = np.random.default_rng(1).random(UNIFORMS)
-    uniforms[3:5] = 1.0, 0.5  # the whole area does not fit with aspect 1; later tries decide
+    uniforms = _uniforms(np.random.default_rng(1))
+    numbers = uniforms["random_resized_crop"]
+    numbers[2:4] = 1.0, 0.5  # the whole area does not fit with aspect 1; later tries decide
     image = photographs[1]
     got = _view(_encoded(image, "PNG", compress_level=0), uniforms, 96, flip=False)
-    for u_area, u_ratio in uniforms[3:23].reshape(10, 2):
+    for u_area, u_ratio in numbers[2:].reshape(10, 2):
         area, ratio = 640 * 427 * (0.08 + 0.92 * u_area), (3 / 4) * (16 / 9) ** u_ratio
         w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
         if w <= 640 and h <= 427:
             break
-    top, left = int(uniforms[2] * (427 - h + 1)), int(uniforms[1] * (640 - w + 1))
+    top, left = int(numbers[1] * (427 - h + 1)), int(numbers[0] * (640 - w + 1))
     want = TF.resized_crop(image, top, left, h, w, [96, 96], antialias=True)
     assert np.abs(got.astype(int) - np.asarray(want).astype(int)).max() <= 1
 
@@ -106,7 +116,7 @@ def test_random_resized_crop_resizes_as_torchvision(photographs: list[Image.Imag
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (1, 1), (3000, 20)])
 def test_any_shape_gives_a_square(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, (1, 2, 3))
-    uniforms = np.random.default_rng(0).random(UNIFORMS)
+    uniforms = _uniforms(np.random.default_rng(0))
     for crop in ("resized", "padded", "none"):
         assert (
             _view(_encoded(image, "PNG"), uniforms, 32, crop=crop) == (1, 2, 3)
@@ -119,9 +129,9 @@ def test_padded_crop_is_a_window_of_the_padded_image(photographs: list[Image.Ima
     padded = np.asarray(v2.Pad(2)(image))
     places = set()
     for _ in range(300):
-        uniforms = np.random.default_rng(len(places) + _).random(UNIFORMS)
-        crop = to_array(padded_crop(image, 28, 2, uniforms))
-        left, top = int(uniforms[1] * 5), int(uniforms[2] * 5)
+        uniforms = np.random.default_rng(len(places) + _).random(2)
+        crop = to_array(PaddedCrop(crop="padded", padding=2).shift(image, 28, uniforms))
+        left, top = int(uniforms[0] * 5), int(uniforms[1] * 5)
         assert np.array_equal(crop, padded[top : top + 28, left : left + 28])
         places.add((left, top))
     assert len(places) == 25
@@ -132,7 +142,7 @@ def test_flip_is_for_half_of_them(photographs: list[Image.Image]) -> None:
     random, encoded = np.random.default_rng(0), _encoded(image, "PNG")
     flipped = sum(
         np.array_equal(
-            _view(encoded, random.random(UNIFORMS), 28, crop="none", eval_crop=1.0),
+            _view(encoded, _uniforms(random), 28, crop="none", eval_crop=1.0),
             np.asarray(image)[:, ::-1],
         )
         for _ in range(1000)
@@ -191,12 +201,10 @@ def test_changes_are_drawn_as_torchvisions(policy: str, monkeypatch: pytest.Monk
         "trainer.data.transforms.auto_augment.change",
         lambda image, name, value: (drawn[name].add(round(value, 3)), image)[1],
     )
-    image, random = Image.new("RGB", (224, 224)), np.random.default_rng(0)
+    pixels, random = np.zeros((224, 224, 3), np.uint8), np.random.default_rng(0)
+    ours = RandAugment(auto="rand", rand_layers=1) if policy == "rand" else TrivialAugment()
     for _ in range(20_000):
-        if policy == "rand":
-            rand_augment(image, 1, 9, random.random(UNIFORMS))
-        else:
-            trivial_augment(image, random.random(UNIFORMS))
+        ours.apply(pixels, random.random(ours.num_uniforms), FILL)
     theirs = (v2.RandAugment() if policy == "rand" else v2.TrivialAugmentWide())._AUGMENTATION_SPACE
     named = {
         key.lower().replace("shear", "shear_").replace("translate", "translate_"): value
@@ -228,10 +236,11 @@ def test_changes_are_drawn_as_torchvisions(policy: str, monkeypatch: pytest.Monk
 def test_erasing_follows_torchvisions_distribution() -> None:
     ours, theirs = [], []
     random, eraser = np.random.default_rng(0), v2.RandomErasing(p=0.7, value=1)
+    erasing = RandomErasing(erase=0.7)
     torch.manual_seed(0)
     for _ in range(3000):
         pixels = np.zeros((64, 64, 3), np.uint8)
-        erase(pixels, 0.7, np.array([1, 1, 1], np.uint8), random.random(UNIFORMS))
+        erasing.apply(pixels, random.random(erasing.num_uniforms), FILL)
         for found, mask in (
             (ours, pixels[..., 0]),
             (theirs, eraser(torch.zeros(3, 64, 64))[0].numpy()),
@@ -256,7 +265,7 @@ def test_a_recipes_augmentation_is_a_function_of_its_numbers(
 ) -> None:
     encoded, random = _encoded(photographs[0], "JPEG"), np.random.default_rng(3)
     for _ in range(5):
-        uniforms = random.random(UNIFORMS)
+        uniforms = _uniforms(random)
         plain, *rest = (
             _view(encoded, uniforms, 64, **keys)
             for keys in ({}, {"auto": "rand"}, {"auto": "trivial"}, {"erase": 1.0})

@@ -2,6 +2,7 @@
 over and told.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trainer.data.random_streams import LATEST_VERSION
 from trainer.data.storage.store import open_store
 from trainer.engine.deepspeed.optimizer_state import TrainingState
 from trainer.errors import UserError
@@ -190,6 +192,51 @@ def test_a_key_that_is_newer_than_the_checkpoint_must_have_its_default(tmp_path:
     assert CheckpointManager(str(tmp_path), 3).load_latest(newer, print) is not None
     with pytest.raises(UserError, match=r"optimizer\.momentum is None there and 0\.5 here"):
         CheckpointManager(str(tmp_path), 3).load_latest(newer | {"optimizer.momentum": 0.5}, print)
+def test_a_key_that_the_checkpoint_lacks_must_have_its_default(tmp_path: Path) -> None:
+    """Such a key, of a later version, had no effect when the checkpoint was written."""
+    _saved(str(tmp_path), 10)
+    checkpoints = CheckpointManager(str(tmp_path), 3)
+    assert checkpoints.load_latest(FINGERPRINT | {"augment.erase": 0.0, "ema": None}, print)
+    with pytest.raises(UserError, match=r"augment\.erase is 0\.0 there and 0\.5 here"):
+        checkpoints.load_latest(FINGERPRINT | {"augment.erase": 0.5}, print)
+
+
+def _loaded(folder: Path) -> Checkpoint:
+    found = CheckpointManager(str(folder), 3).load_latest(FINGERPRINT, print)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("version", [1, LATEST_VERSION])
+def test_the_version_of_the_random_streams_is_kept(tmp_path: Path, version: int) -> None:
+    checkpoints = CheckpointManager(str(tmp_path), 3)
+    checkpoints.save(dataclasses.replace(_checkpoint(10), streams_version=version))
+    checkpoints.wait()
+    assert _loaded(tmp_path).streams_version == version
+
+
+def test_a_checkpoint_without_a_version_of_the_random_streams_has_version_1(
+    tmp_path: Path,
+) -> None:
+    _saved(str(tmp_path), 10)
+    file = tmp_path / "step-000000010/checkpoint.json"
+    manifest = json.loads(file.read_text())
+    assert manifest.pop("random_streams") == LATEST_VERSION
+    file.write_text(json.dumps(manifest))
+    assert _loaded(tmp_path).streams_version == 1
+
+
+def test_a_newer_version_of_the_random_streams_is_refused(tmp_path: Path) -> None:
+    _saved(str(tmp_path), 10)
+    file = tmp_path / "step-000000010/checkpoint.json"
+    newer = json.loads(file.read_text()) | {"random_streams": LATEST_VERSION + 1}
+    file.write_text(json.dumps(newer))
+    with pytest.raises(
+        UserError,
+        match=f"step-000000010 uses version {LATEST_VERSION + 1} of the random streams, but this "
+        f"version of Convoy supports versions up to {LATEST_VERSION}",
+    ):
+        _loaded(tmp_path)
 
 
 def test_beginning_anew_removes_those_that_stand(url: str) -> None:

@@ -23,8 +23,8 @@ from trainer.config.schema import RunConfig, load_config
 from trainer.data.batch import Batch
 from trainer.data.index import open_index
 from trainer.data.loader import train_loader
-from trainer.data.sampler import mix_generator
-from trainer.data.transforms.mixup import Mix, apply_mix, draw_mix
+from trainer.data.random_streams import LATEST_VERSION, RandomStreams
+from trainer.data.transforms.mixup import Mix, Mixup, apply_mix
 from trainer.engine.engine import Engine, StepOutput
 from trainer.errors import UserError
 from trainer.training.batch_plan import BatchPlan
@@ -115,8 +115,8 @@ def test_pixels_and_loss_are_timms(
     np.random.seed(seed)
     want, targets = TimmsMixup(lam, cuts, smoothing)(images.clone(), labels)
 
-    mix = draw_mix(Given(0.0 if cuts else 0.999, lam, centre), 0.2, 1.0, size)  # type: ignore[arg-type]
-    assert mix is not None
+    given_numbers = Given(0.0 if cuts else 0.999, lam, centre)
+    mix = Mixup(mixup=0.2, cutmix=1.0).draw(given_numbers, size)  # type: ignore[arg-type]
     torch.testing.assert_close(apply_mix(images.clone(), mix), want)
     channels_last = images.clone(memory_format=torch.channels_last)
     torch.testing.assert_close(apply_mix(channels_last, mix), want)
@@ -160,12 +160,15 @@ def test_a_pair_is_mixed_as_torchvision_does(box: tuple[int, int, int, int] | No
     torch.testing.assert_close(weighted_loss(logits, labels, torch.ones(2), 2.0, 1, 0.1, lam), want)
 
 
+def _draw(
+    seed: int, epoch: int, step: int, micro_batch: int, mixup: float, cutmix: float, size: int
+) -> Mix:
+    generator = RandomStreams(LATEST_VERSION, seed, epoch).generator("mixup", step, micro_batch)
+    return Mixup(mixup=mixup, cutmix=cutmix).draw(generator, size)
+
+
 def _drawn(mixup: float, cutmix: float, size: int = 32, count: int = 4000) -> list[Mix]:
-    mixes = [
-        draw_mix(mix_generator(0, 1, i // 8, i % 8), mixup, cutmix, size) for i in range(count)
-    ]
-    assert all(mixes)
-    return mixes  # type: ignore[return-value]
+    return [_draw(0, 1, i // 8, i % 8, mixup, cutmix, size) for i in range(count)]
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 4.0])
@@ -202,7 +205,7 @@ def test_with_both_on_each_has_its_own_alpha_and_half_of_the_batches() -> None:
     assert kstest(blended, beta(4, 4).cdf).pvalue > 0.01
     uncut = [mix.lam for mix in _drawn(0.0, 1.0)]
     assert ks_2samp([mix.lam for mix in mixes if mix.box], uncut).pvalue > 0.01
-    assert draw_mix(mix_generator(0, 0, 0, 0), 0.0, 0.0, 32) is None
+    assert not Mixup().enabled
 
 
 def _config(data: Path, **augment: float) -> RunConfig:
@@ -268,11 +271,7 @@ def test_mixes_change_with_the_epoch_and_the_seed_and_are_off_where_not_asked_fo
 ) -> None:
     first, second = (_batches(digits, epoch, 1, 2, 2, mixup=0.2)[0, 0].mix for epoch in (0, 1))
     assert first != second
-    assert (
-        first
-        == draw_mix(mix_generator(5, 0, 0, 0), 0.2, 0.0, 8)
-        != draw_mix(mix_generator(6, 0, 0, 0), 0.2, 0.0, 8)
-    )
+    assert first == _draw(5, 0, 0, 0, 0.2, 0.0, 8) != _draw(6, 0, 0, 0, 0.2, 0.0, 8)
     off = _batches(digits, 0, 1, 2, 2)
     assert {(b.mix, b.lam) for b in off.values()} == {(None, None)}
 

@@ -1,14 +1,17 @@
 """RandAugment and TrivialAugment, equivalent to torchvision's implementations.
 
 RandAugment: Cubuk et al. 2019. TrivialAugment with the wide augmentation space: Mueller and Hutter
-2021. The random numbers are passed in as arguments, three per operation: its index, its sign and
-its magnitude.
+2021. Each operation takes three random numbers: its index, its sign and its magnitude.
 """
 
 import math
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
+from pydantic import Field
+
+from trainer.data.transforms.augmentation import ImageAugmentation, register
 
 CHANGES = (
     "identity",
@@ -28,9 +31,7 @@ CHANGES = (
 )
 BINS = 31
 """Number of magnitudes of an operation, from 0 (weakest) to 30."""
-FIRST = 24
-"""Index of the first auto-augment number among a sample's uniforms."""
-LAYERS = 4
+_MAX_LAYERS = 4
 """Maximum number of operations per image."""
 
 _ENHANCERS = {
@@ -41,30 +42,64 @@ _ENHANCERS = {
 }
 
 
-def rand_augment(
-    image: Image.Image, layers: int, magnitude: int, uniforms: np.ndarray
-) -> Image.Image:
-    """Applies ``layers`` random operations of the same magnitude in sequence."""
-    for layer in range(layers):
-        which, sign = uniforms[FIRST + 3 * layer : FIRST + 3 * layer + 2]
+class _AutoAugment(ImageAugmentation):
+    auto: Literal["none", "rand", "trivial"] = "none"
+    """Random color and geometric transforms: `rand` is RandAugment (Cubuk et al. 2019), `trivial`
+    is TrivialAugment (Mueller and Hutter 2021).
+    """
+
+
+@register
+class RandAugment(_AutoAugment):
+    """Applies ``rand_layers`` random operations of the same magnitude in sequence."""
+
+    stream: ClassVar[str] = "rand_augment"
+    num_uniforms: ClassVar[int] = 3 * _MAX_LAYERS
+
+    rand_layers: Annotated[int, Field(ge=1, le=_MAX_LAYERS)] = 2
+    """Number of transforms that `rand` applies to an image."""
+    rand_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Strength of the transforms of `rand`, from 0 to 30."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.auto == "rand"
+
+    def apply(self, pixels: np.ndarray, uniforms: np.ndarray, fill: np.ndarray) -> None:
+        image = Image.fromarray(pixels)
+        for layer in range(self.rand_layers):
+            which, sign = uniforms[3 * layer : 3 * layer + 2]
+            name = CHANGES[int(which * len(CHANGES))]
+            image = change(
+                image,
+                name,
+                _strength(name, self.rand_magnitude, image.width, wide=False)
+                * (1 if sign < 0.5 else -1),
+            )
+        pixels[:] = image
+
+
+@register
+class TrivialAugment(_AutoAugment):
+    """Applies one random operation with a uniformly drawn magnitude."""
+
+    stream: ClassVar[str] = "trivial_augment"
+    num_uniforms: ClassVar[int] = 3
+
+    @property
+    def enabled(self) -> bool:
+        return self.auto == "trivial"
+
+    def apply(self, pixels: np.ndarray, uniforms: np.ndarray, fill: np.ndarray) -> None:
+        image = Image.fromarray(pixels)
+        which, sign, strength = uniforms
         name = CHANGES[int(which * len(CHANGES))]
-        image = change(
+        pixels[:] = change(
             image,
             name,
-            _strength(name, magnitude, image.width, wide=False) * (1 if sign < 0.5 else -1),
+            _strength(name, int(strength * BINS), image.width, wide=True)
+            * (1 if sign < 0.5 else -1),
         )
-    return image
-
-
-def trivial_augment(image: Image.Image, uniforms: np.ndarray) -> Image.Image:
-    """Applies one random operation with a uniformly drawn magnitude."""
-    which, sign, strength = uniforms[FIRST : FIRST + 3]
-    name = CHANGES[int(which * len(CHANGES))]
-    return change(
-        image,
-        name,
-        _strength(name, int(strength * BINS), image.width, wide=True) * (1 if sign < 0.5 else -1),
-    )
 
 
 def _strength(name: str, magnitude: int, width: int, wide: bool) -> float:

@@ -1,9 +1,13 @@
 """Resizing and cropping."""
 
 import math
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
+
+from trainer.data.transforms.augmentation import Augmentation, register
 
 _LARGEST_RESIZED = 16
 """Size limit of the full resized image, in multiples of its squared short side.
@@ -37,31 +41,68 @@ def eval_transform(image: Image.Image, size: int, crop: float) -> Image.Image:
     return image.crop((left, top, left + size, top + size)) if image.size != (size, size) else image
 
 
-def crop_box(
-    width: int, height: int, min_area: float, uniforms: np.ndarray
-) -> tuple[int, int, int, int]:
-    """Draws an Inception-style crop (Szegedy et al. 2014, section 6).
-
-    The area is in [min_area, 1] of the image and the aspect ratio in [3/4, 4/3]. After ten failed
-    attempts, the center is used. Returns (left, top, width, height).
+class _Crop(Augmentation):
+    crop: Literal["resized", "padded", "none"] = "resized"
+    """Training crop: `resized` has a random area and aspect ratio; `padded` is a random shift
+    within a zero border; `none` crops as in evaluation.
     """
-    for u_area, u_ratio in uniforms[3:23].reshape(10, 2).tolist():
-        area = width * height * (min_area + (1 - min_area) * u_area)
-        ratio = math.exp(math.log(3 / 4) + u_ratio * math.log(16 / 9))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(uniforms[1] * (width - w + 1)), int(uniforms[2] * (height - h + 1)), w, h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return (width - w) // 2, (height - h) // 2, w, h
 
 
-def padded_crop(image: Image.Image, size: int, padding: int, uniforms: np.ndarray) -> Image.Image:
-    """Crops after padding with ``padding`` black pixels per side (He et al. 2015, section 4.2).
+@register
+class RandomResizedCrop(_Crop):
+    """The Inception-style crop (Szegedy et al. 2014, section 6).
 
-    This shifts the image by up to ``padding`` pixels in each direction.
+    Random numbers: two for the position, then two for each of ten attempts.
     """
-    left, top = (
-        int(uniforms[1] * (2 * padding + 1)) - padding,
-        int(uniforms[2] * (2 * padding + 1)) - padding,
-    )
-    return image.crop((left, top, left + size, top + size))
+
+    stream: ClassVar[str] = "random_resized_crop"
+    num_uniforms: ClassVar[int] = 22
+
+    min_area: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """Minimum fraction of the image area that `resized` keeps."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.crop == "resized"
+
+    def box(self, width: int, height: int, uniforms: np.ndarray) -> tuple[int, int, int, int]:
+        """Returns the (left, top, width, height) of the crop, in pixels of the image.
+
+        The area is in [min_area, 1] of the image and the aspect ratio in [3/4, 4/3]. After ten
+        failed attempts, the center is used.
+        """
+        min_area = self.min_area
+        for u_area, u_ratio in uniforms[2:].reshape(10, 2).tolist():
+            area = width * height * (min_area + (1 - min_area) * u_area)
+            ratio = math.exp(math.log(3 / 4) + u_ratio * math.log(16 / 9))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return int(uniforms[0] * (width - w + 1)), int(uniforms[1] * (height - h + 1)), w, h
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        return (width - w) // 2, (height - h) // 2, w, h
+
+
+@register
+class PaddedCrop(_Crop):
+    """A crop of the padded image, which shifts it by up to ``padding`` pixels in each direction.
+
+    He et al. 2015, section 4.2. The padding is black.
+    """
+
+    stream: ClassVar[str] = "padded_crop"
+    num_uniforms: ClassVar[int] = 2
+
+    padding: Annotated[int, Field(ge=0, le=16384)] = 4
+    """Border width of `padded`, in pixels."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.crop == "padded"
+
+    def shift(self, image: Image.Image, size: int, uniforms: np.ndarray) -> Image.Image:
+        """Returns a crop of ``size`` x ``size`` pixels."""
+        left, top = (
+            int(uniforms[0] * (2 * self.padding + 1)) - self.padding,
+            int(uniforms[1] * (2 * self.padding + 1)) - self.padding,
+        )
+        return image.crop((left, top, left + size, top + size))

@@ -1,10 +1,13 @@
-"""Mixup and CutMix: draws which samples of a micro-batch are mixed, and how."""
+"""Mixup and CutMix: draws how the samples of a micro-batch are mixed, and mixes them."""
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+
+from trainer.config.field_types import Alpha
+from trainer.data.transforms.augmentation import Augmentation, register
 
 if TYPE_CHECKING:  # the loader works without torch
     from torch import Tensor
@@ -26,25 +29,45 @@ class Mix:
     """
 
 
-def draw_mix(random: np.random.Generator, mixup: float, cutmix: float, size: int) -> Mix | None:
-    """Draws mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) parameters, as timm does.
+@register
+class Mixup(Augmentation):
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of micro-batches, as in timm.
 
-    ``mixup``, ``cutmix``: alpha of the Beta distribution; 0 disables the method. If both are
-    enabled, each is chosen with probability 1/2. ``size``: side length of the images in pixels.
-    CutMix's box may extend beyond the border, so its lam is computed from the clipped area.
+    If both are enabled, each is chosen with probability 1/2.
     """
-    if not mixup and not cutmix:
-        return None
-    cuts = random.random() < 0.5 if mixup and cutmix else cutmix > 0
-    alpha = cutmix if cuts else mixup
-    lam = float(random.beta(alpha, alpha))
-    if not cuts:
-        return Mix(lam, None)
-    side = int(size * math.sqrt(1 - lam))
-    y, x = (int(centre) for centre in random.integers(0, size, 2))
-    top, left = max(0, y - side // 2), max(0, x - side // 2)
-    bottom, right = min(size, y + (side + 1) // 2), min(size, x + (side + 1) // 2)
-    return Mix(1 - (bottom - top) * (right - left) / size**2, (top, bottom, left, right))
+
+    stream: ClassVar[str] = "mixup"
+
+    mixup: Alpha = 0.0
+    """Alpha of the Beta distribution with which two images and their targets are blended (Zhang et
+    al. 2018); 0: off.
+    """
+    cutmix: Alpha = 0.0
+    """Alpha of the Beta distribution of the area that is replaced by another image (Yun et al.
+    2019); 0: off. If mixup is on as well, each micro-batch uses one of them, with probability 1/2
+    each.
+    """
+
+    @property
+    def enabled(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    def draw(self, random: np.random.Generator, size: int) -> Mix:
+        """Draws the parameters of one micro-batch.
+
+        ``size``: side length of the images in pixels. CutMix's box may extend beyond the border, so
+        its lam is computed from the clipped area.
+        """
+        cuts = random.random() < 0.5 if self.mixup and self.cutmix else self.cutmix > 0
+        alpha = self.cutmix if cuts else self.mixup
+        lam = float(random.beta(alpha, alpha))
+        if not cuts:
+            return Mix(lam, None)
+        side = int(size * math.sqrt(1 - lam))
+        y, x = (int(centre) for centre in random.integers(0, size, 2))
+        top, left = max(0, y - side // 2), max(0, x - side // 2)
+        bottom, right = min(size, y + (side + 1) // 2), min(size, x + (side + 1) // 2)
+        return Mix(1 - (bottom - top) * (right - left) / size**2, (top, bottom, left, right))
 
 
 def apply_mix(images: "Tensor", mix: Mix | None) -> "Tensor":
