@@ -15,7 +15,7 @@ from restricted import ROOT, faults, templates
 from support.helpers import Run
 
 from pipelines.cli.main import app
-from pipelines.cluster.pytorchjob import JobOptions, render, to_yaml
+from pipelines.cluster.job_spec import JobOptions, render, to_yaml
 from trainer.config.load import RECIPES
 from trainer.errors import UserError
 
