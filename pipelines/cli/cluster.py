@@ -78,9 +78,7 @@ Gang = Annotated[
 Suspend = Annotated[
     bool, typer.Option("--suspend", help="Make it suspended: convoy resume starts it.")
 ]
-Kind = Annotated[
-    str, typer.Option(help="Kind of the job; all are listed in pipelines/cluster/job_kind.py.")
-]
+Kind = Annotated[str, typer.Option(help="Kind of the job in Kubernetes.")]
 _IMAGE = "localhost/convoy:dev"
 _STORE_SECRET, _MLFLOW_SECRET = "convoy-object-store", "convoy-mlflow"  # Secret names
 
