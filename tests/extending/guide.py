@@ -17,7 +17,7 @@ def follow_guide(page: str, tree: Path) -> str:
     A fenced block with a title is a file to add; a ``diff`` block is a change to an existing file.
     Checks that the guide adds one file and changes at most one line. Returns the added file's path.
     """
-    for package in ("trainer", "pipelines"):
+    for package in ("trainer", "pipelines", "convoy_entry"):
         shutil.copytree(
             ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__")
         )

@@ -86,5 +86,5 @@ def test_its_container_trains(tree: Path, digits: Path, tmp_path: Path) -> None:
     assert container["command"][0] == "python"
     run_python(tree, *container["command"][1:], *container["args"])
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert result["step"] == 2
+    assert (result["steps"], result["ranks"]) == (2, 2)
     assert list((tmp_path / "c").glob("step-*2"))
