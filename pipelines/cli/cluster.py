@@ -14,7 +14,7 @@ from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.cluster.client import JobClient
-    from pipelines.cluster.pytorchjob import JobOptions
+    from pipelines.cluster.job_spec import JobOptions
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
 Overrides = Annotated[
@@ -78,6 +78,7 @@ Gang = Annotated[
 Suspend = Annotated[
     bool, typer.Option("--suspend", help="Make it suspended: convoy resume starts it.")
 ]
+Kind = Annotated[str, typer.Option(help="Kind of the job in Kubernetes.")]
 _IMAGE = "localhost/convoy:dev"
 _STORE_SECRET, _MLFLOW_SECRET = "convoy-object-store", "convoy-mlflow"  # Secret names
 
@@ -111,13 +112,14 @@ def render(
     toleration: Toleration = None,
     gang: Gang = False,
     suspend: Suspend = False,
+    kind: Kind = "PyTorchJob",
 ) -> None:
     """Print the PyTorchJob manifest of a recipe.
 
     The output can be piped to kubectl apply -f -.
     """
-    from pipelines.cluster.pytorchjob import render as run
-    from pipelines.cluster.pytorchjob import to_yaml
+    from pipelines.cluster.job_spec import render as run
+    from pipelines.cluster.job_spec import to_yaml
 
     options = _options(locals())
     command = shlex.join(["convoy", *sys.argv[1:]])
@@ -146,6 +148,7 @@ def submit(
     toleration: Toleration = None,
     gang: Gang = False,
     suspend: Suspend = False,
+    kind: Kind = "PyTorchJob",
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow it to its end; the exit code is the job's.")
     ] = False,
@@ -154,7 +157,7 @@ def submit(
     ] = "none",
 ) -> int:
     """Submit a training job to the cluster."""
-    from pipelines.cluster.pytorchjob import render as run
+    from pipelines.cluster.job_spec import render as run
 
     if dry_run not in ("none", "client", "server"):
         raise UserError(f"--dry-run: {dry_run!r} is neither client nor server")
@@ -178,7 +181,7 @@ def submit(
 def _options(given: dict[str, object]) -> "JobOptions":
     from dataclasses import fields
 
-    from pipelines.cluster.pytorchjob import JobOptions
+    from pipelines.cluster.job_spec import JobOptions
 
     known = {field.name for field in fields(JobOptions)}
     options = {key: value for key, value in given.items() if key in known and value is not None}

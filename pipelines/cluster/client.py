@@ -14,18 +14,15 @@ from kubernetes.client import ApiException
 from kubernetes.config import ConfigException
 from urllib3.exceptions import HTTPError
 
-from pipelines.cluster.pytorchjob import CONTAINER, Document
+from pipelines.cluster.job_kind import Document, JobKind, job_kind, job_kinds
+from pipelines.cluster.job_spec import CONTAINER
 from pipelines.cluster.status import Status, summarize_job
 from trainer.errors import RetryableError, ServiceUnreachable, UserError
 from trainer.progress.progress_record import is_record
 
-_KIND = (constants.GROUP, constants.VERSION)
-_PARAMETERS = constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]
-_PLURAL = _PARAMETERS["plural"]
 _GROUP = ("scheduling.k8s.io", "v1beta1")
 _TIMEOUTS = {"_request_timeout": (5, 60)}  # connect and read timeouts, seconds
 _OURS = "app.kubernetes.io/name=convoy"
-_JOB_LABEL = constants.JOB_NAME_LABEL
 _TAIL_LINES = 200  # several progress records, or those before a traceback
 _BETWEEN_LOOKS = 2.0  # seconds
 
@@ -47,19 +44,24 @@ class JobClient:
         ``dry_run``: the API server validates the objects and persists nothing.
         """
         *needed, job = documents
-        name = str(job["metadata"]["name"])
+        name, kind = str(job["metadata"]["name"]), job_kind(job["kind"])
         asked: dict[str, Any] = {"dry_run": "All"} if dry_run else {}
-        with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
+        with _translate_api_errors(f"job {name} in namespace {self.namespace}", kind):
             for document in needed:
                 self._put(document, asked)
-            if dry_run:
+            if dry_run or kind.name != self._client.job_kind:
                 self._client.custom_api.create_namespaced_custom_object(
-                    *_KIND, self.namespace, _PLURAL, job, **asked, **_TIMEOUTS
+                    *self._place(kind), job, **asked, **_TIMEOUTS
                 )
+            else:
+                model = constants.JOB_PARAMETERS[kind.name]["model"]
+                self._client.create_job(
+                    self._client.api_client.deserialize(FakeResponse(job), model),
+                    namespace=self.namespace,
+                )
+            if dry_run:
                 return name
-            model = self._client.api_client.deserialize(FakeResponse(job), _PARAMETERS["model"])
-            self._client.create_job(model, namespace=self.namespace)
-            made = self._job(name)
+            made = self._get(kind, name)
             owner = {
                 "apiVersion": made["apiVersion"],
                 "kind": made["kind"],
@@ -107,11 +109,10 @@ class JobClient:
     def status(self, name: str) -> Status:
         """Return the status of a job. Raises UserError if the job does not exist."""
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
-            job = self._job(name)
-            pods = self._pods(f"{_JOB_LABEL}={name}")
-            return summarize_job(
-                job, pods, [] if pods else self._events(name), self._log(name, pods)
-            )
+            kind, job = self._job(name)
+            pods = self._pods(f"{kind.pod_label}={name}")
+            events = [] if pods else self._events(kind, name)
+            return summarize_job(job, pods, events, self._log(kind, name, pods), kind)
 
     def statuses(self) -> list[tuple[Status, str]]:
         """Return the status and creation time of each job that Convoy created, newest first.
@@ -119,21 +120,19 @@ class JobClient:
         Logs are not read.
         """
         with _translate_api_errors(f"jobs in namespace {self.namespace}"):
-            found = self._client.custom_api.list_namespaced_custom_object(
-                *_KIND, self.namespace, _PLURAL, label_selector=_OURS, **_TIMEOUTS
-            )
-            pods: dict[str, list[Document]] = {}
-            for pod in self._pods(_OURS):
-                pods.setdefault(pod["metadata"]["labels"].get(_JOB_LABEL, ""), []).append(pod)
-        jobs = sorted(
-            found["items"], key=lambda job: str(job["metadata"]["creationTimestamp"]), reverse=True
-        )
+            found = [
+                (kind, job)
+                for kind, jobs in self._list(label_selector=_OURS).items()
+                for job in jobs
+            ]
+            ours = self._pods(_OURS)
+        found.sort(key=lambda entry: str(entry[1]["metadata"]["creationTimestamp"]), reverse=True)
         return [
             (
-                summarize_job(job, pods.get(job["metadata"]["name"], []), [], None),
+                summarize_job(job, _pods_of(kind, job, ours), [], None, kind),
                 job["metadata"]["creationTimestamp"],
             )
-            for job in jobs
+            for kind, job in found
         ]
 
     def follow(self, name: str, tell: Callable[[str], None]) -> Status:
@@ -161,31 +160,23 @@ class JobClient:
         ``follow``: continue in the pod that replaces it, until the job is finished.
         """
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
-            job = self._job(name)
-            procs, nodes = (
-                int(job["spec"].get("nprocPerNode", 1)),
-                job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"],
-            )
+            kind, job = self._job(name)
+            procs, nodes = kind.ranks_per_pod(job), kind.num_pods(job)
             if rank >= procs * nodes:
                 raise UserError(f"--rank: {rank} is not below the {procs * nodes} ranks of {name}")
-            pod_name, shown = f"{name}-worker-{rank // procs}", ""
+            index, shown = rank // procs, ""
             while True:
-                pod = next(
-                    (
-                        p
-                        for p in self._pods(f"{_JOB_LABEL}={name}")
-                        if p["metadata"]["name"] == pod_name
-                    ),
-                    None,
-                )
+                pod = _find_pod(kind, name, index, self._pods(f"{kind.pod_label}={name}"))
                 begun = pod is not None and pod["status"].get("phase") != "Pending"
                 if pod is not None and begun and pod["metadata"]["uid"] != shown:
                     shown = pod["metadata"]["uid"]
-                    for line in self._lines(pod_name, follow):
+                    for line in self._lines(pod["metadata"]["name"], follow):
                         if not is_record(line):
                             yield line
                 if not follow and not shown:
-                    raise UserError(f"{pod_name} has no log yet; {self.status(name).line()}")
+                    raise UserError(
+                        f"{kind.pod_name(name, index)} has no log yet; {self.status(name).line()}"
+                    )
                 if not follow or self.status(name).finished:
                     return
                 time.sleep(_BETWEEN_LOOKS)
@@ -210,9 +201,14 @@ class JobClient:
     def cancel(self, name: str) -> None:
         """Delete the job and its recipe; its pods write a checkpoint first."""
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
-            self._job(name)
+            kind, _ = self._job(name)
             options = models.V1DeleteOptions(propagation_policy="Foreground")
-            self._client.delete_job(name, namespace=self.namespace, delete_options=options)
+            if kind.name == self._client.job_kind:
+                self._client.delete_job(name, namespace=self.namespace, delete_options=options)
+            else:
+                self._client.custom_api.delete_namespaced_custom_object(
+                    *self._place(kind), name, body={"propagationPolicy": "Foreground"}, **_TIMEOUTS
+                )
             # objects created by kubectl apply have no owner; others are deleted with the job
             with suppress(ApiException):
                 self._client.core_api.delete_namespaced_config_map(
@@ -226,38 +222,50 @@ class JobClient:
     def suspend(self, name: str, suspended: bool) -> None:
         """Suspend a job, whose pods write a checkpoint and are deleted, or resume it."""
         with _translate_api_errors(f"job {name} in namespace {self.namespace}"):
-            self._job(name)
+            kind, _ = self._job(name)
             self._client.custom_api.patch_namespaced_custom_object(
-                *_KIND,
-                self.namespace,
-                _PLURAL,
-                name,
-                {"spec": {"runPolicy": {"suspend": suspended}}},
-                **_TIMEOUTS,
+                *self._place(kind), name, kind.suspension(suspended), **_TIMEOUTS
             )
 
-    def _job(self, name: str) -> Document:
-        try:
-            job: Document = self._client.custom_api.get_namespaced_custom_object(
-                *_KIND, self.namespace, _PLURAL, name, **_TIMEOUTS
-            )
-        except ApiException as error:
-            if error.status != 404:
-                raise
-            found = self._client.custom_api.list_namespaced_custom_object(
-                *_KIND, self.namespace, _PLURAL, **_TIMEOUTS
-            )
-            names = [job["metadata"]["name"] for job in found["items"]]
-            nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
-            hint = (
-                f"; nearest: {', '.join(nearest)}"
-                if nearest
-                else "; convoy list shows those that are"
-            )
-            raise UserError(
-                f"there is no job {name!r} in namespace {self.namespace}{hint}"
-            ) from None
+    def _place(self, kind: JobKind) -> tuple[str, str, str, str]:
+        return kind.group, kind.version, self.namespace, kind.plural
+
+    def _get(self, kind: JobKind, name: str) -> Document:
+        job: Document = self._client.custom_api.get_namespaced_custom_object(
+            *self._place(kind), name, **_TIMEOUTS
+        )
         return job
+
+    def _job(self, name: str) -> tuple[JobKind, Document]:
+        for kind in job_kinds():
+            try:
+                return kind, self._get(kind, name)
+            except ApiException as error:
+                if error.status != 404:
+                    raise
+        names = [job["metadata"]["name"] for jobs in self._list().values() for job in jobs]
+        nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+        hint = (
+            f"; nearest: {', '.join(nearest)}" if nearest else "; convoy list shows those that are"
+        )
+        raise UserError(f"there is no job {name!r} in namespace {self.namespace}{hint}")
+
+    def _list(self, **selector: str) -> dict[JobKind, list[Document]]:
+        """Return the jobs of each kind that the cluster knows."""
+        found: dict[JobKind, list[Document]] = {}
+        unknown = None
+        for kind in job_kinds():
+            try:
+                found[kind] = self._client.custom_api.list_namespaced_custom_object(
+                    *self._place(kind), **selector, **_TIMEOUTS
+                )["items"]
+            except ApiException as error:
+                if error.status != 404:
+                    raise
+                unknown = unknown or error
+        if unknown and not found:
+            raise unknown
+        return found
 
     def _pods(self, selector: str) -> list[Document]:
         found = self._client.core_api.list_namespaced_pod(
@@ -268,8 +276,8 @@ class JobClient:
         )
         return plain
 
-    def _events(self, name: str) -> list[Document]:
-        selector = f"involvedObject.name={name},involvedObject.kind={constants.PYTORCHJOB_KIND}"
+    def _events(self, kind: JobKind, name: str) -> list[Document]:
+        selector = f"involvedObject.name={name},involvedObject.kind={kind.name}"
         try:
             found = self._client.core_api.list_namespaced_event(
                 self.namespace, field_selector=selector, **_TIMEOUTS
@@ -281,15 +289,15 @@ class JobClient:
         )
         return plain
 
-    def _log(self, name: str, pods: list[Document]) -> str:
+    def _log(self, kind: JobKind, name: str, pods: list[Document]) -> str:
         """Return the end of the first pod's log; an empty string if the log is unavailable."""
-        first = next((pod for pod in pods if pod["metadata"]["name"] == f"{name}-worker-0"), None)
+        first = _find_pod(kind, name, 0, pods)
         if first is None or first["status"].get("phase") == "Pending":
             return ""
         text = ""
         with suppress(ApiException, HTTPError):
             text = self._client.core_api.read_namespaced_pod_log(
-                f"{name}-worker-0",
+                first["metadata"]["name"],
                 self.namespace,
                 container=CONTAINER,
                 tail_lines=_TAIL_LINES,
@@ -298,9 +306,23 @@ class JobClient:
         return text
 
 
+def _find_pod(kind: JobKind, job_name: str, index: int, pods: list[Document]) -> Document | None:
+    """Return the newest pod number ``index`` among the pods of a job, or None."""
+    expected = kind.pod_name(job_name, index)
+    found = [pod for pod in pods if f"{pod['metadata']['name']}-".startswith(f"{expected}-")]
+    return max(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"]), default=None)
+
+
+def _pods_of(kind: JobKind, job: Document, pods: list[Document]) -> list[Document]:
+    name = job["metadata"]["name"]
+    return [pod for pod in pods if pod["metadata"]["labels"].get(kind.pod_label) == name]
+
+
 @contextmanager
-def _translate_api_errors(what: str) -> Iterator[None]:
+def _translate_api_errors(what: str, kind: JobKind | None = None) -> Iterator[None]:
     """Translate errors of the API server and of the connection to it to one-line errors.
+
+    ``kind``: the kind that a cluster may not know; the default one if None.
 
     Raises UserError (ServiceUnreachable if the API server does not respond), or RetryableError if
     the error may be transient.
@@ -314,13 +336,13 @@ def _translate_api_errors(what: str) -> Iterator[None]:
             "administrator gave you"
         ) from None
     except ApiException as error:
-        raise _refusal(error, what) from None
+        raise _refusal(error, what, kind) from None
     except HTTPError as error:
         raise _no_answer(error) from None
     except RuntimeError as error:  # the SDK wraps the exceptions that it catches
         cause = error.__cause__ or error.__context__
         if isinstance(cause, ApiException):
-            raise _refusal(cause, what) from None
+            raise _refusal(cause, what, kind) from None
         if isinstance(cause, HTTPError):
             raise _no_answer(cause) from None
         raise
@@ -332,7 +354,7 @@ def _no_answer(error: HTTPError) -> ServiceUnreachable:
     )
 
 
-def _refusal(error: ApiException, what: str) -> UserError | RetryableError:
+def _refusal(error: ApiException, what: str, kind: JobKind | None) -> UserError | RetryableError:
     text = _message(error)
     if error.status == 401:
         return UserError(
@@ -343,11 +365,8 @@ def _refusal(error: ApiException, what: str) -> UserError | RetryableError:
     if error.status == 404 and "namespaces" in text:
         return UserError(f"{what}: {text}; kubectl get namespaces")
     if error.status == 404:
-        return UserError(
-            f"{what}: the cluster knows no PyTorchJob (404); install the operator: kubectl "
-            "apply --server-side -k "
-            "k8s/third-party/training-operator"
-        )
+        kind = kind or job_kinds()[0]
+        return UserError(f"{what}: the cluster knows no {kind.name} (404); {kind.install}")
     if error.status == 409:
         return UserError(
             f"{what}: exists already; cancel it first (convoy cancel NAME), or give another --name"

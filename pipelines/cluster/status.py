@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from pipelines.cluster.pytorchjob import GANG_LABEL
+from pipelines.cluster.job_kind import JobKind
+from pipelines.cluster.job_spec import GANG_LABEL
+from pipelines.cluster.pytorchjob import KIND
 from trainer.errors import EXIT_BUG, EXIT_USER
 from trainer.progress.progress_record import ProgressRecord, is_record, last_record
 
@@ -43,23 +45,24 @@ class Status:
         return f"{self.name}: {self.state}" + (f": {self.says}" if self.says else "")
 
 
-def summarize_job(job: Object, pods: list[Object], events: list[Object], log: str | None) -> Status:
+def summarize_job(
+    job: Object, pods: list[Object], events: list[Object], log: str | None, kind: JobKind = KIND
+) -> Status:
     """Summarize the status of a job.
 
     ``pods``, ``events``: those of the job. ``log``: end of the first pod's log; empty if there is
     none, None if it was not requested. Only its progress records are used.
     """
     record = last_record((log or "").split("\n"))
-    name, spec, status = job["metadata"]["name"], job["spec"], job.get("status", {})
-    nodes = spec["pytorchReplicaSpecs"]["Worker"].get("replicas", 1)
+    name, status, nodes = job["metadata"]["name"], job.get("status", {}), kind.num_pods(job)
     conditions = {c["type"]: c for c in status.get("conditions") or [] if c["status"] == "True"}
     seen = _seen(record)
-    if "Succeeded" in conditions:
+    if kind.succeeded in conditions:
         return Status(name, "succeeded", _progress(seen), exit_code=0, **seen)
-    if "Failed" in conditions:
-        says, code = _failure(name, conditions["Failed"], pods, record)
+    if kind.failed in conditions:
+        says, code = _failure(name, conditions[kind.failed], pods, record)
         return Status(name, "failed", says, exit_code=code, **seen)
-    if (spec.get("runPolicy") or {}).get("suspend"):
+    if kind.is_suspended(job):
         if _QUEUE_LABEL in (job["metadata"].get("labels") or {}):
             return Status(
                 name,
@@ -73,18 +76,23 @@ def summarize_job(job: Object, pods: list[Object], events: list[Object], log: st
     )
     running = sum(pod["status"].get("phase") == "Running" for pod in pods)
     if troubles and troubles[0][0] != "pulling":
-        kind, says = troubles[0]
-        count = sum(trouble[0] == kind for trouble in troubles)
+        trouble, says = troubles[0]
+        count = sum(other == trouble for other, _ in troubles)
         state = {
             "unschedulable": "unschedulable",
             "image": "no image",
             "secret": "not started",
             "start": "not started",
-        }[kind]
-        whole = ", a gang that starts whole" if kind == "unschedulable" and _is_gang(spec) else ""
+        }[trouble]
+        labels = (kind.template(job).get("metadata") or {}).get("labels") or {}
+        whole = (
+            ", a gang that starts whole"
+            if trouble == "unschedulable" and GANG_LABEL in labels
+            else ""
+        )
         return Status(name, state, f"{count} of {nodes} pods{whole}: {says}")
     if not pods:
-        return Status(name, "queued", _why_no_pods(status, events))
+        return Status(name, "queued", _why_no_pods(status, events, kind))
     if running < nodes:
         pulling = f"{len(troubles)} get their image and volumes, " if troubles else ""
         return Status(
@@ -104,11 +112,6 @@ def summarize_job(job: Object, pods: list[Object], events: list[Object], log: st
     if record.phase in ("rendezvous", "starting"):
         return Status(name, "rendezvous", f"{nodes} pods meet; the first step follows", **seen)
     return Status(name, "training", _progress(seen), **seen)
-
-
-def _is_gang(spec: Object) -> bool:
-    template = spec["pytorchReplicaSpecs"]["Worker"].get("template") or {}
-    return GANG_LABEL in ((template.get("metadata") or {}).get("labels") or {})
 
 
 def _seen(record: ProgressRecord | None) -> dict[str, Any]:
@@ -210,7 +213,7 @@ def _trouble(pod: Object) -> tuple[str, str] | None:
     return None
 
 
-def _why_no_pods(status: Object, events: list[Object]) -> str:
+def _why_no_pods(status: Object, events: list[Object], kind: JobKind) -> str:
     refused = [
         event
         for event in events
@@ -219,5 +222,5 @@ def _why_no_pods(status: Object, events: list[Object]) -> str:
     if refused:
         return f"its pods are refused: {' '.join((refused[-1].get('message') or '').split())}"
     if not status.get("conditions"):
-        return "the training-operator did not take it yet; is it running? kubectl get pods -A | grep training-operator"
+        return kind.not_accepted
     return "its pods are being made"

@@ -191,7 +191,7 @@ def _checked(
         good.append(Split(split.name, split.class_ids, split.classes, [item for item, _ in marked]))
     if (
         len(checked) == 2
-        and not good[0].items[0].is_idx
+        and good[0].items[0].pixels is None
         and (note := leak_note(checked[0], checked[1], read_item))
     ):
         account.notes.append(note)
@@ -204,7 +204,7 @@ def _check_split(
     """Return the images that can be packed; the others are recorded as rejected."""
     if all(
         item.extension for item in split.items
-    ):  # idx files: the pixels were checked when they were listed
+    ):  # raw pixels: they were checked when they were listed
         return [(item, -1) for item in split.items]
     chunks = [split.items[i : i + _CHUNK] for i in range(0, len(split.items), _CHUNK)]
     good: list[Marked] = []

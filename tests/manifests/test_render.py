@@ -15,7 +15,7 @@ from restricted import ROOT, faults, templates
 from support.helpers import Run
 
 from pipelines.cli.main import app
-from pipelines.cluster.pytorchjob import JobOptions, render, to_yaml
+from pipelines.cluster.job_spec import JobOptions, render, to_yaml
 from trainer.config.load import RECIPES
 from trainer.errors import UserError
 
@@ -199,6 +199,7 @@ def test_checkpoints_never_stay_in_a_pod(tmp_path: Path) -> None:
         ([], JobOptions(1, 8, image="convoy:latest"), "--image: 'convoy:latest' is no image with a fixed tag"),
         ([], JobOptions(1, 8, memory="lots"), "--memory: 'lots' is no quantity"),
         ([], JobOptions(1, 8, node_selector=["gpu"]), "--node-selector: 'gpu' is no label of nodes, KEY=VALUE"),
+        ([], JobOptions(1, 8, kind="CronJob"), "--kind: 'CronJob' is not a kind of job; nearest: PyTorchJob"),
         ([], JobOptions(1, 8, toleration=["gpu:Never"]), "--toleration: 'gpu:Never' is not KEY[=VALUE][:EFFECT]"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",

@@ -207,6 +207,7 @@ def _probe_outputs(run: RunPlan) -> None:
 def _probe_object_store(url: str) -> None:
     try:
         store = open_store(url, create=True)
+        store.check_mutable()
         store.write(PROBE_NAME, b"")
         store.delete([PROBE_NAME])
     except ServiceUnreachable:

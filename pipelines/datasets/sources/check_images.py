@@ -39,7 +39,7 @@ def with_extension(item: Item, extension: str) -> Item:
         item.size,
         extension,
         item.changed,
-        item.is_idx,
+        item.pixels,
         item.name,
     )
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipelines.datasets.sources.item import Account, Item, Split, printable
 from pipelines.datasets.sources.keys import sample_keys
-from pipelines.datasets.sources.layout import Layout, find_split_folders, split_kind
+from pipelines.datasets.sources.layout import find_split_folders, split_kind
+from pipelines.datasets.sources.source_format import ListOptions, SourceFormat
 from pipelines.datasets.sources.walk import Entry, Walk, looks_like_image
 from trainer.errors import UserError, shortened
 
@@ -35,15 +36,16 @@ class _Class:
     """(folder relative to the class folder, file) of each file."""
 
 
-def folder_splits(root: Path, layout: Layout, nested: bool, account: Account) -> list[Split]:
+def folder_splits(root: Path, options: ListOptions, account: Account) -> list[Split]:
     """Return the splits of a source of class folders. Raises UserError if the source is ambiguous.
 
-    ``nested``: all images below a class folder belong to it, regardless of its subfolders' names.
+    ``options.nested``: all images below a class folder belong to it, regardless of its subfolders'
+    names.
     """
     found: list[list[_Class]] = []
-    folders = find_split_folders(str(root), layout, account)
+    folders = find_split_folders(str(root), options.layout, account)
     for folder in folders:
-        classes = _class_folders(folder.path, nested, account)
+        classes = _class_folders(folder.path, options.nested, account)
         if not classes and not account.faults:
             raise UserError(
                 f"{printable(folder.path)}: contains no class folders; what can be packed: a "
@@ -194,3 +196,6 @@ def _split(name: str, classes: list[_Class], ids: list[str]) -> Split:
         for key, label, (_, file) in zip(keys, labels, files, strict=True)
     ]
     return Split(name, ids, list(ids), items)
+
+
+FORMAT = SourceFormat(Path.is_dir, folder_splits)

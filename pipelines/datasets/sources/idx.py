@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.datasets.sources.item import Account, Item, Split
+from pipelines.datasets.sources.source_format import ListOptions, SourceFormat
 from pipelines.datasets.sources.walk import skip_others
 from trainer.errors import UserError
 
@@ -21,7 +22,7 @@ def is_idx_folder(root: Path) -> bool:
     return any(path.is_file() for path in root.glob("*-idx3-ubyte*"))
 
 
-def idx_splits(root: Path, account: Account) -> list[Split]:
+def idx_splits(root: Path, options: ListOptions, account: Account) -> list[Split]:
     """Return the splits of ``train-*`` and ``t10k-*`` files, plain or gzip. Raises UserError.
 
     The labels are the classes.
@@ -66,7 +67,7 @@ def _split(name: str, prefix: str, images: Path, labels: Path) -> Split:
             height * width,
             "png",
             changed,
-            is_idx=True,
+            pixels=_pixels,
         )
         for i, label in enumerate(numbers)
     ]
@@ -78,6 +79,11 @@ def _find(root: Path, name: str) -> Path | None:
     return next(
         (root / f"{name}{end}" for end in (".gz", "") if (root / f"{name}{end}").is_file()), None
     )
+
+
+def _pixels(path: str, number: int) -> np.ndarray:
+    image: np.ndarray = idx_images(path)[number]
+    return image
 
 
 @lru_cache(maxsize=2)
@@ -111,3 +117,6 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
             f"{found:,}"
         )
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+FORMAT = SourceFormat(is_idx_folder, idx_splits)

@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 from pipelines.datasets.sources.devkit import ARCHIVE, FOLDERS, TRUTH, Devkit
 from pipelines.datasets.sources.item import Account, Item, Split, printable
 from pipelines.datasets.sources.keys import has_equal_keys, sample_keys
+from pipelines.datasets.sources.source_format import ListOptions, SourceFormat
 from pipelines.datasets.sources.walk import HIDDEN, skip_others, skipped_by_name
 from trainer.data.shards.tar_reader import TarError, list_members
 from trainer.errors import UserError, shortened
@@ -17,7 +18,7 @@ def has_imagenet_tars(root: Path) -> bool:
     return any(_find(root, split) for split in ("train", "val"))
 
 
-def imagenet_splits(root: Path, account: Account) -> list[Split]:
+def imagenet_splits(root: Path, options: ListOptions, account: Account) -> list[Split]:
     """Return the splits of ``ILSVRC2012_img_train.tar`` and ``ILSVRC2012_img_val.tar``, or one of
     them.
 
@@ -146,3 +147,6 @@ def _members(path: Path, account: Account, start: int = 0, size: int | None = No
         else:
             found[member.name] = (member.name, start + member.data_offset, member.size)
     return list(found.values())
+
+
+FORMAT = SourceFormat(has_imagenet_tars, imagenet_splits)

@@ -1,14 +1,17 @@
 """Images to pack (items) in splits, and an account of every other file of a source."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 _NAMED = 3  # skipped files that are listed per rule
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image: bytes ``offset`` to ``offset + size`` of a file, or image number ``offset`` of an
-    idx file.
+    """One image: bytes ``offset`` to ``offset + size`` of a file, or image number ``offset`` of a
+    file of raw pixels.
     """
 
     key: str
@@ -20,7 +23,10 @@ class Item:
     """Extension of the image format; empty until the content is checked."""
     changed: int = 0
     """The file's modification time, ns; detects that an image changed since it was listed."""
-    is_idx: bool = False
+    pixels: Callable[[str, int], np.ndarray] | None = None
+    """Returns image number ``offset`` of the file ``path``, uint8 [height, width] or [height,
+    width, 3], if the file holds raw pixels. A function of a module, since workers call it.
+    """
     name: str = ""
     """Name of the member, if the image is in a tar."""
 

@@ -1,38 +1,33 @@
-"""Lists the images of a source without reading them: class folders, ImageNet's tars or idx files.
+"""Lists the images of a source in any known format without reading them, and reads one image.
 
 Every file below a source becomes an item, is skipped by a rule, or is rejected; `Account` records
 the last two.
 """
 
+import importlib
 import io
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from pipelines.datasets.class_names import names_by_id
-from pipelines.datasets.sources.folders import folder_splits
-from pipelines.datasets.sources.idx import idx_images, idx_splits, is_idx_folder
-from pipelines.datasets.sources.imagenet import has_imagenet_tars, imagenet_splits
 from pipelines.datasets.sources.item import Account, Item, Source, printable
-from pipelines.datasets.sources.layout import Layout
+from pipelines.datasets.sources.source_format import ListOptions, SourceFormat
 from pipelines.datasets.sources.walk import check_root
 from trainer.errors import UserError
 
+__all__ = ["FORMATS", "ListOptions", "list_source", "read_item"]
 
-@dataclass(frozen=True)
-class ListOptions:
-    """Options for interpreting a source.
-
-    ``class_names``: a file in a format of `pipelines.datasets.class_names`; defaults to
-    synset_words.txt, if the source contains it. ``nested``: images at any depth below a class
-    folder belong to it.
-    """
-
-    class_names: str | None = None
-    layout: Layout = "auto"
-    nested: bool = False
+FORMATS = (
+    "idx",
+    "imagenet",
+    "folders",
+)
+"""The modules of this package whose ``FORMAT`` is a SourceFormat. The first one that detects a
+source lists it; `folders` detects every folder. A new format adds one line.
+"""
 
 
 def list_source(source: str, options: ListOptions | None = None) -> Source:
@@ -46,12 +41,8 @@ def list_source(source: str, options: ListOptions | None = None) -> Source:
 def _list(source: str, options: ListOptions) -> Source:
     root = check_root(source)
     account = Account()
-    if is_idx_folder(root):
-        splits = idx_splits(root, account)
-    elif has_imagenet_tars(root):
-        splits = imagenet_splits(root, account)
-    else:
-        splits = folder_splits(root, options.layout, options.nested, account)
+    detected = next(source for source in map(_format, FORMATS) if source.detect(root))
+    splits = detected.splits(root, options, account)
     names = Path(options.class_names) if options.class_names else root / "synset_words.txt"
     if options.class_names is not None or names.is_file():
         classes = names_by_id(names, splits[0].class_ids)  # all splits have the same classes
@@ -59,14 +50,19 @@ def _list(source: str, options: ListOptions) -> Source:
     return Source(splits, account)
 
 
+def _format(module: str) -> SourceFormat:
+    found: SourceFormat = importlib.import_module(f"pipelines.datasets.sources.{module}").FORMAT
+    return found
+
+
 def read_item(item: Item) -> bytes:
-    """Return the image's bytes, unmodified. An image of an idx file is encoded as PNG.
+    """Return the image's bytes, unmodified. Raw pixels are encoded as PNG.
 
     Raises UserError if the file changed since it was listed.
     """
-    if item.is_idx:
+    if item.pixels is not None:
         buffer = io.BytesIO()
-        Image.fromarray(idx_images(item.path)[item.offset]).save(buffer, "PNG", compress_level=6)
+        Image.fromarray(item.pixels(item.path, item.offset)).save(buffer, "PNG", compress_level=6)
         return buffer.getvalue()
     try:
         with open(item.path, "rb") as file:

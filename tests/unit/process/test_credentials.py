@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.helpers import Run
 
-from pipelines.cluster.pytorchjob import JobOptions, render
+from pipelines.cluster.job_spec import JobOptions, render
 from trainer.config.schema import load_config
 from trainer.errors import UserError, report
 from trainer.secrets.credentials import take_credentials, without_credentials

@@ -1,11 +1,16 @@
-"""Creates object store clients: addresses, timeouts, and credentials that are re-read on change."""
+"""Stores that obstore reads: S3, Google Cloud Storage, Azure and folders.
 
-from collections.abc import Callable
+Clients have addresses, timeouts, and credentials that are re-read on change.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from obstore.exceptions import BaseError
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
 from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store
 
 from trainer.data.storage.aws_credentials import (
@@ -15,10 +20,13 @@ from trainer.data.storage.aws_credentials import (
     s3_settings,
 )
 from trainer.data.storage.location import Location, parse_storage_url
-from trainer.data.storage.store_errors import panics_as_errors
+from trainer.data.storage.object_store import Version
+from trainer.data.storage.retry import RetryPolicy
+from trainer.data.storage.store_errors import Interrupted, panics_as_errors, status_of
 from trainer.errors import UserError
 from trainer.secrets.redaction import redact_credentials
 
+CHUNK = 256 * 1024  # bytes per received chunk; a broken connection loses less than this
 _QUIET_RETRIES = {  # for all requests except range reads; object_store retries these itself
     "max_retries": 8,
     "backoff": {
@@ -31,15 +39,11 @@ _QUIET_RETRIES = {  # for all requests except range reads; object_store retries 
 _NO_RETRIES = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
 
 
-class Connections(NamedTuple):
-    """The clients of one store; only ``for_all_else`` retries by itself.
-
-    ``address``: the store's address, for messages.
-    """
+class _Clients(NamedTuple):
+    """The clients of one store; only ``for_all_else`` retries by itself."""
 
     for_ranges: ObjectStore
     for_all_else: ObjectStore
-    address: str
 
 
 def folder_of(url: str, create: bool) -> Path:
@@ -62,38 +66,136 @@ def folder_of(url: str, create: bool) -> Path:
     return path
 
 
-def connector(url: str, connect_seconds: float, silent_seconds: float) -> Callable[[], Connections]:
-    """Returns a function that connects to a store.
+class ObstoreStore:
+    """A MutableObjectStore that obstore reads and writes."""
 
-    Each call re-reads settings and credentials. ``silent_seconds``: maximum time that a range read
-    may go without receiving a byte. Raises UserError.
-    """
-    location = parse_storage_url(url)
-    if not location.is_remote:
-        local = LocalStore(str(folder_of(url, create=False)))
-        return lambda: Connections(local, local, location.prefix)
-    connect = {"connect_timeout": timedelta(seconds=connect_seconds)}
-    for_ranges = connect | {
-        "read_timeout": timedelta(seconds=silent_seconds),
-        "timeout": timedelta(days=1),
-    }
-    for_all_else = connect | {"timeout": timedelta(seconds=60)}
+    _clients: _Clients
 
-    def connected() -> Connections:
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._seen: dict[str, tuple[str | None, int]] = {}
+        """ETag and size of each object that ranges were read from; they must not change."""
+        self._lock = threading.Lock()
+
+    def size(self, name: str) -> int:
+        return obstore.head(self._clients.for_all_else, name)["size"]
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> Iterator[memoryview]:
+        """Yields a range as it arrives; raises UserError if the object changed since the first one.
+
+        Without ``end``, the object is returned in one piece, after object_store's own retries.
+        """
+        if end is None:
+            options: Any = {"range": {"offset": start}} if start else None
+            found = obstore.get(self._clients.for_all_else, name, options=options)
+            yield memoryview(found.bytes())
+            return
+        found = obstore.get(self._clients.for_ranges, name, options={"range": (start, end)})
+        self._check_same(name, found.meta["e_tag"], found.meta["size"])
+        for chunk in found.stream(min_chunk_size=CHUNK):
+            yield memoryview(chunk)
+
+    def _check_same(self, name: str, etag: str | None, size: int) -> None:
+        with self._lock:
+            before = self._seen.setdefault(name, (etag, size))
+        if before != (etag, size):
+            raise UserError(
+                f"{self._url}/{name}: was changed while it was read: {before[1]:,} bytes with "
+                f"ETag {before[0]} before, {size:,} bytes with ETag {etag} now"
+            )
+
+    def put(self, name: str, content: bytes | IO[bytes]) -> None:
+        obstore.put(self._clients.for_all_else, name, content)
+
+    def list(self) -> dict[str, int]:
+        return {
+            meta["path"]: meta["size"]
+            for batch in obstore.list(self._clients.for_all_else)
+            for meta in batch
+            if meta["path"]  # consoles create an empty object for a folder
+        }
+
+    def delete(self, name: str) -> None:
+        obstore.delete(self._clients.for_all_else, name)
+
+    def read_versioned(self, name: str) -> tuple[bytes, Version, float]:
+        found = obstore.get(self._clients.for_all_else, name)
+        return (
+            found.bytes().to_bytes(),
+            _version(found.meta),
+            found.meta["last_modified"].timestamp(),
+        )
+
+    def put_if(self, name: str, content: bytes, version: Version | None) -> Version | None:
+        mode: Any = version or "create"
+        try:
+            return _version(obstore.put(self._clients.for_all_else, name, content, mode=mode))
+        except (AlreadyExistsError, PreconditionError):
+            return None
+        except BaseError as error:
+            if isinstance(error, NotFoundError) and version is not None:
+                return None
+            if status_of(error) == 501:
+                raise NotImplementedError from None
+            raise
+
+
+class FolderStore(ObstoreStore):
+    """The files below a folder."""
+
+    def __init__(self, location: Location, policy: RetryPolicy) -> None:
+        super().__init__(location.url)
+        self.path = Path(location.prefix)
+        local = LocalStore(location.prefix)
+        self._clients = _Clients(local, local)
+
+    def read_ranges(
+        self, name: str, starts: Sequence[int], ends: Sequence[int]
+    ) -> list[memoryview]:
+        """Returns the bytes ``[start, end)`` of a file for each pair, opening it once."""
+        parts = obstore.get_ranges(
+            self._clients.for_ranges, name, starts=starts, ends=ends, coalesce=0
+        )
+        if [len(part) for part in parts] != [
+            end - start for start, end in zip(starts, ends, strict=True)
+        ]:
+            raise Interrupted("the file was cut short while it was read")
+        return [memoryview(part) for part in parts]
+
+
+class CloudStore(ObstoreStore):
+    """The objects below a prefix of a bucket (S3, Google Cloud Storage) or container (Azure)."""
+
+    def __init__(self, location: Location, policy: RetryPolicy) -> None:
+        super().__init__(location.url)
+        self._location, self._policy = location, policy
+        self.renew()
+
+    def renew(self) -> None:
+        """Connects with the current settings and credentials. Raises UserError."""
+        location = self._location
+        connect = {"connect_timeout": timedelta(seconds=self._policy.connect_seconds)}
+        for_ranges = connect | {
+            "read_timeout": timedelta(seconds=self._policy.silent_seconds),
+            "timeout": timedelta(days=1),
+        }
+        for_all_else = connect | {"timeout": timedelta(seconds=60)}
         settings = s3_settings() if location.scheme == "s3" else None
-        address = settings.address if settings else location.root
         try:
             with panics_as_errors():
-                first = _store(location, settings, for_ranges, _NO_RETRIES)
-                return Connections(
-                    first, _store(location, settings, for_all_else, _QUIET_RETRIES), address
+                self._clients = _Clients(
+                    _store(location, settings, for_ranges, _NO_RETRIES),
+                    _store(location, settings, for_all_else, _QUIET_RETRIES),
                 )
         except (BaseError, ValueError, OSError) as error:
             raise UserError(
                 f"{location.url}: {redact_credentials(str(error).splitlines()[0])}"
             ) from None
+        self.address = settings.address if settings else location.root
 
-    return connected
+
+def _version(meta: Mapping[str, Any]) -> Version:
+    return {key: meta[key] for key in ("e_tag", "version") if meta.get(key) is not None}
 
 
 def _store(

@@ -10,10 +10,10 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.data.storage.object_store import STORES
 from trainer.errors import UserError
 from trainer.secrets.redaction import redact_credentials
 
-_SCHEMES = ("s3", "gs", "az", "file")
 _ALIASES = {
     **dict.fromkeys(("s3a", "s3n", "s3fs", "minio", "aws", "oss"), "s3"),
     **dict.fromkeys(("gcs", "gcp"), "gs"),
@@ -22,18 +22,21 @@ _ALIASES = {
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _CONTAINER = re.compile(r"\$?[A-Za-z0-9][A-Za-z0-9-]{0,62}")
+_BUCKETS = {"s3": _BUCKET, "gs": _BUCKET, "az": _CONTAINER}
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}(:\d{1,5})?")
 _ADDRESS = re.compile(r"[0-9.]+")
 _PORT = re.compile(r"(?P<host>[A-Za-z0-9._-]+):\d+")
 _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
-_MEANT_REMOTE = re.compile(rf"\s*({'|'.join((*_SCHEMES, *_ALIASES, 'https?'))}):", re.IGNORECASE)
+_MEANT_REMOTE = re.compile(rf"\s*({'|'.join((*STORES, *_ALIASES, 'https?'))}):", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Location:
     """A bucket and key prefix, or a local folder.
 
-    ``bucket``: the container on Azure; empty for a folder. ``prefix``: literal keys begin with it
-    and a slash; empty for the full bucket; for a folder, its absolute path.
+    ``bucket``: the container on Azure, HOST or HOST:PORT of other services; empty for a folder.
+    ``prefix``: literal keys begin with it and a slash; empty for the full bucket; for a folder, its
+    absolute path.
     """
 
     scheme: str
@@ -100,7 +103,7 @@ def parse_storage_url(url: str) -> Location:
     rest = url[found.end() :]
     if scheme == "file":
         return _file_url(rest, shown)
-    if scheme not in _SCHEMES:
+    if scheme not in STORES:
         raise UserError(f"{shown}: {_advice(scheme, rest)}")
     return _remote(scheme, rest, shown)
 
@@ -143,25 +146,16 @@ def _advice(scheme: str, rest: str) -> str:
         return f"a web address; write s3://{bucket}/{key}".rstrip("/")
     if scheme in ("http", "https"):
         return "a web address; write s3://BUCKET/PREFIX and set AWS_ENDPOINT_URL to the address of the store"
-    known = ", ".join(f"{name}://" for name in _SCHEMES)
+    known = ", ".join(f"{name}://" for name in STORES)
     return f"{scheme}:// is not supported; a URL begins with {known} or is a plain path"
 
 
 def _remote(scheme: str, rest: str, shown: str) -> Location:
     bucket, _, key = rest.partition("/")
-    if not bucket:
-        raise UserError(f"{shown}: names no bucket; write {scheme}://BUCKET/PREFIX")
-    if port := _PORT.fullmatch(bucket):
-        raise UserError(
-            f"{shown}: a bucket has no port; write {scheme}://BUCKET/PREFIX and set "
-            f"AWS_ENDPOINT_URL to http://{port[0]}"
-        )
-    pattern = _CONTAINER if scheme == "az" else _BUCKET
-    if not pattern.fullmatch(bucket) or _ADDRESS.fullmatch(bucket):
-        what = "container" if scheme == "az" else "bucket"
-        raise UserError(
-            f"{shown}: not a {what} name: letters, digits, dots and dashes; write {scheme}://{what.upper()}/PREFIX"
-        )
+    if scheme in _BUCKETS:
+        _check_bucket(scheme, bucket, shown)
+    elif not _HOST.fullmatch(bucket):
+        raise UserError(f"{shown}: names no host; write {scheme}://HOST/PREFIX or HOST:PORT/PREFIX")
     if "\\" in key:
         raise UserError(f"{shown}: separate with / instead of \\")
     key = key.removesuffix("/")
@@ -176,6 +170,21 @@ def _remote(scheme: str, rest: str, shown: str) -> Location:
     if len(key.encode()) > 1024:
         raise UserError(f"{shown[:200]}...: longer than the 1024 bytes that a key can have")
     return Location(scheme, bucket, key)
+
+
+def _check_bucket(scheme: str, bucket: str, shown: str) -> None:
+    if not bucket:
+        raise UserError(f"{shown}: names no bucket; write {scheme}://BUCKET/PREFIX")
+    if port := _PORT.fullmatch(bucket):
+        raise UserError(
+            f"{shown}: a bucket has no port; write {scheme}://BUCKET/PREFIX and set "
+            f"AWS_ENDPOINT_URL to http://{port[0]}"
+        )
+    if not _BUCKETS[scheme].fullmatch(bucket) or _ADDRESS.fullmatch(bucket):
+        what = "container" if scheme == "az" else "bucket"
+        raise UserError(
+            f"{shown}: not a {what} name: letters, digits, dots and dashes; write {scheme}://{what.upper()}/PREFIX"
+        )
 
 
 def _file_url(rest: str, shown: str) -> Location:

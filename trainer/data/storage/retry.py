@@ -8,13 +8,11 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import obstore
 from obstore.exceptions import BaseError
-from obstore.store import ObjectStore
 
+from trainer.data.storage.object_store import ObjectStore, RenewableObjectStore
 from trainer.data.storage.store_errors import (
     ErrorKind,
     Interrupted,
@@ -25,7 +23,6 @@ from trainer.data.storage.store_errors import (
 )
 from trainer.errors import RetryableError, UserError
 
-CHUNK = 256 * 1024  # bytes per received chunk; a broken connection loses less than this
 _SECONDS_BETWEEN_LINES = 5.0
 _LOG = logging.getLogger(__name__)
 
@@ -71,17 +68,13 @@ class TransferStats:
 
 
 class StoreClient:
-    """The connections to one store, with its transfer counters and retry log.
+    """An object store with its transfer counters and retry log.
 
-    Connections are re-created with new credentials when the store rejects the old ones.
+    Credentials are re-read when the store rejects the old ones. ``root``: the URL's first part, for
+    messages about a store without an address of its own.
     """
 
-    def __init__(
-        self,
-        url: str,
-        connect: Callable[[], tuple[ObjectStore, ObjectStore, str]],
-        patience: RetryPolicy,
-    ) -> None:
+    def __init__(self, url: str, objects: ObjectStore, root: str, patience: RetryPolicy) -> None:
         self.url = url
         self.patience = patience
         self.counts = TransferStats()
@@ -93,11 +86,16 @@ class StoreClient:
         """Whether it ever answered a signed request successfully."""
         self.proven = False
         """Whether it ever answered as only an object store does."""
-        self._connect = connect
+        self.objects = objects
+        self._root = root
         self._lock = threading.Lock()
         self.generation = 0
-        self.for_ranges, self.for_all_else, self.address = connect()
         self._reported, self._untold = float("-inf"), 0
+
+    @property
+    def address(self) -> str:
+        objects = self.objects
+        return objects.address if isinstance(objects, RenewableObjectStore) else self._root
 
     def succeeded(self) -> None:
         self.met = self.accepted = True
@@ -105,8 +103,8 @@ class StoreClient:
     def renew(self, generation: int) -> None:
         """Re-reads the credentials, unless another thread has done so since ``generation``."""
         with self._lock:
-            if generation == self.generation:
-                self.for_ranges, self.for_all_else, self.address = self._connect()
+            if generation == self.generation and isinstance(self.objects, RenewableObjectStore):
+                self.objects.renew()
                 self.generation += 1
 
     def tell(self, text: str) -> None:
@@ -189,17 +187,10 @@ class Retrier:
         self.generation = link.generation
 
 
-def read_piece(
-    link: StoreClient,
-    name: str,
-    start: int,
-    into: memoryview,
-    check: Callable[[str | None, int], None],
-) -> None:
+def read_piece(link: StoreClient, name: str, start: int, into: memoryview) -> None:
     """Fills ``into`` with an object's bytes from ``start`` on, fetching each byte once.
 
-    ``check`` is called with the object's ETag and size for every response. Raises UserError,
-    RetryableError.
+    Raises UserError, RetryableError.
     """
     at, end = start, start + len(into)
     endurance = Retrier(link)
@@ -208,9 +199,7 @@ def read_piece(
         try:
             link.counts.add(requests=1)
             with panics_as_errors():
-                answer = obstore.get(link.for_ranges, name, options={"range": (at, end)})
-                check(answer.meta["e_tag"], answer.meta["size"])
-                for chunk in answer.stream(min_chunk_size=CHUNK):
+                for chunk in link.objects.read(name, at, end):
                     if at + len(chunk) > end:
                         at = first
                         raise Interrupted("more bytes came than were asked for")

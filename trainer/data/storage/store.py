@@ -9,25 +9,24 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
-import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
-from obstore.store import LocalStore, ObjectStore
+from obstore.exceptions import BaseError
 
-from trainer.data.storage.client import Connections, connector, folder_of
-from trainer.data.storage.location import is_remote, parse_storage_url
+from trainer.data.storage.client import FolderStore, folder_of
+from trainer.data.storage.location import Location, is_remote, parse_storage_url
+from trainer.data.storage.object_store import MutableObjectStore, Version, connect
 from trainer.data.storage.retry import Retrier, RetryPolicy, StoreClient, TransferStats, read_piece
 from trainer.data.storage.store_errors import (
     CHECK_ENDPOINT,
     ErrorKind,
     Foreign,
-    Interrupted,
     kind_of,
     panics_as_errors,
     reason,
@@ -50,12 +49,8 @@ __all__ = [
 _PIECE = 8 * 2**20  # maximum bytes per request
 _REQUESTS = 8  # concurrent requests
 _PATIENCE = RetryPolicy()
-_NOT_FOUND = (NotFoundError, FileNotFoundError)
 
 A = TypeVar("A")
-
-Version = dict[str, str]
-"""ETag of an object's content and, if the store has versioning, its version."""
 
 
 class RangeReader(Protocol):
@@ -84,13 +79,9 @@ class Store:
     Thread-safe. ``counts`` accumulates the transfer counters.
     """
 
-    def __init__(
-        self, url: str, connect: Callable[[], Connections], patience: RetryPolicy = _PATIENCE
-    ) -> None:
+    def __init__(self, url: str, location: Location, patience: RetryPolicy = _PATIENCE) -> None:
         self.url = url.rstrip("/")
-        self._link = StoreClient(self.url, connect, patience)
-        self._seen: dict[str, tuple[str | None, int]] = {}
-        """ETag and size of each object that ranges were read from; they must not change."""
+        self._link = StoreClient(self.url, connect(location, patience), location.root, patience)
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
 
@@ -112,8 +103,8 @@ class Store:
         object does not exist, if it ends before a range does, or if it has changed since the first
         read.
         """
-        if isinstance(self._link.for_ranges, LocalStore):
-            return self._read_local(name, starts, ends)
+        if isinstance(self._link.objects, FolderStore):
+            return self._read_local(self._link.objects, name, starts, ends)
         spans = _merged(starts, ends)
         buffers = [np.empty(end - start, np.uint8) for start, end in spans]
         pieces = [
@@ -136,9 +127,7 @@ class Store:
 
     def _read_pieces(self, name: str, pieces: list[tuple[int, memoryview]]) -> None:
         def read(piece: tuple[int, memoryview]) -> None:
-            read_piece(
-                self._link, name, *piece, lambda etag, size: self._check_same(name, etag, size)
-            )
+            read_piece(self._link, name, *piece)
 
         if len(pieces) <= 1:
             for piece in pieces:
@@ -153,44 +142,28 @@ class Store:
         for future in done:
             future.result()
 
-    def _check_same(self, name: str, etag: str | None, size: int) -> None:
-        with self._lock:
-            before = self._seen.setdefault(name, (etag, size))
-        if before != (etag, size):
-            raise UserError(
-                f"{self.url}/{name}: was changed while it was read: {before[1]:,} bytes with "
-                f"ETag {before[0]} before, "
-                f"{size:,} bytes with ETag {etag} now"
-            )
-
     def _read_local(
-        self, name: str, starts: Sequence[int], ends: Sequence[int]
+        self, folder: FolderStore, name: str, starts: Sequence[int], ends: Sequence[int]
     ) -> list[memoryview]:
         endurance = Retrier(self._link)
         while True:
             try:
                 with panics_as_errors():
-                    size = obstore.head(self._link.for_ranges, name)["size"]
+                    size = folder.size(name)
                     if max(ends, default=0) > size:
                         raise UserError(
                             f"{self.url}/{name}: has {size:,} bytes, but bytes up to "
                             f"{max(ends):,} are needed"
                         )
-                    parts = obstore.get_ranges(
-                        self._link.for_ranges, name, starts=starts, ends=ends, coalesce=0
-                    )
-                if [len(part) for part in parts] != [
-                    end - start for start, end in zip(starts, ends, strict=True)
-                ]:
-                    raise Interrupted("the file was cut short while it was read")
+                    parts = folder.read_ranges(name, starts, ends)
             except (BaseError, OSError) as error:
                 endurance.failed(error, f"{self.url}/{name}")
             else:
                 self.counts.add(bytes=sum(map(len, parts)), requests=len(parts))
-                return [memoryview(part) for part in parts]
+                return parts
 
     def _with_retry(
-        self, work: Callable[[ObjectStore], A], where: str, missing: Callable[[], A] | None = None
+        self, work: Callable[[], A], where: str, missing: Callable[[], A] | None = None
     ) -> A:
         """Calls ``work`` and retries transient errors.
 
@@ -202,7 +175,7 @@ class Store:
         while True:
             try:
                 with panics_as_errors():
-                    result = work(self._link.for_all_else)
+                    result = work()
             except (BaseError, OSError) as error:
                 kind = kind_of(error)
                 if kind is ErrorKind.MISSING and missing is not None:
@@ -223,7 +196,7 @@ class Store:
         Raises UserError if the store cannot be read at all, and RetryableError.
         """
         return self._with_retry(
-            lambda objects: obstore.get(objects, name).bytes().to_bytes(),
+            lambda: b"".join(self._link.objects.read(name)),
             f"{self.url}/{name}",
             lambda: None,
         )
@@ -243,12 +216,12 @@ class Store:
         A web page (a console, a captive portal) answers every request with success: listings are
         empty, and writes are lost.
         """
-        if self._link.proven or isinstance(self._link.for_all_else, LocalStore):
+        if self._link.proven or isinstance(self._link.objects, FolderStore):
             return
 
-        def ask(objects: ObjectStore) -> ErrorKind:
+        def ask() -> ErrorKind:
             try:
-                obstore.get(objects, f".convoy-{uuid.uuid4().hex}")
+                list(self._link.objects.read(f".convoy-{uuid.uuid4().hex}"))
             except (BaseError, OSError) as error:
                 if (kind := kind_of(error)) in (ErrorKind.MISSING, ErrorKind.REFUSED):
                     return kind
@@ -263,24 +236,16 @@ class Store:
     def size(self, name: str) -> int | None:
         """Returns the size of an object in bytes, or None if it does not exist."""
 
-        def ask(objects: ObjectStore) -> int | None:
-            return obstore.head(objects, name)["size"]
+        def ask() -> int | None:
+            return self._link.objects.size(name)
 
         return self._with_retry(ask, f"{self.url}/{name}", lambda: None)
 
     def sizes(self) -> dict[str, int]:
-        """Returns the size in bytes of every object, by name.
+        """Returns the size in bytes of every object, by name."""
 
-        The empty object that consoles create for a folder is omitted.
-        """
-
-        def ask(objects: ObjectStore) -> dict[str, int]:
-            return {
-                meta["path"]: meta["size"]
-                for batch in obstore.list(objects)
-                for meta in batch
-                if meta["path"]
-            }
+        def ask() -> dict[str, int]:
+            return dict(self._link.objects.list())
 
         found: dict[str, int] = self._with_retry(ask, self.url, dict)
         if not found:
@@ -293,26 +258,23 @@ class Store:
         self._prove()
         first = 0 if isinstance(content, bytes) else content.tell()
 
-        def put(objects: ObjectStore) -> None:
+        def put() -> None:
             if not isinstance(content, bytes):
                 content.seek(first)
-            obstore.put(objects, name, content)
+            self._link.objects.put(name, content)
 
         self._with_retry(put, f"{self.url}/{name} cannot be written")
 
     def read_versioned(self, name: str) -> tuple[bytes, Version, float] | None:
         """Returns an object, its version and its modification time (seconds since 1970).
 
-        Returns None if the object does not exist.
+        Returns None if the object does not exist. Raises UserError if the store is not a
+        MutableObjectStore.
         """
+        objects = self._mutable()
 
-        def ask(objects: ObjectStore) -> tuple[bytes, Version, float]:
-            found = obstore.get(objects, name)
-            return (
-                found.bytes().to_bytes(),
-                _version(found.meta),
-                found.meta["last_modified"].timestamp(),
-            )
+        def ask() -> tuple[bytes, Version, float] | None:
+            return objects.read_versioned(name)
 
         return self._with_retry(ask, f"{self.url}/{name}", lambda: None)
 
@@ -320,23 +282,14 @@ class Store:
         """Writes an object if it still has ``version`` (None: if it does not exist).
 
         Returns the new version. Otherwise writes nothing and returns None. Raises
-        NotImplementedError if the store does not support conditional writes.
+        NotImplementedError if the store does not support conditional writes, and UserError if it is
+        not a MutableObjectStore.
         """
-
-        def put(objects: ObjectStore) -> Version | None:
-            try:
-                return _version(obstore.put(objects, name, content, mode=version or "create"))  # type: ignore[arg-type]
-            except (AlreadyExistsError, PreconditionError):
-                return None
-            except BaseError as error:
-                if isinstance(error, NotFoundError) and version is not None:
-                    return None
-                if status_of(error) == 501:
-                    raise NotImplementedError from None
-                raise
-
+        objects = self._mutable()
         self._prove()
-        return self._with_retry(put, f"{self.url}/{name} cannot be written")
+        return self._with_retry(
+            lambda: objects.put_if(name, content, version), f"{self.url}/{name} cannot be written"
+        )
 
     @contextmanager
     def create(self, name: str) -> Iterator[IO[bytes]]:
@@ -369,21 +322,34 @@ class Store:
                 (folder / name).rmdir()
 
     def delete(self, names: Sequence[str]) -> None:
-        """Deletes objects; a missing object is not an error."""
+        """Deletes objects; a missing object is not an error.
+
+        Raises UserError if the store is not a MutableObjectStore.
+        """
         for name in names:
             self._with_retry(
-                lambda objects, name=name: obstore.delete(objects, name),  # type: ignore[misc]
+                partial(self._mutable().delete, name),
                 f"{self.url}/{name} cannot be deleted",
                 lambda: None,
             )
 
+    def check_mutable(self) -> None:
+        """Raises UserError if objects cannot be deleted or replaced on a condition."""
+        self._mutable()
+
+    def _mutable(self) -> MutableObjectStore:
+        objects = self._link.objects
+        if not isinstance(objects, MutableObjectStore):
+            raise UserError(
+                f"{self.url}: {type(objects).__name__} cannot delete objects and replace them on "
+                "a condition, which checkpoints, locks and `convoy pack` need; use s3://, gs://, "
+                "az:// or a folder"
+            )
+        return objects
+
     def _folder(self) -> Path | None:
-        objects = self._link.for_all_else
-        return Path(str(objects.prefix)) if isinstance(objects, LocalStore) else None
-
-
-def _version(meta: Mapping[str, Any]) -> Version:
-    return {key: meta[key] for key in ("e_tag", "version") if meta.get(key) is not None}
+        objects = self._link.objects
+        return objects.path if isinstance(objects, FolderStore) else None
 
 
 def _merged(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]:
@@ -432,6 +398,7 @@ def open_store(url: str, create: bool = False, patience: RetryPolicy = _PATIENCE
 
     ``create``: create a missing folder. Raises UserError.
     """
-    if create and not is_remote(url):
-        folder_of(url, create=True)
-    return Store(url, connector(url, patience.connect_seconds, patience.silent_seconds), patience)
+    location = parse_storage_url(url)
+    if not location.is_remote:
+        folder_of(url, create)
+    return Store(url, location, patience)

@@ -157,6 +157,8 @@ def reason(error: BaseException, address: str = "") -> str:
         return " ".join(text.split())[:300]
     if status is None and (fault := disk_fault(error)):
         return fault
+    if isinstance(error, ConnectionError | TimeoutError):  # of a store that is not obstore's
+        return f"{store} cannot be reached: {error.strerror or error}"
     if code == "NoSuchBucket":
         return "there is no such bucket"
     if "credential provider" in text:
