@@ -11,7 +11,7 @@ from trainer.errors import RetryableError
 def worker_pool(workers: int) -> ProcessPoolExecutor:
     """Return a pool of new processes that exit when this one does, even if it is killed."""
     return ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_follow_parent
+        workers, multiprocessing.get_context("spawn"), initializer=_start_parent_watch
     )
 
 
@@ -19,15 +19,15 @@ def worker_lost() -> RetryableError:
     """Return the error to raise for a BrokenProcessPool; a retry may succeed."""
     return RetryableError(
         "a worker process was killed, often because memory ran out, or could not start; use "
-        "fewer --workers, or more memory"
+        "fewer --workers or more memory"
     )
 
 
-def _follow_parent() -> None:
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+def _start_parent_watch() -> None:
+    threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker"
     parent.join()

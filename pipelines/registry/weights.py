@@ -22,7 +22,7 @@ from trainer.models.registry import get_model_spec
 from trainer.models.state_dict_adapter import StateDictAdapter, export_state
 from trainer.weights.class_matching import imagenet_output_names, match_classes
 from trainer.weights.pretrained import classes_in, load_weights, select_weights
-from trainer.weights.state_dict_file import classes_beside
+from trainer.weights.state_dict_file import saved_class_names
 
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _PUBLISHED = {"activation": "relu", "head": "tower", "filters": "stacked", "reduction": True}
@@ -62,13 +62,12 @@ def import_weights(
     ``key``: the set of weights to take from a file that holds several; see ``select_weights``.
     """
     if (output / WEIGHTS_NAME).exists():
-        raise UserError(f"{output}: holds a model already; choose another --output or delete it")
+        raise UserError(f"{output}: already holds a model; choose another --output or delete it")
     get_model_spec(name)
-    if classes_beside(file) is not None:
+    if saved_class_names(file) is not None:
         raise UserError(
             f"{file}: is a model that Convoy saved, with its class names; `convoy evaluate`, "
-            "`convoy weights export` and "
-            "model.init take its folder as it is"
+            "`convoy weights export` and model.init accept its folder directly"
         )
     weights = select_weights(file, name, key)
     num_outputs = classes_in(weights, name) or 1000
@@ -118,13 +117,13 @@ def _classes_of(
     if count != num_outputs:
         raise UserError(
             f"--data: {data_url} has {count:,} classes, but the weights in {file} have "
-            f"{num_outputs:,} outputs without "
-            "names; use the dataset that they were trained on, or train a new head: model.init"
+            f"{num_outputs:,} outputs without names; use the dataset that they were trained on, "
+            "or train a new head with model.init"
         )
     return (
         index.classes,
         None,
-        [f"{file}: names no classes; its outputs are taken in the order of {data_url}"],
+        [f"{file}: has no class names; its outputs are assumed to be in the order of {data_url}"],
     )
 
 
@@ -144,18 +143,18 @@ def export_weights(source: str, file: Path, form: str) -> str:
     S, S] to logits [N, num_classes], for any N; its metadata holds mean, std and class names.
     """
     if form not in _SUFFIXES:
-        raise UserError(f"--format: {form!r} is none of {', '.join(_SUFFIXES)}")
+        raise UserError(f"--format: {form!r} is not one of {', '.join(_SUFFIXES)}")
     if file.suffix not in _SUFFIXES[form]:
         raise UserError(
-            f"{file}: the file of --format {form} ends with {' or '.join(_SUFFIXES[form])}"
+            f"{file}: a file of --format {form} must end with {' or '.join(_SUFFIXES[form])}"
         )
     with _model_folder(source) as folder:
         facts = ModelMetadata(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
         for key, value in facts.options.items():
             if form != "onnx" and value != _PUBLISHED.get(key, value):
                 raise UserError(
-                    f"model.{key}: {form}'s {facts.name} has {_PUBLISHED[key]!r} alone, not "
-                    f"{value!r}; export as onnx"
+                    f"model.{key}: {form}'s {facts.name} supports only "
+                    f"{_PUBLISHED[key]!r}, not {value!r}; export it as onnx"
                 )
         model = facts.build()
         load_weights(model, facts.name, str(folder))
@@ -214,14 +213,14 @@ def _model_folder(source: str) -> Iterator[Path]:
         return
     if ":/" not in source:
         raise UserError(
-            f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model of "
-            "MLflow's"
+            f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model in "
+            "MLflow"
         )
     with downloaded(source) as copy:
         found = next(Path(copy).rglob(WEIGHTS_NAME), None)
         if found is None or not (found.parent / FACTS_NAME).is_file():
             raise UserError(
-                f"{source}: was not registered by Convoy: it has no {WEIGHTS_NAME} beside a "
-                f"{FACTS_NAME}"
+                f"{source}: was not registered by Convoy: it has no folder with {WEIGHTS_NAME} "
+                f"and {FACTS_NAME}"
             )
         yield found.parent

@@ -85,7 +85,7 @@ def _refused(uri: str, name: str, fault: Fault, run_id: str) -> UserError:
     if fault.status == 413:
         return UserError(
             f"MLflow at {redact_credentials(uri)} refuses the model as too large (HTTP 413), so "
-            f"{name} has no new version; raise the limit of the proxy before it (nginx: "
+            f"{name} has no new version; raise the limit of the proxy in front of it (nginx: "
             "client_max_body_size)"
         )
     if fault.kind == "unauthorized":
@@ -185,7 +185,10 @@ def promote_if_better(
     if "champion" in aliases:
         champion = client.get_model_version(name, aliases["champion"])
         if champion.tags.get("val_digest") != val_digest:
-            why = f"the champion, version {champion.version}, was measured on other data; `convoy promote` decides"
+            why = (
+                f"the champion, version {champion.version}, was measured on other data; use "
+                "`convoy promote` to decide"
+            )
             return Registered(name, version, "challenger", why)
         best = champion.tags.get("top1", "None")
         if best != "None" and top1 < float(best):

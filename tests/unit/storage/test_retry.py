@@ -216,9 +216,9 @@ def test_a_fault_is_outlasted(
     ("fault", "told"),
     [
         (Fault("status", status=503), "the store answered 503 SlowDown"),
-        (Fault("truncated", after=0), "the answer was cut short"),
+        (Fault("truncated", after=0), "the response was truncated"),
         (Fault("reset"), "the connection"),
-        (Fault("stalled"), "no more bytes came"),
+        (Fault("stalled"), "no more bytes were received"),
         (Fault("shifted"), "Requested 1000..5000, got 1001..5001"),
     ],
     ids=lambda value: getattr(value, "kind", ""),
@@ -233,7 +233,7 @@ def test_a_fault_that_stays_is_told_after_the_bound(
         store.read_ranges("object", [1000], [5000])
     assert str(error.value).startswith("s3://convoy/x/object: byte 1,000: ")
     assert told in str(error.value)
-    assert "given up after 4 tries" in str(error.value)
+    assert "gave up after 4 tries" in str(error.value)
     assert proxy.gets == 4
     assert time.monotonic() - began < 6
 
@@ -319,7 +319,7 @@ def test_a_connection_that_gives_nothing(
         until(lambda: store.counts.retries >= 3)
         toxiproxy.cure()
         reading.result(30)
-    with toxiproxy.toxic(kind, **attributes), pytest.raises(RetryableError, match="given up after"):
+    with toxiproxy.toxic(kind, **attributes), pytest.raises(RetryableError, match="gave up after"):
         opened(toxiproxy.port, BRIEF).read_ranges("object", [0], [10])
 
 
@@ -336,7 +336,7 @@ def test_a_store_that_refuses_connections_for_a_while(
             reading.result(30)
         toxiproxy.switch(on=False)
         with pytest.raises(
-            RetryableError, match=r"cannot be reached \(AWS_ENDPOINT_URL\); given up after 4 tries"
+            RetryableError, match=r"cannot be reached \(AWS_ENDPOINT_URL\); gave up after 4 tries"
         ):
             opened(toxiproxy.port, BRIEF).read_ranges("object", [0], [10])
     finally:
@@ -448,7 +448,7 @@ def test_credentials_that_stay_refused(
     proxy.reset(lambda: Fault("status", status=400, code="ExpiredToken"))
     with pytest.raises(
         RetryableError,
-        match=r"the credentials have expired; get new ones .* given up after 3 tries",
+        match=r"the credentials have expired; get new ones .* gave up after 3 tries",
     ):
         store.read_ranges("object", [0], [10])
 

@@ -159,14 +159,13 @@ class Store:
         if before != (etag, size):
             raise UserError(
                 f"{self.url}/{name}: was changed while it was read: {before[1]:,} bytes with "
-                f"ETag {before[0]} before, "
-                f"{size:,} bytes with ETag {etag} now"
+                f"ETag {before[0]} before, {size:,} bytes with ETag {etag} now"
             )
 
     def _read_local(
         self, name: str, starts: Sequence[int], ends: Sequence[int]
     ) -> list[memoryview]:
-        endurance = Retrier(self._link)
+        retrier = Retrier(self._link)
         while True:
             try:
                 with panics_as_errors():
@@ -182,9 +181,9 @@ class Store:
                 if [len(part) for part in parts] != [
                     end - start for start, end in zip(starts, ends, strict=True)
                 ]:
-                    raise Interrupted("the file was cut short while it was read")
+                    raise Interrupted("the file was truncated while it was read")
             except (BaseError, OSError) as error:
-                endurance.failed(error, f"{self.url}/{name}")
+                retrier.failed(error, f"{self.url}/{name}")
             else:
                 self.counts.add(bytes=sum(map(len, parts)), requests=len(parts))
                 return [memoryview(part) for part in parts]
@@ -198,7 +197,7 @@ class Store:
         never answered, raises ServiceUnreachable after object_store's own retries (20 s): the
         address is probably wrong.
         """
-        endurance = Retrier(self._link)
+        retrier = Retrier(self._link)
         while True:
             try:
                 with panics_as_errors():
@@ -212,7 +211,7 @@ class Store:
                     raise ServiceUnreachable(
                         f"{where}: {reason(error, self._link.address)}"
                     ) from None
-                endurance.failed(error, where)
+                retrier.failed(error, where)
             else:
                 self._link.succeeded()
                 return result
@@ -253,7 +252,7 @@ class Store:
                 if (kind := kind_of(error)) in (ErrorKind.MISSING, ErrorKind.REFUSED):
                     return kind
                 raise
-            raise Foreign("it has an object of every name")
+            raise Foreign("it returns an object for every name")
 
         accepted = self._link.accepted
         kind = self._with_retry(ask, self.url)
