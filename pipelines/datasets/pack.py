@@ -252,15 +252,15 @@ def _plan(split: Split, options: PackOptions) -> _Plan:
         [split.items[i] for i in order[count * s // shards : count * (s + 1) // shards]]
         for s in range(shards)
     ]
-    facts, times = hashlib.sha256(), hashlib.sha256()
-    facts.update(
+    content, times = hashlib.sha256(), hashlib.sha256()
+    content.update(
         json.dumps(["convoy-pack/1", split.class_ids, split.classes, shards, options.seed]).encode()
     )
     for item in (item for part in parts for item in part):
         line = f"{item.key} {item.label} {item.size} {item.extension}\n".encode()
-        facts.update(line)
+        content.update(line)
         times.update(b"%d %b" % (item.changed, line))
-    digest = facts.hexdigest()
+    digest = content.hexdigest()
     return _Plan(
         split, parts, digest, hashlib.sha256(f"{digest} {times.hexdigest()}".encode()).hexdigest()
     )

@@ -16,7 +16,7 @@ from torch import nn
 from pipelines.registry.evaluate import downloaded
 from trainer.data.index import open_index
 from trainer.errors import UserError
-from trainer.export.exported_model import FACTS_NAME, WEIGHTS_NAME, ModelMetadata, save_model
+from trainer.export.exported_model import METADATA_NAME, WEIGHTS_NAME, ModelMetadata, save_model
 from trainer.models import build_model
 from trainer.models.registry import get_model_spec
 from trainer.models.state_dict_adapter import StateDictAdapter, export_state
@@ -83,10 +83,10 @@ def import_weights(
             "pixels are scaled to -1..1 (mean and std 0.5), as torchvision's published "
             "GoogLeNet weights expect"
         )
-    facts = ModelMetadata(
+    metadata = ModelMetadata(
         name, {}, classes, len(classes), image_size, 0.875, mean, std, channels_last=True
     )
-    save_model(output, model, facts)
+    save_model(output, model, metadata)
     return [
         f"{name} from {loaded.scheme}'s names: {sum(p.numel() for p in model.parameters()):,} "
         f"parameters in {output}",
@@ -149,21 +149,23 @@ def export_weights(source: str, file: Path, form: str) -> str:
             f"{file}: a file of --format {form} must end with {' or '.join(_SUFFIXES[form])}"
         )
     with _model_folder(source) as folder:
-        facts = ModelMetadata(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
-        for key, value in facts.options.items():
+        metadata = ModelMetadata(**json.loads((folder / METADATA_NAME).read_text(encoding="utf-8")))
+        for key, value in metadata.options.items():
             if form != "onnx" and value != _PUBLISHED.get(key, value):
                 raise UserError(
-                    f"model.{key}: {form}'s {facts.name} supports only "
+                    f"model.{key}: {form}'s {metadata.name} supports only "
                     f"{_PUBLISHED[key]!r}, not {value!r}; export it as onnx"
                 )
-        model = facts.build()
-        load_weights(model, facts.name, str(folder))
-    state = {} if form == "onnx" else export_state(cast(StateDictAdapter, form), facts.name, model)
+        model = metadata.build()
+        load_weights(model, metadata.name, str(folder))
+    state = (
+        {} if form == "onnx" else export_state(cast(StateDictAdapter, form), metadata.name, model)
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.stem}.part{file.suffix}")
     try:
         if form == "onnx":
-            _write_onnx(model.eval(), facts, part)
+            _write_onnx(model.eval(), metadata, part)
         else:
             save = save_file if file.suffix == ".safetensors" else torch.save
             save({name: value.contiguous() for name, value in state.items()}, part)
@@ -172,11 +174,11 @@ def export_weights(source: str, file: Path, form: str) -> str:
         raise UserError(f"{file} cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
-    return f"{facts.name} as {form}: {file}, {file.stat().st_size / 2**20:,.1f} MiB"
+    return f"{metadata.name} as {form}: {file}, {file.stat().st_size / 2**20:,.1f} MiB"
 
 
-def _write_onnx(model: nn.Module, facts: ModelMetadata, path: Path) -> None:
-    images = torch.zeros(2, 3, facts.image_size, facts.image_size)
+def _write_onnx(model: nn.Module, metadata: ModelMetadata, path: Path) -> None:
+    images = torch.zeros(2, 3, metadata.image_size, metadata.image_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -191,10 +193,10 @@ def _write_onnx(model: nn.Module, facts: ModelMetadata, path: Path) -> None:
         )
     assert program is not None
     meta = {
-        "mean": facts.mean,
-        "std": facts.std,
-        "classes": facts.classes,
-        "eval_crop": facts.eval_crop,
+        "mean": metadata.mean,
+        "std": metadata.std,
+        "classes": metadata.classes,
+        "eval_crop": metadata.eval_crop,
     }
     program.model.metadata_props.update({key: json.dumps(value) for key, value in meta.items()})
     program.save(path, external_data=False)
@@ -208,19 +210,19 @@ def _model_folder(source: str) -> Iterator[Path]:
     ...).
     """
     folder = Path(source)
-    if (folder / WEIGHTS_NAME).is_file() and (folder / FACTS_NAME).is_file():
+    if (folder / WEIGHTS_NAME).is_file() and (folder / METADATA_NAME).is_file():
         yield folder
         return
     if ":/" not in source:
         raise UserError(
-            f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model in "
+            f"{source}: is neither a folder with {WEIGHTS_NAME} and {METADATA_NAME} nor a model in "
             "MLflow"
         )
     with downloaded(source) as copy:
         found = next(Path(copy).rglob(WEIGHTS_NAME), None)
-        if found is None or not (found.parent / FACTS_NAME).is_file():
+        if found is None or not (found.parent / METADATA_NAME).is_file():
             raise UserError(
                 f"{source}: was not registered by Convoy: it has no folder with {WEIGHTS_NAME} "
-                f"and {FACTS_NAME}"
+                f"and {METADATA_NAME}"
             )
         yield found.parent

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trainer.data.storage.store import open_store, parse_storage_url
 from trainer.errors import UserError
-from trainer.export.exported_model import FACTS_NAME, WEIGHTS_NAME
+from trainer.export.exported_model import METADATA_NAME, WEIGHTS_NAME
 
 State = dict[str, Tensor]
 
@@ -119,23 +119,23 @@ def saved_class_names(url: str) -> list[str] | None:
     if location.is_remote:
         folder, _, file = location.url.rpartition("/")
         content = (
-            open_store(folder).read_small(FACTS_NAME)
+            open_store(folder).read_small(METADATA_NAME)
             if location.prefix and file == WEIGHTS_NAME
             else None
         )
     else:
-        facts = (path if path.is_dir() else path.parent) / FACTS_NAME
+        metadata = (path if path.is_dir() else path.parent) / METADATA_NAME
         is_model = (path / WEIGHTS_NAME if path.is_dir() else path).is_file() and (
             path.is_dir() or path.name == WEIGHTS_NAME
         )
-        content = facts.read_bytes() if is_model and facts.is_file() else None
+        content = metadata.read_bytes() if is_model and metadata.is_file() else None
     if content is None:
         return None
     try:
         return [str(name) for name in json.loads(content)["classes"]]
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{url}: the {FACTS_NAME} next to the weights is corrupt; it must list the model's "
+            f"{url}: the {METADATA_NAME} next to the weights is corrupt; it must list the model's "
             "classes"
         ) from None
 

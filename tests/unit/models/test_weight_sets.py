@@ -219,9 +219,9 @@ def test_imagenet_outputs_are_matched_with_a_subset_by_name(
         str(tmp_path / "w.pth"), "resnet18", tmp_path / "m", 64, str(three_classes), None
     )
     assert "the outputs of 3 of ImageNet's 1,000 classes, matched by name" in "\n".join(lines)
-    facts = ModelMetadata(**json.loads((tmp_path / "m/model.json").read_text()))
-    assert facts.classes == open_index(str(three_classes))[0].classes
-    model = facts.build()
+    metadata = ModelMetadata(**json.loads((tmp_path / "m/model.json").read_text()))
+    assert metadata.classes == open_index(str(three_classes))[0].classes
+    model = metadata.build()
     model.load_state_dict(load_file(tmp_path / "m/model.safetensors"))
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     wordnet_ids = list(ImageNetInfo("imagenet-1k").label_names())
@@ -297,7 +297,7 @@ def test_evaluation_matches_classes_in_another_order(tmp_path: Path, digits: Pat
         copy = build_model("resnet8", 10, 8, width=4)
         copy.load_state_dict(state)
         classes = [index.classes[i] for i in outputs]
-        facts = ModelMetadata(
+        metadata = ModelMetadata(
             "resnet8", {"width": 4}, classes, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True
         )
         save_model(tmp_path / folder, copy, metadata)
@@ -306,7 +306,7 @@ def test_evaluation_matches_classes_in_another_order(tmp_path: Path, digits: Pat
     )
     assert (permuted.top1, permuted.top5) == (same.top1, same.top5)
     assert 0 < same.top5 < 1
-    facts = ModelMetadata("resnet8", {"width": 4}, names, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+    metadata = ModelMetadata("resnet8", {"width": 4}, names, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
     save_model(tmp_path / "other", model, metadata)
     with pytest.raises(UserError, match="10 of its 10 classes are not among"):
         evaluate(str(tmp_path / "other"), f"{digits}/val")
@@ -314,10 +314,10 @@ def test_evaluation_matches_classes_in_another_order(tmp_path: Path, digits: Pat
 
 def test_prediction_works_with_more_outputs_than_classes(tmp_path: Path) -> None:
     """``model.num_classes`` can exceed the number of classes in the dataset."""
-    facts = ModelMetadata(
+    metadata = ModelMetadata(
         "resnet8", {"width": 4}, ["a", "b"], 6, 8, 1.0, [0.5] * 3, [0.5] * 3, True
     )
-    save_model(tmp_path, facts.build(), metadata)
+    save_model(tmp_path, metadata.build(), metadata)
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     (answer,) = predict_files(str(tmp_path), [str(tmp_path / "x.png")])
     assert len({guess["class"] for guess in answer["top5"]} & {"a", "b", "2", "3", "4", "5"}) == 5
@@ -331,10 +331,10 @@ def test_fine_tuning_on_other_classes_initializes_a_new_head(digits: Path, tmp_p
         ("numbers", [str(i) for i in range(10)], True),
         ("other", [f"animal {i}" for i in range(10)], False),
     ):
-        facts = ModelMetadata(
+        metadata = ModelMetadata(
             "resnet8", {"width": 4}, list(classes), 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True
         )
-        trained = facts.build()
+        trained = metadata.build()
         save_model(tmp_path / folder, trained, metadata)
         target = build_model("resnet8", 10, 8, width=4)
         notes = load_weights(target, "resnet8", str(tmp_path / folder), data=index).notes

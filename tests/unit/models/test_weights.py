@@ -83,11 +83,11 @@ def test_imported_googlenet_has_its_preprocessing_and_new_auxiliary_heads(
         str(tmp_path / "g.pth"), "googlenet", tmp_path / "model", 224, None, None
     )
     assert any("has no auxiliary heads, so they are newly initialized" in line for line in lines)
-    facts = Predictor(
+    metadata = Predictor(
         tmp_path / "model" / "model.safetensors", tmp_path / "model" / "model.json"
     ).metadata
-    assert facts.mean == [0.5] * 3
-    assert facts.classes[0] == "tench"
+    assert metadata.mean == [0.5] * 3
+    assert metadata.classes[0] == "tench"
 
 
 def test_weights_are_loaded_from_an_object_store(
@@ -222,8 +222,8 @@ def test_files_without_weights_are_errors(tmp_path: Path) -> None:
 
 def test_export_rejects_invalid_arguments(tmp_path: Path) -> None:
     config = load_config("digits-resnet8")
-    facts = ModelMetadata.of(config, ["a", "b"], 2)
-    save_model(tmp_path / "run", facts.build(), metadata)
+    metadata = ModelMetadata.of(config, ["a", "b"], 2)
+    save_model(tmp_path / "run", metadata.build(), metadata)
     with pytest.raises(
         UserError,
         match="torchvision has no resnet8; Convoy's models that it has: alexnet, googlenet, "
@@ -245,8 +245,8 @@ def test_export_rejects_options_that_the_other_library_lacks(tmp_path: Path) -> 
             "digits-resnet8",
             ["model.name=vgg11", "model.width=8", "data.image_size=32", f"model.{key}={value}"],
         )
-        facts = ModelMetadata.of(config, ["a", "b"], 2)
-        save_model(tmp_path / key, facts.build(), metadata)
+        metadata = ModelMetadata.of(config, ["a", "b"], 2)
+        save_model(tmp_path / key, metadata.build(), metadata)
         with pytest.raises(
             UserError,
             match=f"model.{key}: torchvision's vgg11 supports only .*, not '{value}'; "
@@ -264,7 +264,7 @@ def test_onnx_runtime_gives_the_same_output(name: str, tmp_path: Path) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    facts = ModelMetadata(
+    metadata = ModelMetadata(
         name, options, [str(i) for i in range(10)], 10, 64, 1.0, [0.5] * 3, [0.5] * 3, True
     )
     save_model(tmp_path, model, metadata)
