@@ -9,7 +9,7 @@ worker processes as our loader has threads.
 The loaders take turns, each time in a new process: one warmup epoch, then one that is timed from
 the request for its first batch to its last batch. A round's ratio compares the rates in that round.
 Memory is the largest sum of the proportional set sizes (PSS) of the process and its workers, in the
-first epoch. Baselines that `make peers` has not installed are skipped and listed; FFCV, which is
+first epoch. Baselines that `make baselines` has not installed are skipped and listed; FFCV, which is
 compiled, needs the development files of OpenCV.
 """
 
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from data_peers import BATCH, LOADERS, SIDE, prepare, random_box, versions
+from data_loaders import BATCH, LOADERS, SIDE, prepare, random_box, versions
 from pack import make_images
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +38,8 @@ _TIMEOUT = 300  # seconds per measurement
 
 
 def python() -> str:
-    """The interpreter with the baselines, if `make peers` was run, else this one."""
-    path = ROOT / ".venv-peers" / "bin" / "python"
+    """The interpreter with the baselines, if `make baselines` was run, else this one."""
+    path = ROOT / ".venv-baselines" / "bin" / "python"
     return str(path) if path.exists() else sys.executable
 
 

@@ -32,7 +32,7 @@ from typing import Any
 
 import psutil
 from data import in_own_process
-from data_peers import our_config
+from data_loaders import our_config
 from pack import make_images
 
 from pipelines.local import servers
