@@ -85,7 +85,7 @@ def test_imported_googlenet_has_its_preprocessing_and_new_auxiliary_heads(
     assert any("has no auxiliary heads, so they are newly initialized" in line for line in lines)
     metadata = Predictor(
         tmp_path / "model" / "model.safetensors", tmp_path / "model" / "model.json"
-    ).metadata
+    ).facts
     assert metadata.mean == [0.5] * 3
     assert metadata.classes[0] == "tench"
 
