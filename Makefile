@@ -4,7 +4,7 @@ VENV := .venv
 PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PATH
 
-.PHONY: help setup demo lint docs reference format test test-busy test-studies studies test-gpu test-cluster cluster-up cluster-down matrix bench bench-gpu peers wheel image lock clean
+.PHONY: help setup demo lint docs reference format test test-busy test-studies studies test-gpu test-cluster cluster-up cluster-down matrix bench bench-gpu baselines wheel image lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,8 +76,8 @@ bench: setup ## Measure; prints tables
 bench-gpu: setup ## Measure training steps and the whole pipeline on one GPU; prints tables
 	python benchmarks/gpu.py
 
-peers: setup ## Install the loaders that benchmarks/data.py compares with into .venv-peers
-	tools/setup.sh --peers
+baselines: setup ## Install the loaders that benchmarks/data.py compares with into .venv-baselines
+	tools/setup.sh --baselines
 
 wheel: setup ## Build dist/convoy-*.whl with the native decoder; it runs on this processor and CPython >= 3.11
 	"$$(tools/setup.sh --print-uv)" build --quiet --wheel --no-build-isolation --python $(VENV)/bin/python --out-dir dist .
@@ -89,4 +89,4 @@ lock: setup ## Resolve the dependencies again
 	tools/lock.sh
 
 clean: ## Remove the environment and what runs left
-	rm -rf $(VENV) .venv-peers runs build dist trainer/data/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-baselines runs build dist trainer/data/*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache

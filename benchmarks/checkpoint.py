@@ -32,7 +32,7 @@ from trainer.training.checkpoint import Checkpoint, CheckpointManager
 
 
 def rank_main(task: dict[str, Any]) -> None:
-    """One rank."""
+    """Measure as one rank; rank 0 writes the results to the task's ``file``."""
     torch.set_num_threads(1)
     ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks)
@@ -44,15 +44,17 @@ def rank_main(task: dict[str, Any]) -> None:
         kept = CheckpointManager(folder, 2) if ranks.is_rank_zero else None
         for number in range(2 * task["rounds"]):
             dist.barrier()
-            began = time.perf_counter()
+            started = time.perf_counter()
             if number % 2:
                 state = engine.training_state()
                 if kept is not None:
                     kept.save(Checkpoint(state, {}, {}, None))
-                pauses.append(time.perf_counter() - began)
+                pauses.append(time.perf_counter() - started)
             for _ in range(task["every"]):
                 step()
-            (written if number % 2 else plain).append((time.perf_counter() - began) / task["every"])
+            (written if number % 2 else plain).append(
+                (time.perf_counter() - started) / task["every"]
+            )
             if kept is not None:
                 kept.wait()
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
@@ -72,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")
     parser.add_argument("--rounds", type=int, default=4)
@@ -82,11 +84,11 @@ def main() -> None:
         rank_main(arguments.rank)
         return
     print(
-        f"resnet18 at 64 px, 16 images a rank, a checkpoint in {arguments.every} steps, load "
+        f"resnet18 at 64 px, 16 images per rank, a checkpoint every {arguments.every} steps, load "
         f"{os.getloadavg()[0]:.1f}"
     )
     print(
-        f"{'processes':>9} {'ZeRO':>4} {'step, ms':>9} {'pause, ms':>9} {'pause a step':>12} "
+        f"{'processes':>9} {'ZeRO':>4} {'step, ms':>9} {'pause, ms':>9} {'pause/step':>12} "
         f"{'slower by':>9} {'MB':>5}"
     )
     results = []
@@ -100,7 +102,9 @@ def main() -> None:
                 statistics.median(figures["pause_seconds"]),
             )
             pairs = zip(figures["step_seconds"], figures["plain_step_seconds"], strict=True)
-            slower = statistics.median(own / plain for own, plain in pairs) - 1
+            slower = (
+                statistics.median(with_checkpoint / plain for with_checkpoint, plain in pairs) - 1
+            )
             share = pause / step / arguments.every
             results.append(
                 {

@@ -45,19 +45,21 @@ from support.helpers import run_convoy, until  # noqa: E402
 
 @dataclass(frozen=True)
 class Measure:
-    """``rounds``: within it, a call is a round and gives seconds by the name of their row.
-    ``wished``: at most so many, by the same names.
+    """A measurement.
+
+    ``rounds``: a context in which each call runs one round and returns seconds by row name.
+    ``targets``: maximum seconds, by row name.
     """
 
     name: str
-    wished: dict[str, float]
+    targets: dict[str, float]
     rounds: Callable[[Kubectl], AbstractContextManager[Callable[[], dict[str, float]]]]
     large: bool = False
 
 
 @contextmanager
 def watched(kubectl: Kubectl, kind: str, template: str) -> Iterator[dict[str, float]]:
-    """Each line that ``template`` makes of what is watched, and when it was first seen."""
+    """Watch objects; yields the time at which each line of ``template`` was first seen."""
     seen: dict[str, float] = {}
     command = kubectl.command("get", kind, "--watch", "-o", f"jsonpath={template}{{'\\n'}}")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -76,13 +78,13 @@ def watched(kubectl: Kubectl, kind: str, template: str) -> Iterator[dict[str, fl
 
 
 def submitted(cluster: Kubectl, nodes: int) -> dict[str, float]:
-    """One job with a pod on each of so many nodes."""
-    with pool(cluster) as played, own_namespace(cluster, wait=True) as kubectl:
-        played.add(nodes)
+    """Submit one job with a pod on each of ``nodes`` simulated nodes."""
+    with pool(cluster) as simulated, own_namespace(cluster, wait=True) as kubectl:
+        simulated.add(nodes)
         pods = watched(kubectl, "pods", "{.status.phase} {.metadata.name}")
         with watched(kubectl, "pytorchjobs", "{.metadata.name}") as jobs, pods as phases:
-            began = time.monotonic()
-            done = run_convoy(*played.job(nodes, "r50", kubectl=kubectl))
+            started = time.monotonic()
+            done = run_convoy(*simulated.job(nodes, "r50", kubectl=kubectl))
             assert done.returncode == 0, done.stderr
 
             def running() -> list[float]:
@@ -90,7 +92,7 @@ def submitted(cluster: Kubectl, nodes: int) -> dict[str, float]:
 
             until(lambda: len(running()) == nodes, 300)
             return {
-                "convoy submit": jobs["r50"] - began,
+                "convoy submit": jobs["r50"] - started,
                 f"{nodes * GPUS:,} GPUs": max(running()) - jobs["r50"],
             }
 
@@ -118,7 +120,7 @@ POD = [
 
 @contextmanager
 def trained(cluster: Kubectl) -> Iterator[Callable[[], dict[str, float]]]:
-    """Gives what trains one job more."""
+    """Yield a function that trains one more job."""
     names = (f"job-{number}" for number in count())
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -157,15 +159,18 @@ def one_training(kubectl: Kubectl, mlflow: str, name: str) -> dict[str, float]:
 
 
 @contextmanager
-def on_played_nodes(cluster: Kubectl, nodes: int) -> Iterator[Callable[[], dict[str, float]]]:
+def on_simulated_nodes(cluster: Kubectl, nodes: int) -> Iterator[Callable[[], dict[str, float]]]:
     yield lambda: submitted(cluster, nodes)
 
 
 MEASURES = [
     Measure("training", {"to the first step": 25, "lost pod to the next step": 30}, trained),
-    Measure("512 GPUs", {"512 GPUs": 4}, lambda cluster: on_played_nodes(cluster, 64)),
+    Measure("512 GPUs", {"512 GPUs": 4}, lambda cluster: on_simulated_nodes(cluster, 64)),
     Measure(
-        "4,096 GPUs", {"4,096 GPUs": 60}, lambda cluster: on_played_nodes(cluster, 512), large=True
+        "4,096 GPUs",
+        {"4,096 GPUs": 60},
+        lambda cluster: on_simulated_nodes(cluster, 512),
+        large=True,
     ),
 ]
 
@@ -174,37 +179,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--rounds-large", type=int, default=3, help="of what takes a minute or more"
+        "--rounds-large",
+        type=int,
+        default=3,
+        help="rounds of measurements that take a minute or more",
     )
-    parser.add_argument("--only", default="", help="measures whose names hold this text")
+    parser.add_argument(
+        "--only", default="", help="only measurements whose names contain this text"
+    )
     options = parser.parse_args()
     program = shutil.which("kubectl")
     if program is None or "KUBECONFIG" not in os.environ:
         parser.error("needs a cluster: make cluster-up, then set PATH and KUBECONFIG as it prints")
     figures: dict[str, list[float]] = {}
-    wished: dict[str, float] = {}
+    targets: dict[str, float] = {}
     for measure in MEASURES:
         if options.only not in measure.name:
             continue
-        wished |= measure.wished
+        targets |= measure.targets
         with measure.rounds(Kubectl(program)) as once:
             for _ in range(options.rounds_large if measure.large else options.rounds):
                 for name, seconds in once().items():
                     figures.setdefault(name, []).append(round(seconds, 2))
-    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}, {date.today()}"
-    table = Table("", "rounds", "median, s", "least", "most", "wished", title=machine, box=None)
+    machine = (
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"load {os.getloadavg()[0]:.1f}, {date.today()}"
+    )
+    table = Table("", "rounds", "median, s", "min", "max", "target", title=machine, box=None)
     for name, rounds in figures.items():
         spread = [f"{value:.1f}" for value in (statistics.median(rounds), min(rounds), max(rounds))]
         table.add_row(
-            name, str(len(rounds)), *spread, f"{wished[name]:g}" if name in wished else ""
+            name, str(len(rounds)), *spread, f"{targets[name]:g}" if name in targets else ""
         )
     Console().print(table)
     if options.json:
         options.json.write_text(
-            json.dumps({"machine": machine, "wished": wished, "seconds": figures}, indent=1) + "\n"
+            json.dumps({"machine": machine, "targets": targets, "seconds": figures}, indent=1)
+            + "\n"
         )
 
 

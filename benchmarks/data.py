@@ -9,7 +9,7 @@ worker processes as our loader has threads.
 The loaders take turns, each time in a new process: one warmup epoch, then one that is timed from
 the request for its first batch to its last batch. A round's ratio compares the rates in that round.
 Memory is the largest sum of the proportional set sizes (PSS) of the process and its workers, in the
-first epoch. Baselines that `make peers` has not installed are skipped and listed; FFCV, which is
+first epoch. Baselines that `make baselines` has not installed are skipped and listed; FFCV, which is
 compiled, needs the development files of OpenCV.
 """
 
@@ -29,23 +29,24 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from data_peers import BATCH, CONTESTANTS, SIDE, prepare, random_box, versions
+from data_loaders import BATCH, LOADERS, SIDE, prepare, random_box, versions
 from pack import make_images
 
 ROOT = Path(__file__).parents[1]
 OURS, FOLDER = "ours", "torchvision ImageFolder"
-_SECONDS = 300  # that any measurement may take
+_TIMEOUT = 300  # seconds per measurement
 
 
 def python() -> str:
-    """The interpreter that has the peers, where `make peers` was run."""
-    path = ROOT / ".venv-peers" / "bin" / "python"
+    """The interpreter with the baselines, if `make baselines` was run, else this one."""
+    path = ROOT / ".venv-baselines" / "bin" / "python"
     return str(path) if path.exists() else sys.executable
 
 
 def in_own_process(*arguments: str, script: str = __file__) -> str:
-    """The last line that a benchmark prints with these arguments. Raises RuntimeError with the end
-    of what it said.
+    """Run a benchmark with these arguments; return the last line that it prints.
+
+    Raises RuntimeError with the end of its stderr.
     """
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {
@@ -60,7 +61,7 @@ def in_own_process(*arguments: str, script: str = __file__) -> str:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            timeout=_SECONDS,
+            timeout=_TIMEOUT,
         )
         if result.returncode:
             errors.seek(0)
@@ -71,7 +72,7 @@ def in_own_process(*arguments: str, script: str = __file__) -> str:
 
 
 class Memory:
-    """The largest proportional set, bytes, of this process and its children while the block runs."""
+    """Peak proportional set size in bytes of this process and its children during the block."""
 
     def __enter__(self) -> "Memory":
         self.peak, self._done = 0, threading.Event()
@@ -84,13 +85,13 @@ class Memory:
         self._thread.join()
 
     def _watch(self) -> None:
-        own = psutil.Process()
+        parent = psutil.Process()
         while True:
             total = 0
-            for process in [own, *own.children(recursive=True)]:
+            for process in [parent, *parent.children(recursive=True)]:
                 try:
                     total += process.memory_full_info().pss
-                except psutil.Error:  # it just ended
+                except psutil.Error:  # it has just exited
                     continue
             self.peak = max(self.peak, total)
             if self._done.wait(0.2):
@@ -98,8 +99,8 @@ class Memory:
 
 
 def measure(name: str, folder: Path, workers: int) -> None:
-    """Print images and seconds of one epoch after one that warms up, of which the memory is taken."""
-    epoch = CONTESTANTS[name][0](folder, workers)
+    """Print the rate of one epoch after a warmup epoch, in which the memory is measured."""
+    epoch = LOADERS[name][0](folder, workers)
     with Memory() as memory:
         sum(epoch())
     started = time.perf_counter()
@@ -108,24 +109,22 @@ def measure(name: str, folder: Path, workers: int) -> None:
     print(
         json.dumps({"images_per_second": images / seconds, "peak_bytes": memory.peak}), flush=True
     )
-    os._exit(0)  # the workers of some loaders outlive their parent's goodbye
+    os._exit(0)  # the workers of some loaders would keep the process alive
 
 
 def breakdown(folder: Path, workers: int) -> None:
-    """Print where an epoch of ours goes: processor seconds by what the threads were doing, and the
-    rates of the parts.
-    """
+    """Print the processor time of an epoch of our loader, by part, and the rates of the parts."""
     import numpy as np
 
     from trainer.data.decode.decoder import decode_crop, decoder_in_use
     from trainer.data.index import open_index
     from trainer.data.shards.sample_reader import read_samples
 
-    epoch = CONTESTANTS[OURS][0](folder, workers)
+    epoch = LOADERS[OURS][0](folder, workers)
     sum(epoch())
     before, started = time.process_time(), time.perf_counter()
     images = sum(epoch())
-    whole, elapsed = time.process_time() - before, time.perf_counter() - started
+    total, elapsed = time.process_time() - before, time.perf_counter() - started
 
     index, store = open_index(str(folder / "shards" / "train"))
     before = time.process_time()
@@ -140,12 +139,12 @@ def breakdown(folder: Path, workers: int) -> None:
     for encoded in contents:
         decode_crop(encoded, random_box, out, False)
     decode = (time.thread_time() - before) / len(contents)
-    parts = {"fetch": fetch, "decode and resize": decode, "rest": whole / images - fetch - decode}
+    parts = {"fetch": fetch, "decode and resize": decode, "rest": total / images - fetch - decode}
     figures = {
         "microseconds_per_image": {
             part: round(seconds * 1e6, 1) for part, seconds in parts.items()
         },
-        "processors_used": round(whole / elapsed, 2),
+        "processors_used": round(total / elapsed, 2),
         "decode_crop_per_second_and_thread": round(1 / decode),
         "decoder": decoder_in_use(),
     }
@@ -153,30 +152,30 @@ def breakdown(folder: Path, workers: int) -> None:
 
 
 def missing() -> dict[str, str]:
-    """The contestants that cannot run here, and why."""
+    """The loaders that cannot run here, with the reason."""
     code = """
 import importlib.util, sys
 for module in sys.argv[1:]:
     try:
         found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of its parent
+    except ModuleNotFoundError:  # its parent is missing
         found = None
     if found is None:
         print(module)
 """
-    modules = [module for _, module in CONTESTANTS.values()]
+    modules = [module for _, module in LOADERS.values()]
     absent = subprocess.run(
         [python(), "-c", code, *modules], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     return {
         name: f"{module} is not installed"
-        for name, (_, module) in CONTESTANTS.items()
+        for name, (_, module) in LOADERS.items()
         if module in absent
     }
 
 
 def pack(folder: Path, count: int) -> int:
-    """All the formats of the same images; returns their mean size, bytes."""
+    """Create the images and Convoy's shards; return the mean size of an image in bytes."""
     (folder / "images").mkdir()
     size = make_images(folder / "images", count)
     command = [
@@ -192,18 +191,18 @@ def pack(folder: Path, count: int) -> int:
 
 
 def compete(
-    folder: Path, rounds: int, workers: int, left_out: dict[str, str]
+    folder: Path, rounds: int, workers: int, skipped: dict[str, str]
 ) -> dict[str, list[dict[str, float]]]:
-    """By contestant, what each round gave; who fails is left out from then on."""
-    for name in CONTESTANTS:
-        if name in left_out:
+    """The results of each round, by loader. A loader that fails is skipped from then on."""
+    for name in LOADERS:
+        if name in skipped:
             continue
         try:
             in_own_process("--prepare", name, str(folder))
         except (RuntimeError, subprocess.TimeoutExpired) as error:
-            left_out[name] = str(error)
+            skipped[name] = str(error)
     results: dict[str, list[dict[str, float]]] = {
-        name: [] for name in CONTESTANTS if name not in left_out
+        name: [] for name in LOADERS if name not in skipped
     }
     for number in range(rounds):
         for name in list(results) if number % 2 == 0 else list(results)[::-1]:
@@ -214,21 +213,19 @@ def compete(
                     )
                 )
             except (RuntimeError, subprocess.TimeoutExpired) as error:
-                left_out[name] = str(error)
+                skipped[name] = str(error)
                 del results[name]
     return results
 
 
 def summary(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """By contestant: the median and the quartiles of images/s; the ratios of ours to it; and its
-    memory.
-    """
+    """For each loader, the median and quartiles of images/s, our ratio to it, and its memory."""
     rates = {
         name: [result["images_per_second"] for result in rounds] for name, rounds in results.items()
     }
     rows = {}
     for name, values in rates.items():
-        ratios = [own / theirs for own, theirs in zip(rates[OURS], values, strict=True)]
+        ratios = [ours / theirs for ours, theirs in zip(rates[OURS], values, strict=True)]
         rows[name] = {
             "images_per_second": round(statistics.median(values)),
             "quartiles": [round(value) for value in statistics.quantiles(values, n=4)[::2]]
@@ -247,13 +244,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
-        "--only", nargs="+", choices=list(CONTESTANTS), help="these alone, and ours"
-    )
+    parser.add_argument("--only", nargs="+", choices=list(LOADERS), help="only these and ours")
     parser.add_argument("--prepare", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--breakdown", help=argparse.SUPPRESS)
@@ -273,27 +268,28 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    left_out = missing()
+    skipped = missing()
     if options.only:
-        left_out |= {
-            name: "not asked for" for name in CONTESTANTS if name not in (OURS, *options.only)
-        }
+        skipped |= {name: "not requested" for name in LOADERS if name not in (OURS, *options.only)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         size = pack(folder, options.images)
-        results = compete(folder, options.rounds, options.workers, left_out)
+        results = compete(folder, options.rounds, options.workers, skipped)
         parts = json.loads(
             in_own_process("--breakdown", str(folder), "--workers", str(options.workers))
         )
     rows, used = summary(results), json.loads(in_own_process("--versions"))
     machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
-    work = f"{options.images:,} JPEGs of {size / 1000:.0f} KB, {options.workers} workers, {options.rounds} rounds"
+    work = (
+        f"{options.images:,} JPEGs of {size / 1000:.0f} KB, {options.workers} workers, "
+        f"{options.rounds} rounds"
+    )
     print(
         f"{work}; {machine}; {date.today()}\n"
         + ", ".join(f"{name} {version}" for name, version in used.items())
     )
     print(
-        f"{'':28} {'images/s':>8} {'quartiles':>13} {'ours to it':>11} {'quartiles':>13} "
+        f"{'':28} {'images/s':>8} {'quartiles':>13} {'ours/theirs':>11} {'quartiles':>13} "
         f"{'memory, MB':>11}"
     )
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["images_per_second"]):
@@ -305,21 +301,21 @@ def report(options: argparse.Namespace) -> None:
             row["peak_bytes"] / 1e6,
         )
         print(f"{name:28} {rate:8,} {spread:>13} {ratio:11.2f} {ratios:>13} {memory:11,.0f}")
-    for name, why in left_out.items():
-        print(f"{name:28} left out: {why}")
-    peers = {name: row for name, row in rows.items() if not name.startswith(OURS)}
-    if peers:
-        best = max(peers, key=lambda name: peers[name]["images_per_second"])
+    for name, reason in skipped.items():
+        print(f"{name:28} skipped: {reason}")
+    baselines = {name: row for name, row in rows.items() if not name.startswith(OURS)}
+    if baselines:
+        best = max(baselines, key=lambda name: baselines[name]["images_per_second"])
         print(
-            f"ours to the best peer ({best}): {peers[best]['ratio_of_ours']:.2f} (target 1.6)",
+            f"ours / best baseline ({best}): {baselines[best]['ratio_of_ours']:.2f} (target 1.6)",
             end="",
         )
         print(
-            f"; to ImageFolder: {peers[FOLDER]['ratio_of_ours']:.2f} (target 2.2)"
-            if FOLDER in peers
+            f"; ours / ImageFolder: {baselines[FOLDER]['ratio_of_ours']:.2f} (target 2.2)"
+            if FOLDER in baselines
             else ""
         )
-    print("ours, processor time of an image, microseconds: ", end="")
+    print("ours, processor time per image in microseconds: ", end="")
     print(
         ", ".join(
             f"{part} {value:,.0f}" for part, value in parts["microseconds_per_image"].items()
@@ -328,11 +324,11 @@ def report(options: argparse.Namespace) -> None:
     )
     print(
         f"; {parts['processors_used']} processors used; decode_crop alone "
-        f"{parts['decode_crop_per_second_and_thread']:,} a second"
+        f"{parts['decode_crop_per_second_and_thread']:,} images/s per thread"
     )
     print(f"decoder: {parts['decoder']}")
     if options.json:
-        facts = {
+        record = {
             "work": work,
             "machine": machine,
             "versions": used,
@@ -340,7 +336,7 @@ def report(options: argparse.Namespace) -> None:
             "rounds": results,
             "ours": parts,
         }
-        options.json.write_text(json.dumps(facts | {"left_out": left_out}, indent=1) + "\n")
+        options.json.write_text(json.dumps(record | {"skipped": skipped}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

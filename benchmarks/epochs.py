@@ -1,5 +1,4 @@
-"""Measures the memory of one rank's loader over many epochs, and the time to the first batch of a
-large dataset.
+"""Measures the memory of a loader over many epochs, and the time to a large dataset's first batch.
 
     python benchmarks/epochs.py [--epochs 20] [--images 2000] [--json FILE] [--plot FILE.png]
 
@@ -40,7 +39,7 @@ def config_of(train: Path) -> RunConfig:
 
 
 def epochs(count: int, images: int) -> list[dict[str, float]]:
-    """Resident MiB and images a second after each epoch."""
+    """Resident MiB and images per second after each epoch."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder) / "images", images)
@@ -80,7 +79,7 @@ def epochs(count: int, images: int) -> list[dict[str, float]]:
 
 
 def write_large_index(folder: Path, shards: int, samples: int) -> None:
-    """An index of JPEGs of 50 to 160 KB with ImageNet's kind of keys."""
+    """Write an index of JPEGs of 50 to 160 KB with keys like ImageNet's."""
     random = np.random.default_rng(0)
     entries = []
     for number in range(shards):
@@ -104,7 +103,7 @@ def write_large_index(folder: Path, shards: int, samples: int) -> None:
 
 
 def first_batch(folder: str) -> None:
-    """Print seconds and MiB until it is known what rank 3 of 8 reads for its first batch."""
+    """Print seconds and MiB until the reads for the first batch of rank 3 of 8 are known."""
     before = status("VmRSS")
     started = time.perf_counter()
     index, _ = open_index(folder)
@@ -113,13 +112,13 @@ def first_batch(folder: str) -> None:
     keys = [
         index.key(int(sample)) for sample in order.samples[0, micro_batch_slots(256, 8, 3, 1)[0]]
     ]
-    known = time.perf_counter() - started
+    planned = time.perf_counter() - started
     grown = (status("VmHWM") - before) / 2**20
     print(
         json.dumps(
             {
                 "open_seconds": opened,
-                "first_batch_seconds": known,
+                "first_batch_seconds": planned,
                 "grown_mib": grown,
                 "keys": len(keys),
             }
@@ -136,9 +135,9 @@ def large(shards: int = 1281, samples: int = 1000) -> dict[str, Any]:
         )
     print(
         f"index of {shards:,} shards x {samples:,} samples: open in "
-        f"{figures['open_seconds']:.2f} s, first batch known after "
-        f"{figures['first_batch_seconds']:.2f} s, for which the process grew by "
-        f"{figures['grown_mib']:.0f} MiB at most"
+        f"{figures['open_seconds']:.2f} s, first batch planned after "
+        f"{figures['first_batch_seconds']:.2f} s, peak memory growth "
+        f"{figures['grown_mib']:.0f} MiB"
     )
     return figures
 
@@ -154,9 +153,9 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
         [row["epoch"] for row in rows], [row["mib"] for row in rows], marker="o", color="#0072B2"
     )
     axes.set(
-        xlabel="epochs",
+        xlabel="epoch",
         ylabel="resident memory, MiB",
-        title="One rank's loader, a new one each epoch",
+        title="Loader of one rank, constructed again in each epoch",
         ylim=(0, None),
     )
     axes.grid(alpha=0.3)
@@ -169,8 +168,8 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--plot", type=Path, help="draw memory by epoch")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--plot", type=Path, help="write a plot of memory by epoch to this file")
     parser.add_argument("--first-batch", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.first_batch:

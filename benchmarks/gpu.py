@@ -1,5 +1,6 @@
-"""Compares a training step on one GPU with a torch reference loop, and memory with its prediction;
-measures the full pipeline.
+"""Compares training steps on one GPU with a torch reference loop, and memory with its prediction.
+
+Also measures the full pipeline.
 
     python benchmarks/gpu.py [--json FILE] [--rows NAME ...] [--rounds 7] [--pipeline-images 12288]
 
@@ -80,8 +81,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "compile": True,
     },
 }
-"""fp32: convolutions in TF32, as torch sets it. ``zero``: DeepSpeed's stage, 1 where none is given.
-"""
+"""In fp32, convolutions use TF32, torch's default. ``zero``: ZeRO stage, by default 1."""
 
 
 def row_of(name: str) -> dict[str, Any]:
@@ -126,8 +126,9 @@ def loop_step(row: dict[str, Any], device: torch.device) -> Step:
 
 
 def ready(build: Callable[[], Step]) -> tuple[Step, float, int, float]:
-    """A step that has been made five times, the loss of the first, bytes at the peak of the last
-    two, seconds that all took.
+    """Build a step and run it five times.
+
+    Returns the step, its first loss, the peak bytes of the last two runs, and the seconds of all.
     """
     torch.cuda.empty_cache()
     held, started = torch.cuda.memory_reserved(), time.perf_counter()
@@ -136,7 +137,7 @@ def ready(build: Callable[[], Step]) -> tuple[Step, float, int, float]:
     for _ in range(2):
         step()
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # what trying cuDNN's algorithms took
+    torch.cuda.empty_cache()  # frees what cuDNN's algorithm search allocated
     for _ in range(2):
         step()
     torch.cuda.synchronize()
@@ -144,7 +145,7 @@ def ready(build: Callable[[], Step]) -> tuple[Step, float, int, float]:
 
 
 def seconds_of(step: Step, steps: int = STEPS) -> tuple[float, float]:
-    """Seconds per step, and those of them until its kernels were launched."""
+    """Seconds per step, and the part of them until all kernels were launched."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(steps):
@@ -163,52 +164,53 @@ def measure(name: str, rounds: int, device: torch.device) -> dict[str, Any]:
         "eager": lambda: engine_step(eager_row, device)[1],
         "loop": lambda: loop_step(row, device),
     }
-    made = {contender: ready(make) for contender, make in makers.items()}
-    losses = [loss for _, loss, *_ in made.values()]
-    assert max(losses) - min(losses) < 0.3, f"they do not train the same: {losses}"
-    times: dict[str, list[tuple[float, float]]] = {contender: [] for contender in made}
+    variants = {variant: ready(make) for variant, make in makers.items()}
+    losses = [loss for _, loss, *_ in variants.values()]
+    assert max(losses) - min(losses) < 0.3, f"the first losses differ: {losses}"
+    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     for number in range(rounds):
-        for contender in list(made) if number % 2 == 0 else reversed(made):
-            times[contender].append(
-                seconds_of(made[contender][0], STEPS if images > 64 else 4 * STEPS)
+        for variant in list(variants) if number % 2 == 0 else reversed(variants):
+            times[variant].append(
+                seconds_of(variants[variant][0], STEPS if images > 64 else 4 * STEPS)
             )
-    seconds = {contender: [whole for whole, _ in found] for contender, found in times.items()}
+    seconds = {variant: [total for total, _ in found] for variant, found in times.items()}
     ratios = [theirs / our for our, theirs in zip(seconds["ours"], seconds["loop"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     with torch.device("meta"):
         network = build_model(row["model"], CLASSES)
-    multiply_adds, kept = forward_costs(network, SIDE)
-    medians = {contender: statistics.median(found) for contender, found in seconds.items()}
+    multiply_adds, saved = forward_costs(network, SIDE)
+    medians = {variant: statistics.median(found) for variant, found in seconds.items()}
     return {
         "row": name,
         "images": images,
-        "images_per_second": {contender: images / median for contender, median in medians.items()},
+        "images_per_second": {variant: images / median for variant, median in medians.items()},
         "launch_ms": {
             c: 1e3 * statistics.median(launched for _, launched in found)
             for c, found in times.items()
         },
         "ratio": middle,
         "quartiles": [low, high],
-        "peak_bytes": {contender: peak for contender, (_, _, peak, _) in made.items()},
-        "predicted_bytes": predicted(network, kept, row, images),
+        "peak_bytes": {variant: peak for variant, (_, _, peak, _) in variants.items()},
+        "predicted_bytes": predicted(network, saved, row, images),
         "teraflops": 6 * multiply_adds * images / medians["ours"] / 1e12,
-        "start_seconds": {contender: start for contender, (*_, start) in made.items()},
+        "start_seconds": {variant: start for variant, (*_, start) in variants.items()},
         "losses": losses,
     }
 
 
-def predicted(network: nn.Module, kept: int, row: dict[str, Any], images: int) -> int:
-    """Bytes of weights, masters, gradients, momentum, the images, and of the activations that
-    autograd keeps, ``kept`` an image.
+def predicted(network: nn.Module, saved: int, row: dict[str, Any], images: int) -> int:
+    """Predicted bytes of weights, master weights, gradients, momentum, images and activations.
+
+    ``saved``: bytes of activations in fp32 that autograd saves per image.
     """
     width = 4 if row["precision"] == "fp32" else 2
     weights = sum(parameter.numel() for parameter in network.parameters())
-    a_weight = 4 + 4 + 4 if width == 4 else 2 + 4 + 4 + 2
-    return weights * a_weight + images * (kept * width // 4 + 3 * SIDE * SIDE)
+    per_weight = 4 + 4 + 4 if width == 4 else 2 + 4 + 4 + 2
+    return weights * per_weight + images * (saved * width // 4 + 3 * SIDE * SIDE)
 
 
 def profile_of(name: str, device: torch.device) -> str:
-    """Where the GPU's time goes in three steps of ours."""
+    """A profile of the GPU time of three steps of our engine."""
     step, *_ = ready(lambda: engine_step(row_of(name), device)[1])
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as trace:
@@ -217,18 +219,20 @@ def profile_of(name: str, device: torch.device) -> str:
             step()
         launched = time.perf_counter() - started
         torch.cuda.synchronize()
-        whole = time.perf_counter() - started
+        total = time.perf_counter() - started
     table = trace.key_averages().table(
         sort_by="self_cuda_time_total", row_limit=24, max_name_column_width=60
     )
     return (
-        f"3 steps: {launched * 1e3:.0f} ms until launched, {whole * 1e3:.0f} ms until done\n{table}"
+        f"3 steps: launched after {launched * 1e3:.0f} ms, done after {total * 1e3:.0f} ms\n{table}"
     )
 
 
 def pipeline(name: str, workers: int, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Images/s of our engine fed by our loader from JPEG shards below ``folder``, in the middle of
-    an epoch, of the same engine on one batch that is there already, and of the loader alone.
+    """Images/s of our engine with our loader, of the engine with one batch, and of the loader.
+
+    The loader reads the JPEG shards below ``folder``. The first rate is measured in the middle of
+    an epoch.
     """
     url, images = f"data.train={folder}/packed/train", int(ROWS[name]["images"])
     config = load_config(
@@ -244,20 +248,20 @@ def pipeline(name: str, workers: int, folder: Path, device: torch.device) -> dic
         step()
     without = images / seconds_of(step)[0]
     meter = MetricsMeter()
-    coming = meter.time_batches(batches())
-    first = _AHEAD * (config.data.prefetch_batches + 1)  # what is ready before the first step
-    steps = index.samples // images - 2 * first  # and what is decoded before the last
+    timed = meter.time_batches(batches())
+    first = _AHEAD * (config.data.prefetch_batches + 1)  # batches ready before the first step
+    steps = index.samples // images - 2 * first  # without the batches that are ready at the end
     for _ in range(first):
-        engine.step(coming, RATE)
+        engine.step(timed, RATE)
     torch.cuda.synchronize()
     started, meter.waited_seconds = time.perf_counter(), 0.0
     for _ in range(steps):
-        engine.step(coming, RATE)
+        engine.step(timed, RATE)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     alone = batches()
     next(alone)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     loaded = sum(len(batch.keys) for batch in alone)
     return {
         "row": name,
@@ -265,7 +269,7 @@ def pipeline(name: str, workers: int, folder: Path, device: torch.device) -> dic
         "images_per_second": images * steps / seconds,
         "waiting_for_data": meter.waited_seconds / seconds,
         "same_batch_images_per_second": without,
-        "loader_images_per_second": loaded / (time.perf_counter() - begun),
+        "loader_images_per_second": loaded / (time.perf_counter() - started),
         "steps": steps,
     }
 
@@ -293,24 +297,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file, after each row")
+    parser.add_argument("--json", type=Path, help="write the results to this file after each row")
     parser.add_argument(
         "--rows", nargs="+", default=[*ROWS, "pipeline"], choices=[*ROWS, "pipeline"]
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--pipeline-images", type=int, default=12288)
     parser.add_argument(
-        "--workers", type=int, nargs="+", default=[os.cpu_count() or 1], help="of the pipeline"
+        "--workers",
+        type=int,
+        nargs="+",
+        default=[os.cpu_count() or 1],
+        help="decode threads of the pipeline",
     )
     parser.add_argument(
-        "--profile", choices=ROWS, help="tell where the GPU's time goes in this row, instead"
+        "--profile", choices=ROWS, help="only print a profile of the GPU time of this row"
     )
     arguments = parser.parse_args()
     ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks)
     if device.type != "cuda":
         process_group.cleanup()
-        sys.exit("no GPU here")
+        sys.exit("this benchmark needs a GPU")
     if arguments.profile:
         print(profile_of(arguments.profile, device))
         process_group.cleanup()
@@ -329,17 +337,17 @@ def main() -> None:
         "loop",
         "TFLOP/s",
         "GiB",
-        "computed",
+        "predicted",
         "loop",
     )
     print(
-        "{:26} {:>7} {:>7} {:>7} {:>6} {:>13} {:>12} {:>6} {:>6} {:>8} {:>6} {:>8} {:>6}".format(
+        "{:26} {:>7} {:>7} {:>7} {:>6} {:>13} {:>12} {:>6} {:>6} {:>8} {:>6} {:>9} {:>6}".format(
             *head
         )
     )
     results: dict[str, Any] = {"gpu": gpu, "torch": torch.__version__, "rows": [], "pipeline": []}
 
-    def keep() -> None:
+    def save() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
         torch.cuda.empty_cache()
@@ -360,10 +368,10 @@ def main() -> None:
             f"{found['ratio']:6.3f} "
             f"{low:6.3f}-{high:.3f} {launch['ours']:12.1f} {launch['eager']:6.1f} "
             f"{launch['loop']:6.1f} "
-            f"{found['teraflops']:8.0f} {gib[0]:6.1f} {gib[1]:8.1f} {gib[2]:6.1f}",
+            f"{found['teraflops']:8.0f} {gib[0]:6.1f} {gib[1]:9.1f} {gib[2]:6.1f}",
             flush=True,
         )
-        keep()
+        save()
     if "pipeline" in arguments.rows:
         print(
             "{:24} {:>8} {:>9} {:>8} {:>11} {:>12}".format(
@@ -382,7 +390,7 @@ def main() -> None:
                     f"{found['loader_images_per_second']:12,.0f}",
                     flush=True,
                 )
-                keep()
+                save()
     process_group.cleanup()
 
 

@@ -1,5 +1,6 @@
-"""Compares our models with torchvision's and timm's of the same name: forward and backward, fp32,
-channels-last.
+"""Compares the speed and memory of our models with those of torchvision and timm.
+
+Measured are forward and backward passes in fp32, channels-last.
 
     python benchmarks/models.py --json FILE [--models alexnet vgg16 googlenet resnet50]
                                 [--rounds 9] [--batch 4] [--threads 2]
@@ -63,7 +64,7 @@ def libraries(name: str) -> list[str]:
 
 
 def trainer_of(library: str, name: str, batch: int) -> Callable[[], None]:
-    """A function that does one forward and backward, with the auxiliary heads where there are any."""
+    """A function that runs one forward and backward pass, including any auxiliary heads."""
     torch.manual_seed(0)
     model = BUILDERS[library](name).to(memory_format=torch.channels_last).train()
     images = torch.randn(batch, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
@@ -81,7 +82,7 @@ def trainer_of(library: str, name: str, batch: int) -> Callable[[], None]:
 
 
 def timed(name: str, rounds: int, batch: int) -> dict[str, Any]:
-    """Seconds of a step by library, and the ratios of the peers' to ours."""
+    """Seconds per step by library, and the ratios of the baselines' to ours."""
     steps = {library: trainer_of(library, name, batch) for library in libraries(name)}
     for step in steps.values():
         step()
@@ -92,24 +93,23 @@ def timed(name: str, rounds: int, batch: int) -> dict[str, Any]:
             started = time.perf_counter()
             steps[library]()
             seconds[library].append(time.perf_counter() - started)
-    peers = {}
-    for peer in list(steps)[1:]:
-        ratios = [theirs / own for theirs, own in zip(seconds[peer], seconds["ours"], strict=True)]
+    baselines = {}
+    for baseline in list(steps)[1:]:
+        pairs = zip(seconds[baseline], seconds["ours"], strict=True)
+        ratios = [theirs / ours for theirs, ours in pairs]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        best = min(seconds[peer]) / min(seconds["ours"])
-        peers[peer] = {
+        best = min(seconds[baseline]) / min(seconds["ours"])
+        baselines[baseline] = {
             "speed_ratio": middle,
             "quartiles": [low, high],
             "ratio_of_fastest_steps": best,
         }
     medians = {library: statistics.median(values) for library, values in seconds.items()}
-    return {"seconds": medians, "peers": peers}
+    return {"seconds": medians, "baselines": baselines}
 
 
 def peak_memory(library: str, name: str, batch: int) -> int:
-    """Bytes of resident memory at the peak of three steps, in a fresh process; the same libraries
-    are loaded in all.
-    """
+    """Peak resident bytes of three steps, in a new process that loads all libraries."""
     command = [sys.executable, __file__, "--measure", library, name, "--batch", str(batch)]
     return int(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
@@ -122,11 +122,11 @@ def _status(key: str) -> int:
 
 
 def _measure(library: str, name: str, batch: int) -> None:
-    import timm  # noqa: F401  # all processes import the same
+    import timm  # noqa: F401  # all processes import the same libraries
     import torchvision  # noqa: F401
 
     step = trainer_of(library, name, batch)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here: building is not training
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak after construction
     for _ in range(3):
         step()
     print(_status("VmHWM"))
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--models", nargs="+", default=NAMES)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4)
@@ -148,10 +148,13 @@ def main() -> None:
         _measure(*arguments.measure, arguments.batch)
         return
     results = {}
-    sizes = f"batch {arguments.batch} of {SIDE} px, {arguments.threads} threads, {arguments.rounds} rounds"
+    sizes = (
+        f"batch {arguments.batch} of {SIDE} px, {arguments.threads} threads, "
+        f"{arguments.rounds} rounds"
+    )
     print(f"{sizes}, torch {torch.__version__}")
     print(
-        f"{'model':10} {'against':12} {'ours, ms':>9} {'theirs, ms':>10} {'speed ratio':>12} "
+        f"{'model':10} {'baseline':12} {'ours, ms':>9} {'theirs, ms':>10} {'speed ratio':>12} "
         f"{'quartiles':>14} {'memory':>8}"
     )
     for name in arguments.models:
@@ -159,12 +162,12 @@ def main() -> None:
         result["peak_bytes"] = {
             library: peak_memory(library, name, arguments.batch) for library in libraries(name)
         }
-        for peer, figures in result["peers"].items():
-            figures["memory_ratio"] = result["peak_bytes"]["ours"] / result["peak_bytes"][peer]
+        for baseline, figures in result["baselines"].items():
+            figures["memory_ratio"] = result["peak_bytes"]["ours"] / result["peak_bytes"][baseline]
             low, high = figures["quartiles"]
             print(
-                f"{name:10} {peer:12} {result['seconds']['ours'] * 1e3:9.0f} "
-                f"{result['seconds'][peer] * 1e3:10.0f} "
+                f"{name:10} {baseline:12} {result['seconds']['ours'] * 1e3:9.0f} "
+                f"{result['seconds'][baseline] * 1e3:10.0f} "
                 f"{figures['speed_ratio']:12.3f} {low:7.3f}-{high:.3f} "
                 f"{figures['memory_ratio']:9.3f}",
                 flush=True,

@@ -1,5 +1,4 @@
-"""Compares the speed of `convoy pack` on an image folder with ``webdataset.ShardWriter``, in one
-interleaved run.
+"""Compares the speed of `convoy pack` with ``webdataset.ShardWriter``, in one interleaved run.
 
     python benchmarks/pack.py [--images 24000] [--rounds 5] [--json FILE]
 
@@ -31,11 +30,11 @@ from sklearn.datasets import load_sample_images
 
 _CLASSES = 20
 _SHARD_BYTES = 128 * 2**20
-_TARGET = 3000  # images/s a core
+_TARGET = 3000  # images/s per core
 
 
 def make_images(root: Path, count: int) -> int:
-    """500 x 375 JPEGs of about 55 KB from crops of two photographs; returns their mean size, bytes."""
+    """Write 500 x 375 JPEGs of about 55 KB, crops of two photographs; return their mean bytes."""
     photographs = [Image.fromarray(array) for array in load_sample_images().images]
     random = np.random.default_rng(0)
     distinct = []
@@ -45,7 +44,9 @@ def make_images(root: Path, count: int) -> int:
         image = photograph.crop((left, top, left + 420, top + 315)).resize(
             (500, 375), Image.Resampling.BICUBIC
         )
-        noise = random.normal(0, 5, (375, 500, 3))  # grain, as of a camera: it sets the files' size
+        noise = random.normal(
+            0, 5, (375, 500, 3)
+        )  # camera grain, which determines the size of the files
         path = root.parent / "distinct.jpg"
         Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8)).save(
             path, quality=88
@@ -58,8 +59,8 @@ def make_images(root: Path, count: int) -> int:
     return sum(map(len, distinct)) // len(distinct)
 
 
-def peer(source: Path, target: Path) -> None:
-    """``webdataset.ShardWriter``, in a process of its own."""
+def shard_writer(source: Path, target: Path) -> None:
+    """Run ``webdataset.ShardWriter`` in a new process."""
     code = (
         "import sys, pathlib, webdataset as wds\n"
         "source, target, size = sys.argv[1:]\n"
@@ -68,8 +69,8 @@ def peer(source: Path, target: Path) -> None:
         "verbose=0) as writer:\n"
         "    for label, folder in enumerate(folders):\n"
         "        for path in sorted(folder.iterdir()):\n"
-        "            "
-        "writer.write({'__key__': f'{folder.name}/{path.stem}', 'jpg': path.read_bytes(), 'cls': label})\n"
+        "            key = f'{folder.name}/{path.stem}'\n"
+        "            writer.write({'__key__': key, 'jpg': path.read_bytes(), 'cls': label})\n"
     )
     target.mkdir()
     subprocess.run(
@@ -100,29 +101,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     cores = os.cpu_count() or 1
-    contestants = {
-        "webdataset.ShardWriter, 1 process": (1, lambda source, target: peer(source, target)),
+    variants = {
+        "webdataset.ShardWriter, 1 process": (1, shard_writer),
         "convoy pack, 1 worker": (1, lambda source, target: convoy(source, target, 1)),
         f"convoy pack, {cores} workers": (
             cores,
             lambda source, target: convoy(source, target, cores),
         ),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "source", Path(folder) / "target"
         size = make_images(source, options.images)
         for round_number in range(options.rounds + 1):
-            for name, (_, run) in contestants.items():
+            for name, (_, run) in variants.items():
                 started = time.perf_counter()
                 run(source, target)
-                taken = time.perf_counter() - started
+                elapsed = time.perf_counter() - started
                 shutil.rmtree(target)
-                if round_number:  # the first one warms the page cache
-                    seconds[name].append(taken)
+                if round_number:  # round 0 warms the page cache
+                    seconds[name].append(elapsed)
     base = seconds["webdataset.ShardWriter, 1 process"]
     rows = {}
-    for name, (processes, _) in contestants.items():
+    for name, (processes, _) in variants.items():
         ratios = [b / s for b, s in zip(base, seconds[name], strict=True)]
         rate = options.images / statistics.median(seconds[name])
         rows[name] = {
@@ -131,11 +132,14 @@ def main() -> None:
             "ratio_to_shardwriter": [round(f(ratios), 2) for f in (min, statistics.median, max)],
         }
     machine = f"{cores} cores, Python {platform.python_version()}, webdataset {wds.__version__}"
-    title = f"packing {options.images:,} JPEGs of {size / 1000:.0f} KB, {options.rounds} rounds; {machine}; {date.today()}"
+    title = (
+        f"packing {options.images:,} JPEGs of {size / 1000:.0f} KB, {options.rounds} rounds; "
+        f"{machine}; {date.today()}"
+    )
     table = Table(
         "",
         "images/s",
-        "images/s a core",
+        "images/s per core",
         "ratio to ShardWriter: min, median, max",
         title=title,
         title_justify="left",
@@ -146,7 +150,7 @@ def main() -> None:
             name, f"{row['images_per_second']:,}", f"{row['images_per_second_per_core']:,}", ratios
         )
     Console(width=120).print(table)
-    print(f"target: at least {_TARGET:,} images/s a core, and a ratio of at least 1")
+    print(f"target: at least {_TARGET:,} images/s per core, and a ratio of at least 1")
     if options.json:
         options.json.write_text(
             json.dumps(

@@ -46,8 +46,9 @@ from trainer.training.batch_plan import BatchPlan
 
 CHANNELS, SIDE, CLASSES, RATE = 128, 16, 10, 1e-6
 TIMED, MEASURED = 96, 24
-"""Convolutions where time and where memory is measured: the first are as many as make a
-micro-batch's transfers small beside it.
+"""Numbers of convolutions for timing and for memory.
+
+For timing there are so many that the transfers of a micro-batch are small in comparison.
 """
 
 Passes = list[tuple[str, float]]
@@ -55,29 +56,29 @@ Passes = list[tuple[str, float]]
 
 
 def network(convolutions: int, stages: int) -> tuple[nn.Sequential, list[list[str]]]:
-    """Convolutions of equal cost, with next to nothing at both ends; and the names of each stage's
-    layers, of 1, 2 or 4.
+    """A network of convolutions of equal cost, and the names of the layers of each stage.
+
+    ``stages``: 1, 2 or 4. The first and the last layer cost almost nothing.
     """
     torch.manual_seed(0)
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(3, CHANNELS, 1))
     for number in range(convolutions):
         conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(
-            conv.weight, nonlinearity="relu"
-        )  # by default deep outputs are denormal numbers, which are slow
+        # with the default, deep outputs are denormal numbers, which are slow
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         layers[f"block{number}"] = nn.Sequential(conv, nn.ReLU(inplace=True))
     layers["head"] = nn.Sequential(
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, CLASSES)
     )
     names = list(layers)
-    cuts = [0, *(1 + number * convolutions // stages for number in range(1, stages)), len(names)]
-    return nn.Sequential(layers), [names[start:stop] for start, stop in pairwise(cuts)]
+    bounds = [0, *(1 + number * convolutions // stages for number in range(1, stages)), len(names)]
+    return nn.Sequential(layers), [names[start:stop] for start, stop in pairwise(bounds)]
 
 
 def config_of(stages: int, micro_size: int) -> RunConfig:
     return RunConfig.model_validate(
         {
-            "model": {"name": "resnet18"},  # not used: ``network`` is
+            "model": {"name": "resnet18"},  # replaced by ``network``
             "data": {"train": "none", "image_size": SIDE},
             "batch": {"micro_size": micro_size},
             "parallel": {"pipeline_stages": stages},
@@ -89,7 +90,7 @@ def config_of(stages: int, micro_size: int) -> RunConfig:
 def engine_step(
     convolutions: int, stages: int, micro_batches: int, micro_size: int, device: torch.device
 ) -> Callable[[], Any]:
-    """A function that takes a step."""
+    """A function that runs one step."""
     model, parts = network(convolutions, stages)
     batch = BatchPlan(micro_size * micro_batches, micro_size, 1, micro_batches)
     config = config_of(stages, micro_size)
@@ -112,9 +113,7 @@ def engine_step(
 
 
 def stage_alone(micro_size: int) -> Callable[[], None]:
-    """Forward and backward of one micro-batch in this rank's stage, with nothing sent and nothing
-    received.
-    """
+    """A function that runs one micro-batch through this rank's stage, without communication."""
     model, parts = network(TIMED, 2)
     rank = dist.get_rank()
     layers = OrderedDict(
@@ -134,12 +133,11 @@ def stage_alone(micro_size: int) -> Callable[[], None]:
     return run
 
 
-# --- in the ranks
-# -----------------------------------------------------------------------------------------------------
+# --- in the ranks ---------------------------------------------------------------------------------
 
 
-def passes_timed(passes: Passes) -> None:
-    """From now on, every pipeline's forward and backward passes are added to ``passes``."""
+def record_passes(passes: Passes) -> None:
+    """Record all forward and backward passes of pipelines in ``passes``, from now on."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 
@@ -159,9 +157,13 @@ def passes_timed(passes: Passes) -> None:
 def timed(
     micro_batches: int, micro_size: int, rounds: int, device: torch.device
 ) -> list[list[tuple[float, Passes, float]]]:
-    """By rank and round: seconds of a step, its passes, and seconds of as many in the stage alone."""
+    """Time steps with and without communication.
+
+    Returns for each rank and round: seconds of a step, its passes, and seconds of as many passes
+    without communication.
+    """
     passes: Passes = []
-    passes_timed(passes)
+    record_passes(passes)
     step, one = engine_step(TIMED, 2, micro_batches, micro_size, device), stage_alone(micro_size)
     for work in (step, one, step):
         work()
@@ -181,8 +183,8 @@ def timed(
     return both
 
 
-def plain_step(micro_size: int) -> Callable[[], None]:
-    """The whole network in plain torch, for what its activations need."""
+def reference_step(micro_size: int) -> Callable[[], None]:
+    """A step of the full network in plain torch, for the memory of its activations."""
     model = network(MEASURED, 1)[0].to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9)
     images = torch.randn(micro_size, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
@@ -207,7 +209,7 @@ def rank_main(task: dict[str, Any]) -> None:
         stages, number = task["memory_of"], task["micro_batches"]
         peak = peak_of(
             lambda: (
-                plain_step(size)
+                reference_step(size)
                 if stages == 0
                 else engine_step(MEASURED, stages, number, size, device)
             )
@@ -222,14 +224,11 @@ def rank_main(task: dict[str, Any]) -> None:
     process_group.cleanup()
 
 
-# --- around them
-# ------------------------------------------------------------------------------------------------------
+# --- in the main process --------------------------------------------------------------------------
 
 
 def shortest(stages: list[Passes]) -> float:
-    """Seconds of a step in which these passes, each stage's in its order, wait for each other and
-    for nothing else.
-    """
+    """Minimum seconds of a step: passes keep their order and wait only for each other."""
     ends: dict[tuple[str, int, int], float] = {}
     clocks, queues = [0.0] * len(stages), []
     for passes in stages:
@@ -252,7 +251,7 @@ def bubble_table(micro_batches: list[int], micro_size: int, rounds: int) -> list
     print(
         f"{'M':>3} {'passes, ms':>14} {'alone, ms':>14} {'step, ms':>9} {'lost, ms':>9} "
         f"{'bubble':>7} {'quartiles':>13} "
-        f"{'formula':>8} {'off by':>7} {'least':>7} {'off by':>7}"
+        f"{'formula':>8} {'error':>7} {'least':>7} {'error':>7}"
     )
     results = []
     for number in micro_batches:
@@ -300,11 +299,16 @@ def bubble_table(micro_batches: list[int], micro_size: int, rounds: int) -> list
 
 
 def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
-    """Weights, gradients and momentum of a rank's own layers; the outputs of these for as many
-    micro-batches at once as there are stages from this one to the last (one forward, one backward:
-    Narayanan et al. 2019, 3.2); what the backward pass needs beside them, as in the whole network;
-    and what crosses a cut: one buffer to receive, outputs as they are sent, inputs as they came and
-    as convolutions want them, and the clone of one that DeepSpeed computes with.
+    """Compare the measured peak memory of each rank with a prediction.
+
+    The prediction is the sum of
+
+    - weights, gradients and momentum of the rank's layers;
+    - their outputs, for as many micro-batches as there are stages from this one to the last (one
+      forward, one backward: Narayanan et al. 2019, 3.2);
+    - what the backward pass needs in addition, as measured for the full network;
+    - what crosses a stage boundary: one receive buffer, the outputs that are sent, the inputs as
+      received and in the layout for convolutions, and DeepSpeed's clone of one input.
     """
     layers = dict(network(MEASURED, 1)[0].named_children())
     crossing = 4 * micro_size * CHANNELS * SIDE**2
@@ -315,14 +319,14 @@ def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
     def outputs(names: Iterable[str]) -> int:
         return crossing * sum(name != "head" for name in names)
 
-    plain = run_ranks(__file__, 1, memory_of=0, micro_batches=1, micro_size=micro_size)[0][
+    reference = run_ranks(__file__, 1, memory_of=0, micro_batches=1, micro_size=micro_size)[0][
         "tensors"
     ]
-    besides = plain - state(layers) - outputs(layers)
+    extra = reference - state(layers) - outputs(layers)
     mib = 2**20
     print(
-        f"\npeak memory a rank, {micro_batches} micro-batches of {micro_size}; MiB; besides "
-        f"outputs {besides / mib:.0f}"
+        f"\npeak memory per rank in MiB, {micro_batches} micro-batches of {micro_size}; backward "
+        f"pass, in addition to outputs: {extra / mib:.0f}"
     )
     print(f"{'stages':>6} {'rank':>4} {'predicted':>9} {'tensors':>9} {'ratio':>6} {'resident':>9}")
     results = []
@@ -333,13 +337,14 @@ def memory_table(micro_batches: int, micro_size: int) -> list[dict[str, Any]]:
         for rank, (found, names) in enumerate(
             zip(measured, network(MEASURED, stages)[1], strict=True)
         ):
-            flying = min(stages - rank, micro_batches)
-            crossed = (stages > 1) + flying * (rank < stages - 1) + (2 * flying + 1) * (rank > 0)
-            wanted = state(names) + flying * outputs(names) + besides + crossed * crossing
-            results.append({"stages": stages, "rank": rank, "predicted_bytes": wanted, **found})
+            in_flight = min(stages - rank, micro_batches)
+            sent, received = in_flight * (rank < stages - 1), (2 * in_flight + 1) * (rank > 0)
+            transfers = ((stages > 1) + sent + received) * crossing
+            predicted = state(names) + in_flight * outputs(names) + extra + transfers
+            results.append({"stages": stages, "rank": rank, "predicted_bytes": predicted, **found})
             print(
-                f"{stages:6} {rank:4} {wanted / mib:9.0f} {found['tensors'] / mib:9.0f} "
-                f"{found['tensors'] / wanted:6.2f} "
+                f"{stages:6} {rank:4} {predicted / mib:9.0f} {found['tensors'] / mib:9.0f} "
+                f"{found['tensors'] / predicted:6.2f} "
                 f"{found['resident'] / mib:9.0f}",
                 flush=True,
             )
@@ -350,9 +355,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument(
-        "--micro-batches", nargs="*", type=int, default=[1, 2, 4, 8], help="none: memory alone"
+        "--micro-batches",
+        nargs="*",
+        type=int,
+        default=[1, 2, 4, 8],
+        help="none: measure only memory",
     )
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--micro-size", type=int, default=8)

@@ -18,8 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def run_ranks(file: str, processes: int, **task: Any) -> Any:
-    """Start ``file --rank TASK`` in so many ranks of one thread; what rank 0 wrote, as JSON, to the
-    task's ``file``.
+    """Run ``file --rank TASK`` in ``processes`` ranks with one thread each.
+
+    Returns the JSON that rank 0 writes to the task's ``file``.
     """
     with tempfile.TemporaryDirectory() as folder:
         task["file"] = f"{folder}/result.json"
@@ -52,26 +53,26 @@ def run_ranks(file: str, processes: int, **task: Any) -> Any:
 
 
 def peak_of(build: Callable[[], Callable[[], Any]]) -> dict[str, int]:
-    """Bytes at the peak of a step that ``build`` makes. ``tensors``: as torch's allocator counts
-    them; ``resident``: by how much resident memory has grown since before ``build``, with the
-    libraries' code and what the C library does not give back.
+    """Peak bytes of the step that ``build`` returns.
+
+    ``tensors``: as counted by torch's allocator. ``resident``: growth of the resident memory since
+    before ``build``, including the libraries' code and what the C library does not release.
     """
-    nn.functional.conv2d(
-        torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3)
-    )  # the libraries' own memory
+    # loads the libraries first
+    nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
     before = status("VmRSS")
     step = build()
     step()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here: building is not training
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak after construction
     for _ in range(3):
         step()
     resident = status("VmHWM") - before
     del step
-    gc.collect()  # else what goes of the first would be counted as given back by the second
+    gc.collect()  # otherwise the next trace would count the memory of this step as freed
     with _tracing() as trace:
         step = build()
-        for _ in range(2):  # ZeRO 3 knows the order of layers from the second on
+        for _ in range(2):  # ZeRO 3 learns the order of layers in the first step
             step()
     built = sum(_changes(trace))
     with _tracing() as trace:
@@ -84,7 +85,7 @@ def _tracing() -> profile:
 
 
 def _changes(trace: profile) -> list[int]:
-    """Bytes taken, and given back as negative ones, one after another."""
+    """Allocated bytes in order of time; freed bytes are negative."""
     assert trace.profiler is not None
     events = [
         event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"
@@ -93,6 +94,6 @@ def _changes(trace: profile) -> list[int]:
 
 
 def status(key: str) -> int:
-    """Bytes that the kernel tells of this process: VmRSS, VmHWM (its peak)."""
+    """Bytes in a field of this process's kernel status, such as VmRSS or VmHWM (the peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

@@ -39,13 +39,14 @@ from trainer.training.batch_plan import plan_batches
 
 NETWORK, CLASSES, RATE = "resnet18", 1000, 0.01
 ROWS: dict[str, dict[str, Any]] = {
-    "112": {"side": 112, "images": 32, "wished": {0: 0.97, 1: 0.92}},
-    "64": {"side": 64, "images": 16, "wished": {0: 0.90, 1: 0.80}},
-    "bf16": {"side": 64, "images": 16, "precision": "bf16", "wished": {}},
-    "compile": {"side": 64, "images": 16, "compile": True, "wished": {}},
+    "112": {"side": 112, "images": 32, "target_ratios": {0: 0.97, 1: 0.92}},
+    "64": {"side": 64, "images": 16, "target_ratios": {0: 0.90, 1: 0.80}},
+    "bf16": {"side": 64, "images": 16, "precision": "bf16", "target_ratios": {}},
+    "compile": {"side": 64, "images": 16, "compile": True, "target_ratios": {}},
 }
-"""Images a rank. ``wished``: the ratio wanted by ZeRO stage. The loop's bf16 is torch's autocast;
-it compiles the whole network, the engine each layer.
+"""``images``: per rank. ``target_ratios``: by ZeRO stage.
+
+The loop's bf16 is torch's autocast. The loop compiles the full network, the engine each layer.
 """
 
 Step = Callable[[], torch.Tensor]
@@ -81,8 +82,9 @@ def data_of(
 def engine_of(
     row: dict[str, Any], stage: int, device: torch.device, allocate: Allocate = np.empty
 ) -> tuple[Engine, Step]:
-    """Our engine, and a function that takes a step and returns its loss. ``allocate`` makes the
-    array for pixels.
+    """Our engine, and a function that runs a step and returns its loss.
+
+    ``allocate``: creates the array of pixels.
     """
     rank, ranks, images = dist.get_rank(), dist.get_world_size(), row["images"]
     config = config_of(row, stage, ranks)
@@ -100,7 +102,7 @@ def engine_of(
 
 
 def loop_step(row: dict[str, Any]) -> Step:
-    """The same written by hand."""
+    """A step of the DistributedDataParallel reference loop."""
     pixels, labels = (torch.from_numpy(array) for array in data_of(row, dist.get_rank()))
     torch.manual_seed(0)
     model = DistributedDataParallel(
@@ -130,9 +132,7 @@ def loop_step(row: dict[str, Any]) -> Step:
 
 
 def forward_pass(row: dict[str, Any]) -> Callable[[], None]:
-    """A forward pass in plain torch, with all that it keeps for the backward pass, whose result is
-    let go.
-    """
+    """A forward pass in plain torch that saves activations and discards its result."""
     pixels, labels = (torch.from_numpy(array) for array in data_of(row, dist.get_rank()))
     model = build_model(NETWORK, CLASSES).to(memory_format=torch.channels_last)
 
@@ -143,12 +143,11 @@ def forward_pass(row: dict[str, Any]) -> Callable[[], None]:
     return run
 
 
-# --- in the ranks
-# -----------------------------------------------------------------------------------------------------
+# --- in the ranks ---------------------------------------------------------------------------------
 
 
 def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, of the slowest rank, after two that warm up."""
+    """Seconds of each step on the slowest rank, after two warmup steps."""
     names = list(steps)
     seconds = torch.zeros(rounds, len(names), dtype=torch.float64)
     for _ in range(2):
@@ -160,13 +159,13 @@ def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
             started = time.perf_counter()
             steps[names[turn]]()
             seconds[number, turn] = time.perf_counter() - started
-    assert max(losses) - min(losses) < 0.2, f"they do not train the same: {losses}"
+    assert max(losses) - min(losses) < 0.2, f"the losses differ: {losses}"
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return {name: seconds[:, turn].tolist() for turn, name in enumerate(names)}
 
 
 def rank_main(task: dict[str, Any]) -> None:
-    """One rank of a row, or of a measurement of memory."""
+    """Measure the speed or memory of a row as one rank."""
     torch.set_num_threads(1)
     ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks)
@@ -190,14 +189,13 @@ def rank_main(task: dict[str, Any]) -> None:
     process_group.cleanup()
 
 
-# --- around them
-# ------------------------------------------------------------------------------------------------------
+# --- in the main process --------------------------------------------------------------------------
 
 
 def speed_table(names: list[str], processes: list[int], rounds: int) -> list[dict[str, Any]]:
     print(
         f"{'row':8} {'processes':>9} {'ZeRO':>4} {'ours, ms':>9} {'loop, ms':>9} {'ratio':>7} "
-        f"{'quartiles':>14} {'wished':>7}"
+        f"{'quartiles':>14} {'target':>7}"
     )
     results = []
     for name in names:
@@ -214,7 +212,7 @@ def speed_table(names: list[str], processes: list[int], rounds: int) -> list[dic
                     statistics.median(seconds[str(stage)]),
                     statistics.median(seconds["loop"]),
                 )
-                wished = ROWS[name]["wished"].get(stage)
+                target = ROWS[name]["target_ratios"].get(stage)
                 results.append(
                     {
                         "row": name,
@@ -223,28 +221,29 @@ def speed_table(names: list[str], processes: list[int], rounds: int) -> list[dic
                         "ours_seconds": ours,
                         "loop_seconds": loop,
                     }
-                    | {"ratio": middle, "quartiles": [low, high], "wished": wished}
+                    | {"ratio": middle, "quartiles": [low, high], "target_ratio": target}
                 )
                 print(
                     f"{name:8} {count:9} {stage:4} {ours * 1e3:9.0f} {loop * 1e3:9.0f} "
                     f"{middle:7.3f} {low:7.3f}-{high:.3f} "
-                    f"{wished or '':>6}",
+                    f"{target or '':>6}",
                     flush=True,
                 )
     return results
 
 
 def predicted(stage: int, ranks: int, sizes: list[int], activations: int) -> int:
-    """Bytes on a rank at the peak of a step in fp32: of weights, gradients, momentum and master
-    weights (Rajbhandari et al. 2020, 3), of buckets, and of activations. ``sizes``: numbers of each
-    weight.
+    """Predicted peak bytes of a rank during a step in fp32.
 
-    At stage 1 gradients are whole until the step, and the weights are their own masters; from stage
-    2 on, masters are copies. Then DeepSpeed fills a bucket with gradients and reduces a copy of it;
-    at stage 3 one bucket of weights is gathered ahead of another, and each is copied out. Within
-    the backward pass of the largest convolution there are its gradient and two copies in other
-    layouts, where the forward pass has one. At the update there are no activations, but the
-    gradients are in another flat copy.
+    Counted are weights, gradients, momentum and master weights (Rajbhandari et al. 2020, 3),
+    buckets, and activations. ``sizes``: number of elements of each weight.
+
+    At stage 1, gradients are complete until the step, and the weights are the master weights; from
+    stage 2 on, master weights are copies. There DeepSpeed fills a bucket with gradients and reduces
+    a copy of it; at stage 3, one bucket of weights is prefetched while another is in use, and each
+    is copied out. The backward pass of the largest convolution needs its gradient and two copies in
+    other layouts; the forward pass has one. During the update there are no activations, but a
+    second flat copy of the gradients.
     """
     total, part = sum(sizes), sum(sizes) / ranks
     bucket = max(BUCKET_NUMEL, max(sizes))
@@ -261,8 +260,9 @@ def predicted(stage: int, ranks: int, sizes: list[int], activations: int) -> int
 
 
 def memory_table(processes: int = 2) -> list[dict[str, Any]]:
-    """Peak memory a rank by ZeRO stage. Activations are what a forward pass by itself needs beside
-    the weights.
+    """Compare the measured peak memory per rank with its prediction, by ZeRO stage.
+
+    Activations are what a forward pass needs in addition to the weights.
     """
     sizes = [p.numel() for p in build_model(NETWORK, CLASSES).parameters()]
     row = "64"
@@ -272,19 +272,19 @@ def memory_table(processes: int = 2) -> list[dict[str, Any]]:
     )
     mib = 2**20
     print(
-        f"\npeak memory a rank, {processes} ranks, {NETWORK}, fp32, row {row}; MiB; activations "
-        f"{activations / mib:.0f}"
+        f"\npeak memory per rank in MiB, {processes} ranks, {NETWORK}, fp32, row {row}; "
+        f"activations {activations / mib:.0f}"
     )
     print(f"{'':8} {'predicted':>9} {'tensors':>9} {'ratio':>6} {'resident':>9}")
     print(f"{'loop':8} {'':9} {loop['tensors'] / mib:9.0f} {'':6} {loop['resident'] / mib:9.0f}")
     results = []
     for stage in range(4):
-        wanted = predicted(stage, processes, sizes, activations)
+        expected = predicted(stage, processes, sizes, activations)
         found = run_ranks(__file__, processes, row=row, memory_of=stage)
-        results.append({"zero_stage": stage, "predicted_bytes": wanted, **found})
-        ratio = found["tensors"] / wanted
+        results.append({"zero_stage": stage, "predicted_bytes": expected, **found})
+        ratio = found["tensors"] / expected
         print(
-            f"ZeRO {stage:3} {wanted / mib:9.0f} {found['tensors'] / mib:9.0f} {ratio:6.2f} "
+            f"ZeRO {stage:3} {expected / mib:9.0f} {found['tensors'] / mib:9.0f} {ratio:6.2f} "
             f"{found['resident'] / mib:9.0f}",
             flush=True,
         )
@@ -295,18 +295,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--rows", nargs="+", default=[*ROWS, "memory"], choices=[*ROWS, "memory"])
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument(
-        "--rounds", type=int, default=9, help="three times as many for the small images"
+        "--rounds", type=int, default=9, help="small images get three times as many"
     )
     parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
         rank_main(arguments.rank)
         return
-    print(f"{NETWORK}, 1 thread a rank, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    print(f"{NETWORK}, 1 thread per rank, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     names = [name for name in arguments.rows if name != "memory"]
     results: dict[str, Any] = {"speed": speed_table(names, arguments.processes, arguments.rounds)}
     if "memory" in arguments.rows:

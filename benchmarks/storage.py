@@ -1,5 +1,4 @@
-"""Compares training batches from local disk, from an S3 server on loopback, and from that server
-through the disk cache.
+"""Compares the rate of training batches from local disk, from S3, and from S3 with the disk cache.
 
     python benchmarks/storage.py [--images 8000] [--window 2048] [--rounds 5] [--workers 2]
                                  [--json FILE]
@@ -33,7 +32,7 @@ from typing import Any
 
 import psutil
 from data import in_own_process
-from data_peers import our_config
+from data_loaders import our_config
 from pack import make_images
 
 from pipelines.local import servers
@@ -46,7 +45,7 @@ DISK, S3, CACHED = "local disk", "S3 on loopback", "S3, data.cache_dir"
 
 
 def measure(url: str, cache_dir: str | None, workers: int, window: int) -> None:
-    """Print images and processor seconds an image of one epoch, after one that warms up."""
+    """Print the rate and the processor seconds per image of one epoch, after a warmup epoch."""
     config = our_config(url, workers, cache_dir=cache_dir, shuffle_window=window)
     index, store = open_index(url)
     source = with_cache(store, index, cache_dir, config.data.cache_gb)
@@ -67,18 +66,16 @@ def measure(url: str, cache_dir: str | None, workers: int, window: int) -> None:
 
 
 def server_seconds(services: servers.Services) -> float:
-    """Processor seconds that the S3 server has taken so far."""
+    """Processor seconds that the S3 server has used so far."""
     times = psutil.Process(services.processes["s3"].pid).cpu_times()
     return times.user + times.system
 
 
-def set_apart(server: psutil.Process) -> None:
-    """Leave the last processor to the server; this process, and those that it starts, keep the
-    others.
-    """
+def reserve_processor(server: psutil.Process) -> None:
+    """Reserve the last processor for the server; this process and its children use the others."""
     *ours, last = sorted(os.sched_getaffinity(0))
     if not ours:
-        raise SystemExit("two processors are needed: one for the S3 server, one for the loader")
+        raise SystemExit("needs two processors: one for the S3 server, one for the loader")
     for thread in server.threads():
         os.sched_setaffinity(thread.id, {last})
     os.sched_setaffinity(0, ours)
@@ -97,8 +94,9 @@ def compete(
     for number in range(rounds):
         for name in list(sources) if number % 2 == 0 else list(sources)[::-1]:
             before = server_seconds(services)
-            how = ["--workers", str(workers), "--window", str(window)]
-            figures = json.loads(in_own_process("--measure", *sources[name], *how, script=__file__))
+            arguments = ["--workers", str(workers), "--window", str(window)]
+            output = in_own_process("--measure", *sources[name], *arguments, script=__file__)
+            figures = json.loads(output)
             results[name].append(figures | {"server_seconds": server_seconds(services) - before})
     return results
 
@@ -148,16 +146,22 @@ def report(options: argparse.Namespace) -> None:
                     "8",
                 ]
                 subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-            set_apart(psutil.Process(services.processes["s3"].pid))
+            reserve_processor(psutil.Process(services.processes["s3"].pid))
             results = compete(folder, services, options.rounds, options.workers, options.window)
         finally:
             servers.down(folder / "services")
     rows = summary(results, options.images)
-    work = f"{options.images:,} JPEGs, {options.workers} workers, shuffled within {options.window:,}, {options.rounds} rounds"
-    machine = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, Python {platform.python_version()}"
+    work = (
+        f"{options.images:,} JPEGs, {options.workers} workers, shuffle window "
+        f"{options.window:,}, {options.rounds} rounds"
+    )
+    machine = (
+        f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}"
+    )
     print(f"{work}; {machine}; {date.today()}")
     print(
-        f"{'':20} {'images/s':>8} {'to disk':>8} {'quartiles':>13} {'first, s':>8} "
+        f"{'':20} {'images/s':>8} {'/ disk':>8} {'quartiles':>13} {'first, s':>8} "
         f"{'loader, us':>11} {'server, us':>11}"
     )
     for name, row in rows.items():
@@ -180,13 +184,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--images", type=int, default=8_000)
     parser.add_argument(
         "--window",
         type=int,
         default=2_048,
-        help="samples that are shuffled together (default %(default)s)",
+        help="shuffle window in samples (default %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)

@@ -2,7 +2,7 @@
 # Makes .venv from the lock files; does nothing when it already matches them. Needs Python >= 3.11 and nothing else.
 #   tools/setup.sh [--no-dev] [--no-project]    --no-project: the dependencies alone, for an image's layer
 #   tools/setup.sh --print-uv                   the path of the pinned uv, installed where it is not there
-#   tools/setup.sh --peers                      .venv-peers: what benchmarks/data.py compares with, beside the environment's packages
+#   tools/setup.sh --baselines                 .venv-baselines: what benchmarks/data.py compares with, beside the environment's packages
 #   tools/setup.sh --native-tools               what compiles the native decoder, where apt-get and root are at hand
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,21 +10,21 @@ cd "$(dirname "$0")/.."
 UV_VERSION=0.13.9
 CACHE="${CONVOY_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/convoy}"
 LOCKS=(requirements.lock requirements-dev.lock)
-PROJECT=1 PRINT_UV=0 NATIVE_TOOLS=0 PEERS=0
+PROJECT=1 PRINT_UV=0 NATIVE_TOOLS=0 BASELINES=0
 for argument; do
     case "$argument" in
         --no-dev) LOCKS=(requirements.lock) ;;
         --no-project) PROJECT=0 ;;
         --print-uv) PRINT_UV=1 ;;
         --native-tools) NATIVE_TOOLS=1 ;;
-        --peers) PEERS=1 ;;
+        --baselines) BASELINES=1 ;;
         *) echo "setup: unknown argument $argument" >&2; exit 2 ;;
     esac
 done
 VENV="${CONVOY_VENV:-.venv}"
 case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 STAMP=""
-if [ "$PRINT_UV$NATIVE_TOOLS$PEERS" = 000 ]; then
+if [ "$PRINT_UV$NATIVE_TOOLS$BASELINES" = 000 ]; then
     SOURCES=("${LOCKS[@]}" pyproject.toml tools/setup.sh)
     [ "$PROJECT" = 0 ] || SOURCES+=(setup.py trainer/data/_native.c)
     STAMP="$VENV/.convoy-$(cat "${SOURCES[@]}" | sha256sum | cut -c1-16)"
@@ -78,7 +78,7 @@ install_ffcv() {  # never fails; its build asks for OpenCV by a name that Debian
     ln -s "$(pkg-config --variable=pcfiledir opencv4 2>/dev/null)/opencv4.pc" "$named/opencv.pc"
     "$UV" pip install --quiet setuptools wheel
     PKG_CONFIG_PATH="$named" "$UV" pip install --quiet --require-hashes --no-deps --no-build-isolation-package ffcv \
-        -r benchmarks/peers.lock || say "FFCV cannot be built: benchmarks/data.py leaves it out"
+        -r benchmarks/baselines.lock || say "FFCV cannot be built: benchmarks/data.py leaves it out"
     rm -rf "$named"
 }
 
@@ -108,16 +108,16 @@ if [ "$PRINT_UV" = 1 ]; then
 fi
 
 export UV_LINK_MODE="${UV_LINK_MODE:-hardlink}" UV_NO_PROGRESS=1
-if [ "$PEERS" = 1 ]; then
-    say "installing the benchmarks' peers into .venv-peers"
-    "$UV" venv --quiet --clear --python "$VENV/bin/python" .venv-peers
-    export VIRTUAL_ENV="$PWD/.venv-peers"
+if [ "$BASELINES" = 1 ]; then
+    say "installing the baselines of the benchmarks into .venv-baselines"
+    "$UV" venv --quiet --clear --python "$VENV/bin/python" .venv-baselines
+    export VIRTUAL_ENV="$PWD/.venv-baselines"
     locked=$(mktemp); trap 'rm -f "$locked"' EXIT
-    without ffcv benchmarks/peers.lock >"$locked"
+    without ffcv benchmarks/baselines.lock >"$locked"
     "$UV" pip install --quiet --require-hashes --no-deps -r "$locked"
     install_ffcv
     "$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-        >"$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/convoy.pth"
+        >"$(.venv-baselines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/convoy.pth"
     exit
 fi
 

@@ -81,11 +81,11 @@ def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = 
     stderr; a file that names no class is an error. Raises UserError.
     """
     parsed = _parse(path, _read(path) if raw is None else raw)
-    wanted = {_normal(identity): identity for identity in class_ids}
+    requested = {_normal(identity): identity for identity in class_ids}
     best = max(
-        parsed.candidates, key=lambda rows: len({row.identity for row in rows} & wanted.keys())
+        parsed.candidates, key=lambda rows: len({row.identity for row in rows} & requested.keys())
     )
-    rows = [row for row in best if row.identity in wanted]
+    rows = [row for row in best if row.identity in requested]
     numbers = [str(number) for number in range(len(class_ids))]
     if (
         not any(row.name for row in best)
@@ -99,8 +99,8 @@ def names_by_id(path: str | Path, class_ids: Sequence[str], raw: bytes | None = 
         )
         raise UserError(
             f"{path}: names none of the {len(class_ids)} classes ({_some(class_ids)}); each "
-            "line is an id, a TAB, a comma "
-            f"or a space, and a name, but the first one begins with {first[:40]!r}"
+            "line is an id, a TAB, a comma or a space, and a name, but the first line begins "
+            f"with {first[:40]!r}"
         )
     if set(class_ids) == set(numbers) and {row.identity for row in best} == {
         str(int(n) + 1) for n in numbers
@@ -140,7 +140,7 @@ def names_by_label(path: str | Path) -> list[str]:
             return names
     if not parsed.names:
         raise UserError(
-            f"{path}: its keys are not numbers, so that it is unclear which label has which name"
+            f"{path}: its keys are not numbers, so it is unclear which label has which name"
         )
     for rows in parsed.candidates:
         rows = _without_header(rows)
@@ -184,7 +184,7 @@ def _read(path: str | Path) -> bytes:
         raise UserError(f"{path}: the file of class names cannot be read: {reason}") from None
     if len(content) > _MAX_BYTES:
         raise UserError(
-            f"{path}: has more than {_MAX_BYTES:,} bytes, which is not a list of class names"
+            f"{path}: is larger than {_MAX_BYTES:,} bytes, the limit for a file of class names"
         )
     return content
 
@@ -236,8 +236,8 @@ def _lines(path: str | Path, text: str) -> list[str]:
     for number, line in enumerate(lines, start=1):
         if not line:
             raise UserError(
-                f"{path}: line {number}: is blank, so that it is unclear which class has which "
-                "name; remove it"
+                f"{path}: line {number}: is blank, so it is unclear which class has which name; "
+                "remove it"
             )
         if line.startswith("#"):
             raise UserError(
@@ -374,7 +374,7 @@ def _numbered(path: str | Path, rows: list[_Row], is_certain: bool) -> list[str]
     ):
         return None
     if wrong:
-        raise UserError(f"{path}: {wrong.where}: has no number, but the lines before it have")
+        raise UserError(f"{path}: {wrong.where}: has no number, unlike the lines before it")
     by_number = [_Row(row.where, str(int(row.identity)), row.name) for row in rows]
     numbers = {row.identity for row in by_number}
     if not is_certain and not numbers & {"0", "1"}:
@@ -404,7 +404,7 @@ def _unique(path: str | Path, rows: list[_Row]) -> dict[str, _Row]:
             )
         if row.identity in found:
             raise UserError(
-                f"{path}: {row.where}: {row.identity!r} has a name already, on "
+                f"{path}: {row.where}: {row.identity!r} already has a name, on "
                 f"{found[row.identity].where}"
             )
         found[row.identity] = row

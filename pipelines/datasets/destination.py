@@ -109,18 +109,18 @@ def _obsolete(
     url: str, split: str, present: dict[str, int], index: Index | None, may_delete: bool
 ) -> list[str]:
     indexed = {shard.name for shard in index.shards} if index is not None else set()
-    own_name = re.compile(rf"{re.escape(split)}-[0-9]{{6,}}\.tar")
+    packed_name = re.compile(rf"{re.escape(split)}-[0-9]{{6,}}\.tar")
     tars = [name for name in present if name.endswith(".tar")]
-    deleted = [name for name in tars if name in indexed or own_name.fullmatch(name)]
+    deleted = [name for name in tars if name in indexed or packed_name.fullmatch(name)]
     if foreign := [name for name in tars if name not in deleted and "/" not in name]:
         raise UserError(
-            f"{url}: contains {foreign[0]}, which Convoy did not pack; use another place, or "
-            "move it away"
+            f"{url}: contains {foreign[0]}, which Convoy did not pack; use another "
+            "destination, or move it away"
         )
     if deleted and not may_delete:
         raise UserError(
-            f"{url}: contains {deleted[0]}, which Convoy did not pack; use another place, or "
-            "--overwrite"
+            f"{url}: contains {deleted[0]}, which Convoy did not pack; use another "
+            "destination, or --overwrite"
         )
     return [INDEX_NAME, *deleted, *(name for name in present if name.startswith(f"{RECORDS}/"))]
 
@@ -135,9 +135,8 @@ def _plan_record(store: Store, overwrite: bool) -> str | None:
         if overwrite:
             return ""
     raise UserError(
-        f"{store.url}/{_PLAN}: is not the record of an unfinished pack, it begins with "
-        f"{raw[:20]!r}; "
-        "if the URL is right, remove it, or use --overwrite"
+        f"{store.url}/{_PLAN}: is not the record of an unfinished pack; it begins with "
+        f"{raw[:20]!r}; if the URL is correct, delete it, or use --overwrite"
     )
 
 
@@ -149,13 +148,13 @@ def is_finished(found: Survey, digest: str, overwrite: bool) -> bool:
         return False
     if found.index.plan == digest:
         print(
-            f"convoy: {found.url} holds this data set already ({found.index.samples:,} images)",
+            f"convoy: {found.url} already holds this dataset ({found.index.samples:,} images)",
             file=sys.stderr,
         )
         return True
     raise UserError(
-        f"{found.url}: holds another data set of {found.index.samples:,} images; use another "
-        "place, or --overwrite"
+        f"{found.url}: holds another dataset of {found.index.samples:,} images; use another "
+        "destination, or --overwrite"
     )
 
 
@@ -168,8 +167,8 @@ def can_resume(found: Survey, resume_digest: str, parts: int) -> bool:
         return True
     if parts > 1 and found.present:
         raise UserError(
-            f"{found.url}: is not empty; several parts cannot clear it at a time: remove what "
-            "is in it"
+            f"{found.url}: is not empty, and several parts cannot clear it concurrently; delete "
+            "its content first"
         )
     return False
 

@@ -70,9 +70,8 @@ def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
         )
     elif names is None and highest >= _MANY_CLASSES and highest >= _SPARSE * len(labels):
         faults.append(
-            f"{url}: has a label {highest}, but only {len(labels):,} labels in all; if that is "
-            "right, name all classes with "
-            "--class-names"
+            f"{url}: has a label {highest}, but only {len(labels):,} distinct labels; if that is "
+            "correct, name all classes with --class-names"
         )
     if faults:
         raise UserError(*shortened(faults, "faults"))
@@ -91,7 +90,7 @@ def index_shards(url: str, options: IndexOptions) -> tuple[str, Index]:
         and parse_index(raw, f"{url}/{index_name}") != index
     ):
         raise UserError(
-            f"{url}/{index_name}: is there and says something else; --overwrite replaces it"
+            f"{url}/{index_name}: exists with other content; use --overwrite to replace it"
         )
     write_index(store, index_name, index)
     for note in _notes(scans, classes, labels, sizes):
@@ -151,9 +150,9 @@ def _duplicate_keys(url: str, scans: list[Scan]) -> list[str]:
                 shared[first, scan.shard.name] += 1
                 example.setdefault((first, scan.shard.name), key)
     return [
-        f"{url}: {first} and {second} both hold a sample {example[first, second]}"
-        + (f", and {count - 1:,} keys more" if count > 1 else "")
-        + "; keys must differ, or the same data is there twice"
+        f"{url}: {first} and {second} both contain a sample {example[first, second]}"
+        + (f" and {count - 1:,} more equal keys" if count > 1 else "")
+        + "; keys must be unique; remove one shard if it is a copy, else rename the samples"
         for (first, second), count in shared.items()
     ]
 
@@ -178,8 +177,8 @@ def _check_overlap(store: Store, index_name: str, index: Index) -> None:
         if both:
             raise UserError(
                 f"--shards: {both[0]} is a shard of {store.url}/{other} too ({len(both)} in "
-                "all), and no sample may be in "
-                "two splits; delete that index if it is the wrong one"
+                "total), and no sample may be in two splits; delete that index if it is the wrong "
+                "one"
             )
 
 

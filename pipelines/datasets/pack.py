@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -88,7 +87,7 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
     Returns (URL, index) of each complete split. Raises UserError.
     """
     if options.part >= options.parts:
-        raise UserError(f"--part: {options.part} is not below --parts {options.parts}")
+        raise UserError(f"--part: {options.part} must be below --parts {options.parts}")
     check_destination(source, destination)
     listed = list_source(source, ListOptions(options.class_names, options.layout, options.nested))
     for split in listed.splits:
@@ -101,7 +100,7 @@ def pack(source: str, destination: str, options: PackOptions) -> list[tuple[str,
         destination,
         "convoy pack",
         None,
-        "use another destination, or wait until that ends",
+        "use another destination, or wait until it ends",
         _lock_name(options),
     )
     pool = worker_pool(options.workers)
@@ -169,13 +168,12 @@ def _checked(
         raise UserError(
             *named,
             *more,
-            f"{len(account.rejected)} of {total} files cannot be packed; --skip-bad leaves them "
-            "out",
+            f"{len(account.rejected)} of {total} files cannot be packed; --skip-bad omits them",
         )
     good = []
     for split, marked in zip(splits, checked, strict=True):
-        left = Counter(item.label for item, _ in marked)
-        if lost := sorted({item.label for item in split.items} - left.keys()):
+        remaining = {item.label for item, _ in marked}
+        if lost := sorted({item.label for item in split.items} - remaining):
             raise UserError(
                 *(line for line in account.rejected[:_NAMED]),
                 *shortened(
@@ -232,11 +230,11 @@ def _report(source: str, splits: list[Split], account: Account) -> None:
     lines = [
         *account.notes,
         *account.skip_lines(),
-        *(f"left out: {line}" for line in account.rejected),
+        *(f"omitted: {line}" for line in account.rejected),
     ]
     if rejected:
-        lines.append(f"{rejected:,} of {packed + rejected:,} files are left out")
-    counts = f"{packed:,} to pack, {account.num_skipped:,} skipped by a rule, {rejected:,} left out"
+        lines.append(f"{rejected:,} of {packed + rejected:,} files are omitted")
+    counts = f"{packed:,} to pack, {account.num_skipped:,} skipped by a rule, {rejected:,} omitted"
     lines.append(f"{printable(source)}: {found:,} images and other files: {counts}")
     for line in lines:
         print(f"convoy: {line}", file=sys.stderr)
@@ -254,15 +252,15 @@ def _plan(split: Split, options: PackOptions) -> _Plan:
         [split.items[i] for i in order[count * s // shards : count * (s + 1) // shards]]
         for s in range(shards)
     ]
-    facts, times = hashlib.sha256(), hashlib.sha256()
-    facts.update(
+    content, times = hashlib.sha256(), hashlib.sha256()
+    content.update(
         json.dumps(["convoy-pack/1", split.class_ids, split.classes, shards, options.seed]).encode()
     )
     for item in (item for part in parts for item in part):
         line = f"{item.key} {item.label} {item.size} {item.extension}\n".encode()
-        facts.update(line)
+        content.update(line)
         times.update(b"%d %b" % (item.changed, line))
-    digest = facts.hexdigest()
+    digest = content.hexdigest()
     return _Plan(
         split, parts, digest, hashlib.sha256(f"{digest} {times.hexdigest()}".encode()).hexdigest()
     )
@@ -283,7 +281,7 @@ def _write_split(
     ]
     if done:
         print(
-            f"convoy: {store.url}: going on, {len(done)} of {len(plan.shards)} shards are complete",
+            f"convoy: {store.url}: resuming, {len(done)} of {len(plan.shards)} shards are complete",
             file=sys.stderr,
         )
     with WorkProgress(

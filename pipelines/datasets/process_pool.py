@@ -20,16 +20,16 @@ def worker_lost() -> RetryableError:
     """Return the error to raise for a BrokenProcessPool; a retry may succeed."""
     return RetryableError(
         "a worker process was killed, often because memory ran out, or could not start; use "
-        "fewer --workers, or more memory"
+        "fewer --workers or more memory"
     )
 
 
 def _start_worker() -> None:
     enter(pillow_warnings_ignored())  # until the process ends
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker"
     parent.join()

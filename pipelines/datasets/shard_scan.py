@@ -59,7 +59,7 @@ class _Group:
     def faults(self) -> Iterator[str]:
         if not self.images or "cls" not in self.names:
             found = ", ".join(sorted(self.names))
-            yield f"sample {self.key}: an image and its label (.cls) are needed, but there is: {found}"
+            yield f"sample {self.key}: needs an image and its label (.cls), but has: {found}"
         if len(self.images) > 1:
             names = ", ".join(self.names[extension] for extension in self.images)
             yield f"sample {self.key}: has several images, {names}; keep one"
@@ -119,7 +119,7 @@ class _Scanner:
             self._group = _Group(key, member.offset)
             if key in self._keys:
                 self.faults.append(
-                    f"sample {key}: its members do not stand together, or two samples have this key"
+                    f"sample {key}: its members are not adjacent, or two samples have this key"
                 )
             self._keys.add(key)
         if other := self._group.names.get(extension):
@@ -137,15 +137,14 @@ class _Scanner:
         self._close()
         if not self.samples:
             ignored = ", ".join(f"{count} {kind}" for kind, count in self.ignored.items())
-            self.faults.append("holds no sample" + (f" ({ignored})" if ignored else ""))
+            self.faults.append("contains no sample" + (f" ({ignored})" if ignored else ""))
 
     def _add_special(self, member: Member) -> None:
         extension = split_name(member.name)[1]
         if extension == "cls" or extension in IMAGES:
             self.faults.append(
                 f"{member.name} is a {member.kind}, not a file; write the archive with the "
-                "files' content (tar --dereference "
-                "--hard-dereference)"
+                "files' content (tar --dereference --hard-dereference)"
             )
         elif member.kind not in ("directory", "volume label"):
             self.ignored["links or special files"] += 1
@@ -155,8 +154,8 @@ class _Scanner:
         label = parse_label(content)
         if label is None:
             self.faults.append(
-                f"sample {key}: its label {content[:20]!r} is no class number, decimal digits "
-                "from 0 on"
+                f"sample {key}: its label {content[:20]!r} is not a class number; write decimal "
+                "digits, and count from 0"
             )
         elif label >= MAX_CLASSES:
             hint = (

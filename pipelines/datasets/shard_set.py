@@ -49,13 +49,13 @@ def choose_shards(store: Store, pattern: str | None) -> dict[str, int]:
     listed = store.sizes()
     if ".pack/plan.json" in listed:
         raise UserError(
-            f"{store.url}: is an unfinished data set of `convoy pack`; run that command again "
+            f"{store.url}: is an unfinished dataset of `convoy pack`; run that command again "
             "to complete it"
         )
     sizes = {name: size for name, size in sorted(listed.items()) if not _is_hidden(name)}
     is_chosen = {name: pattern is None or fnmatchcase(name, pattern) for name in sizes}
     faults = [
-        f"{store.url}/{name}: is compressed, so that no sample in it can be read alone; "
+        f"{store.url}/{name}: is compressed, so its samples cannot be read individually; "
         "decompress it to a .tar"
         for name in sizes
         if is_chosen[name] and _COMPRESSED.search(name)
@@ -76,7 +76,7 @@ def choose_shards(store: Store, pattern: str | None) -> dict[str, int]:
     }
     if not tars:
         matching = f" that matches --shards {pattern!r}" if pattern else ""
-        raise UserError(f"{store.url}: no .tar stands there{matching}")
+        raise UserError(f"{store.url}: contains no .tar file{matching}")
     if pattern is None:
         _check_no_index_below(store, sizes)
     _check_one_split(store.url, tars)
@@ -147,13 +147,14 @@ def notes_on_names(names: Collection[str]) -> list[str]:
         listed = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(_NAMED))
         more = f" and {len(kinds) - _NAMED} more" if len(kinds) > _NAMED else ""
         notes.append(
-            f"warning: shards with {len(kinds)} kinds of names become one split: "
-            f"{listed}{more}; --shards chooses some"
+            f"warning: shards with {len(kinds)} patterns of names become one split: "
+            f"{listed}{more}; --shards selects some of them"
         )
     if missing := missing_shards(names):
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         notes.append(
-            f"warning: by their numbers shards are missing: {', '.join(missing[:_NAMED])}{more}"
+            "warning: the numbers of the shards have gaps; missing: "
+            f"{', '.join(missing[:_NAMED])}{more}"
         )
     return notes
 
@@ -187,7 +188,7 @@ def _unlisted(store: Store, sizes: dict[str, int], pattern: str | None) -> list[
             reason = (
                 "is a dangling link"
                 if os.path.islink(path) and not os.path.exists(path)
-                else "is not a file that can be read"
+                else "is not a regular file"
             )
             found.append((os.fsencode(name).decode(errors="backslashreplace"), reason))
     return found
@@ -201,8 +202,7 @@ def _check_no_index_below(store: Store, sizes: dict[str, int]) -> None:
         )
         raise UserError(
             f"{store.url}: contains indexed splits, which are never merged into one: {folders}; "
-            "use their URLs, "
-            "or choose shards with --shards PATTERN"
+            "use their URLs, or select shards with --shards PATTERN"
         )
 
 
@@ -214,6 +214,5 @@ def _check_one_split(url: str, names: Iterable[str]) -> None:
         found = ", ".join(f"{name} ({split or 'no split'})" for split, name in examples.items())
         raise UserError(
             f"{url}: holds shards of several splits, which are never merged into one: {found}; "
-            "index each alone, "
-            "by the URL of its folder or with --shards PATTERN"
+            "index each split separately, by the URL of its folder or with --shards PATTERN"
         )

@@ -20,7 +20,7 @@ _RANGE = 32 * 2**20  # bytes per read
 
 
 @dataclass
-class Verdict:
+class VerifyResult:
     """Counts of one split, and the errors found in it."""
 
     url: str
@@ -31,7 +31,7 @@ class Verdict:
     faults: list[str] = field(default_factory=list)
 
 
-def verify(url: str, workers: int = os.cpu_count() or 1) -> list[Verdict]:
+def verify(url: str, workers: int = os.cpu_count() or 1) -> list[VerifyResult]:
     """Check the split at ``url``, or both splits below it.
 
     Raises UserError if there is no index.
@@ -48,9 +48,9 @@ def verify(url: str, workers: int = os.cpu_count() or 1) -> list[Verdict]:
     ]
 
 
-def _verify_split(url: str, workers: int) -> Verdict:
+def _verify_split(url: str, workers: int) -> VerifyResult:
     index, store = open_index(url)
-    verdict = Verdict(url, shards=len(index.shards), digest=index.digest)
+    result = VerifyResult(url, shards=len(index.shards), digest=index.digest)
     check = partial(_verify_shard, store.url, len(index.classes))
     with (
         worker_pool(workers) as pool,
@@ -58,13 +58,13 @@ def _verify_split(url: str, workers: int) -> Verdict:
     ):
         try:
             for shard, faults in zip(index.shards, pool.map(check, index.shards), strict=True):
-                verdict.faults += [f"{store.url}/{shard.name}: {fault}" for fault in faults]
-                verdict.samples += shard.samples
-                verdict.bytes += shard.bytes
+                result.faults += [f"{store.url}/{shard.name}: {fault}" for fault in faults]
+                result.samples += shard.samples
+                result.bytes += shard.bytes
                 progress.add(shard.samples)
         except BrokenProcessPool:
             raise worker_lost() from None
-    return verdict
+    return result
 
 
 def _verify_shard(url: str, num_classes: int, shard: Shard) -> list[str]:

@@ -81,10 +81,10 @@ def load_predict(model_uri: str) -> tuple[Predict, list[str]]:
 
 
 def _classes(model: Any) -> list[str]:
-    facts = getattr(getattr(model.unwrap_python_model(), "predictor", None), "facts", None)
-    if facts is None:
+    metadata = getattr(getattr(model.unwrap_python_model(), "predictor", None), "facts", None)
+    if metadata is None:
         raise UserError("this model was not registered by Convoy: it has no class names")
-    return list(facts.classes)
+    return list(metadata.classes)
 
 
 def evaluate(model_uri: str, data_url: str) -> Evaluation:

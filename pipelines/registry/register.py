@@ -95,8 +95,8 @@ def _write_spool(spool: Path, result: dict[str, Any], config: dict[str, Any]) ->
     writer.append("metrics", step=result["steps"], time_ms=now_ms(), values=figures)
     writer.append("finish", status="FINISHED", time_ms=now_ms())
     writer.close()
-    facts = result | {"run_key": key}
-    (spool.with_name("result.json")).write_text(json.dumps(facts, indent=1) + "\n")
+    record = result | {"run_key": key}
+    (spool.with_name("result.json")).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def promote(name: str, version: str, alias: str) -> None:
@@ -178,14 +178,14 @@ def sync(spool: str) -> SyncReport:
 def _note_run_id(result: Path, runs: list[RunReport]) -> None:
     """Store the run's id for `convoy register`; it was unknown during training."""
     try:
-        facts = json.loads(result.read_text())
+        record = json.loads(result.read_text())
     except (OSError, ValueError):  # training did not finish, or was killed while writing
         return
-    if facts.get("run_key"):
-        runs = [run for run in runs if run.key == facts["run_key"]]
-    elif facts.get("mlflow_run_id") or len(runs) != 1:
+    if record.get("run_key"):
+        runs = [run for run in runs if run.key == record["run_key"]]
+    elif record.get("mlflow_run_id") or len(runs) != 1:
         return
     for run in runs:
-        if run.run_id and run.run_id != facts.get("mlflow_run_id"):
-            facts["mlflow_run_id"] = run.run_id
-            result.write_text(json.dumps(facts, indent=1) + "\n")
+        if run.run_id and run.run_id != record.get("mlflow_run_id"):
+            record["mlflow_run_id"] = run.run_id
+            result.write_text(json.dumps(record, indent=1) + "\n")

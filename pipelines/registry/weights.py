@@ -17,13 +17,13 @@ from pipelines.registry.evaluate import downloaded
 from trainer.data.index import open_index
 from trainer.dependencies.process_patches import log_level
 from trainer.errors import UserError
-from trainer.export.exported_model import FACTS_NAME, WEIGHTS_NAME, ModelMetadata, save_model
+from trainer.export.exported_model import METADATA_NAME, WEIGHTS_NAME, ModelMetadata, save_model
 from trainer.models import build_model
 from trainer.models.registry import Library, get_model_spec
 from trainer.models.state_dict_adapter import StateDictAdapter, export_state
 from trainer.weights.class_matching import imagenet_output_names, match_classes
 from trainer.weights.pretrained import classes_in, load_weights, select_weights
-from trainer.weights.state_dict_file import classes_beside
+from trainer.weights.state_dict_file import saved_class_names
 
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _SUFFIXES = {
@@ -58,13 +58,12 @@ def import_weights(
     ``key``: the set of weights to take from a file that holds several; see ``select_weights``.
     """
     if (output / WEIGHTS_NAME).exists():
-        raise UserError(f"{output}: holds a model already; choose another --output or delete it")
+        raise UserError(f"{output}: already holds a model; choose another --output or delete it")
     get_model_spec(name)
-    if classes_beside(file) is not None:
+    if saved_class_names(file) is not None:
         raise UserError(
             f"{file}: is a model that Convoy saved, with its class names; `convoy evaluate`, "
-            "`convoy weights export` and "
-            "model.init take its folder as it is"
+            "`convoy weights export` and model.init accept its folder directly"
         )
     weights = select_weights(file, name, key)
     num_outputs = classes_in(weights, name) or 1000
@@ -81,10 +80,10 @@ def import_weights(
             "pixels are scaled to -1..1 (mean and std 0.5), as torchvision's published "
             "GoogLeNet weights expect"
         )
-    facts = ModelMetadata(
+    metadata = ModelMetadata(
         name, {}, classes, len(classes), image_size, 0.875, mean, std, channels_last=True
     )
-    save_model(output, model, facts)
+    save_model(output, model, metadata)
     return [
         f"{name} from {loaded.scheme}'s names: {sum(p.numel() for p in model.parameters()):,} "
         f"parameters in {output}",
@@ -115,13 +114,13 @@ def _classes_of(
     if count != num_outputs:
         raise UserError(
             f"--data: {data_url} has {count:,} classes, but the weights in {file} have "
-            f"{num_outputs:,} outputs without "
-            "names; use the dataset that they were trained on, or train a new head: model.init"
+            f"{num_outputs:,} outputs without names; use the dataset that they were trained on, "
+            "or train a new head with model.init"
         )
     return (
         index.classes,
         None,
-        [f"{file}: names no classes; its outputs are taken in the order of {data_url}"],
+        [f"{file}: has no class names; its outputs are assumed to be in the order of {data_url}"],
     )
 
 
@@ -141,29 +140,31 @@ def export_weights(source: str, file: Path, form: str) -> str:
     S, S] to logits [N, num_classes], for any N; its metadata holds mean, std and class names.
     """
     if form not in _SUFFIXES:
-        raise UserError(f"--format: {form!r} is none of {', '.join(_SUFFIXES)}")
+        raise UserError(f"--format: {form!r} is not one of {', '.join(_SUFFIXES)}")
     if file.suffix not in _SUFFIXES[form]:
         raise UserError(
-            f"{file}: the file of --format {form} ends with {' or '.join(_SUFFIXES[form])}"
+            f"{file}: a file of --format {form} must end with {' or '.join(_SUFFIXES[form])}"
         )
     with _model_folder(source) as folder:
-        facts = ModelMetadata(**json.loads((folder / FACTS_NAME).read_text(encoding="utf-8")))
-        library = get_model_spec(facts.name).libraries.get(cast(Library, form))
+        metadata = ModelMetadata(**json.loads((folder / METADATA_NAME).read_text(encoding="utf-8")))
+        library = get_model_spec(metadata.name).libraries.get(cast(Library, form))
         for key, theirs in (library.options if library else {}).items():
-            value = facts.options.get(key, theirs)
+            value = metadata.options.get(key, theirs)
             if value != theirs:
                 raise UserError(
-                    f"model.{key}: {form}'s {facts.name} has {theirs!r} alone, not "
-                    f"{value!r}; export as onnx"
+                    f"model.{key}: {form}'s {metadata.name} supports only {theirs!r}, not "
+                    f"{value!r}; export it as onnx"
                 )
-        model = facts.build()
-        load_weights(model, facts.name, str(folder))
-    state = {} if form == "onnx" else export_state(cast(StateDictAdapter, form), facts.name, model)
+        model = metadata.build()
+        load_weights(model, metadata.name, str(folder))
+    state = (
+        {} if form == "onnx" else export_state(cast(StateDictAdapter, form), metadata.name, model)
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.stem}.part{file.suffix}")
     try:
         if form == "onnx":
-            _write_onnx(model.eval(), facts, part)
+            _write_onnx(model.eval(), metadata, part)
         else:
             save = save_file if file.suffix == ".safetensors" else torch.save
             save({name: value.contiguous() for name, value in state.items()}, part)
@@ -172,11 +173,11 @@ def export_weights(source: str, file: Path, form: str) -> str:
         raise UserError(f"{file} cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
-    return f"{facts.name} as {form}: {file}, {file.stat().st_size / 2**20:,.1f} MiB"
+    return f"{metadata.name} as {form}: {file}, {file.stat().st_size / 2**20:,.1f} MiB"
 
 
-def _write_onnx(model: nn.Module, facts: ModelMetadata, path: Path) -> None:
-    images = torch.zeros(2, 3, facts.image_size, facts.image_size)
+def _write_onnx(model: nn.Module, metadata: ModelMetadata, path: Path) -> None:
+    images = torch.zeros(2, 3, metadata.image_size, metadata.image_size)
     with (
         log_level("torch.onnx", logging.ERROR),
         warnings.catch_warnings(action="ignore"),
@@ -193,10 +194,10 @@ def _write_onnx(model: nn.Module, facts: ModelMetadata, path: Path) -> None:
         )
     assert program is not None
     meta = {
-        "mean": facts.mean,
-        "std": facts.std,
-        "classes": facts.classes,
-        "eval_crop": facts.eval_crop,
+        "mean": metadata.mean,
+        "std": metadata.std,
+        "classes": metadata.classes,
+        "eval_crop": metadata.eval_crop,
     }
     program.model.metadata_props.update({key: json.dumps(value) for key, value in meta.items()})
     program.save(path, external_data=False)
@@ -210,19 +211,19 @@ def _model_folder(source: str) -> Iterator[Path]:
     ...).
     """
     folder = Path(source)
-    if (folder / WEIGHTS_NAME).is_file() and (folder / FACTS_NAME).is_file():
+    if (folder / WEIGHTS_NAME).is_file() and (folder / METADATA_NAME).is_file():
         yield folder
         return
     if ":/" not in source:
         raise UserError(
-            f"{source}: is neither a folder with {WEIGHTS_NAME} and {FACTS_NAME} nor a model of "
-            "MLflow's"
+            f"{source}: is neither a folder with {WEIGHTS_NAME} and {METADATA_NAME} nor a model in "
+            "MLflow"
         )
     with downloaded(source) as copy:
         found = next(Path(copy).rglob(WEIGHTS_NAME), None)
-        if found is None or not (found.parent / FACTS_NAME).is_file():
+        if found is None or not (found.parent / METADATA_NAME).is_file():
             raise UserError(
-                f"{source}: was not registered by Convoy: it has no {WEIGHTS_NAME} beside a "
-                f"{FACTS_NAME}"
+                f"{source}: was not registered by Convoy: it has no folder with {WEIGHTS_NAME} "
+                f"and {METADATA_NAME}"
             )
         yield found.parent

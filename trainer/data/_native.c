@@ -24,7 +24,8 @@
 
 /* The two hot loops are compiled for AVX2 and for the baseline; the dynamic linker selects the one
  * that the processor supports when the module is loaded. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(CONVOY_NO_CLONES)
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(CONVOY_NO_CLONES)
 #define CLONED __attribute__((target_clones("avx2", "default")))
 #else
 #define CLONED
@@ -83,7 +84,7 @@ static void ignore(j_common_ptr jpeg) {
     (void)jpeg;
 }
 
-static void say(Decoder *decoder, const char *why) {
+static void fail_with(Decoder *decoder, const char *why) {
     snprintf(decoder->why, sizeof decoder->why, "%s", why);
     longjmp(decoder->escape, 1);
 }
@@ -100,7 +101,7 @@ static void open_decoder(Decoder *decoder, const uint8_t *data, size_t size) {
     decoder->jpeg.client_data = decoder;
     jpeg_create_decompress(&decoder->jpeg);
     if (size == 0)
-        say(decoder, "no bytes");
+        fail_with(decoder, "no bytes");
     jpeg_mem_src(&decoder->jpeg, data, (unsigned long)size);
     jpeg_read_header(&decoder->jpeg, TRUE);
 }
@@ -140,7 +141,8 @@ static long count_taps(double start, double length, long low, long high, long re
     return most;
 }
 
-static void fill_filter(Filter *filter, double start, double length, long low, long high, long results, int mirror) {
+static void fill_filter(Filter *filter, double start, double length, long low, long high,
+                        long results, int mirror) {
     double step = length / results, reach = step > 1 ? step : 1;
     for (long i = 0; i < results; i++) {
         double centre = start + (i + 0.5) * step, sum = 0;
@@ -154,7 +156,8 @@ static void fill_filter(Filter *filter, double start, double length, long low, l
         for (int pass = 0; pass < 2; pass++)
             for (long k = 0; k < filter->taps; k++) {
                 double away = (first + k - centre + 0.5) / reach;
-                double weight = first + k < begin || first + k >= end ? 0 : 1 - (away < 0 ? -away : away);
+                double weight =
+                    first + k < begin || first + k >= end ? 0 : 1 - (away < 0 ? -away : away);
                 weight = weight < 0 ? 0 : weight;
                 if (pass == 0)
                     sum += weight;
@@ -177,8 +180,9 @@ static void to_fixed(uint16_t *fixed, const float *weights, long taps) {
 
 /* Computes one row of vertical results as the weighted sum of source rows: float [count], in
  * units of 1/256 gray level. */
-CLONED static void blend_rows(float *restrict out, uint16_t *restrict sums, const uint8_t *const *rows,
-                              const uint16_t *restrict fixed, const float *restrict weights, long taps, long count) {
+CLONED static void blend_rows(float *restrict out, uint16_t *restrict sums,
+                              const uint8_t *const *rows, const uint16_t *restrict fixed,
+                              const float *restrict weights, long taps, long count) {
     if (taps > FINE_TAPS) {
         for (long i = 0; i < count; i++)
             out[i] = 0;
@@ -190,7 +194,8 @@ CLONED static void blend_rows(float *restrict out, uint16_t *restrict sums, cons
         }
         return;
     }
-    const uint8_t *restrict a = rows[0], *restrict b = rows[taps > 1 ? 1 : 0], *restrict c = rows[taps > 2 ? 2 : 0];
+    const uint8_t *restrict a = rows[0], *restrict b = rows[taps > 1 ? 1 : 0];
+    const uint8_t *restrict c = rows[taps > 2 ? 2 : 0];
     uint16_t x = fixed[0], y = taps > 1 ? fixed[1] : 0, z = taps > 2 ? fixed[2] : 0;
     if (taps <= 2)
         for (long i = 0; i < count; i++)
@@ -209,7 +214,9 @@ CLONED static void blend_rows(float *restrict out, uint16_t *restrict sums, cons
 }
 
 /* Computes one pixel of the result, one byte per channel. */
-static inline __attribute__((always_inline)) int32_t sum_pixel(const Floats *pixels, const float *weights, const long taps) {
+static inline __attribute__((always_inline)) int32_t sum_pixel(const Floats *pixels,
+                                                               const float *weights,
+                                                               const long taps) {
     /* the lowest byte of each of four integers */
     const Bytes lowest = {0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12};
     Floats sum = {0.5f, 0.5f, 0.5f, 0.5f};
@@ -218,8 +225,10 @@ static inline __attribute__((always_inline)) int32_t sum_pixel(const Floats *pix
     return ((Ints)__builtin_shuffle((Bytes)__builtin_convertvector(sum, Ints), lowest))[0];
 }
 
-static inline __attribute__((always_inline)) void sum_pixels(uint8_t *restrict out, const Floats *restrict row,
-                                                             const int32_t *restrict first, const float *restrict weights,
+static inline __attribute__((always_inline)) void sum_pixels(uint8_t *restrict out,
+                                                             const Floats *restrict row,
+                                                             const int32_t *restrict first,
+                                                             const float *restrict weights,
                                                              const long taps, long side) {
     int32_t pixel;
     for (long i = 0; i < side - 1; i++, out += 3, weights += taps) {
@@ -231,7 +240,8 @@ static inline __attribute__((always_inline)) void sum_pixels(uint8_t *restrict o
 }
 
 /* Computes one row of the result: uint8 [side, 3] from float [width] pixels. */
-CLONED static void sum_columns(uint8_t *restrict out, const Floats *restrict row, const Filter *restrict filter, long side) {
+CLONED static void sum_columns(uint8_t *restrict out, const Floats *restrict row,
+                               const Filter *restrict filter, long side) {
     switch (filter->taps) {
     case 1: sum_pixels(out, row, filter->first, filter->weights, 1, side); break;
     case 2: sum_pixels(out, row, filter->first, filter->weights, 2, side); break;
@@ -278,9 +288,10 @@ static int ends_well(const Job *job, struct jpeg_decompress_struct *jpeg) {
 static void decode_rows(Decoder *decoder, const Job *job) {
     struct jpeg_decompress_struct *jpeg = &decoder->jpeg;
     if (!is_plain(jpeg))
-        say(decoder, "a kind of JPEG that is left to Pillow");
-    if (job->left + job->width > (long)jpeg->image_width || job->top + job->height > (long)jpeg->image_height)
-        say(decoder, "the crop is not inside the image");
+        fail_with(decoder, "an unsupported kind of JPEG");
+    if (job->left + job->width > (long)jpeg->image_width ||
+        job->top + job->height > (long)jpeg->image_height)
+        fail_with(decoder, "the crop is not inside the image");
     unsigned eighths = choose_eighths(job);
     jpeg->scale_num = eighths;
     jpeg->scale_denom = 8;
@@ -290,31 +301,36 @@ static void decode_rows(Decoder *decoder, const Job *job) {
         for (int i = 0; i < jpeg->num_components; i++)
             for (int k = 0; k < DCTSIZE2; k++)
                 if (jpeg->coef_bits[i][k] != 0)
-                    say(decoder, "a progressive JPEG without its last scans");
+                    fail_with(decoder, "a progressive JPEG without its last scans");
 
     /* The crop in pixels of the scaled image, and the range of integer pixels that it touches. */
     double scale = eighths / 8.0;
-    double left = job->left * scale, width = job->width * scale, top = job->top * scale, height = job->height * scale;
-    long low_x = (long)left, high_x = (long)(left + width + 0.999), low_y = (long)top, high_y = (long)(top + height + 0.999);
+    double left = job->left * scale, width = job->width * scale;
+    double top = job->top * scale, height = job->height * scale;
+    long low_x = (long)left, high_x = (long)(left + width + 0.999);
+    long low_y = (long)top, high_y = (long)(top + height + 0.999);
     high_x = high_x > (long)jpeg->output_width ? (long)jpeg->output_width : high_x;
     high_y = high_y > (long)jpeg->output_height ? (long)jpeg->output_height : high_y;
 
     /* Chroma is interpolated from neighboring pixels, which must be part of the decoded region. */
     long margin_left = low_x < 2 ? low_x : 2;
-    long margin_right = (long)jpeg->output_width - high_x < 2 ? (long)jpeg->output_width - high_x : 2;
+    long margin_right =
+        (long)jpeg->output_width - high_x < 2 ? (long)jpeg->output_width - high_x : 2;
     JDIMENSION offset = (JDIMENSION)(low_x - margin_left);
     JDIMENSION columns = (JDIMENSION)(high_x + margin_right - low_x + margin_left);
     /* Moves the offset to the left and widens the range, to full blocks. */
     jpeg_crop_scanline(jpeg, &offset, &columns);
     if (low_y > 0 && jpeg_skip_scanlines(jpeg, (JDIMENSION)low_y) != (JDIMENSION)low_y)
-        say(decoder, "rows are missing");
+        fail_with(decoder, "rows are missing");
 
     Filter down = {.taps = count_taps(top, height, low_y, high_y, job->side)};
     Filter across = {.taps = count_taps(left, width, low_x, high_x, job->side)};
-    size_t side = (size_t)job->side, count = (size_t)(high_x - low_x) * CHANNELS, stride = (size_t)jpeg->output_width * CHANNELS;
+    size_t side = (size_t)job->side, count = (size_t)(high_x - low_x) * CHANNELS;
+    size_t stride = (size_t)jpeg->output_width * CHANNELS;
     size_t kept = (size_t)down.taps; /* the last source rows, in a ring buffer */
     stride = (stride + 63) / 64 * 64;
-    size_t sizes[] = {kept * stride + CHANNELS, kept * sizeof(void *), count * sizeof(float), count * 2,
+    size_t sizes[] = {kept * stride + CHANNELS, kept * sizeof(void *), count * sizeof(float),
+                      count * 2,
                       side * sizeof(int32_t), side * kept * sizeof(float), kept * 2,
                       side * sizeof(int32_t), side * (size_t)across.taps * sizeof(float)};
     size_t total = 64;
@@ -322,7 +338,7 @@ static void decode_rows(Decoder *decoder, const Job *job) {
         total += (sizes[i] + 63) / 64 * 64;
     decoder->scratch = malloc(total);
     if (!decoder->scratch)
-        say(decoder, "no memory");
+        fail_with(decoder, "no memory");
     char *position = (char *)(((uintptr_t)decoder->scratch + 63) / 64 * 64);
     /* Misaligned on purpose: libjpeg-turbo's writes of aligned rows bypass the caches. */
     uint8_t *ring = (uint8_t *)take(&position, sizes[0]) + CHANNELS;
@@ -345,7 +361,7 @@ static void decode_rows(Decoder *decoder, const Job *job) {
         for (; decoded < down.first[y] + down.taps; decoded++) {
             JSAMPROW row = ring + (size_t)(decoded % down.taps) * stride;
             if (jpeg_read_scanlines(jpeg, &row, 1) != 1)
-                say(decoder, "rows are missing");
+                fail_with(decoder, "rows are missing");
         }
         for (long k = 0; k < down.taps; k++)
             rows[k] = ring + (size_t)((down.first[y] + k) % down.taps) * stride + inset;
@@ -357,7 +373,7 @@ static void decode_rows(Decoder *decoder, const Job *job) {
     if (jpeg->output_scanline == jpeg->output_height)
         jpeg_finish_decompress(jpeg); /* reads to the end */
     else if (!ends_well(job, jpeg))
-        say(decoder, "no end-of-image marker");
+        fail_with(decoder, "no end-of-image marker");
 }
 
 /* Fills job->out. Returns 0, or -1 with the reason in `why`; the content of out is then
@@ -403,8 +419,8 @@ static PyObject *decode_crop(PyObject *module, PyObject *arguments) {
     Py_buffer encoded, out;
     PyObject *target;
     Job job;
-    if (!PyArg_ParseTuple(arguments, "y*(llll)Op:decode_crop", &encoded, &job.left, &job.top, &job.width, &job.height, &target,
-                          &job.flip))
+    if (!PyArg_ParseTuple(arguments, "y*(llll)Op:decode_crop", &encoded, &job.left, &job.top,
+                          &job.width, &job.height, &target, &job.flip))
         return NULL;
     if (PyObject_GetBuffer(target, &out, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) < 0) {
         PyBuffer_Release(&encoded);
@@ -412,11 +428,11 @@ static PyObject *decode_crop(PyObject *module, PyObject *arguments) {
     }
     char why[64] = "";
     int failed = -1;
-    if (out.ndim != 3 || out.itemsize != 1 || out.shape[0] != out.shape[1] || out.shape[2] != 3 || out.shape[0] < 1 ||
-        out.shape[0] > MAX_SIDE)
+    if (out.ndim != 3 || out.itemsize != 1 || out.shape[0] != out.shape[1] || out.shape[2] != 3 ||
+        out.shape[0] < 1 || out.shape[0] > MAX_SIDE)
         snprintf(why, sizeof why, "out is not uint8 [size, size, 3]");
-    else if (job.left < 0 || job.top < 0 || job.width < 1 || job.height < 1 || job.left > 65535 || job.top > 65535 ||
-             job.width > 65535 || job.height > 65535)
+    else if (job.left < 0 || job.top < 0 || job.width < 1 || job.height < 1 || job.left > 65535 ||
+             job.top > 65535 || job.width > 65535 || job.height > 65535)
         snprintf(why, sizeof why, "the crop is not inside the image");
     else {
         job.data = encoded.buf;
@@ -452,7 +468,8 @@ static size_t plain_file(const uint8_t *block, long long *size) {
     for (size_t i = 0; i < TAR_BLOCK; i++)
         sum += i >= 148 && i < 156 ? 0 : block[i];
     *size = octal(block + 124, 12);
-    if (*size < 0 || octal(block + 148, 8) != sum || (block[156] != '0' && block[156] != 0) || block[345] != 0)
+    if (*size < 0 || octal(block + 148, 8) != sum || (block[156] != '0' && block[156] != 0) ||
+        block[345] != 0)
         return 0;
     size_t length = 0;
     for (; length < 100 && block[length] != 0; length++)
@@ -479,7 +496,8 @@ static PyObject *members(PyObject *module, PyObject *argument) {
             break;
         }
         position += TAR_BLOCK;
-        PyObject *one = Py_BuildValue("(s#nn)", block, (Py_ssize_t)length, position, position + (Py_ssize_t)size);
+        PyObject *one = Py_BuildValue("(s#nn)", block, (Py_ssize_t)length, position,
+                                      position + (Py_ssize_t)size);
         if (!one || PyList_Append(found, one) < 0)
             Py_CLEAR(found);
         Py_XDECREF(one);
@@ -496,7 +514,9 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "See _native.pyi.", 0, methods, NULL, NULL, NULL, NULL};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_native", "See _native.pyi.", 0, methods, NULL, NULL, NULL, NULL,
+};
 
 PyMODINIT_FUNC PyInit__native(void) {
     return PyModuleDef_Init(&definition);

@@ -47,9 +47,15 @@ class Shard(BaseModel):
         if self.name.startswith("/") or ".." in self.name.split("/") or _CONTROL.search(self.name):
             return "its name leads out of the folder of the shards, or contains control characters"
         if not len(self.keys) == len(self.offsets) - 1 == self.samples:
-            return f"has {self.samples} samples, but {len(self.keys)} keys and {len(self.offsets)} offsets"
+            return (
+                f"has {self.samples} samples, but {len(self.keys)} keys and "
+                f"{len(self.offsets)} offsets"
+            )
         if self.offsets[0] != 0 or self.offsets[-1] > self.bytes:
-            return f"its samples extend from byte {self.offsets[0]} to {self.offsets[-1]:,} of {self.bytes:,}"
+            return (
+                f"its samples extend from byte {self.offsets[0]} to {self.offsets[-1]:,} of "
+                f"{self.bytes:,}"
+            )
         steps = np.diff(np.array(self.offsets, np.int64))
         if steps.size and int(steps.min()) <= 0:
             return f"sample {int(steps.argmin())} does not begin before the next one"
@@ -142,8 +148,9 @@ class Index(BaseModel):
 
 def digest_of(classes: list[str], class_ids: list[str], shards: list[Shard]) -> str:
     """Returns the SHA-256 over the classes and each shard's name, counts and own SHA-256."""
-    facts = [classes, class_ids, [[s.name, s.samples, s.bytes, s.sha256] for s in shards]]
-    return "sha256:" + hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()
+    content = [classes, class_ids, [[s.name, s.samples, s.bytes, s.sha256] for s in shards]]
+    text = json.dumps(content, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse_index(raw: bytes, where: str) -> Index:
@@ -184,7 +191,10 @@ def _index_fault(index: Index) -> str | None:
     if not index.classes or len(index.classes) != len(index.class_ids):
         return f"has {len(index.classes)} classes, but {len(index.class_ids)} class_ids"
     if index.digest != digest_of(index.classes, index.class_ids, index.shards):
-        return f"its content does not fit its digest {index.digest[:80]}; it was changed or cut"
+        return (
+            f"its content does not match its digest {index.digest[:80]}; it was modified or "
+            "truncated"
+        )
     return None
 
 
@@ -202,7 +212,7 @@ def write_index(store: Store, name: str, index: Index) -> None:
             f"{where}: cannot be written: {text!r} is not valid Unicode; rename the file or folder"
         ) from None
     if parse_index(raw, where) != index:
-        raise AssertionError(f"{where}: is read as another index than the one to be written")
+        raise AssertionError(f"{where}: the index differs when it is read back")
     store.write(name, raw)
 
 
@@ -219,9 +229,11 @@ def open_index(url: str) -> tuple[Index, Store]:
             for name in ("train", "val")
             if store.read_small(f"{name}/{INDEX_NAME}") is not None
         ]
-        hint = f"; it is above splits: name {' or '.join(splits)}" if splits else ""
+        if splits:
+            raise UserError(f"{url}: contains splits, but is not one; use {' or '.join(splits)}")
         raise UserError(
-            f"{url}: no {INDEX_NAME} is there, so no data set that `convoy pack` finished{hint}"
+            f"{url}: no {INDEX_NAME} found; run `convoy pack`, or `convoy index` for existing "
+            "shards"
         )
     index = parse_index(raw, f"{url.rstrip('/')}/{INDEX_NAME}")
     return index, open_store(_parent(url)) if index.shards_in else store

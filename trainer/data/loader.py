@@ -81,19 +81,19 @@ def train_loader(
             index.sizes, data.seed, epoch, global_size, data.shuffle_window, data.tail
         )
         slots = micro_batch_slots(global_size, world_size, rank, accumulation_steps)
-        lane = index.bytes / index.samples  # bytes per step
+        step_bytes = index.bytes / index.samples  # of one stream
         for first, end in step_windows(
-            order, start_step, lane, slots.size, data.prefetch_mb * 2**20
+            order, start_step, step_bytes, slots.size, data.prefetch_mb * 2**20
         ):
             window = []
             for step in range(first, end):
                 uniforms = streams.uniforms(counts, step, global_size)
-                whole = float(order.weights[step].sum())
+                global_weight = float(order.weights[step].sum())
                 window += [
                     MicroBatch(
                         order.samples[step, s],
                         order.weights[step, s],
-                        whole,
+                        global_weight,
                         side,
                         {stream: values[s] for stream, values in uniforms.items()},
                         mix(step, a * world_size + rank),
@@ -113,12 +113,12 @@ def train_loader(
 
 
 def step_windows(
-    order: EpochOrder, start: int, lane: float, lanes: int, budget: int
+    order: EpochOrder, start: int, step_bytes: float, streams: int, budget: int
 ) -> Iterator[tuple[int, int]]:
     """Yields step ranges (first, end), from ``start`` on, whose bytes are fetched together.
 
-    ``lane``: bytes that one stream reads per step. ``lanes``: number of streams that the rank
-    reads. ``budget``: bytes that the rank may hold in memory.
+    ``step_bytes``: bytes that one stream reads per step. ``streams``: number of streams that the
+    rank reads. ``budget``: bytes that the rank may hold in memory.
 
     A window is one block of the order, in which each stream reads one contiguous byte range, or
     several blocks if those ranges are short. If two blocks exceed ``budget``, a window is only part
@@ -126,15 +126,15 @@ def step_windows(
     first step, so that training starts early.
     """
     block = min(order.block, order.steps)
-    size = block * lane * lanes
+    size = block * step_bytes * streams
     if 2 * size > budget:
-        steps = max(1, int(budget / 4 / (lane * lanes)))
+        steps = max(1, int(budget / 4 / (step_bytes * streams)))
     else:
-        steps = block * max(1, int(min(_LONG / (block * lane), budget / 4 / size)))
+        steps = block * max(1, int(min(_LONG / (block * step_bytes), budget / 4 / size)))
     first = start
     while first < order.steps:
         end = min(order.steps, (first // steps + 1) * steps)
-        if first == start and (end - first) * lane * lanes > _SLOW:
+        if first == start and (end - first) * step_bytes * streams > _SLOW:
             end = first + 1
         if 2 * size > budget:
             end = min(end, (first // block + 1) * block)
@@ -156,10 +156,13 @@ def prefetch_hint(config: RunConfig, index: Index, ranks: int) -> str | None:
         block_steps(data.shuffle_window, global_size),
         steps_per_epoch(index.samples, global_size, data.tail),
     )
-    wanted = ceil(2 * block * index.bytes / index.samples * (global_size // ranks) / 2**20)
-    if wanted <= data.prefetch_mb:
+    needed = ceil(2 * block * index.bytes / index.samples * (global_size // ranks) / 2**20)
+    if needed <= data.prefetch_mb:
         return None
-    return f"data.prefetch_mb: with {data.prefetch_mb} each sample is read by itself; with {wanted}, long stretches are"
+    return (
+        f"data.prefetch_mb: {data.prefetch_mb} is too small, so samples are read one by one; set "
+        f"it to {needed} to read long ranges"
+    )
 
 
 def build_train_transform(config: RunConfig) -> Transform:

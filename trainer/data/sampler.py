@@ -67,20 +67,21 @@ def epoch_order(
     random = np.random.Generator(np.random.PCG64([seed, epoch, _ORDER]))
     starts = np.concatenate([[0], np.cumsum(sizes)])
     shards = np.argsort(random.random(len(sizes)), kind="stable")
-    row = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
+    sequence = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
 
     lengths = np.full(global_size, total // global_size)
     lengths[: total % global_size] += 1
-    lane_starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    lane = np.repeat(np.arange(global_size), lengths)
-    place = np.arange(total) - lane_starts[lane]
+    stream_starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    stream = np.repeat(np.arange(global_size), lengths)
+    place = np.arange(total) - stream_starts[stream]
     block = block_steps(window, global_size)
-    block_number = lane * (int(lengths.max()) // block + 1) + place // block
-    row = row[np.argsort(block_number + random.random(total), kind="stable")]
+    block_number = stream * (int(lengths.max()) // block + 1) + place // block
+    sequence = sequence[np.argsort(block_number + random.random(total), kind="stable")]
 
     step = np.arange(steps)[:, None]
     weights = (step < lengths[None, :]).astype(np.float32)
-    return EpochOrder(row[lane_starts[None, :] + np.minimum(step, lengths - 1)], weights, block)
+    samples = sequence[stream_starts[None, :] + np.minimum(step, lengths - 1)]
+    return EpochOrder(samples, weights, block)
 
 
 def micro_batch_slots(

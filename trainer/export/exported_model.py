@@ -20,7 +20,7 @@ from trainer.faults.disk_space import write_file
 from trainer.models import build_model
 from trainer.models.layers import normalize
 
-WEIGHTS_NAME, FACTS_NAME = "model.safetensors", "model.json"
+WEIGHTS_NAME, METADATA_NAME = "model.safetensors", "model.json"
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,15 @@ class ModelMetadata:
         return build_model(self.name, self.num_classes, self.image_size, **self.options)
 
 
-def save_model(folder: Path, model: nn.Module, facts: ModelMetadata) -> None:
+def save_model(folder: Path, model: nn.Module, metadata: ModelMetadata) -> None:
     """Writes both files, each atomically. Raises UserError if the disk is full."""
     weights = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
     write_file(folder / WEIGHTS_NAME, save(weights))
-    write_file(folder / FACTS_NAME, json.dumps(vars(facts), indent=1, ensure_ascii=False) + "\n")
+    write_file(
+        folder / METADATA_NAME, json.dumps(vars(metadata), indent=1, ensure_ascii=False) + "\n"
+    )
 
 
 class Predictor:
@@ -74,8 +76,9 @@ class Predictor:
     The preprocessing is the same as in evaluation.
     """
 
-    def __init__(self, weights: Path, facts: Path) -> None:
-        self.facts = ModelMetadata(**json.loads(facts.read_text(encoding="utf-8")))
+    def __init__(self, weights: Path, metadata: Path) -> None:
+        # `convoy evaluate` reads this attribute of registered models, so its name is fixed
+        self.facts = ModelMetadata(**json.loads(metadata.read_text(encoding="utf-8")))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = self.facts.build()
         try:
@@ -94,13 +97,15 @@ class Predictor:
 
         Raises DecodeError for bytes that cannot be decoded as an image.
         """
-        facts = self.facts
+        metadata = self.facts
         with pillow_warnings_ignored():
             views = [
-                to_array(eval_transform(decode_rgb(image), facts.image_size, facts.eval_crop))
+                to_array(
+                    eval_transform(decode_rgb(image), metadata.image_size, metadata.eval_crop)
+                )
                 for image in images
             ]
         pixels = torch.from_numpy(np.stack(views)).to(self.device)
-        logits = self.model(normalize(pixels, facts.mean, facts.std))
+        logits = self.model(normalize(pixels, metadata.mean, metadata.std))
         probabilities: np.ndarray = torch.softmax(logits.float(), dim=1).cpu().numpy()
         return probabilities

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import RetryableError, UserError
-from trainer.export.exported_model import FACTS_NAME, WEIGHTS_NAME
+from trainer.export.exported_model import METADATA_NAME, WEIGHTS_NAME
 from trainer.export.packaged_code import packaged_code
 from trainer.secrets.redaction import redact_credentials
 from trainer.tracking import configure_mlflow
@@ -85,7 +85,7 @@ def _refused(uri: str, name: str, fault: Fault, run_id: str) -> UserError:
     if fault.status == 413:
         return UserError(
             f"MLflow at {redact_credentials(uri)} refuses the model as too large (HTTP 413), so "
-            f"{name} has no new version; raise the limit of the proxy before it (nginx: "
+            f"{name} has no new version; raise the limit of the proxy in front of it (nginx: "
             "client_max_body_size)"
         )
     if fault.kind == "unauthorized":
@@ -158,7 +158,7 @@ def _log_model(client: Any, run: Any, export: Path, example: bytes, logged: dict
         return mlflow.pyfunc.log_model(
             name="model",
             python_model=str(serving),
-            artifacts={"weights": str(export / WEIGHTS_NAME), "facts": str(export / FACTS_NAME)},
+            artifacts={"weights": str(export / WEIGHTS_NAME), "facts": str(export / METADATA_NAME)},
             code_paths=[str(package)],
             pip_requirements=[f"mlflow=={mlflow.__version__}", *requirements],
             signature=signature,
@@ -168,7 +168,7 @@ def _log_model(client: Any, run: Any, export: Path, example: bytes, logged: dict
 
 
 def _num_classes(export: Path) -> int:
-    return int(json.loads((export / FACTS_NAME).read_text(encoding="utf-8"))["num_classes"])
+    return int(json.loads((export / METADATA_NAME).read_text(encoding="utf-8"))["num_classes"])
 
 
 def promote_if_better(
@@ -185,7 +185,10 @@ def promote_if_better(
     if "champion" in aliases:
         champion = client.get_model_version(name, aliases["champion"])
         if champion.tags.get("val_digest") != val_digest:
-            why = f"the champion, version {champion.version}, was measured on other data; `convoy promote` decides"
+            why = (
+                f"the champion, version {champion.version}, was measured on other data; use "
+                "`convoy promote` to decide"
+            )
             return Registered(name, version, "challenger", why)
         best = champion.tags.get("top1", "None")
         if best != "None" and top1 < float(best):

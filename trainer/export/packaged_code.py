@@ -94,13 +94,13 @@ def _files_of(module: str) -> list[Path]:
     parts = module.split(".")[1:]
     base = _ROOT.joinpath(*parts)
     if base.is_dir():
-        own = [base / "__init__.py"]
+        files = [base / "__init__.py"]
     else:
-        own = [
+        files = [
             path
             for path in (base.with_suffix(".py"), *sorted(base.parent.glob(f"{base.name}.*.so")))
             if path.is_file()
         ]
-    if not own:
+    if not files:
         return []
-    return own + [_ROOT.joinpath(*parts[:depth], "__init__.py") for depth in range(len(parts))]
+    return files + [_ROOT.joinpath(*parts[:depth], "__init__.py") for depth in range(len(parts))]

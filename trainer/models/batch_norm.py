@@ -78,9 +78,9 @@ def _shared_statistics(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """
     channels = x.shape[1]
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-    own = torch.cat([mean, var, mean.new_full((1,), x.numel() // channels)])
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group)
+    local = torch.cat([mean, var, mean.new_full((1,), x.numel() // channels)])
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, local, group)
     of_all = torch.stack(parts)
     means, variances, counts = of_all[:, :channels], of_all[:, channels:-1], of_all[:, -1:]
     shares = counts / counts.sum()

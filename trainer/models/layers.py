@@ -64,7 +64,7 @@ def scaled(channels: int, width: int | None, base: int, divisor: int = 1) -> int
     if width is None:
         return channels
     if width % divisor:
-        raise UserError(f"model.width: {width} does not divide by {divisor}, the number of towers")
+        raise UserError(f"model.width: {width} is not divisible by {divisor}, the number of towers")
     return max(1, round(channels * width / base / divisor)) * divisor
 
 

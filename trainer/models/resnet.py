@@ -157,11 +157,11 @@ def resnet(
     """
     if stride_in is not None and block is BasicBlock:
         raise UserError(
-            "model.stride_in: only networks of bottleneck blocks have it: depths 50, 101 and 152"
+            "model.stride_in: only networks of bottleneck blocks have it (depths 50, 101 and 152)"
         )
     if zero_init_gamma and not (residual and batch_norm):
         raise UserError(
-            "model.zero_init_gamma: needs shortcuts and batch norm, else every block would give "
+            "model.zero_init_gamma: needs shortcuts and batch norm, else every block would output "
             "zeros"
         )
     channels = first_channels if width is None else width

@@ -42,8 +42,7 @@ def match_classes(
         more = f" and {len(unmatched) - _SHOWN:,} more" if len(unmatched) > _SHOWN else ""
         raise UserError(
             f"{data}: {len(unmatched):,} of its {len(index.classes):,} classes are not among "
-            f"the {len(outputs):,} "
-            f"classes of {model}: {', '.join(unmatched[:_SHOWN])}{more}"
+            f"the {len(outputs):,} classes of {model}: {', '.join(unmatched[:_SHOWN])}{more}"
         )
     return found
 

@@ -19,7 +19,12 @@ from trainer.models.state_dict_adapter import (
     to_native_state_dict,
 )
 from trainer.weights.class_matching import match_classes, output_names
-from trainer.weights.state_dict_file import WeightSet, classes_beside, is_average, read_weight_sets
+from trainer.weights.state_dict_file import (
+    WeightSet,
+    is_average,
+    read_weight_sets,
+    saved_class_names,
+)
 
 _SHOWN = 10
 """Maximum number of keys of each kind that an error message lists."""
@@ -111,10 +116,10 @@ def _selected(chosen: _Candidate, rest: list[_Candidate], url: str) -> FittingWe
         kind = "averaged (EMA) weights" if is_average(chosen.path) else "weights"
         unused = ", ".join(dict.fromkeys(candidate.name for candidate in rest))
         notes.append(
-            f"{url}: takes the {kind} at {chosen.name}, not those at {unused}; --key selects others"
+            f"{url}: uses the {kind} at {chosen.name}, not those at {unused}; --key selects others"
         )
     elif is_average(chosen.path):
-        notes.append(f"{url}: the averaged (EMA) weights at {chosen.name}")
+        notes.append(f"{url}: uses the averaged (EMA) weights at {chosen.name}")
     # n_averaged is the counter of torch's AveragedModel.
     others = [key for key in chosen.others if key != "n_averaged"]
     if others:
@@ -197,11 +202,11 @@ def load_weights(
     """
     weights = select_weights(url, name) if weights is None else weights
     variant, state, scheme = get_model_spec(name), weights.state, weights.scheme
-    own = to_native_state_dict(state, scheme, variant, model)
+    native = to_native_state_dict(state, scheme, variant, model)
     expected = model.state_dict()
     notes = [*weights.notes]
-    present = [key for key in head_names(model) if key in own]
-    trained_on = classes_beside(url) if data is not None else None
+    present = [key for key in head_names(model) if key in native]
+    trained_on = saved_class_names(url) if data is not None else None
     if trained_on == [str(number) for number in range(len(trained_on or []))]:
         trained_on = None
     if data is not None and trained_on is not None and data.classes != trained_on:
@@ -212,66 +217,68 @@ def load_weights(
         except UserError:
             notes.append(
                 f"{url}: was trained on other classes ({trained_on[0]}, ...), so the head is "
-                "made new"
+                "newly initialized"
             )
-            own = {key: value for key, value in own.items() if key not in present}
-            return _filled(model, own, present, weights, notes, url, name)
+            native = {key: value for key, value in native.items() if key not in present}
+            return _filled(model, native, present, weights, notes, url, name)
         notes.append(f"{url}: the head's outputs are matched with the dataset's classes by name")
-    _check_heads(own, present, url)
+    _check_heads(native, present, url)
     if outputs is not None:
         chosen = torch.tensor(outputs)
-        own |= {key: own[key][chosen] for key in present}
-    heads = [key for key in present if own[key].shape != expected[key].shape]
-    if heads and all(own[key].shape[1:] == expected[key].shape[1:] for key in heads):
-        count, wanted = (own[heads[0]].shape[0], expected[heads[0]].shape[0])
-        notes.append(f"{url}: has {count:,} classes, so the head for {wanted:,} is made new")
-        own = {key: value for key, value in own.items() if key not in heads}
+        native |= {key: native[key][chosen] for key in present}
+    heads = [key for key in present if native[key].shape != expected[key].shape]
+    if heads and all(native[key].shape[1:] == expected[key].shape[1:] for key in heads):
+        found, needed = native[heads[0]].shape[0], expected[heads[0]].shape[0]
+        notes.append(
+            f"{url}: has {found:,} classes, so the head for {needed:,} classes is newly initialized"
+        )
+        native = {key: value for key, value in native.items() if key not in heads}
     else:
         heads = []
-    return _filled(model, own, heads, weights, notes, url, name)
+    return _filled(model, native, heads, weights, notes, url, name)
 
 
 def _filled(
     model: nn.Sequential,
-    own: State,
+    native: State,
     new: list[str],
     weights: FittingWeights,
     notes: list[str],
     url: str,
     name: str,
 ) -> LoadReport:
-    """Checks ``own`` against the model and loads it.
+    """Checks ``native`` against the model and loads it.
 
     The weights listed in ``new`` are left unchanged.
     """
     expected, variant, scheme = model.state_dict(), get_model_spec(name), weights.scheme
     auxiliary = auxiliary_names(model)
-    if auxiliary and not any(key in own for key in auxiliary):
-        notes.append(f"{url}: has no auxiliary heads, so they are made new")
+    if auxiliary and not any(key in native for key in auxiliary):
+        notes.append(f"{url}: has no auxiliary heads, so they are newly initialized")
         new = new + auxiliary
-    faults = _misfits(own, expected, new, key_map(scheme, variant, model))
+    faults = _misfits(native, expected, new, key_map(scheme, variant, model))
     if faults:
         first = f"{url}: does not hold the weights of {name}{_likely(weights.state, name)}"
         raise UserError(first, *(f"{url}: {fault}" for fault in faults))
     bad = [
         key
-        for key, value in own.items()
+        for key, value in native.items()
         if value.is_floating_point() and not value.isfinite().all()
     ]
     if bad:
         raise UserError(f"{url}: {_listed('with NaN or infinite values', bad)}")
-    model.load_state_dict(own, strict=False)
+    model.load_state_dict(native, strict=False)
     return LoadReport(scheme, notes)
 
 
-def _check_heads(own: State, heads: list[str], url: str) -> None:
+def _check_heads(native: State, heads: list[str], url: str) -> None:
     """Raises UserError for inconsistent heads.
 
     The weights and biases of all heads must have the same, nonzero number of outputs.
     """
-    counts = {key: own[key].shape[0] if own[key].dim() else 0 for key in heads}
+    counts = {key: native[key].shape[0] if native[key].dim() else 0 for key in heads}
     if len(set(counts.values())) > 1 or 0 in counts.values():
-        found = ", ".join(f"{key} {_shape(own[key])}" for key in heads)
+        found = ", ".join(f"{key} {_shape(native[key])}" for key in heads)
         raise UserError(
             f"{url}: is corrupt: its classification heads differ in the number of outputs or "
             f"have none: {found}"
@@ -285,26 +292,30 @@ def classes_in(weights: FittingWeights, name: str) -> int | None:
     """
     with torch.device("meta"):
         model = build_model(name, 1)
-    own = to_native_state_dict(weights.state, weights.scheme, get_model_spec(name), model)
-    found = [own[key] for key in head_names(model) if key in own and own[key].dim() > 0]
+    native = to_native_state_dict(weights.state, weights.scheme, get_model_spec(name), model)
+    found = [native[key] for key in head_names(model) if key in native and native[key].dim() > 0]
     return found[0].shape[0] if found else None
 
 
-def _misfits(own: State, expected: State, new: list[str], names: dict[str, str]) -> list[str]:
-    """Returns how ``own`` differs from the ``expected`` state, one line per kind of mismatch.
+def _misfits(native: State, expected: State, new: list[str], names: dict[str, str]) -> list[str]:
+    """Returns how ``native`` differs from the ``expected`` state, one line per kind of mismatch.
 
     ``new``: names that may be missing. ``names``: maps the model's names to the file's.
     """
-    missing = [k for k in expected if k not in own and k not in new and not k.endswith(_COUNTER)]
-    unexpected = [key for key in own if key not in expected]
-    differing = [key for key in own if key in expected and own[key].shape != expected[key].shape]
-    shapes = [f"{names[key]} {_shape(own[key])} for {_shape(expected[key])}" for key in differing]
+    missing = [k for k in expected if k not in native and k not in new and not k.endswith(_COUNTER)]
+    unexpected = [key for key in native if key not in expected]
+    differing = [
+        key for key in native if key in expected and native[key].shape != expected[key].shape
+    ]
+    shapes = [
+        f"{names[key]} {_shape(native[key])} for {_shape(expected[key])}" for key in differing
+    ]
     integers = [
-        f"{names[key]} {own[key].dtype}"
-        for key in own
+        f"{names[key]} {native[key].dtype}"
+        for key in native
         if key in expected
         and expected[key].is_floating_point()
-        and not own[key].is_floating_point()
+        and not native[key].is_floating_point()
     ]
     kinds = [
         ("missing", [names[key] for key in missing]),
@@ -352,7 +363,7 @@ def _likely(state: State, name: str) -> str:
     return f"; they are likely those of {best}" if best not in ("", name) else ""
 
 
-def _same_size(given: tuple[int, ...], own: torch.Size) -> bool:
-    return given == tuple(own) or (
-        len(given) == 4 and len(own) == 2 and torch.Size(given).numel() == own.numel()
+def _same_size(given: tuple[int, ...], expected: torch.Size) -> bool:
+    return given == tuple(expected) or (
+        len(given) == 4 and len(expected) == 2 and torch.Size(given).numel() == expected.numel()
     )

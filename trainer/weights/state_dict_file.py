@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trainer.data.storage.store import open_store, parse_storage_url
 from trainer.errors import UserError
-from trainer.export.exported_model import FACTS_NAME, WEIGHTS_NAME
+from trainer.export.exported_model import METADATA_NAME, WEIGHTS_NAME
 
 State = dict[str, Tensor]
 
@@ -109,7 +109,7 @@ def read_weight_sets(url: str) -> list[WeightSet]:
     return sets
 
 
-def classes_beside(url: str) -> list[str] | None:
+def saved_class_names(url: str) -> list[str] | None:
     """Returns the class names of a model that Convoy saved; None for any other file.
 
     ``url``: the model's folder or its weights file. Raises UserError for a corrupt ``model.json``.
@@ -119,23 +119,23 @@ def classes_beside(url: str) -> list[str] | None:
     if location.is_remote:
         folder, _, file = location.url.rpartition("/")
         content = (
-            open_store(folder).read_small(FACTS_NAME)
+            open_store(folder).read_small(METADATA_NAME)
             if location.prefix and file == WEIGHTS_NAME
             else None
         )
     else:
-        facts = (path if path.is_dir() else path.parent) / FACTS_NAME
+        metadata = (path if path.is_dir() else path.parent) / METADATA_NAME
         is_model = (path / WEIGHTS_NAME if path.is_dir() else path).is_file() and (
             path.is_dir() or path.name == WEIGHTS_NAME
         )
-        content = facts.read_bytes() if is_model and facts.is_file() else None
+        content = metadata.read_bytes() if is_model and metadata.is_file() else None
     if content is None:
         return None
     try:
         return [str(name) for name in json.loads(content)["classes"]]
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{url}: the {FACTS_NAME} beside the weights is corrupt; it should list the model's "
+            f"{url}: the {METADATA_NAME} next to the weights is corrupt; it must list the model's "
             "classes"
         ) from None
 
@@ -147,7 +147,7 @@ def _parse(content: bytes, url: str) -> Any:
         try:
             return load_safetensors(content)
         except SafetensorError as error:
-            raise UserError(f"{url}: is damaged: {error}") from None
+            raise UserError(f"{url}: is corrupt: {error}") from None
     # torch's zip format, and the bare pickle format before it
     if content[:4] != b"PK\x03\x04" and content[:1] != b"\x80":
         raise UserError(f"{url}: is neither a .safetensors nor a .pth file")
@@ -159,11 +159,11 @@ def _parse(content: bytes, url: str) -> Any:
         found = re.search(r"GLOBAL (\S+)|Unsupported (?:operand|class) (\S+)", str(error))
         reason = f"it holds {found[1] or found[2]}" if found else "it holds more than tensors"
         raise UserError(
-            f"{url}: refused, a pickle that could run code: {reason}; save the weights alone: "
+            f"{url}: is a pickle that could run code ({reason}); save only the weights: "
             "torch.save(model.state_dict(), FILE)"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{url}: is damaged: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{url}: is corrupt: {' '.join(str(error).split())[:200]}") from None
 
 
 def _check_zip(content: bytes, url: str) -> None:
@@ -179,14 +179,14 @@ def _check_zip(content: bytes, url: str) -> None:
             has_sums = any(member.CRC for member in archive.infolist())  # torch can omit them
             changed = archive.testzip() if has_sums else None
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
-        raise UserError(f"{url}: is damaged: {error}; copy it again") from None
+        raise UserError(f"{url}: is corrupt: {error}; copy it again") from None
     if changed:
         raise UserError(
-            f"{url}: is damaged: the checksum of {changed} in it is wrong; copy it again"
+            f"{url}: is corrupt: the checksum of {changed} in it is wrong; copy it again"
         )
     if "constants.pkl" in names:
         raise UserError(
-            f"{url}: is a TorchScript program; save the weights alone: "
+            f"{url}: is a TorchScript program; save only the weights: "
             "torch.save(model.state_dict(), FILE)"
         )
 

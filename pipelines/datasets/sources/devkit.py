@@ -38,7 +38,7 @@ class Devkit:
         raw = self._find(TRUTH)
         if raw is None:
             raise UserError(
-                f"{self._root}: needs the devkit for val.tar: {ARCHIVE}, or data/{TRUTH} of it"
+                f"{self._root}: val.tar needs the devkit: add {ARCHIVE}, or data/{TRUTH} from it"
             )
         if not self._by_number:
             raise UserError(
@@ -47,15 +47,14 @@ class Devkit:
             )
         if self._is_alphabetical:
             raise UserError(
-                f"{self._root}/synset_words.txt: is in alphabetical order, but {TRUTH} counts "
-                "in the devkit's order, "
-                f"which meta.mat holds: add {ARCHIVE}"
+                f"{self._root}/synset_words.txt: is in alphabetical order, but {TRUTH} uses "
+                f"the devkit's order, which is in meta.mat; add {ARCHIVE}"
             )
         truth = []
         for number, line in enumerate(raw.split(), start=1):
             if not line.isdigit() or int(line) not in self._by_number:
                 raise UserError(
-                    f"{TRUTH}: line {number}: {line[:40]!r} is none of the "
+                    f"{TRUTH}: line {number}: {line[:40]!r} is not one of the "
                     f"{len(self._by_number)} classes"
                 )
             truth.append(self._by_number[int(line)])

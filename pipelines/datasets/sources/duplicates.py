@@ -34,4 +34,7 @@ def leak_note(
         return None
     least = "at least " if len(doubtful) > _COMPARED else ""
     item, other = equal[0]
-    return f"warning: {least}{len(equal):,} of the {len(val):,} images of val are in train too: {item.source} equals {other.source}"
+    return (
+        f"warning: {least}{len(equal):,} of the {len(val):,} images of val are in train too: "
+        f"{item.source} equals {other.source}"
+    )

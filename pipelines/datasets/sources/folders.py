@@ -48,9 +48,8 @@ def folder_splits(root: Path, options: ListOptions, account: Account) -> list[Sp
         classes = _class_folders(folder.path, options.nested, account)
         if not classes and not account.faults:
             raise UserError(
-                f"{printable(folder.path)}: contains no class folders; what can be packed: a "
-                "folder per class, "
-                "ImageNet's tars, idx files"
+                f"{printable(folder.path)}: contains no class folders; supported sources: a "
+                "folder per class, ImageNet's tars, idx files"
             )
         found.append(classes)
     if len(found) == 2:
@@ -78,9 +77,9 @@ def _class_folders(root: str, nested: bool, account: Account) -> list[_Class]:
             if not one.files and len(account.faults) == num_faults:
                 account.fault(one.path, "this class folder is empty")
         elif looks_like_image(entry.path):
-            account.reject(entry.path, "is beside the class folders, so it has no class")
+            account.reject(entry.path, "is next to the class folders, so it has no class")
         else:
-            account.skip("not an image, beside the class folders", entry.path)
+            account.skip("not an image, next to the class folders", entry.path)
     _check_names(classes, account)
     return classes
 
@@ -93,10 +92,9 @@ def _check_single_class(classes: list[_Class], account: Account) -> None:
     if only.name.lower() in _ONE_LEVEL:
         raise UserError(
             f"{printable(only.path)}: would be the only class, so this seems to be a list of "
-            "images without classes; "
-            "a folder per class is needed (rename the folder if it is a class)"
+            "images without classes; use a folder per class (rename the folder if it is a class)"
         )
-    account.notes.append(f"warning: the data set has only one class, {printable(only.name)}")
+    account.notes.append(f"warning: the dataset has only one class, {printable(only.name)}")
 
 
 def _check_names(classes: list[_Class], account: Account) -> None:
@@ -124,7 +122,7 @@ def _check_names(classes: list[_Class], account: Account) -> None:
             )
         by_case.setdefault(form.casefold(), []).append(one.name)
     account.notes.extend(
-        f"classes whose names differ only by case stay apart: {', '.join(names)}"
+        f"classes whose names differ only by case are not merged: {', '.join(names)}"
         for names in by_case.values()
         if len(set(names)) > 1
     )

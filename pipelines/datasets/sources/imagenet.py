@@ -33,7 +33,7 @@ def imagenet_splits(root: Path, options: ListOptions, account: Account) -> list[
         "synset_words.txt",
         *(folder.split("/")[0] for folder in FOLDERS),
     }
-    skip_others(root, used | devkit_files, "beside ImageNet's tars", account)
+    skip_others(root, used | devkit_files, "next to ImageNet's tars", account)
     devkit = Devkit(root)
     splits = []
     if train is not None:

@@ -17,15 +17,15 @@ def sample_keys(names: Sequence[tuple[str, str]], labels: Sequence[int]) -> list
     order of ``names``; the time is linear.
     """
     folders: dict[tuple[str, int], str] = {}
-    wanted = []
+    keys = []
     for (folder, stem), label in zip(names, labels, strict=True):
         prefix = folders.get((folder, label))
         if prefix is None:
             prefix = folders[folder, label] = (
                 f"{_safe(folder, f'class-{label}')}/" if folder else ""
             )
-        wanted.append(prefix + _safe(stem, "_"))
-    return _numbered(wanted)
+        keys.append(prefix + _safe(stem, "_"))
+    return _numbered(keys)
 
 
 def has_equal_keys(stems: Sequence[str]) -> bool:
@@ -33,13 +33,13 @@ def has_equal_keys(stems: Sequence[str]) -> bool:
     return len({_safe(stem, "_") for stem in stems}) < len(stems)
 
 
-def _numbered(wanted: list[str]) -> list[str]:
-    if len(taken := set(wanted)) == len(wanted):
-        return wanted
-    counts = Counter(wanted)
+def _numbered(names: list[str]) -> list[str]:
+    if len(taken := set(names)) == len(names):
+        return names
+    counts = Counter(names)
     keys, seen = [], set()
     following: dict[str, int] = {}
-    for key in wanted:
+    for key in names:
         if counts[key] == 1 or key not in seen:  # the first occurrence of a key stays unchanged
             seen.add(key)
             keys.append(key)

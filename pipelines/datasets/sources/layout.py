@@ -96,9 +96,9 @@ def find_split_folders(root: str, layout: Layout, account: Account) -> list[Spli
     if not splits:
         named = ", ".join(printable(os.path.join(root, name)) for name in sorted(words))
         raise UserError(
-            f"{named}: no class folders in what is named like a split; what can be packed: a "
-            "folder per class, in SOURCE or in "
-            "its train and val folders; --layout classes if the folders of SOURCE are the classes"
+            f"{named}: named like a split, but contains no class folders; put a folder per class "
+            "into SOURCE or into its train and val folders, or use --layout classes if the "
+            "folders of SOURCE are the classes"
         )
     chosen = _choose(root, {folder: words[folder.name] for folder in splits})
     _skip_rest(
@@ -129,9 +129,8 @@ def _choose(root: str, kinds: dict[Entry, str]) -> dict[str, Entry]:
     if "train" not in by_kind:
         raise UserError(
             f"{printable(root)}: contains {', '.join(sorted(printable(f.name) for f in kinds))} "
-            "but no train folder, whose "
-            "classes number the labels; to pack one alone, as `train`, name it as the source; "
-            "--layout classes if it is a class"
+            "but no train folder, whose classes define the labels; to pack only one, as `train`, "
+            "name it as the source; use --layout classes if it is a class"
         )
     chosen = {"train": by_kind["train"][0]}
     if val := by_kind.get("val") or by_kind.get("test"):
@@ -154,7 +153,7 @@ def _skip_rest(
     loose = [
         entry.path for entry in Walk(account).entries(root, is_class=False) if not entry.is_folder
     ]
-    account.skip("beside the split folders", *loose)
+    account.skip("next to the split folders", *loose)
     ambiguous, flat = [], []
     for folder in folders:
         unreadable: list[str] = []
@@ -172,7 +171,7 @@ def _skip_rest(
         ):
             ambiguous.append(printable(folder.name))
         else:
-            account.skip("in folders beside the splits", *files)
+            account.skip("in folders next to the splits", *files)
     if flat:
         raise UserError(*flat)
     if ambiguous:
@@ -180,9 +179,8 @@ def _skip_rest(
         raise UserError(
             f"{printable(root)}: contains split folders ({splits}) and other folders with images "
             f"({', '.join(shortened(ambiguous))}), so which folders are classes is ambiguous; "
-            "name one of the "
-            "folders as the source, or use --layout splits, which skips the others, or --layout "
-            "classes"
+            "name one of the folders as the source, or use --layout splits, which skips the "
+            "others, or --layout classes"
         )
 
 

@@ -96,7 +96,7 @@ def test_a_prefix_without_an_index(
     assert "no index.json is there" in _one_line(
         convoy_refuses(*train, f"data.train={tmp_path}/empty")
     )
-    assert f"it is above splits: name {digits}/train or {digits}/val" in _one_line(
+    assert f"contains splits, but is not one; use {digits}/train or {digits}/val" in _one_line(
         convoy_refuses(*train, f"data.train={digits}")
     )
     assert "there is no such folder" in _one_line(

@@ -1,6 +1,4 @@
-"""Decoding against Pillow's own decode, crop and resize, and torchvision's; everything that
-ImageNet holds; hostile bytes.
-"""
+"""Decoding against Pillow and torchvision, for unusual formats and for corrupt bytes."""
 
 import io
 import random
@@ -50,8 +48,9 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 
 def as_440(jpeg: bytes) -> bytes:
-    """A baseline 4:2:2 file relabelled 4:4:0, which has as many blocks: half as wide, twice as
-    high, in another order.
+    """A baseline 4:2:2 file relabelled as 4:4:0, which has the same number of blocks.
+
+    It is half as wide and twice as high, with the blocks in another order.
     """
     at = jpeg.index(b"\xff\xc0\x00\x11\x08")
     height, width = struct.unpack(">HH", jpeg[at + 5 : at + 9])
@@ -65,7 +64,7 @@ def with_size(jpeg: bytes, width: int, height: int) -> bytes:
 
 
 def reference(content: bytes, box: Box | None, size: int, flip: bool = False) -> np.ndarray:
-    """What Pillow makes of it: float [size, size, 3]."""
+    """Pillow's crop, resized: float [size, size, 3]."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
     left, top, width, height = box or (0, 0, *image.size)
     image = image.crop((left, top, left + width, top + height)).resize(
@@ -77,7 +76,7 @@ def reference(content: bytes, box: Box | None, size: int, flip: bool = False) ->
 
 
 def cropped(content: bytes, box: Box | None, size: int, flip: bool = False) -> np.ndarray:
-    """What we make of it, out of the middle of a batch whose other places stay as they were."""
+    """Convoy's crop, decoded into the middle of a batch whose other images must not change."""
     batch = np.full((3, size, size, 3), 7, np.uint8)
     decode_crop(content, lambda width, height: box or (0, 0, width, height), batch[1], flip)
     assert (batch[0] == 7).all()
@@ -113,7 +112,7 @@ def boxes(draw: st.DrawFn, content: bytes) -> Box:
 
 @settings(max_examples=250, deadline=None)
 @given(st.data())
-def test_a_crop_is_pillows(data: st.DataObject) -> None:
+def test_decode_crop_matches_pillow(data: st.DataObject) -> None:
     content = data.draw(jpegs())
     box, size, flip = (
         data.draw(boxes(content)),
@@ -123,16 +122,15 @@ def test_a_crop_is_pillows(data: st.DataObject) -> None:
     difference = np.abs(cropped(content, box, size, flip) - reference(content, box, size, flip))
     if min(box[2:]) < 4 * size:  # decoded at full scale
         assert difference.max() <= 2
-        assert (
-            difference.mean() <= 1 or size < 8
-        )  # of photographs it is below 0.5, but a crop may be one pixel wide and all alike
+        # below 0.5 for photographs, but a crop may be one pixel wide and of one color
+        assert difference.mean() <= 1 or size < 8
     else:
         assert difference.mean() < 3 or size < 8
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_what_is_not_resized_is_pillows_to_the_bit(data: st.DataObject) -> None:
+def test_unresized_crop_is_bit_equal_to_pillow(data: st.DataObject) -> None:
     content = data.draw(jpegs())
     left, top, width, height = data.draw(boxes(content))
     size = min(width, height)
@@ -144,38 +142,36 @@ def test_what_is_not_resized_is_pillows_to_the_bit(data: st.DataObject) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*TorchVision are deprecated:DeprecationWarning")
 @pytest.mark.parametrize("progressive", [False, True])
-def test_training_crops_are_torchvisions(progressive: bool) -> None:
-    """Also of large photographs, which are decoded at a reduced scale."""
+def test_training_crops_match_torchvision(progressive: bool) -> None:
+    """Large photographs, which are decoded at a reduced scale, are included."""
     torch.manual_seed(0)
     large = photograph(640, 427).resize((1800, 1200), Image.Resampling.LANCZOS)
     for image in (photograph(500, 375), large):
         content = encoded(image, quality=92, progressive=progressive)
-        whole = decode_image(
+        image_tensor = decode_image(
             torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB
         )
         for _ in range(6):
             top, left, height, width = v2.RandomResizedCrop.get_params(
-                whole, [0.08, 1.0], [3 / 4, 4 / 3]
+                image_tensor, [0.08, 1.0], [3 / 4, 4 / 3]
             )
             theirs = v2.functional.resized_crop(
-                whole, top, left, height, width, [224, 224], antialias=True
+                image_tensor, top, left, height, width, [224, 224], antialias=True
             )
             ours = cropped(content, (left, top, width, height), 224)
             difference = np.abs(ours - theirs.permute(1, 2, 0).numpy())
-            assert (
-                difference.mean() < 0.7
-            )  # decoded at half the scale from 896 on, where single pixels differ by more
+            # decoded at half the scale from 896 pixels on, where single pixels differ by more
+            assert difference.mean() < 0.7
             assert difference.max() <= (2 if min(width, height) < 896 else 15)
 
 
-def test_shrinking_by_much_keeps_the_mean() -> None:
-    content = encoded(
-        photograph(640, 16), quality=95, subsampling=0
-    )  # 40 columns become one, at full scale: 16 rows do not shrink
+def test_strong_reduction_keeps_the_mean() -> None:
+    # 40 columns become one, at full scale because the 16 rows are not reduced
+    content = encoded(photograph(640, 16), quality=95, subsampling=0)
     assert np.abs(cropped(content, None, 16) - reference(content, None, 16)).max() <= 1
 
 
-ODD = {
+UNUSUAL = {
     "grey": encoded(photograph(90, 60).convert("L")),
     "cmyk": encoded(photograph(90, 60).convert("CMYK")),
     "rgb-coded": encoded(photograph(90, 60), keep_rgb=True),
@@ -193,15 +189,15 @@ ODD = {
     "one-wide": encoded(photograph(1, 90)),
     "one-high": encoded(photograph(90, 1)),
     "one-pixel": encoded(photograph(1, 1)),
-    "garbage-behind": encoded(photograph(90, 60)) + bytes(range(256)) * 20,
-    "zeros-behind": encoded(photograph(90, 60)) + bytes(6),
+    "trailing-garbage": encoded(photograph(90, 60)) + bytes(range(256)) * 20,
+    "trailing-zeros": encoded(photograph(90, 60)) + bytes(6),
 }
-ODD["ycck"] = ODD["cmyk"].replace(b"Adobe\0\x64\0\0\0\0\0", b"Adobe\0\x64\0\0\0\0\2")
+UNUSUAL["ycck"] = UNUSUAL["cmyk"].replace(b"Adobe\0\x64\0\0\0\0\0", b"Adobe\0\x64\0\0\0\0\2")
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_whatever_imagenet_holds(name: str) -> None:
-    content = ODD[name]
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_formats_match_pillow(name: str) -> None:
+    content = UNUSUAL[name]
     width, height = Image.open(io.BytesIO(content)).size
     box = (width // 3, height // 3, (width + 1) // 2, (height + 1) // 2)
     for flip in (False, True):
@@ -214,14 +210,16 @@ def test_whatever_imagenet_holds(name: str) -> None:
     ).all()
 
 
-def test_the_ycck_file_is_one() -> None:
-    assert ODD["ycck"] != ODD["cmyk"]
-    assert np.abs(reference(ODD["ycck"], None, 9) - reference(ODD["cmyk"], None, 9)).max() > 5
+def test_ycck_file_differs_from_the_cmyk_file() -> None:
+    assert UNUSUAL["ycck"] != UNUSUAL["cmyk"]
+    assert (
+        np.abs(reference(UNUSUAL["ycck"], None, 9) - reference(UNUSUAL["cmyk"], None, 9)).max() > 5
+    )
 
 
-def test_orientation_is_ignored_as_imagefolder_does() -> None:
+def test_exif_orientation_is_ignored_as_in_imagefolder() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     content = encoded(photograph(90, 60), exif=exif)
     assert decode_rgb(content).size == (90, 60)
     assert (
@@ -240,14 +238,14 @@ def test_orientation_is_ignored_as_imagefolder_does() -> None:
         b"<html>404 Not Found</html>" * 9,
     ],
 )
-def test_what_is_no_image_is_refused(content: bytes) -> None:
+def test_bytes_that_are_not_an_image_are_an_error(content: bytes) -> None:
     with pytest.raises(DecodeError, match=r"."):
         decode_rgb(content)
     with pytest.raises(DecodeError, match=r"."):
         cropped(content, None, 8)
 
 
-def test_bombs_are_refused_by_their_header() -> None:
+def test_decompression_bombs_are_rejected_by_their_header() -> None:
     header = struct.pack(">IIBBBBB", 14000, 14000, 8, 2, 0, 0, 0)
     png = (
         b"\x89PNG\r\n\x1a\n"
@@ -269,12 +267,12 @@ def test_bombs_are_refused_by_their_header() -> None:
 @pytest.mark.parametrize(
     "box", [(-1, 0, 5, 5), (0, 0, 91, 5), (0, 58, 5, 3), (3, 3, 0, 5), (0, 0, 2**40, 5)]
 )
-def test_a_box_outside_is_the_callers_mistake(box: Box) -> None:
+def test_box_outside_the_image_raises_value_error(box: Box) -> None:
     with pytest.raises(ValueError, match="not inside"):
         cropped(encoded(photograph(90, 60)), box, 8)
 
 
-TO_CUT = {
+TRUNCATABLE = {
     "baseline": encoded(photograph(90, 60)),
     "progressive": encoded(photograph(90, 60), progressive=True),
     "restarts": encoded(photograph(90, 60), restart_marker_blocks=2),
@@ -284,18 +282,18 @@ TO_CUT = {
 }
 
 
-@pytest.mark.parametrize("name", TO_CUT)
-def test_a_cut_file_is_refused_even_if_the_crop_is_whole(name: str) -> None:
-    content = TO_CUT[name]
+@pytest.mark.parametrize("name", TRUNCATABLE)
+def test_truncated_file_is_an_error_even_if_the_crop_is_complete(name: str) -> None:
+    content = TRUNCATABLE[name]
     for length in range(0, len(content) - 2, 13):
         with pytest.raises(DecodeError):
             cropped(content[:length], (10, 0, 20, 8), 8)
 
 
 @native_only
-@pytest.mark.parametrize("name", TO_CUT)
-def test_the_native_decoder_leaves_every_cut_file_to_pillow(name: str) -> None:
-    content, out = TO_CUT[name], np.empty((8, 8, 3), np.uint8)
+@pytest.mark.parametrize("name", TRUNCATABLE)
+def test_native_decoder_rejects_every_truncated_file(name: str) -> None:
+    content, out = TRUNCATABLE[name], np.empty((8, 8, 3), np.uint8)
     decoder._native.decode_crop(content, (10, 0, 20, 8), out, False)
     for length in range(len(content)):
         for box in ((10, 0, 20, 8), (10, 40, 20, 20)):
@@ -303,15 +301,15 @@ def test_the_native_decoder_leaves_every_cut_file_to_pillow(name: str) -> None:
                 decoder._native.decode_crop(content[:length], box, out, False)
 
 
-def test_broken_bytes_never_crash() -> None:
+def test_corrupt_bytes_never_crash() -> None:
     draw = random.Random(1)
     files = [
-        *TO_CUT.values(),
+        *TRUNCATABLE.values(),
         as_440(encoded(photograph(64, 48), subsampling=1)),
-        ODD["grey"],
-        ODD["cmyk"],
+        UNUSUAL["grey"],
+        UNUSUAL["cmyk"],
     ]
-    outcomes = {"decoded": 0, "refused": 0}
+    outcomes = {"decoded": 0, "rejected": 0}
     for number in range(1500):
         content = bytearray(draw.choice(files))
         for _ in range(draw.choice([1, 2, 9])):
@@ -322,11 +320,11 @@ def test_broken_bytes_never_crash() -> None:
             cropped(bytes(content), None if number % 5 else (0, 0, 8, 8), 16)
             outcomes["decoded"] += 1
         except (DecodeError, ValueError):
-            outcomes["refused"] += 1
+            outcomes["rejected"] += 1
     assert min(outcomes.values()) > 100
 
 
-def test_threads_give_the_same_bytes() -> None:
+def test_concurrent_decoding_gives_the_same_pixels() -> None:
     contents = [
         encoded(photograph(200, 150, 10 * i, 5 * i), progressive=i % 2 == 1) for i in range(20)
     ] * 10
@@ -340,7 +338,7 @@ def test_threads_give_the_same_bytes() -> None:
         assert (pixels == found[i % 20]).all()
 
 
-def test_memory_is_given_back() -> None:
+def test_decoding_does_not_leak_memory() -> None:
     good, bad = encoded(photograph(400, 300)), encoded(photograph(400, 300))[:9000]
     out = np.empty((64, 64, 3), np.uint8)
 
@@ -357,7 +355,7 @@ def test_memory_is_given_back() -> None:
     assert psutil.Process().memory_info().rss - before < 4 * 2**20
 
 
-def test_pillow_takes_over_where_nothing_was_built() -> None:
+def test_pillow_is_used_without_the_native_decoder() -> None:
     code = (
         "import sys, io\nsys.modules['trainer.data._native'] = None\n"
         "import numpy as np\nfrom trainer.data.decode.decoder import decode_crop, decoder_in_use\n"
@@ -377,28 +375,28 @@ def test_pillow_takes_over_where_nothing_was_built() -> None:
     ).all()
 
 
-def test_the_python_decoder_is_pillows_to_the_bit() -> None:
+def test_python_decoder_is_bit_equal_to_pillow() -> None:
     out = np.empty((31, 31, 3), np.uint8)
-    for name, content in ODD.items():
+    for name, content in UNUSUAL.items():
         width, height = Image.open(io.BytesIO(content)).size
         crop_by_pillow(content, lambda w, h: (0, 0, w, h), out, True)
         assert (out == reference(content, (0, 0, width, height), 31, True)).all(), name
 
 
 @native_only
-def test_headers() -> None:
+def test_native_header_returns_size_and_support() -> None:
     assert decoder._native.header(encoded(photograph(90, 60))) == (90, 60, True)
-    assert decoder._native.header(ODD["grey"]) == (90, 60, True)
-    assert decoder._native.header(TO_CUT["progressive"]) == (90, 60, True)
-    assert decoder._native.header(ODD["cmyk"]) == (90, 60, False)
-    assert decoder._native.header(ODD["rgb-coded"]) == (90, 60, False)
-    assert decoder._native.header(ODD["png"]) is None
+    assert decoder._native.header(UNUSUAL["grey"]) == (90, 60, True)
+    assert decoder._native.header(TRUNCATABLE["progressive"]) == (90, 60, True)
+    assert decoder._native.header(UNUSUAL["cmyk"]) == (90, 60, False)
+    assert decoder._native.header(UNUSUAL["rgb-coded"]) == (90, 60, False)
+    assert decoder._native.header(UNUSUAL["png"]) is None
     assert decoder._native.header(b"") is None
 
 
 @native_only
 @pytest.mark.parametrize("shape", [(8, 9, 3), (8, 8, 4), (8, 8), (0, 0, 3)])
-def test_the_native_decoder_writes_into_squares_only(shape: tuple[int, ...]) -> None:
+def test_native_decoder_accepts_only_contiguous_square_outputs(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="size, size"):
         decoder._native.decode_crop(
             encoded(photograph(90, 60)), (0, 0, 9, 9), np.empty(shape, np.uint8), False
@@ -409,19 +407,19 @@ def test_the_native_decoder_writes_into_squares_only(shape: tuple[int, ...]) -> 
         )
 
 
-def test_the_native_decoder_was_built_where_it_can_be() -> None:
+def test_native_decoder_is_built_if_a_compiler_and_libjpeg_exist() -> None:
     if shutil.which("gcc") is None or not Path("/usr/include/jpeglib.h").exists():
-        pytest.skip("there is no compiler, or no libjpeg-turbo")
+        pytest.skip("needs a compiler and libjpeg-turbo")
     assert decoder_in_use().startswith("native")
 
 
-def test_which_size_is_asked_for() -> None:
-    asked: list[tuple[int, int]] = []
+def test_choose_gets_the_image_size_once() -> None:
+    sizes: list[tuple[int, int]] = []
 
     def choose(width: int, height: int) -> Box:
-        asked.append((width, height))
+        sizes.append((width, height))
         return 0, 0, width, height
 
-    for content in (encoded(photograph(90, 60)), ODD["png"], ODD["cmyk"]):
+    for content in (encoded(photograph(90, 60)), UNUSUAL["png"], UNUSUAL["cmyk"]):
         decode_crop(content, choose, np.empty((8, 8, 3), np.uint8), False)
-    assert asked == [(90, 60)] * 3
+    assert sizes == [(90, 60)] * 3

@@ -56,7 +56,7 @@ COMPLETE = {
 
 
 @pytest.mark.parametrize("name", COMPLETE)
-def test_complete_images_are_identified_as_pillow_does_whatever_follows_them(name: str) -> None:
+def test_complete_images_are_identified_despite_trailing_bytes(name: str) -> None:
     content = COMPLETE[name]
     expected = EXTENSIONS[str(Image.open(io.BytesIO(content)).format)]
     for garbage in (b"", b"\0" * 7, b"\r\n", bytes(range(256)) * 40):
@@ -64,12 +64,14 @@ def test_complete_images_are_identified_as_pillow_does_whatever_follows_them(nam
 
 
 @pytest.mark.parametrize("name", COMPLETE)
-def test_truncated_images_are_rejected_wherever_they_end(name: str) -> None:
+def test_truncated_images_are_rejected_at_any_length(name: str) -> None:
     content = COMPLETE[name]
-    harmless = {"gif": 1, "gif-animated": 1, "ppm": 0}.get(name, 0)  # a GIF's trailer says nothing
+    harmless = {"gif": 1, "gif-animated": 1, "ppm": 0}.get(
+        name, 0
+    )  # a GIF is complete without its trailer
     if name in ("mpo", "tiff-pages"):  # the first image counts, and is complete
         content = content[: len(content) // 2 - 50]
-    for cut in (
+    for missing in (
         1,
         2,
         3,
@@ -82,11 +84,11 @@ def test_truncated_images_are_rejected_wherever_they_end(name: str) -> None:
         len(content) - 100,
         len(content) - 4,
     ):
-        if cut > harmless:
-            assert fault_of(content[:-cut])
+        if missing > harmless:
+            assert fault_of(content[:-missing])
 
 
-def test_a_thumbnail_with_an_end_marker_does_not_make_a_truncated_jpeg_complete() -> None:
+def test_truncated_jpeg_with_a_complete_thumbnail_is_rejected() -> None:
     thumbnail, image = jpeg(quality=30), encode(LARGE, "JPEG")
     content = (
         image[:2] + b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + image[2:]
@@ -96,7 +98,7 @@ def test_a_thumbnail_with_an_end_marker_does_not_make_a_truncated_jpeg_complete(
     assert "truncated" in fault_of(content[: len(thumbnail) + 6])
 
 
-def test_headers_longer_than_what_is_read_first() -> None:
+def test_headers_longer_than_the_first_read_are_supported() -> None:
     image = encode(LARGE, "JPEG")
     comment = b"\xff\xfe" + struct.pack(">H", 60_000) + b"c" * 59_998
     assert identified(image[:2] + comment * 3 + image[2:]) == "jpg"
@@ -108,7 +110,7 @@ def test_headers_longer_than_what_is_read_first() -> None:
 
 
 @pytest.mark.parametrize("name", NOT_SUPPORTED)
-def test_other_formats_are_rejected_by_name_and_never_opened(
+def test_unsupported_formats_are_named_and_never_opened(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content, reason = NOT_SUPPORTED[name]
@@ -141,7 +143,7 @@ def test_decompression_bombs_are_rejected_by_their_header() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=120, deadline=None)
 @given(st.sampled_from(["jpeg", "png", "webp", "gif", "bmp", "tiff", "ppm"]), st.data())
-def test_hostile_bytes_give_an_extension_or_a_reason(name: str, data: st.DataObject) -> None:
+def test_corrupt_bytes_give_an_extension_or_a_reason(name: str, data: st.DataObject) -> None:
     content = bytearray(COMPLETE[name])
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, min(len(content) - 1, 600)))] = data.draw(
@@ -155,7 +157,7 @@ def test_hostile_bytes_give_an_extension_or_a_reason(name: str, data: st.DataObj
             assert str(fault)  # noqa: PT017
 
 
-def test_an_image_is_opened_lazily_and_by_content() -> None:
+def test_open_supported_detects_the_format_by_content() -> None:
     assert open_supported(png()).format == "PNG"
     assert open_supported(memoryview(jpeg())).format == "JPEG"
     assert fault_of(b"") == "empty"

@@ -1,6 +1,4 @@
-"""Only an index that describes its shards exactly is read, and only one that can be read is
-written.
-"""
+"""An index is read only if it describes its shards exactly, and written only if it is readable."""
 
 import json
 from pathlib import Path
@@ -73,11 +71,11 @@ def _index(*shards: Shard, **changes: Any) -> dict[str, Any]:
         (_index(_shard(), shards_in="../.."), "shards_in"),
         (_index(_shard(), class_ids=[]), "1 classes, but 0 class_ids"),
         (_index(), "holds no samples"),
-        (_index(_shard()), "does not fit its digest"),
+        (_index(_shard()), "does not match its digest"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
-def test_a_corrupt_index_is_one_line(content: bytes | dict[str, Any], reason: str) -> None:
+def test_corrupt_index_is_a_one_line_error(content: bytes | dict[str, Any], reason: str) -> None:
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     with pytest.raises(UserError) as caught:
         parse_index(raw, "s3://b/train/index.json")
@@ -86,15 +84,17 @@ def test_a_corrupt_index_is_one_line(content: bytes | dict[str, Any], reason: st
     assert "\n" not in str(caught.value)
 
 
-def test_a_corrupt_index_ends_commands_with_one_line(convoy_refuses: Run, tmp_path: Path) -> None:
+def test_command_with_a_corrupt_index_prints_a_one_line_error(
+    convoy_refuses: Run, tmp_path: Path
+) -> None:
     (tmp_path / "index.json").write_text(json.dumps(_index(_shard(offsets=[0, -1, 2]))))
-    told = convoy_refuses(
+    message = convoy_refuses(
         "order", tmp_path, "--epoch", 0, "--world-size", 1, "--rank", 0, "--batch-size", 2
     )
-    assert len(told.splitlines()) == 1
+    assert len(message.splitlines()) == 1
 
 
-def test_an_index_that_cannot_be_read_is_not_written(tmp_path: Path) -> None:
+def test_index_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     for split, classes in (("train", ["caf\udce9"]), ("\udce9", ["x"])):
         with pytest.raises(UserError, match="not valid Unicode"):
@@ -106,5 +106,5 @@ def test_an_index_that_cannot_be_read_is_not_written(tmp_path: Path) -> None:
     write_index(store, "index.json", good)
     assert open_index(str(tmp_path))[0] == good
     assert b"shards_in" not in (tmp_path / "index.json").read_bytes(), (
-        "indexes of folders of their own stay as they were"
+        "the default is omitted, so that existing indexes keep their bytes"
     )

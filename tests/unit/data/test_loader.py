@@ -1,5 +1,6 @@
-"""The loader: what a rank gets is its slice of one order, from any step, however it is read,
-decoded and cut.
+"""The loader: each rank gets its slice of one global order.
+
+This holds for any start step, split over ranks, prefetch budget and number of decode threads.
 """
 
 import itertools
@@ -82,12 +83,10 @@ def _rank(
     st.sampled_from([0, 1, 3]),
     st.sampled_from([1, 4096]),
 )
-def test_any_ranks_workers_and_start_give_the_same_samples(
+def test_samples_are_independent_of_ranks_threads_and_start_step(
     digits: Path, split: tuple[int, int], start: int, workers: int, prefetch_mb: int
 ) -> None:
-    """Against the order itself; pixels too, which are those of one rank that decodes in its own
-    thread.
-    """
+    """Keys are compared with the order itself, and pixels with one rank without decode threads."""
     world, accumulation = split
     config = _config(digits, 48, workers=workers, prefetch_mb=prefetch_mb)
     index, _ = open_index(str(digits / "train"))
@@ -100,7 +99,7 @@ def test_any_ranks_workers_and_start_give_the_same_samples(
     }
     ranks = [_rank(config, digits, world, rank, accumulation, start) for rank in range(world)]
     assert {len(batches) for batches in ranks} == {max(0, order.steps - start) * accumulation}, (
-        "the same steps on every rank"
+        "every rank has the same number of steps"
     )
     for step in range(start, order.steps):
         parts = [
@@ -132,15 +131,15 @@ def test_each_byte_is_read_once_over_all_ranks(digits: Path, world: int, prefetc
     for shard in index.shards:
         assert (counting.read[shard.name][: shard.offsets[-1]] == 1).mean() > 0.98
         assert counting.read[shard.name].sum() <= 1.02 * shard.bytes
-    assert counting.requests < 6 * 48 + len(index.shards) * 4, "long stretches"
+    assert counting.requests < 6 * 48 + len(index.shards) * 4, "reads long ranges"
 
 
-def test_a_set_smaller_than_the_shuffle_window_is_read_in_long_stretches_where_it_fits(
+def test_dataset_smaller_than_shuffle_window_is_read_in_long_ranges_if_it_fits(
     digits: Path,
 ) -> None:
     index, store = open_index(str(digits / "train"))
-    wanted = -(-2 * index.bytes // MB)
-    for prefetch_mb, long in ((wanted + 1, True), (wanted // 2, False)):
+    needed = -(-2 * index.bytes // MB)
+    for prefetch_mb, long in ((needed + 1, True), (needed // 2, False)):
         counting = Counting(store)
         _rank(
             _config(digits, 48, prefetch_mb=prefetch_mb, shuffle_window=10**6),
@@ -152,9 +151,10 @@ def test_a_set_smaller_than_the_shuffle_window_is_read_in_long_stretches_where_i
         assert (counting.requests < index.samples / 4) == long
 
 
-def test_it_is_said_how_much_room_long_stretches_want(digits: Path) -> None:
-    """The figure that is told is enough, and a little less is not; nothing is told of a local
-    folder or behind a cache.
+def test_prefetch_hint_names_the_memory_needed_for_long_ranges(digits: Path) -> None:
+    """The recommended size is enough and a little less is not.
+
+    There is no hint for a local folder or behind a cache.
     """
     index, _ = open_index(str(digits / "train"))
     keys: dict[str, Any] = {
@@ -162,19 +162,19 @@ def test_it_is_said_how_much_room_long_stretches_want(digits: Path) -> None:
         "shuffle_window": 10**6,
         "prefetch_mb": 1,
     }
-    said = prefetch_hint(_config(digits, 48, **keys), index, 1)
-    assert said is not None
-    wanted = int(said.split("; with ")[1].split(",")[0])
-    assert wanted == pytest.approx(2 * index.bytes / MB, abs=1.1, rel=0.03)
-    assert prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": wanted}), index, 1) is None
+    hint = prefetch_hint(_config(digits, 48, **keys), index, 1)
+    assert hint is not None
+    needed = int(hint.split("; set it to ")[1].split(" ")[0])
+    assert needed == pytest.approx(2 * index.bytes / MB, abs=1.1, rel=0.03)
+    assert prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": needed}), index, 1) is None
     assert (
-        prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": wanted - 1}), index, 1)
+        prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": needed - 1}), index, 1)
         is not None
     )
     assert (
-        prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": -(-wanted // 2)}), index, 2)
+        prefetch_hint(_config(digits, 48, **keys | {"prefetch_mb": -(-needed // 2)}), index, 2)
         is None
-    ), "half of it each"
+    ), "each of two ranks needs half"
     assert (
         prefetch_hint(_config(digits, 48, **keys | {"train": str(digits / "train")}), index, 1)
         is None
@@ -182,7 +182,7 @@ def test_it_is_said_how_much_room_long_stretches_want(digits: Path) -> None:
     assert prefetch_hint(_config(digits, 48, cache_dir="/cache", **keys), index, 1) is None
 
 
-def test_what_was_consumed_is_not_read(digits: Path) -> None:
+def test_resume_does_not_read_consumed_samples(digits: Path) -> None:
     index, store = open_index(str(digits / "train"))
     config, counting = _config(digits, 48), Counting(store)
     rest = _rank(config, digits, 1, 0, start=9, store=counting)
@@ -200,22 +200,22 @@ def test_what_was_consumed_is_not_read(digits: Path) -> None:
     st.integers(1, 512),
     st.integers(1, 8192).map(lambda mb: mb * MB),
 )
-def test_windows_are_the_steps_in_order_and_within_the_bound(
-    steps: int, block: int, start: int, lane: float, lanes: int, budget: int
+def test_windows_cover_all_steps_in_order_within_the_budget(
+    steps: int, block: int, start: int, step_bytes: float, streams: int, budget: int
 ) -> None:
     order = EpochOrder(np.zeros((steps, 1), np.int64), np.ones((steps, 1), np.float32), block)
-    windows = list(step_windows(order, start, lane, lanes, budget))
+    windows = list(step_windows(order, start, step_bytes, streams, budget))
     assert [step for first, end in windows for step in range(first, end)] == list(
         range(start, steps)
     )
     for first, end in windows:
-        assert end == first + 1 or (end - first) * lane * lanes <= budget / 2 + 1
+        assert end == first + 1 or (end - first) * step_bytes * streams <= budget / 2 + 1
 
 
-def test_a_rank_does_not_hold_more_than_it_may(
+def test_read_ahead_stays_within_prefetch_budget(
     jpeg_folder: Path, tmp_path: Path, convoy_ok: Any
 ) -> None:
-    """How far the reading runs ahead of the consumer, in bytes."""
+    """Measures in bytes how far reading is ahead of the consumer."""
     convoy_ok("pack", jpeg_folder, tmp_path, "--shards", 4)
     index, store = open_index(str(tmp_path / "train"))
     counting = Counting(store)
@@ -227,50 +227,51 @@ def test_a_rank_does_not_hold_more_than_it_may(
         assert ahead < 1.1 * MB
 
 
-# --- samples that are bad
-# ---------------------------------------------------------------------------------------------
+# --- bad samples ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def spoiled(digits_folder: Path, tmp_path: Path, convoy_ok: Any) -> tuple[Path, str, str]:
-    """Digits, the image of one training and one validation sample overwritten; and their keys."""
+def corrupted(digits_folder: Path, tmp_path: Path, convoy_ok: Any) -> tuple[Path, str, str]:
+    """Digits with one training and one validation image overwritten, and the keys of these two."""
     convoy_ok("pack", digits_folder, tmp_path, "--shards", 5)
-    spoilt = []
+    keys = []
     for split in ("train", "val"):
         index, _ = open_index(str(tmp_path / split))
         shard = index.shards[2]
         with (tmp_path / split / shard.name).open("r+b") as file:
             file.seek(shard.offsets[7] + 512)
-            file.write(b"spoiled!" * 8)
-        spoilt.append(shard.keys[7])
-    return tmp_path, spoilt[0], spoilt[1]
+            file.write(b"corrupt!" * 8)
+        keys.append(shard.keys[7])
+    return tmp_path, keys[0], keys[1]
 
 
-def test_a_bad_sample_stops_the_run_and_is_named(spoiled: tuple[Path, str, str]) -> None:
-    data, key, _ = spoiled
+def test_bad_sample_is_an_error_that_names_it(corrupted: tuple[Path, str, str]) -> None:
+    data, key, _ = corrupted
     with pytest.raises(
         UserError, match=rf"train-000002\.tar: sample {key} at byte [\d,]+: cannot be decoded"
     ):
         _rank(_config(data, 48), data, 1, 0)
 
 
-def test_a_bad_sample_that_is_skipped_weighs_nothing_and_is_told(
-    spoiled: tuple[Path, str, str], digits: Path
+def test_skipped_bad_sample_has_weight_zero_and_is_reported(
+    corrupted: tuple[Path, str, str], digits: Path
 ) -> None:
-    data, key, other = spoiled
+    data, key, other = corrupted
     config = _config(data, 48, bad_samples="skip")
     good = _rank(_config(digits, 48), digits, 1, 0)
     got = _rank(config, data, 1, 0)
-    assert [batch.keys for batch in got] == [batch.keys for batch in good], "nothing else moves"
+    assert [batch.keys for batch in got] == [batch.keys for batch in good], (
+        "others keep their place"
+    )
     lines = [line for batch in got for line in batch.bad]
     assert len(lines) == 1
     assert f"sample {key} at byte" in lines[0]
-    for ours, whole in zip(got, good, strict=True):
+    for ours, expected in zip(got, good, strict=True):
         place = ours.keys.index(key) if key in ours.keys else None
         same = np.arange(48) != (-1 if place is None else place)
-        assert np.array_equal(ours.pixels[same], whole.pixels[same])
-        assert np.array_equal(ours.weights[same], whole.weights[same])
-        assert ours.global_weight == whole.global_weight
+        assert np.array_equal(ours.pixels[same], expected.pixels[same])
+        assert np.array_equal(ours.weights[same], expected.weights[same])
+        assert ours.global_weight == expected.global_weight
         if place is not None:
             assert ours.weights[place] == 0
     index, store = open_index(str(data / "val"))
@@ -279,11 +280,10 @@ def test_a_bad_sample_that_is_skipped_weighs_nothing_and_is_told(
     assert [f"sample {other} at byte" in line for batch in batches for line in batch.bad] == [True]
 
 
-# --- sizes
-# ------------------------------------------------------------------------------------------------------------
+# --- image sizes ----------------------------------------------------------------------------------
 
 
-def test_images_grow_with_the_epochs(digits: Path) -> None:
+def test_image_size_grows_with_the_epoch(digits: Path) -> None:
     keys = {
         "image_size": 224,
         "initial_size": 128,
@@ -315,15 +315,17 @@ def test_images_grow_with_the_epochs(digits: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         ({"initial_size": 300}, "initial_size: 300 is more than image_size 224"),
         ({"initial_size": 128}, "initial_size: needs grow_until"),
         ({"initial_size": 128, "grow_from": 5, "grow_until": 5}, "above grow_from 5"),
     ],
 )
-def test_growth_that_is_none_is_refused(digits: Path, keys: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_progressive_resizing_is_an_error(
+    digits: Path, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
         _config(digits, 48, **({"image_size": 224} | keys))
 
 
@@ -333,13 +335,13 @@ def _first(batches: Iterator[Batch], count: int) -> list[Batch]:
     return taken
 
 
-def test_labels_alone_are_those_of_the_images(digits: Path) -> None:
+def test_labels_only_loader_gives_the_labels_of_the_images(digits: Path) -> None:
     index: Index
     index, store = open_index(str(digits / "train"))
     config = _config(digits, 48)
-    whole = _first(train_loader(config, index, store, 0, 1, 0, 1), 3)
+    full = _first(train_loader(config, index, store, 0, 1, 0, 1), 3)
     labels = _first(train_loader(config, index, store, 0, 1, 0, 1, labels_only=True), 3)
     assert all(
         np.array_equal(a.labels, b.labels) and a.keys == b.keys
-        for a, b in zip(whole, labels, strict=True)
+        for a, b in zip(full, labels, strict=True)
     )

@@ -45,10 +45,10 @@ def _noise(width: int, height: int) -> Image.Image:
     st.booleans(),
     st.sampled_from([(16, 0.875), (24, 1.0), (20, 0.7)]),
 )
-def test_the_centre_of_a_long_image_is_torchvisions(
+def test_center_crop_of_an_elongated_image_matches_torchvision(
     short: int, ratio: int, upright: bool, crop: tuple
 ) -> None:
-    """Where the whole resized image can still be made, it is the reference."""
+    """The sizes are small enough for the reference, which resizes the full image."""
     size, part = crop
     shape = (short, short * ratio) if upright else (short * ratio, short)
     image = _noise(*shape)
@@ -61,7 +61,7 @@ def test_the_centre_of_a_long_image_is_torchvisions(
 
 
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (4_000, 1), (3, 9_000), (65_500, 2)])
-def test_thin_images_take_little_memory_and_time(size: tuple[int, int]) -> None:
+def test_thin_images_need_little_memory_and_time(size: tuple[int, int]) -> None:
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for kind in ("PNG", "JPEG"):
         content = _encoded(_noise(*size), kind)
@@ -90,7 +90,7 @@ def test_decoding_keeps_one_copy_of_the_pixels() -> None:
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """A PNG that states a size and holds nothing."""
+    """A PNG with a size in its header and no pixels."""
     chunks = b""
     for kind, data in (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
@@ -118,9 +118,7 @@ def _png_header(width: int, height: int) -> bytes:
     ],
     ids=["bomb", "dds", "eps", "html", "lfs", "avif", "svg", "jpeg", "empty"],
 )
-def test_only_supported_formats_are_opened_and_the_reason_is_given(
-    content: bytes, reason: str
-) -> None:
+def test_unsupported_formats_are_rejected_with_the_reason(content: bytes, reason: str) -> None:
     with pytest.raises(DecodeError, match=reason):
         decode_rgb(content)
 
@@ -128,18 +126,16 @@ def test_only_supported_formats_are_opened_and_the_reason_is_given(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    facts = ModelMetadata(
+    metadata = ModelMetadata(
         "resnet8", {"width": 4}, ["0", "1"], 2, 8, 0.875, [0.5] * 3, [0.5] * 3, True
     )
-    save_model(folder, facts.build(), facts)
+    save_model(folder, metadata.build(), metadata)
     return str(folder)
 
 
 @pytest.fixture
-def with_a_cut_image(tmp_path: Path, convoy_ok: Run) -> str:
-    """An indexed shard of 8 images; the sixth is cut in its middle, as a shard that somebody else
-    wrote may hold it.
-    """
+def truncated_image_shard(tmp_path: Path, convoy_ok: Run) -> str:
+    """An indexed third-party shard of 8 images, of which the sixth is truncated."""
     folder = tmp_path / "shards"
     folder.mkdir()
     content = b""
@@ -160,37 +156,39 @@ def with_a_cut_image(tmp_path: Path, convoy_ok: Run) -> str:
 
 
 def test_evaluation_names_the_sample_that_cannot_be_decoded(
-    model: str, with_a_cut_image: str
+    model: str, truncated_image_shard: str
 ) -> None:
     with pytest.raises(UserError, match=r"picture-5.*: cannot be decoded: ") as raised:
-        evaluate(model, with_a_cut_image)
-    assert with_a_cut_image in str(raised.value)
+        evaluate(model, truncated_image_shard)
+    assert truncated_image_shard in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_training_names_the_sample_that_cannot_be_decoded(
-    with_a_cut_image: str, tmp_path: Path, convoy_refuses: Run
+    truncated_image_shard: str, tmp_path: Path, convoy_refuses: Run
 ) -> None:
     options = [
-        f"data.train={with_a_cut_image}",
-        f"data.val={with_a_cut_image}",
+        f"data.train={truncated_image_shard}",
+        f"data.val={truncated_image_shard}",
         "train.epochs=1",
         "schedule.warmup_epochs=0",
         "batch.global_size=8",
         "batch.micro_size=8",
     ]
     out = f"train.output_dir={tmp_path / 'out'}"
-    said = convoy_refuses("train", "digits-resnet8", *options, "model.width=4", out)
-    assert "picture-5" in said
-    assert "cannot be decoded" in said
+    message = convoy_refuses("train", "digits-resnet8", *options, "model.width=4", out)
+    assert "picture-5" in message
+    assert "cannot be decoded" in message
 
 
-def test_prediction_names_the_file_and_classifies_the_thin_one(model: str, tmp_path: Path) -> None:
+def test_prediction_names_an_invalid_file_and_classifies_a_thin_image(
+    model: str, tmp_path: Path
+) -> None:
     (tmp_path / "thin.png").write_bytes(_encoded(_noise(60_000, 1)))
     (answer,) = predict_files(model, [str(tmp_path / "thin.png")])
     assert len(answer["top5"]) == 2
     for name, content in (
-        ("cut.jpg", _encoded(_noise(64, 64), "JPEG")[:600]),
+        ("truncated.jpg", _encoded(_noise(64, 64), "JPEG")[:600]),
         ("page.jpg", b"<html></html>"),
     ):
         (tmp_path / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""The native search for files in a stretch of tar, against tarfile."""
+"""The native parser of tar members, against tarfile."""
 
 import io
 import tarfile
@@ -23,9 +23,10 @@ FILES = st.lists(
 KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE])
 
 
-def stretch(files: list[tuple[str, bytes]], form: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A tar up to the last file's padding. ``kind``: of the first file. Examples whose names have
-    no room in USTAR are rejected.
+def tar_bytes(files: list[tuple[str, bytes]], form: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A tar up to the last file's padding. ``kind``: the type of the first file.
+
+    Examples whose names do not fit into USTAR are rejected.
     """
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=form) as tar:
@@ -41,8 +42,9 @@ def stretch(files: list[tuple[str, bytes]], form: int, kind: bytes = tarfile.REG
 
 
 def by_tarfile(content: bytes) -> list[tuple[str, int, int]] | None:
-    """What tarfile finds of files where each has one header; None where it finds anything else, or
-    bytes that are none.
+    """The files that tarfile finds, if each has a single header.
+
+    None if it finds anything else, or bytes that are not a header.
     """
     found, position = [], 0
     while position < len(content):
@@ -59,10 +61,10 @@ def by_tarfile(content: bytes) -> list[tuple[str, int, int]] | None:
 
 
 @given(FILES, st.sampled_from(FORMATS), KINDS)
-def test_it_finds_what_tarfile_finds_or_leaves_it_to_it(
+def test_native_parser_matches_tarfile_or_returns_none(
     files: list[tuple[str, bytes]], form: int, kind: bytes
 ) -> None:
-    content = stretch(files, form, kind)
+    content = tar_bytes(files, form, kind)
     found = shard._native.members(content)
     plain = all(name.isascii() and len(name) <= 100 for name, _ in files) and kind in (
         tarfile.REGTYPE,
@@ -74,23 +76,23 @@ def test_it_finds_what_tarfile_finds_or_leaves_it_to_it(
 
 
 @given(FILES, st.sampled_from(FORMATS), st.data())
-def test_of_changed_bytes_it_finds_no_other_files_than_tarfile(
+def test_native_parser_matches_tarfile_on_modified_bytes_or_returns_none(
     files: list[tuple[str, bytes]], form: int, data: st.DataObject
 ) -> None:
-    content = bytearray(stretch(files, form))
+    content = bytearray(tar_bytes(files, form))
     for _ in range(data.draw(st.integers(0, 3))):
         at = data.draw(st.integers(0, 511) | st.integers(0, len(content) - 1))
         content[at] = data.draw(st.sampled_from(b"\0 07/x\x80\xff"))
-    if data.draw(st.booleans()):  # with a sum that fits
+    if data.draw(st.booleans()):  # with a correct checksum
         content[148:156] = b" " * 8
         content[148:156] = b"%06o\0 " % sum(content[:512])
-    cut = bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
-    found = shard._native.members(cut)
-    assert found is None or found == by_tarfile(cut)
+    truncated = bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+    found = shard._native.members(truncated)
+    assert found is None or found == by_tarfile(truncated)
 
 
-def test_a_header_with_a_wrong_sum_is_left_to_tarfile() -> None:
-    content = bytearray(stretch([("a.jpg", b"abc")], tarfile.USTAR_FORMAT))
+def test_native_parser_returns_none_for_a_wrong_checksum() -> None:
+    content = bytearray(tar_bytes([("a.jpg", b"abc")], tarfile.USTAR_FORMAT))
     assert shard._native.members(content) == [("a.jpg", 512, 515)]
     content[3] = ord("x")
     assert shard._native.members(content) is None

@@ -1,5 +1,6 @@
-"""The sample order: every sample once, whatever the number of ranks; the pure functions and the
-command agree.
+"""The sample order: each sample once per epoch, for any number of ranks.
+
+`convoy order` prints the same order as the functions.
 """
 
 import json
@@ -19,9 +20,7 @@ SHARDS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int, int, int]:
-    """Shard sizes, world size, accumulation steps, micro-batch, window, seed: whatever a recipe may
-    ask for.
-    """
+    """Shard sizes, world size, accumulation steps, micro-batch size, window and seed."""
     world, accumulation, micro = (
         draw(st.sampled_from([1, 2, 3, 7, 8, 64, 512])),
         draw(st.integers(1, 3)),
@@ -43,7 +42,7 @@ def layouts(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int, int, int]:
 
 @settings(max_examples=150, deadline=None)
 @given(layouts(), st.sampled_from(["pad", "drop"]))
-def test_every_sample_is_seen_exactly_once_and_every_rank_makes_the_same_steps(
+def test_each_sample_is_seen_once_and_all_ranks_make_the_same_steps(
     layout: tuple, tail: str
 ) -> None:
     sizes, world, accumulation, micro, window, seed = layout
@@ -53,22 +52,20 @@ def test_every_sample_is_seen_exactly_once_and_every_rank_makes_the_same_steps(
         [micro_batch_slots(global_size, world, rank, accumulation) for rank in range(world)]
     )
     assert sorted(slots.ravel()) == list(range(global_size)), (
-        "the ranks share a global batch without overlap"
+        "the slots of the ranks partition a global batch"
     )
     seen = order.samples[order.weights > 0]
     assert len(set(seen.tolist())) == len(seen)
     assert len(seen) == (total if tail == "pad" else total // global_size * global_size)
     assert order.steps == (-(-total // global_size) if tail == "pad" else total // global_size)
-    # a short last batch is spread over the micro-batches as evenly as it can be
+    # a partial last batch is spread evenly over the micro-batches
     last = np.array([[order.weights[-1, s].sum() for s in rank] for rank in slots])
     assert last.max() - last.min() <= 1
 
 
 @settings(max_examples=50, deadline=None)
 @given(SHARDS, st.integers(0, 2**31), st.sampled_from([1, 64, 10_000]))
-def test_the_order_is_a_function_of_seed_and_epoch(
-    sizes: list[int], seed: int, window: int
-) -> None:
+def test_order_is_a_function_of_seed_and_epoch(sizes: list[int], seed: int, window: int) -> None:
     shards, size = np.array(sizes), min(4, sum(sizes))
     first = epoch_order(shards, seed, 0, size, window)
     assert np.array_equal(first.samples, epoch_order(shards, seed, 0, size, window).samples)
@@ -79,24 +76,24 @@ def test_the_order_is_a_function_of_seed_and_epoch(
         )
 
 
-def test_a_lane_reads_its_shards_in_one_pass() -> None:
+def test_stream_reads_its_shards_in_one_pass() -> None:
     order = epoch_order(np.full(20, 100), 0, 0, 8, 400)
     for slot in range(8):
         blocks = [
             order.samples[i : i + order.block, slot] for i in range(0, order.steps, order.block)
         ]
         assert len(blocks) > 3
-        for block in blocks:  # a block is one stretch of a shard, or of two where one ends
+        for block in blocks:  # a block is one range of a shard, or one of each of two shards
             assert np.sum(np.diff(np.sort(block)) != 1) <= 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 64])
-def test_validation_is_shared_out_exactly(world_size: int) -> None:
+def test_eval_ranges_partition_the_validation_split(world_size: int) -> None:
     parts = [eval_range(151, world_size, rank) for rank in range(world_size)]
     assert [i for part in parts for i in part] == list(range(151))
 
 
-def test_the_command_prints_what_each_rank_sees(convoy_ok: Run, digits: Path) -> None:
+def test_order_command_prints_the_keys_of_each_rank(convoy_ok: Run, digits: Path) -> None:
     def keys(world_size: int, rank: int, *more: object) -> list[list[str]]:
         lines = convoy_ok(
             "order",
@@ -133,7 +130,7 @@ def test_the_command_prints_what_each_rank_sees(convoy_ok: Run, digits: Path) ->
     ]
 
 
-def test_what_the_command_refuses(convoy_refuses: Run, digits: Path) -> None:
+def test_order_command_rejects_invalid_options(convoy_refuses: Run, digits: Path) -> None:
     base = ("order", digits / "train", "--epoch", 0, "--world-size", 4)
     assert "--batch-size: 42 does not divide" in convoy_refuses(
         *base, "--rank", 0, "--batch-size", 42
@@ -142,6 +139,6 @@ def test_what_the_command_refuses(convoy_refuses: Run, digits: Path) -> None:
     assert "--tail: 'keep' is neither pad nor drop" in convoy_refuses(
         *base, "--rank", 0, "--batch-size", 40, "--tail", "keep"
     )
-    assert "it is above splits" in convoy_refuses(
+    assert "contains splits, but is not one; use " in convoy_refuses(
         "order", digits, *base[2:], "--rank", 0, "--batch-size", 40
     )

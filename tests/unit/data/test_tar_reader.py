@@ -1,5 +1,6 @@
-"""The strict tar reader against tarfile for valid archives; corrupt ones are rejected or lose
-nothing.
+"""The strict tar reader against tarfile.
+
+Valid archives give the same members; corrupt ones are rejected or lose no member.
 """
 
 import io
@@ -19,8 +20,9 @@ NAMES = {"plain": "a/{}", "long": "é/" + "x" * 120 + "{}"}
 
 @cache
 def archive(form: int = tarfile.GNU_FORMAT, pattern: str = "a/{}", comment: str = "") -> bytes:
-    """Five pairs of an image of up to 700 bytes and a label; pax headers before each in pax
-    archives.
+    """Five pairs of an image of up to 700 bytes and a label.
+
+    In pax archives each member has a pax header.
     """
     out = io.BytesIO()
     with tarfile.open(
@@ -78,27 +80,23 @@ END = bytes(1024)
 
 @pytest.mark.parametrize("pattern", NAMES)
 @pytest.mark.parametrize("form", FORMATS)
-def test_members_of_valid_archives_are_those_of_tarfile(
-    form: str, pattern: str, tmp_path: Path
-) -> None:
+def test_members_of_valid_archives_match_tarfile(form: str, pattern: str, tmp_path: Path) -> None:
     if (form, pattern) == ("ustar", "long"):
-        pattern = "y" * 90 + "/" + "x" * 80 + "{}"  # what a prefix has space for
-    raw = archive(
-        FORMATS[form], NAMES.get(pattern, pattern), "one for all" if form == "pax" else ""
-    )
+        pattern = "y" * 90 + "/" + "x" * 80 + "{}"  # fits into the ustar prefix
+    raw = archive(FORMATS[form], NAMES.get(pattern, pattern), "global" if form == "pax" else "")
     assert found(raw) == by_tarfile(raw)
-    (tmp_path / "a.tar").write_bytes(b"before" + raw + b"behind")
+    (tmp_path / "a.tar").write_bytes(b"before" + raw + b"after")
     inner = list_members(tmp_path / "a.tar", 6, len(raw))
     assert [(member.name, member.data_offset, member.size) for member in inner] == by_tarfile(
         raw
-    ), "of an archive in a file"
+    ), "an archive inside a file"
     end = inner[-1].end
     assert members_in(memoryview(raw)[:end]) == [
         (name, start, start + size) for name, start, size in by_tarfile(raw)
     ]
 
 
-def test_data_are_read_from_files_that_cannot_seek() -> None:
+def test_members_are_read_from_an_unseekable_file() -> None:
     raw = archive()
     stream = type("Stream", (), {"read": io.BytesIO(raw).read})()
     with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
@@ -123,9 +121,7 @@ def test_truncated_archives_are_rejected_at_every_length(form: str, pattern: str
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 7)), min_size=1, max_size=2),
 )
 def test_flipped_bits_lose_no_member(form: int, flips: list[tuple[float, int]]) -> None:
-    """Of headers, padding and end: a pax record's name has no checksum, and the data have none
-    either.
-    """
+    """Names are not compared, because pax records have no checksum."""
     raw = bytearray(archive(form))
     expected = by_tarfile(raw)
     for place, bit in flips:
@@ -140,26 +136,26 @@ def test_flipped_bits_lose_no_member(form: int, flips: list[tuple[float, int]]) 
 @pytest.mark.parametrize(
     "field", [0, 99, 100, 124, 135, 136, 148, 156, 157, 257, 265, 345, 499, 511]
 )
-def test_a_header_with_a_flipped_bit_is_rejected(field: int) -> None:
+def test_header_with_a_flipped_bit_is_rejected(field: int) -> None:
     raw = bytearray(archive())
     second = by_tarfile(raw)[3][1] - 512
     raw[second + field] ^= 1
     assert f"no valid tar header at byte {second:,}" in rejected(bytes(raw))
 
 
-def test_what_stands_behind_the_end_of_archive_mark_is_rejected() -> None:
+def test_bytes_after_the_end_of_archive_mark_are_rejected() -> None:
     one, two = archive(), archive(pattern="b/{}")
     assert "several archives were concatenated" in rejected(one + two)
     data_end = list(read_members(io.BytesIO(one), len(one)))[-1].end
     assert f"continues at byte {data_end + 512:,}" in rejected(one[:data_end] + bytes(512) + two), (
-        "one zero block between"
+        "with one zero block between the archives"
     )
-    assert found(one[:data_end] + two), "without a mark between them they are one archive"
+    assert found(one[:data_end] + two), "without an end mark they are one archive"
     assert "continues at byte" in rejected(one + b"x")
     assert found(one + bytes(77)) == by_tarfile(one)
 
 
-def test_an_end_without_two_zero_blocks_is_rejected() -> None:
+def test_archive_without_two_zero_blocks_at_its_end_is_rejected() -> None:
     raw = archive()
     data_end = list(read_members(io.BytesIO(raw), len(raw)))[-1].end
     assert "no end-of-archive mark" in rejected(raw[:data_end])
@@ -180,7 +176,7 @@ def test_an_end_without_two_zero_blocks_is_rejected() -> None:
     ],
     ids=repr,
 )
-def test_sizes_that_are_invalid_or_exceed_the_file_are_rejected(size: bytes, reason: str) -> None:
+def test_invalid_or_excessive_sizes_are_rejected(size: bytes, reason: str) -> None:
     assert reason in rejected(header(size=size) + bytes(512) + END)
 
 
@@ -189,7 +185,7 @@ def test_sizes_that_are_invalid_or_exceed_the_file_are_rejected(size: bytes, rea
     [b"          5\0", b"5\0", b"00000000005 ", b"000000000005", b"\x80" + bytes(10) + b"\x05"],
     ids=repr,
 )
-def test_sizes_in_every_valid_form_are_read(size: bytes) -> None:
+def test_all_valid_encodings_of_a_size_are_read(size: bytes) -> None:
     assert found(header(size=size) + b"12345".ljust(512, b"x") + END) == [("a.png", 512, 5)]
 
 
@@ -225,15 +221,15 @@ def test_sizes_in_every_valid_form_are_read(size: bytes) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_represented_exactly_is_rejected(raw: bytes, reason: str) -> None:
+def test_unsupported_and_ambiguous_members_are_rejected(raw: bytes, reason: str) -> None:
     assert reason in rejected(raw + END)
 
 
-def test_a_first_name_that_begins_like_another_format_is_a_name() -> None:
+def test_first_name_may_begin_like_another_format() -> None:
     assert found(header(b"BZh.png") + END) == [("BZh.png", 512, 0)]
 
 
-def test_v7_headers_links_and_folders_are_yielded_with_their_kind() -> None:
+def test_v7_headers_links_and_folders_have_their_kind() -> None:
     raw = (
         header(b"folder/", kind=b"\0", magic=b"")
         + header(b"old.png", kind=b"\0", magic=b"")

@@ -34,7 +34,7 @@ def _uniforms(random: np.random.Generator) -> Uniforms:
 
 
 def _view(encoded: bytes, uniforms: Uniforms, size: int, **augment: object) -> np.ndarray:
-    """What a recipe with these keys makes of an image."""
+    """The training transform of a recipe with these ``augment`` keys, applied to an image."""
     config = RunConfig.model_validate(
         {
             "model": {"name": "resnet8"},
@@ -52,7 +52,7 @@ def _view(encoded: bytes, uniforms: Uniforms, size: int, **augment: object) -> n
     "box",
     [(0, 0, 640, 427), (0, 0, 200, 427), (10, 10, 310, 310), (0, 0, 233, 57), (0, 0, 224, 224)],
 )
-def test_the_evaluation_view_is_torchvisions(photographs: list[Image.Image], box: tuple) -> None:
+def test_eval_transform_matches_torchvision(photographs: list[Image.Image], box: tuple) -> None:
     image = photographs[0].crop(box)
     want = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(image)
     got = eval_transform(image, 224, 0.875)
@@ -60,15 +60,15 @@ def test_the_evaluation_view_is_torchvisions(photographs: list[Image.Image], box
     assert np.array_equal(to_array(got), np.asarray(want))
 
 
-def test_a_whole_image_is_left_as_it_is(photographs: list[Image.Image]) -> None:
+def test_eval_transform_keeps_an_image_of_the_target_size(photographs: list[Image.Image]) -> None:
     image = photographs[0].crop((0, 0, 28, 28))
     assert np.array_equal(to_array(eval_transform(image, 28, 1.0)), np.asarray(image))
 
 
-def test_random_resized_crop_follows_torchvisions_distribution(
+def test_random_resized_crop_has_the_distribution_of_torchvision(
     photographs: list[Image.Image],
 ) -> None:
-    """Read off the place and size of crops of an image whose pixels are their own coordinates."""
+    """The position and size of a crop are read from an image whose pixels are their coordinates."""
     width, height = 200, 150
     ours, theirs = [], []
     x, y = np.meshgrid(np.arange(width), np.arange(height))
@@ -97,10 +97,10 @@ def test_random_resized_crop_follows_torchvisions_distribution(
             assert np.quantile(a, q) == pytest.approx(np.quantile(b, q), abs=5), (column, q)
 
 
-def test_random_resized_crop_resizes_as_torchvision(photographs: list[Image.Image]) -> None:
+def test_random_resized_crop_resizes_like_torchvision(photographs: list[Image.Image]) -> None:
     uniforms = _uniforms(np.random.default_rng(1))
     numbers = uniforms["random_resized_crop"]
-    numbers[2:4] = 1.0, 0.5  # the whole area does not fit with aspect 1; later tries decide
+    numbers[2:4] = 1.0, 0.5  # the full area does not fit with aspect 1; a later attempt is used
     image = photographs[1]
     got = _view(_encoded(image, "PNG", compress_level=0), uniforms, 96, flip=False)
     for u_area, u_ratio in numbers[2:].reshape(10, 2):
@@ -114,7 +114,7 @@ def test_random_resized_crop_resizes_as_torchvision(photographs: list[Image.Imag
 
 
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (1, 1), (3000, 20)])
-def test_any_shape_gives_a_square(size: tuple[int, int]) -> None:
+def test_any_image_shape_gives_a_square(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, (1, 2, 3))
     uniforms = _uniforms(np.random.default_rng(0))
     for crop in ("resized", "padded", "none"):
@@ -137,7 +137,7 @@ def test_padded_crop_is_a_window_of_the_padded_image(photographs: list[Image.Ima
     assert len(places) == 25
 
 
-def test_flip_is_for_half_of_them(photographs: list[Image.Image]) -> None:
+def test_half_of_the_images_are_flipped(photographs: list[Image.Image]) -> None:
     image = photographs[0].crop((0, 0, 28, 28))
     random, encoded = np.random.default_rng(0), _encoded(image, "PNG")
     flipped = sum(
@@ -150,12 +150,11 @@ def test_flip_is_for_half_of_them(photographs: list[Image.Image]) -> None:
     assert 430 < flipped < 570
 
 
-# --- RandAugment, TrivialAugment, random erasing
-# ----------------------------------------------------------------------
+# --- RandAugment, TrivialAugment, random erasing --------------------------------------------------
 
 
 def _torchvisions(name: str, image: Image.Image, strength: float) -> Image.Image:
-    """torchvision's own function for what the papers call ``name``."""
+    """torchvision's function for the operation that the papers call ``name``."""
     shear = float(np.degrees(np.arctan(strength)))
     return {
         "identity": lambda: image,
@@ -176,26 +175,26 @@ def _torchvisions(name: str, image: Image.Image, strength: float) -> Image.Image
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_each_change_is_torchvisions(photographs: list[Image.Image], name: str) -> None:
+def test_each_operation_matches_torchvision(photographs: list[Image.Image], name: str) -> None:
     image = photographs[1].crop((100, 50, 324, 274))
     strengths = {"rotate": (-30.0, 17.0), "posterize": (2.0, -4.0)}.get(name, (-0.3, 0.27))
     strengths = (-12.0, 40.0) if name.startswith("translate") else strengths
     for strength in strengths:
-        apart = np.abs(
+        difference = np.abs(
             to_array(change(image, name, strength)).astype(int)
             - to_array(_torchvisions(name, image, strength))
         )
-        assert (apart > 0).mean() < 0.01, "but for pixels on the border between two"
+        assert (difference > 0).mean() < 0.01, "only pixels on a border between two may differ"
         assert (
             name == "identity" or (to_array(change(image, name, strength)) != to_array(image)).any()
         )
 
 
 @pytest.mark.parametrize("policy", ["rand", "trivial"])
-def test_changes_are_drawn_as_torchvisions(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The strengths that each change gets, against the table that torchvision's transform draws
-    from.
-    """
+def test_magnitudes_match_the_table_of_torchvision(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision's transforms draw the strength of each operation from this table."""
     drawn: dict[str, set[float]] = {name: set() for name in CHANGES}
     monkeypatch.setattr(
         "trainer.data.transforms.auto_augment.change",
@@ -233,7 +232,7 @@ def test_changes_are_drawn_as_torchvisions(policy: str, monkeypatch: pytest.Monk
             assert sorted(drawn[name]) == pytest.approx(sorted({v + 0.0 for v in both}), abs=2e-3)
 
 
-def test_erasing_follows_torchvisions_distribution() -> None:
+def test_random_erasing_has_the_distribution_of_torchvision() -> None:
     ours, theirs = [], []
     random, eraser = np.random.default_rng(0), v2.RandomErasing(p=0.7, value=1)
     erasing = RandomErasing(erase=0.7)
@@ -260,7 +259,7 @@ def test_erasing_follows_torchvisions_distribution() -> None:
             assert a == pytest.approx(b, abs=3), (column, q)
 
 
-def test_a_recipes_augmentation_is_a_function_of_its_numbers(
+def test_augmentation_is_a_function_of_its_random_numbers(
     photographs: list[Image.Image],
 ) -> None:
     encoded, random = _encoded(photographs[0], "JPEG"), np.random.default_rng(3)
@@ -275,7 +274,7 @@ def test_a_recipes_augmentation_is_a_function_of_its_numbers(
         assert not np.array_equal(rest[2], plain)
 
 
-def test_normalize_is_torchvisions(photographs: list[Image.Image]) -> None:
+def test_normalize_matches_torchvision(photographs: list[Image.Image]) -> None:
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     pixels = torch.from_numpy(np.asarray(photographs[0]).copy())[None]
     want = TF.normalize(
@@ -287,7 +286,7 @@ def test_normalize_is_torchvisions(photographs: list[Image.Image]) -> None:
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_decoding_is_pils(photographs: list[Image.Image], form: str) -> None:
+def test_decoding_matches_pillow(photographs: list[Image.Image], form: str) -> None:
     for mode in ("RGB", "L"):
         encoded = _encoded(photographs[0].convert(mode), form)
         assert np.array_equal(
@@ -306,18 +305,18 @@ def test_cmyk_palette_and_alpha_become_rgb(photographs: list[Image.Image]) -> No
         assert to_array(decode_rgb(encoded)).shape == (427, 640, 3)
 
 
-def test_what_is_no_whole_image_is_refused(
+def test_incomplete_images_are_an_error(
     photographs: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = _encoded(photographs[0], "JPEG")
+    complete = _encoded(photographs[0], "JPEG")
     for encoded in (
         b"",
         b"no image",
-        whole[: len(whole) // 2],
+        complete[: len(complete) // 2],
         _encoded(photographs[0], "PNG")[:5000],
     ):
         with pytest.raises(DecodeError):
             decode_rgb(encoded)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # PIL's own bound
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's limit
     with pytest.raises(DecodeError, match="decompression bomb"):
-        decode_rgb(whole)
+        decode_rgb(complete)

@@ -1,4 +1,4 @@
-"""Class-name files in the forms and encodings in which they are found."""
+"""Class-name files in common formats and encodings."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def file(folder: Path, content: str | bytes, name: str = "names.txt") -> Path:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("separator", [" ", "\t", ",", ", "])
-def test_every_encoding_line_end_and_separator_gives_the_same_names(
+def test_encodings_line_ends_and_separators_give_the_same_names(
     separator: str, end: str, encoding: str, tmp_path: Path
 ) -> None:
     text = end.join([f"dog{separator}hünd", f"cat{separator}domestic cat", "", "  ", ""])
@@ -99,13 +99,13 @@ def test_names_are_found_by_label(content: str, names: list[str], tmp_path: Path
         ("cat a\ndog b".encode("utf-16-le"), "UTF-16 without a byte-order mark"),
         (b"\xff\xfec\x00a", "not valid UTF-16"),
         ("cat a\x0bb\ndog b", "line 1: 'cat a\\x0bb' contains a control character"),
-        ("cat a\ncat b\ndog c", "line 2: 'cat' has a name already, on line 1"),
+        ("cat a\ncat b\ndog c", "line 2: 'cat' already has a name, on line 1"),
         ("cat a\ndog", "line 2: 'dog' has no name"),
         ("owl a\nbee b", "names none of the 2 classes ('cat', 'dog')"),
         ("cat\ta\tb\ndog\tc", "more than two columns"),
     ],
 )
-def test_files_that_do_not_name_every_class_are_errors(
+def test_invalid_files_of_names_by_id_are_errors(
     content: str | bytes, reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -115,14 +115,14 @@ def test_files_that_do_not_name_every_class_are_errors(
     assert "\n" not in str(caught.value)
 
 
-def test_names_numbered_from_1_are_not_given_to_classes_numbered_from_0(tmp_path: Path) -> None:
+def test_names_numbered_from_1_do_not_match_classes_numbered_from_0(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="numbers its names from 1 to 3, but the classes begin with 0"
     ):
         names_by_id(file(tmp_path, "1 a\n2 b\n3 c"), ["0", "1", "2"])
 
 
-def test_classes_that_a_file_does_not_name_are_reported(
+def test_classes_without_a_name_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert names_by_id(file(tmp_path, "cat domestic cat\nowl b"), IDS) == ["domestic cat", "dog"]
@@ -138,7 +138,7 @@ def test_classes_that_a_file_does_not_name_are_reported(
         ("cat\n\ndog\n", "line 2: is blank"),
         ("1 cat\n2 dog\n", "numbers its names from 1 to 2"),
         ("0 cat\n2 dog\n", "none for label '1'"),
-        ("0 cat\n0 dog\n", "'0' has a name already"),
+        ("0 cat\n0 dog\n", "'0' already has a name"),
         ("0 cat\n1 dog\nowl", "line 3: has no number"),
         ("name\ncat\ndog", "looks like a header"),
         ("0;cat\n1;dog", "line 1: '0;cat' is a number and a name, but not separated"),
@@ -160,7 +160,7 @@ def test_classes_that_a_file_does_not_name_are_reported(
         ("{}", "neither a JSON list of names"),
     ],
 )
-def test_files_that_do_not_name_labels_are_errors(
+def test_invalid_files_of_names_by_label_are_errors(
     content: str, reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -168,7 +168,7 @@ def test_files_that_do_not_name_labels_are_errors(
     assert reason in str(caught.value)
 
 
-def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+def test_unreadable_file_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.txt", "a\0b"):
         with pytest.raises(UserError, match="cannot be read"):
             names_by_label(path)
@@ -186,14 +186,14 @@ def test_synsets_keep_the_order_of_the_file() -> None:
 def test_pack_reads_the_same_files_as_index(
     jpeg_folder: Path, convoy_refuses: Run, tmp_path: Path
 ) -> None:
-    """``--class-names``, and synset_words.txt in the source."""
+    """The file is passed with ``--class-names``."""
     classes = list_source(str(jpeg_folder)).splits[0].class_ids
     words = "\ufeff" + "".join(f"{identity}\tname of {identity}\r\n" for identity in classes)
     names = file(tmp_path, words)
     packed = list_source(str(jpeg_folder), ListOptions(str(names))).splits[0]
     assert packed.classes == [f"name of {identity}" for identity in classes]
-    told = convoy_refuses(
+    message = convoy_refuses(
         "pack", jpeg_folder, tmp_path / "out", "--class-names", file(tmp_path, "owl a\n", "owl.txt")
     )
-    assert "owl.txt: names none of the" in told
+    assert "owl.txt: names none of the" in message
     assert not (tmp_path / "out").exists()

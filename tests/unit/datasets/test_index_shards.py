@@ -1,4 +1,4 @@
-"""Shards that others wrote get an index in place, after which every command reads them."""
+"""Third-party shards are indexed in place, after which every command can read them."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from trainer.data.shards.tar import encoded_image, label_of
 from trainer.data.storage.store import open_store
 from trainer.errors import UserError
 
-LONG = "folder.with.dots/" + "a_long_name_" * 12  # longer than a plain header takes
+LONG = "folder.with.dots/" + "a_long_name_" * 12  # longer than fits into a plain header
 
 
 def _png(number: int) -> bytes:
@@ -63,7 +63,7 @@ def _by_tarfile(folder: Path, form: int) -> None:
 
 
 def _by_tar(folder: Path) -> None:
-    """GNU tar of a folder, with its entries for folders."""
+    """Archives of GNU tar, which contain entries for folders."""
     for shard in range(2):
         files = folder / f"files{shard}" / "deep"
         files.mkdir(parents=True)
@@ -93,13 +93,12 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_sample_is_found_where_it_stands(writer: str, tmp_path: Path) -> None:
-    """Against what webdataset reads from the same files."""
+def test_index_locates_every_sample_that_webdataset_reads(writer: str, tmp_path: Path) -> None:
     WRITERS[writer](tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")}
-    _, made = index_shards(str(tmp_path), IndexOptions("train"))
-    assert (made.samples, made.classes, made.split) == (20, ["0", "1", "2", "3"], "train")
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")} == before, "in place"
+    _, result = index_shards(str(tmp_path), IndexOptions("train"))
+    assert (result.samples, result.classes, result.split) == (20, ["0", "1", "2", "3"], "train")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")} == before, "unchanged"
     index, store = open_index(str(tmp_path))
     theirs = [
         s
@@ -109,15 +108,15 @@ def test_every_sample_is_found_where_it_stands(writer: str, tmp_path: Path) -> N
     assert [key for shard in index.shards for key in shard.keys] == [
         sample["__key__"] for sample in theirs
     ]
-    for number in range(20):  # each alone, so that its own stretch is all that is read
+    for number in range(20):  # one by one, so that only the bytes of this sample are read
         (sample,) = read_samples(np.array([number]), index, store).values()
         assert bytes(encoded_image(sample)) == theirs[number]["png"]
         assert label_of(sample, 4) == int(theirs[number]["cls"])
-    (verdict,) = verify(str(tmp_path), 1)
-    assert (verdict.samples, verdict.faults) == (20, [])
+    (report,) = verify(str(tmp_path), 1)
+    assert (report.samples, report.faults) == (20, [])
 
 
-def test_our_own_shards_get_the_offsets_that_pack_wrote(
+def test_packed_shards_get_the_same_offsets_as_from_pack(
     convoy_ok: Run, digits: Path, tmp_path: Path
 ) -> None:
     index, _ = open_index(str(digits / "train"))
@@ -164,8 +163,8 @@ def _refused_at(url: str, class_names: str | None = None) -> str:
     return str(caught.value)
 
 
-def test_what_is_no_set_of_samples_is_refused(tmp_path: Path) -> None:
-    assert "no .tar stands there" in _refused(tmp_path)
+def test_invalid_shards_and_labels_are_errors(tmp_path: Path) -> None:
+    assert "contains no .tar file" in _refused(tmp_path)
     (tmp_path / "a.tar.gz").write_bytes(b"")
     assert "a.tar.gz: is compressed" in _refused(tmp_path)
     (tmp_path / "a.tar.gz").unlink()
@@ -175,10 +174,10 @@ def test_what_is_no_set_of_samples_is_refused(tmp_path: Path) -> None:
         _add(tar, "1.cls", b"0")
         _add(tar, "3.png", _png(3))
         _add(tar, "3.cls", b"dog")
-    told = _refused(tmp_path)
-    assert "a.tar: sample 1: an image and its label (.cls) are needed, but there is: png" in told
-    assert "sample 1: its members do not stand together" in told
-    assert "sample 3: its label b'dog' is no class number" in told
+    message = _refused(tmp_path)
+    assert "a.tar: sample 1: needs an image and its label (.cls), but has: png" in message
+    assert "sample 1: its members are not adjacent" in message
+    assert "sample 3: its label b'dog' is not a class number" in message
     (tmp_path / "a.tar").write_bytes(b"not a tar at all" * 100)
     assert "a.tar: is not a tar archive" in _refused(tmp_path)
     _by_webdataset(tmp_path)
@@ -189,17 +188,19 @@ def test_what_is_no_set_of_samples_is_refused(tmp_path: Path) -> None:
     assert "has 2 names, but there are labels up to 3" in _refused(
         tmp_path, str(tmp_path / "names.txt")
     )
-    assert not (tmp_path / "index.json").exists(), "nothing half-written"
+    assert not (tmp_path / "index.json").exists(), "nothing is written"
 
 
-def test_an_index_that_says_something_else_stays(
+def test_differing_index_is_kept_unless_overwritten(
     convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
 ) -> None:
     _by_webdataset(tmp_path)
     index_shards(str(tmp_path), IndexOptions())
     index_shards(str(tmp_path), IndexOptions())  # a second time changes nothing
     (tmp_path / "set-0001.tar").unlink()
-    assert "--overwrite replaces it" in convoy_refuses("index", tmp_path)
+    assert "exists with other content; use --overwrite to replace it" in convoy_refuses(
+        "index", tmp_path
+    )
     assert "13 images" in convoy_ok("index", tmp_path, "--overwrite")
 
 
@@ -236,15 +237,15 @@ def _webdataset_keys(path: Path) -> list[str]:
     ]
 
 
-def test_a_corrupt_header_or_a_second_archive_behind_the_first_is_refused(
+def test_corrupt_header_or_concatenated_archive_is_an_error(
     convoy_refuses: Run, tmp_path: Path
 ) -> None:
     raw = bytearray(_tar(_samples(0, 10)))
     raw[raw.index(b"0005.png") + 150] ^= 1
     _write(tmp_path, {"a.tar": raw})
-    told = convoy_refuses("index", tmp_path)
-    assert "a.tar: is corrupt: no valid tar header at byte" in told
-    assert told.count("convoy: ") == 1
+    message = convoy_refuses("index", tmp_path)
+    assert "a.tar: is corrupt: no valid tar header at byte" in message
+    assert message.count("convoy: ") == 1
     _write(tmp_path, {"a.tar": _tar(_samples(0, 5)) + _tar(_samples(5, 10))})
     assert "concatenated" in _refused(tmp_path)
     assert not (tmp_path / "index.json").exists()
@@ -263,25 +264,28 @@ def test_a_corrupt_header_or_a_second_archive_behind_the_first_is_refused(
         ),
         (
             [*_samples(0, 1), *_samples(5, 6), *_samples(0, 1)],
-            "sample 0000: its members do not stand together",
+            "sample 0000: its members are not adjacent",
         ),
         ([("x.png", b"1"), ("x.jpg", b"2"), ("x.cls", b"0")], "has several images, x.png, x.jpg"),
-        ([("x.png", b"1"), ("x.cls", b"0"), ("y.avif", b"2")], "sample y: an image and its label"),
+        (
+            [("x.png", b"1"), ("x.cls", b"0"), ("y.avif", b"2")],
+            "sample y: needs an image and its label",
+        ),
         (
             [("x.png", b"1"), ("x.cls", b"0"), ("inner.tar", _tar(_samples(0, 2)))],
-            "sample inner: an image and its label",
+            "sample inner: needs an image and its label",
         ),
         ([("x.png", b"1"), ("x.cls", b"0"), ("x.__key__", b"0")], "is reserved"),
         (
             [("README.md", b"text"), ("._x.png", b"")],
-            "holds no sample (1 hidden or system files, 1 text files without an image)",
+            "contains no sample (1 hidden or system files, 1 text files without an image)",
         ),
         ([("caf\udce9/1.png", b"1"), ("caf\udce9/1.cls", b"0")], "not UTF-8"),
         ([("a\nb.png", b"1"), ("a\nb.cls", b"0")], "control character"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_samples_that_cannot_be_represented_exactly_are_refused(
+def test_samples_that_cannot_be_represented_exactly_are_errors(
     pairs: list[tuple[str, bytes]], reason: str, tmp_path: Path
 ) -> None:
     assert reason in _refused(_write(tmp_path, {"a.tar": _tar(pairs)}))
@@ -292,10 +296,10 @@ def test_samples_that_cannot_be_represented_exactly_are_refused(
     [
         (b"4294967295", "4294967295 (-1 as an unsigned number) is above"),
         (b"1048576", "is above 1,048,575"),
-        (b"65535", "only 5 labels in all"),
-        (b"9" * 5000, "is no class number"),
+        (b"65535", "only 5 distinct labels"),
+        (b"9" * 5000, "is not a class number"),
         *(
-            (text, "is no class number")
+            (text, "is not a class number")
             for text in (
                 b"-1",
                 b"1.0",
@@ -312,14 +316,12 @@ def test_samples_that_cannot_be_represented_exactly_are_refused(
     ],
     ids=lambda value: value[:12] if isinstance(value, bytes) else "",
 )
-def test_labels_that_are_no_class_numbers_or_exhaust_memory_are_refused(
-    label: bytes, reason: str, tmp_path: Path
-) -> None:
+def test_invalid_or_huge_labels_are_errors(label: bytes, reason: str, tmp_path: Path) -> None:
     shard = _tar([*_samples(0, 4), ("x.png", _png(1)), ("x.cls", label)])
     assert reason in _refused(_write(tmp_path, {"a.tar": shard}))
 
 
-def test_files_of_macos_and_of_archives_are_ignored_and_counted(
+def test_system_and_side_files_are_ignored_and_counted(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     apple = [
@@ -331,20 +333,20 @@ def test_files_of_macos_and_of_archives_are_ignored_and_counted(
         ("./.DS_Store", b"x"),
         ("__MACOSX/._0000.png", b"x"),
         ("README", b"x"),
-    ]  # and 3 x 2 of AppleDouble: 9
+    ]  # 9 with the 3 x 2 AppleDouble files
     shard = _tar([("meta.json", b"{}"), *apple, ("stats.csv", b"1")])
     _write(tmp_path, {"a.tar": shard, "._a.tar": b"AppleDouble"})
     _, index = index_shards(str(tmp_path), IndexOptions())
     assert index.shards[0].keys == [
         key for key in _webdataset_keys(tmp_path / "a.tar") if key[0] == "."
     ]
-    told = capfd.readouterr().err
-    assert "2 text files without an image" in told
-    assert "9 hidden or system files" in told
-    assert verify(str(tmp_path), 1)[0].faults == [], "readers ignore the same members"
+    message = capfd.readouterr().err
+    assert "2 text files without an image" in message
+    assert "9 hidden or system files" in message
+    assert verify(str(tmp_path), 1)[0].faults == [], "the reader ignores the same members"
 
 
-def test_links_that_stand_for_images_are_refused_and_others_are_ignored(tmp_path: Path) -> None:
+def test_links_named_like_images_are_errors_and_others_are_ignored(tmp_path: Path) -> None:
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as tar:
         for name, content in _samples(0, 2):
@@ -357,18 +359,18 @@ def test_links_that_stand_for_images_are_refused_and_others_are_ignored(tmp_path
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "0000.png"
             tar.addfile(info)
-    told = _refused(_write(tmp_path, {"a.tar": raw.getvalue()}))
-    assert "0002.png is a hard link" in told
-    assert "0002.cls is a symbolic link" in told
-    assert "latest" not in told
+    message = _refused(_write(tmp_path, {"a.tar": raw.getvalue()}))
+    assert "0002.png is a hard link" in message
+    assert "0002.cls is a symbolic link" in message
+    assert "latest" not in message
 
 
-def test_shards_that_share_keys_are_refused(tmp_path: Path) -> None:
+def test_shards_with_equal_keys_are_an_error(tmp_path: Path) -> None:
     _write(tmp_path, {"a.tar": _tar(_samples(0, 4)), "b.tar": _tar(_samples(3, 6))})
-    assert "a.tar and b.tar both hold a sample 0003" in _refused(tmp_path)
+    assert "a.tar and b.tar both contain a sample 0003" in _refused(tmp_path)
 
 
-def test_splits_in_one_folder_are_never_merged_and_can_be_indexed_alone(
+def test_splits_in_one_folder_are_indexed_separately_and_never_merged(
     convoy_ok: Run, tmp_path: Path
 ) -> None:
     train, val = "imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"
@@ -398,7 +400,7 @@ def test_splits_in_one_folder_are_never_merged_and_can_be_indexed_alone(
         assert reason in str(caught.value)
 
 
-def test_one_of_several_splits_in_a_bucket_is_indexed_alone(
+def test_split_in_a_shared_bucket_folder_is_indexed_separately(
     bucket: str, service_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in service_env.items():
@@ -428,9 +430,7 @@ def test_one_of_several_splits_in_a_bucket_is_indexed_alone(
         ["train.tar", "extra.tar"],
     ],
 )
-def test_shards_whose_names_contain_different_splits_are_refused(
-    names: list[str], tmp_path: Path
-) -> None:
+def test_shard_names_of_different_splits_are_an_error(names: list[str], tmp_path: Path) -> None:
     _write(
         tmp_path,
         {name: _tar(_samples(10 * number, 10 * number + 2)) for number, name in enumerate(names)},
@@ -438,14 +438,14 @@ def test_shards_whose_names_contain_different_splits_are_refused(
     assert "shards of several splits" in _refused(tmp_path)
 
 
-def test_words_that_merely_contain_a_split_are_no_split() -> None:
+def test_split_of_ignores_words_that_only_contain_a_split_name() -> None:
     assert [
         split_of(name) for name in ("strain-0.tar", "latest-0.tar", "intervals/0.tar", "0000.tar")
     ] == [None] * 4
     assert split_of("imagenet1k-validation-00.tar") == "val"
 
 
-def test_shards_missing_by_their_numbers_are_named() -> None:
+def test_gaps_in_shard_numbers_are_found() -> None:
     assert missing_shards([f"s-{n:04d}.tar" for n in (0, 1, 3)]) == ["s-0002.tar"]
     assert missing_shards([f"s-{n:02d}.tar" for n in range(120) if n != 100]) == ["s-100.tar"]
     assert missing_shards([f"s-{n:05d}-of-00004.tar" for n in (0, 1, 2)]) == [
@@ -460,7 +460,7 @@ def test_shards_missing_by_their_numbers_are_named() -> None:
         assert missing_shards(complete) == []
 
 
-def test_what_should_be_a_shard_is_never_left_out(tmp_path: Path) -> None:
+def test_unusable_shard_files_are_errors_and_never_skipped(tmp_path: Path) -> None:
     _write(
         tmp_path,
         {
@@ -472,30 +472,30 @@ def test_what_should_be_a_shard_is_never_left_out(tmp_path: Path) -> None:
         },
     )
     (tmp_path / "e.tar").symlink_to(tmp_path / "missing")
-    told = _refused(tmp_path)
+    message = _refused(tmp_path)
     for name, reason in (
         ("b.tar.zst", "is compressed"),
         ("c.tar.part", "unfinished"),
         ("d.tgz", "is compressed"),
         ("e.tar", "dangling"),
     ):
-        assert any(name in line and reason in line for line in told.splitlines()), told
-    assert "sha256" not in told
+        assert any(name in line and reason in line for line in message.splitlines()), message
+    assert "sha256" not in message
     _write(
         tmp_path / "packing", {"train-000000.tar": _tar(_samples(0, 2)), ".pack/plan.json": b"{}"}
     )
-    assert "unfinished data set of `convoy pack`" in _refused(tmp_path / "packing")
+    assert "unfinished dataset of `convoy pack`" in _refused(tmp_path / "packing")
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(0, 1), st.integers(0, 7), st.booleans(), st.floats(0, 1))
-def test_an_index_of_a_corrupt_shard_holds_every_sample_or_is_refused(
-    place: float, bit: int, cut: bool, length: float
+def test_corrupt_shard_is_an_error_or_is_indexed_completely(
+    place: float, bit: int, truncate: bool, length: float
 ) -> None:
     raw = bytearray(_tar(_samples(0, 4)))
     raw[int(place * (len(raw) - 1))] ^= 1 << bit
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "a.tar").write_bytes(raw[: int(length * len(raw))] if cut else raw)
+        Path(folder, "a.tar").write_bytes(raw[: int(length * len(raw))] if truncate else raw)
         try:
             _, index = index_shards(folder, IndexOptions())
         except UserError:

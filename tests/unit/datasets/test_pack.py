@@ -1,6 +1,4 @@
-"""``convoy pack`` and ``convoy verify`` against what others read: webdataset, tar, PIL, the source
-itself.
-"""
+"""``convoy pack`` and ``convoy verify`` against webdataset, tarfile, Pillow and the sources."""
 
 import gzip
 import hashlib
@@ -42,7 +40,7 @@ def _snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_image_files_stay_untouched_and_plain_webdataset_reads_them(
+def test_webdataset_reads_the_unmodified_image_files(
     convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     convoy_ok("pack", jpeg_folder, tmp_path, "--shards", 3)
@@ -56,7 +54,7 @@ def test_image_files_stay_untouched_and_plain_webdataset_reads_them(
         assert ["china", "flower"][int(sample["cls"])] == source.parent.name
 
 
-def test_the_index_tells_where_each_sample_is(
+def test_index_has_the_offset_of_each_sample(
     convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     convoy_ok("pack", jpeg_folder, tmp_path, "--shards", 4)
@@ -72,7 +70,7 @@ def test_the_index_tells_where_each_sample_is(
         assert [m.name.removesuffix(".jpg") for m in images] == shard.keys
 
 
-def test_equal_input_and_seed_give_equal_bytes_on_any_number_of_workers(
+def test_packing_is_deterministic_for_any_number_of_workers(
     convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy"
@@ -86,10 +84,10 @@ def test_equal_input_and_seed_give_equal_bytes_on_any_number_of_workers(
     assert _index(tmp_path / "a/train").digest != _index(tmp_path / "c/train").digest
 
 
-def test_parts_at_a_time_give_the_same_bytes_as_one_run(
+def test_concurrent_parts_give_the_same_bytes_as_one_run(
     convoy_ok: Run, convoy_refuses: Run, jpeg_folder: Path, tmp_path: Path
 ) -> None:
-    """An Indexed Job's pods, of which any may come last, be killed, or run again."""
+    """The parts are pods of an Indexed Job: they finish in any order, and may run again."""
     convoy_ok("pack", jpeg_folder, tmp_path / "one", "--shards", 7)
     command = [
         sys.executable,
@@ -112,14 +110,14 @@ def test_parts_at_a_time_give_the_same_bytes_as_one_run(
     assert _snapshot(tmp_path / "parts") == _snapshot(tmp_path / "one")
     overwrite = ["--shards", 7, "--parts", 3, "--overwrite"]
     assert "is not empty" in convoy_refuses("pack", jpeg_folder, tmp_path / "parts", *overwrite)
-    assert "--part: 3 is not below" in convoy_refuses(
+    assert "--part: 3 must be below" in convoy_refuses(
         "pack", jpeg_folder, tmp_path / "x", "--parts", 3, "--part", 3
     )
 
 
 def test_samples_are_shuffled_over_shards(digits: Path) -> None:
     labels = [[int(s["cls"]) for s in _with_webdataset(digits / "train")]]
-    # 600 digits in 5 shards: each shard holds every class, and not in runs as the folders do
+    # 600 digits in 5 shards: each shard holds every class, not sorted by class as in the source
     assert len(set(labels[0][:120])) == 10
     assert sum(a == b for a, b in zip(labels[0], labels[0][1:], strict=False)) < 120
 
@@ -171,8 +169,9 @@ def _tar(path: Path | None, members: dict[str, bytes]) -> bytes:
 
 @pytest.fixture
 def imagenet(tmp_path: Path, jpeg_folder: Path) -> Path:
-    """ILSVRC2012 as it is handed out, with 3 classes: tars in a tar, a devkit whose numbers are not
-    in the ids' order.
+    """ILSVRC2012 in its published form, with 3 classes.
+
+    It has tars in a tar, and a devkit whose class numbers are not in the order of the ids.
     """
     root = tmp_path / "imagenet"
     root.mkdir()
@@ -206,7 +205,9 @@ def imagenet(tmp_path: Path, jpeg_folder: Path) -> Path:
     return root
 
 
-def test_imagenets_own_tars(convoy_ok: Run, imagenet: Path, tmp_path: Path) -> None:
+def test_imagenet_tars_are_packed_with_the_devkit_labels(
+    convoy_ok: Run, imagenet: Path, tmp_path: Path
+) -> None:
     convoy_ok("pack", imagenet, tmp_path / "out", "--shards", 2)
     index = _index(tmp_path / "out/val")
     assert index.class_ids == ["n01440764", "n01443537", "n02119789"]
@@ -224,7 +225,7 @@ def test_imagenets_own_tars(convoy_ok: Run, imagenet: Path, tmp_path: Path) -> N
             assert {s["__key__"].split("/")[-1]: s["jpg"] for s in samples} == want
 
 
-def test_a_ground_truth_in_unknown_order_is_refused(
+def test_imagenet_val_without_the_devkit_is_an_error(
     convoy_refuses: Run, imagenet: Path, tmp_path: Path
 ) -> None:
     (imagenet / "ILSVRC2012_devkit_t12.tar.gz").unlink()
@@ -232,7 +233,7 @@ def test_a_ground_truth_in_unknown_order_is_refused(
     assert not (tmp_path / "out" / "val" / "index.json").exists()
 
 
-def test_to_object_storage_the_index_comes_last_and_a_second_run_resumes(
+def test_killed_pack_to_object_storage_resumes_and_writes_the_index_last(
     convoy_ok: Run, jpeg_folder: Path, tmp_path: Path, bucket: str, service_env: dict[str, str]
 ) -> None:
     import obstore
@@ -240,10 +241,15 @@ def test_to_object_storage_the_index_comes_last_and_a_second_run_resumes(
 
     url = f"{bucket}/resume"
     store = S3Store(
-        "convoy", prefix="resume", endpoint=service_env["AWS_ENDPOINT_URL"], access_key_id=service_env["AWS_ACCESS_KEY_ID"],
-        secret_access_key=service_env["AWS_SECRET_ACCESS_KEY"], region="us-east-1", client_options={"allow_http": True},
-    )  # fmt: skip
-    big = tmp_path / "big"  # enough shards that a kill falls between them
+        "convoy",
+        prefix="resume",
+        endpoint=service_env["AWS_ENDPOINT_URL"],
+        access_key_id=service_env["AWS_ACCESS_KEY_ID"],
+        secret_access_key=service_env["AWS_SECRET_ACCESS_KEY"],
+        region="us-east-1",
+        client_options={"allow_http": True},
+    )
+    big = tmp_path / "big"  # enough shards that it is killed before the last one
     for copy in range(6):
         shutil.copytree(jpeg_folder, big / f"c{copy}")
     command = [
@@ -273,22 +279,22 @@ def test_to_object_storage_the_index_comes_last_and_a_second_run_resumes(
             and not _names(store, obstore, ".tar", 5)
         ):
             time.sleep(0.02)
-        family = psutil.Process(killed.pid).children(recursive=True)
+        workers = psutil.Process(killed.pid).children(recursive=True)
         killed.send_signal(signal.SIGKILL)
-    assert family
-    assert not psutil.wait_procs(family, 20)[1], "its workers end too"
-    there = _names(store, obstore, ".tar")
-    assert 5 <= len(there) < 240
-    assert not _names(store, obstore, "index.json"), "what is half-written is no data set"
+    assert workers
+    assert not psutil.wait_procs(workers, 20)[1], "its workers exit too"
+    written = _names(store, obstore, ".tar")
+    assert 5 <= len(written) < 240
+    assert not _names(store, obstore, "index.json"), "a partial pack has no index"
     done = _stderr_of_second_run(url, big, service_env)
-    assert int(re.search(r"going on, (\d+) of 240", done)[1]) >= 4  # type: ignore[index]
-    convoy_ok("pack", big, tmp_path / "whole", "--nested", "--shards", 240)
-    whole = {p.name: p.read_bytes() for p in (tmp_path / "whole/train").iterdir()}
+    assert int(re.search(r"resuming, (\d+) of 240", done)[1]) >= 4  # type: ignore[index]
+    convoy_ok("pack", big, tmp_path / "uninterrupted", "--nested", "--shards", 240)
+    expected = {p.name: p.read_bytes() for p in (tmp_path / "uninterrupted/train").iterdir()}
     remote = {
         n.split("/")[-1]: obstore.get(store, n).bytes().to_bytes()
         for n in _names(store, obstore, "")
     }
-    assert remote == whole, "as if it had never been interrupted, nothing left over"
+    assert remote == expected, "equals an uninterrupted run, without leftovers"
 
 
 def _names(store: object, obstore: object, ending: str, at_least: int = 0) -> list[str]:
@@ -304,19 +310,19 @@ def _stderr_of_second_run(url: str, source: Path, env: dict[str, str]) -> str:
     return done.stderr
 
 
-def test_packing_the_same_again_does_nothing_and_other_data_is_refused(
+def test_packing_again_is_a_no_op_and_other_data_is_an_error(
     convoy: Run, convoy_refuses: Run, jpeg_folder: Path, digits_folder: Path, tmp_path: Path
 ) -> None:
     convoy("pack", jpeg_folder, tmp_path)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "train").iterdir()}
-    assert "holds this data set already" in convoy("pack", jpeg_folder, tmp_path).stderr
+    assert "already holds this dataset" in convoy("pack", jpeg_folder, tmp_path).stderr
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "train").iterdir()} == before
-    assert "holds another data set" in convoy_refuses("pack", digits_folder / "train", tmp_path)
+    assert "holds another dataset" in convoy_refuses("pack", digits_folder / "train", tmp_path)
     assert convoy("pack", digits_folder / "train", tmp_path, "--overwrite").returncode == 0
     assert _index(tmp_path / "train").samples == 600
 
 
-def test_files_that_are_no_images_are_named_and_left_out_only_when_asked(
+def test_files_that_are_not_images_are_errors_unless_skip_bad(
     convoy: Run, convoy_refuses: Run, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
@@ -324,17 +330,17 @@ def test_files_that_are_no_images_are_named_and_left_out_only_when_asked(
     (source / "china" / "notes.txt").write_text("not an image")
     (source / "flower" / "empty.JPEG").touch()
     (source / "flower" / "really-png.JPEG").write_bytes(_png())
-    told = convoy_refuses("pack", source, tmp_path / "out")
-    assert re.search(r"china/notes.txt: not an image", told)
-    assert re.search(r"flower/empty.JPEG: empty", told)
-    assert "2 of 43 files cannot be packed; --skip-bad leaves them out" in told
-    assert not list((tmp_path).glob("out/**/*.tar")), "nothing half-written"
+    message = convoy_refuses("pack", source, tmp_path / "out")
+    assert re.search(r"china/notes.txt: not an image", message)
+    assert re.search(r"flower/empty.JPEG: empty", message)
+    assert "2 of 43 files cannot be packed; --skip-bad omits them" in message
+    assert not list((tmp_path).glob("out/**/*.tar")), "nothing is written"
     done = convoy("pack", source, tmp_path / "out", "--skip-bad")
     assert done.returncode == 0
     assert "china/notes.txt" in done.stderr
-    assert "2 of 43 files are left out" in done.stderr
+    assert "2 of 43 files are omitted" in done.stderr
     png = [s for s in _with_webdataset(tmp_path / "out/train") if "png" in s]
-    assert [s["__key__"] for s in png] == ["flower/really-png"], "named by its content"
+    assert [s["__key__"] for s in png] == ["flower/really-png"], "the extension follows the content"
 
 
 def _png() -> bytes:
@@ -343,7 +349,7 @@ def _png() -> bytes:
     return buffer.getvalue()
 
 
-def test_an_empty_class_folder_is_refused(
+def test_empty_class_folder_is_an_error(
     convoy_refuses: Run, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
@@ -355,7 +361,7 @@ def test_an_empty_class_folder_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_names_that_a_tar_or_webdataset_could_not_tell_apart(
+def test_file_names_that_collide_in_webdataset_get_unique_keys(
     convoy_ok: Run, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
@@ -367,46 +373,43 @@ def test_names_that_a_tar_or_webdataset_could_not_tell_apart(
     assert len(keys) == len(set(keys)) == 4
 
 
-# --- verify
-# -----------------------------------------------------------------------------------------------------------
+# --- verify ---------------------------------------------------------------------------------------
 
 
-def test_verify_reads_both_splits_back(convoy_ok: Run, digits: Path) -> None:
-    verdict = json.loads(convoy_ok("verify", digits, "--json"))
-    assert verdict["ok"]
-    assert [(s["samples"], s["shards"], s["faults"]) for s in verdict["splits"]] == [
+def test_verify_checks_both_splits(convoy_ok: Run, digits: Path) -> None:
+    report = json.loads(convoy_ok("verify", digits, "--json"))
+    assert report["ok"]
+    assert [(s["samples"], s["shards"], s["faults"]) for s in report["splits"]] == [
         (600, 5, []),
         (151, 5, []),
     ]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "label"])
-def test_a_tampered_shard_is_named(
-    convoy_refuses: Run, digits: Path, tmp_path: Path, damage: str
+@pytest.mark.parametrize("corruption", ["flip", "truncate", "delete", "label"])
+def test_verify_names_a_corrupt_shard(
+    convoy_refuses: Run, digits: Path, tmp_path: Path, corruption: str
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(digits / "train", copy)
     shard = copy / "train-000003.tar"
     content = bytearray(shard.read_bytes())
-    if damage == "flip":
+    if corruption == "flip":
         content[len(content) // 2] ^= 1
-    elif damage == "cut":
+    elif corruption == "truncate":
         content = content[:-512]
-    elif damage == "label":
-        start = (
-            content.index(b".cls\0") // 512 * 512 + 512
-        )  # the first label follows its header block
+    elif corruption == "label":
+        start = content.index(b".cls\0") // 512 * 512 + 512  # the label follows its header block
         content[start : start + 1] = b"8" if content[start : start + 1] != b"8" else b"9"
-    if damage == "gone":
+    if corruption == "delete":
         shard.unlink()
     else:
         shard.write_bytes(content)
-    told = convoy_refuses("verify", copy)
-    assert "train-000003.tar" in told
-    assert "train-000002.tar" not in told
+    message = convoy_refuses("verify", copy)
+    assert "train-000003.tar" in message
+    assert "train-000002.tar" not in message
 
 
-def test_an_index_that_was_changed_by_hand_is_no_index(
+def test_modified_or_truncated_index_is_an_error(
     convoy_refuses: Run, digits: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy"
@@ -418,7 +421,7 @@ def test_an_index_that_was_changed_by_hand_is_no_index(
     assert "is not JSON" in convoy_refuses("verify", copy)
 
 
-def test_a_header_is_what_tarfile_writes() -> None:
+def test_header_equals_that_of_tarfile() -> None:
     for name, size in (("a/b.jpg", 0), ("x" * 100, 8**11 - 1), ("class/7.cls", 12345)):
         member = tarfile.TarInfo(name)
         member.size = size

@@ -1,5 +1,6 @@
-"""``convoy pack`` and ``convoy verify`` on faulty sources and destinations: a line per fault, all
-counted, nothing half-written.
+"""``convoy pack`` and ``convoy verify`` on invalid sources and destinations.
+
+Each error is one line, all errors are counted, and nothing is written partially.
 """
 
 import json
@@ -45,8 +46,9 @@ OPTIONS = PackOptions(workers=1)
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread instead of a process, which takes a second to start. The commands' tests use
-    processes.
+    """Replace worker processes, which take a second to start, with threads.
+
+    The tests that run the command use processes.
     """
     for module in (packing, verifying):
         monkeypatch.setattr(module, "worker_pool", ThreadPoolExecutor)
@@ -56,38 +58,38 @@ def keys(folder: Path) -> set[str]:
     return {key for shard in open_index(str(folder))[0].shards for key in shard.keys}
 
 
-def test_each_file_that_cannot_be_packed_is_named_and_counted(
+def test_files_that_cannot_be_packed_are_named_and_counted(
     convoy: Run, convoy_refuses: Run, source: Path, tmp_path: Path
 ) -> None:
     for name, (content, _) in NOT_SUPPORTED.items():
         (source / "cat" / f"{name}.jpg").write_bytes(content)
-    (source / "cat" / "cut\n.jpg").write_bytes(jpeg(1)[:-9])
-    (source / "dog" / "gone.jpg").symlink_to("/none")
+    (source / "cat" / "truncated\n.jpg").write_bytes(jpeg(1)[:-9])
+    (source / "dog" / "missing.jpg").symlink_to("/none")
     (source / "dog" / ".DS_Store").write_bytes(b"x")
     (source / "README.md").write_bytes(b"x")
     (source / "front.jpg").write_bytes(jpeg())
     num_bad = len(NOT_SUPPORTED) + 3
-    told = convoy_refuses("pack", source, tmp_path / "out", "--workers", 1)
+    message = convoy_refuses("pack", source, tmp_path / "out", "--workers", 1)
     reasons = {f"{source}/cat/{name}.jpg: ": reason for name, (_, reason) in NOT_SUPPORTED.items()}
     reasons |= {
-        f"{source}/cat/cut\\n.jpg: ": "truncated",
-        f"{source}/dog/gone.jpg: ": "/none",
+        f"{source}/cat/truncated\\n.jpg: ": "truncated",
+        f"{source}/dog/missing.jpg: ": "/none",
         f"{source}/front.jpg: ": "no class",
     }
     for path, reason in reasons.items():
-        assert re.search(f"^convoy: {re.escape(path)}.*{re.escape(reason)}", told, re.MULTILINE), (
-            path
-        )
-    assert f"{num_bad} of {num_bad + 6} files cannot be packed; --skip-bad leaves them out" in told
+        assert re.search(
+            f"^convoy: {re.escape(path)}.*{re.escape(reason)}", message, re.MULTILINE
+        ), path
+    assert f"{num_bad} of {num_bad + 6} files cannot be packed; --skip-bad omits them" in message
     assert not (tmp_path / "out").exists()
     done = convoy("pack", source, tmp_path / "out", "--workers", 1, "--skip-bad")
     assert done.returncode == 0, done.stderr
     for path, reason in reasons.items():
         assert re.search(
-            f"^convoy: left out: {re.escape(path)}.*{re.escape(reason)}", done.stderr, re.MULTILINE
+            f"^convoy: omitted: {re.escape(path)}.*{re.escape(reason)}", done.stderr, re.MULTILINE
         ), path
     assert (
-        f"{num_bad + 8} images and other files: 6 to pack, 2 skipped by a rule, {num_bad} left out"
+        f"{num_bad + 8} images and other files: 6 to pack, 2 skipped by a rule, {num_bad} omitted"
         in done.stderr
     )
     assert keys(tmp_path / "out/train") == {
@@ -97,7 +99,9 @@ def test_each_file_that_cannot_be_packed_is_named_and_counted(
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_class_does_not_vanish_with_its_images(source: Path, tmp_path: Path) -> None:
+def test_class_without_valid_images_is_an_error_despite_skip_bad(
+    source: Path, tmp_path: Path
+) -> None:
     for path in (source / "cat").iterdir():
         path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(UserError) as caught:
@@ -107,7 +111,7 @@ def test_a_class_does_not_vanish_with_its_images(source: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_png_without_its_end_is_named_and_decoding_decides(
+def test_png_without_iend_is_reported_and_checked_by_decoding(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = encode(pixels(1, 40, 30), "PNG")
@@ -117,30 +121,29 @@ def test_a_png_without_its_end_is_named_and_decoding_decides(
     )
     pack(str(source), str(tmp_path / "one"), PackOptions(workers=1, decode=True))
     assert "IEND" not in capsys.readouterr().err
-    (source / "cat/cut.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"cat/cut.png: cannot be decoded"):
+    (source / "cat/truncated.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"cat/truncated.png: cannot be decoded"):
         pack(str(source), str(tmp_path / "two"), PackOptions(workers=1, decode=True))
     capsys.readouterr()
     pack(str(source), str(tmp_path / "three"), OPTIONS)
     doubts = [line for line in capsys.readouterr().err.splitlines() if "IEND" in line]
-    assert [name in line for name, line in zip(("cut", "end"), sorted(doubts), strict=True)] == [
-        True,
-        True,
-    ]
-    (verdict,) = verify(str(tmp_path / "three"), workers=1)
-    assert ["cat/cut" in fault for fault in verdict.faults] == [True]
+    assert [
+        name in line for name, line in zip(("end", "truncated"), sorted(doubts), strict=True)
+    ] == [True, True]
+    (report,) = verify(str(tmp_path / "three"), workers=1)
+    assert ["cat/truncated" in fault for fault in report.faults] == [True]
 
 
 @pytest.mark.usefixtures("in_process")
-def test_decode_finds_corruption_in_the_middle_as_verify_does(source: Path, tmp_path: Path) -> None:
+def test_decode_option_finds_the_corruption_that_verify_finds(source: Path, tmp_path: Path) -> None:
     content = bytearray(encode(pixels(1, 300, 200)))
     middle = len(content) // 2
     content[middle : middle + 200] = bytes(200)
     (source / "cat/corrupt.png").write_bytes(content)
     pack(str(source), str(tmp_path / "out"), OPTIONS)
-    (verdict,) = verify(str(tmp_path / "out"), workers=1)
-    assert len(verdict.faults) == 1
-    assert "cat/corrupt" in verdict.faults[0]
+    (report,) = verify(str(tmp_path / "out"), workers=1)
+    assert len(report.faults) == 1
+    assert "cat/corrupt" in report.faults[0]
     with pytest.raises(UserError, match=r"cat/corrupt.png: cannot be decoded") as caught:
         pack(str(source), str(tmp_path / "decoded"), PackOptions(workers=1, decode=True))
     assert len(caught.value.faults) == 2
@@ -148,7 +151,7 @@ def test_decode_finds_corruption_in_the_middle_as_verify_does(source: Path, tmp_
 
 
 @pytest.mark.usefixtures("in_process")
-def test_images_of_val_that_are_in_train_are_reported(
+def test_val_images_that_are_also_in_train_are_reported(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = tmp_path / "both"
@@ -161,7 +164,7 @@ def test_images_of_val_that_are_in_train_are_reported(
 
 
 @pytest.mark.parametrize("change", ["grow", "shrink", "touch", "remove"])
-def test_a_file_that_changes_while_it_is_packed_is_an_error(source: Path, change: str) -> None:
+def test_file_that_changes_during_packing_is_an_error(source: Path, change: str) -> None:
     path = source / "cat/0.jpg"
     status = path.stat()
     item = Item("cat/0", 0, str(path), 0, status.st_size, "jpg", status.st_mtime_ns)
@@ -176,8 +179,8 @@ def test_a_file_that_changes_while_it_is_packed_is_an_error(source: Path, change
         read_item(item)
 
 
-def test_a_killed_worker_is_a_reason_to_retry(source: Path, tmp_path: Path) -> None:
-    """As the kernel does when memory runs out."""
+def test_killed_worker_is_a_retryable_error(source: Path, tmp_path: Path) -> None:
+    """The kernel kills a worker like this if memory runs out."""
     shutil.copytree(source, tmp_path / "copy")
     ended = threading.Event()
 
@@ -204,7 +207,7 @@ def test_a_killed_worker_is_a_reason_to_retry(source: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What needs no image is checked before any is read."""
+    """Fail if an image is read; other checks come first."""
 
     def fail(*_: object) -> None:
         pytest.fail("a worker was started")
@@ -227,7 +230,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "DESTINATION is empty"),
     ],
 )
-def test_destinations_that_cannot_be_written_are_refused_at_once(
+def test_invalid_destinations_are_errors_before_any_work(
     source: Path, tmp_path: Path, destination: str, reason: str
 ) -> None:
     (tmp_path / "link").symlink_to(source)
@@ -238,9 +241,7 @@ def test_destinations_that_cannot_be_written_are_refused_at_once(
 
 
 @pytest.mark.usefixtures("no_work")
-def test_a_source_that_the_splits_would_be_written_into_is_refused(
-    source: Path, tmp_path: Path
-) -> None:
+def test_source_inside_a_split_of_the_destination_is_an_error(source: Path, tmp_path: Path) -> None:
     source.rename(tmp_path / "train")
     with pytest.raises(UserError, match="packing writes to train/, which contains the source"):
         pack(str(tmp_path / "train"), str(tmp_path), OPTIONS)
@@ -250,7 +251,7 @@ def test_a_source_that_the_splits_would_be_written_into_is_refused(
 @pytest.mark.parametrize(
     "content", [b"<html>", b"", b"[]", b"7", b'{"resume_digest": 7}', b"\xff\xfe", b'{"x": "y"}']
 )
-def test_a_corrupt_plan_is_one_line(source: Path, tmp_path: Path, content: bytes) -> None:
+def test_corrupt_plan_is_a_one_line_error(source: Path, tmp_path: Path, content: bytes) -> None:
     records = tmp_path / "out/train/.pack"
     records.mkdir(parents=True)
     (records / "plan.json").write_bytes(content)
@@ -263,7 +264,7 @@ def test_a_corrupt_plan_is_one_line(source: Path, tmp_path: Path, content: bytes
 
 
 @pytest.mark.usefixtures("no_work")
-def test_tars_of_others_are_never_deleted(source: Path, tmp_path: Path) -> None:
+def test_third_party_tars_are_never_deleted(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out/train"
     (folder / "backup").mkdir(parents=True)
     for name in ("theirs.tar", "train-000000.tar"):
@@ -279,7 +280,7 @@ def test_tars_of_others_are_never_deleted(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_overwrite_replaces_a_data_set_and_nothing_else(source: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_only_the_dataset(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out/train"
     pack(str(source), str(tmp_path / "out"), PackOptions(workers=1, shards=3))
     for name in ("notes.txt", "backup/train-000000.tar"):
@@ -295,11 +296,12 @@ def test_overwrite_replaces_a_data_set_and_nothing_else(source: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_corrupt_record_costs_its_shard_only(
+def test_shard_with_a_corrupt_record_is_packed_again(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a crash of the machine may leave it. The plan of an unfinished pack is made by failing at
-    the index.
+    """A crash of the machine can leave a corrupt record.
+
+    The unfinished pack is created by an error when the index is built.
     """
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -310,9 +312,9 @@ def test_a_corrupt_record_costs_its_shard_only(
     record = json.loads((out / "train/.pack/000001.json").read_bytes())
     (out / "train/.pack/000001.json").write_text(json.dumps(record | {"keys": ["x", "y"]}))
     pack(str(source), str(out), PackOptions(workers=1, shards=3))
-    told = capsys.readouterr().err
-    assert ".pack/000000.json: is corrupt" in told
-    assert "going on, 1 of 3 shards" in told
+    message = capsys.readouterr().err
+    assert ".pack/000000.json: is corrupt" in message
+    assert "resuming, 1 of 3 shards" in message
     pack(str(source), str(tmp_path / "fresh"), PackOptions(workers=1, shards=3))
     assert [p.read_bytes() for p in sorted((out / "train").iterdir())] == [
         p.read_bytes() for p in sorted((tmp_path / "fresh/train").iterdir())
@@ -322,7 +324,7 @@ def test_a_corrupt_record_costs_its_shard_only(
 # --- verify ---------------------------------------------------------------------------------------
 
 
-def test_verify_bounds_its_lines_and_lists_all_faults_as_json(
+def test_verify_prints_a_few_errors_and_lists_all_as_json(
     convoy: Run, convoy_refuses: Run, tmp_path: Path
 ) -> None:
     from pipelines.datasets.index_shards import IndexOptions, index_shards
@@ -343,8 +345,8 @@ def test_verify_bounds_its_lines_and_lists_all_faults_as_json(
     assert len(lines) <= 12
     assert "truncated: the end-of-image marker is missing" in lines[-2]
     assert "23 more faults" in lines[-1]
-    verdict = json.loads(convoy("verify", folder, "--workers", 1, "--json").stdout)
-    assert len(verdict["splits"][0]["faults"]) == 33
+    report = json.loads(convoy("verify", folder, "--workers", 1, "--json").stdout)
+    assert len(report["splits"][0]["faults"]) == 33
 
 
 @pytest.mark.usefixtures("in_process")
@@ -352,12 +354,12 @@ def test_verify_accepts_what_pack_accepts(source: Path, tmp_path: Path) -> None:
     (source / "cat/trailing.jpg").write_bytes(jpeg(3) + b"\0" * 900)
     (source / "cat/really-a.jpg").write_bytes(png())
     pack(str(source), str(tmp_path / "out"), OPTIONS)
-    assert [verdict.faults for verdict in verify(str(tmp_path / "out"), workers=1)] == [[]]
+    assert [report.faults for report in verify(str(tmp_path / "out"), workers=1)] == [[]]
 
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("spelling", ["FILE://{}", "file://localhost{}", "~/{.name}"])
-def test_no_spelling_of_a_destination_hides_the_data_set_there(
+def test_existing_dataset_is_found_for_every_spelling_of_the_destination(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -366,7 +368,7 @@ def test_no_spelling_of_a_destination_hides_the_data_set_there(
     pack(str(source), str(out), OPTIONS)
     before = keys(out / "train")
     (source / "cat" / "new.jpg").write_bytes(jpeg(99))
-    with pytest.raises(UserError, match="holds another data set of 6 images"):
+    with pytest.raises(UserError, match="holds another dataset of 6 images"):
         pack(str(source), spelling.format(out), OPTIONS)
     assert keys(out / "train") == before
     with pytest.raises(UserError, match="is in the source"):

@@ -1,4 +1,4 @@
-"""Sample keys: unique, readable, safe in a tar and in webdataset, made in linear time."""
+"""Sample keys: unique, readable, safe in a tar and in webdataset, computed in linear time."""
 
 import re
 import time
@@ -37,17 +37,17 @@ def test_keys_are_unique_and_safe(pairs: list[tuple[str, str]]) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.from_regex(r"[A-Za-z0-9_]{1,40}", fullmatch=True), unique=True))
-def test_plain_names_stay_as_they_are(stems: list[str]) -> None:
+def test_plain_names_are_unchanged(stems: list[str]) -> None:
     assert keys_of([("cat", stem) for stem in stems]) == [f"cat/{stem}" for stem in stems]
     assert not has_equal_keys(stems)
 
 
-def test_equal_names_are_numbered_and_existing_names_kept() -> None:
+def test_equal_names_are_numbered_around_existing_names() -> None:
     pairs = [("c", "a"), ("c", "a"), ("c", "a-2"), ("c", "a"), ("d", "a"), ("c", "a-2")]
     assert keys_of(pairs) == ["c/a", "c/a-3", "c/a-2", "c/a-4", "d/a", "c/a-2-2"]
 
 
-def test_long_and_foreign_names_stay_recognizable() -> None:
+def test_long_and_non_latin_names_stay_recognizable() -> None:
     long = [
         ("portal", f"screenshot_of_the_customer_portal_2024_production_{i:07d}") for i in range(3)
     ]
@@ -62,11 +62,11 @@ def test_long_and_foreign_names_stay_recognizable() -> None:
     ]
 
 
-def test_twenty_thousand_equal_keys_take_linear_time() -> None:
+def test_numbering_equal_keys_takes_linear_time() -> None:
     def seconds(pairs: list[tuple[str, str]]) -> float:
-        began = time.process_time()
+        started = time.process_time()
         assert len(set(keys_of(pairs))) == len(pairs)
-        return time.process_time() - began
+        return time.process_time() - started
 
     distinct = min(seconds([("c", f"{i:07d}") for i in range(20_000)]) for _ in range(2))
     for pairs in (
@@ -75,4 +75,4 @@ def test_twenty_thousand_equal_keys_take_linear_time() -> None:
         [("c", "a")] * 10_000 + [("c", f"a-{i}") for i in range(2, 10_002)],
         [("c", f"a-{i % 20}") for i in range(20_000)],
     ):
-        assert seconds(pairs) < 20 * distinct + 0.5  # the square would take minutes
+        assert seconds(pairs) < 20 * distinct + 0.5  # quadratic time would be minutes

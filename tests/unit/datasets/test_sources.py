@@ -1,6 +1,4 @@
-"""What lies below a source: every file is packed, rejected by name or skipped by a rule, and splits
-are never classes.
-"""
+"""Sources: every file is packed, rejected or skipped by a rule, and splits are never classes."""
 
 import gzip
 import io
@@ -27,7 +25,7 @@ from trainer.errors import UserError
 
 PNG = png()
 Content = bytes | str | Callable[[str], None] | None
-"""Of a file; a link's target; what makes the file; None for a folder."""
+"""Bytes of a file, target of a link, function that creates the file, or None for a folder."""
 
 
 def make_tree(root: Path, files: dict[str, Content]) -> Path:
@@ -87,9 +85,7 @@ def paths(split: Split) -> set[str]:
         ("trainData", "EvalData"),
     ],
 )
-def test_split_folders_are_recognized_in_every_spelling(
-    tmp_path: Path, train: str, val: str
-) -> None:
+def test_common_names_of_split_folders_are_recognized(tmp_path: Path, train: str, val: str) -> None:
     source = listed(make_tree(tmp_path, classes(train, val)))
     assert [(split.name, split.class_ids) for split in source.splits] == [
         ("train", ["cat", "dog"]),
@@ -149,13 +145,13 @@ def test_other_names_are_not_splits(name: str) -> None:
         (classes("train") | {"val/images/1.png": PNG}, "not in {root}/train"),
     ],
 )
-def test_ambiguous_sources_are_refused(
+def test_ambiguous_sources_are_errors(
     tmp_path: Path, files: dict[str, Content], reason: str
 ) -> None:
     assert reason.format(root=tmp_path) in refused(make_tree(tmp_path, files))
 
 
-def test_what_is_ambiguous_can_be_said(tmp_path: Path) -> None:
+def test_options_resolve_ambiguous_sources(tmp_path: Path) -> None:
     vehicles = make_tree(
         tmp_path / "vehicles", {f"{name}/1.png": PNG for name in ("bus", "car", "train")}
     )
@@ -176,14 +172,14 @@ def test_what_is_ambiguous_can_be_said(tmp_path: Path) -> None:
     assert "--layout splits" in refused(animals, layout="splits")
 
 
-def test_a_test_split_beside_val_is_skipped_and_counted(tmp_path: Path) -> None:
+def test_test_split_next_to_val_is_skipped_and_counted(tmp_path: Path) -> None:
     source = listed(
         make_tree(tmp_path, classes("train", "val", "test") | {"README": b"", "docs/a.md": b""})
     )
     assert [split.name for split in source.splits] == ["train", "val"]
     assert source.account.skipped == {
-        "beside the split folders": [f"{tmp_path}/README"],
-        "in folders beside the splits": [f"{tmp_path}/docs/a.md"],
+        "next to the split folders": [f"{tmp_path}/README"],
+        "in folders next to the splits": [f"{tmp_path}/docs/a.md"],
         "a test split; val is packed as val": [
             f"{tmp_path}/test/cat/1.png",
             f"{tmp_path}/test/dog/2.png",
@@ -191,7 +187,7 @@ def test_a_test_split_beside_val_is_skipped_and_counted(tmp_path: Path) -> None:
     }
 
 
-def test_one_folder_called_images_within_each_class_is_not_a_level(tmp_path: Path) -> None:
+def test_images_folder_in_each_class_is_not_a_class_level(tmp_path: Path) -> None:
     tiny = {f"train/n0{c}/images/{i}.JPEG": PNG for c in "12" for i in "34"} | {
         "train/n01/n01_boxes.txt": b"x"
     }
@@ -200,7 +196,7 @@ def test_one_folder_called_images_within_each_class_is_not_a_level(tmp_path: Pat
     assert [item.key for item in split.items][:2] == ["n01/3", "n01/4"]
 
 
-def test_labels_are_those_of_train_where_val_lacks_classes(tmp_path: Path) -> None:
+def test_val_has_the_labels_of_train_if_classes_are_missing(tmp_path: Path) -> None:
     source = listed(
         make_tree(tmp_path, classes("train") | {"train/ant/1.png": PNG, "val/dog/1.png": PNG})
     )
@@ -222,19 +218,19 @@ def test_labels_are_those_of_train_where_val_lacks_classes(tmp_path: Path) -> No
         (["cat", "cat "], "differ only by spaces or Unicode normalization"),
     ],
 )
-def test_class_names_that_cannot_be_told_apart_are_refused(
+def test_invalid_or_ambiguous_class_names_are_errors(
     tmp_path: Path, names: list[str], reason: str
 ) -> None:
     assert reason in refused(make_tree(tmp_path, {f"{name}/1.png": PNG for name in names}))
 
 
-def test_classes_that_differ_by_case_are_noted(tmp_path: Path) -> None:
+def test_class_names_that_differ_only_by_case_are_reported(tmp_path: Path) -> None:
     source = listed(make_tree(tmp_path, {"Cat/1.png": PNG, "cat/1.png": PNG}))
     assert source.splits[0].class_ids == ["Cat", "cat"]
     assert any("differ only by case" in note for note in source.account.notes)
 
 
-def test_files_of_any_name_are_packed_under_a_safe_key(tmp_path: Path) -> None:
+def test_files_with_unusual_names_are_packed(tmp_path: Path) -> None:
     names = [
         os.fsdecode(b"caf\xe9.png"),
         "a\nb.png",
@@ -251,7 +247,7 @@ def test_files_of_any_name_are_packed_under_a_safe_key(tmp_path: Path) -> None:
     assert all(read_item(item) == PNG and item.source.isprintable() for item in split.items)
 
 
-def test_the_order_of_a_listing_does_not_matter(
+def test_items_do_not_depend_on_the_listing_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_tree(
@@ -275,7 +271,7 @@ def test_the_order_of_a_listing_does_not_matter(
 # --- links, special files, permissions ------------------------------------------------------------
 
 
-def test_links_are_followed_and_broken_ones_named(tmp_path: Path) -> None:
+def test_links_are_followed_and_broken_links_are_rejected(tmp_path: Path) -> None:
     outside = make_tree(tmp_path / "outside", {"9.png": PNG, "owl/1.png": PNG})
     root = make_tree(
         tmp_path / "source",
@@ -283,7 +279,7 @@ def test_links_are_followed_and_broken_ones_named(tmp_path: Path) -> None:
         | {
             "cat/9.png": str(outside / "9.png"),
             "owl": "../outside/owl",
-            "cat/gone.png": "/none/1.png",
+            "cat/broken.png": "/none/1.png",
             "cat/me": "me",
         },
     )
@@ -293,7 +289,7 @@ def test_links_are_followed_and_broken_ones_named(tmp_path: Path) -> None:
         f"{root}/{name}" for name in ("cat/1.png", "cat/9.png", "dog/2.png", "owl/1.png")
     }
     assert source.account.rejected == [
-        f"{root}/cat/gone.png: is a link to /none/1.png, which does not exist",
+        f"{root}/cat/broken.png: is a link to /none/1.png, which does not exist",
         f"{root}/cat/me: is a link that leads back to itself",
     ]
 
@@ -309,13 +305,13 @@ def test_links_are_followed_and_broken_ones_named(tmp_path: Path) -> None:
         ({"dog/cats": "../cat"}, "dog/cats: is the same folder as"),
     ],
 )
-def test_links_to_folders_that_lose_or_repeat_images_are_refused(
+def test_broken_or_repeated_folder_links_are_errors(
     tmp_path: Path, files: dict[str, Content], reason: str
 ) -> None:
     assert reason in refused(make_tree(tmp_path, classes(".") | files), nested=True)
 
 
-def test_a_link_that_is_gone_among_the_splits_is_refused(tmp_path: Path) -> None:
+def test_broken_link_named_like_a_split_is_an_error(tmp_path: Path) -> None:
     assert "val: is a link to /none, which does not exist" in refused(
         make_tree(tmp_path, classes("train") | {"val": "/none"})
     )
@@ -339,7 +335,7 @@ def test_pipes_sockets_and_devices_are_rejected_and_never_opened(tmp_path: Path)
 
 @contextmanager
 def without_privileges() -> Iterator[None]:
-    """Root may read everything; the user nobody may not."""
+    """Runs as the user nobody if the tests run as root, who can read everything."""
     if os.geteuid():
         yield
         return
@@ -352,7 +348,7 @@ def without_privileges() -> Iterator[None]:
 
 @pytest.fixture
 def readable_by_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """pytest's own folders are readable by their owner only."""
+    """A folder for other users too; pytest's are readable only by their owner."""
     folder = (
         Path(os.path.realpath(os.environ.get("TMPDIR", "/tmp")))
         / f"{tmp_path_factory.mktemp('x').name}-{os.getpid()}"
@@ -365,7 +361,7 @@ def readable_by_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_unreadable_folders_are_refused_and_unreadable_files_rejected(
+def test_unreadable_folders_are_errors_and_unreadable_files_are_rejected(
     readable_by_all: Path,
 ) -> None:
     nested = classes(".") | {"cat/deep/3.png": PNG}
@@ -403,10 +399,21 @@ def test_unreadable_folders_are_refused_and_unreadable_files_rejected(
 # --- the account, against an independent walk -----------------------------------------------------
 
 _FILES: dict[str, bytes] = {
-    "a.png": PNG, "b.jpg": jpeg(), "B.JPG": jpeg(1), "wrong.jpg": png(3), "cut.jpg": jpeg(2)[:-40], "cut.png": png(4)[:-30],
-    "t.dds": DDS, "notes.txt": b"notes", "empty.png": b"", ".hidden.png": PNG, "._a.png": b"\0\5\x16\7", "Thumbs.db": b"x",
-    "página.gif": Image.new("L", (3, 3)).tobytes(), "a.b.png": png(5),
-}  # fmt: skip
+    "a.png": PNG,
+    "b.jpg": jpeg(),
+    "B.JPG": jpeg(1),
+    "wrong.jpg": png(3),
+    "truncated.jpg": jpeg(2)[:-40],
+    "truncated.png": png(4)[:-30],
+    "t.dds": DDS,
+    "notes.txt": b"notes",
+    "empty.png": b"",
+    ".hidden.png": PNG,
+    "._a.png": b"\0\5\x16\7",
+    "Thumbs.db": b"x",
+    "página.gif": Image.new("L", (3, 3)).tobytes(),
+    "a.b.png": png(5),
+}
 _FOLDERS = ["cat", "dog", "cat/deep", "dog/deep/er", "cat/.git", "__MACOSX/cat", "", "猫"]
 
 
@@ -473,7 +480,7 @@ def _decodes(path: str) -> bool:
             image.load()
     except Exception:
         return False
-    return "cut" not in path  # Pillow accepts a PNG without its end
+    return "truncated" not in path  # Pillow accepts a PNG without its end
 
 
 # --- ImageNet's tars ------------------------------------------------------------------------------
@@ -509,7 +516,7 @@ def write_train(root: Path, content: bytes) -> Path:
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_a_damaged_imagenet_tar_is_refused_or_every_image_is_found(
+def test_corrupt_imagenet_tar_is_an_error_or_every_image_is_found(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     headers = [i for i in range(0, len(THREE), 512) if THREE[i + 257 : i + 262] == b"ustar"]
@@ -548,7 +555,7 @@ def test_names_in_imagenet_tars_become_unique_keys(
     ] == keys
 
 
-def test_imagenet_sources_that_are_ambiguous_or_incomplete_are_refused(tmp_path: Path) -> None:
+def test_ambiguous_or_incomplete_imagenet_sources_are_errors(tmp_path: Path) -> None:
     for name in ("train", "cats"):
         root = make_tree(write_train(tmp_path / f"both-{name}", THREE), classes(name))
         assert f"{root / name}: contains images" in refused(root)
@@ -556,7 +563,7 @@ def test_imagenet_sources_that_are_ambiguous_or_incomplete_are_refused(tmp_path:
     assert "more than once" in refused(
         write_train(tmp_path / "a", tar({"x/n01.tar": inner, "y/n01.tar": inner}))
     )
-    twice = inner[: len(PNG) // 512 * 512 + 1024] + inner  # the same member, two images
+    twice = inner[: len(PNG) // 512 * 512 + 1024] + inner  # two images with the same name
     assert "contains 1.JPEG more than once" in refused(
         write_train(tmp_path / "f", tar({"n01.tar": twice}))
     )
@@ -572,7 +579,7 @@ def test_imagenet_sources_that_are_ambiguous_or_incomplete_are_refused(tmp_path:
     assert "ILSVRC2012_devkit_t12.tar.gz: cannot be read" in refused(devkit)
 
 
-def test_other_files_beside_imagenets_tars_are_counted(tmp_path: Path) -> None:
+def test_other_files_next_to_imagenet_tars_are_counted(tmp_path: Path) -> None:
     root = make_tree(
         write_train(tmp_path, THREE), {"checksums.md5": b"", "boxes/a.xml": b"", ".DS_Store": b""}
     )
@@ -601,7 +608,7 @@ def write_idx(
         (((2**31 - 1, 2**31 - 1, 2**31 - 1), b""), ((3,), bytes(3)), "bytes of data, but it has 0"),
     ],
 )
-def test_idx_files_that_do_not_fit_are_refused(
+def test_inconsistent_idx_files_are_errors(
     tmp_path: Path,
     images: tuple[tuple[int, ...], bytes],
     labels: tuple[tuple[int, ...], bytes],
@@ -612,7 +619,7 @@ def test_idx_files_that_do_not_fit_are_refused(
     assert reason in refused(tmp_path)
 
 
-def test_idx_files_that_are_damaged_are_refused(tmp_path: Path) -> None:
+def test_corrupt_idx_files_are_errors(tmp_path: Path) -> None:
     write_idx(tmp_path, "images", (3, 2, 2), bytes(12))
     write_idx(tmp_path, "labels", (3,), bytes(3))
     path = tmp_path / "train-images-idx3-ubyte.gz"
@@ -633,6 +640,6 @@ def test_idx_files_that_are_damaged_are_refused(tmp_path: Path) -> None:
     assert (len(source.splits[0].items), source.account.num_skipped) == (3, 1)
 
 
-def test_class_folders_below_a_path_named_like_idx_files_are_class_folders(tmp_path: Path) -> None:
+def test_class_folders_are_found_below_a_path_named_like_an_idx_file(tmp_path: Path) -> None:
     (split,) = listed(make_tree(tmp_path / "my-idx3-ubyte-set", classes("."))).splits
     assert [read_item(item) for item in split.items] == [PNG, PNG]

@@ -1,6 +1,4 @@
-"""The code that a registered model brings: complete, and under a name that no program has for its
-own.
-"""
+"""The packaged code of a registered model: complete, and with a name that cannot clash."""
 
 import subprocess
 import sys
@@ -9,7 +7,7 @@ from pathlib import Path
 from trainer.export.packaged_code import packaged_code
 
 
-def test_packaged_code_predicts_in_a_program_that_has_its_own_trainer(tmp_path: Path) -> None:
+def test_packaged_code_predicts_in_a_program_with_another_trainer_module(tmp_path: Path) -> None:
     (tmp_path / "trainer.py").write_text("def fit(): pass\n")
     program = """
 import sys, importlib, trainer
@@ -18,10 +16,13 @@ export = importlib.import_module(sys.argv[2] + ".export.exported_model")
 from pathlib import Path
 import numpy as np, io
 from PIL import Image
-facts = export.ModelMetadata("resnet8", {"width": 4}, ["a", "b"], 2, 16, 1.0, [0.5] * 3, [0.5] * 3, True)
-export.save_model(Path("."), facts.build(), facts)
+metadata = export.ModelMetadata(
+    "resnet8", {"width": 4}, ["a", "b"], 2, 16, 1.0, [0.5] * 3, [0.5] * 3, True
+)
+export.save_model(Path("."), metadata.build(), metadata)
 buffer = io.BytesIO(); Image.new("RGB", (20, 20)).save(buffer, "JPEG")
-assert export.Predictor(Path("model.safetensors"), Path("model.json")).predict([buffer.getvalue()]).shape == (1, 2)
+predictor = export.Predictor(Path("model.safetensors"), Path("model.json"))
+assert predictor.predict([buffer.getvalue()]).shape == (1, 2)
 ours = [name for name in sys.modules if name.split(".")[0] in ("trainer", "pipelines")]
 assert ours == ["trainer"] and trainer.fit.__module__ == "trainer", ours
 """

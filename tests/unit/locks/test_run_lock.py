@@ -508,7 +508,7 @@ def test_a_store_without_conditional_writes_is_detected_and_still_has_one_owner(
 
 
 def test_a_folder_that_cannot_be_written_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^/proc/here: cannot be made: "):
+    with pytest.raises(UserError, match=r"^/proc/here: cannot be created: "):
         _lock("/proc/here").acquire()
     with pytest.raises(UserError, match=rf"^/proc: {LOCK_NAME} cannot be written: "):
         _lock("/proc").acquire()

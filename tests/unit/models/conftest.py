@@ -15,16 +15,15 @@ from pipelines.local.demo import _find_data
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Layers this small gain nothing from a second thread, and wait for it where the machine has
-    other work.
-    """
+    """Small layers gain nothing from a second thread, and wait for it on a busy machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _free_memory() -> Iterator[None]:
-    """VGG's copies are half a gigabyte each. What was there before the test is not searched: that
-    takes most of a second.
+    """Free VGG's copies, half a gigabyte each.
+
+    Objects older than the test are not searched, because that takes most of a second.
     """
     gc.freeze()
     yield
@@ -33,8 +32,9 @@ def _free_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Tensor]:
-    """64 images [64, 3, 16, 16] of Fashion-MNIST (of scikit-learn's digits where it cannot be had),
-    normalized; labels.
+    """64 normalized images [64, 3, 16, 16] of Fashion-MNIST, and their labels.
+
+    If Fashion-MNIST is unavailable, scikit-learn's digits are used.
     """
     folder: Path = tmp_path_factory.mktemp("data")
     items = list_source(str(_find_data(folder).source)).splits[0].items

@@ -1,4 +1,4 @@
-"""The networks' parts, against their papers' formulas."""
+"""The layers of the networks, against the formulas of their papers."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from trainer.models.resnet import Block, Bottleneck
 from trainer.training.loss import weighted_loss
 
 
-def test_local_response_norm_is_the_papers_sum() -> None:
+def test_local_response_norm_matches_the_formula_of_the_paper() -> None:
     x = torch.randn(2, 7, 3, 3)
     norm = LocalResponseNorm(size=5, alpha=1e-4, beta=0.75, k=2.0)
     expected = torch.empty_like(x)
@@ -26,15 +26,15 @@ def test_local_response_norm_is_the_papers_sum() -> None:
     )  # which divides alpha by 5
 
 
-def test_local_response_norm_of_half_precision_does_not_overflow() -> None:
+def test_local_response_norm_does_not_overflow_in_half_precision() -> None:
     x = torch.full((1, 5, 1, 1), 1000.0)
     half = LocalResponseNorm()(x.half())
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), LocalResponseNorm()(x), rtol=1e-3, atol=0)
 
 
-def test_batch_norm_of_half_precision_computes_in_fp32() -> None:
-    """The variance of large values is lost in half precision."""
+def test_batch_norm_computes_in_fp32_for_half_precision() -> None:
+    """Half precision would lose the variance of large values."""
     norm, half = BatchNorm2d(4), BatchNorm2d(4)
     half.weight.data, half.bias.data = half.weight.data.half(), half.bias.data.half()
     x = (torch.randn(8, 4, 5, 5) + 300).half()
@@ -47,7 +47,7 @@ def test_batch_norm_of_half_precision_computes_in_fp32() -> None:
     assert half.num_batches_tracked == 1
 
 
-def test_shortcut_a_strides_and_pads_with_zeros() -> None:
+def test_shortcut_a_is_strided_and_padded_with_zeros() -> None:
     x = torch.randn(1, 2, 4, 4)
     out = ShortcutA(3, 2)(x)
     assert out.shape == (1, 5, 2, 2)
@@ -56,7 +56,7 @@ def test_shortcut_a_strides_and_pads_with_zeros() -> None:
 
 
 @pytest.mark.parametrize("depth", [8, 18, 50])
-def test_plain_network_is_the_residual_one_without_shortcuts(depth: int) -> None:
+def test_plain_network_equals_the_residual_network_without_shortcuts(depth: int) -> None:
     residual, plain = (
         build_model(f"resnet{depth}", 10, width=4),
         build_model(f"plain{depth}", 10, width=4),
@@ -78,19 +78,21 @@ def test_plain_network_is_the_residual_one_without_shortcuts(depth: int) -> None
 @pytest.mark.parametrize(
     ("stride_in", "first", "second"), [(None, 1, 2), ("3x3", 1, 2), ("1x1", 2, 1)]
 )
-def test_stride_placement(stride_in: str | None, first: int, second: int) -> None:
+def test_stride_in_selects_the_convolution_with_the_stride(
+    stride_in: str | None, first: int, second: int
+) -> None:
     block = build_model("resnet50", 10, width=4, stride_in=stride_in).get_submodule("stage2_0")
     assert isinstance(block, Bottleneck)
     assert (block.conv1.stride[0], block.conv2.stride[0]) == (first, second)
 
 
-def test_zero_gamma_makes_each_block_its_shortcut() -> None:
+def test_zero_init_gamma_makes_each_block_its_shortcut() -> None:
     model = build_model("resnet20", 10, width=4, zero_init_gamma=True)
-    x = torch.rand(2, 4, 8, 8)  # not negative, as after the block before
+    x = torch.rand(2, 4, 8, 8)  # nonnegative, like the output of the previous block
     torch.testing.assert_close(model.get_submodule("stage1_1")(x), x)
 
 
-def test_initialization_of_2012() -> None:
+def test_alexnet2012_initialization_matches_the_paper() -> None:
     torch.manual_seed(0)
     model = build_model("alexnet2012", 10, width=32)
     ones = {
@@ -103,14 +105,14 @@ def test_initialization_of_2012() -> None:
     assert model.get_submodule("conv2").groups == 2
 
 
-def test_true_five_by_five_and_the_quirk() -> None:
+def test_googlenet2014_has_5x5_and_googlenet_3x3_kernels() -> None:
     for name, kernel in (("googlenet2014", 5), ("googlenet", 3)):
         module = build_model(name, 10, width=8).get_submodule("inception3a")
         assert isinstance(module, Inception)
         assert module.branch5.conv.kernel_size == (kernel, kernel)
 
 
-def test_auxiliary_heads_add_their_logits_in_training_only() -> None:
+def test_auxiliary_heads_add_logits_only_in_training() -> None:
     model = build_model("googlenet2014", 10, width=8)
     head = model.get_submodule("aux2")
     assert isinstance(head, AuxiliaryHead)
@@ -128,7 +130,7 @@ def test_auxiliary_heads_add_their_logits_in_training_only() -> None:
     )  # the paper's 4x4, exactly
 
 
-def test_auxiliary_losses_weigh_three_tenths() -> None:
+def test_auxiliary_losses_have_weight_0_3() -> None:
     logits, first, second = torch.randn(3, 4, 5)
     labels, weights = torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 1.0, 0.0, 1.0])
     loss = [weighted_loss(head, labels, weights, 3.0, 1) for head in (logits, first, second)]
@@ -136,7 +138,7 @@ def test_auxiliary_losses_weigh_three_tenths() -> None:
     torch.testing.assert_close(together, loss[0] + 0.3 * (loss[1] + loss[2]))
 
 
-def test_small_options_reach_the_layers() -> None:
+def test_options_are_passed_to_the_layers() -> None:
     tanh = build_model("vgg11", 10, width=4, activation="tanh", batch_norm=True, dropout=0.1)
     kinds = [type(m) for m in tanh.modules()]
     assert kinds.count(nn.Tanh) == 10

@@ -1,4 +1,4 @@
-"""Each family can learn: 64 real images by heart, in a bounded number of steps."""
+"""Each family can memorize 64 real images in a bounded number of steps."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ STEPS = 400
         ("plain8", {}),
     ],
 )
-def test_learns_64_images_by_heart(
+def test_network_memorizes_64_images(
     name: str, options: dict[str, object], real_images: tuple[Tensor, Tensor]
 ) -> None:
     images, labels = real_images
@@ -31,7 +31,7 @@ def test_learns_64_images_by_heart(
     if name.startswith(("alexnet", "vgg", "googlenet")):
         options = {"stem": "small", "dropout": 0.0, **options}
     model = build_model(name, 10, image_size=16, **options).to(memory_format=torch.channels_last)
-    # N(0, 0.01) is meant for hundreds of channels: where there are few, the signal starts small
+    # N(0, 0.01) is meant for hundreds of channels; with few, the signal is small at first
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3 if name == "alexnet2012" else 1e-3)
     for step in range(STEPS):
         loss = weighted_loss(model.train()(images), labels, torch.ones(64), 64, 1)

@@ -18,7 +18,7 @@ from trainer.models.state_dict_adapter import schemes_of
 @pytest.mark.parametrize(
     "name", [v.name for v in list_models() if "torchvision" in schemes_of(v.name)]
 )
-def test_torchvisions_published_figures(name: str) -> None:
+def test_figures_match_those_of_torchvision(name: str) -> None:
     entry = model_info(name)
     meta = next(iter(get_model_weights(name))).meta
     assert entry.parameters == meta["num_params"]
@@ -26,7 +26,7 @@ def test_torchvisions_published_figures(name: str) -> None:
     assert entry.torchvision_top1 == meta["_metrics"]["ImageNet-1K"]["acc@1"]
 
 
-def test_published_depths_and_sizes() -> None:
+def test_depths_and_parameters_match_the_papers() -> None:
     for variant in list_models():
         digits = "".join(c for c in variant.name if c.isdigit())
         entry = model_info(variant.name)
@@ -35,8 +35,8 @@ def test_published_depths_and_sizes() -> None:
         elif variant.family in ("alexnet", "googlenet"):
             assert entry.layers == {"alexnet": 8, "googlenet": 22}[variant.family]
         assert (entry.top5_error is None) == (entry.top5_source is None)
-    # He et al. 2015, table 6, and Krizhevsky et al. 2012, section 3.5 (60 million), to the digits
-    # printed there
+    # He et al. 2015, table 6, and Krizhevsky et al. 2012, section 3.5 (60 million), to their
+    # printed precision
     for name, millions in (
         ("resnet20", 0.27),
         ("resnet32", 0.46),
@@ -49,15 +49,15 @@ def test_published_depths_and_sizes() -> None:
 
 
 @pytest.mark.parametrize("name", ["alexnet2012", "googlenet2014", "vgg11_bn", "resnet20"])
-def test_costs_are_those_of_a_real_pass(name: str) -> None:
-    """On the CPU, with numbers: torch's own counter, and each storage that autograd keeps."""
+def test_costs_match_a_real_forward_pass(name: str) -> None:
+    """The reference is torch's FLOP counter and the storages that autograd saves, on the CPU."""
     model, side = build_model(name, 10, width=8), 64
     counter = FlopCounterMode(display=False)
     with torch.inference_mode(), counter:
         model.eval()(torch.randn(1, 3, side, side))
     parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept = []
-    for images in (4, 6):  # what does not grow with the batch drops out of the difference
+    for images in (4, 6):  # the difference excludes what does not grow with the batch
         saved: dict[int, torch.Tensor] = {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, saved=saved: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
@@ -72,12 +72,12 @@ def test_costs_are_those_of_a_real_pass(name: str) -> None:
     assert activation_bytes == pytest.approx((kept[1] - kept[0]) / 2, rel=0.01)
 
 
-def test_too_small_an_image_is_refused() -> None:
+def test_image_size_below_the_minimum_is_an_error() -> None:
     with pytest.raises(UserError, match=r"needs at least 63 pixels, or 15 with model\.stem=small"):
         model_info("alexnet", 32)
 
 
-def test_the_command_prints_every_network() -> None:
+def test_models_command_prints_every_network() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pipelines.cli", "models", "--json", "--image-size", "64"],
         capture_output=True,

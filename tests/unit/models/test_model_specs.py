@@ -1,4 +1,4 @@
-"""What must hold for every network of the registry."""
+"""Properties of every network in the registry."""
 
 import os
 import shutil
@@ -15,8 +15,8 @@ from trainer.training.loss import weighted_loss
 NAMES = [v.name for v in list_models()]
 FAMILIES = ("alexnet", "vgg", "googlenet", "resnet", "plain")
 """Families whose batch norms are known here; a new family must pass all other tests."""
-ONE_A_FAMILY = ["alexnet2012", "vgg11_bn", "googlenet2014", "resnet50", "resnet8", "plain18"]
-SOME = NAMES if os.environ.get("CONVOY_MATRIX") else ONE_A_FAMILY
+ONE_PER_FAMILY = ["alexnet2012", "vgg11_bn", "googlenet2014", "resnet50", "resnet8", "plain18"]
+SOME = NAMES if os.environ.get("CONVOY_MATRIX") else ONE_PER_FAMILY
 WIDTH = 8
 
 
@@ -37,7 +37,7 @@ def loss_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
+def test_every_parameter_has_a_finite_gradient(name: str) -> None:
     model = narrow(name).train()
     loss_of(model, images_for(name, 4)).backward()
     for key, parameter in model.named_parameters():
@@ -46,7 +46,7 @@ def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_evaluates_one_image_of_any_size(name: str) -> None:
+def test_evaluation_accepts_one_image_of_any_size(name: str) -> None:
     model = narrow(name).eval()
     smallest = images_for(name).shape[-1]
     for height, width in ((smallest, smallest), (smallest + 6, smallest + 13), (75, 66)):
@@ -56,7 +56,7 @@ def test_evaluates_one_image_of_any_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_channels_last_computes_the_same(name: str) -> None:
+def test_channels_last_gives_the_same_output(name: str) -> None:
     model = narrow(name).eval()
     images = images_for(name)
     expected = model(images)
@@ -69,17 +69,13 @@ def test_channels_last_computes_the_same(name: str) -> None:
 @pytest.mark.parametrize(
     ("stem", "name"), [(stem, v.name) for v in list_models() for stem in v.smallest_input]
 )
-def test_smallest_input(name: str, stem: str) -> None:
+def test_images_below_the_smallest_input_are_errors(name: str, stem: str) -> None:
     variant = get_model_spec(name)
     smallest = variant.smallest_input[stem]
     options = {"width": WIDTH} | ({"stem": stem} if "stem" in variant.options else {})
     with torch.device("meta"):
         model = build_model(name, 10, image_size=smallest, **options).train()
-        if variant.family in (
-            "alexnet",
-            "vgg",
-            "googlenet",
-        ):  # in the others padding lets every size through
+        if variant.family in ("alexnet", "vgg", "googlenet"):  # others are padded for any size
             assert isinstance(model(torch.empty(2, 3, smallest, smallest)), Tensor | tuple)
             with pytest.raises(RuntimeError):
                 model(torch.empty(2, 3, smallest - 1, smallest - 1))
@@ -95,8 +91,8 @@ def test_networks_with_the_option_stem_state_the_smallest_input_of_each() -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_can_be_cut_between_any_two_layers(name: str) -> None:
-    """As a pipeline engine does: what crosses a cut is a tensor or a tuple of tensors."""
+def test_value_between_any_two_layers_is_tensors(name: str) -> None:
+    """A pipeline engine can therefore split the model between any two layers."""
     model = narrow(name, **({"dropout": 0.0} if "dropout" in get_model_spec(name).options else {}))
     images = images_for(name, 4)
     for training in (True, False):
@@ -104,7 +100,7 @@ def test_can_be_cut_between_any_two_layers(name: str) -> None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()
-        whole = model(images)
+        expected_outputs = model(images)
         value: object = images
         for layer in model:
             value = layer(value)
@@ -113,13 +109,15 @@ def test_can_be_cut_between_any_two_layers(name: str) -> None:
         heads = 3 if training and name.startswith("googlenet") else 1
         assert len(parts) == heads
         for part, expected in zip(
-            parts, whole if isinstance(whole, tuple) else (whole,), strict=True
+            parts,
+            expected_outputs if isinstance(expected_outputs, tuple) else (expected_outputs,),
+            strict=True,
         ):
             torch.testing.assert_close(part, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batch_norm_is_ours_everywhere(name: str) -> None:
+def test_all_batch_norms_compute_in_fp32(name: str) -> None:
     with torch.device("meta"):
         model = build_model(name, 10)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -130,9 +128,9 @@ def test_batch_norm_is_ours_everywhere(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ONE_A_FAMILY)
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_half_precision_weights_train(name: str) -> None:
-    """As a 16-bit engine leaves a model: halved weights, buffers in fp32."""
+    """A 16-bit engine converts weights to half precision and keeps buffers in fp32."""
     model = narrow(name).train()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -144,7 +142,7 @@ def test_half_precision_weights_train(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_exports(name: str) -> None:
+def test_torch_export_gives_the_same_output(name: str) -> None:
     model = narrow(name).eval()
     images = images_for(name)
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -159,35 +157,35 @@ def _assert_trains_alike(name: str, backend: str) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout) and backend == "inductor":
             module.p = 0.0  # its kernels draw other masks
-    # what other networks left of the layers that they share counts against a limit
+    # graphs that other networks compiled for shared layers count against a limit
     torch.compiler.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     torch.manual_seed(3)
     loss = loss_of(compiled, images)
     loss.backward()
-    own = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
     model.zero_grad()
     torch.manual_seed(3)
     expected = loss_of(model, images)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     for key, parameter in model.named_parameters():
-        apart = (own[key] - parameter.grad).norm() / (parameter.grad.norm() + 1e-6)
-        assert apart < 1e-2, key
+        difference = (gradients[key] - parameter.grad).norm()
+        assert difference / (parameter.grad.norm() + 1e-6) < 1e-2, key
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_compiles_as_one_graph(name: str) -> None:
-    _assert_trains_alike(name, "eager")  # no time for kernels: the capture is what can fail
+def test_compiles_to_a_single_graph(name: str) -> None:
+    _assert_trains_alike(name, "eager")  # only the capture can fail; kernels take long
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for a CPU need a C++ compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="CPU kernels need a C++ compiler")
 @pytest.mark.parametrize("name", NAMES if os.environ.get("CONVOY_MATRIX") else ["resnet8"])
-def test_compiled_kernels_compute_the_same(name: str) -> None:
+def test_compiled_kernels_give_the_same_gradients(name: str) -> None:
     _assert_trains_alike(name, "inductor")
 
 
-def test_unknown_name_tells_the_nearest() -> None:
+def test_unknown_model_name_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match=r"no model 'resnet51'; nearest: .*resnet50"):
         build_model("resnet51", 10)
 
@@ -213,10 +211,10 @@ def test_unknown_name_tells_the_nearest() -> None:
             {"zero_init_gamma": True, "batch_norm": False},
             r"model\.zero_init_gamma: needs",
         ),
-        ("alexnet2012", {"width": 9}, r"model\.width: 9 does not divide by 2"),
+        ("alexnet2012", {"width": 9}, r"model\.width: 9 is not divisible by 2"),
     ],
 )
-def test_option_without_a_place_is_refused(
+def test_options_that_do_not_apply_are_errors(
     name: str, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Our networks compute what torchvision's and timm's compute with the same weights."""
+"""Networks match those of torchvision and timm with the same weights."""
 
 import pytest
 import timm
@@ -20,8 +20,9 @@ def torchvision_model(name: str) -> nn.Module:
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """A model of the meta device gets weights that keep the signal's size, and batch-norm
-    statistics that are not 0 and 1.
+    """Give a model of the meta device weights that preserve the signal's scale.
+
+    The batch-norm statistics are not 0 and 1.
     """
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -40,11 +41,13 @@ def randomized(model: nn.Module) -> nn.Module:
     return model
 
 
-def sharing_weights_of(peer: nn.Module, name: str, scheme: str, **options: object) -> nn.Sequential:
+def sharing_weights_of(
+    reference: nn.Module, name: str, scheme: str, **options: object
+) -> nn.Sequential:
     with torch.device("meta"):
         model = build_model(name, 1000, **options)
     model.load_state_dict(
-        to_native_state_dict(peer.state_dict(), scheme, get_model_spec(name), model),
+        to_native_state_dict(reference.state_dict(), scheme, get_model_spec(name), model),
         assign=True,
         strict=True,
     )
@@ -59,7 +62,7 @@ def assert_close(ours: Tensor, theirs: Tensor, relative: float, what: str, scale
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Of the training loss; the same seed gives both models' dropout the same masks."""
+    """Gradients of the training loss; the seed gives both models the same dropout masks."""
     torch.manual_seed(1)
     result = model.train()(images)
     if hasattr(result, "aux_logits1"):  # torchvision's GoogLeNet
@@ -68,10 +71,12 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Ten
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def compare(name: str, peer: nn.Module, scheme: str, **options: object) -> None:
-    state = randomized(peer).state_dict()
-    ours = sharing_weights_of(peer, name, scheme, **options)
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
+def compare(name: str, reference: nn.Module, scheme: str, **options: object) -> None:
+    state = randomized(reference).state_dict()
+    ours = sharing_weights_of(reference, name, scheme, **options)
+    assert sum(p.numel() for p in ours.parameters()) == sum(
+        p.numel() for p in reference.parameters()
+    )
 
     exported = export_state(scheme, name, ours)
     assert set(exported) == set(state)
@@ -79,23 +84,22 @@ def compare(name: str, peer: nn.Module, scheme: str, **options: object) -> None:
         assert exported[key].dtype == value.dtype
         assert torch.equal(exported[key], value), key
 
-    side = (
-        get_model_spec(name).smallest_input["imagenet"] + 1
-    )  # odd sizes and windows over the border too
+    # includes odd sizes, and windows over the border
+    side = get_model_spec(name).smallest_input["imagenet"] + 1
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        expected = peer.eval()(images)
+        expected = reference.eval()(images)
         assert_close(ours.eval()(images), expected, 1e-5, "output", expected)
 
     labels = torch.tensor([3, 907])
-    theirs = gradients(peer, images, labels)
-    own = gradients(ours, images, labels)
+    theirs = gradients(reference, images, labels)
+    actual = gradients(ours, images, labels)
     names = dict(zip(ours.state_dict(), exported, strict=True))
-    batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in peer.modules())
-    for key, gradient in own.items():
+    batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in reference.modules())
+    for key, gradient in actual.items():
         expected = theirs[names[key]].reshape(gradient.shape)
-        # a bias before batch norm has no effect: what its gradient holds is rounding, small beside
-        # that of its weights
+        # a bias before batch norm has no effect, so its gradient is rounding error, which is small
+        # relative to the gradient of the weights
         idle = batch_norm and key.startswith("conv") and key.endswith(".bias")
         scale = theirs[names[key.replace(".bias", ".weight")]] if idle else expected
         assert_close(gradient, expected, 1e-4, f"gradient of {key}", scale)
@@ -117,14 +121,14 @@ def test_every_torchvision_variant_is_compared() -> None:
 
 
 @pytest.mark.parametrize("name", IN_TORCHVISION)
-def test_same_as_torchvision(name: str) -> None:
+def test_outputs_and_gradients_match_torchvision(name: str) -> None:
     with torch.device("meta"):
-        peer = torchvision_model(name)
-    compare(name, peer, "torchvision")
+        reference = torchvision_model(name)
+    compare(name, reference, "torchvision")
 
 
 @pytest.mark.parametrize("name", IN_TIMM)
-def test_same_as_timm(name: str) -> None:
+def test_outputs_and_gradients_match_timm(name: str) -> None:
     with torch.device("meta"):
-        peer = timm.create_model(name, drop_rate=0.0)
-    compare(name, peer, "timm", **({"dropout": 0.0} if name.startswith("vgg") else {}))
+        reference = timm.create_model(name, drop_rate=0.0)
+    compare(name, reference, "timm", **({"dropout": 0.0} if name.startswith("vgg") else {}))

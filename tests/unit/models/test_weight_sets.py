@@ -42,7 +42,7 @@ def average(source: nn.Module) -> nn.Module:
 def _imported(
     tmp_path: Path, content: object, key: str | None = None
 ) -> tuple[dict[str, Tensor], str]:
-    """The weights that an import of ``content`` gives, in torchvision's names, and what it reports."""
+    """Import ``content``; return its weights with torchvision's names, and the notes."""
     torch.save(content, tmp_path / "c.pth")
     weights = select_weights(str(tmp_path / "c.pth"), "resnet18", key)
     report = load_weights(
@@ -74,23 +74,23 @@ def _with_prefix(prefix: str, model: nn.Module) -> dict[str, Tensor]:
         "backbone.",
     ],
 )
-def test_prefixes_of_wrappers_are_removed(prefix: str, source: nn.Module, tmp_path: Path) -> None:
+def test_wrapper_prefixes_are_removed(prefix: str, source: nn.Module, tmp_path: Path) -> None:
     state, _ = _imported(tmp_path, _with_prefix(prefix, source))
     _assert_holds(state, source)
 
 
-def test_submodules_that_were_compiled_or_checkpointed_are_unwrapped(
-    source: nn.Module, tmp_path: Path
-) -> None:
+def test_compiled_submodules_are_unwrapped(source: nn.Module, tmp_path: Path) -> None:
     model = torchvision.models.resnet18(num_classes=CLASSES)
     model.load_state_dict(source.state_dict())
     model.layer1 = torch.compile(model.layer1)
-    assert any("layer1._orig_mod." in key for key in model.state_dict()), "torch names it so"
+    assert any("layer1._orig_mod." in key for key in model.state_dict()), (
+        "torch adds this component"
+    )
     state, _ = _imported(tmp_path, model.state_dict())
     _assert_holds(state, source)
 
 
-def test_timms_averaged_weights_are_preferred_and_reported(
+def test_timm_ema_weights_are_preferred_and_reported(
     source: nn.Module, average: nn.Module, tmp_path: Path
 ) -> None:
     ema = ModelEmaV3(average)
@@ -107,10 +107,10 @@ def test_timms_averaged_weights_are_preferred_and_reported(
     _assert_holds(state, source)
 
 
-def test_torchs_averaged_model_is_preferred(
+def test_torch_averaged_model_is_preferred(
     source: nn.Module, average: nn.Module, tmp_path: Path
 ) -> None:
-    """As torchvision's references save it: names below ``module.`` and a counter beside them."""
+    """torchvision's references save names below ``module.`` and a counter."""
     ema = torch.optim.swa_utils.AveragedModel(average)
     optimizer = torch.optim.SGD(source.parameters(), 0.1)
     content = {
@@ -124,7 +124,7 @@ def test_torchs_averaged_model_is_preferred(
     assert "n_averaged" not in notes
 
 
-def test_an_average_that_does_not_fit_is_reported_and_not_used(
+def test_incomplete_ema_weights_are_reported_and_not_used(
     source: nn.Module, tmp_path: Path
 ) -> None:
     partial = {key: value for key, value in source.state_dict().items() if "running" not in key}
@@ -133,7 +133,7 @@ def test_an_average_that_does_not_fit_is_reported_and_not_used(
     assert "not those at ema" in notes
 
 
-def test_two_sets_that_fit_alike_are_refused_until_one_is_chosen(
+def test_equally_matching_weight_sets_are_an_error_without_key(
     source: nn.Module, average: nn.Module, tmp_path: Path
 ) -> None:
     content = _with_prefix("student.", source) | _with_prefix("teacher.", average)
@@ -148,13 +148,13 @@ def test_two_sets_that_fit_alike_are_refused_until_one_is_chosen(
         _imported(tmp_path, content, key="tutor")
 
 
-def test_the_same_weights_twice_are_one_set(source: nn.Module, tmp_path: Path) -> None:
+def test_duplicate_weight_sets_count_as_one(source: nn.Module, tmp_path: Path) -> None:
     state, _ = _imported(tmp_path, {"model": source.state_dict(), "best": source.state_dict()})
     _assert_holds(state, source)
 
 
-def test_what_is_outside_the_model_is_named(source: nn.Module, tmp_path: Path) -> None:
-    """As Lightning saves a module with a loss that has weights."""
+def test_tensors_outside_the_model_are_reported(source: nn.Module, tmp_path: Path) -> None:
+    """Lightning saves a module with the weights of its loss."""
     content = {
         "state_dict": _with_prefix("net.", source) | {"criterion.weight": torch.ones(CLASSES)},
         "epoch": 1,
@@ -164,13 +164,13 @@ def test_what_is_outside_the_model_is_named(source: nn.Module, tmp_path: Path) -
     assert "ignores 1 tensors outside state_dict.net: criterion.weight" in notes
 
 
-def test_a_name_with_and_without_its_wrapper_is_refused(source: nn.Module, tmp_path: Path) -> None:
+def test_name_with_and_without_a_wrapper_is_an_error(source: nn.Module, tmp_path: Path) -> None:
     content = source.state_dict() | {"_orig_mod.conv1.weight": torch.zeros(64, 3, 7, 7)}
     with pytest.raises(UserError, match=r"holds conv1\.weight twice"):
         _imported(tmp_path, content)
 
 
-def test_integer_weights_are_refused(source: nn.Module, tmp_path: Path) -> None:
+def test_integer_weights_are_an_error(source: nn.Module, tmp_path: Path) -> None:
     content = source.state_dict() | {"conv1.weight": torch.zeros(64, 3, 7, 7, dtype=torch.int8)}
     with pytest.raises(
         UserError, match=r"1 keys not of a floating-point type: conv1\.weight torch\.int8"
@@ -178,7 +178,7 @@ def test_integer_weights_are_refused(source: nn.Module, tmp_path: Path) -> None:
         _imported(tmp_path, content)
 
 
-def test_16_bit_weights_become_fp32(source: nn.Module, tmp_path: Path) -> None:
+def test_half_precision_weights_are_converted_to_fp32(source: nn.Module, tmp_path: Path) -> None:
     torch.save(
         {key: value.half() for key, value in source.state_dict().items()}, tmp_path / "h.pth"
     )
@@ -190,13 +190,12 @@ def test_16_bit_weights_become_fp32(source: nn.Module, tmp_path: Path) -> None:
     )
 
 
-# --- classes
-# ----------------------------------------------------------------------------------------------------------
+# --- classes --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def three_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two images of each of three ImageNet classes, packed; their outputs are 0, 217 and 571."""
+    """A packed dataset of two images of each of the ImageNet classes 0, 217 and 571."""
     root = tmp_path_factory.mktemp("three")
     random = np.random.default_rng(0)
     for name in ("n01440764", "n02102040", "n03425413"):
@@ -209,32 +208,32 @@ def three_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "packed/train"
 
 
-def test_imagenets_outputs_are_matched_with_a_subset_by_name(
+def test_imagenet_outputs_are_matched_with_a_subset_by_name(
     three_classes: Path, tmp_path: Path
 ) -> None:
-    """The head's rows for these classes; torchvision's own network with all 1,000 outputs is the
-    reference.
-    """
+    """The reference is torchvision's network with all 1,000 outputs."""
     torch.manual_seed(0)
-    peer = torchvision.models.resnet18().eval()
-    torch.save(peer.state_dict(), tmp_path / "w.pth")
+    reference = torchvision.models.resnet18().eval()
+    torch.save(reference.state_dict(), tmp_path / "w.pth")
     lines = import_weights(
         str(tmp_path / "w.pth"), "resnet18", tmp_path / "m", 64, str(three_classes), None
     )
     assert "the outputs of 3 of ImageNet's 1,000 classes, matched by name" in "\n".join(lines)
-    facts = ModelMetadata(**json.loads((tmp_path / "m/model.json").read_text()))
-    assert facts.classes == open_index(str(three_classes))[0].classes
-    model = facts.build()
+    metadata = ModelMetadata(**json.loads((tmp_path / "m/model.json").read_text()))
+    assert metadata.classes == open_index(str(three_classes))[0].classes
+    model = metadata.build()
     model.load_state_dict(load_file(tmp_path / "m/model.safetensors"))
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     wordnet_ids = list(ImageNetInfo("imagenet-1k").label_names())
-    rows = [wordnet_ids.index(name) for name in ("n01440764", "n02102040", "n03425413")]
-    torch.testing.assert_close(model.eval()(images), peer(images)[:, rows], rtol=1e-4, atol=1e-4)
+    outputs = [wordnet_ids.index(name) for name in ("n01440764", "n02102040", "n03425413")]
+    torch.testing.assert_close(
+        model.eval()(images), reference(images)[:, outputs], rtol=1e-4, atol=1e-4
+    )
     image = next((three_classes.parent.parent / "images").rglob("*.png"))
     assert len(predict_files(str(tmp_path / "m"), [str(image)])[0]["top5"]) == 3
 
 
-def test_classes_that_no_output_has_are_refused_by_name(
+def test_unnamed_outputs_of_another_number_of_classes_are_an_error(
     source: nn.Module, three_classes: Path, tmp_path: Path
 ) -> None:
     torch.save(source.state_dict(), tmp_path / "seven.pth")
@@ -248,7 +247,7 @@ def test_classes_that_no_output_has_are_refused_by_name(
 
 
 class _Classes:
-    """What matching reads of an index."""
+    """The part of an index that matching reads."""
 
     def __init__(self, ids: list[str], names: list[str] | None = None) -> None:
         self.class_ids, self.classes = ids, names or ids
@@ -258,7 +257,7 @@ def _match(outputs: list[set[str]], data: _Classes) -> list[int]:
     return match_classes(outputs, data, "MODEL", "DATA")  # type: ignore[arg-type]
 
 
-def test_matching_by_id_then_by_name_in_any_order() -> None:
+def test_classes_are_matched_by_id_then_by_name() -> None:
     outputs = output_names(["cat", "dog", "bird"], 3)
     assert _match(outputs, _Classes(["bird", "cat"])) == [2, 0]
     assert _match(outputs, _Classes(["n1", "n2"], ["dog", "bird"])) == [1, 2]
@@ -270,12 +269,12 @@ def test_matching_by_id_then_by_name_in_any_order() -> None:
         _match(outputs, _Classes(["0", "1"]))
     numbers = [str(number) for number in range(1000)]
     assert _match(imagenet_output_names(), _Classes(numbers)) == list(range(1000)), (
-        "as third-party shards of ImageNet"
+        "third-party ImageNet shards have numbers"
     )
 
 
-def test_a_name_of_two_outputs_matches_neither() -> None:
-    """ImageNet has two cranes; a dataset that says `crane` alone could mean either."""
+def test_name_of_two_outputs_matches_neither() -> None:
+    """ImageNet has two classes named `crane`; a dataset with only that name could mean either."""
     outputs = imagenet_output_names()
     with pytest.raises(UserError, match="crane"):
         _match(outputs, _Classes(["crane", "tench"]))
@@ -283,7 +282,7 @@ def test_a_name_of_two_outputs_matches_neither() -> None:
 
 
 def test_evaluation_matches_classes_in_another_order(tmp_path: Path, digits: Path) -> None:
-    """A model with permuted outputs measures the same as the model itself."""
+    """A model with permuted outputs has the same accuracy as the original."""
     index = open_index(f"{digits}/val")[0]
     torch.manual_seed(0)
     model = build_model("resnet8", 10, 8, width=4)
@@ -298,35 +297,33 @@ def test_evaluation_matches_classes_in_another_order(tmp_path: Path, digits: Pat
         copy = build_model("resnet8", 10, 8, width=4)
         copy.load_state_dict(state)
         classes = [index.classes[i] for i in outputs]
-        facts = ModelMetadata(
+        metadata = ModelMetadata(
             "resnet8", {"width": 4}, classes, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True
         )
-        save_model(tmp_path / folder, copy, facts)
+        save_model(tmp_path / folder, copy, metadata)
     same, permuted = (
         evaluate(str(tmp_path / folder), f"{digits}/val") for folder in ("same", "permuted")
     )
     assert (permuted.top1, permuted.top5) == (same.top1, same.top5)
     assert 0 < same.top5 < 1
-    facts = ModelMetadata("resnet8", {"width": 4}, names, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
-    save_model(tmp_path / "other", model, facts)
+    metadata = ModelMetadata("resnet8", {"width": 4}, names, 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True)
+    save_model(tmp_path / "other", model, metadata)
     with pytest.raises(UserError, match="10 of its 10 classes are not among"):
         evaluate(str(tmp_path / "other"), f"{digits}/val")
 
 
-def test_more_outputs_than_classes_still_predict(tmp_path: Path) -> None:
-    """``model.num_classes`` above the dataset's."""
-    facts = ModelMetadata(
+def test_prediction_works_with_more_outputs_than_classes(tmp_path: Path) -> None:
+    """``model.num_classes`` can exceed the number of classes in the dataset."""
+    metadata = ModelMetadata(
         "resnet8", {"width": 4}, ["a", "b"], 6, 8, 1.0, [0.5] * 3, [0.5] * 3, True
     )
-    save_model(tmp_path, facts.build(), facts)
+    save_model(tmp_path, metadata.build(), metadata)
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     (answer,) = predict_files(str(tmp_path), [str(tmp_path / "x.png")])
     assert len({guess["class"] for guess in answer["top5"]} & {"a", "b", "2", "3", "4", "5"}) == 5
 
 
-def test_fine_tuning_on_other_classes_of_the_same_number_makes_the_head_new(
-    digits: Path, tmp_path: Path
-) -> None:
+def test_fine_tuning_on_other_classes_initializes_a_new_head(digits: Path, tmp_path: Path) -> None:
     index = open_index(f"{digits}/train")[0]
     for folder, classes, kept in (
         ("same", index.classes, True),
@@ -334,21 +331,21 @@ def test_fine_tuning_on_other_classes_of_the_same_number_makes_the_head_new(
         ("numbers", [str(i) for i in range(10)], True),
         ("other", [f"animal {i}" for i in range(10)], False),
     ):
-        facts = ModelMetadata(
+        metadata = ModelMetadata(
             "resnet8", {"width": 4}, list(classes), 10, 8, 1.0, [0.5] * 3, [0.5] * 3, True
         )
-        trained = facts.build()
-        save_model(tmp_path / folder, trained, facts)
+        trained = metadata.build()
+        save_model(tmp_path / folder, trained, metadata)
         target = build_model("resnet8", 10, 8, width=4)
         notes = load_weights(target, "resnet8", str(tmp_path / folder), data=index).notes
         expected = trained.state_dict()["head.weight"]
         if folder == "reversed":
             expected = expected.flip(0)
         assert torch.equal(target.state_dict()["head.weight"], expected) == kept, folder
-        assert any("made new" in note for note in notes) != kept
+        assert any("newly initialized" in note for note in notes) != kept
 
 
-def test_safetensors_with_prefixed_averages(
+def test_prefixed_ema_weights_in_safetensors_are_preferred(
     source: nn.Module, average: nn.Module, tmp_path: Path
 ) -> None:
     save_file(
@@ -360,36 +357,35 @@ def test_safetensors_with_prefixed_averages(
     assert "averaged (EMA) weights at ema_model, not those at model" in "\n".join(weights.notes)
 
 
-def test_arguments_and_scores_beside_the_weights_are_accepted(
+def test_namespaces_and_numpy_scalars_in_checkpoints_are_accepted(
     source: nn.Module, average: nn.Module, tmp_path: Path
 ) -> None:
-    """timm and torchvision store argparse's namespace, scripts NumPy's best accuracy."""
-    beside = {
+    """timm and torchvision store the argparse namespace, and scripts the best accuracy (NumPy)."""
+    extras = {
         "args": argparse.Namespace(output=tmp_path),
         "best_acc": np.float64(0.5),
         "metric": np.float32(1),
     }
-    content = {"state_dict": source.state_dict(), "state_dict_ema": average.state_dict(), **beside}
+    content = {"state_dict": source.state_dict(), "state_dict_ema": average.state_dict(), **extras}
     _assert_holds(_imported(tmp_path, content)[0], average)
 
 
-def test_other_objects_beside_the_weights_are_refused_with_what_to_do(
-    source: nn.Module, tmp_path: Path
-) -> None:
+def test_pickled_module_is_an_error_with_advice(source: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"could run code: it holds torchvision\.models\.resnet\.ResNet; save the weights alone",
+        match=r"could run code \(it holds torchvision\.models\.resnet\.ResNet\); "
+        r"save only the weights",
     ):
         _imported(tmp_path, source)
 
 
-def test_a_changed_byte_is_found_by_the_checksum(source: nn.Module, tmp_path: Path) -> None:
+def test_modified_byte_is_detected_by_the_checksum(source: nn.Module, tmp_path: Path) -> None:
     torch.save(source.state_dict(), tmp_path / "w.pth")
     content = bytearray((tmp_path / "w.pth").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(
-        UserError, match=r"is damaged: the checksum of .*/data/[0-9]+ in it is wrong"
+        UserError, match=r"is corrupt: the checksum of .*/data/[0-9]+ in it is wrong"
     ):
         select_weights(str(tmp_path / "w.pth"), "resnet18")
 
@@ -418,7 +414,7 @@ def test_files_without_checksums_are_accepted(source: nn.Module, tmp_path: Path)
         ),
     ],
 )
-def test_weights_that_cannot_be_used_are_refused(
+def test_unusable_weights_are_errors(
     change: dict[str, Tensor], reason: str, source: nn.Module, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -438,7 +434,7 @@ def _saved(folder: Path, classes: list[str]) -> nn.Sequential:
     return model
 
 
-def test_fine_tuning_from_the_weights_file_of_a_run_matches_classes_too(
+def test_fine_tuning_from_the_weights_file_of_a_run_matches_classes(
     digits: Path, tmp_path: Path
 ) -> None:
     index = open_index(str(digits / "train"))[0]
@@ -453,7 +449,7 @@ def test_fine_tuning_from_the_weights_file_of_a_run_matches_classes_too(
 
 
 @pytest.mark.parametrize("file", ["run", "run/model.safetensors"])
-def test_a_model_of_ours_is_not_imported_without_its_class_names(
+def test_importing_a_model_that_convoy_saved_is_an_error(
     file: str, digits: Path, tmp_path: Path
 ) -> None:
     _saved(tmp_path / "run", list("abcdefghij"))

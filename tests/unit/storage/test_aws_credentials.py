@@ -1,6 +1,4 @@
-"""The settings of S3 that AWS's own tools read are read as they read them; nothing reaches the
-store's client that it panics on.
-"""
+"""S3 settings have the same precedence as in the AWS tools, and never make the client panic."""
 
 import os
 import ssl
@@ -68,8 +66,8 @@ def _config(home: Path, text: str, credentials: str = "") -> None:
         (home / ".aws/credentials").write_text(credentials)
 
 
-def _asked(s3: MemoryS3) -> str:
-    """The Authorization header of the newest request, after one was made: key, date and region."""
+def _authorization(s3: MemoryS3) -> str:
+    """Send a request; return its Authorization header, which holds key, date and region."""
     open_store("s3://b/run", patience=BRIEF).read_small("x")
     return s3.requests[-1][2]["authorization"]
 
@@ -145,7 +143,7 @@ aws_secret_access_key=b
         ),
     ],
 )
-def test_environment_profile_and_config_file_have_the_precedence_of_the_aws_tools(
+def test_settings_have_the_precedence_of_the_aws_tools(
     home: Path,
     s3: tuple[MemoryS3, str],
     monkeypatch: pytest.MonkeyPatch,
@@ -157,13 +155,13 @@ def test_environment_profile_and_config_file_have_the_precedence_of_the_aws_tool
     _config(home, PROFILES.replace("{url}", s3[1]), CREDENTIALS)
     for name, value in variables.items():
         monkeypatch.setenv(name, value.replace("{url}", s3[1]))
-    header = _asked(s3[0])
+    header = _authorization(s3[0])
     assert f"Credential={key}/" in header
     assert f"/{region}/s3/" in header
     assert s3[0].requests[-1][1] == f"{path}/run/x"
 
 
-def test_files_elsewhere_and_credentials_of_a_program_are_read(
+def test_configured_file_paths_and_credential_process_are_used(
     home: Path, s3: tuple[MemoryS3, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "program.py"
@@ -174,18 +172,18 @@ def test_files_elsewhere_and_credentials_of_a_program_are_read(
         f"[default]\nendpoint_url={s3[1]}\ncredential_process={sys.executable} {program}\n"
     )
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    assert "Credential=PROGRAMKEY/" in _asked(s3[0])
+    assert "Credential=PROGRAMKEY/" in _authorization(s3[0])
     (tmp_path / "credentials").write_text(CREDENTIALS)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    assert "Credential=DEFAULTKEY/" in _asked(s3[0])
+    assert "Credential=DEFAULTKEY/" in _authorization(s3[0])
 
 
-def test_a_config_file_alone_can_hold_the_credentials(home: Path, s3: tuple[MemoryS3, str]) -> None:
+def test_credentials_are_read_from_the_config_file(home: Path, s3: tuple[MemoryS3, str]) -> None:
     _config(
         home,
         f"[default]\nendpoint_url={s3[1]}\naws_access_key_id=CONFIGKEY\naws_secret_access_key=s\n",
     )
-    assert "Credential=CONFIGKEY/" in _asked(s3[0])
+    assert "Credential=CONFIGKEY/" in _authorization(s3[0])
 
 
 def test_configured_endpoints_can_be_ignored(
@@ -198,7 +196,7 @@ def test_configured_endpoints_can_be_ignored(
     assert s3_settings().endpoint == "https://s3.eu-west-1.amazonaws.com"
 
 
-def test_virtual_hosting_puts_the_bucket_into_the_host(
+def test_virtual_hosting_adds_the_bucket_to_the_host_name(
     home: Path, keys: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _config(
@@ -213,7 +211,7 @@ def test_virtual_hosting_puts_the_bucket_into_the_host(
 
 
 @pytest.mark.parametrize(
-    ("variables", "config", "told"),
+    ("variables", "config", "message"),
     [
         ({"AWS_PROFILE": "nobody"}, "", "nobody"),
         (
@@ -254,20 +252,20 @@ def test_virtual_hosting_puts_the_bucket_into_the_host(
         ),
     ],
 )
-def test_a_wrong_setting_is_one_line(
+def test_invalid_setting_is_a_one_line_error(
     home: Path,
     keys: None,
     monkeypatch: pytest.MonkeyPatch,
     variables: dict[str, str],
     config: str,
-    told: str,
+    message: str,
 ) -> None:
     _config(home, config)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as error:
         open_store("s3://b/run")
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "hidden" not in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
@@ -287,48 +285,60 @@ def test_a_wrong_setting_is_one_line(
         ("http://[::1]:9000", "http://[::1]:9000"),
     ],
 )
-def test_an_endpoint_is_completed(text: str, endpoint: str) -> None:
+def test_endpoint_scheme_and_slash_are_normalized(text: str, endpoint: str) -> None:
     assert parse_endpoint(text, "AWS_ENDPOINT_URL") == endpoint
 
 
 @pytest.mark.parametrize(
     "text",
-    ["http://", "://x", "http://x:0", "http://x:", "http://x:port", "http://a b", "http://x?y=1", "http://x#y", "::1:9000", "http://[::1",
-     "http://x/\u00e9", "http://x\\y", "http:///path", "s3://b", "http:x", "/", "http://x{y}",
-     "http://xn--a", "http://256.1.1.1", "http://[1]", "http://%41", "http://a/../b"],
+    ["http://", "://x", "http://x:0", "http://x:", "http://x:port", "http://a b", "http://x?y=1",
+     "http://x#y", "::1:9000", "http://[::1", "http://x/\u00e9", "http://x\\y", "http:///path",
+     "s3://b", "http:x", "/", "http://x{y}", "http://xn--a", "http://256.1.1.1", "http://[1]",
+     "http://%41", "http://a/../b"],
 )  # fmt: skip
-def test_an_endpoint_that_no_request_can_reach_is_refused(text: str) -> None:
+def test_invalid_endpoint_is_an_error(text: str) -> None:
     with pytest.raises(UserError, match=r"^VARIABLE: .*endpoint"):
         parse_endpoint(text, "VARIABLE")
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.sampled_from("ahtps:/.@[]1%9 #?\\é\x00-_{"), max_size=14))
-def test_no_endpoint_makes_the_client_panic(text: str) -> None:
+def test_accepted_endpoints_never_make_the_client_panic(text: str) -> None:
     try:
         endpoint = parse_endpoint(text, "VARIABLE")
     except UserError:
         return
     store = S3Store(
-        "b", prefix="run", region="us-east-1", endpoint=endpoint, aws_endpoint_url_s3=endpoint, skip_signature=False,
-        access_key_id="k", secret_access_key="s", client_options={"allow_http": True, "timeout": "1ms", "proxy_url": "http://127.0.0.1:1"},
+        "b",
+        prefix="run",
+        region="us-east-1",
+        endpoint=endpoint,
+        aws_endpoint_url_s3=endpoint,
+        skip_signature=False,
+        access_key_id="k",
+        secret_access_key="s",
+        client_options={
+            "allow_http": True,
+            "timeout": "1ms",
+            "proxy_url": "http://127.0.0.1:1",
+        },
         retry_config={"max_retries": 0},
-    )  # fmt: skip
+    )
     with pytest.raises((BaseError, OSError)):
         obstore.head(store, "x")
 
 
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
-def test_an_endpoint_without_a_scheme_works_on_loopback(
+def test_loopback_endpoint_without_a_scheme_works(
     s3: tuple[MemoryS3, str], keys: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, s3[1].removeprefix("http://"))
-    assert "/us-east-1/s3/" in _asked(s3[0])
+    assert "/us-east-1/s3/" in _authorization(s3[0])
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``ca.pem``, and ``server.pem`` with ``server.key`` for 127.0.0.1 that this CA signed."""
+    """``ca.pem``, and ``server.pem`` with ``server.key``, signed by this CA for 127.0.0.1."""
     folder = tmp_path_factory.mktemp("certificates")
 
     def openssl(*arguments: str) -> None:
@@ -346,7 +356,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-days",
         "9",
         "-subj",
-        "/CN=our CA",
+        "/CN=test CA",
     )
     openssl("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=store")
     (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
@@ -372,10 +382,10 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ca_bundle",
         "SSL_CERT_FILE",
         "REQUESTS_CA_BUNDLE",
-        "all public CAs and ours",
+        "all public CAs and the test CA",
     ],
 )
-def test_the_bundle_of_a_private_ca_is_used(
+def test_private_ca_bundle_is_used(
     home: Path, keys: None, certificates: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     bundle = certificates / "ca.pem"
@@ -391,10 +401,10 @@ def test_the_bundle_of_a_private_ca_is_used(
     store = MemoryS3()
     with serving(store, (certificates / "server.pem", certificates / "server.key")) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        assert "/us-east-1/s3/" in _asked(store)
+        assert "/us-east-1/s3/" in _authorization(store)
 
 
-def test_a_certificate_that_is_not_accepted_is_named(
+def test_rejected_certificate_is_an_error_with_the_reason(
     keys: None, certificates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = (certificates / "server.pem", certificates / "server.key")
@@ -404,20 +414,21 @@ def test_a_certificate_that_is_not_accepted_is_named(
         with pytest.raises(
             UserError, match=r"certificate of the object store at https://.*set AWS_CA_BUNDLE"
         ):
-            _asked(MemoryS3())
+            _authorization(MemoryS3())
     with serving(constant(200), pair, host="localhost") as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificates / "ca.pem"))
         with pytest.raises(
             UserError,
-            match=r"certificate of the object store at https://localhost.* is for another host name",
+            match=r"certificate of the object store at https://localhost.* is for another host "
+            r"name",
         ):
-            _asked(MemoryS3())
+            _authorization(MemoryS3())
     with serving(constant(200), (certificates / "ca.pem", certificates / "ca.key")) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         with pytest.raises(UserError, match="is a CA's own certificate"):
-            _asked(MemoryS3())
+            _authorization(MemoryS3())
     with serving(constant(200)) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url.replace("http", "https"))
         with pytest.raises(UserError, match="does not speak TLS"):
-            _asked(MemoryS3())
+            _authorization(MemoryS3())

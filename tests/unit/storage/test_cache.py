@@ -1,5 +1,7 @@
-"""The cache before a store: true bytes always, each block fetched once a node, bounded, and whole
-after any kill.
+"""The disk cache in front of a store.
+
+It always returns the correct bytes, fetches each block once per node, keeps its size limit and is
+consistent after any kill.
 """
 
 import hashlib
@@ -67,7 +69,7 @@ def check(cache: Cache, name: str, ranges: Sequence[tuple[int, int]]) -> None:
     ] == [True] * len(ranges)
 
 
-def whole(name: str) -> list[tuple[int, int]]:
+def full(name: str) -> list[tuple[int, int]]:
     return [(0, SIZES[name])]
 
 
@@ -76,7 +78,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def used(folder: Path) -> int:
-    """Bytes of all files, whatever their names."""
+    """Bytes of all files in the folder."""
     found = 0
     for path in folder.rglob("*"):
         try:
@@ -103,10 +105,10 @@ name_and_ranges = st.sampled_from(sorted(SIZES)).flatmap(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(reads=st.lists(name_and_ranges, max_size=6), max_blocks=st.integers(1, 20))
-def test_random_ranges(
+def test_random_ranges_are_correct_within_the_size_limit(
     shards: Path, tmp_path: Path, reads: list[tuple[str, list[tuple[int, int]]]], max_blocks: int
 ) -> None:
-    """Over one folder, whatever bound it had before."""
+    """All examples use the same folder, with different limits."""
     cache, _ = cached(shards, tmp_path / "cache", max_blocks * FILE)
     for name, ranges in reads:
         check(cache, name, ranges)
@@ -116,43 +118,43 @@ def test_random_ranges(
     )
 
 
-def test_what_was_read_once_is_not_fetched_again(shards: Path, tmp_path: Path) -> None:
+def test_cached_blocks_are_not_fetched_again(shards: Path, tmp_path: Path) -> None:
     cache, store = cached(shards, tmp_path)
     assert cache.url == str(shards)
     for _ in range(3):
         for name in SIZES:
-            check(cache, name, whole(name))
+            check(cache, name, full(name))
             check(cache, name, [(5, 50), (50, 60)])
     assert store.counts.bytes == sum(SIZES.values())
     other, store = cached(shards, tmp_path)
-    check(other, "a.tar", whole("a.tar"))
+    check(other, "a.tar", full("a.tar"))
     assert store.counts.bytes == 0
     other, store = cached(shards, tmp_path, digest="sha256:" + "6" * 64)
     check(other, "a.tar", [(0, 10)])
-    assert store.counts.bytes == BLOCK, "of another data set"
+    assert store.counts.bytes == BLOCK, "another dataset is not cached"
 
 
-def test_the_least_recently_used_go_first(shards: Path, tmp_path: Path) -> None:
+def test_least_recently_used_blocks_are_evicted_first(shards: Path, tmp_path: Path) -> None:
     cache, store = cached(shards, tmp_path, 6 * FILE)
     for number in (0, 1, 2, 3, 4, 5, 0, 2, 6, 7):
         check(cache, "a.tar", [(number * BLOCK, number * BLOCK + 9)])
-        time.sleep(0.01)  # the kernel's clock of file times
+        time.sleep(0.01)  # resolution of the kernel's file times
     assert [int(path.name.split(".")[2]) for path in files(tmp_path)] == [0, 2, 4, 5, 6, 7]
     assert store.counts.bytes == 8 * BLOCK
     other, _ = cached(shards, tmp_path, 3 * FILE, digest="other")
     assert [int(path.name.split(".")[2]) for path in files(tmp_path)] == [2, 6, 7], (
-        "a smaller bound holds from the start on"
+        "a smaller limit is applied at once"
     )
     check(other, "b.tar", [(0, 3 * BLOCK)])
     assert {path.parent.name for path in files(tmp_path)} == {"other"}, (
-        "the bound is over all data sets"
+        "the limit covers all datasets"
     )
 
 
-def test_a_bound_below_a_block_keeps_nothing(shards: Path, tmp_path: Path) -> None:
+def test_limit_below_a_block_caches_nothing(shards: Path, tmp_path: Path) -> None:
     cache, _ = cached(shards, tmp_path, 100)
     for _ in range(2):
-        check(cache, "a.tar", whole("a.tar"))
+        check(cache, "a.tar", full("a.tar"))
     assert not files(tmp_path)
 
 
@@ -167,7 +169,7 @@ def _swap(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm",
+    "corrupt",
     [
         _flip,
         _swap,
@@ -176,17 +178,17 @@ def _swap(path: Path) -> None:
         lambda path: path.write_bytes(path.read_bytes() + b"x"),
         lambda path: path.write_bytes(bytes(FILE)),
     ],
-    ids=["a bit", "another's", "empty", "torn", "longer", "zeros"],
+    ids=["bit flip", "another block", "empty", "truncated", "longer", "zeros"],
 )
-def test_a_damaged_block_is_fetched_again_and_told(
-    shards: Path, tmp_path: Path, harm: Any, caplog: pytest.LogCaptureFixture
+def test_corrupt_block_is_fetched_again_and_logged(
+    shards: Path, tmp_path: Path, corrupt: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache, store = cached(shards, tmp_path)
-    check(cache, "a.tar", whole("a.tar"))
+    check(cache, "a.tar", full("a.tar"))
     before = store.counts.bytes
-    harm(files(tmp_path)[1])  # of the second
+    corrupt(files(tmp_path)[1])
     for _ in range(2):
-        check(cache, "a.tar", whole("a.tar"))
+        check(cache, "a.tar", full("a.tar"))
     assert store.counts.bytes - before == BLOCK
     (line,) = [record.getMessage() for record in caplog.records]
     assert "a.tar.000001: has " in line
@@ -196,7 +198,7 @@ def test_a_damaged_block_is_fetched_again_and_told(
     )
 
 
-def test_what_the_store_refuses_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_invalid_reads_and_folders_are_errors(shards: Path, tmp_path: Path) -> None:
     cache, _ = cached(shards, tmp_path)
     with pytest.raises(UserError, match="not found"):
         cache.read_ranges("nothing.tar", [0], [1])
@@ -210,36 +212,34 @@ def test_what_the_store_refuses_is_refused(shards: Path, tmp_path: Path) -> None
             cached(shards, folder)
 
 
-def test_files_of_others_stay(shards: Path, tmp_path: Path) -> None:
+def test_other_files_in_the_folder_are_kept(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "own").mkdir()
+    (tmp_path / "other").mkdir()
     for name in ("x.part", "x.block", "total"):
-        (tmp_path / "own" / name).write_bytes(bytes(10 * FILE))
+        (tmp_path / "other" / name).write_bytes(bytes(10 * FILE))
     cache, _ = cached(shards, tmp_path, FILE)
-    check(cache, "a.tar", whole("a.tar"))
-    assert len(list((tmp_path / "own").iterdir())) == 3
+    check(cache, "a.tar", full("a.tar"))
+    assert len(list((tmp_path / "other").iterdir())) == 3
     assert (tmp_path / "empty").is_dir()
 
 
-def test_threads_that_want_the_same_fetch_it_once(shards: Path, tmp_path: Path) -> None:
+def test_concurrent_threads_fetch_a_block_once(shards: Path, tmp_path: Path) -> None:
     cache, store = cached(shards, tmp_path)
-    together = threading.Barrier(6)
+    barrier = threading.Barrier(6)
 
     def read(_: int) -> None:
-        together.wait(30)
-        check(cache, "a.tar", whole("a.tar"))
+        barrier.wait(30)
+        check(cache, "a.tar", full("a.tar"))
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(read, range(6)))
     assert store.counts.bytes == SIZES["a.tar"]
 
 
-# Processes
-# -----------------------------------------------------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------------
 
-_FORKS = multiprocessing.get_context(
-    "forkserver"
-)  # of a process without threads, which has imported what takes long
+# the fork server has no threads, and has imported the slow modules
+_FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     ["trainer.data.storage.cache", "trainer.data.index", "hypothesis", "pytest"]
 )
@@ -249,11 +249,11 @@ def _read_all(shards: Path, folder: Path, start: Any, fetched: Any) -> None:
     cache, store = cached(shards, folder)
     start.wait(60)
     for name in ("a.tar", "b.tar"):
-        check(cache, name, whole(name))
+        check(cache, name, full(name))
     fetched.put(store.counts.bytes)
 
 
-def test_two_processes_fetch_the_same_once(shards: Path, tmp_path: Path) -> None:
+def test_two_processes_fetch_each_block_once(shards: Path, tmp_path: Path) -> None:
     start, fetched = _FORKS.Barrier(2), _FORKS.Queue()
     processes = [
         _FORKS.Process(target=_read_all, args=(shards, tmp_path, start, fetched)) for _ in range(2)
@@ -267,12 +267,12 @@ def test_two_processes_fetch_the_same_once(shards: Path, tmp_path: Path) -> None
     assert total == SIZES["a.tar"] + SIZES["b.tar"]
 
 
-_BOUND = 5 * FILE
+_LIMIT = 5 * FILE
 
 
 def _hammer(shards: Path, folder: Path, seed: int, stop: Event, reads: Any) -> None:
     draw = random.Random(seed)
-    cache, _ = cached(shards, folder, _BOUND)
+    cache, _ = cached(shards, folder, _LIMIT)
     while not stop.is_set():
         name = draw.choice(["a.tar", "b.tar"])
         start = draw.randrange(SIZES[name])
@@ -281,10 +281,8 @@ def _hammer(shards: Path, folder: Path, seed: int, stop: Event, reads: Any) -> N
             reads.value += 1
 
 
-def test_processes_that_are_killed_harm_nobody(shards: Path, tmp_path: Path) -> None:
-    """Four processes over a small bound; one after another is killed at a random time, and another
-    takes its place.
-    """
+def test_killed_processes_do_not_corrupt_the_cache(shards: Path, tmp_path: Path) -> None:
+    """Four processes share a small cache; three are killed at random times and replaced."""
     stop, reads = _FORKS.Event(), [_FORKS.Value("q", 0) for _ in range(4)]
 
     def start(number: int, seed: int) -> Any:
@@ -304,13 +302,13 @@ def test_processes_that_are_killed_harm_nobody(shards: Path, tmp_path: Path) -> 
             while time.monotonic() < wait or any(
                 value.value < old + 20 for value, old in zip(reads, before, strict=True)
             ):
-                assert time.monotonic() < give_up, "they hang"
+                assert time.monotonic() < give_up, "the processes hang"
                 assert all(process.exitcode is None for process in processes), "a read was wrong"
                 most = max(most, used(tmp_path))
                 time.sleep(0.005)
             os.kill(processes[kill].pid, signal.SIGKILL)
             processes[kill].join(10)
-            reads[kill] = _FORKS.Value("q", 0)  # the dead one may have held its lock
+            reads[kill] = _FORKS.Value("q", 0)  # the killed process may have held its lock
             processes[kill] = start(kill, 10 + kill)
         stop.set()
         for process in processes:
@@ -319,19 +317,17 @@ def test_processes_that_are_killed_harm_nobody(shards: Path, tmp_path: Path) -> 
     finally:
         for process in processes:
             process.kill()
-    assert most <= _BOUND + 4 * 3 * FILE + 20, (
-        "the bound, and what is being written: three blocks of each process at most"
+    assert most <= _LIMIT + 4 * 3 * FILE + 20, (
+        "the limit, and at most three blocks per process that are being written"
     )
-    cache, _ = cached(shards, tmp_path, _BOUND)
-    assert not list(tmp_path.glob("*/*.convoy-part")), "what the dead left behind"
-    assert used(tmp_path) <= _BOUND + 20
+    cache, _ = cached(shards, tmp_path, _LIMIT)
+    assert not list(tmp_path.glob("*/*.convoy-part")), "parts of killed processes are removed"
+    assert used(tmp_path) <= _LIMIT + 20
     for name in SIZES:
-        check(cache, name, whole(name))
+        check(cache, name, full(name))
 
 
-def test_a_part_of_a_living_process_stays_and_of_a_dead_one_goes(
-    shards: Path, tmp_path: Path
-) -> None:
+def test_only_parts_of_dead_processes_are_removed(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / ("5" * 64)
     folder.mkdir()
     (folder / "a.tar.000000.convoy-part").write_bytes(b"left behind")
@@ -342,7 +338,7 @@ def test_a_part_of_a_living_process_stays_and_of_a_dead_one_goes(
     assert not list(folder.glob("*.convoy-part"))
 
 
-def test_a_writer_that_stands_still_blocks_nobody(
+def test_stopped_writer_does_not_block_readers(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_cache, "_LOCK_SECONDS", 0.2)
@@ -350,14 +346,13 @@ def test_a_writer_that_stands_still_blocks_nobody(
     with block_cache.DiskBlockCache(tmp_path, 2**30).acquire(["5" * 64 + "/a.tar.000000"]):
         check(cache, "a.tar", [(10, 20), (BLOCK, BLOCK + 5)])
         assert store.counts.bytes == 10 + BLOCK, (
-            "of the block that is held, what was asked for and no more"
+            "only the requested bytes of the locked block are fetched"
         )
     check(cache, "a.tar", [(10, 20)])
     assert store.counts.bytes == 10 + 2 * BLOCK
 
 
-# Disks
-# ---------------------------------------------------------------------------------------------------------------------------
+# --- disk errors ----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -370,7 +365,7 @@ def _mounted(folder: Path, options: str) -> Iterator[None]:
         check=False,
     )
     if done.returncode:
-        pytest.skip(f"file systems cannot be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"cannot mount file systems: {done.stderr.strip()}")
     try:
         yield
     finally:
@@ -384,22 +379,24 @@ def _one_line(caplog: pytest.LogCaptureFixture) -> str:
     return line
 
 
-def test_a_full_disk(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk_stops_caching_with_one_warning(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "disk"
     with _mounted(folder, f"size={4 * BLOCK}"):
         cache, store = cached(shards, folder)
         for _ in range(2):
-            check(cache, "a.tar", whole("a.tar"))
+            check(cache, "a.tar", full("a.tar"))
         assert (
             _one_line(caplog)
             == f"{folder}: No space left on device; shards are no longer cached there"
         )
-        assert cache.hit_bytes > 0, "what is there is used"
+        assert cache.hit_bytes > 0, "existing blocks are used"
         assert store.counts.bytes < 2 * SIZES["a.tar"] + 4 * BLOCK
         assert not list(folder.glob("*/*.convoy-part"))
 
 
-def test_a_disk_that_cannot_be_written_to(
+def test_read_only_disk_serves_existing_blocks(
     shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "disk"
@@ -408,7 +405,7 @@ def test_a_disk_that_cannot_be_written_to(
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
         cache, store = cached(shards, folder)
         for _ in range(2):
-            check(cache, "a.tar", whole("a.tar"))
+            check(cache, "a.tar", full("a.tar"))
         assert (
             _one_line(caplog)
             == f"{folder}: Read-only file system; shards are no longer cached there"
@@ -416,7 +413,7 @@ def test_a_disk_that_cannot_be_written_to(
         assert store.counts.bytes == 2 * (SIZES["a.tar"] - 2 * BLOCK)
 
 
-def test_files_that_may_not_be_so_large(
+def test_file_size_limit_stops_caching_with_one_warning(
     shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache, store = cached(shards, tmp_path)
@@ -424,7 +421,7 @@ def test_files_that_may_not_be_so_large(
     resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK // 2, limits[1]))
     try:
         for _ in range(2):
-            check(cache, "a.tar", whole("a.tar"))
+            check(cache, "a.tar", full("a.tar"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert _one_line(caplog) == f"{tmp_path}: File too large; shards are no longer cached there"
@@ -432,12 +429,10 @@ def test_files_that_may_not_be_so_large(
     assert store.counts.bytes == 2 * SIZES["a.tar"]
 
 
-# SHA-256
-# -------------------------------------------------------------------------------------------------------------------------
+# --- SHA-256 --------------------------------------------------------------------------------------
 
 
-def test_digests(tmp_path: Path) -> None:
-
+def test_check_digests_reports_differing_shards(tmp_path: Path) -> None:
     contents = {
         f"{number:02d}.tar": np.random.default_rng(number).bytes(9_000_000 if number == 0 else 1000)
         for number in range(14)
@@ -450,12 +445,18 @@ def test_digests(tmp_path: Path) -> None:
             Shard(name=name, samples=0, sha256=sha256, bytes=len(content), offsets=[0], keys=[])
         )
     index = Index(
-        split="train", samples=0, bytes=sum(map(len, contents.values())), classes=[], class_ids=[], plan="",
-        digest=digest_of([], [], shards), shards=shards,
-    )  # fmt: skip
+        split="train",
+        samples=0,
+        bytes=sum(map(len, contents.values())),
+        classes=[],
+        class_ids=[],
+        plan="",
+        digest=digest_of([], [], shards),
+        shards=shards,
+    )
     store = open_store(str(tmp_path))
     check_digests(index, store, range(14))
-    assert store.counts.bytes == index.bytes, "each is read once"
+    assert store.counts.bytes == index.bytes, "each shard is read once"
     _flip(tmp_path / "00.tar")
     os.truncate(tmp_path / "01.tar", 999)
     (tmp_path / "02.tar").unlink()

@@ -33,7 +33,7 @@ LITERAL += ["[1]{2}", "~x", "a:b@c", "a;b,c'd"]
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
-def test_a_prefix_is_taken_literally(scheme: str) -> None:
+def test_prefix_is_literal(scheme: str) -> None:
     for prefix in LITERAL:
         assert parse_storage_url(f"{scheme}://bucket/{prefix}/x") == Location(
             scheme, "bucket", f"{prefix}/x"
@@ -41,14 +41,16 @@ def test_a_prefix_is_taken_literally(scheme: str) -> None:
         assert parse_storage_url(f"{scheme}://bucket/{prefix}").url == f"{scheme}://bucket/{prefix}"
 
 
-def test_spellings_of_one_location_are_equal() -> None:
+def test_spellings_of_a_location_are_equal() -> None:
     same = {parse_storage_url(url) for url in ("s3://b/run", "s3://b/run/", "S3://b/run")}
     assert same == {Location("s3", "b", "run")}
     assert {parse_storage_url(url) for url in ("s3://b", "s3://b/")} == {Location("s3", "b", "")}
     assert parse_storage_url("s3://B/run") != parse_storage_url("s3://b/run")
 
 
-def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_and_file_urls_denote_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     here = str(tmp_path / "a#b?c %41")
@@ -83,12 +85,14 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("s3://b/x", "/b/x", False),
     ],
 )
-def test_what_contains_what(outer: str, inner: str, expected: bool) -> None:
+def test_contains_is_true_for_equal_and_nested_locations(
+    outer: str, inner: str, expected: bool
+) -> None:
     assert parse_storage_url(outer).contains(parse_storage_url(inner)) is expected
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "message"),
     [
         ("", "empty"),
         ("s3://", "names no bucket"),
@@ -145,10 +149,10 @@ def test_what_contains_what(outer: str, inner: str, expected: bool) -> None:
         ("/data/\0", "control character"),
     ],
 )
-def test_what_would_be_ambiguous_is_rejected(url: str, told: str) -> None:
+def test_ambiguous_url_is_a_one_line_error(url: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         parse_storage_url(url)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     assert str(error.value).isprintable()
 
@@ -168,7 +172,7 @@ def test_what_would_be_ambiguous_is_rejected(url: str, told: str) -> None:
         "https://me:hidden@b.s3.amazonaws.com/run",
     ],
 )
-def test_credentials_are_refused_and_not_echoed(url: str) -> None:
+def test_credentials_in_a_url_are_rejected_and_not_shown(url: str) -> None:
     with pytest.raises(UserError) as error:
         parse_storage_url(url)
     assert "hidden" not in str(error.value)
@@ -201,10 +205,8 @@ urls = st.builds(
 @given(urls, urls)
 @example("s3://b/run#1", "s3://b/run#2")
 @example("s3://b/a%20b", "s3://b/a b")
-def test_different_texts_denote_different_locations(first: str, second: str) -> None:
-    """But for the documented spellings: upper case in the scheme, a slash at the end, and ways to
-    write a folder.
-    """
+def test_different_urls_denote_different_locations(first: str, second: str) -> None:
+    """Exceptions are documented: case of the scheme, a trailing slash, and spellings of folders."""
     found = []
     for url in (first, second):
         try:
@@ -220,7 +222,7 @@ def test_different_texts_denote_different_locations(first: str, second: str) -> 
 
 
 @pytest.mark.parametrize("name", ["run#1", "run?v=1", "a%20b", "a b", "é+&=;'日本"])
-def test_a_real_store_holds_the_key_that_the_url_spells(
+def test_object_store_uses_the_literal_key_of_the_url(
     services: servers.Services, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for variable, value in services.environment().items():
@@ -233,9 +235,9 @@ def test_a_real_store_holds_the_key_that_the_url_spells(
     )  # fmt: skip
     key = f"literal/{name}/x y#%41.tar"
     assert client.get_object(Bucket=servers.BUCKET, Key=key)["Body"].read() == b"abc"
-    client.put_object(Bucket=servers.BUCKET, Key=f"literal/{name}2/x", Body=b"of another run")
+    client.put_object(Bucket=servers.BUCKET, Key=f"literal/{name}2/x", Body=b"another run")
     client.put_object(
-        Bucket=servers.BUCKET, Key=f"literal/{quote(name)}-other/x", Body=b"of another run"
+        Bucket=servers.BUCKET, Key=f"literal/{quote(name)}-other/x", Body=b"another run"
     )
     assert store.sizes() == {"x y#%41.tar": 3}
     assert bytes(store.read_ranges("x y#%41.tar", [1], [3])[0]) == b"bc"
@@ -243,12 +245,12 @@ def test_a_real_store_holds_the_key_that_the_url_spells(
     assert store.sizes() == {}
     assert (
         client.get_object(Bucket=servers.BUCKET, Key=f"literal/{name}2/x")["Body"].read()
-        == b"of another run"
+        == b"another run"
     )
 
 
 @pytest.mark.parametrize("name", ["run#1", "a%20b", "a?b", "日本"])
-def test_a_folder_holds_the_file_that_the_path_spells(tmp_path: Path, name: str) -> None:
+def test_folder_store_uses_the_literal_path(tmp_path: Path, name: str) -> None:
     store = open_store(f"{tmp_path}/{name}", create=True)
     store.write("x#%41.tar", b"abc")
     assert (tmp_path / name / "x#%41.tar").read_bytes() == b"abc"

@@ -1,5 +1,6 @@
-"""Reads of ranges from a real S3 server through real faults: the true bytes arrive, each fetched
-once, or one clear error.
+"""Range reads from a real S3 server with injected faults.
+
+The correct bytes arrive, each fetched once, or there is one clear error.
 """
 
 import configparser
@@ -44,9 +45,8 @@ BRIEF = RetryPolicy(
     connect_seconds=1,
     silent_seconds=0.3,
 )
-MISSES = (
-    64 * 1024
-)  # bytes that may be on their way when a connection breaks, beside an incomplete chunk
+# bytes that may be in flight when a connection breaks, in addition to an incomplete chunk
+IN_FLIGHT = 64 * 1024
 
 Open = Callable[..., Store]
 
@@ -93,7 +93,7 @@ def _put(server: S3Server, name: str, content: bytes) -> None:
 
 @pytest.fixture
 def opened(server: S3Server, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Open:
-    """Opens the store by the port of a proxy, with the server's credentials in the environment."""
+    """Opens the store through the port of a proxy, with the server's credentials."""
 
     def opened(port: int, patience: RetryPolicy = QUICK) -> Store:
         access_key, secret_key = server.credentials
@@ -106,13 +106,13 @@ def opened(server: S3Server, content: bytes, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def in_order(*faults: Fault | None) -> Callable[[], Fault | None]:
-    """A plan that spoils the first answers."""
-    left = chain(faults, repeat(None))
+    """A plan that injects these faults into the first responses."""
+    remaining = chain(faults, repeat(None))
     lock = threading.Lock()
 
     def plan() -> Fault | None:
         with lock:
-            return next(left)
+            return next(remaining)
 
     return plan
 
@@ -134,7 +134,7 @@ RANGES = [
 
 
 @pytest.mark.parametrize(
-    "ranges", RANGES, ids=["whole", "edges", "touching and apart", "out of order"]
+    "ranges", RANGES, ids=["full", "edges", "adjacent and separate", "out of order"]
 )
 def test_each_byte_is_fetched_once(
     opened: Open, proxy: HttpProxy, content: bytes, ranges: list[tuple[int, int]]
@@ -142,12 +142,12 @@ def test_each_byte_is_fetched_once(
     store = opened(proxy.port)
     proxy.reset()
     check(store, content, ranges)
-    wanted = sum(end - start for start, end in ranges)
-    assert proxy.bytes == wanted == store.counts.bytes
+    requested = sum(end - start for start, end in ranges)
+    assert proxy.bytes == requested == store.counts.bytes
     assert store.counts.retries == 0
 
 
-def test_ranges_that_overlap_are_fetched_once(
+def test_overlapping_ranges_are_fetched_once(
     opened: Open, proxy: HttpProxy, content: bytes
 ) -> None:
     store = opened(proxy.port)
@@ -156,7 +156,7 @@ def test_ranges_that_overlap_are_fetched_once(
     assert (proxy.bytes, proxy.gets) == (5000, 1)
 
 
-def test_a_folder_gives_the_same(tmp_path: Path, content: bytes) -> None:
+def test_folder_returns_the_same_bytes(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "object").write_bytes(content)
     store = open_store(str(tmp_path), patience=BRIEF)
     for ranges in (RANGES[0], *RANGES[2:]):
@@ -187,59 +187,55 @@ FAULTS = [
 @pytest.mark.parametrize(
     "fault", FAULTS, ids=lambda fault: f"{fault.kind}-{fault.status}-{fault.after}"
 )
-def test_a_fault_is_outlasted(
+def test_read_resumes_after_a_fault(
     opened: Open, proxy: HttpProxy, content: bytes, fault: Fault, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It goes on behind the last good byte: what was fetched twice is less than a chunk a fault."""
+    """A read resumes at the first missing byte: less than a chunk per fault is fetched twice."""
     store = opened(proxy.port)
     proxy.reset(in_order(fault, fault, None, fault))
     for _ in range(2):
         check(store, content, [(10, 8_000_000)])
     assert store.counts.retries == proxy.faults == 3
     assert store.counts.bytes == 2 * 7_999_990
-    unread = (
-        fault.after if fault.kind == "reset" else 0
-    )  # a reset throws away what the kernel holds
-    assert proxy.bytes <= 2 * 8_000_000 + 3 * (256 * 1024 + MISSES + unread)
+    unread = fault.after if fault.kind == "reset" else 0  # a reset drops the kernel's buffers
+    assert proxy.bytes <= 2 * 8_000_000 + 3 * (256 * 1024 + IN_FLIGHT + unread)
     (line,) = [
         record.getMessage()
         for record in caplog.records
         if record.name == "trainer.data.storage.retry"
     ]
-    assert line.startswith("s3://convoy/x/object: byte "), (
-        "one line, though there were three retries"
-    )
+    assert line.startswith("s3://convoy/x/object: byte "), "one line for three retries"
     assert "; try 2 of 13 in " in line
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         (Fault("status", status=503), "the store answered 503 SlowDown"),
-        (Fault("truncated", after=0), "the answer was cut short"),
+        (Fault("truncated", after=0), "the response was truncated"),
         (Fault("reset"), "the connection"),
-        (Fault("stalled"), "no more bytes came"),
+        (Fault("stalled"), "no more bytes were received"),
         (Fault("shifted"), "Requested 1000..5000, got 1001..5001"),
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )
-def test_a_fault_that_stays_is_told_after_the_bound(
-    opened: Open, proxy: HttpProxy, content: bytes, fault: Fault, told: str
+def test_persistent_fault_is_an_error_after_the_last_try(
+    opened: Open, proxy: HttpProxy, content: bytes, fault: Fault, message: str
 ) -> None:
     store = opened(proxy.port, BRIEF)
     proxy.reset(lambda: fault)
-    began = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(RetryableError) as error:
         store.read_ranges("object", [1000], [5000])
     assert str(error.value).startswith("s3://convoy/x/object: byte 1,000: ")
-    assert told in str(error.value)
-    assert "given up after 4 tries" in str(error.value)
+    assert message in str(error.value)
+    assert "gave up after 4 tries" in str(error.value)
     assert proxy.gets == 4
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - started < 6
 
 
-def test_little_by_little_is_progress(opened: Open, proxy: HttpProxy, content: bytes) -> None:
-    """Far more faults than the bound of tries, but a chunk comes between any two."""
+def test_each_new_chunk_resets_the_tries(opened: Open, proxy: HttpProxy, content: bytes) -> None:
+    """There are far more faults than the limit of tries, but a chunk arrives between any two."""
     store = opened(proxy.port, BRIEF)
     proxy.reset(lambda: Fault("truncated", after=300_000))
     check(store, content, [(0, SIZE)])
@@ -264,7 +260,7 @@ range_strategy = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(
     faults=st.lists(fault_strategy, max_size=11),
     ranges=st.lists(range_strategy, min_size=1, max_size=4),
 )
-def test_any_mix_of_faults(
+def test_any_sequence_of_faults_gives_the_correct_bytes(
     opened: Open,
     proxy: HttpProxy,
     content: bytes,
@@ -278,7 +274,7 @@ def test_any_mix_of_faults(
 
 TOXICS = [
     ("latency", {"latency": 60, "jitter": 40}),
-    ("bandwidth", {"rate": 20_000}),  # KB a second
+    ("bandwidth", {"rate": 20_000}),  # KB/s
     ("slicer", {"average_size": 50_000, "size_variation": 20_000, "delay": 10}),
 ]
 
@@ -286,7 +282,7 @@ TOXICS = [
 @pytest.mark.parametrize(
     ("kind", "attributes"), TOXICS, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_a_slow_connection_is_not_a_broken_one(
+def test_slow_connection_is_not_retried(
     opened: Open, toxiproxy: Toxiproxy, content: bytes, kind: str, attributes: dict[str, int]
 ) -> None:
     store = opened(toxiproxy.port)
@@ -295,7 +291,7 @@ def test_a_slow_connection_is_not_a_broken_one(
     assert store.counts.retries == 0
 
 
-def test_a_connection_cut_after_every_megabyte(
+def test_connection_closed_after_each_megabyte_is_resumed(
     opened: Open, toxiproxy: Toxiproxy, content: bytes
 ) -> None:
     store = opened(toxiproxy.port)
@@ -310,7 +306,7 @@ def test_a_connection_cut_after_every_megabyte(
     [("reset_peer", {"timeout": 10}), ("timeout", {"timeout": 0})],
     ids=["reset", "silence"],
 )
-def test_a_connection_that_gives_nothing(
+def test_silent_or_reset_connection_is_retried_within_limits(
     opened: Open, toxiproxy: Toxiproxy, content: bytes, kind: str, attributes: dict[str, int]
 ) -> None:
     store = opened(toxiproxy.port)
@@ -319,11 +315,11 @@ def test_a_connection_that_gives_nothing(
         until(lambda: store.counts.retries >= 3)
         toxiproxy.cure()
         reading.result(30)
-    with toxiproxy.toxic(kind, **attributes), pytest.raises(RetryableError, match="given up after"):
+    with toxiproxy.toxic(kind, **attributes), pytest.raises(RetryableError, match="gave up after"):
         opened(toxiproxy.port, BRIEF).read_ranges("object", [0], [10])
 
 
-def test_a_store_that_refuses_connections_for_a_while(
+def test_refused_connections_are_retried_within_limits(
     opened: Open, toxiproxy: Toxiproxy, content: bytes
 ) -> None:
     store = opened(toxiproxy.port)
@@ -336,14 +332,14 @@ def test_a_store_that_refuses_connections_for_a_while(
             reading.result(30)
         toxiproxy.switch(on=False)
         with pytest.raises(
-            RetryableError, match=r"cannot be reached \(AWS_ENDPOINT_URL\); given up after 4 tries"
+            RetryableError, match=r"cannot be reached \(AWS_ENDPOINT_URL\); gave up after 4 tries"
         ):
             opened(toxiproxy.port, BRIEF).read_ranges("object", [0], [10])
     finally:
         toxiproxy.switch(on=True)
 
 
-def test_a_closed_store_waits_no_more(opened: Open, proxy: HttpProxy, content: bytes) -> None:
+def test_closing_a_store_ends_its_waits(opened: Open, proxy: HttpProxy, content: bytes) -> None:
     store = opened(proxy.port, RetryPolicy(first_wait=60, longest_wait=60))
     proxy.reset(lambda: Fault("status"))
     with ThreadPoolExecutor(1) as thread:
@@ -355,7 +351,7 @@ def test_a_closed_store_waits_no_more(opened: Open, proxy: HttpProxy, content: b
 
 
 @pytest.mark.usefixtures("content")
-def test_what_waiting_does_not_change_is_told_at_once(opened: Open, proxy: HttpProxy) -> None:
+def test_permanent_errors_are_not_retried(opened: Open, proxy: HttpProxy) -> None:
     store = opened(proxy.port)
     proxy.reset()
     with pytest.raises(UserError, match=r"^s3://convoy/x/nothing: byte 0: not found$"):
@@ -370,9 +366,7 @@ def test_what_waiting_does_not_change_is_told_at_once(opened: Open, proxy: HttpP
     assert store.counts.retries == 0
 
 
-def test_an_object_that_changed_is_an_error(
-    opened: Open, proxy: HttpProxy, server: S3Server
-) -> None:
+def test_modified_object_is_an_error(opened: Open, proxy: HttpProxy, server: S3Server) -> None:
     store = opened(proxy.port)
     proxy.reset()
     _put(server, "changing", b"a" * 1000)
@@ -380,12 +374,15 @@ def test_an_object_that_changed_is_an_error(
     _put(server, "changing", b"b" * 1000)
     with pytest.raises(
         UserError,
-        match=r"changing: was changed while it was read: 1,000 bytes with ETag .* 1,000 bytes with ETag",
+        match=r"changing: was changed while it was read: 1,000 bytes with ETag .* 1,000 bytes "
+        r"with ETag",
     ):
         store.read_ranges("changing", [10], [20])
 
 
-def test_whole_objects_outlast_faults_too(opened: Open, proxy: HttpProxy, content: bytes) -> None:
+def test_operations_on_full_objects_are_retried(
+    opened: Open, proxy: HttpProxy, content: bytes
+) -> None:
     store = opened(proxy.port)
     proxy.reset(
         in_order(
@@ -403,7 +400,7 @@ def test_whole_objects_outlast_faults_too(opened: Open, proxy: HttpProxy, conten
     assert "written" not in store.sizes()
 
 
-def test_rotated_credentials_are_picked_up(
+def test_rotated_credentials_are_re_read(
     opened: Open,
     server: S3Server,
     proxy: HttpProxy,
@@ -411,10 +408,11 @@ def test_rotated_credentials_are_picked_up(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The server refuses the old key before the file has the new one, as when a mounted secret
-    follows late.
+    """The server rejects the old key before the file has the new one.
+
+    This happens if a mounted secret is updated late.
     """
-    opened(proxy.port)  # for its address
+    opened(proxy.port)  # sets the endpoint
     proxy.reset()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -439,7 +437,7 @@ def test_rotated_credentials_are_picked_up(
         open_store(f"s3://{servers.BUCKET}/x", patience=patience).read_ranges("object", [0], [10])
 
 
-def test_credentials_that_stay_refused(
+def test_expired_credentials_are_an_error_after_the_last_try(
     opened: Open, server: S3Server, proxy: HttpProxy, content: bytes
 ) -> None:
     store = opened(proxy.port, BRIEF)
@@ -448,7 +446,7 @@ def test_credentials_that_stay_refused(
     proxy.reset(lambda: Fault("status", status=400, code="ExpiredToken"))
     with pytest.raises(
         RetryableError,
-        match=r"the credentials have expired; get new ones .* given up after 3 tries",
+        match=r"the credentials have expired; get new ones .* gave up after 3 tries",
     ):
         store.read_ranges("object", [0], [10])
 
@@ -462,14 +460,14 @@ def _write_credentials(path: Path, access_key: str, secret_key: str) -> None:
     part.replace(path)
 
 
-def test_a_server_killed_and_started_again(
+def test_read_resumes_after_a_server_restart(
     opened: Open,
     server: S3Server,
     proxy: HttpProxy,
     content: bytes,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In the middle of a read of one piece: its answer is held back until it is gone."""
+    """The server is killed during a read; the proxy holds the response back until then."""
     caplog.set_level(logging.WARNING)
     store = opened(
         proxy.port, RetryPolicy(tries=1000, first_wait=0.05, longest_wait=0.3, silent_seconds=20)
@@ -488,11 +486,14 @@ def test_a_server_killed_and_started_again(
     assert caplog.records
 
 
-def test_the_true_object_is_what_was_put(server: S3Server, content: bytes) -> None:
-    """Of the reference itself."""
+def test_reference_object_has_the_uploaded_content(server: S3Server, content: bytes) -> None:
     access_key, secret_key = server.credentials
     direct = obstore.store.S3Store(
-        servers.BUCKET, endpoint=f"http://127.0.0.1:{server.port}", access_key_id=access_key, secret_access_key=secret_key,
-        region="us-east-1", client_options={"allow_http": True},
-    )  # fmt: skip
+        servers.BUCKET,
+        endpoint=f"http://127.0.0.1:{server.port}",
+        access_key_id=access_key,
+        secret_access_key=secret_key,
+        region="us-east-1",
+        client_options={"allow_http": True},
+    )
     assert obstore.get(direct, "x/object").bytes() == content

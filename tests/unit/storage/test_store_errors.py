@@ -1,5 +1,6 @@
-"""Whatever a server answers, a store gives what was asked for or one clear line: no panic, no
-traceback, no silent success.
+"""Unexpected responses of a server: the result is correct or a one-line error.
+
+There is no panic, no traceback and no silent success.
 """
 
 from pathlib import Path
@@ -23,8 +24,9 @@ BRIEF = RetryPolicy(
     silent_seconds=1,
 )
 LISTING = (
-    b"<ListBucketResult><Name>b</Name><KeyCount>1</KeyCount><IsTruncated>false</IsTruncated><Contents><Key>%s</Key>"
-    b"<LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>x</ETag><Size>3</Size></Contents></ListBucketResult>"
+    b"<ListBucketResult><Name>b</Name><KeyCount>1</KeyCount><IsTruncated>false</IsTruncated>"
+    b"<Contents><Key>%s</Key><LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>x</ETag>"
+    b"<Size>3</Size></Contents></ListBucketResult>"
 )
 
 
@@ -40,7 +42,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("trainer.data.storage.client._QUIET_RETRIES", {"max_retries": 0})
 
 
-ANSWERS = {
+RESPONSES = {
     "web page": (constant(200, PAGE), "not answer as an object store"),
     "web page with an ETag": (
         constant(200, PAGE, **{k.replace("-", "_"): v for k, v in FULL.items()}),
@@ -48,7 +50,7 @@ ANSWERS = {
     ),
     "nothing": (constant(204), "not answer as an object store"),
     "a large page": (constant(200, PAGE + b"x" * 5_000_000), "not answer as an object store"),
-    "a page for what is missing": (constant(404, PAGE), "a web page"),
+    "a page for a missing object": (constant(404, PAGE), "a web page"),
     "truncated XML": (constant(200, (LISTING % b"run/a")[:-40]), "not answer as an object store"),
     "bytes that are not UTF-8": (
         constant(200, LISTING % b"run/\xff"),
@@ -67,7 +69,7 @@ ANSWERS = {
     "a wrong clock": (constant(403, s3_error("RequestTimeTooSkewed")), "the clock of this machine"),
     "no permission": (constant(403, s3_error("AccessDenied")), "permission denied"),
     "no bucket": (constant(404, s3_error("NoSuchBucket")), "there is no such bucket"),
-    "a port of TLS": (
+    "a TLS port": (
         constant(400, b"Client sent an HTTP request to an HTTPS server.\n"),
         "write https:// in AWS_ENDPOINT_URL",
     ),
@@ -75,13 +77,13 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("response", RESPONSES)
 @pytest.mark.parametrize("command", ["list", "write", "read"])
-def test_an_answer_of_something_else_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, answer: str, command: str
+def test_unexpected_response_is_a_one_line_error(
+    monkeypatch: pytest.MonkeyPatch, response: str, command: str
 ) -> None:
-    given, told = ANSWERS[answer]
-    with serving(given) as url:
+    handler, message = RESPONSES[response]
+    with serving(handler) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         store = open_store("s3://b/run", patience=BRIEF)
         work = {
@@ -95,11 +97,11 @@ def test_an_answer_of_something_else_is_one_line(
     assert len(line.splitlines()) == 1
     assert "s3://b/run" in line
     if command == "list":
-        assert told in line
+        assert message in line
 
 
 @pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (429, ""), (500, "InternalError")])
-def test_a_busy_store_is_retried_within_a_bound(
+def test_busy_store_is_retried_within_limits(
     monkeypatch: pytest.MonkeyPatch, status: int, code: str
 ) -> None:
     with serving(constant(status, s3_error(code) if code else b"")) as url:
@@ -108,7 +110,7 @@ def test_a_busy_store_is_retried_within_a_bound(
             open_store("s3://b/run", patience=BRIEF).sizes()
 
 
-def test_a_redirect_to_a_web_page_is_not_an_empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redirect_to_a_web_page_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         serving(constant(200, PAGE)) as page,
         serving(constant(302, b"", Location=f"{page}/login")) as url,
@@ -118,7 +120,7 @@ def test_a_redirect_to_a_web_page_is_not_an_empty_store(monkeypatch: pytest.Monk
             open_store("s3://b/run", patience=BRIEF).sizes()
 
 
-def test_only_keys_below_the_prefix_are_listed_and_the_marker_of_a_folder_is_not(
+def test_listing_has_the_keys_below_the_prefix_without_folder_markers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     s3 = MemoryS3()
@@ -133,7 +135,7 @@ def test_only_keys_below_the_prefix_are_listed_and_the_marker_of_a_folder_is_not
 
 
 @pytest.mark.parametrize("key", ["run/a//b", "run/../b", "run/a&#9;b"])
-def test_a_key_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_unusable_key_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     with serving(constant(200, LISTING % key.encode())) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         with pytest.raises(
@@ -143,10 +145,10 @@ def test_a_key_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, key
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_write_that_only_a_web_page_took_does_not_succeed(
+def test_write_to_a_web_page_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A PUT answered with 200 and an ETag looks like success to the client."""
+    """The client takes a response of 200 with an ETag to a PUT for success."""
     requests = []
 
     def page(request: object, body: bytes) -> tuple[int, bytes, dict[str, str]]:
@@ -160,7 +162,7 @@ def test_a_write_that_only_a_web_page_took_does_not_succeed(
     assert "PUT" not in requests
 
 
-def test_permission_to_write_only_is_enough_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_needs_only_write_permission(monkeypatch: pytest.MonkeyPatch) -> None:
     def write_only(request: object, body: bytes) -> tuple[int, bytes, dict[str, str]]:
         return (200, b"", FULL) if request.command == "PUT" else (403, s3_error("AccessDenied"), {})  # type: ignore[attr-defined]
 
@@ -185,14 +187,14 @@ def test_permission_to_write_only_is_enough_to_write(monkeypatch: pytest.MonkeyP
         b"\0",
     ],
 )
-def test_a_record_that_is_not_a_json_object_is_one_line(content: bytes) -> None:
+def test_record_that_is_not_a_json_object_is_a_one_line_error(content: bytes) -> None:
     with pytest.raises(UserError, match=r"^s3://b/x\.json: ") as error:
         parse_record(content, "s3://b/x.json")
     assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("content", [PAGE, b"", b"{"])
-def test_records_of_a_data_set_that_are_not_json_are_refused(
+def test_index_or_plan_that_is_not_json_is_an_error(
     tmp_path: Path, jpeg_folder: Path, content: bytes
 ) -> None:
     (tmp_path / "train/.pack").mkdir(parents=True)
@@ -205,8 +207,8 @@ def test_records_of_a_data_set_that_are_not_json_are_refused(
         pack(str(jpeg_folder), str(tmp_path), PackOptions(workers=1))
 
 
-def test_a_panic_of_the_client_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings are checked, so that none is known; this one goes past the check."""
+def test_panic_of_the_client_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings are validated, so none is known to cause a panic; this test skips the validation."""
     monkeypatch.setattr(
         "trainer.data.storage.aws_credentials.parse_endpoint", lambda text, source: text
     )

@@ -303,5 +303,5 @@ def test_a_full_disk_is_told_and_the_old_one_stays(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_refused() -> None:
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         CheckpointManager("/proc/checkpoints", 3)

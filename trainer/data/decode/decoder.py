@@ -30,8 +30,11 @@ class DecodeError(ValueError):
 def decoder_in_use() -> str:
     """Describes in one line, for people, how ``decode_crop`` decodes JPEGs."""
     if _native is None:
-        return "Pillow, which is slower: the native decoder was not built (it needs gcc, python3-dev and libjpeg-dev)"
-    return "native, by libjpeg-turbo: of a JPEG only what its crop needs"
+        return (
+            "Pillow, which is slower: the native decoder was not built (it needs gcc, "
+            "python3-dev and libjpeg-dev)"
+        )
+    return "native (libjpeg-turbo); only the part of a JPEG that the crop needs is decoded"
 
 
 def decode_rgb(encoded: bytes | memoryview) -> Image.Image:

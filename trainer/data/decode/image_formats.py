@@ -200,7 +200,7 @@ def _png_has_end(read: Read, size: int) -> bool:
 
 def _gif_fault(content: bytes) -> str | None:
     """Checks that every block of a GIF is complete. A missing trailer alone is harmless."""
-    cut = "truncated: it ends within a frame"
+    truncated = "truncated: it ends within a frame"
 
     def table(flags: int) -> int:
         return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
@@ -210,13 +210,13 @@ def _gif_fault(content: bytes) -> str | None:
         if content[position] == 0x21:
             position += 2
         elif position + 10 > len(content):
-            return cut
+            return truncated
         else:
             position += 11 + table(content[position + 9])
         while position < len(content) and content[position]:
             position += 1 + content[position]
         if position >= len(content):
-            return cut
+            return truncated
         position += 1
     return None
 
@@ -240,7 +240,7 @@ def describe(head: bytes) -> str:
     if head.startswith((_JPEG, _PNG, b"GIF8", b"BM", b"II*\0", b"MM\0*")):
         return "corrupt: its header cannot be read"
     if head and not head.strip(b"\0"):
-        return "not an image: it holds zero bytes only"
+        return "not an image: it contains only zero bytes"
     return "not an image"
 
 

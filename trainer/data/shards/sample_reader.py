@@ -24,37 +24,37 @@ class SampleRange:
 
 def coalesce(numbers: np.ndarray, index: Index) -> Iterator[SampleRange]:
     """Yields the locations of these samples, each once, as few long ranges as possible."""
-    wanted = np.unique(numbers)
-    shard_of = np.searchsorted(index.starts, wanted, side="right") - 1
+    numbers = np.unique(numbers)
+    shard_of = np.searchsorted(index.starts, numbers, side="right") - 1
     for number in np.unique(shard_of):
         offsets = index.shards[number].offsets
-        places = wanted[shard_of == number] - index.starts[number]
+        places = numbers[shard_of == number] - index.starts[number]
         for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
             first, end = int(run[0]), int(run[-1]) + 1
             while first < end:
-                cut = first + 1
-                while cut < end and offsets[cut + 1] - offsets[first] <= _REQUEST:
-                    cut += 1
-                yield SampleRange(int(number), first, cut)
-                first = cut
+                stop = first + 1
+                while stop < end and offsets[stop + 1] - offsets[first] <= _REQUEST:
+                    stop += 1
+                yield SampleRange(int(number), first, stop)
+                first = stop
 
 
-def read_range(stretch: SampleRange, index: Index, store: RangeReader) -> dict[int, Sample]:
+def read_range(part: SampleRange, index: Index, store: RangeReader) -> dict[int, Sample]:
     """Returns the samples of a range, by number.
 
     Raises RetryableError if the store becomes unavailable, and UserError if the bytes differ from
     those that were indexed.
     """
-    shard, first = index.shards[stretch.shard], int(index.starts[stretch.shard])
-    start = shard.offsets[stretch.first]
-    (content,) = store.read_ranges(shard.name, [start], [shard.offsets[stretch.end]])
+    shard, first = index.shards[part.shard], int(index.starts[part.shard])
+    start = shard.offsets[part.first]
+    (content,) = store.read_ranges(shard.name, [start], [shard.offsets[part.end]])
     samples = {}
-    for place in range(stretch.first, stretch.end):
+    for place in range(part.first, part.end):
         where = (
             f"{store.url}/{shard.name}: sample {shard.keys[place]} at byte {shard.offsets[place]:,}"
         )
-        part = content[shard.offsets[place] - start : shard.offsets[place + 1] - start]
-        samples[first + place] = read_sample(part, shard.keys[place], where)
+        sample = content[shard.offsets[place] - start : shard.offsets[place + 1] - start]
+        samples[first + place] = read_sample(sample, shard.keys[place], where)
     return samples
 
 
@@ -65,8 +65,8 @@ def read_samples(numbers: np.ndarray, index: Index, store: RangeReader) -> dict[
     """
     return {
         n: sample
-        for stretch in coalesce(numbers, index)
-        for n, sample in read_range(stretch, index, store).items()
+        for part in coalesce(numbers, index)
+        for n, sample in read_range(part, index, store).items()
     }
 
 

@@ -146,14 +146,13 @@ def read_sample(content: memoryview, key: str, where: str) -> Sample:
             found = members_in(content)
         except TarError as error:
             raise UserError(
-                f"{where}: the shard is not the one that was indexed; it {error}"
+                f"{where}: the shard differs from the one that was indexed; it {error}"
             ) from None
     for name, start, end in found:
         _add(sample, name, content[start:end], where)
     if "cls" not in sample or not any(extension in IMAGES for extension in sample):
         raise UserError(
-            f"{where}: an image and its label should stand there, but there is: "
-            f"{', '.join(list(sample)[2:])}"
+            f"{where}: needs an image and its label (.cls), but has: {', '.join(list(sample)[2:])}"
         )
     return sample
 
@@ -163,7 +162,9 @@ def _add(sample: Sample, name: str, content: memoryview, where: str) -> None:
     if key == sample["__key__"] and extension not in sample and extension:
         sample[extension] = content
     elif not is_system_file(name) and (key == sample["__key__"] or not is_side_file(name)):
-        raise UserError(f"{where}: {name} stands there; the shard is not the one that was indexed")
+        raise UserError(
+            f"{where}: contains {name}; the shard differs from the one that was indexed"
+        )
 
 
 def encoded_image(sample: Sample) -> memoryview:
@@ -180,7 +181,7 @@ def label_of(sample: Sample, num_classes: int) -> int:
     if label is None or label >= num_classes:
         text = bytes(sample["cls"][:20])
         raise UserError(
-            f"{sample['__where__']}: label {text!r} is none of the {num_classes} classes of the "
-            "index"
+            f"{sample['__where__']}: label {text!r} is not one of the {num_classes} classes of "
+            "the index"
         )
     return label

@@ -13,7 +13,8 @@ _OTHER_FORMATS = {
     b"BZh": "is compressed with bzip2",
     b"\x04\x22\x4d\x18": "is compressed with lz4",
     b"PK\x03\x04": "is a zip file",
-    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with "
+    "`git lfs pull`",
 }
 
 
@@ -57,7 +58,7 @@ def check_sum(block: bytes, at: int) -> None:
     if at == 0:
         raise TarError("is not a tar archive, or its first header is corrupt (wrong checksum)")
     raise TarError(
-        f"is corrupt: no valid tar header at byte {at:,} (wrong checksum); members behind it "
+        f"is corrupt: no valid tar header at byte {at:,} (wrong checksum); members after it "
         "would be lost"
     )
 

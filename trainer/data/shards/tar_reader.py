@@ -232,15 +232,15 @@ class _Archive:
             at = self.position
             piece = self.take(min(_PIECE, self.size - at), "the end-of-archive mark")
             if rest := piece.lstrip(b"\0"):
-                raise TarError(self._behind_the_end(at + len(piece) - len(rest), start))
+                raise TarError(self._trailing_data(at + len(piece) - len(rest), start))
         return None
 
     @staticmethod
-    def _behind_the_end(at: int, end: int) -> str:
+    def _trailing_data(at: int, end: int) -> str:
         return (
-            f"continues at byte {at:,} behind a zero block at byte {end:,}: it is corrupt, or "
-            "several archives were "
-            "concatenated, of which readers see the first one; keep them as separate files"
+            f"continues at byte {at:,} after a zero block at byte {end:,}: it is corrupt, or "
+            "several archives were concatenated and readers see only the first one; keep them as "
+            "separate files"
         )
 
 
@@ -279,7 +279,7 @@ def _read_member(archive: _Archive, block: bytes) -> Member | None:
                 pax |= pax_records(data, at)
         block = archive.block(f"the member that the extended header at byte {at:,} describes")
         if not any(block):
-            raise TarError(f"ends behind the extended header at byte {at:,}; its member is missing")
+            raise TarError(f"ends after the extended header at byte {at:,}; its member is missing")
     at = archive.position - BLOCK
     if any(key.startswith(b"GNU.sparse.") for key in pax):
         raise TarError(f"{describe(block, at)} {_UNSUPPORTED[b'S']}")
@@ -315,12 +315,11 @@ def _member(archive: _Archive, block: bytes, name: str, size: int, offset: int) 
             )
         size = 0
     else:
-        raise TarError(f"{describe(block, at)} is of the unknown type {flag!r}")
+        raise TarError(f"{describe(block, at)} has the unknown type {flag!r}")
     end = start + size + -size % BLOCK
     if end > archive.size:
         raise TarError(
-            f"is truncated: it ends at byte {archive.size:,}, but {name!r}, {size:,} bytes from "
-            f"byte {start:,} on, "
-            f"extends to byte {end:,}"
+            f"is truncated: it ends at byte {archive.size:,}, but {name!r} ({size:,} bytes from "
+            f"byte {start:,} on) extends to byte {end:,}"
         )
     return Member(name, kind, offset, start, size, end, archive)

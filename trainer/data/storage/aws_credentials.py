@@ -148,7 +148,9 @@ def parse_endpoint(text: str, source: str) -> str:
     if not re.fullmatch(r"[\x21-\x7e]+", address) or any(
         mark in address for mark in "\"'<>\\^`{|}"
     ):
-        raise UserError(f"{wrong}: it holds a space or a character that an address cannot hold")
+        raise UserError(
+            f"{wrong}: it contains a space or a character that is invalid in an address"
+        )
     try:
         parts = urlsplit(address)
         port = parts.port
@@ -165,7 +167,7 @@ def parse_endpoint(text: str, source: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._~/-]*", parts.path) or {".", ".."} & set(
         parts.path.split("/")
     ):
-        raise UserError(f"{wrong}: its path {parts.path!r} cannot be used")
+        raise UserError(f"{wrong}: its path {parts.path!r} is not supported")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
@@ -237,8 +239,7 @@ def _check_key(name: str, value: str) -> None:
     if not re.fullmatch(r"[\x21-\x7e]+", value):
         raise UserError(
             f"{name}: holds a space, a newline or another character that is not printable "
-            "ASCII; a Secret made with "
-            "`echo` ends in a newline, use `printf %s`"
+            "ASCII; if it comes from `echo`, it ends with a newline: use `printf %s`"
         )
 
 

@@ -25,7 +25,7 @@ _SLACK = 20
 _LOCK_SECONDS, _BETWEEN = 30.0, 0.003  # seconds: lock timeout; polling interval
 
 
-class Damaged(Exception):
+class CorruptBlock(Exception):
     """Raised if a block's bytes differ from those that were written."""
 
 
@@ -53,7 +53,7 @@ class DiskBlockCache:
     def read(self, name: str, length: int, start: int, end: int) -> memoryview | None:
         """Returns the verified bytes ``[start, end)`` of a block of ``length`` bytes.
 
-        Returns None if the block is missing. Raises Damaged.
+        Returns None if the block is missing. Raises CorruptBlock.
         """
         try:
             file = self._path(name, _BLOCK).open("rb", buffering=0)
@@ -65,13 +65,12 @@ class DiskBlockCache:
             content = os.pread(file.fileno(), min(last * _PAGE, length) - begin, begin)
             sums = os.pread(file.fileno(), (last - first) * _SUM, length + first * _SUM)
             if os.fstat(file.fileno()).st_size != _size(length):
-                raise Damaged(
+                raise CorruptBlock(
                     f"has {os.fstat(file.fileno()).st_size:,} bytes instead of {_size(length):,}"
                 )
             if sums != _sums(name, content, first):
-                raise Damaged(
-                    f"has other bytes between {begin:,} and {begin + len(content):,} than were "
-                    "written"
+                raise CorruptBlock(
+                    f"has a wrong checksum between bytes {begin:,} and {begin + len(content):,}"
                 )
             with suppress(OSError):  # the disk may be read-only
                 os.utime(file.fileno())
@@ -142,7 +141,7 @@ class DiskBlockCache:
             os.open(self.folder / CACHE_TOTAL, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0
         ) as file:
             if not _wait_for_lock(file):
-                raise OSError(f"{CACHE_TOTAL} is locked by a process that stands still")
+                raise OSError(f"{CACHE_TOTAL} is locked by a process that does not release it")
             yield file
 
     def _shrink(self, total: IO[bytes], more: int) -> None:
@@ -156,9 +155,9 @@ class DiskBlockCache:
                 found.append((stat.st_mtime_ns, stat.st_size, block))
         size = sum(size for _, size, _ in found)
         if size + more > self.max_bytes:
-            wanted = self.max_bytes - (max(more, self.max_bytes // _SLACK) if more else 0)
+            target = self.max_bytes - (max(more, self.max_bytes // _SLACK) if more else 0)
             for _, freed, block in sorted(found):
-                if size <= wanted:
+                if size <= target:
                     break
                 block.unlink(missing_ok=True)  # processes that have it open can still read it
                 size -= freed

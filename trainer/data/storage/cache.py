@@ -9,7 +9,7 @@ from urllib.parse import quote
 import numpy as np
 
 from trainer.data.index import Index
-from trainer.data.storage.block_cache import Damaged, DiskBlockCache
+from trainer.data.storage.block_cache import CorruptBlock, DiskBlockCache
 from trainer.data.storage.store import RangeReader
 from trainer.errors import UserError
 
@@ -97,30 +97,37 @@ class Cache:
             np.empty(max(0, end - start), np.uint8) for start, end in zip(starts, ends, strict=True)
         ]
         # By block number: destination array, first byte and end in the block.
-        wanted: dict[int, list[tuple[np.ndarray, int, int]]] = {}
+        needed: dict[int, list[tuple[np.ndarray, int, int]]] = {}
         for part, start, end in zip(parts, starts, ends, strict=True):
             for number in range(
                 start // self._block_bytes, -(-end // self._block_bytes) if end > start else 0
             ):
                 base = number * self._block_bytes
                 first, last = max(start, base), min(end, base + self._block_bytes)
-                wanted.setdefault(number, []).append(
+                needed.setdefault(number, []).append(
                     (part[first - start : last - start], first - base, last - base)
                 )
         missing = [
             number
-            for number in sorted(wanted)
-            if not self._read(name, number, wanted[number], tell=True)
+            for number in sorted(needed)
+            if not self._read(name, number, needed[number], report=True)
         ]
         for at in range(0, len(missing), _FETCHED_AT_ONCE):
-            group = {number: wanted[number] for number in missing[at : at + _FETCHED_AT_ONCE]}
+            group = {number: needed[number] for number in missing[at : at + _FETCHED_AT_ONCE]}
             self._fetch(name, group)
         return [part.data.toreadonly() for part in parts]
 
     def _read(
-        self, name: str, number: int, pieces: list[tuple[np.ndarray, int, int]], tell: bool = False
+        self,
+        name: str,
+        number: int,
+        pieces: list[tuple[np.ndarray, int, int]],
+        report: bool = False,
     ) -> bool:
-        """Fills the pieces from the disk; returns False if the block is missing or corrupt."""
+        """Fills the pieces from the disk; returns False if the block is missing or corrupt.
+
+        ``report``: log a corrupt block, once.
+        """
         block, length = self._name(name, number), self._length(name, number)
         try:
             for piece, first, last in pieces:
@@ -128,45 +135,45 @@ class Cache:
                 if content is None:
                     return False
                 piece[:] = np.frombuffer(content, np.uint8)
-        except (Damaged, OSError) as error:
-            if tell and block not in self._reported:
+        except (CorruptBlock, OSError) as error:
+            if report and block not in self._reported:
                 self._reported.add(block)
                 _LOG.warning("%s/%s: %s; it is fetched again", self._folder, block, error)
             return False
         self._count(hit=sum(len(piece) for piece, _, _ in pieces))
         return True
 
-    def _fetch(self, name: str, wanted: Mapping[int, list[tuple[np.ndarray, int, int]]]) -> None:
+    def _fetch(self, name: str, needed: Mapping[int, list[tuple[np.ndarray, int, int]]]) -> None:
         """Fills missing pieces from the store and caches their blocks.
 
         A block that another process has written in the meantime is read from the disk.
         """
         if not self._writes:
-            self._pass_by(name, wanted)
+            self._read_uncached(name, needed)
             return
-        of_name = {self._name(name, number): number for number in wanted}
-        left = dict(wanted)
+        of_name = {self._name(name, number): number for number in needed}
+        left = dict(needed)
         try:
             with self._blocks.acquire(list(of_name)) as claims:
-                for number in wanted:
-                    if self._read(name, number, wanted[number]):
+                for number in needed:
+                    if self._read(name, number, needed[number]):
                         del left[number]
-                whole = {
+                claimed = {
                     number: block
                     for block, number in of_name.items()
                     if number in left and block in claims
                 }
-                contents = self._whole(name, whole)
+                contents = self._fetch_blocks(name, claimed)
                 for number, content in contents.items():
                     self._fill(content, left.pop(number))
                 for number, content in contents.items():
-                    self._blocks.write(whole[number], claims[whole[number]], content)
+                    self._blocks.write(claimed[number], claims[claimed[number]], content)
         except OSError as error:
             self._give_up(error)
         if left:
-            self._pass_by(name, left)
+            self._read_uncached(name, left)
 
-    def _whole(self, name: str, numbers: Iterable[int]) -> dict[int, memoryview]:
+    def _fetch_blocks(self, name: str, numbers: Iterable[int]) -> dict[int, memoryview]:
         starts = [number * self._block_bytes for number in numbers]
         ends = [
             start + self._length(name, number)
@@ -183,12 +190,14 @@ class Cache:
             piece[:] = np.frombuffer(content[first:last], np.uint8)
             self._count(missed=len(piece))
 
-    def _pass_by(self, name: str, wanted: Mapping[int, list[tuple[np.ndarray, int, int]]]) -> None:
+    def _read_uncached(
+        self, name: str, needed: Mapping[int, list[tuple[np.ndarray, int, int]]]
+    ) -> None:
         """Reads only the required bytes from the store and caches nothing."""
         pieces = [
             (piece, number * self._block_bytes + first)
-            for number in wanted
-            for piece, first, _ in wanted[number]
+            for number in needed
+            for piece, first, _ in needed[number]
         ]
         contents = self._store.read_ranges(
             name, [start for _, start in pieces], [start + len(piece) for piece, start in pieces]
@@ -199,8 +208,8 @@ class Cache:
 
     def _give_up(self, error: OSError) -> None:
         with self._lock:
-            told, self._writes = not self._writes, False
-        if not told:
+            is_first, self._writes = self._writes, False
+        if is_first:
             _LOG.warning(
                 "%s: %s; shards are no longer cached there", self._folder, error.strerror or error
             )

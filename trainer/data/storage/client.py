@@ -61,7 +61,7 @@ def folder_of(url: str, create: bool) -> Path:
             raise UserError(f"{url}: there is no such folder")
     except OSError as error:
         raise UserError(
-            f"{url}: cannot be {'made' if create else 'read'}: {error.strerror}"
+            f"{url}: cannot be {'created' if create else 'read'}: {error.strerror}"
         ) from None
     return path
 

@@ -86,8 +86,7 @@ def parse_storage_url(url: str) -> Location:
             raise UserError(f"{shown}: {named[1]}:// is not supported; write az://CONTAINER/PREFIX")
         raise UserError(
             f"{shown}: credentials do not belong in a URL; set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY "
-            "(or the variables of your store)"
+            "AWS_SECRET_ACCESS_KEY (or the variables of your store)"
         )
     if url != url.strip() and _MEANT_REMOTE.match(url):
         raise UserError(f"{shown!r}: remove the space before or after the URL")
@@ -119,7 +118,7 @@ def local_path(url: str) -> Path:
     It need not exist. Raises UserError.
     """
     location = parse_storage_url(url)
-    assert not location.is_remote, "callers ask is_remote first"
+    assert not location.is_remote, "callers check is_remote first"
     return Path(location.prefix)
 
 
@@ -145,7 +144,10 @@ def _advice(scheme: str, rest: str) -> str:
         key = rest.partition("/")[2] if ".s3" in host else path
         return f"a web address; write s3://{bucket}/{key}".rstrip("/")
     if scheme in ("http", "https"):
-        return "a web address; write s3://BUCKET/PREFIX and set AWS_ENDPOINT_URL to the address of the store"
+        return (
+            "a web address; write s3://BUCKET/PREFIX and set AWS_ENDPOINT_URL to the address of "
+            "the store"
+        )
     known = ", ".join(f"{name}://" for name in STORES)
     return f"{scheme}:// is not supported; a URL begins with {known} or is a plain path"
 
@@ -157,7 +159,7 @@ def _remote(scheme: str, rest: str, shown: str) -> Location:
     elif not _HOST.fullmatch(bucket):
         raise UserError(f"{shown}: names no host; write {scheme}://HOST/PREFIX or HOST:PORT/PREFIX")
     if "\\" in key:
-        raise UserError(f"{shown}: separate with / instead of \\")
+        raise UserError(f"{shown}: separate with /, not with \\")
     key = key.removesuffix("/")
     segments = key.split("/") if key else []
     if "" in segments:
@@ -201,11 +203,11 @@ def _file_url(rest: str, shown: str) -> Location:
 
 def _folder(path: str, url: str, shown: str) -> Location:
     if re.match(r"[A-Za-z]:[\\/]", url) or url.startswith("\\\\"):
-        raise UserError(f"{shown}: a path of Windows; write ./{shown} if the folder is called so")
+        raise UserError(f"{shown}: a Windows path; write ./{shown} if a folder has that name")
     try:
         expanded = Path(path).expanduser() if path.startswith("~") else Path(path)
     except RuntimeError:
         raise UserError(
-            f"{shown}: there is no such user; write ./{shown} if the folder is called so"
+            f"{shown}: there is no such user; write ./{shown} if a folder has that name"
         ) from None
     return Location("file", "", str(expanded.absolute()))

@@ -90,7 +90,7 @@ class StoreClient:
         self._root = root
         self._lock = threading.Lock()
         self.generation = 0
-        self._reported, self._untold = float("-inf"), 0
+        self._reported, self._unlogged = float("-inf"), 0
 
     @property
     def address(self) -> str:
@@ -107,7 +107,7 @@ class StoreClient:
                 self.objects.renew()
                 self.generation += 1
 
-    def tell(self, text: str) -> None:
+    def log_retry(self, text: str) -> None:
         """Logs a retry, at most one line every 5 s.
 
         The line includes the number of retries that were not logged since the last one.
@@ -115,10 +115,10 @@ class StoreClient:
         self.counts.add(retries=1)
         with self._lock:
             if time.monotonic() - self._reported < _SECONDS_BETWEEN_LINES:
-                self._untold += 1
+                self._unlogged += 1
                 return
-            more = f" ({self._untold} more since the last line)" if self._untold else ""
-            self._reported, self._untold = time.monotonic(), 0
+            more = f" ({self._unlogged} more since the last line)" if self._unlogged else ""
+            self._reported, self._unlogged = time.monotonic(), 0
         _LOG.warning("%s%s", text, more)
 
 
@@ -168,18 +168,18 @@ class Retrier:
         else:
             self._tries += 1
             number, limit = self._tries, patience.tries
-        left = patience.seconds - (now - self._since)
-        if number > limit or left <= 0:
+        remaining = patience.seconds - (now - self._since)
+        if number > limit or remaining <= 0:
             tries = "1 try" if number == 1 else f"{number} tries"
             raise RetryableError(
-                f"{where}: {why}; given up after {tries} and {now - self._since:.0f} s"
+                f"{where}: {why}; gave up after {tries} and {now - self._since:.0f} s"
             ) from None
         wait = min(
-            left,
+            remaining,
             random.uniform(0, min(patience.longest_wait, patience.first_wait * 2 ** (number - 1))),
         )
-        again = "; the credentials are read again" if kind is ErrorKind.REFUSED else ""
-        link.tell(f"{where}: {why}{again}; try {number + 1} of {limit + 1} in {wait:.1f} s")
+        again = "; re-reading the credentials" if kind is ErrorKind.REFUSED else ""
+        link.log_retry(f"{where}: {why}{again}; try {number + 1} of {limit + 1} in {wait:.1f} s")
         if link.closed.wait(wait):
             raise RetryableError(f"{where}: {why}; the store was closed") from None
         if kind is ErrorKind.REFUSED:
@@ -193,7 +193,7 @@ def read_piece(link: StoreClient, name: str, start: int, into: memoryview) -> No
     Raises UserError, RetryableError.
     """
     at, end = start, start + len(into)
-    endurance = Retrier(link)
+    retrier = Retrier(link)
     while at < end:
         first = at
         try:
@@ -202,13 +202,13 @@ def read_piece(link: StoreClient, name: str, start: int, into: memoryview) -> No
                 for chunk in link.objects.read(name, at, end):
                     if at + len(chunk) > end:
                         at = first
-                        raise Interrupted("more bytes came than were asked for")
+                        raise Interrupted("the response is longer than requested")
                     into[at - start : at - start + len(chunk)] = chunk
                     at += len(chunk)
                     link.counts.add(bytes=len(chunk))
-                    endurance.succeeded()
+                    retrier.succeeded()
                     link.proven = True
             if at < end:
-                raise Interrupted("the answer was cut short")
+                raise Interrupted("the response was truncated")
         except (BaseError, OSError) as error:
-            endurance.failed(error, f"{link.url}/{name}: byte {at:,}")
+            retrier.failed(error, f"{link.url}/{name}: byte {at:,}")

@@ -145,7 +145,7 @@ class Store:
     def _read_local(
         self, folder: FolderStore, name: str, starts: Sequence[int], ends: Sequence[int]
     ) -> list[memoryview]:
-        endurance = Retrier(self._link)
+        retrier = Retrier(self._link)
         while True:
             try:
                 with panics_as_errors():
@@ -157,7 +157,7 @@ class Store:
                         )
                     parts = folder.read_ranges(name, starts, ends)
             except (BaseError, OSError) as error:
-                endurance.failed(error, f"{self.url}/{name}")
+                retrier.failed(error, f"{self.url}/{name}")
             else:
                 self.counts.add(bytes=sum(map(len, parts)), requests=len(parts))
                 return parts
@@ -171,7 +171,7 @@ class Store:
         never answered, raises ServiceUnreachable after object_store's own retries (20 s): the
         address is probably wrong.
         """
-        endurance = Retrier(self._link)
+        retrier = Retrier(self._link)
         while True:
             try:
                 with panics_as_errors():
@@ -185,7 +185,7 @@ class Store:
                     raise ServiceUnreachable(
                         f"{where}: {reason(error, self._link.address)}"
                     ) from None
-                endurance.failed(error, where)
+                retrier.failed(error, where)
             else:
                 self._link.succeeded()
                 return result
@@ -226,7 +226,7 @@ class Store:
                 if (kind := kind_of(error)) in (ErrorKind.MISSING, ErrorKind.REFUSED):
                     return kind
                 raise
-            raise Foreign("it has an object of every name")
+            raise Foreign("it returns an object for every name")
 
         accepted = self._link.accepted
         kind = self._with_retry(ask, self.url)

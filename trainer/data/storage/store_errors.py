@@ -23,8 +23,8 @@ class ErrorKind(Enum):
     PASSING = "wait and try again"
     REFUSED = "read the credentials again"
     MISSING = "there is no such object"
-    FINAL = "tell the user"
-    FOREIGN = "not an answer of an object store: wait if it gave one before, else tell the user"
+    FINAL = "report to the user"
+    FOREIGN = "not a response of an object store: wait if it gave one before, else report it"
 
 
 class Interrupted(OSError):
@@ -84,14 +84,16 @@ _REGION_CODES = (
 CHECK_ENDPOINT = "check that AWS_ENDPOINT_URL is its S3 API, not a console or a proxy"
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(?:Other\(\s*OtherError\(\s*)?(\w+)")
 _CERTIFICATE_FAULTS = {
-    "UnknownIssuer": "is signed by a CA that is not known here; set AWS_CA_BUNDLE to a file of that CA's certificate (PEM)",
+    "UnknownIssuer": "is signed by an unknown CA; set AWS_CA_BUNDLE to a PEM file of that CA's "
+    "certificate",
     "Expired": "has expired",
     "ExpiredContext": "has expired",
     "NotValidYet": "is not valid yet; check the clocks",
     "NotValidYetContext": "is not valid yet; check the clocks",
     "NotValidForName": "is for another host name",
     "NotValidForNameContext": "is for another host name",
-    "CaUsedAsEndEntity": "is a CA's own certificate; give the server one that the CA signed (basicConstraints CA:FALSE)",
+    "CaUsedAsEndEntity": "is a CA's own certificate; give the server one that the CA signed "
+    "(basicConstraints CA:FALSE)",
     "Revoked": "was revoked",
 }
 
@@ -170,9 +172,9 @@ def reason(error: BaseException, address: str = "") -> str:
         return "the credentials have expired; get new ones (AWS_SESSION_TOKEN, or sign in again)"
     if (region := _REGION.search(text)) or code in _REGION_CODES:
         where = (
-            f"{region[1]}, not the one that is set; AWS_REGION={region[1]}"
+            f"{region[1]}, not the configured one; set AWS_REGION={region[1]}"
             if region
-            else "another one than AWS_REGION"
+            else "not the configured one; set AWS_REGION"
         )
         return f"the bucket's region is {where}"
     if found := _CERTIFICATE.search(text):
@@ -185,8 +187,8 @@ def reason(error: BaseException, address: str = "") -> str:
     if kind_of(error) is ErrorKind.REFUSED or isinstance(error, PermissionError):
         return (
             "permission denied; check the credentials (AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY) and the bucket's policy "
-            "(without the right to list, a missing object is denied too)"
+            "AWS_SECRET_ACCESS_KEY) and the bucket's policy (without the permission to list, a "
+            "missing object is denied too)"
         )
     if kind_of(error) is ErrorKind.FOREIGN:
         what = (
@@ -198,9 +200,15 @@ def reason(error: BaseException, address: str = "") -> str:
     if isinstance(error, NotFoundError | FileNotFoundError):
         return "not found"
     if "invalid path" in text and isinstance(error, InvalidPathError):
-        return f"holds an object whose key cannot be used: {_first_line(text)[:200]}; remove or rename it"
+        return (
+            f"holds an object whose key cannot be used: {_first_line(text)[:200]}; delete or "
+            "rename it"
+        )
     if "redirect" in text.split("\n")[0]:
-        return "the store redirects to another address: the bucket is in another region (AWS_REGION), or AWS_ENDPOINT_URL is wrong"
+        return (
+            "the store redirects to another address: the bucket is in another region "
+            "(AWS_REGION), or AWS_ENDPOINT_URL is wrong"
+        )
     if status == 416:
         return "the object ends before these bytes"
     if status is not None and 300 <= status < 400:
@@ -213,10 +221,10 @@ def reason(error: BaseException, address: str = "") -> str:
         )
     for mark, words in (
         ("ConnectionReset", "the connection was reset"),
-        ("IncompleteBody", "the answer was cut short"),
+        ("IncompleteBody", "the response was truncated"),
         (
             "response body error",
-            "no more bytes came" if "TimedOut" in text else "the connection broke",
+            "no more bytes were received" if "TimedOut" in text else "the connection broke",
         ),
         ("TimedOut", f"{store} does not answer"),
         ("onnect", f"{store} cannot be reached (AWS_ENDPOINT_URL)"),

@@ -1,5 +1,6 @@
-"""The loaders that benchmarks/data.py compares. Each yields an epoch of training batches at 224
-pixels from the same JPEGs.
+"""The loaders that benchmarks/data.py compares.
+
+Each yields an epoch of training batches at 224 pixels from the same JPEGs.
 
 A loader is a function of the folder that ``prepare`` filled and the number of workers. It returns
 an epoch factory: a function without arguments whose iterator yields the number of images in each
@@ -26,7 +27,7 @@ Epoch = Callable[[], Iterator[int]]
 
 
 def random_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a crop as torchvision's RandomResizedCrop draws it."""
+    """Draw left, top, width and height of a crop as torchvision's RandomResizedCrop does."""
     for _ in range(10):
         area = width * height * random.uniform(MIN_AREA, 1)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -37,7 +38,7 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def _batches(loader: Any) -> Epoch:
-    """Epochs of a torch loader whose batches begin with the images."""
+    """The epoch factory of a torch loader whose batches begin with the images."""
 
     def epoch() -> Iterator[int]:
         for batch in loader:
@@ -74,7 +75,7 @@ def _pillow_view() -> Callable[[bytes], Any]:
 
 
 def our_config(url: str, workers: int, **data: Any) -> "RunConfig":
-    """The recipe by which our loader makes the benchmarks' batches."""
+    """The recipe of our loader for the batches of the benchmarks."""
     from trainer.config.schema import RunConfig
 
     values = {"train": url, "image_size": SIDE, "workers": workers, "tail": "drop", **data}
@@ -104,10 +105,8 @@ def ours(folder: Path, workers: int) -> Epoch:
     return epoch
 
 
-def ours_decode_alone(folder: Path, workers: int) -> Epoch:
-    """What ``decode_crop`` in threads reaches with the files in memory: the ceiling of any loader
-    around it.
-    """
+def ours_decode_only(folder: Path, workers: int) -> Epoch:
+    """``decode_crop`` in threads, with the files in memory: the upper bound for our loader."""
     from trainer.data.decode.decoder import decode_crop
 
     contents = [path.read_bytes() for path in sorted((folder / "images").rglob("*.JPEG"))]
@@ -208,7 +207,7 @@ def litdata(folder: Path, workers: int) -> Epoch:
 
 
 def dali(folder: Path, workers: int) -> Epoch:
-    """On the processor: decode and crop in one operator."""
+    """DALI on the CPU, with decode and crop in one operator."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=BATCH, num_threads=workers, device_id=None)
@@ -237,7 +236,7 @@ def dali(folder: Path, workers: int) -> Epoch:
 
 
 def ffcv(folder: Path, workers: int) -> Epoch:
-    """Its own threads; the images are JPEGs that it encoded itself, at the same quality."""
+    """FFCV with its threads, and with JPEGs that it has encoded itself (quality 92)."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor
@@ -263,28 +262,28 @@ def ffcv(folder: Path, workers: int) -> Epoch:
     return epoch
 
 
-CONTESTANTS: dict[str, tuple[Callable[[Path, int], Epoch], str]] = {
+LOADERS: dict[str, tuple[Callable[[Path, int], Epoch], str]] = {
     "ours": (ours, "trainer"),
-    "ours, decode_crop alone": (ours_decode_alone, "trainer"),
+    "ours, decode_crop only": (ours_decode_only, "trainer"),
     "torchvision ImageFolder": (imagefolder, "torchvision"),
     "webdataset, Pillow": (webdataset_pillow, "webdataset"),
     "webdataset, torchvision": (webdataset_torchvision, "webdataset"),
     "webdataset, simplejpeg, cv2": (webdataset_simplejpeg, "simplejpeg"),
     "mosaicml-streaming": (mosaicml_streaming, "streaming"),
     "litdata": (litdata, "litdata"),
-    "DALI on the processor": (dali, "nvidia.dali"),
+    "DALI on the CPU": (dali, "nvidia.dali"),
     "FFCV": (ffcv, "ffcv"),
 }
-"""By name: what makes its epochs, and the package without which it is left out."""
+"""For each name, the function that creates the epoch factory, and the package that it needs."""
 
 
 def read_image(item: tuple[str, int]) -> dict[str, Any]:
-    """A sample as the formats of others store it."""
+    """A sample as the formats of other libraries store it."""
     return {"jpg": Path(item[0]).read_bytes(), "cls": item[1]}
 
 
 def prepare(name: str, folder: Path) -> None:
-    """Write the images in a contestant's own format, where it has one."""
+    """Write the images in the format of a loader, if it has one."""
     classes = sorted((folder / "images").iterdir())
     items = [
         (str(path), label)
@@ -321,7 +320,7 @@ def prepare(name: str, folder: Path) -> None:
 
 
 def versions() -> str:
-    """Of what takes part in this process, as JSON."""
+    """The versions of the installed packages, as JSON."""
     import importlib.metadata as metadata
 
     names = (
