@@ -70,10 +70,10 @@ def summarize_job(job: Object, pods: list[Object], events: list[Object], log: st
             return Status(
                 name,
                 "queued",
-                f"Kueue's queue {job['metadata']['labels'][_QUEUE_LABEL]} admits it when there "
-                "is room",
+                f"Kueue's queue {job['metadata']['labels'][_QUEUE_LABEL]} admits it when its "
+                "quota allows",
             )
-        return Status(name, "suspended", f"it holds no pods; convoy resume {name}")
+        return Status(name, "suspended", f"it has no pods; start it with convoy resume {name}")
     troubles = sorted(
         filter(None, map(_trouble, pods)), key=lambda trouble: _SEVERITY.index(trouble[0])
     )
@@ -87,27 +87,29 @@ def summarize_job(job: Object, pods: list[Object], events: list[Object], log: st
             "secret": "not started",
             "start": "not started",
         }[kind]
-        whole = ", a gang that starts whole" if kind == "unschedulable" and _is_gang(spec) else ""
-        return Status(name, state, f"{count} of {nodes} pods{whole}: {says}")
+        gang = ", a gang that starts together" if kind == "unschedulable" and _is_gang(spec) else ""
+        return Status(name, state, f"{count} of {nodes} pods{gang}: {says}")
     if not pods:
         return Status(name, "queued", _why_no_pods(status, events))
     if running < nodes:
-        pulling = f"{len(troubles)} get their image and volumes, " if troubles else ""
+        pulling = f"{len(troubles)} getting their image and volumes, " if troubles else ""
         return Status(
             name,
             "starting",
-            f"{running} of {nodes} pods run, {pulling}{nodes - running - len(troubles)} wait "
-            "for a node",
+            f"{running} of {nodes} pods running, {pulling}{nodes - running - len(troubles)} "
+            "waiting for a node",
         )
     if seen:
         return Status(name, "training", _progress(seen, link), **seen, **link)
     waits = _WAITING.findall(log)
     if "rendezvous of" in log or (waits and "rendezvous" in waits[-1]):
-        return Status(name, "rendezvous", f"{nodes} pods meet; the first step follows", **link)
+        return Status(
+            name, "rendezvous", f"{nodes} pods are connecting; the first step follows", **link
+        )
     if waits:
         return Status(name, "waiting", waits[-1])
     return (
-        Status(name, "starting", f"{nodes} pods run, no word of them yet")
+        Status(name, "starting", f"{nodes} pods running, no log output yet")
         if read
         else Status(name, "running", f"{nodes} pods")
     )
@@ -162,15 +164,15 @@ def _failure(name: str, condition: Object, pods: list[Object], log: str) -> tupl
         message = " ".join((ended.get("message") or "").split())
         if ended["exitCode"] == EXIT_USER:
             lines = [line for line in (ended.get("message") or "").splitlines() if line.strip()]
-            return " · ".join(lines[:5]) or f"a mistake; convoy logs {name} tells it", EXIT_USER
+            return " · ".join(lines[:5]) or f"user error; see convoy logs {name}", EXIT_USER
         if ended["exitCode"] == EXIT_BUG:
             last = (
                 message.rpartition("Traceback")[2][-200:] or (log.strip().splitlines() or [""])[-1]
             )
-            return f"a bug: ...{last.strip()}; convoy logs {name} has all of it", EXIT_BUG
+            return f"bug: ...{last.strip()}; convoy logs {name} prints the full log", EXIT_BUG
     return condition.get("message") or condition.get(
         "reason"
-    ) or "the operator does not say why", EXIT_BUG
+    ) or "the training operator gives no reason", EXIT_BUG
 
 
 def _trouble(pod: Object) -> tuple[str, str] | None:
@@ -192,10 +194,13 @@ def _trouble(pod: Object) -> tuple[str, str] | None:
             "ErrImageNeverPull",
             "ImageInspectError",
         ):
-            what = f"{container['image']} cannot be pulled ({reason}); check its name and the nodes' access to its registry"
-            return "image", what
+            says = (
+                f"{container['image']} cannot be pulled ({reason}); check its name and the nodes' "
+                "access to its registry"
+            )
+            return "image", says
         if reason == "CreateContainerConfigError":
-            return "secret", f"{message}; make it in this namespace: convoy secrets --help"
+            return "secret", f"{message}; create it in this namespace, see convoy secrets --help"
         if reason in ("CreateContainerError", "RunContainerError", "CrashLoopBackOff"):
             return "start", f"{reason}: {message}"
     conditions = {c["type"]: c for c in status.get("conditions") or []}
@@ -205,7 +210,7 @@ def _trouble(pod: Object) -> tuple[str, str] | None:
             return None
         return (
             "unschedulable",
-            f"{scheduled.get('message', '')}; ask for less, or wait until other jobs end".strip(),
+            f"{scheduled.get('message', '')}; request less, or wait until other jobs end".strip(),
         )
     if status.get("phase") == "Pending" and scheduled.get("status") == "True":
         return "pulling", ""
@@ -219,7 +224,10 @@ def _why_no_pods(status: Object, events: list[Object]) -> str:
         if event.get("reason") in ("FailedCreatePod", "FailedCreate", "FailedCreateService")
     ]
     if refused:
-        return f"its pods are refused: {' '.join((refused[-1].get('message') or '').split())}"
+        return f"its pods are rejected: {' '.join((refused[-1].get('message') or '').split())}"
     if not status.get("conditions"):
-        return "the training-operator did not take it yet; is it running? kubectl get pods -A | grep training-operator"
-    return "its pods are being made"
+        return (
+            "the training operator has not processed it yet; check that it runs: "
+            "kubectl get pods -A | grep training-operator"
+        )
+    return "its pods are being created"
