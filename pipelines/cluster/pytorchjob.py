@@ -209,7 +209,8 @@ def _validate(name: str, options: JobOptions) -> list[str]:
     ):
         faults.append(f"--image: {options.image!r} is not an image with a fixed tag or a digest")
     for option, quantity in (
-        ("--cpu", options.cpu), ("--memory", options.memory), ("--shm", options.shm), ("--scratch", options.scratch),
+        ("--cpu", options.cpu), ("--memory", options.memory), ("--shm", options.shm),
+        ("--scratch", options.scratch),
     ):  # fmt: skip
         if quantity is not None and not re.fullmatch(
             r"(\d+(\.\d+)?|\.\d+)(m|[kMGTPE]|[KMGTPE]i)?", quantity

@@ -125,7 +125,7 @@ def _terminate(overlay: Kubectl, job: str) -> None:
 
 
 def _out_of_memory(overlay: Kubectl, job: str) -> None:
-    """Fill /dev/shm, which counts as memory of the container; the kernel kills its largest process."""
+    """Fill /dev/shm, which is memory of the container; the kernel kills its largest process."""
     fill = "dd if=/dev/zero of=/dev/shm/fill bs=1M count=2048 2>/dev/null || true"
     with suppress(KubectlError):  # the kernel may kill the container
         overlay("exec", f"{job}-worker-1", "--", "sh", "-c", fill)

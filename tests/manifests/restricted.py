@@ -1,4 +1,4 @@
-"""Checks pod templates against Pod Security ``restricted`` and common rules of manifest scanners."""
+"""Checks pod templates against Pod Security ``restricted`` and rules of manifest scanners."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ def templates(document: Object) -> list[Object]:
 
 
 def faults(template: Object) -> Iterator[str]:
-    """Yield the violations of Pod Security ``restricted`` and of this project's additional rules."""
+    """Yield the violations of Pod Security ``restricted`` and of this project's other rules."""
     pod = template["spec"]
     outer = pod.get("securityContext") or {}
     if any(pod.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")):

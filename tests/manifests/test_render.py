@@ -217,7 +217,10 @@ def test_checkpoints_are_never_written_to_a_pods_disk(tmp_path: Path) -> None:
         ([], JobOptions(1, 8, name="50"), "--name: '50' is not a valid job name"),
         ([], JobOptions(1, 8, name=""), "--name: '' is not a valid job name"),
         ([], JobOptions(1, 8, name="r" * 51), "at most 50 characters"),
-        ([], JobOptions(1, 8, namespace="a b"), "--namespace: 'a b' is not a valid Kubernetes name"),
+        (
+            [], JobOptions(1, 8, namespace="a b"),
+            "--namespace: 'a b' is not a valid Kubernetes name",
+        ),
         (
             [], JobOptions(1, 8, mlflow_secret="A"),
             "--mlflow-secret: 'A' is not a valid Kubernetes name",

@@ -54,7 +54,7 @@ class Run:
         return load_config(self.training.recipe, self.overrides)
 
     def is_begun(self) -> bool:
-        """Return whether the folder holds a run of the current configuration, except ``tracking``."""
+        """Return whether the folder holds a run of this configuration, except for ``tracking``."""
         try:
             saved = RunConfig.model_validate_json((self.folder / "config.json").read_text())
         except (OSError, ValueError):

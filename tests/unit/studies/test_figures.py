@@ -1,4 +1,4 @@
-"""The values that studies compute, against independent calculations; and verdicts of known results."""
+"""The values that studies compute, against independent calculations; and verdicts."""
 
 import math
 

@@ -19,7 +19,7 @@ from trainer.models.model_info import model_info
 
 @pytest.mark.parametrize("name", model_parallel.NETWORKS)
 def test_stages_together_hold_the_parameters_and_activations_of_the_network(name: str) -> None:
-    """The last stage holds the activations of one micro-batch, the one before it of two, and so on."""
+    """The last stage holds the activations of one micro-batch, the one before of two, and so on."""
     entry = model_info(name)
     for stages in model_parallel.STAGES:
         rows = model_parallel.stage_memory(name, stages)
