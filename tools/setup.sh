@@ -37,7 +37,7 @@ if [ "$PRINT_UV$NATIVE_TOOLS$PEERS" = 000 ]; then
     [ -e "$STAMP" ] && exit 0
 fi
 
-say() { echo "setup: $*" >&2; }
+log() { echo "setup: $*" >&2; }
 
 find_python() {
     local candidate
@@ -51,10 +51,10 @@ find_python() {
 }
 
 if ! PYTHON=$(find_python); then
-    [ "$(id -u)" = 0 ] || { say "no Python >= 3.11 on PATH; install it"; exit 2; }
-    say "installing Python with apt-get"
+    [ "$(id -u)" = 0 ] || { log "no Python >= 3.11 on PATH; install it"; exit 2; }
+    log "installing Python with apt-get"
     apt-get update -qq && apt-get install -y -qq --no-install-recommends python3 >&2
-    PYTHON=$(find_python) || { say "python3 of this Debian is older than 3.11"; exit 2; }
+    PYTHON=$(find_python) || { log "python3 of this Debian is older than 3.11"; exit 2; }
 fi
 
 install_native_tools() {  # never fails: without them, the project works but decodes more slowly
@@ -65,10 +65,10 @@ install_native_tools() {  # never fails: without them, the project works but dec
     echo '#include <stdio.h>
 #include <jpeglib.h>' | gcc -E - >/dev/null 2>&1 || missing+=(libjpeg-dev)
     if [ ${#missing[@]} != 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        say "installing ${missing[*]} with apt-get, for the native decoder"
+        log "installing ${missing[*]} with apt-get, for the native decoder"
         { apt-get update -qq \
             && apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1 \
-            || say "they cannot be installed; the native decoder may be missing"
+            || log "they cannot be installed; the native decoder may be missing"
     fi
 }
 
@@ -81,7 +81,7 @@ print(re.sub(rf"(?m)^{sys.argv[1]}==(.*\\\n)*.*\n", "", text), end="")' "$1" "$2
 install_ffcv() {  # never fails; its build looks for OpenCV under a name that Debian does not use
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null \
         && ! pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then
-        say "installing the development files of OpenCV with apt-get, for FFCV"
+        log "installing the development files of OpenCV with apt-get, for FFCV"
         { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
             g++ pkg-config libopencv-dev libturbojpeg0-dev; } >/dev/null 2>&1 || true
     fi
@@ -90,7 +90,7 @@ install_ffcv() {  # never fails; its build looks for OpenCV under a name that De
     "$UV" pip install --quiet setuptools wheel
     PKG_CONFIG_PATH="$named" "$UV" pip install --quiet --require-hashes --no-deps \
         --no-build-isolation-package ffcv -r benchmarks/peers.lock \
-        || say "FFCV cannot be built; benchmarks/data.py skips it"
+        || log "FFCV cannot be built; benchmarks/data.py skips it"
     rm -rf "$named"
 }
 
@@ -103,10 +103,10 @@ UV=$(command -v uv || true)
 if [ -z "$UV" ] || [ "$("$UV" --version | cut -d' ' -f2)" != "$UV_VERSION" ]; then
     UV="$CACHE/uv-$UV_VERSION/bin/uv"
     if [ ! -x "$UV" ]; then
-        say "installing uv $UV_VERSION into $CACHE"
+        log "installing uv $UV_VERSION into $CACHE"
         if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
             [ "$(id -u)" = 0 ] || {
-                say "pip is needed once to install uv; install python3-pip, or put uv on PATH"
+                log "pip is needed once to install uv; install python3-pip, or put uv on PATH"
                 exit 2
             }
             apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-pip >&2
@@ -125,7 +125,7 @@ fi
 
 export UV_LINK_MODE="${UV_LINK_MODE:-hardlink}" UV_NO_PROGRESS=1
 if [ "$PEERS" = 1 ]; then
-    say "installing the baselines of the benchmarks into .venv-peers"
+    log "installing the baselines of the benchmarks into .venv-peers"
     "$UV" venv --quiet --clear --python "$VENV/bin/python" .venv-peers
     export VIRTUAL_ENV="$PWD/.venv-peers"
     locked=$(mktemp); trap 'rm -f "$locked"' EXIT
@@ -137,7 +137,7 @@ if [ "$PEERS" = 1 ]; then
     exit
 fi
 
-say "installing the locked environment into $VENV"
+log "installing the locked environment into $VENV"
 REQUIRES=(); for lock in "${LOCKS[@]}"; do REQUIRES+=(-r "$lock"); done
 NO_DEEPSPEED=$(mktemp); trap 'rm -f "$NO_DEEPSPEED"' EXIT
 # DeepSpeed's build imports torch, so everything else is installed first.
@@ -156,7 +156,7 @@ if [ "$PROJECT" = 1 ]; then
     rm -f trainer/data/_native.*.so  # an outdated one must not remain if the build fails
     "$UV" pip install --quiet --no-deps --no-build-isolation -e .
     decoder='from trainer.data.decode.decoder import decoder_in_use; print(decoder_in_use())'
-    say "JPEG decoder: $("$VENV/bin/python" -c "$decoder")"
+    log "JPEG decoder: $("$VENV/bin/python" -c "$decoder")"
 fi
 touch "$STAMP"
-say "done"
+log "done"

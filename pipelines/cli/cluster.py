@@ -187,7 +187,7 @@ def submit(
         print(f"{job}: the API server would accept it in namespace {cluster.namespace}")
         return 0
     print(f"{job}: submitted to namespace {cluster.namespace}; convoy status {job}{place}")
-    return cluster.follow(job, _say).exit_code or 0 if wait else 0
+    return cluster.follow(job, _print_line).exit_code or 0 if wait else 0
 
 
 def _options(given: dict[str, object]) -> "JobOptions":
@@ -200,7 +200,7 @@ def _options(given: dict[str, object]) -> "JobOptions":
     return JobOptions(**options)  # type: ignore[arg-type]
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, flush=True)
 
 
@@ -224,7 +224,7 @@ def status(
     if name is None:
         return _list(cluster)
     if follow:
-        return cluster.follow(name, _say).exit_code or 0
+        return cluster.follow(name, _print_line).exit_code or 0
     found = cluster.status(name)
     print(json.dumps(vars(found), indent=1) if as_json else found.line())
     return 0
@@ -247,7 +247,7 @@ def logs(
     from pipelines.cluster.client import JobClient
 
     for line in JobClient(namespace).logs(name, rank, follow):
-        _say(line)
+        _print_line(line)
 
 
 def cancel(name: str, namespace: Namespace = None) -> None:

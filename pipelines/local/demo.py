@@ -56,7 +56,7 @@ def _demo(folder: Path, keep: bool, digits: bool) -> dict[str, Any]:
     servers.down(folder / "services")  # services of an earlier demo that was run with KEEP=1
     _clear(folder)
     data = _digits(folder, "requested by --digits") if digits else _find_data(folder)
-    _say(f"data: {data.title}")
+    _log(f"data: {data.title}")
     services = servers.up(folder / "services")
     try:
         environment = (
@@ -140,7 +140,7 @@ def _convoy(environment: dict[str, str], *arguments: str, capture: bool = False)
 
     Raises UserError if its exit code is 2, and RetryableError for any other failure.
     """
-    _say(f"convoy {' '.join(arguments)}")
+    _log(f"convoy {' '.join(arguments)}")
     done = subprocess.run(
         [*python_command("pipelines.cli.main"), *arguments],
         env=environment, stdout=subprocess.PIPE if capture else None, text=True, check=False,
@@ -200,7 +200,7 @@ def _unpack_fashion(target: Path) -> None:
     part = target.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    _say(f"fetching Debian's {_PACKAGE}")
+    _log(f"fetching Debian's {_PACKAGE}")
     attempts = [["apt-get", "download", _PACKAGE]]
     if os.geteuid() == 0:
         attempts += [
@@ -217,7 +217,7 @@ def _unpack_fashion(target: Path) -> None:
             part.rename(target)
             return
     reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-    _say(f"{_PACKAGE} cannot be fetched: {reason}")
+    _log(f"{_PACKAGE} cannot be fetched: {reason}")
 
 
 def _digits(folder: Path, why: str) -> _Data:
@@ -245,7 +245,7 @@ def _digits(folder: Path, why: str) -> _Data:
     )
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"demo: {text}", flush=True)
 
 

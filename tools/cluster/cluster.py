@@ -44,7 +44,7 @@ PACKAGES = {
 }
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"cluster: {text}", file=sys.stderr, flush=True)
 
 
@@ -56,7 +56,7 @@ def install_packages() -> None:
         return
     if os.geteuid() or not shutil.which("apt-get"):
         raise ClusterError(f"these Debian packages are missing: {' '.join(missing)}; install them")
-    say(f"installing {' '.join(missing)}")
+    log(f"installing {' '.join(missing)}")
     apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=300"]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in ([*apt, "update"], [*apt, "install", "-y", "--no-install-recommends", *missing]):
@@ -134,7 +134,7 @@ class Supervisor:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             name, seconds = line.split()
-            say(f"{name} {seconds} s")
+            log(f"{name} {seconds} s")
             if name == last:
                 return
         raise ClusterError(
@@ -191,20 +191,20 @@ def print_exports(state: State, tools: Path) -> None:
 def up(state: State, with_trainer: bool) -> None:
     if os.geteuid() and not state.running():
         raise ClusterError("root is needed to create namespaces, mounts and cgroups")
-    with images.exclusive(cache(), say), building_programs() as finished:
+    with images.exclusive(cache(), log), building_programs() as finished:
         if state.running():
-            say("already running")
+            log("already running")
             print_exports(state, finished())
             return
         clean(state)
         install_packages()
         debian_images = images.build(
-            CHECKOUT, cache(), with_trainer, say
+            CHECKOUT, cache(), with_trainer, log
         )  # mostly disk and network, while the compiler uses the processor
         try:
             tools = start(state, debian_images, finished)
         except BaseException:
-            say(f"the cluster did not start; logs: {state.logs}")
+            log(f"the cluster did not start; logs: {state.logs}")
             end(state.running())
             raise
     print_exports(state, tools)
@@ -218,9 +218,9 @@ def start(state: State, debian_images: list[images.Image], finished: Callable[[]
     store.mkdir(parents=True, exist_ok=True)
     supervisor = Supervisor(state, store)
     node = images.Node(state, store)
-    images.load(debian_images, cache(), node, say)  # mostly disk, too
+    images.load(debian_images, cache(), node, log)  # mostly disk, too
     tools = finished()
-    images.load(images.build_programs(tools / "bin", cache(), say), cache(), node, say)
+    images.load(images.build_programs(tools / "bin", cache(), log), cache(), node, log)
     started = time.monotonic()
     supervisor.start_all(tools / "bin")
     write_kubeconfig(state, supervisor.port)
@@ -229,9 +229,9 @@ def start(state: State, debian_images: list[images.Image], finished: Callable[[]
     kubectl.apply(*configs.volumes(state))
     wait_for("the node", lambda: kubectl.succeeds("get", f"node/{configs.NODE}"), 60)
     kubectl("wait", "--for=condition=Ready", "--timeout=60s", f"node/{configs.NODE}")
-    say(f"node Ready after {time.monotonic() - started:.1f} s")
+    log(f"node Ready after {time.monotonic() - started:.1f} s")
     wait_for_operator(kubectl)
-    say(f"training-operator ready after {time.monotonic() - started:.1f} s")
+    log(f"training-operator ready after {time.monotonic() - started:.1f} s")
     return tools
 
 
@@ -264,7 +264,7 @@ def down(state: State) -> None:
     end(running[1:])
     end(running[:1])
     clean(state)
-    say("stopped")
+    log("stopped")
 
 
 def main() -> int:
@@ -291,7 +291,7 @@ def main() -> int:
         else:
             down(state)
     except ClusterError as error:
-        say(str(error))
+        log(str(error))
         return 2
     return 0
 

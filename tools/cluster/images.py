@@ -199,7 +199,7 @@ def build_base(builder: Builder, image: Image) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
+def exclusive(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Let one program at a time build and copy images.
 
     Other checkouts use the same storage and the same names.
@@ -209,7 +209,7 @@ def exclusive(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another program that builds images")
+            log("waiting for another program that builds images")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -217,19 +217,19 @@ def exclusive(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
 Plan = list[tuple[Image, Callable[[Image], None]]]
 
 
-def build_planned(builder: Builder, plan: Plan, say: Callable[[str], None]) -> list[Image]:
+def build_planned(builder: Builder, plan: Plan, log: Callable[[str], None]) -> list[Image]:
     """Build the images that are not built yet; return all images of the plan."""
     for image, make in plan:
         if not builder.is_built(image):
             start = time.monotonic()
             make(image)
             builder.record_built(image)
-            say(f"built {image.name} in {time.monotonic() - start:.0f} s")
+            log(f"built {image.name} in {time.monotonic() - start:.0f} s")
     return [image for image, _ in plan]
 
 
 def build(
-    checkout: Path, cache: Path, with_trainer: bool, say: Callable[[str], None]
+    checkout: Path, cache: Path, with_trainer: bool, log: Callable[[str], None]
 ) -> list[Image]:
     """Build the images that are based on Debian."""
     builder = Builder(cache / "cluster-images")
@@ -264,10 +264,10 @@ def build(
                 lambda image: builder.dockerfile(image, fashion, FILES, BASE=BASE),
             )
         )
-    return build_planned(builder, plan, say)
+    return build_planned(builder, plan, log)
 
 
-def build_programs(programs: Path, cache: Path, say: Callable[[str], None]) -> list[Image]:
+def build_programs(programs: Path, cache: Path, log: Callable[[str], None]) -> list[Image]:
     """Build the images that hold one static program each."""
     builder = Builder(cache / "cluster-images")
 
@@ -283,7 +283,7 @@ def build_programs(programs: Path, cache: Path, say: Callable[[str], None]) -> l
         single("localhost/pause:3.10", "pause", "/pause", 65535),
         single("localhost/convoy-training-operator:1.9.3", "training-operator", "/manager", 65532),
     ]
-    return build_planned(builder, plan, say)
+    return build_planned(builder, plan, log)
 
 
 class Node:
@@ -339,7 +339,7 @@ class Node:
         self.output("images", "label", image.name, f"{KEY_LABEL}={image.key}")
 
 
-def load(images: list[Image], cache: Path, node: Node, say: Callable[[str], None]) -> None:
+def load(images: list[Image], cache: Path, node: Node, log: Callable[[str], None]) -> None:
     """Copy the images that the node lacks to its store.
 
     The layout that skopeo writes to first gets empty files, of the right size, for all blobs in the
@@ -370,4 +370,4 @@ def load(images: list[Image], cache: Path, node: Node, say: Callable[[str], None
         )
         node.load(image, layout, known)
         shutil.rmtree(layout)
-        say(f"copied {image.name} to the node in {time.monotonic() - start:.1f} s")
+        log(f"copied {image.name} to the node in {time.monotonic() - start:.1f} s")
