@@ -37,7 +37,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests/cluster")]
-from kubectl import Kubectl, own_namespace  # noqa: E402
+from kubectl import Kubectl, temporary_namespace  # noqa: E402
 from overlay import history, served, succeeded  # noqa: E402
 from simulated_nodes import GPUS, pool  # noqa: E402
 from support.helpers import run_convoy, until  # noqa: E402
@@ -79,7 +79,7 @@ def watched(kubectl: Kubectl, kind: str, template: str) -> Iterator[dict[str, fl
 
 def submitted(cluster: Kubectl, nodes: int) -> dict[str, float]:
     """Submit one job with a pod on each of ``nodes`` simulated nodes."""
-    with pool(cluster) as simulated, own_namespace(cluster, wait=True) as kubectl:
+    with pool(cluster) as simulated, temporary_namespace(cluster, wait=True) as kubectl:
         simulated.add(nodes)
         pods = watched(kubectl, "pods", "{.status.phase} {.metadata.name}")
         with watched(kubectl, "pytorchjobs", "{.metadata.name}") as jobs, pods as phases:

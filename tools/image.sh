@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the container image with docker or buildah, whichever is there.
+# Builds the container image with docker, or with buildah if docker is not available.
 #   BASE=debian:12.12-slim IMAGE=convoy:dev tools/image.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves pyproject.toml into the two lock files: versions and hashes, no download addresses.
+# Resolves pyproject.toml into the two lock files: versions and hashes, without download addresses.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 UV=$(tools/setup.sh --print-uv)
@@ -7,10 +7,12 @@ options=(--universal --python-version 3.11 --generate-hashes --no-annotate --qui
 "$UV" pip compile pyproject.toml --group build "${options[@]}" -o requirements.lock
 "$UV" pip compile --group dev -c requirements.lock "${options[@]}" -o requirements-dev.lock
 
-# The baselines of the benchmarks, beside our own versions whatever they ask for; but MosaicML's transformers refuse our huggingface-hub.
+# The baselines of the benchmarks, with this project's versions of shared dependencies, whatever
+# versions they require. The exception is huggingface-hub: MosaicML's transformers reject ours.
 ours=$(mktemp); trap 'rm -f "$ours"' EXIT
-sed -n 's/^\([a-z0-9._-]*==[^ ;]*\).*/\1/p' requirements.lock | grep -v '^huggingface-hub==' | sort -u >"$ours"
+sed -n 's/^\([a-z0-9._-]*==[^ ;]*\).*/\1/p' requirements.lock \
+    | grep -v '^huggingface-hub==' | sort -u >"$ours"
 mapfile -t hidden < <(sed 's/\(.*\)==.*/--no-emit-package=\1/' "$ours")
-hidden+=(--no-emit-package=opencv-python)  # FFCV's wish; the headless one serves it as well
-"$UV" pip compile benchmarks/baselines.in --override "$ours" "${hidden[@]}" "${options[@]}" --custom-compile-command tools/lock.sh \
-    -o benchmarks/baselines.lock
+hidden+=(--no-emit-package=opencv-python)  # FFCV requires it; the headless package works too
+"$UV" pip compile benchmarks/baselines.in --override "$ours" "${hidden[@]}" "${options[@]}" \
+    --custom-compile-command tools/lock.sh -o benchmarks/baselines.lock

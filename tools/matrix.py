@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
-"""Ranks and stages."""
+"""Ranks and pipeline stages."""
 ACCUMULATIONS, STAGES, PRECISIONS = (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16")
 
 HEAD = """# Every parallel configuration, tested against a single-process reference loop
 
 `make matrix` wrote this page on {date}: {count:,} trainings of 20 steps each, {seconds:,.0f} s on 2
-cores; {passed:,} passed. The reference (`tests/equivalence/reference_loop.py`) is plain torch in one
-process and fp32: torch's `clip_grad_norm_`, AdamW, `AveragedModel` and `cross_entropy`, and LARS and
-LAMB written out, over the same global batches divided into the same micro-batches. "refused" marks
-what `validate_parallelism` rejects, with a message that gives the reason.
+cores; {passed:,} passed. The reference (`tests/equivalence/reference_loop.py`) is plain torch in
+one process and fp32: torch's `clip_grad_norm_`, AdamW, `AveragedModel` and `cross_entropy`, and
+LARS and LAMB written out, over the same global batches divided into the same micro-batches.
+"refused" marks configurations that `validate_parallelism` rejects, with a message that gives the
+reason.
 
 Limits, as relative differences from the reference:
 
@@ -29,7 +30,8 @@ Limits, as relative differences from the reference:
 | loss of a step, first five steps | 1e-5 | 2e-2 |
 | loss of a step, all steps | 1e-4 | 2e-2 |
 | final weights | 1e-4 | 2e-2 |
-| final weights, relative to the total weight update (half of it without batch norm) | 1% (2% with options) | 10% |
+| final weights, relative to the total weight update (half of it without batch norm) \
+| 1% (2% with options) | 10% |
 | gradient norm, first five steps | 1e-3 | 15% |
 | gradient norm, all steps | 5% | 25% |
 
@@ -50,8 +52,8 @@ OPTIONS = """
 
 ResNet-8 with batch norm and two accumulation steps. Each cell shows the largest relative difference
 of a step's loss and, after the slash, of a step's gradient norm, over 1, 2 and 4 ranks. {presets:,}
-trainings. LARS and LAMB need fp32 and ZeRO 0. The last batch of every training is short; with "short
-batches" every fifth one is, down to a single sample.
+trainings. LARS and LAMB need fp32 and ZeRO 0. The last batch of every training is short; with
+"short batches" every fifth one is, down to a single sample.
 
 """
 
@@ -60,13 +62,15 @@ COVERING = """
 
 {others:,} more trainings: a covering set, which `make test` also trains and in which every allowed
 pair of values of ranks, stages, accumulation steps, ZeRO stage, precision, network and options
-occurs; `torch.compile`; fp16 with a growing loss scale; and the trainings that write the checkpoints
-from which `test_resume_grid.py` resumes on every other topology. {differ}
+occurs; `torch.compile`; fp16 with a growing loss scale; and the trainings that write the
+checkpoints from which `test_resume_grid.py` resumes on every other topology. {differ}
 """
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for ranks, stages and accumulation steps, a column for ZeRO stage and
+    """Return a Markdown table of the results without options.
+
+    It has one row per ranks, stages and accumulation steps, and one column per ZeRO stage and
     precision.
     """
     columns = list(itertools.product(STAGES, PRECISIONS))
@@ -93,7 +97,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def options_table(results: list[dict[str, Any]]) -> str:
-    """Markdown: a row for a preset of options and pipeline stages, a column for ZeRO stage and
+    """Return a Markdown table of the results with options.
+
+    It has one row per preset of options and pipeline stages, and one column per ZeRO stage and
     precision.
     """
     columns = list(itertools.product(STAGES, PRECISIONS))

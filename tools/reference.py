@@ -32,7 +32,8 @@ FOLDER = DOCS / "reference"
 NOTE = "<!-- Written by tools/reference.py; do not edit. -->\n\n"
 EXIT_CODES = {
     "EXIT_BUG": "A bug in Convoy; the traceback is on stderr. Never retried.",
-    "EXIT_USER": "An error that only the user can fix; one line per error on stderr. Never retried.",
+    "EXIT_USER": "An error that only the user can fix; one line per error on stderr. Never "
+    "retried.",
     "EXIT_PREEMPTED": "Stopped by SIGTERM after a checkpoint. A restarted job resumes from it.",
     "EXIT_RETRY": "A rank, a node or a service was lost. A restarted job resumes from the last "
     "checkpoint.",
@@ -44,7 +45,7 @@ def cell(text: object) -> str:
 
 
 def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Every command below ``command`` with its full name, in the order of `--help`."""
+    """Yield every command below ``command`` with its full name, in the order of `--help`."""
     for child_name, child in getattr(command, "commands", {}).items():
         if child.hidden:
             continue
@@ -87,7 +88,7 @@ def cli_page() -> str:
             else:
                 names = ", ".join([*parameter.opts, *parameter.secondary_opts])
             default = parameter.default
-            if parameter.name == "workers":
+            if parameter.name in ("workers", "jobs"):
                 default = "number of processors"
             elif callable(default) or default is None or default is False or parameter.required:
                 default = ""
@@ -103,7 +104,8 @@ def recipe_page() -> str:
         "# Recipe keys",
         "",
         "A recipe is a YAML file; `key=value` on the command line overrides a key. "
-        "`convoy recipe keys [PREFIX]` prints this table, `convoy recipe schema` a JSON schema for editors.",
+        "`convoy recipe keys [PREFIX]` prints this table, `convoy recipe schema` a JSON schema for "
+        "editors.",
     ]
     section = None
     for key in recipe_keys():
@@ -126,7 +128,8 @@ def exit_code_page() -> str:
     lines = [
         "# Exit codes",
         "",
-        "The training operator's `ExitCode` restart policy recreates a pod that ends with 128 or more.",
+        "The training operator's `ExitCode` restart policy recreates a pod that ends with 128 or "
+        "more.",
         "",
         "| code | constant | meaning |",
         "|---|---|---|",
@@ -136,7 +139,8 @@ def exit_code_page() -> str:
             for name, code in sorted(codes.items(), key=lambda item: item[1])
         ),
         "",
-        "Another signal that ends a rank gives 128 plus its number, as in a shell: 130 for Ctrl-C, 129 for SIGHUP.",
+        "Another signal that ends a rank gives 128 plus its number, as in a shell: 130 for Ctrl-C, "
+        "129 for SIGHUP.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# Makes .venv from the lock files; does nothing when it already matches them. Needs Python >= 3.11 and nothing else.
-#   tools/setup.sh [--no-dev] [--no-project]    --no-project: the dependencies alone, for an image's layer
-#   tools/setup.sh --print-uv                   the path of the pinned uv, installed where it is not there
-#   tools/setup.sh --baselines                 .venv-baselines: what benchmarks/data.py compares with, beside the environment's packages
-#   tools/setup.sh --native-tools               what compiles the native decoder, where apt-get and root are at hand
+# Creates .venv from the lock files; does nothing if it already matches them. Needs only
+# Python >= 3.11.
+#   tools/setup.sh [--no-dev] [--no-project]
+#                    --no-project: only the dependencies, for a layer of an image
+#   tools/setup.sh --print-uv
+#                    prints the path of the pinned uv; installs it if it is missing
+#   tools/setup.sh --baselines
+#                    creates .venv-baselines: the baselines of benchmarks/data.py, in addition to the
+#                    packages of .venv
+#   tools/setup.sh --native-tools
+#                    installs the compiler for the native decoder; needs apt-get and root
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,7 +37,7 @@ if [ "$PRINT_UV$NATIVE_TOOLS$BASELINES" = 000 ]; then
     [ -e "$STAMP" ] && exit 0
 fi
 
-say() { echo "setup: $*" >&2; }
+log() { echo "setup: $*" >&2; }
 
 find_python() {
     local candidate
@@ -45,40 +51,46 @@ find_python() {
 }
 
 if ! PYTHON=$(find_python); then
-    [ "$(id -u)" = 0 ] || { say "Python >= 3.11 is needed and was not found on PATH"; exit 2; }
-    say "installing Python with apt-get"
+    [ "$(id -u)" = 0 ] || { log "no Python >= 3.11 on PATH; install it"; exit 2; }
+    log "installing Python with apt-get"
     apt-get update -qq && apt-get install -y -qq --no-install-recommends python3 >&2
-    PYTHON=$(find_python) || { say "this Debian's python3 is older than 3.11"; exit 2; }
+    PYTHON=$(find_python) || { log "python3 of this Debian is older than 3.11"; exit 2; }
 fi
 
-install_native_tools() {  # never fails: without them the project works, and decodes more slowly
+install_native_tools() {  # never fails: without them, the project works but decodes more slowly
     local missing=()
     command -v gcc >/dev/null || missing+=(gcc libc6-dev)
-    [ -e "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing+=(python3-dev)
+    [ -e "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] \
+        || missing+=(python3-dev)
     echo '#include <stdio.h>
 #include <jpeglib.h>' | gcc -E - >/dev/null 2>&1 || missing+=(libjpeg-dev)
     if [ ${#missing[@]} != 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        say "installing ${missing[*]} with apt-get, for the native decoder"
-        { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1 \
-            || say "they cannot be had"
+        log "installing ${missing[*]} with apt-get, for the native decoder"
+        { apt-get update -qq \
+            && apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1 \
+            || log "they cannot be installed; the native decoder may be missing"
     fi
 }
 
-without() {  # a package's lines taken out of a lock file
-    "$PYTHON" -c 'import re, sys; print(re.sub(rf"(?m)^{sys.argv[1]}==(.*\\\n)*.*\n", "", open(sys.argv[2]).read()), end="")' "$1" "$2"
+without() {  # prints a lock file without the lines of a package
+    "$PYTHON" -c 'import re, sys
+text = open(sys.argv[2]).read()
+print(re.sub(rf"(?m)^{sys.argv[1]}==(.*\\\n)*.*\n", "", text), end="")' "$1" "$2"
 }
 
-install_ffcv() {  # never fails; its build asks for OpenCV by a name that Debian does not give it
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then
-        say "installing the development files of OpenCV with apt-get, for FFCV"
-        { apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ pkg-config libopencv-dev libturbojpeg0-dev; } \
-            >/dev/null 2>&1 || true
+install_ffcv() {  # never fails; its build looks for OpenCV under a name that Debian does not use
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+        && ! pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then
+        log "installing the development files of OpenCV with apt-get, for FFCV"
+        { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
+            g++ pkg-config libopencv-dev libturbojpeg0-dev; } >/dev/null 2>&1 || true
     fi
     local named; named=$(mktemp -d)
     ln -s "$(pkg-config --variable=pcfiledir opencv4 2>/dev/null)/opencv4.pc" "$named/opencv.pc"
     "$UV" pip install --quiet setuptools wheel
-    PKG_CONFIG_PATH="$named" "$UV" pip install --quiet --require-hashes --no-deps --no-build-isolation-package ffcv \
-        -r benchmarks/baselines.lock || say "FFCV cannot be built: benchmarks/data.py leaves it out"
+    PKG_CONFIG_PATH="$named" "$UV" pip install --quiet --require-hashes --no-deps \
+        --no-build-isolation-package ffcv -r benchmarks/baselines.lock \
+        || log "FFCV cannot be built; benchmarks/data.py skips it"
     rm -rf "$named"
 }
 
@@ -91,13 +103,17 @@ UV=$(command -v uv || true)
 if [ -z "$UV" ] || [ "$("$UV" --version | cut -d' ' -f2)" != "$UV_VERSION" ]; then
     UV="$CACHE/uv-$UV_VERSION/bin/uv"
     if [ ! -x "$UV" ]; then
-        say "installing uv $UV_VERSION into $CACHE"
+        log "installing uv $UV_VERSION into $CACHE"
         if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
-            [ "$(id -u)" = 0 ] || { say "pip is needed once, to install uv: install python3-pip, or put uv on PATH"; exit 2; }
+            [ "$(id -u)" = 0 ] || {
+                log "pip is needed once to install uv; install python3-pip, or put uv on PATH"
+                exit 2
+            }
             apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-pip >&2
         fi
         rm -rf "$CACHE/uv-$UV_VERSION.part"
-        "$PYTHON" -m pip install --quiet --root-user-action ignore --target "$CACHE/uv-$UV_VERSION.part" "uv==$UV_VERSION" >&2
+        "$PYTHON" -m pip install --quiet --root-user-action ignore \
+            --target "$CACHE/uv-$UV_VERSION.part" "uv==$UV_VERSION" >&2
         mv -T "$CACHE/uv-$UV_VERSION.part" "$CACHE/uv-$UV_VERSION"
     fi
 fi
@@ -109,34 +125,38 @@ fi
 
 export UV_LINK_MODE="${UV_LINK_MODE:-hardlink}" UV_NO_PROGRESS=1
 if [ "$BASELINES" = 1 ]; then
-    say "installing the baselines of the benchmarks into .venv-baselines"
+    log "installing the baselines of the benchmarks into .venv-baselines"
     "$UV" venv --quiet --clear --python "$VENV/bin/python" .venv-baselines
     export VIRTUAL_ENV="$PWD/.venv-baselines"
     locked=$(mktemp); trap 'rm -f "$locked"' EXIT
     without ffcv benchmarks/baselines.lock >"$locked"
     "$UV" pip install --quiet --require-hashes --no-deps -r "$locked"
     install_ffcv
-    "$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-        >"$(.venv-baselines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/convoy.pth"
+    purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+    "$VENV/bin/python" -c "$purelib" >"$(.venv-baselines/bin/python -c "$purelib")/convoy.pth"
     exit
 fi
 
-say "installing the locked environment into $VENV"
+log "installing the locked environment into $VENV"
 REQUIRES=(); for lock in "${LOCKS[@]}"; do REQUIRES+=(-r "$lock"); done
 NO_DEEPSPEED=$(mktemp); trap 'rm -f "$NO_DEEPSPEED"' EXIT
-without deepspeed requirements.lock >"$NO_DEEPSPEED"  # its build imports torch, so everything else goes in first
+# DeepSpeed's build imports torch, so everything else is installed first.
+without deepspeed requirements.lock >"$NO_DEEPSPEED"
 export VIRTUAL_ENV="$VENV" DS_BUILD_OPS=0
 rm -f "$VENV"/.convoy-*
 [ -x "$VENV/bin/python" ] || "$UV" venv --quiet --python "$PYTHON" "$VENV"
-COMPILE=()  # to bytecode, which halves the time to import torch; an image compiles for itself, and leaves tests out
+# Bytecode halves the time to import torch. An image compiles it in its own build, without tests.
+COMPILE=()
 [ "$PROJECT" = 0 ] || COMPILE=(--compile-bytecode)
 "$UV" pip install --quiet "${COMPILE[@]}" --require-hashes -r "$NO_DEEPSPEED" "${REQUIRES[@]:2}"
-"$UV" pip install --quiet "${COMPILE[@]}" --require-hashes --no-deps --no-build-isolation-package deepspeed "${REQUIRES[@]}"
+"$UV" pip install --quiet "${COMPILE[@]}" --require-hashes --no-deps \
+    --no-build-isolation-package deepspeed "${REQUIRES[@]}"
 if [ "$PROJECT" = 1 ]; then
     install_native_tools
-    rm -f trainer/data/_native.*.so  # an older one must not stay where this one cannot be built
+    rm -f trainer/data/_native.*.so  # an outdated one must not remain if the build fails
     "$UV" pip install --quiet --no-deps --no-build-isolation -e .
-    say "JPEGs are decoded by: $("$VENV/bin/python" -c 'from trainer.data.decode.decoder import decoder_in_use; print(decoder_in_use())')"
+    decoder='from trainer.data.decode.decoder import decoder_in_use; print(decoder_in_use())'
+    log "JPEG decoder: $("$VENV/bin/python" -c "$decoder")"
 fi
 touch "$STAMP"
-say "done"
+log "done"

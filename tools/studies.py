@@ -1,5 +1,6 @@
-"""Write docs/studies.md and its pictures from what `convoy study` left: python tools/studies.py
-runs/study docs.
+"""Writes docs/studies.md and its plots from the results of ``convoy study``.
+
+``python tools/studies.py runs/study docs``
 """
 
 import json
@@ -12,31 +13,33 @@ from pathlib import Path
 from pipelines.studies.framework.catalog import NAMES
 from pipelines.studies.framework.command import heading, markdown
 
-HEAD = """# The statements, put to the test
+HEAD = """# Studies: testing common claims
 
-Each section is a study: a question, what was measured, and a verdict by a rule that stands in the study's file
-(`pipelines/studies/`) since before the results. A verdict is what was measured, here and on this scale: small networks on
-28x28 images of Fashion-MNIST. Where trained networks are compared, fewer than three seeds decide nothing, so that a quick
-run says little; it is marked as such. Bands go from the least seed to the greatest. Where a study was changed after it had
-been run, [the log](log.md) says how and why.
+Each section is a study: a question, measurements, and a verdict. The rule for the verdict was
+written in the study's file (`pipelines/studies/experiments/`) before the results. A verdict applies
+to the measured scale only: small networks on 28x28 images of Fashion-MNIST. A comparison of trained
+networks needs at least three seeds, so a quick run decides little; it is marked as such. Bands in
+plots extend from the minimum to the maximum over seeds. [The log](log.md) lists the studies that
+were changed after a run, with the reasons.
 
 ```
-convoy study                    # what there is
-convoy study depth warmup       # some of them
-convoy study all --quick        # every one in small
+convoy study                    # lists the studies
+convoy study depth warmup       # runs two of them
+convoy study all --quick        # runs all of them, at small size
 ```
 
-A run that was stopped goes on where it was. Each leaves `result.json`, `plot.png` and `paragraph.md` in `runs/study/NAME/`,
-and its trainings in MLflow (experiment `studies`; `runs/study/mlflow.db` where `MLFLOW_TRACKING_URI` names no server).
+A stopped run resumes when the command is run again. Each study writes `result.json`, `plot.png` and
+`paragraph.md` to `runs/study/NAME/`. Its trainings are in MLflow, in the experiment `studies`; if
+`MLFLOW_TRACKING_URI` is not set, in `runs/study/mlflow.db`.
 """
 
 
 def main(runs: Path, docs: Path) -> None:
-    sections, rows, owed = [], [], []
+    sections, rows, missing = [], [], []
     for name in NAMES:
         file = runs / name / "result.json"
         if not file.exists():
-            owed.append(name)
+            missing.append(name)
             continue
         picture = docs / "images" / f"study-{name}.png"
         picture.parent.mkdir(exist_ok=True)
@@ -49,10 +52,8 @@ def main(runs: Path, docs: Path) -> None:
         )
         rows.append(f"| [{name}](#{anchor}) | {result['question']} | {claims} |")
         sections.append(markdown(result, f"images/{picture.name}"))
-    if owed:
-        sections.append(
-            f"## Not run yet\n\n{', '.join(owed)}: written and tested, and still to be run whole."
-        )
+    if missing:
+        sections.append(f"## Not run yet\n\nThese studies have no results: {', '.join(missing)}.")
     table = "\n".join(["| study | question | claims, by statement |", "| --- | --- | --- |", *rows])
     (docs / "studies.md").write_text(
         "\n\n".join([HEAD.rstrip(), table, *sections]) + "\n", encoding="utf-8"

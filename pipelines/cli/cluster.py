@@ -16,47 +16,58 @@ if TYPE_CHECKING:
     from pipelines.cluster.client import JobClient
     from pipelines.cluster.job_spec import JobOptions
 
-Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+Recipe = Annotated[str, typer.Argument(help="Recipe file, or name of a shipped recipe.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to override.")
 ]
-Nodes = Annotated[int, typer.Option(help="Pods.")]
-Gpus = Annotated[int, typer.Option(help="GPUs of a pod, one a rank; 0: ranks without GPUs.")]
-Procs = Annotated[int | None, typer.Option(help="Ranks of a pod without GPUs; 1 when not given.")]
-Name = Annotated[str | None, typer.Option(help="Of the job; the recipe's own when not given.")]
+Nodes = Annotated[int, typer.Option(help="Number of pods.")]
+Gpus = Annotated[int, typer.Option(help="GPUs per pod, one rank each; 0: ranks without GPUs.")]
+Procs = Annotated[int | None, typer.Option(help="Ranks per pod without GPUs; default: 1.")]
+Name = Annotated[str | None, typer.Option(help="Name of the job; default: the recipe's name.")]
 Namespace = Annotated[
     str | None,
     typer.Option(
-        "--namespace", "-n", help="The kubeconfig's own when not given.", show_default=False
+        "--namespace", "-n", help="Namespace; default: the kubeconfig's.", show_default=False
     ),
 ]
-Image = Annotated[str, typer.Option(help="With a fixed tag or a digest.", envvar="CONVOY_IMAGE")]
+Image = Annotated[
+    str, typer.Option(help="Image with a fixed tag or a digest.", envvar="CONVOY_IMAGE")
+]
 Cpu = Annotated[
-    str | None, typer.Option(help="Of a pod; 8 a GPU, or 1 a rank without.", show_default=False)
+    str | None,
+    typer.Option(
+        help="CPUs per pod; default: 8 per GPU, or 1 per rank without GPUs.", show_default=False
+    ),
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(help="Of a pod; 32Gi a GPU, or 4Gi a rank without.", show_default=False),
+    typer.Option(
+        help="Memory per pod; default: 32Gi per GPU, or 4Gi per rank without GPUs.",
+        show_default=False,
+    ),
 ]
 Shm = Annotated[
     str | None,
     typer.Option(
-        help="Of /dev/shm, part of the memory; 2Gi a GPU, or 1Gi a rank.", show_default=False
+        help="Size of /dev/shm, part of the memory; default: 2Gi per GPU, or 1Gi per rank "
+        "without GPUs.",
+        show_default=False,
     ),
 ]
-Scratch = Annotated[str, typer.Option(help="Most that /tmp holds.")]
+Scratch = Annotated[str, typer.Option(help="Size limit of /tmp.")]
 StoreSecret = Annotated[
-    str, typer.Option(help="Secret of the AWS_* (or other store's) variables; empty: none.")
+    str,
+    typer.Option(help="Secret with the AWS_* variables, or those of another store; empty: none."),
 ]
 MlflowSecret = Annotated[str, typer.Option(help="Secret with MLFLOW_TRACKING_URI; empty: none.")]
 Account = Annotated[
-    str, typer.Option(help="Service account of the pods; the namespace's default when empty.")
+    str, typer.Option(help="Service account of the pods; empty: the namespace's default.")
 ]
 Priority = Annotated[str, typer.Option(help="Priority class of the pods.")]
 Spread = Annotated[
     str,
     typer.Option(
-        help="Node label over whose values the pods are spread, such as kubernetes.io/hostname."
+        help="Node label; the pods are spread over its values, such as kubernetes.io/hostname."
     ),
 ]
 Selector = Annotated[
@@ -69,14 +80,14 @@ Toleration = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY[=VALUE][:EFFECT]",
-        help="Taint of those nodes; repeatable. GPU jobs tolerate nvidia.com/gpu anyway.",
+        help="Taint that the pods tolerate; repeatable. GPU jobs always tolerate nvidia.com/gpu.",
     ),
 ]
 Gang = Annotated[
-    bool, typer.Option("--gang", help="All pods start, or none; needs k8s/components/gang.")
+    bool, typer.Option("--gang", help="Start all pods or none; needs k8s/components/gang.")
 ]
 Suspend = Annotated[
-    bool, typer.Option("--suspend", help="Make it suspended: convoy resume starts it.")
+    bool, typer.Option("--suspend", help="Create the job suspended; convoy resume starts it.")
 ]
 Kind = Annotated[str, typer.Option(help="Kind of the job in Kubernetes.")]
 _IMAGE = "localhost/convoy:dev"
@@ -150,10 +161,14 @@ def submit(
     suspend: Suspend = False,
     kind: Kind = "PyTorchJob",
     wait: Annotated[
-        bool, typer.Option("--wait", help="Follow it to its end; the exit code is the job's.")
+        bool,
+        typer.Option("--wait", help="Follow the job until it ends; the exit code is the job's."),
     ] = False,
     dry_run: Annotated[
-        str, typer.Option(help="server: the API server checks it; client: only what render checks.")
+        str,
+        typer.Option(
+            help="server: the API server validates the job; client: only the checks of render."
+        ),
     ] = "none",
 ) -> int:
     """Submit a training job to the cluster."""
@@ -164,7 +179,7 @@ def submit(
     documents = run(recipe, overrides or [], _options(locals()))
     job = documents[-1]["metadata"]["name"]
     if dry_run == "client":
-        print(f"{job}: good, as far as can be told without the cluster")
+        print(f"{job}: valid, as far as can be checked without the cluster")
         return 0
     from pipelines.cluster.client import JobClient
 
@@ -172,10 +187,10 @@ def submit(
     cluster.submit(documents, dry_run == "server")
     place = f" --namespace {namespace}" if namespace else ""
     if dry_run == "server":
-        print(f"{job}: the API server would take it into namespace {cluster.namespace}")
+        print(f"{job}: the API server would accept it in namespace {cluster.namespace}")
         return 0
     print(f"{job}: submitted to namespace {cluster.namespace}; convoy status {job}{place}")
-    return cluster.follow(job, _say).exit_code or 0 if wait else 0
+    return cluster.follow(job, _print_line).exit_code or 0 if wait else 0
 
 
 def _options(given: dict[str, object]) -> "JobOptions":
@@ -188,17 +203,17 @@ def _options(given: dict[str, object]) -> "JobOptions":
     return JobOptions(**options)  # type: ignore[arg-type]
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, flush=True)
 
 
 def status(
     name: Annotated[
-        str | None, typer.Argument(help="A job; all of them when not given.", show_default=False)
+        str | None, typer.Argument(help="Job; default: all jobs.", show_default=False)
     ] = None,
     namespace: Namespace = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Tell each change until the job is finished.")
+        bool, typer.Option("--follow", "-f", help="Print each change until the job is finished.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
@@ -212,7 +227,7 @@ def status(
     if name is None:
         return _list(cluster)
     if follow:
-        return cluster.follow(name, _say).exit_code or 0
+        return cluster.follow(name, _print_line).exit_code or 0
     found = cluster.status(name)
     print(json.dumps(vars(found), indent=1) if as_json else found.line())
     return 0
@@ -221,16 +236,21 @@ def status(
 def logs(
     name: str,
     namespace: Namespace = None,
-    rank: Annotated[int, typer.Option(help="Whose pod; rank 0 tells the progress.", min=0)] = 0,
+    rank: Annotated[
+        int, typer.Option(help="Rank whose pod to read; rank 0 prints the progress.", min=0)
+    ] = 0,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on, in the pod that takes its place too.")
+        bool,
+        typer.Option(
+            "--follow", "-f", help="Print new lines too, also of a pod that replaces this one."
+        ),
     ] = False,
 ) -> None:
     """Print the logs of a job."""
     from pipelines.cluster.client import JobClient
 
     for line in JobClient(namespace).logs(name, rank, follow):
-        _say(line)
+        _print_line(line)
 
 
 def cancel(name: str, namespace: Namespace = None) -> None:
@@ -284,10 +304,10 @@ def _list(cluster: "JobClient") -> int:
 
 def secrets(
     file: Annotated[
-        Path, typer.Argument(help="What to write, such as k8s/overlays/local/secrets.env.")
+        Path, typer.Argument(help="File to write, such as k8s/overlays/local/secrets.env.")
     ],
     endpoint: Annotated[
-        str, typer.Option(help="Of the object store.")
+        str, typer.Option(help="Endpoint of the object store.")
     ] = "http://convoy-object-store:8333",
 ) -> None:
     """Create credentials for the services in k8s/base/services.

@@ -30,7 +30,8 @@ from trainer.secrets.redaction import redact
 
 app = typer.Typer(
     name="convoy",
-    help="Trains the landmark convolutional networks at scale: pack images, train, evaluate, register, promote.",
+    help="Trains the landmark convolutional networks at scale: pack images, train, evaluate, "
+    "register, promote.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -78,57 +79,61 @@ def main() -> None:
 @app.command()
 def pack(
     source: Annotated[
-        str, typer.Argument(help="Folder of class folders, of ImageNet's tars, or of idx files.")
+        str, typer.Argument(help="Folder with class folders, ImageNet's tars, or idx files.")
     ],
     destination: Annotated[
-        str, typer.Argument(help="Folder or URL; train/ and val/ are made below it.")
+        str, typer.Argument(help="Folder or URL; train/ and val/ are created in it.")
     ],
-    seed: Annotated[int, typer.Option(help="Of the samples' order over the shards.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sample order over the shards.", min=0)] = 0,
     shards: Annotated[
-        int | None, typer.Option(help="Shards of each split; by --shard-mb when not given.", min=1)
+        int | None,
+        typer.Option(help="Number of shards per split; default: from --shard-mb.", min=1),
     ] = None,
-    shard_mb: Annotated[int, typer.Option(help="Size of a shard to aim at, MiB.", min=1)] = 128,
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
+    shard_mb: Annotated[int, typer.Option(help="Target size of a shard, MiB.", min=1)] = 128,
+    workers: Annotated[int, typer.Option(help="Number of processes.", min=1)] = os.cpu_count() or 1,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Omit files that cannot be packed, and print each.")
+        bool, typer.Option("--skip-bad", help="Skip files that cannot be packed, and print each.")
     ] = False,
     decode: Annotated[
         bool,
         typer.Option(
-            "--decode", help="Decode every image first; finds corrupt data, takes longer."
+            "--decode", help="Decode every image first: detects corrupt data, takes longer."
         ),
     ] = False,
     layout: Annotated[
         Literal["auto", "splits", "classes"],
         typer.Option(
-            help="What the folders in SOURCE are: splits or classes; auto: by their names and content."
+            help="Whether the folders in SOURCE are splits or classes; auto: depends on their "
+            "names and content."
         ),
     ] = "auto",
     nested: Annotated[
         bool,
         typer.Option(
-            "--nested", help="Images at any depth below a class folder belong to the class."
+            "--nested", help="Images at any depth below a class folder belong to its class."
         ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the data set that is there.")
+        bool, typer.Option("--overwrite", help="Replace an existing dataset.")
     ] = False,
     class_names: Annotated[
         str | None,
         typer.Option(
-            help="File of lines ID NAME (space, TAB or comma), or JSON; SOURCE's synset_words.txt if not given."
+            help="File with lines ID NAME (separated by a space, a tab or a comma), or JSON; "
+            "default: SOURCE's synset_words.txt."
         ),
     ] = None,
     part: Annotated[
         int,
         typer.Option(
-            help="Write this part of the shards only, of --parts; numbered from 0.", min=0
+            help="Write only this part of the shards, out of --parts; counted from 0.", min=0
         ),
     ] = 0,
     parts: Annotated[
         int,
         typer.Option(
-            help="Runs that pack the same at a time; the last one writes the index.", min=1
+            help="Number of runs that pack SOURCE concurrently; the last one writes the index.",
+            min=1,
         ),
     ] = 1,
 ) -> None:
@@ -160,7 +165,7 @@ def pack(
 @app.command()
 def verify(
     url: str,
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(help="Number of processes.", min=1)] = os.cpu_count() or 1,
     as_json: Json = False,
 ) -> None:
     """Verify the counts, sizes, SHA-256 digests and images of a dataset.
@@ -177,10 +182,10 @@ def verify(
         for v in verdicts:
             print(
                 f"{v.url}: {v.samples:,} images in {v.shards} shards, {v.bytes / 2**20:,.1f} "
-                f"MiB: all good, {v.digest[:19]}"
+                f"MiB: no errors, {v.digest[:19]}"
             )
     if faults:
-        raise UserError(*shortened(faults, "faults; --json lists all"))
+        raise UserError(*shortened(faults, "errors; --json lists all"))
 
 
 @app.command()
@@ -189,24 +194,27 @@ def index(
     split: Annotated[
         str | None,
         typer.Option(
-            help="Name of the split. Default: the URL's last part; with --shards, what their names contain."
+            help="Name of the split; default: the last part of the URL or, with --shards, from "
+            "the names of the shards."
         ),
     ] = None,
     shards: Annotated[
         str | None,
         typer.Option(
-            help="Pattern of the shards of one split, if several share a folder; the index goes to URL/SPLIT/index.json."
+            help="Pattern of the shards of one split, if several splits share a folder; the index "
+            "is written to URL/SPLIT/index.json."
         ),
     ] = None,
     class_names: Annotated[
         str | None,
         typer.Option(
-            help="File with the name of each label, one line each from 0 on; or lines NUMBER NAME, or JSON."
+            help="File with the names of the labels: one per line, starting with label 0; or lines "
+            "NUMBER NAME; or JSON."
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(help="Number of processes.", min=1)] = os.cpu_count() or 1,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an index that says something else.")
+        bool, typer.Option("--overwrite", help="Replace an index with different contents.")
     ] = False,
 ) -> None:
     """Index existing WebDataset shards in place.
@@ -228,9 +236,9 @@ def order(
     epoch: Annotated[int, typer.Option(min=0)],
     world_size: Annotated[int, typer.Option(min=1)],
     rank: Annotated[int, typer.Option(min=0)],
-    batch_size: Annotated[int, typer.Option(help="The global batch, samples.", min=1)],
+    batch_size: Annotated[int, typer.Option(help="Global batch size, samples.", min=1)],
     start_step: Annotated[int, typer.Option(min=0)] = 0,
-    limit: Annotated[int | None, typer.Option(help="Steps to print.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of steps to print.", min=1)] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     window: Annotated[int, typer.Option(help="data.shuffle_window, samples.", min=1)] = 16384,
     tail: Annotated[str, typer.Option(help="data.tail: pad or drop.")] = "pad",
@@ -241,9 +249,9 @@ def order(
     from trainer.data.sampler import epoch_order, micro_batch_slots
 
     if rank >= world_size:
-        raise UserError(f"--rank: {rank} is not below --world-size {world_size}")
+        raise UserError(f"--rank: {rank} must be less than --world-size {world_size}")
     if batch_size % world_size:
-        raise UserError(f"--batch-size: {batch_size} does not divide by --world-size {world_size}")
+        raise UserError(f"--batch-size: {batch_size} is not divisible by --world-size {world_size}")
     if tail not in ("pad", "drop"):
         raise UserError(f"--tail: {tail!r} is neither pad nor drop")
     index, _ = open_index(url)
@@ -266,7 +274,8 @@ def models(
     image_size: Annotated[
         int | None,
         typer.Option(
-            help="Pixels; 224 when not given, and 32 for the networks made for CIFAR-10.", min=1
+            help="Image size, pixels; default: 224, or 32 for the networks made for CIFAR-10.",
+            min=1,
         ),
     ] = None,
     as_json: Json = False,
@@ -276,7 +285,7 @@ def models(
     from trainer.models import list_models
     from trainer.models.model_info import model_info
 
-    entries = [model_info(variant.name, image_size) for variant in list_models()]
+    entries = [model_info(spec.name, image_size) for spec in list_models()]
     if as_json:
         print_json([vars(entry) for entry in entries])
     else:
@@ -286,30 +295,31 @@ def models(
 @weights_app.command("import")
 def weights_import(
     file: Annotated[
-        str, typer.Argument(help="Path or URL: .safetensors, or .pth of tensors alone.")
+        str, typer.Argument(help="Path or URL: .safetensors, or .pth that holds only tensors.")
     ],
-    model: Annotated[str, typer.Option(help="A name that `convoy models` lists.")],
+    model: Annotated[str, typer.Option(help="Name of a model; `convoy models` lists them.")],
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the model; runs/MODEL when not given.")
+        Path | None, typer.Option(help="Folder for the model; default: runs/MODEL.")
     ] = None,
     image_size: Annotated[
-        int, typer.Option(help="That the model is used at, pixels.", min=1)
+        int, typer.Option(help="Image size that the model is used with, pixels.", min=1)
     ] = 224,
     data: Annotated[
         str | None,
-        typer.Option(help="URL of a split whose classes the model gets, matched by name."),
+        typer.Option(help="URL of a split; the model gets its classes, matched by name."),
     ] = None,
     half_range: Annotated[
         bool | None,
         typer.Option(
-            help="Whether pixels go from -1 to 1; else ImageNet's mean and deviation.",
+            help="Whether the model takes pixels from -1 to 1, instead of pixels normalized with "
+            "ImageNet's mean and standard deviation.",
             show_default=False,
         ),
     ] = None,
     key: Annotated[
         str | None,
         typer.Option(
-            help="The set of weights in a checkpoint that holds several, such as state_dict."
+            help="Set of weights to import, such as state_dict, if a checkpoint holds several."
         ),
     ] = None,
 ) -> None:
@@ -330,10 +340,10 @@ def weights_export(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="RUN_OR_MODEL", help="Output folder of a run, or a model of MLflow's."
+            metavar="RUN_OR_MODEL", help="Output folder of a run, or a model in MLflow."
         ),
     ],
-    file: Annotated[Path, typer.Argument(help="What to write.")],
+    file: Annotated[Path, typer.Argument(help="File to write.")],
     form: Annotated[
         str, typer.Option("--format", help="torchvision, timm (.pth or .safetensors) or onnx.")
     ],
@@ -346,11 +356,11 @@ def weights_export(
 
 @app.command(context_settings={"ignore_unknown_options": False})
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a shipped recipe.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to override.")
     ] = None,
-    procs: Annotated[int, typer.Option(help="Ranks on this machine.", min=1)] = 1,
+    procs: Annotated[int, typer.Option(help="Number of ranks on this machine.", min=1)] = 1,
 ) -> int:
     """Train a model on this machine."""
     from trainer.launch import launch
@@ -406,7 +416,7 @@ def predict(model_uri: str, images: list[str], as_json: Json = False) -> None:
 def promote(
     name: str,
     version: str,
-    alias: Annotated[str, typer.Option(help="What the version becomes.")] = "champion",
+    alias: Annotated[str, typer.Option(help="Alias to assign.")] = "champion",
 ) -> None:
     """Assign an alias to a registered model version."""
     from pipelines.registry.register import promote as run
@@ -418,7 +428,7 @@ def promote(
 @app.command()
 def register(
     folder: Annotated[str, typer.Argument(help="Output folder of a finished run.")],
-    name: Annotated[str, typer.Argument(help="Registered model.")],
+    name: Annotated[str, typer.Argument(help="Name of the registered model.")],
 ) -> None:
     """Register the model of a finished run.
 
@@ -428,7 +438,7 @@ def register(
     from trainer.locks.run_lock import exclusive
 
     with (
-        exclusive(folder, "convoy register", "register the model when that has ended")
+        exclusive(folder, "convoy register", "register the model after that process has ended")
         if Path(folder).is_dir()
         else nullcontext()
     ):
@@ -442,7 +452,7 @@ def register(
 @app.command()
 def sync(
     spool: Annotated[
-        str, typer.Argument(help="The tracking.jsonl that a run left, or its output folder.")
+        str, typer.Argument(help="tracking.jsonl of a run, or the run's output folder.")
     ],
 ) -> None:
     """Send the undelivered tracking entries of a run to MLflow."""
@@ -451,7 +461,7 @@ def sync(
 
     if Path(spool).is_dir():
         spool = str(Path(spool) / "tracking.jsonl")
-    advice = "a run that trains sends its entries itself; send what is left when that has ended"
+    advice = "a training run delivers its entries itself; run convoy sync after it has ended"
     with (
         exclusive(str(Path(spool).parent), "convoy sync", advice)
         if Path(spool).is_file()
@@ -465,13 +475,11 @@ def sync(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path(
-        "runs/demo"
-    ),
+    folder: Annotated[Path, typer.Option("--dir", help="Output folder.")] = Path("runs/demo"),
     digits: Annotated[
         bool,
         typer.Option(
-            "--digits", help="Train on scikit-learn's digits even where Fashion-MNIST is."
+            "--digits", help="Train on scikit-learn's digits even if Fashion-MNIST is available."
         ),
     ] = False,
 ) -> None:
@@ -488,25 +496,28 @@ def demo(
 def study(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...|all", help="Studies to run; lists them when none."),
+        typer.Argument(
+            metavar="[NAME]...|all", help="Studies to run; without a name, lists all studies."
+        ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few images, to see that it works; decides little.")
+        bool,
+        typer.Option(
+            "--quick", help="Use few images: checks that a study works, but decides little."
+        ),
     ] = False,
     seeds: Annotated[
         int | None,
         typer.Option(
-            help="Trainings of each kind; 3 when not given, 1 with --quick.",
+            help="Number of trainings of each kind; default: 3, or 1 with --quick.",
             min=1,
             show_default=False,
         ),
     ] = None,
     jobs: Annotated[
-        int, typer.Option(help="Ranks at a time, a thread each.", min=1)
+        int, typer.Option(help="Number of concurrent ranks, one thread each.", min=1)
     ] = os.cpu_count() or 1,
-    folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path(
-        "runs/study"
-    ),
+    folder: Annotated[Path, typer.Option("--dir", help="Output folder.")] = Path("runs/study"),
 ) -> None:
     """Test common claims about the models with small experiments.
 
@@ -521,8 +532,10 @@ def study(
         return
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # so that its trainings end with it
-    with exclusive(str(folder), "convoy study", "use another --dir, or wait until that ends"):
+    )  # terminates the trainings too
+    with exclusive(
+        str(folder), "convoy study", "use another --dir, or wait until that process ends"
+    ):
         run_studies(names, Scale(quick, seeds or (1 if quick else 3)), jobs, folder)
 
 
@@ -540,7 +553,7 @@ def local_up(folder: LocalDir = _LOCAL_DIR) -> None:
 
     services = servers.up(folder)
     print(f"S3      {services.s3_url}  (bucket {servers.BUCKET})\nMLflow  {services.mlflow_url}")
-    print(f'use them: eval "$(convoy local env --dir {folder})"')
+    print(f'to use them: eval "$(convoy local env --dir {folder})"')
 
 
 @local_app.command("env")
@@ -551,7 +564,7 @@ def local_env(folder: LocalDir = _LOCAL_DIR) -> None:
     services = servers.load(folder.absolute())
     if services is None:
         raise UserError(
-            f"{folder}: no services run there; start them: convoy local up --dir {folder}"
+            f"{folder}: no services are running; start them with convoy local up --dir {folder}"
         )
     variables = services.environment()
     bypass_proxies_for_local_services(proxies := dict(os.environ))
@@ -601,7 +614,8 @@ def local_status(folder: LocalDir = _LOCAL_DIR, as_json: Json = False) -> None:
         Console().print(table)
     if not alive or not all(alive.values()):
         raise UserError(
-            f"{folder}: not all services run; start them: convoy local up --dir {folder}"
+            f"{folder}: not all services are running; start them with convoy local up --dir "
+            f"{folder}"
         )
 
 
@@ -614,4 +628,4 @@ def local_down(folder: LocalDir = _LOCAL_DIR) -> None:
     from pipelines.local import servers
 
     stopped = servers.down(folder)
-    print(f"stopped {' and '.join(stopped)}" if stopped else "nothing was running")
+    print(f"stopped {' and '.join(stopped)}" if stopped else "no services were running")

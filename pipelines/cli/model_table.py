@@ -41,15 +41,15 @@ def rows(entries: Iterable[ModelInfo]) -> list[tuple[str, ...]]:
 def table(entries: Iterable[ModelInfo]) -> Table:
     """Return the table for a terminal."""
     entries = list(entries)
-    made = Table(
+    result = Table(
         *_COLUMNS, box=None, padding=(0, 1, 0, 0), caption=_caption(entries), caption_justify="left"
     )
     for cells in rows(entries):
-        made.add_row(*cells)
-    made.columns[0].no_wrap = True
-    for column in made.columns[1:]:
+        result.add_row(*cells)
+    result.columns[0].no_wrap = True
+    for column in result.columns[1:]:
         column.justify = "right"
-    return made
+    return result
 
 
 def markdown(entries: Iterable[ModelInfo]) -> str:
@@ -79,10 +79,10 @@ def _caption(entries: list[ModelInfo]) -> str:
     sources = top5_sources(entries)
     lines = [f"top-5 error of {', '.join(names)}: {source}" for source, names in sources.items()]
     lines += [
-        "layers: with weights, on the longest path. params: after the +, those of the auxiliary "
-        "heads.",
-        "MACs: multiply-adds of an image's evaluation. act.: what autograd keeps of an image in "
-        "training, fp32.",
+        "layers: layers with weights on the longest path. params: after the +, parameters of the "
+        "auxiliary heads.",
+        "MACs: multiply-adds to evaluate one image. act.: activations that autograd saves per "
+        "image in training, fp32.",
         "top-5: error on ImageNet that the paper published, percent.",
         "tv: accuracy on ImageNet of torchvision's first weights of that name (IMAGENET1K_V1), "
         "percent, published by torchvision.",

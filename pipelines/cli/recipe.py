@@ -89,12 +89,15 @@ def show_recipe(
     rates = [rate for _, rate in plan.learning_rates]
     rows = {
         "model": f"{plan.parameters:,} parameters, {plan.multiply_adds:,} multiply-adds per image",
-        "ranks": f"{plan.ranks} = {plan.data_parallel_ranks} data-parallel x {plan.pipeline_stages} pipeline stages",
-        "global batch": f"{plan.global_batch_size} = {plan.micro_batch_size} per micro-batch x {plan.accumulation_steps} "
-        f"accumulation steps x {plan.data_parallel_ranks} data-parallel ranks",
+        "ranks": f"{plan.ranks} = {plan.data_parallel_ranks} data-parallel x "
+        f"{plan.pipeline_stages} pipeline stages",
+        "global batch": f"{plan.global_batch_size} = {plan.micro_batch_size} per micro-batch x "
+        f"{plan.accumulation_steps} accumulation steps x {plan.data_parallel_ranks} data-parallel "
+        "ranks",
         "epoch": f"{plan.samples:,} samples, {plan.steps_per_epoch:,} steps",
         "run": f"{length}{plan.steps:,} steps",
-        "learning rate": f"{rates[0]:.4g} at the first step, peak {plan.peak_learning_rate:.4g}, {rates[-1]:.4g} at the last",
+        "learning rate": f"{rates[0]:.4g} at the first step, peak {plan.peak_learning_rate:.4g}, "
+        f"{rates[-1]:.4g} at the last",
         "": sparkline(rates),
     }
     table = Table(box=None, show_header=False)

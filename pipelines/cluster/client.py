@@ -85,8 +85,8 @@ class JobClient:
         except ApiException as error:
             if error.status == 404 and document["kind"] == "PodGroup":
                 raise UserError(
-                    "--gang: this cluster knows no PodGroup; Kubernetes 1.37 does, with "
-                    "GenericWorkload on"
+                    "--gang: this cluster does not have the resource PodGroup; it needs Kubernetes "
+                    "1.37 with the feature gate GenericWorkload"
                 ) from None
             if error.status != 409:
                 raise
@@ -135,7 +135,7 @@ class JobClient:
             for kind, job in found
         ]
 
-    def follow(self, name: str, tell: Callable[[str], None]) -> Status:
+    def follow(self, name: str, report: Callable[[str], None]) -> Status:
         """Report each status change until the job is finished; return the last status.
 
         Retries while the API server is unreachable.
@@ -145,10 +145,10 @@ class JobClient:
             try:
                 status = self.status(name)
             except (RetryableError, ServiceUnreachable) as error:
-                tell(f"convoy: {error}")
+                report(f"convoy: {error}")
             else:
                 if status.line() != last:
-                    tell(status.line())
+                    report(status.line())
                     last = status.line()
                 if status.finished:
                     return status
@@ -163,7 +163,10 @@ class JobClient:
             kind, job = self._job(name)
             procs, nodes = kind.ranks_per_pod(job), kind.num_pods(job)
             if rank >= procs * nodes:
-                raise UserError(f"--rank: {rank} is not below the {procs * nodes} ranks of {name}")
+                raise UserError(
+                    f"--rank: {rank} is too large; job {name} has {procs * nodes} ranks, counted "
+                    "from 0"
+                )
             index, shown = rank // procs, ""
             while True:
                 pod = _find_pod(kind, name, index, self._pods(f"{kind.pod_label}={name}"))
@@ -246,7 +249,7 @@ class JobClient:
         names = [job["metadata"]["name"] for jobs in self._list().values() for job in jobs]
         nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
         hint = (
-            f"; nearest: {', '.join(nearest)}" if nearest else "; convoy list shows those that are"
+            f"; nearest: {', '.join(nearest)}" if nearest else "; convoy list prints all jobs"
         )
         raise UserError(f"there is no job {name!r} in namespace {self.namespace}{hint}")
 
@@ -332,8 +335,8 @@ def _translate_api_errors(what: str, kind: JobKind | None = None) -> Iterator[No
     except ConfigException as error:
         text = " ".join(str(error).split())
         raise UserError(
-            f"no cluster is known: {text}; set KUBECONFIG to the file that your cluster's "
-            "administrator gave you"
+            f"no cluster is configured: {text}; set KUBECONFIG to the kubeconfig file of your "
+            "cluster"
         ) from None
     except ApiException as error:
         raise _refusal(error, what, kind) from None
@@ -350,7 +353,7 @@ def _translate_api_errors(what: str, kind: JobKind | None = None) -> Iterator[No
 
 def _no_answer(error: HTTPError) -> ServiceUnreachable:
     return ServiceUnreachable(
-        f"the API server does not answer: {' '.join(str(error).split())[:200]}"
+        f"the API server does not respond: {' '.join(str(error).split())[:200]}"
     )
 
 
@@ -358,22 +361,25 @@ def _refusal(error: ApiException, what: str, kind: JobKind | None) -> UserError 
     text = _message(error)
     if error.status == 401:
         return UserError(
-            f"{what}: the cluster refuses your credentials (401); renew those in the kubeconfig"
+            f"{what}: the cluster rejects your credentials (401); renew them in the kubeconfig"
         )
     if error.status == 403:
-        return UserError(f"{what}: refused (403): {text}")
+        return UserError(f"{what}: permission denied (403): {text}")
     if error.status == 404 and "namespaces" in text:
-        return UserError(f"{what}: {text}; kubectl get namespaces")
+        return UserError(f"{what}: {text}; kubectl get namespaces prints all namespaces")
     if error.status == 404:
         kind = kind or job_kinds()[0]
-        return UserError(f"{what}: the cluster knows no {kind.name} (404); {kind.install}")
+        return UserError(
+            f"{what}: the cluster does not have the resource {kind.name} (404); {kind.install}"
+        )
     if error.status == 409:
         return UserError(
-            f"{what}: exists already; cancel it first (convoy cancel NAME), or give another --name"
+            f"{what}: already exists; delete it first (convoy cancel NAME), or choose another "
+            "--name"
         )
     if error.status and error.status >= 500:
         return RetryableError(f"{what}: the API server failed ({error.status}): {text}")
-    return UserError(f"{what}: refused ({error.status}): {text}")
+    return UserError(f"{what}: rejected ({error.status}): {text}")
 
 
 def _message(error: ApiException) -> str:

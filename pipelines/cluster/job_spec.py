@@ -176,8 +176,8 @@ def _validate(name: str, options: JobOptions) -> list[str]:
     faults = []
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > _LONGEST_NAME:
         faults.append(
-            f"--name: {name!r} names no job: it needs a lower-case letter, then letters, digits "
-            f"and dashes, {_LONGEST_NAME} at most"
+            f"--name: {name!r} is not a valid job name; it must be a lower-case letter, followed "
+            f"by lower-case letters, digits and dashes, at most {_LONGEST_NAME} characters"
         )
     for option, value in (
         ("--namespace", options.namespace),
@@ -188,37 +188,40 @@ def _validate(name: str, options: JobOptions) -> list[str]:
     ):
         if value and not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", value):
             faults.append(
-                f"{option}: {value!r} is no name in Kubernetes: lower-case letters, digits and "
-                "dashes"
+                f"{option}: {value!r} is not a valid Kubernetes name; use lower-case letters, "
+                "digits and dashes"
             )
     if options.nodes < 1:
-        faults.append(f"--nodes: {options.nodes} is not 1 or more")
+        faults.append(f"--nodes: {options.nodes} is too small; the minimum is 1")
     if options.gpus_per_node < 0:
-        faults.append(f"--gpus-per-node: {options.gpus_per_node} is not 0 (no GPU) or more")
+        faults.append(
+            f"--gpus-per-node: {options.gpus_per_node} is too small; the minimum is 0 (no GPUs)"
+        )
     if options.procs_per_node is not None and options.procs_per_node < 1:
-        faults.append(f"--procs-per-node: {options.procs_per_node} is not 1 or more")
+        faults.append(f"--procs-per-node: {options.procs_per_node} is too small; the minimum is 1")
     elif options.procs_per_node is not None and options.gpus_per_node not in (
         0,
         options.procs_per_node,
     ):
         faults.append(
             f"--procs-per-node: {options.procs_per_node} ranks on {options.gpus_per_node} GPUs; "
-            "a rank has one GPU each"
+            "each rank needs one GPU"
         )
     if not re.fullmatch(r"[a-z0-9][a-zA-Z0-9./_:@-]*", options.image) or options.image.endswith(
         ":latest"
     ):
-        faults.append(f"--image: {options.image!r} is no image with a fixed tag or a digest")
+        faults.append(f"--image: {options.image!r} is not an image with a fixed tag or a digest")
     for option, quantity in (
-        ("--cpu", options.cpu), ("--memory", options.memory), ("--shm", options.shm), ("--scratch", options.scratch),
+        ("--cpu", options.cpu), ("--memory", options.memory), ("--shm", options.shm),
+        ("--scratch", options.scratch),
     ):  # fmt: skip
         if quantity is not None and not re.fullmatch(
             r"(\d+(\.\d+)?|\.\d+)(m|[kMGTPE]|[KMGTPE]i)?", quantity
         ):
-            faults.append(f"{option}: {quantity!r} is no quantity such as 500m, 4 or 16Gi")
+            faults.append(f"{option}: {quantity!r} is not a quantity such as 500m, 4 or 16Gi")
     for label in options.node_selector:
         if not _SELECTOR.fullmatch(label):
-            faults.append(f"--node-selector: {label!r} is no label of nodes, KEY=VALUE")
+            faults.append(f"--node-selector: {label!r} is not a node label KEY=VALUE")
     for taint in options.toleration:
         if not _TOLERATION.fullmatch(taint):
             faults.append(
@@ -248,14 +251,14 @@ def _default_checkpoint_url(config: RunConfig, name: str) -> list[str]:
             "file://"
         ):
             raise UserError(
-                f"checkpoint.url: {config.checkpoint.url} is lost with its pod; use an object "
-                "store (s3://...), or file:///... "
-                "for a volume that all pods share"
+                f"checkpoint.url: {config.checkpoint.url} would be lost with its pod; use an "
+                "object store (s3://...), or file:///... for a volume that all pods share"
             )
         return []
     if not is_remote(config.data.train):
         raise UserError(
-            "checkpoint.url: must be given, since data.train is in no object store: s3://BUCKET/PREFIX"
+            "checkpoint.url: must be set, because data.train is not in an object store; use "
+            "s3://BUCKET/PREFIX"
         )
     return [f"checkpoint.url={parse_storage_url(config.data.train).root}/checkpoints/{name}"]
 

@@ -24,11 +24,11 @@ class PyTorchJob(JobKind):
     plural = "pytorchjobs"
     pod_label = "training.kubeflow.org/job-name"
     install = (
-        "install the operator: kubectl apply --server-side -k k8s/third-party/training-operator"
+        "install the training operator: kubectl apply --server-side -k k8s/third-party/training-operator"
     )
     not_accepted = (
-        "the training-operator did not take it yet; is it running? kubectl get pods -A | grep "
-        "training-operator"
+        "the training operator has not processed it yet; check that it runs: "
+        "kubectl get pods -A | grep training-operator"
     )
 
     def spec(self, name: str, template: Document, options: "JobOptions") -> Document:

@@ -30,12 +30,12 @@ def write_secrets(file: Path, endpoint: str) -> list[Path]:
             "POSTGRES_PASSWORD": secrets.token_urlsafe(30),
         },
     }
-    there = [str(path) for path in contents if path.exists()]
-    if there:
+    existing = [str(path) for path in contents if path.exists()]
+    if existing:
         raise UserError(
             *(
-                f"{path}: is there already; remove it first if nothing that runs needs it"
-                for path in there
+                f"{path}: already exists; remove it first if no running service uses it"
+                for path in existing
             )
         )
     for path, values in contents.items():

@@ -67,10 +67,10 @@ def summarize_job(
             return Status(
                 name,
                 "queued",
-                f"Kueue's queue {job['metadata']['labels'][_QUEUE_LABEL]} admits it when there "
-                "is room",
+                f"Kueue's queue {job['metadata']['labels'][_QUEUE_LABEL]} admits it when its "
+                "quota allows",
             )
-        return Status(name, "suspended", f"it holds no pods; convoy resume {name}")
+        return Status(name, "suspended", f"it has no pods; start it with convoy resume {name}")
     troubles = sorted(
         filter(None, map(_trouble, pods)), key=lambda trouble: _SEVERITY.index(trouble[0])
     )
@@ -85,32 +85,34 @@ def summarize_job(
             "start": "not started",
         }[trouble]
         labels = (kind.template(job).get("metadata") or {}).get("labels") or {}
-        whole = (
-            ", a gang that starts whole"
+        gang = (
+            ", a gang that starts together"
             if trouble == "unschedulable" and GANG_LABEL in labels
             else ""
         )
-        return Status(name, state, f"{count} of {nodes} pods{whole}: {says}")
+        return Status(name, state, f"{count} of {nodes} pods{gang}: {says}")
     if not pods:
         return Status(name, "queued", _why_no_pods(status, events, kind))
     if running < nodes:
-        pulling = f"{len(troubles)} get their image and volumes, " if troubles else ""
+        pulling = f"{len(troubles)} getting their image and volumes, " if troubles else ""
         return Status(
             name,
             "starting",
-            f"{running} of {nodes} pods run, {pulling}{nodes - running - len(troubles)} wait "
-            "for a node",
+            f"{running} of {nodes} pods running, {pulling}{nodes - running - len(troubles)} "
+            "waiting for a node",
         )
     if record is None:
         return (
-            Status(name, "starting", f"{nodes} pods run, no word of them yet")
+            Status(name, "starting", f"{nodes} pods running, no log output yet")
             if log == ""
             else Status(name, "running", f"{nodes} pods")
         )
     if record.phase == "waiting":
         return Status(name, "waiting", record.message or "")
     if record.phase in ("rendezvous", "starting"):
-        return Status(name, "rendezvous", f"{nodes} pods meet; the first step follows", **seen)
+        return Status(
+            name, "rendezvous", f"{nodes} pods are connecting; the first step follows", **seen
+        )
     return Status(name, "training", _progress(seen), **seen)
 
 
@@ -165,13 +167,13 @@ def _failure(
         lines = [line for line in told if line.strip() and not is_record(line)]
         message = " ".join(" ".join(lines).split())
         if ended["exitCode"] == EXIT_USER:
-            return " · ".join(lines[:5]) or f"a mistake; convoy logs {name} tells it", EXIT_USER
+            return " · ".join(lines[:5]) or f"user error; see convoy logs {name}", EXIT_USER
         if ended["exitCode"] == EXIT_BUG:
             last = message.rpartition("Traceback")[2][-200:] or (record and record.message) or ""
-            return f"a bug: ...{last.strip()}; convoy logs {name} has all of it", EXIT_BUG
+            return f"bug: ...{last.strip()}; convoy logs {name} prints the full log", EXIT_BUG
     return condition.get("message") or condition.get(
         "reason"
-    ) or "the operator does not say why", EXIT_BUG
+    ) or "the training operator gives no reason", EXIT_BUG
 
 
 def _trouble(pod: Object) -> tuple[str, str] | None:
@@ -193,10 +195,13 @@ def _trouble(pod: Object) -> tuple[str, str] | None:
             "ErrImageNeverPull",
             "ImageInspectError",
         ):
-            what = f"{container['image']} cannot be pulled ({reason}); check its name and the nodes' access to its registry"
-            return "image", what
+            says = (
+                f"{container['image']} cannot be pulled ({reason}); check its name and the nodes' "
+                "access to its registry"
+            )
+            return "image", says
         if reason == "CreateContainerConfigError":
-            return "secret", f"{message}; make it in this namespace: convoy secrets --help"
+            return "secret", f"{message}; create it in this namespace, see convoy secrets --help"
         if reason in ("CreateContainerError", "RunContainerError", "CrashLoopBackOff"):
             return "start", f"{reason}: {message}"
     conditions = {c["type"]: c for c in status.get("conditions") or []}
@@ -206,7 +211,7 @@ def _trouble(pod: Object) -> tuple[str, str] | None:
             return None
         return (
             "unschedulable",
-            f"{scheduled.get('message', '')}; ask for less, or wait until other jobs end".strip(),
+            f"{scheduled.get('message', '')}; request less, or wait until other jobs end".strip(),
         )
     if status.get("phase") == "Pending" and scheduled.get("status") == "True":
         return "pulling", ""
@@ -220,7 +225,7 @@ def _why_no_pods(status: Object, events: list[Object], kind: JobKind) -> str:
         if event.get("reason") in ("FailedCreatePod", "FailedCreate", "FailedCreateService")
     ]
     if refused:
-        return f"its pods are refused: {' '.join((refused[-1].get('message') or '').split())}"
+        return f"its pods are rejected: {' '.join((refused[-1].get('message') or '').split())}"
     if not status.get("conditions"):
         return kind.not_accepted
-    return "its pods are being made"
+    return "its pods are being created"

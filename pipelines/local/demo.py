@@ -45,7 +45,9 @@ def demo(folder: Path, keep: bool, digits: bool = False) -> dict[str, Any]:
     Writes ``summary.json`` and two plots to ``folder`` and returns the summary.
     """
     folder = folder.absolute()
-    with exclusive(str(folder), "convoy demo", "use another --dir, or wait until that ends"):
+    with exclusive(
+        str(folder), "convoy demo", "use another --dir, or wait until that process ends"
+    ):
         return _demo(folder, keep, digits)
 
 
@@ -53,8 +55,8 @@ def _demo(folder: Path, keep: bool, digits: bool) -> dict[str, Any]:
     started = time.monotonic()
     servers.down(folder / "services")  # services of an earlier demo that was run with KEEP=1
     _clear(folder)
-    data = _digits(folder, "as asked") if digits else _find_data(folder)
-    _say(f"data: {data.title}")
+    data = _digits(folder, "requested by --digits") if digits else _find_data(folder)
+    _log(f"data: {data.title}")
     services = servers.up(folder / "services")
     try:
         environment = (
@@ -86,7 +88,8 @@ def _pipeline(folder: Path, data: _Data, environment: dict[str, str]) -> dict[st
     _convoy(environment, "pack", str(data.source), bucket, "--shards", str(data.shards), *names)
     verified = json.loads(_convoy(environment, "verify", bucket, "--json", capture=True))
     _convoy(
-        environment, "train", data.recipe, "--procs", str(_RANKS), f"data.train={bucket}/train", f"data.val={bucket}/val",
+        environment, "train", data.recipe, "--procs", str(_RANKS),
+        f"data.train={bucket}/train", f"data.val={bucket}/val",
         f"tracking.register_as={data.name}", f"train.output_dir={folder}/train",
     )  # fmt: skip
     result = json.loads((folder / "train" / "result.json").read_text())
@@ -137,13 +140,13 @@ def _convoy(environment: dict[str, str], *arguments: str, capture: bool = False)
 
     Raises UserError if its exit code is 2, and RetryableError for any other failure.
     """
-    _say(f"convoy {' '.join(arguments)}")
+    _log(f"convoy {' '.join(arguments)}")
     done = subprocess.run(
         [*python_command("pipelines.cli.main"), *arguments],
         env=environment, stdout=subprocess.PIPE if capture else None, text=True, check=False,
     )  # fmt: skip
     if done.returncode == 2:
-        raise UserError(f"`convoy {arguments[0]}` ended with exit code 2; the line above says why")
+        raise UserError(f"`convoy {arguments[0]}` ended with exit code 2; see the error above")
     if done.returncode:
         raise RetryableError(f"`convoy {arguments[0]}` ended with exit code {done.returncode}")
     return done.stdout or ""
@@ -156,7 +159,7 @@ def _find_data(folder: Path) -> _Data:
     """
     fashion = find_fashion()
     if fashion is None:
-        return _digits(folder, "Fashion-MNIST could not be had")
+        return _digits(folder, "Fashion-MNIST is unavailable")
     names = folder / "classes.txt"
     names.write_text(
         "".join(f"{i} {name.replace('-', ' ')}\n" for i, name in enumerate(_FASHION.split()))
@@ -197,7 +200,7 @@ def _unpack_fashion(target: Path) -> None:
     part = target.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    _say(f"fetching Debian's {_PACKAGE}")
+    _log(f"fetching Debian's {_PACKAGE}")
     attempts = [["apt-get", "download", _PACKAGE]]
     if os.geteuid() == 0:
         attempts += [
@@ -213,7 +216,8 @@ def _unpack_fashion(target: Path) -> None:
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
             return
-    _say(f"it cannot be had: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    _log(f"{_PACKAGE} cannot be fetched: {reason}")
 
 
 def _digits(folder: Path, why: str) -> _Data:
@@ -241,7 +245,7 @@ def _digits(folder: Path, why: str) -> _Data:
     )
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"demo: {text}", flush=True)
 
 
@@ -262,11 +266,11 @@ def _print_page(folder: Path, data: _Data, summary: dict[str, Any], mlflow_url: 
             f"{summary['images_per_second']:,.0f} images/s, waiting for data "
             f"{summary['data_wait_fraction']:.1%}",
         ),
-        ("whole demo", f"{summary['wall_seconds']:.0f} s"),
-        ("pictures", f"{folder / 'curves.png'}\n{folder / 'predictions.png'}"),
-        ("MLflow", mlflow_url or "stopped; KEEP=1 make demo leaves it running"),
+        ("total time", f"{summary['wall_seconds']:.0f} s"),
+        ("plots", f"{folder / 'curves.png'}\n{folder / 'predictions.png'}"),
+        ("MLflow", mlflow_url or "stopped; KEEP=1 make demo keeps it running"),
     ):
         table.add_row(name, str(value))
     Console().print(table)
     if mlflow_url:
-        print(f"stop the services: convoy local down --dir {folder / 'services'}")
+        print(f"to stop the services: convoy local down --dir {folder / 'services'}")

@@ -117,7 +117,7 @@ def up(folder: Path) -> Services:
         for name in ("s3", "mlflow"):
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
     for attempt in range(_ATTEMPTS):
         try:
             return _start(folder)
@@ -332,10 +332,10 @@ def _wait(services: Services, name: str, ready: Callable[[], bool]) -> None:
         except (urllib.error.URLError, OSError, BotoCoreError, ClientError):
             pass
         if services.processes[name].handle() is None:
-            raise _Died(f"{name} ended at its start; the end of {log}: {_tail(log)}")
+            raise _Died(f"{name} exited during startup; end of {log}: {_tail(log)}")
         time.sleep(0.1)
     raise UserError(
-        f"{name} did not start within {_START_SECONDS:.0f} s; the end of {log}: {_tail(log)}"
+        f"{name} did not start within {_START_SECONDS:.0f} s; end of {log}: {_tail(log)}"
     )
 
 

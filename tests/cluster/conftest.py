@@ -1,5 +1,7 @@
-"""One Kubernetes for all tests: the user's (KUBECONFIG), else one made here and taken down (not
-with CONVOY_KEEP_CLUSTER=1).
+"""Fixtures: one Kubernetes for all tests.
+
+It is the user's cluster (KUBECONFIG), or a cluster that the tests create and delete;
+CONVOY_KEEP_CLUSTER=1 keeps it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kubectl import Kubectl, Refused, fake_node, own_namespace, until_namespaces_are_gone
+from kubectl import (
+    Kubectl,
+    KubectlError,
+    simulated_node,
+    temporary_namespace,
+    wait_for_namespace_deletion,
+)
 from support.helpers import copy_manifests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,11 +39,11 @@ WATCHED_SETTINGS = (
 )
 
 
-def machine() -> dict[str, list[str]]:
-    """What a cluster could leave behind on this machine."""
+def machine_state() -> dict[str, list[str]]:
+    """Return the state of this machine that a cluster could leave changed."""
     programs = filter(
         shutil.which, ("iptables-save", "ip6tables-save")
-    )  # making the cluster installs them
+    )  # installed with the cluster
     filters = [
         subprocess.run([program], capture_output=True, text=True).stdout for program in programs
     ]
@@ -61,10 +69,10 @@ def cluster() -> Iterator[Kubectl]:
         program = shutil.which("kubectl")
         assert program, "KUBECONFIG is set, but there is no kubectl"
         yield (kubectl := Kubectl(program))
-        until_namespaces_are_gone(kubectl)
+        wait_for_namespace_deletion(kubectl)
         return
     was_up = bool(State(default_state()).running())
-    before = machine()
+    before = machine_state()
     exports = subprocess.run(
         [*CLUSTER, "up"], check=True, stdout=subprocess.PIPE, text=True
     ).stdout.splitlines()
@@ -72,47 +80,47 @@ def cluster() -> Iterator[Kubectl]:
     os.environ["KUBECONFIG"] = values["KUBECONFIG"]
     try:
         yield (kubectl := Kubectl(str(Path(values["PATH"].partition(":")[0]) / "kubectl")))
-        until_namespaces_are_gone(kubectl)
+        wait_for_namespace_deletion(kubectl)
     finally:
         del os.environ["KUBECONFIG"]
         if not was_up and os.environ.get("CONVOY_KEEP_CLUSTER") != "1":
             subprocess.run([*CLUSTER, "down"], check=True)
-            assert machine() == before
+            assert machine_state() == before
 
 
 @pytest.fixture(scope="session")
 def own_cluster(cluster: Kubectl) -> Kubectl:
-    """A cluster made by tools/cluster: it alone has kwok, gangs and the small images."""
+    """A cluster created by tools/cluster: only it has kwok, gangs and the small images."""
     try:
         cluster("get", "node", "convoy-node")
-    except Refused:
-        pytest.skip("needs a cluster made by tools/cluster")
+    except KubectlError:
+        pytest.skip("needs a cluster created by tools/cluster")
     return cluster
 
 
 @pytest.fixture(scope="session")
 def image(cluster: Kubectl) -> str:
-    """An image with Python that the cluster's nodes can have."""
+    """An image with Python that is available to the cluster's nodes."""
     if os.environ.get("CONVOY_IMAGE"):
         return os.environ["CONVOY_IMAGE"]
     try:
         cluster("get", "node", "convoy-node")
-    except Refused:
+    except KubectlError:
         return "localhost/convoy:dev"
     return "localhost/convoy-base:dev"
 
 
 @pytest.fixture
 def namespace(cluster: Kubectl) -> Iterator[Kubectl]:
-    """A namespace of the test's own that enforces Pod Security `restricted`."""
-    with own_namespace(cluster) as kubectl:
+    """A new namespace that enforces Pod Security `restricted`."""
+    with temporary_namespace(cluster) as kubectl:
         yield kubectl
 
 
 @pytest.fixture
 def base(namespace: Kubectl, tmp_path: Path) -> Kubectl:
-    """A namespace of the test's own with k8s/base in it."""
-    folder = copy_manifests(tmp_path).parent / "own-base"
+    """A new namespace with the objects of k8s/base."""
+    folder = copy_manifests(tmp_path).parent / "test-base"
     folder.mkdir()
     (folder / "kustomization.yaml").write_text(
         json.dumps({"namespace": namespace.namespace, "resources": ["../k8s/base"]})
@@ -122,12 +130,14 @@ def base(namespace: Kubectl, tmp_path: Path) -> Kubectl:
 
 
 @pytest.fixture(scope="session")
-def fake_nodes(own_cluster: Kubectl) -> Iterator[list[str]]:
-    """Four nodes of 8 GPUs that kwok plays. For the whole session: a pod whose node went before it
-    takes a minute to go itself.
+def simulated_nodes(own_cluster: Kubectl) -> Iterator[list[str]]:
+    """Names of four nodes with 8 GPUs that kwok simulates.
+
+    They exist for the whole session, because the deletion of a pod takes a minute if its node has
+    been deleted.
     """
     names = [f"fake-{uuid.uuid4().hex[:8]}" for _ in range(4)]
-    own_cluster.create(*[fake_node(name, 8) for name in names])
+    own_cluster.create(*[simulated_node(name, 8) for name in names])
     own_cluster(
         "wait", "--for=condition=Ready", "--timeout=60s", *[f"node/{name}" for name in names]
     )

@@ -1,4 +1,4 @@
-"""kubectl by subprocess, and the small manifests that the tests apply."""
+"""Runs kubectl, and builds the small manifests that the tests apply."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ RESTRICTED = {
 }
 
 
-class Refused(Exception):
-    """kubectl ended with an error; the text is what it said."""
+class KubectlError(Exception):
+    """kubectl failed; the message is its stderr."""
 
 
 @dataclass(frozen=True)
 class Kubectl:
-    """Commands to one cluster, in one namespace."""
+    """Runs kubectl against one cluster, in one namespace."""
 
     program: str
     namespace: str = "default"
@@ -46,7 +46,7 @@ class Kubectl:
             self.command(*arguments), input=stdin, capture_output=True, text=True, timeout=timeout
         )
         if done.returncode:
-            raise Refused(done.stderr.strip())
+            raise KubectlError(done.stderr.strip())
         return done.stdout
 
     def get(self, *arguments: str) -> dict[str, Any]:
@@ -63,25 +63,28 @@ class Kubectl:
     def apply_overlay(
         self, manifests: Path, overlay: str, *options: str, without: str | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """`kubectl apply -k` of one of k8s/overlays, moved into this namespace. ``manifests``: a
-        copy of k8s/; ``without``: a kind that is left out.
+        """Run `kubectl apply -k` with an overlay of k8s/overlays in this namespace.
+
+        ``manifests``: a copy of k8s/; ``without``: a kind whose objects are omitted.
         """
-        own = manifests.parent / f"own-{overlay}"
-        own.mkdir()
+        folder = manifests.parent / f"test-{overlay}"
+        folder.mkdir()
         kustomization: dict[str, Any] = {
             "namespace": self.namespace,
             "resources": [f"../{manifests.name}/overlays/{overlay}"],
         }
         if without is not None:
-            gone = {
+            deletion = {
                 "apiVersion": "v1",
                 "kind": without,
                 "metadata": {"name": "any"},
                 "$patch": "delete",
             }
-            kustomization["patches"] = [{"target": {"kind": without}, "patch": json.dumps(gone)}]
-        (own / "kustomization.yaml").write_text(json.dumps(kustomization))
-        command = self.command("apply", *options, "-k", str(own))
+            kustomization["patches"] = [
+                {"target": {"kind": without}, "patch": json.dumps(deletion)}
+            ]
+        (folder / "kustomization.yaml").write_text(json.dumps(kustomization))
+        command = self.command("apply", *options, "-k", str(folder))
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     def phases(self, selector: str) -> list[str]:
@@ -98,14 +101,19 @@ class Kubectl:
 
 
 @contextmanager
-def own_namespace(cluster: Kubectl, wait: bool = False) -> Iterator[Kubectl]:
-    """A new one that enforces Pod Security `restricted`. ``wait``: until it is gone; else
-    `until_namespaces_are_gone` does.
+def temporary_namespace(cluster: Kubectl, wait: bool = False) -> Iterator[Kubectl]:
+    """Create a namespace that enforces Pod Security `restricted`, and delete it at the end.
+
+    ``wait``: wait for the deletion; otherwise `wait_for_namespace_deletion` does.
     """
     name = new_namespace_name()
     labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
-    made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
-    cluster("apply", "-f", "-", stdin=json.dumps(made))
+    manifest = {
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {"name": name, "labels": labels},
+    }
+    cluster("apply", "-f", "-", stdin=json.dumps(manifest))
     kubectl = cluster.within(name)
     try:
         until(
@@ -127,12 +135,13 @@ def new_namespace_name() -> str:
     return f"{_PREFIX}{uuid.uuid4().hex[:8]}"
 
 
-def until_namespaces_are_gone(cluster: Kubectl) -> None:
-    """Those of tests that are being deleted: once for all tests, since each takes longer than many
-    a test.
+def wait_for_namespace_deletion(cluster: Kubectl) -> None:
+    """Wait until the deleted namespaces of tests no longer exist.
+
+    Called once for all tests, because a deletion takes longer than many tests.
     """
 
-    def leaving() -> list[str]:
+    def terminating() -> list[str]:
         found = [
             item
             for item in cluster.get("namespaces")["items"]
@@ -144,7 +153,7 @@ def until_namespaces_are_gone(cluster: Kubectl) -> None:
             if item["metadata"]["name"].startswith(_PREFIX)
         ]
 
-    until(lambda: not leaving(), 240, lambda: f"still there: {leaving()}")
+    until(lambda: not terminating(), 240, lambda: f"not deleted: {terminating()}")
 
 
 def container(image: str, *command: str, **more: Any) -> dict[str, Any]:
@@ -186,9 +195,12 @@ def pytorch_job(
     }
 
 
-def fake_node(name: str, gpus: int, kind: str = "fake", taint: str | None = None) -> dict[str, Any]:
-    """A node that kwok plays: it takes pods and says that they run. Only pods that ask for it come
-    here; ``kind``: its label `type`, ``taint``: the key of another taint.
+def simulated_node(
+    name: str, gpus: int, kind: str = "fake", taint: str | None = None
+) -> dict[str, Any]:
+    """Return a node that kwok simulates: it accepts pods and reports them as Running.
+
+    A taint keeps other pods away. ``kind``: its label `type`; ``taint``: key of another taint.
     """
     resources = {"cpu": "64", "memory": "512Gi", "pods": "110", "nvidia.com/gpu": str(gpus)}
     return {
@@ -202,15 +214,15 @@ def fake_node(name: str, gpus: int, kind: str = "fake", taint: str | None = None
         "spec": {
             "taints": [
                 {"key": key, "value": "fake", "effect": "NoSchedule"}
-                for key in filter(None, (FAKE, taint))
+                for key in filter(None, (KWOK_TAINT, taint))
             ]
         },
         "status": {"allocatable": resources, "capacity": resources},
     }
 
 
-FAKE = "kwok.x-k8s.io/node"
-ON_FAKE_NODES = {
+KWOK_TAINT = "kwok.x-k8s.io/node"
+ON_SIMULATED_NODES = {
     "nodeSelector": {"type": "fake"},
-    "tolerations": [{"key": FAKE, "operator": "Exists"}],
+    "tolerations": [{"key": KWOK_TAINT, "operator": "Exists"}],
 }

@@ -1,6 +1,4 @@
-"""The whole line in pods, as tests use it: `k8s/overlays/local` in a namespace of its own, and what
-its MLflow says.
-"""
+"""Applies `k8s/overlays/local` in a namespace of its own, and queries its jobs and its MLflow."""
 
 from __future__ import annotations
 
@@ -18,12 +16,15 @@ from support.helpers import copy_manifests
 
 @contextmanager
 def applied(cluster: Kubectl, folder: Path, without: str | None = None) -> Iterator[Kubectl]:
-    """The overlay with the files that `convoy secrets` makes; ``without``: a kind that is left out."""
+    """Apply the overlay with the credential files of `convoy secrets`; delete it at the end.
+
+    ``without``: a kind whose objects are omitted.
+    """
     kubectl = cluster.within(new_namespace_name())
-    said = kubectl.apply_overlay(copy_manifests(folder), "local", without=without)
+    done = kubectl.apply_overlay(copy_manifests(folder), "local", without=without)
     try:
-        assert said.returncode == 0, said.stderr
-        assert not said.stderr, "no warning, of Pod Security or other"
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr, "kubectl prints warnings, of Pod Security for example"
         yield kubectl
     finally:
         cluster("delete", "namespace", kubectl.namespace, "--ignore-not-found", "--wait=false")
@@ -31,8 +32,9 @@ def applied(cluster: Kubectl, folder: Path, without: str | None = None) -> Itera
 
 @contextmanager
 def served(cluster: Kubectl, folder: Path) -> Iterator[tuple[Kubectl, str]]:
-    """The overlay's services and packed data, without its trainings; and MLflow's address on this
-    machine.
+    """Yield the overlay's services and packed data, without its trainings, and MLflow's address.
+
+    The address is reachable from this machine.
     """
     with applied(cluster, folder, without="PyTorchJob") as kubectl:
         kubectl(
@@ -48,7 +50,7 @@ def served(cluster: Kubectl, folder: Path) -> Iterator[tuple[Kubectl, str]]:
 
 
 def conditions(kubectl: Kubectl, job: str) -> set[str]:
-    """Those that hold of a PyTorchJob."""
+    """Return the types of a PyTorchJob's conditions that are true."""
     return {
         c["type"]
         for c in kubectl.get("pytorchjob", job)["status"].get("conditions", [])
@@ -57,7 +59,7 @@ def conditions(kubectl: Kubectl, job: str) -> set[str]:
 
 
 def succeeded(kubectl: Kubectl, job: str) -> bool:
-    """Fails the test where the job did."""
+    """Return whether the job has succeeded; fail the test if the job failed."""
     found = conditions(kubectl, job)
     assert "Failed" not in found, kubectl("describe", "pytorchjob", job) + kubectl(
         "logs", f"{job}-worker-0", "--tail=40"
@@ -67,21 +69,21 @@ def succeeded(kubectl: Kubectl, job: str) -> bool:
 
 @contextmanager
 def forwarded(kubectl: Kubectl, service: str, port: int) -> Iterator[str]:
-    """The address, on this machine, of a service's port."""
+    """Forward a port of a service to this machine; yield its address."""
     command = kubectl.command(
         "port-forward", f"service/{service}", f":{port}", "--address", "127.0.0.1"
     )
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            here = process.stdout.readline().split("->")[0].rpartition(":")[2].strip()
-            yield f"http://127.0.0.1:{int(here)}"
+            local_port = process.stdout.readline().split("->")[0].rpartition(":")[2].strip()
+            yield f"http://127.0.0.1:{int(local_port)}"
         finally:
             process.terminate()
 
 
-def asked(address: str, path: str, **parameters: Any) -> dict[str, Any]:
-    """What MLflow's own REST interface answers."""
+def mlflow_api(address: str, path: str, **parameters: Any) -> dict[str, Any]:
+    """Call MLflow's REST API: POST with ``parameters``, else GET; return the response."""
     body = json.dumps(parameters).encode() if parameters else None
     request = urllib.request.Request(
         f"{address}/api/2.0/mlflow/{path}", body, {"Content-Type": "application/json"}
@@ -91,22 +93,21 @@ def asked(address: str, path: str, **parameters: Any) -> dict[str, Any]:
 
 
 def history(address: str, job: str, metric: str = "loss") -> list[dict[str, Any]]:
-    """What the run of a job logged of a metric, in its order: ``step``, ``value``, ``timestamp`` in
-    ms; nothing before it began.
+    """Return the logged values of a metric of a job's run, in order; empty before the run starts.
+
+    Each has ``step``, ``value`` and ``timestamp`` (ms).
     """
-    made = asked(address, "experiments/search", filter="name = 'convoy'", max_results=1).get(
-        "experiments", []
-    )
-    experiments = [experiment["experiment_id"] for experiment in made]
+    found = mlflow_api(address, "experiments/search", filter="name = 'convoy'", max_results=1)
+    experiments = [experiment["experiment_id"] for experiment in found.get("experiments", [])]
     if not experiments:
         return []
-    runs = asked(
+    runs = mlflow_api(
         address, "runs/search", experiment_ids=experiments, filter=f"attributes.run_name = '{job}'"
     ).get("runs", [])
-    assert len(runs) <= 1, "a job that goes on goes on in its run"
+    assert len(runs) <= 1, "a resumed job must continue its run"
     if not runs:
         return []
-    found = asked(
+    found = mlflow_api(
         address, f"metrics/get-history?run_id={runs[0]['info']['run_id']}&metric_key={metric}"
     )
     return found.get("metrics", [])

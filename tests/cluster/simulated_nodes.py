@@ -1,6 +1,4 @@
-"""Clusters of many GPUs that are only played: nodes of kwok for one test, the gang policy for one
-namespace, jobs on them.
-"""
+"""Simulated GPU clusters: kwok nodes for one test, the gang policy for one namespace, and jobs."""
 
 from __future__ import annotations
 
@@ -12,27 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from kubectl import FAKE, Kubectl, container, fake_node, pod
+from kubectl import KWOK_TAINT, Kubectl, container, pod, simulated_node
 from support.helpers import until
 
-GPUS = 8  # of a node
+GPUS = 8  # per node
 POLICY = Path(__file__).resolve().parents[2] / "k8s/components/gang/policy.yaml"
 JOB_LABEL = "training.kubeflow.org/job-name"
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Nodes that share a label, `type`, with no others."""
+    """Simulated nodes with a unique value of the label `type`."""
 
     kubectl: Kubectl
     name: str
 
     def add(self, count: int, taint: str | None = None) -> list[str]:
-        """Their names, when they are ready."""
+        """Create ``count`` nodes and wait until they are ready; return their names."""
         batch = uuid.uuid4().hex[:6]
         names = [f"{self.name}-{batch}-{number}" for number in range(count)]
-        self.kubectl.create(*[fake_node(name, GPUS, self.name, taint) for name in names])
-        each = '{range .items[*]}{.metadata.name}={.status.conditions[?(@.type=="Ready")].status} {end}'
+        self.kubectl.create(*[simulated_node(name, GPUS, self.name, taint) for name in names])
+        each = (
+            "{range .items[*]}{.metadata.name}="
+            '{.status.conditions[?(@.type=="Ready")].status} {end}'
+        )
         ready = {f"{name}=True" for name in names}
 
         def all_ready() -> bool:
@@ -46,14 +47,14 @@ class Pool:
         return names
 
     def job(self, nodes: int, name: str, *more: str, kubectl: Kubectl) -> tuple[str | int, ...]:
-        """The arguments of `convoy submit` for ResNet-50 on this many of the nodes."""
+        """Return the arguments of `convoy submit` for ResNet-50 on ``nodes`` of these nodes."""
         place = (
             "--namespace",
             kubectl.namespace,
             "--node-selector",
             f"type={self.name}",
             "--toleration",
-            FAKE,
+            KWOK_TAINT,
         )
         sizes = ("--nodes", nodes, "--gpus-per-node", GPUS)
         return (
@@ -70,7 +71,10 @@ class Pool:
 
 @contextmanager
 def pool(kubectl: Kubectl) -> Iterator[Pool]:
-    """Pods must go before their nodes do: one whose node is gone takes a minute."""
+    """Yield an empty pool; delete its nodes at the end.
+
+    Delete pods first: the deletion of a pod takes a minute if its node has been deleted.
+    """
     name = f"pool-{uuid.uuid4().hex[:6]}"
     try:
         yield Pool(kubectl, name)
@@ -80,7 +84,7 @@ def pool(kubectl: Kubectl) -> Iterator[Pool]:
 
 @contextmanager
 def gang_policy(kubectl: Kubectl) -> Iterator[None]:
-    """The shipped policy, for one namespace alone."""
+    """Apply the shipped policy to one namespace."""
     policy, binding = yaml.safe_load_all(POLICY.read_text())
     for document in (policy, binding):
         document["metadata"]["name"] = kubectl.namespace
@@ -108,7 +112,7 @@ def gang_policy(kubectl: Kubectl) -> Iterator[None]:
 
 
 def phases(kubectl: Kubectl, job: str) -> dict[str, int]:
-    """How many pods of a job are in which phase."""
+    """Return the number of a job's pods by phase."""
     found = kubectl(
         "get", "pods", "-l", f"{JOB_LABEL}={job}", "-o", "jsonpath={.items[*].status.phase}"
     ).split()
@@ -116,8 +120,9 @@ def phases(kubectl: Kubectl, job: str) -> dict[str, int]:
 
 
 def active(kubectl: Kubectl, job: str) -> int:
-    """How many pods run as the operator counts them: one small answer, where hundreds of pods are
-    waited for.
+    """Return the number of active pods as the operator counts them.
+
+    The response is small, which matters with hundreds of pods.
     """
     return int(
         kubectl("get", "pytorchjob", job, "-o", "jsonpath={.status.replicaStatuses.Worker.active}")

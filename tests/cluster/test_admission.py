@@ -1,13 +1,11 @@
-"""What the API server makes of the shipped manifests, as they are and under Pod Security
-`restricted`.
-"""
+"""The API server admits the shipped manifests, also under Pod Security `restricted`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from kubectl import Kubectl, Refused
+from kubectl import Kubectl, KubectlError
 from support.helpers import copy_manifests
 
 OVERLAYS = ("local", "gpu-8", "gpu-64", "gpu-512")
@@ -19,11 +17,12 @@ def k8s(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_server_admits_each_overlay_without_a_warning(
+def test_server_admits_each_overlay_without_warnings(
     own_cluster: Kubectl, namespace: Kubectl, k8s: Path, overlay: str
 ) -> None:
-    """Every object by a dry run on the server; what makes pods is told there too where Pod Security
-    would refuse them.
+    """A server-side dry run of every object.
+
+    It also warns about workloads whose pods Pod Security would reject.
     """
     done = namespace.apply_overlay(k8s, overlay, "--dry-run=server")
     assert done.returncode == 0, done.stderr
@@ -31,11 +30,11 @@ def test_the_server_admits_each_overlay_without_a_warning(
     assert done.stdout.count("(server dry run)") == len(done.stdout.splitlines()) > 10
 
 
-def test_an_unknown_field_of_a_job_would_be_refused(
+def test_server_rejects_an_unknown_field_of_a_job(
     own_cluster: Kubectl, namespace: Kubectl, k8s: Path
 ) -> None:
-    """So that the test above can fail."""
+    """This shows that the test above can fail."""
     job = (k8s / "jobs/resnet50.yaml").read_text().replace("nprocPerNode:", "nProcPerNode:")
     job = job.replace("namespace: convoy\n", f"namespace: {namespace.namespace}\n")
-    with pytest.raises(Refused, match="unknown field"):
+    with pytest.raises(KubectlError, match="unknown field"):
         namespace("apply", "--dry-run=server", "-f", "-", stdin=job)

@@ -1,6 +1,4 @@
-"""Jobs that cannot run: what `kubectl describe` and `convoy status` say of them, of real pods with
-the real image.
-"""
+"""Jobs that cannot run: output of `kubectl describe` and `convoy status`, with the real image."""
 
 from __future__ import annotations
 
@@ -20,27 +18,26 @@ STORE = Path(__file__).resolve().parents[2] / "k8s/base/services/object-store.ya
 IMAGE = os.environ.get("CONVOY_IMAGE", "localhost/convoy:dev")
 SIZES = ("--nodes", 1, "--gpus-per-node", 0, "--cpu", "100m", "--memory", "2Gi")
 NO_SECRETS = ("--object-store-secret", "", "--mlflow-secret", "")
-SECONDS = (
-    60  # to the end of a job that cannot work; the command itself may take long beside other work
-)
+SECONDS = 60
+"""Time until a job that cannot work ends; on a busy machine the command itself may take longer."""
 
 Status = Callable[[str], str]
 
 
 @pytest.fixture
 def status(namespace: Kubectl, convoy_ok: Run) -> Status:
-    """The line of `convoy status`, when it begins so."""
+    """A function that waits until the line of `convoy status` starts with a prefix; returns it."""
 
-    def line(begins: str) -> str:
+    def line(prefix: str) -> str:
         lines = [""]
 
-        def said() -> bool:
+        def has_prefix() -> bool:
             lines[:] = convoy_ok(
-                "status", begins.partition(":")[0], "--namespace", namespace.namespace
+                "status", prefix.partition(":")[0], "--namespace", namespace.namespace
             ).splitlines()
-            return lines[0].startswith(begins)
+            return lines[0].startswith(prefix)
 
-        until(said, 3 * SECONDS, lambda: "\n".join(lines))
+        until(has_prefix, 3 * SECONDS, lambda: "\n".join(lines))
         assert len(lines) == 1
         return lines[0]
 
@@ -62,12 +59,12 @@ def submit(convoy_ok: Run, kubectl: Kubectl, name: str, *more: str) -> None:
     )
 
 
-def test_a_wrong_recipe_key_ends_the_job_and_the_pod_says_which(
+def test_wrong_recipe_key_fails_the_job_and_is_reported_by_the_pod(
     namespace: Kubectl, convoy_ok: Run, status: Status
 ) -> None:
-    """`convoy submit` would refuse it, so the manifest is changed after it was made."""
+    """`convoy submit` would reject the key, so the test changes the rendered manifest."""
     where = ("--namespace", namespace.namespace, "--image", IMAGE)
-    made = convoy_ok(
+    manifest = convoy_ok(
         "render",
         "fashion-resnet8",
         *SIZES,
@@ -77,21 +74,22 @@ def test_a_wrong_recipe_key_ends_the_job_and_the_pod_says_which(
         *NO_SECRETS,
         "optimizer.momentum=0.9",
     )
-    namespace("create", "-f", "-", stdin=made.replace("optimizer.momentum", "optimizer.momentun"))
+    manifest = manifest.replace("optimizer.momentum", "optimizer.momentun")
+    namespace("create", "-f", "-", stdin=manifest)
     namespace("wait", "--for=condition=Failed", f"--timeout={SECONDS}s", "pytorchjob/typo")
-    sentence = "optimizer.momentun: unknown key; did you mean optimizer.momentum?"
-    assert sentence in namespace("describe", "pod", "typo-worker-0")
-    assert status("typo: failed: ").endswith(sentence)
+    error = "optimizer.momentun: unknown key; did you mean optimizer.momentum?"
+    assert error in namespace("describe", "pod", "typo-worker-0")
+    assert status("typo: failed: ").endswith(error)
 
 
-def test_a_missing_image(namespace: Kubectl, convoy_ok: Run, status: Status) -> None:
+def test_status_names_a_missing_image(namespace: Kubectl, convoy_ok: Run, status: Status) -> None:
     submit(convoy_ok, namespace, "no-image", "--image", "localhost/none:1", *NO_SECRETS)
     assert status("no-image: no image: 1 of 1 pods: localhost/none:1 cannot be pulled (").endswith(
         "access to its registry"
     )
 
 
-def test_a_missing_secret(namespace: Kubectl, convoy_ok: Run, status: Status) -> None:
+def test_status_names_a_missing_secret(namespace: Kubectl, convoy_ok: Run, status: Status) -> None:
     submit(convoy_ok, namespace, "no-secret", "--mlflow-secret", "")
     assert 'secret "convoy-object-store" not found' in status(
         "no-secret: not started: 1 of 1 pods: "
@@ -100,8 +98,9 @@ def test_a_missing_secret(namespace: Kubectl, convoy_ok: Run, status: Status) ->
 
 @pytest.fixture
 def store(base: Kubectl) -> Kubectl:
-    """A namespace with the shipped object store in it, whose data goes with its pod, and a key of
-    it that opens nothing.
+    """A namespace with the shipped object store, without a volume.
+
+    It has the Secrets of an owner, of a guest without access to the bucket, and of an unknown user.
     """
     keys = {
         name: {"AWS_ACCESS_KEY_ID": f"{name}-key", "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}
@@ -128,8 +127,9 @@ def store(base: Kubectl) -> Kubectl:
         f"-{key}={value}"
         for key, value in zip(("access_key", "secret_key"), keys["guest"].values(), strict=True)
     )
-    configure = f"echo 's3.configure -user=guest {identity} -buckets=other -actions=Read,List -apply' | weed shell"
-    base("exec", "convoy-object-store-0", "--", "sh", "-c", configure)
+    configure = f"s3.configure -user=guest {identity} -buckets=other -actions=Read,List -apply"
+    shell = f"echo '{configure}' | weed shell"
+    base("exec", "convoy-object-store-0", "--", "sh", "-c", shell)
     return base
 
 
@@ -137,23 +137,24 @@ def secret(name: str, values: dict[str, str]) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": values}
 
 
-REFUSAL = """
+ERROR_CODE = """
 import boto3
 from botocore.exceptions import ClientError
+client = boto3.client("s3", aws_access_key_id="{id}", aws_secret_access_key="{key}")
 try:
-    boto3.client("s3", aws_access_key_id="{id}", aws_secret_access_key="{key}").list_objects_v2(Bucket="convoy")
+    client.list_objects_v2(Bucket="convoy")
 except ClientError as error:
     print(error.response["Error"]["Code"])
 """
 
 
-def refusal(kubectl: Kubectl, name: str) -> str:
-    """The store's own word for why a key is refused."""
+def error_code(kubectl: Kubectl, name: str) -> str:
+    """Return the object store's error code for the credentials in Secret ``name``."""
     data = {
         key: base64.b64decode(value).decode()
         for key, value in kubectl.get("secret", name)["data"].items()
     }
-    code = REFUSAL.format(id=data["AWS_ACCESS_KEY_ID"], key=data["AWS_SECRET_ACCESS_KEY"])
+    code = ERROR_CODE.format(id=data["AWS_ACCESS_KEY_ID"], key=data["AWS_SECRET_ACCESS_KEY"])
     where = f"AWS_ENDPOINT_URL={data['AWS_ENDPOINT_URL']}"
     return kubectl(
         "exec", "convoy-object-store-0", "--", "env", where, "python", "-c", code
@@ -163,13 +164,11 @@ def refusal(kubectl: Kubectl, name: str) -> str:
 @pytest.mark.parametrize(
     ("key", "code"), [("stranger", "InvalidAccessKeyId"), ("guest", "AccessDenied")]
 )
-def test_a_bucket_without_permission(
+def test_status_reports_missing_permission_for_a_bucket(
     store: Kubectl, convoy_ok: Run, status: Status, key: str, code: str
 ) -> None:
-    """With a key that the store does not know, and with one that it knows but that may not read
-    this bucket.
-    """
-    until(lambda: refusal(store, key) == code, SECONDS, lambda: refusal(store, key))
+    """With an unknown key, and with a valid key that may not read this bucket."""
+    until(lambda: error_code(store, key) == code, SECONDS, lambda: error_code(store, key))
     submit(
         convoy_ok,
         store,
@@ -180,5 +179,5 @@ def test_a_bucket_without_permission(
         "",
         "data.wait_minutes=1",
     )
-    said = status(f"{key}: failed: s3://convoy/fashion-mnist/train/index.json: permission denied; ")
-    assert "check the credentials" in said
+    line = status(f"{key}: failed: s3://convoy/fashion-mnist/train/index.json: permission denied; ")
+    assert "check the credentials" in line

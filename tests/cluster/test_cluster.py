@@ -1,13 +1,16 @@
-"""What the other tests on a cluster stand on: nodes, names, volumes, Pod Security, the operator and
-played nodes.
+"""Prerequisites of the other cluster tests: nodes, DNS, volumes, Pod Security, the training
+operator and simulated nodes.
 """
 
 from __future__ import annotations
 
 import pytest
-from kubectl import ON_FAKE_NODES, Kubectl, Refused, container, pod, pytorch_job
+from kubectl import ON_SIMULATED_NODES, Kubectl, KubectlError, container, pod, pytorch_job
 
-FETCH = "import urllib.request as u; print(u.urlopen('http://web.{namespace}.svc.cluster.local:8080/').status)"
+FETCH = (
+    "import urllib.request as u; "
+    "print(u.urlopen('http://web.{namespace}.svc.cluster.local:8080/').status)"
+)
 
 
 def test_every_node_is_ready(cluster: Kubectl) -> None:
@@ -20,7 +23,7 @@ def test_every_node_is_ready(cluster: Kubectl) -> None:
         assert ready == ["True"], node["metadata"]["name"]
 
 
-def test_a_restricted_pod_finds_a_service_by_name(namespace: Kubectl, image: str) -> None:
+def test_restricted_pod_reaches_a_service_by_name(namespace: Kubectl, image: str) -> None:
     probe = {"httpGet": {"path": "/", "port": 8080}, "periodSeconds": 1}
     server = container(
         image,
@@ -50,12 +53,12 @@ def test_a_restricted_pod_finds_a_service_by_name(namespace: Kubectl, image: str
     assert namespace("exec", "web", "--", "id", "-u").strip() == "10001"
 
 
-def test_a_pod_that_is_not_restricted_is_refused(namespace: Kubectl, image: str) -> None:
-    with pytest.raises(Refused, match='violates PodSecurity "restricted'):
+def test_pod_that_violates_restricted_is_rejected(namespace: Kubectl, image: str) -> None:
+    with pytest.raises(KubectlError, match='violates PodSecurity "restricted'):
         namespace.create(pod("root", {"name": "main", "image": image}))
 
 
-def test_a_volume_claim_is_kept_from_pod_to_pod(namespace: Kubectl, image: str) -> None:
+def test_volume_claim_keeps_data_between_pods(namespace: Kubectl, image: str) -> None:
     claim = {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -77,16 +80,16 @@ def test_a_volume_claim_is_kept_from_pod_to_pod(namespace: Kubectl, image: str) 
     assert namespace("logs", "reader").strip() == "kept"
 
 
-def test_the_operator_refuses_a_job_that_cannot_run(namespace: Kubectl, image: str) -> None:
+def test_operator_rejects_a_job_with_a_wrong_container_name(namespace: Kubectl, image: str) -> None:
     job = pytorch_job("bad", 1, "true", image=image)
     job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["name"] = (
         "other"
     )
-    with pytest.raises(Refused, match="pytorch"):
+    with pytest.raises(KubectlError, match="pytorch"):
         namespace.create(job)
 
 
-def test_the_operator_runs_workers_under_restricted(namespace: Kubectl, image: str) -> None:
+def test_operator_runs_workers_under_restricted(namespace: Kubectl, image: str) -> None:
     job = pytorch_job(
         "job", 2, "python3", "-c", "import os; print(os.environ['PET_RDZV_ENDPOINT'])", image=image
     )
@@ -96,7 +99,7 @@ def test_the_operator_runs_workers_under_restricted(namespace: Kubectl, image: s
     assert namespace("logs", "job-worker-0").startswith("job-worker-0:")
 
 
-MEET = """
+CONNECT = """
 import os, socket, time
 port = int(os.environ["MASTER_PORT"])
 if os.environ["RANK"] == "0":
@@ -105,31 +108,37 @@ if os.environ["RANK"] == "0":
 else:
     for _ in range(200):
         try:
-            socket.create_connection((os.environ["MASTER_ADDR"], port)).sendall(os.environ["RANK"].encode())
+            master = socket.create_connection((os.environ["MASTER_ADDR"], port))
+            master.sendall(os.environ["RANK"].encode())
             break
         except OSError:
             time.sleep(0.1)
 """
 
 
-def test_workers_meet_their_master_under_restricted(namespace: Kubectl, image: str) -> None:
-    """With a master each worker gets an init container, which has to be restricted as well."""
-    namespace.create(pytorch_job("job", 2, "python3", "-c", MEET, image=image, master=True))
+def test_workers_connect_to_their_master_under_restricted(namespace: Kubectl, image: str) -> None:
+    """With a master, each worker gets an init container, which must satisfy `restricted` too."""
+    namespace.create(pytorch_job("job", 2, "python3", "-c", CONNECT, image=image, master=True))
     namespace("wait", "--for=condition=Succeeded", "--timeout=60s", "pytorchjob/job")
     assert namespace("logs", "job-master-0").strip() == "['1', '2']"
 
 
-def test_played_nodes_run_pods(namespace: Kubectl, fake_nodes: list[str], image: str) -> None:
+def test_simulated_nodes_run_pods(
+    namespace: Kubectl, simulated_nodes: list[str], image: str
+) -> None:
     gpus = {"resources": {"limits": {"nvidia.com/gpu": "8"}}}
-    for number in range(len(fake_nodes)):
-        namespace.create(pod(f"pod-{number}", container(image, "true", **gpus), **ON_FAKE_NODES))
-    for number in range(len(fake_nodes)):
+    for number in range(len(simulated_nodes)):
+        namespace.create(
+            pod(f"pod-{number}", container(image, "true", **gpus), **ON_SIMULATED_NODES)
+        )
+    for number in range(len(simulated_nodes)):
         namespace.wait_for_pod(f"pod-{number}", "Running")
-    assert {item["spec"]["nodeName"] for item in namespace.get("pods")["items"]} == set(fake_nodes)
+    used = {item["spec"]["nodeName"] for item in namespace.get("pods")["items"]}
+    assert used == set(simulated_nodes)
 
 
 @pytest.mark.usefixtures("own_cluster")
-def test_postgresql_runs_with_a_read_only_root(namespace: Kubectl) -> None:
+def test_postgresql_runs_with_a_read_only_root_file_system(namespace: Kubectl) -> None:
     variables = {
         "POSTGRES_USER": "mlflow",
         "POSTGRES_PASSWORD": "secret",

@@ -1,6 +1,4 @@
-"""The whole line in pods, from the shipped manifests: services, shards, two trainings, metrics,
-registered models.
-"""
+"""The full pipeline in pods, from the shipped manifests to registered models."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from kubectl import Kubectl
-from overlay import applied, asked, forwarded, succeeded
+from overlay import applied, forwarded, mlflow_api, succeeded
 from support.helpers import until
 
 JOBS = ("fashion-data-parallel", "fashion-pipeline")
@@ -19,7 +17,7 @@ MINUTES = 15  # for images, services, packing and two trainings, on two cores
 
 
 def loads(model: str, address: str) -> bool:
-    """Whether a client that knows nothing but MLflow's address can load it, unpickling nothing."""
+    """Return whether a client that has only MLflow's address can load ``model`` without pickle."""
     code = "import sys, mlflow; mlflow.pyfunc.load_model(sys.argv[1])"
     plain = {
         "PATH": os.environ["PATH"],
@@ -27,7 +25,7 @@ def loads(model: str, address: str) -> bool:
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     }
     plain["MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD"] = (
-        "false"  # else MLflow sends it to the object store, inside the cluster
+        "false"  # else MLflow redirects to the object store, which is inside the cluster
     )
     return (
         subprocess.run(
@@ -38,34 +36,33 @@ def loads(model: str, address: str) -> bool:
 
 
 @pytest.mark.timeout(60 * MINUTES + 300)
-def test_from_manifests_to_registered_models(cluster: Kubectl, tmp_path: Path) -> None:
-    with applied(cluster, tmp_path) as line:
-        _trains_and_registers(line)
+def test_local_overlay_trains_and_registers_models(cluster: Kubectl, tmp_path: Path) -> None:
+    with applied(cluster, tmp_path) as overlay:
+        _assert_trained_and_registered(overlay)
 
 
-def _trains_and_registers(line: Kubectl) -> None:
+def _assert_trained_and_registered(overlay: Kubectl) -> None:
     def explain() -> str:
         return (
-            line("get", "pods,jobs,pytorchjobs", "-o", "wide")
-            + line("get", "events", "--sort-by=.lastTimestamp")[-4000:]
+            overlay("get", "pods,jobs,pytorchjobs", "-o", "wide")
+            + overlay("get", "events", "--sort-by=.lastTimestamp")[-4000:]
         )
 
-    until(lambda: all(succeeded(line, job) for job in JOBS), 60 * MINUTES, explain)
-    with forwarded(line, "convoy-mlflow", 5000) as address:
-        experiment = asked(address, "experiments/get-by-name?experiment_name=convoy")["experiment"][
-            "experiment_id"
-        ]
-        runs = asked(address, "runs/search", experiment_ids=[experiment])["runs"]
+    until(lambda: all(succeeded(overlay, job) for job in JOBS), 60 * MINUTES, explain)
+    with forwarded(overlay, "convoy-mlflow", 5000) as address:
+        found = mlflow_api(address, "experiments/get-by-name?experiment_name=convoy")
+        experiment = found["experiment"]["experiment_id"]
+        runs = mlflow_api(address, "runs/search", experiment_ids=[experiment])["runs"]
         assert len(runs) == len(JOBS)
         for run in runs:
             assert run["info"]["status"] == "FINISHED"
-            history = asked(
+            history = mlflow_api(
                 address, f"metrics/get-history?run_id={run['info']['run_id']}&metric_key=loss"
             )["metrics"]
             assert [metric["step"] for metric in history] == list(range(1, 101))
             assert history[-1]["value"] < history[0]["value"]
         for job in JOBS:
-            version = asked(address, f"registered-models/alias?name={job}&alias=champion")[
+            version = mlflow_api(address, f"registered-models/alias?name={job}&alias=champion")[
                 "model_version"
             ]["version"]
             assert version == "1"

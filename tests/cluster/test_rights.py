@@ -1,5 +1,6 @@
-"""What each service account of k8s/base may do, by the API server's own list, and whether it is
-enough for who submits jobs.
+"""The rights of each service account of k8s/base, as listed by the API server.
+
+They must equal the table in rights.txt and suffice to submit and manage jobs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ EVERYONE = "every account"
 
 
 def table() -> dict[str, Rights]:
-    """The one that is checked in."""
+    """Return the rights of each account in rights.txt."""
     found: dict[str, Rights] = {}
     _, *paragraphs = Path(__file__).with_name("rights.txt").read_text().split("\n\n")
     for paragraph in paragraphs:
@@ -34,13 +35,13 @@ def listed(kubectl: Kubectl, account: str) -> Rights:
     found: Rights = {}
     for line in kubectl("auth", "can-i", "--list", "--as", account).splitlines()[1:]:
         match = re.fullmatch(r"(\S*) +\[(\S*)\] +\[\] +\[(.*)\]", line)
-        assert match, f"a right of another form than all: {line}"
+        assert match, f"unexpected format of a right: {line}"
         found.setdefault(match[1] or match[2], set()).update(match[3].split())
     return found
 
 
 @pytest.mark.usefixtures("own_cluster")
-def test_each_account_has_the_rights_in_the_table(base: Kubectl) -> None:
+def test_each_account_has_exactly_the_rights_in_the_table(base: Kubectl) -> None:
     expected = table()
     everyone = expected.pop(EVERYONE)
     accounts = base(
@@ -55,7 +56,7 @@ def test_each_account_has_the_rights_in_the_table(base: Kubectl) -> None:
 
 @pytest.fixture
 def submitter(base: Kubectl, tmp_path: Path) -> dict[str, str]:
-    """Variables of a shell whose kubeconfig has a token of convoy-submitter and nothing else."""
+    """Environment whose kubeconfig has only a token of convoy-submitter."""
     config = json.loads(base("config", "view", "--raw", "--minify", "-o", "json"))
     server = config["clusters"][0]
     if authority := server["cluster"].pop("certificate-authority", None):
@@ -75,10 +76,10 @@ def submitter(base: Kubectl, tmp_path: Path) -> dict[str, str]:
     return {"KUBECONFIG": str(path)}
 
 
-def test_the_submitters_rights_suffice_for_each_command(
+def test_rights_of_the_submitter_suffice_for_each_command(
     base: Kubectl, submitter: dict[str, str], tmp_path: Path, convoy_ok: Run, convoy_refuses: Run
 ) -> None:
-    """A job of one's own recipe that, without its data, waits or fails: its log is what counts."""
+    """The job has a recipe file and no data; it waits or fails, but its pod has a log."""
     recipe = tmp_path / "mine.yaml"
     recipe.write_text((RECIPES / "fashion-resnet8.yaml").read_text())
     sizes = (
@@ -102,7 +103,7 @@ def test_the_submitters_rights_suffice_for_each_command(
         "data.train=file:///none",
         "checkpoint.url=file:///tmp/kept",
     )
-    assert "would take it" in convoy_ok(*command, "--dry-run", "server", env=submitter)
+    assert "would accept it" in convoy_ok(*command, "--dry-run", "server", env=submitter)
     assert "submitted" in convoy_ok(*command, env=submitter)
     until(lambda: base.phases("app.kubernetes.io/instance=mine") in (["Running"], ["Failed"]), 120)
     until(lambda: bool(convoy_ok("logs", "mine", env=submitter).strip()), 120)
@@ -112,11 +113,13 @@ def test_the_submitters_rights_suffice_for_each_command(
     assert "resumed" in convoy_ok("resume", "mine", env=submitter)
     assert "cancelled" in convoy_ok("cancel", "mine", env=submitter)
     until(lambda: "mine" not in base("get", "pytorchjobs,configmaps", "-o", "name"), 150)
-    assert "refused (403)" in convoy_refuses("list", "--namespace", "default", env=submitter)
+    assert "permission denied (403)" in convoy_refuses(
+        "list", "--namespace", "default", env=submitter
+    )
 
 
 @pytest.mark.usefixtures("own_cluster")
-def test_the_submitter_may_make_and_remove_a_gang(
+def test_submitter_may_create_and_delete_a_gang(
     base: Kubectl, submitter: dict[str, str], convoy_ok: Run
 ) -> None:
     command = (

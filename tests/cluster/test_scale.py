@@ -1,5 +1,6 @@
-"""ResNet-50 on hundreds of GPUs, by `convoy submit`, on nodes that kwok plays; API server, operator
-and scheduler are real.
+"""ResNet-50 on hundreds of simulated GPUs (kwok), submitted with `convoy submit`.
+
+API server, training operator and scheduler are real.
 """
 
 from __future__ import annotations
@@ -8,30 +9,30 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from kubectl import Kubectl, own_namespace
+from kubectl import Kubectl, temporary_namespace
 from simulated_nodes import Pool, active, gang_policy, phases, pool
 from support.helpers import Run, until
 
 NODES = 64
 HELD = "convoy/held"
-SECONDS = 180  # for what takes a few where nothing else runs; benchmarks/cluster.py measures
+SECONDS = 180  # it takes a few seconds on an idle machine; benchmarks/cluster.py measures the time
 
 
 @pytest.fixture
 def nodes(own_cluster: Kubectl) -> Iterator[Pool]:
-    """Asked for before the namespace, so that they go after it."""
+    """Requested before the namespace, so that the nodes are deleted after it."""
     with pool(own_cluster) as found:
         yield found
 
 
 @pytest.fixture
 def place(own_cluster: Kubectl, nodes: Pool) -> Iterator[Kubectl]:
-    """The test's namespace, whose pods go before the nodes."""
-    with own_namespace(own_cluster, wait=True) as kubectl:
+    """The test's namespace; its pods are deleted before the nodes."""
+    with temporary_namespace(own_cluster, wait=True) as kubectl:
         yield kubectl
 
 
-def told(convoy_ok: Run, kubectl: Kubectl, job: str) -> str:
+def status_line(convoy_ok: Run, kubectl: Kubectl, job: str) -> str:
     return convoy_ok("status", job, "--namespace", kubectl.namespace)
 
 
@@ -43,17 +44,23 @@ def test_all_pods_of_a_job_run(
 ) -> None:
     nodes.add(count)
     convoy_ok(*nodes.job(count, "r50", kubectl=place))
-    until(lambda: active(place, "r50") == count, seconds, lambda: told(convoy_ok, place, "r50"))
+    until(
+        lambda: active(place, "r50") == count,
+        seconds,
+        lambda: status_line(convoy_ok, place, "r50"),
+    )
     assert phases(place, "r50") == {"Running": count}
     used = place("get", "pods", "-o", "jsonpath={.items[*].spec.nodeName}").split()
     assert len(set(used)) == count
 
 
-def test_without_a_gang_two_jobs_can_hold_half_of_the_nodes_each_for_ever(
+def test_two_jobs_without_gangs_can_block_each_other(
     nodes: Pool, place: Kubectl, convoy_ok: Run
 ) -> None:
-    """Which pod comes first is chance; a taint that one job tolerates plays it, and is taken away
-    before anything is looked at.
+    """Each job holds half of the nodes and waits for the other half.
+
+    On a real cluster the order of scheduling is random. Here a taint that only one job tolerates
+    produces it, and is removed before the test checks the result.
     """
     half = NODES // 2
     nodes.add(half)
@@ -66,17 +73,17 @@ def test_without_a_gang_two_jobs_can_hold_half_of_the_nodes_each_for_ever(
     for job in ("first", "second"):
         stuck = f"{job}: unschedulable: {half} of {NODES} pods: "
         until(
-            lambda job=job, stuck=stuck: _no_gpu_is_left(told(convoy_ok, place, job), stuck),
+            lambda job=job, stuck=stuck: _lacks_gpus(status_line(convoy_ok, place, job), stuck),
             SECONDS,
         )
         assert phases(place, job) == {"Running": half, "Pending": half}
 
 
-def _no_gpu_is_left(line: str, stuck: str) -> bool:
+def _lacks_gpus(line: str, stuck: str) -> bool:
     return line.startswith(stuck) and f"{NODES} Insufficient nvidia.com/gpu" in line
 
 
-def test_of_two_gangs_one_runs_whole_and_the_other_waits_whole_then_runs(
+def test_second_gang_waits_until_the_first_is_cancelled(
     nodes: Pool, place: Kubectl, convoy_ok: Run
 ) -> None:
     nodes.add(NODES)
@@ -91,11 +98,11 @@ def test_of_two_gangs_one_runs_whole_and_the_other_waits_whole_then_runs(
         until(lambda: any(phases(place, job) == {"Running": NODES} for job in jobs), SECONDS)
         jobs.sort(key=lambda job: "Running" not in phases(place, job))
         winner, other = jobs
-        line = f"{other}: unschedulable: {NODES} of {NODES} pods, a gang that starts whole: "
+        line = f"{other}: unschedulable: {NODES} of {NODES} pods, a gang that starts together: "
         until(
-            lambda: told(convoy_ok, place, other).startswith(line),
+            lambda: status_line(convoy_ok, place, other).startswith(line),
             SECONDS,
-            lambda: told(convoy_ok, place, other),
+            lambda: status_line(convoy_ok, place, other),
         )
         assert f"minCount ({NODES}) cannot be satisfied" in place(
             "get", "events", "--field-selector=reason=FailedScheduling"
@@ -106,5 +113,5 @@ def test_of_two_gangs_one_runs_whole_and_the_other_waits_whole_then_runs(
         until(
             lambda: phases(place, other) == {"Running": NODES},
             SECONDS,
-            lambda: told(convoy_ok, place, other),
+            lambda: status_line(convoy_ok, place, other),
         )

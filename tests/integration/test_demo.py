@@ -42,5 +42,5 @@ def test_without_debians_package_the_digits_are_taken(
     if demo._INSTALLED.is_dir():
         assert data.title == "Fashion-MNIST"
     else:
-        assert data.title == "scikit-learn's digits (Fashion-MNIST could not be had)"
+        assert data.title == "scikit-learn's digits (Fashion-MNIST is unavailable)"
         assert len(list(data.source.rglob("*.png"))) == 1797

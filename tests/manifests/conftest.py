@@ -1,4 +1,4 @@
-"""Kubernetes' objects as files give them, and kustomize."""
+"""Fixtures: kustomize, and a copy of the manifests."""
 
 import subprocess
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from support.helpers import copy_manifests
 
 @pytest.fixture(scope="session")
 def kustomize() -> Callable[[Path], Documents]:
-    """``kustomize build``, of the version in kubectl 1.34, built from its Go module."""
+    """``kustomize build`` of the version in kubectl 1.34, compiled from its Go module."""
     program = go_program("sigs.k8s.io/kustomize/kustomize/v5", "v5.7.1", "kustomize")
     assert isinstance(program, Path), program
 
@@ -30,5 +30,5 @@ def kustomize() -> Callable[[Path], Documents]:
 
 @pytest.fixture(scope="session")
 def k8s(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of k8s/ with the files that `convoy secrets` makes, as a user has it."""
+    """A copy of k8s/ with the credential files that `convoy secrets` writes."""
     return copy_manifests(tmp_path_factory.mktemp("k8s"))

@@ -1,6 +1,4 @@
-"""Pod Security ``restricted``, and what scanners of manifests ask beside it, told of any object
-that makes pods.
-"""
+"""Checks pod templates against Pod Security ``restricted`` and rules of manifest scanners."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,7 @@ _VOLUMES = {
 
 
 def templates(document: Object) -> list[Object]:
-    """The pod templates of an object."""
+    """Return the pod templates of an object."""
     spec = document.get("spec") or {}
     if document["kind"] == "PyTorchJob":
         return [replica["template"] for replica in spec["pytorchReplicaSpecs"].values()]
@@ -31,9 +29,7 @@ def templates(document: Object) -> list[Object]:
 
 
 def faults(template: Object) -> Iterator[str]:
-    """What the API server would refuse, or warn of, in a namespace that enforces ``restricted``;
-    and what we ask beside it.
-    """
+    """Yield the violations of Pod Security ``restricted`` and of this project's other rules."""
     pod = template["spec"]
     outer = pod.get("securityContext") or {}
     if any(pod.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")):
@@ -42,9 +38,9 @@ def faults(template: Object) -> Iterator[str]:
         yield "sets sysctls"
     for volume in pod.get("volumes") or []:
         if not set(volume) - {"name"} <= _VOLUMES:
-            yield f"volume {volume['name']} is of no allowed kind"
+            yield f"the type of volume {volume['name']} is not allowed"
     if pod.get("automountServiceAccountToken") is not False:
-        yield "gets a token"
+        yield "mounts a service account token"
     for container in [*(pod.get("initContainers") or []), *pod["containers"]]:
         yield from (f"{container['name']}: {fault}" for fault in _container(container, outer))
 
@@ -63,7 +59,7 @@ def _container(container: Object, outer: Object) -> Iterator[str]:
     if inner.get("readOnlyRootFilesystem") is not True:
         yield "writes to its image"
     if any("hostPort" in port for port in container.get("ports") or []):
-        yield "takes a port of the host"
+        yield "uses a host port"
     image = container["image"]
     if "@sha256:" not in image and (
         ":" not in image.rpartition("/")[2] or image.endswith(":latest")
@@ -73,4 +69,4 @@ def _container(container: Object, outer: Object) -> Iterator[str]:
     if not {"cpu", "memory"} <= set(sizes.get("requests") or {}) or "memory" not in (
         sizes.get("limits") or {}
     ):
-        yield "does not say what it needs"
+        yield "has no requests for CPU and memory, or no memory limit"

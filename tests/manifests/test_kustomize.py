@@ -1,5 +1,6 @@
-"""The manifests as kustomize renders them: valid by Kubernetes' own schemas, within ``restricted``,
-and without secrets in git.
+"""The manifests rendered by kustomize are valid, satisfy ``restricted`` and contain no secrets.
+
+They are validated against the schemas of Kubernetes.
 """
 
 import re
@@ -14,14 +15,14 @@ import pytest
 import yaml
 from restricted import ROOT, Documents, faults, templates
 
-pytestmark = pytest.mark.xdist_group("kustomize")  # one process builds the program
+pytestmark = pytest.mark.xdist_group("kustomize")  # one process compiles the program
 
 VERSIONS = ("1.34", "1.37")
 COMPONENTS = sorted(path.name for path in (ROOT / "k8s/components").iterdir())
 OVERLAYS = ("local", "gpu-8", "gpu-64", "gpu-512")
 FOLDERS = ("base", "base/services", "jobs", *(f"overlays/{name}" for name in OVERLAYS))
-# Kinds of others, which no schema of Kubernetes tells of. A PyTorchJob is checked by its SDK in
-# test_render.py, and its pods here.
+# API groups of other projects, for which Kubernetes has no schema. A PyTorchJob is checked by its
+# SDK in test_render.py, and its pods here.
 OTHERS = ("kubeflow.org/", "kueue.x-k8s.io/", "scheduling.volcano.sh/", "monitoring.coreos.com/")
 
 
@@ -63,11 +64,11 @@ def _validate(document: dict[str, Any], where: str) -> None:
         except kubernetes_validate.ValidationError as error:
             pytest.fail(f"{where}: {error}")
         found += 1
-    assert found, f"{where}: no Kubernetes of {VERSIONS} knows {document['apiVersion']}"
+    assert found, f"{where}: {document['apiVersion']} exists in none of Kubernetes {VERSIONS}"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_everything_renders_to_valid_objects(
+def test_each_folder_renders_to_valid_objects(
     kustomize: Callable[[Path], Documents], k8s: Path, folder: str
 ) -> None:
     documents = kustomize(k8s / folder)
@@ -77,26 +78,26 @@ def test_everything_renders_to_valid_objects(
 
 @pytest.fixture(scope="module")
 def plain(kustomize: Callable[[Path], Documents], k8s: Path) -> tuple[str, Documents]:
-    """The overlay for one machine without components: its kustomization, and what comes of it."""
+    """The overlay gpu-8 without components: its kustomization, and the rendered objects."""
     file = k8s / "overlays/gpu-8/kustomization.yaml"
-    whole = file.read_text()
-    text = whole.replace("  - ../../components/gpu\n", "").replace("components:\n", "")
+    original = file.read_text()
+    text = original.replace("  - ../../components/gpu\n", "").replace("components:\n", "")
     file.write_text(text)
     try:
         return text, kustomize(file.parent)
     finally:
-        file.write_text(whole)
+        file.write_text(original)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_each_component_does_what_it_says(
+def test_each_component_changes_the_overlay_and_keeps_it_valid(
     kustomize: Callable[[Path], Documents],
     k8s: Path,
     plain: tuple[str, Documents],
     component: str,
     tmp_path: Path,
 ) -> None:
-    """Added to the overlay for one machine, it changes objects or brings some, and all stay valid."""
+    """The component is added to the overlay gpu-8."""
     shutil.copytree(k8s, tmp_path / "k8s")
     overlay = tmp_path / "k8s/overlays/gpu-8"
     file = overlay / "kustomization.yaml"
@@ -109,7 +110,7 @@ def test_each_component_does_what_it_says(
     _check(after)
 
 
-def test_the_namespace_enforces_what_the_pods_meet(
+def test_namespace_enforces_restricted_pod_security(
     kustomize: Callable[[Path], Documents], k8s: Path
 ) -> None:
     (namespace,) = [d for d in kustomize(k8s / "base") if d["kind"] == "Namespace"]
@@ -120,28 +121,28 @@ def test_the_namespace_enforces_what_the_pods_meet(
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_what_an_overlay_refers_to_is_there(
+def test_overlay_contains_the_objects_that_its_pods_reference(
     kustomize: Callable[[Path], Documents], k8s: Path, overlay: str
 ) -> None:
-    """Accounts, priority classes, config maps; and the Secrets, where it brings its own services."""
+    """Accounts, priority classes and config maps; and Secrets, if the overlay has services."""
     documents = kustomize(k8s / "overlays" / overlay)
-    there = {(d["kind"], d["metadata"]["name"]) for d in documents}
+    rendered = {(d["kind"], d["metadata"]["name"]) for d in documents}
     for document in documents:
         for template in templates(document):
             pod = template["spec"]
-            assert ("ServiceAccount", pod["serviceAccountName"]) in there
+            assert ("ServiceAccount", pod["serviceAccountName"]) in rendered
             if "priorityClassName" in pod:
-                assert ("PriorityClass", pod["priorityClassName"]) in there
+                assert ("PriorityClass", pod["priorityClassName"]) in rendered
             for volume in pod.get("volumes", []):
                 if "configMap" in volume:
-                    assert ("ConfigMap", volume["configMap"]["name"]) in there
+                    assert ("ConfigMap", volume["configMap"]["name"]) in rendered
             if overlay in ("local", "gpu-8"):
                 for container in [*pod["containers"], *pod.get("initContainers", [])]:
                     for source in container.get("envFrom", []):
-                        assert ("Secret", source["secretRef"]["name"]) in there
+                        assert ("Secret", source["secretRef"]["name"]) in rendered
 
 
-def test_each_network_rule_names_pods_that_are(
+def test_network_policies_select_existing_components(
     kustomize: Callable[[Path], Documents], k8s: Path
 ) -> None:
     documents = kustomize(k8s / "overlays/local")
@@ -168,17 +169,19 @@ def _matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 
 
 def _open(
-    policies: Documents, way: str, own: dict[str, str], other: dict[str, str], port: int
+    policies: Documents, direction: str, pod: dict[str, str], other: dict[str, str], port: int
 ) -> bool:
-    """Whether ``own`` may reach (``egress``), or be reached by (``ingress``), ``other`` at a TCP
-    port.
+    """Return whether ``pod`` may reach (``egress``), or be reached by (``ingress``), ``other``.
+
+    ``pod``, ``other``: labels of pods; ``port``: a TCP port.
     """
     specs = [
         p["spec"]
         for p in policies
-        if way.capitalize() in p["spec"]["policyTypes"] and _matches(p["spec"]["podSelector"], own)
+        if direction.capitalize() in p["spec"]["policyTypes"]
+        and _matches(p["spec"]["podSelector"], pod)
     ]
-    peers = {"ingress": "from", "egress": "to"}[way]
+    peers = {"ingress": "from", "egress": "to"}[direction]
     return not specs or any(
         (peers not in rule or any(_matches(peer["podSelector"], other) for peer in rule[peers]))
         and (
@@ -186,21 +189,19 @@ def _open(
             or any((p["protocol"], p["port"]) == ("TCP", port) for p in rule["ports"])
         )
         for spec in specs
-        for rule in spec.get(way, [])
+        for rule in spec.get(direction, [])
     )
 
 
-def test_the_network_rules_open_these_ways_and_no_others(
+def test_network_policies_allow_exactly_these_connections(
     kustomize: Callable[[Path], Documents], k8s: Path
 ) -> None:
-    """Between the pods of the overlay that has them all, as a network plugin that enforces the
-    rules must read them.
-    """
+    """Between the pods of the overlay `local`, which has all components."""
     documents = kustomize(k8s / "overlays/local")
     policies = [d for d in documents if d["kind"] == "NetworkPolicy"]
     labels = [t["metadata"]["labels"] for d in documents for t in templates(d)]
     ports = (443, 5000, 5432, 8333, 23456, 29500)
-    ways = {
+    connections = {
         (*(pod["app.kubernetes.io/component"] for pod in (one, other)), port)
         for one in labels
         for other in labels
@@ -208,7 +209,7 @@ def test_the_network_rules_open_these_ways_and_no_others(
         if _open(policies, "egress", one, other, port)
         and _open(policies, "ingress", other, one, port)
     }
-    assert ways == {
+    assert connections == {
         *(("trainer", "trainer", port) for port in ports),
         ("trainer", "object-store", 8333),
         ("trainer", "mlflow", 5000),
@@ -226,7 +227,7 @@ def _files() -> Iterator[Path]:
     yield from (ROOT / name for name in done.stdout.splitlines())
 
 
-def test_each_file_says_how_it_is_used_and_holds_no_secret() -> None:
+def test_each_file_has_usage_comments_and_no_secret() -> None:
     files = [path for path in _files() if path.suffix == ".yaml"]
     assert len(files) > 30
     for path in files:
@@ -243,19 +244,21 @@ def test_each_file_says_how_it_is_used_and_holds_no_secret() -> None:
     assert not [path for path in _files() if path.suffix == ".env"]
 
 
-def test_the_operator_is_pinned_and_its_flags_are_raised(
+def test_training_operator_is_pinned_and_has_raised_limits(
     kustomize: Callable[[Path], Documents], tmp_path: Path
 ) -> None:
-    """Against a stand-in for the remote base, which only a network has; tests/cluster runs the
-    operator itself.
+    """A local file replaces the remote base, which needs a network.
+
+    tests/cluster runs the operator itself.
     """
-    own = ROOT / "k8s/third-party/training-operator"
-    text = (own / "kustomization.yaml").read_text()
+    shipped = ROOT / "k8s/third-party/training-operator"
+    text = (shipped / "kustomization.yaml").read_text()
     assert re.findall(r"^  - https://\S+$", text, re.MULTILINE) == [
-        "  - https://github.com/kubeflow/training-operator//manifests/overlays/standalone?ref=v1.9.3"
+        "  - https://github.com/kubeflow/training-operator//manifests/overlays/standalone"
+        "?ref=v1.9.3"
     ]
-    shutil.copytree(own, tmp_path / "own")
-    (tmp_path / "own/kustomization.yaml").write_text(
+    shutil.copytree(shipped, tmp_path / "operator")
+    (tmp_path / "operator/kustomization.yaml").write_text(
         re.sub(r"  - https://\S+", "  - base.yaml", text)
     )
     image = "ghcr.io/kubeflow/training-v1/training-operator:v1-d6eb98e"
@@ -272,8 +275,8 @@ def test_the_operator_is_pinned_and_its_flags_are_raised(
         "metadata": {"name": "training-operator"},
         "spec": spec,
     }
-    (tmp_path / "own/base.yaml").write_text(yaml.safe_dump(base))
-    (deployment,) = kustomize(tmp_path / "own")
+    (tmp_path / "operator/base.yaml").write_text(yaml.safe_dump(base))
+    (deployment,) = kustomize(tmp_path / "operator")
     _validate(deployment, "training-operator")
     (patched,) = deployment["spec"]["template"]["spec"]["containers"]
     assert patched["args"] == [

@@ -1,5 +1,6 @@
-"""``convoy render`` against Kubeflow's own model of a PyTorchJob, Kubernetes' schema of pods, and
-what users get wrong.
+"""``convoy render``: valid PyTorchJobs, and the errors for invalid options.
+
+The jobs are checked against Kubeflow's model of a PyTorchJob and the Kubernetes schema of pods.
 """
 
 import shlex
@@ -37,15 +38,21 @@ def _pod(job: dict[str, Any]) -> dict[str, Any]:
     [
         GPU,
         CPU,
-        JobOptions(3, 0, procs_per_node=4, name="other", namespace="team", cpu="500m", memory="1.5Gi", image=DIGEST),
-        JobOptions(64, 8, service_account="a", priority_class="b", spread="kubernetes.io/hostname", suspend=True, gang=True),
+        JobOptions(
+            3, 0, procs_per_node=4, name="other", namespace="team", cpu="500m", memory="1.5Gi",
+            image=DIGEST,
+        ),
+        JobOptions(
+            64, 8, service_account="a", priority_class="b", spread="kubernetes.io/hostname",
+            suspend=True, gang=True,
+        ),
         JobOptions(1, 8, object_store_secret="", mlflow_secret="", shm="1Gi", scratch="1Ti"),
         JobOptions(2, 8, node_selector=["a.b/c=D"], toleration=["e", "f=g:NoExecute"]),
     ],
-    ids=["gpu", "cpu", "own sizes", "whole cluster", "no secrets", "given nodes"],
+    ids=["gpu", "cpu", "sizes", "gang", "no secrets", "node selector"],
 )  # fmt: skip
-def test_kubeflows_own_model_loses_nothing(options: JobOptions) -> None:
-    """What its classes do not know would be dropped on the way through them."""
+def test_kubeflow_model_keeps_all_fields_of_the_job(options: JobOptions) -> None:
+    """The SDK's classes drop fields that they do not define."""
     text = to_yaml(render("resnet50", ["batch.global_size=1536"], options))
     job = list(yaml.safe_load_all(text))[-1]
     client = ApiClient()
@@ -62,9 +69,9 @@ def test_kubeflows_own_model_loses_nothing(options: JobOptions) -> None:
     assert list(faults(template)) == []
 
 
-def test_what_the_operator_needs() -> None:
-    """FACTS of training-operator 1.9.3: workers alone, an elastic policy without restarts,
-    ExitCode, one container's name.
+def test_job_meets_the_requirements_of_the_training_operator() -> None:
+    """Training operator 1.9.3: only workers, an elastic policy without restarts, the restart
+    policy ExitCode, and the name of the container.
     """
     job = _job("resnet50", "batch.global_size=8192", options=JobOptions(64, 8))
     spec = job["spec"]
@@ -76,7 +83,8 @@ def test_what_the_operator_needs() -> None:
         "8",
     )
     assert spec["elasticPolicy"] == {
-        "rdzvBackend": "c10d", "rdzvId": "resnet50", "minReplicas": 64, "maxReplicas": 64, "maxRestarts": 0,
+        "rdzvBackend": "c10d", "rdzvId": "resnet50", "minReplicas": 64, "maxReplicas": 64,
+        "maxRestarts": 0,
     }  # fmt: skip
     (container,) = _pod(job)["containers"]
     assert (container["name"], container["command"]) == (
@@ -91,7 +99,7 @@ def test_what_the_operator_needs() -> None:
     assert _pod(job)["terminationGracePeriodSeconds"] > 100
 
 
-def test_without_gpus_none_is_asked_for_and_idle_processors_may_be_used() -> None:
+def test_job_without_gpus_requests_none_and_has_no_cpu_limit() -> None:
     (container,) = _pod(_job("fashion-resnet8", options=JobOptions(2, 0, procs_per_node=2)))[
         "containers"
     ]
@@ -108,14 +116,14 @@ def test_pods_with_gpus_tolerate_the_taint_of_gpu_nodes() -> None:
     assert not {"tolerations", "nodeSelector"} & set(_pod(_job("fashion-resnet8", options=CPU)))
 
 
-def test_pods_go_to_the_nodes_that_are_asked_for(convoy_ok: Run) -> None:
+def test_node_selectors_and_tolerations_reach_the_pods(convoy_ok: Run) -> None:
     nodes = ("--node-selector", "cloud.example/pool=big", "--node-selector", "disk=")
     taints = ("team", "a.b/c:NoExecute", "d=e", "f=:NoSchedule")
     given = [word for taint in taints for word in ("--toleration", taint)]
-    said = convoy_ok(
+    printed = convoy_ok(
         "render", "fashion-resnet8", "--nodes", 2, "--gpus-per-node", 0, *nodes, *given
     )
-    (job,) = yaml.safe_load_all(said)
+    (job,) = yaml.safe_load_all(printed)
     assert _pod(job)["nodeSelector"] == {"cloud.example/pool": "big", "disk": ""}
     assert _pod(job)["tolerations"] == [
         {"key": "team", "operator": "Exists"},
@@ -125,7 +133,7 @@ def test_pods_go_to_the_nodes_that_are_asked_for(convoy_ok: Run) -> None:
     ]
 
 
-def test_secrets_are_named_and_nothing_of_the_environment_is_copied(
+def test_job_references_secrets_and_copies_no_environment_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
@@ -139,7 +147,7 @@ def test_secrets_are_named_and_nothing_of_the_environment_is_copied(
     ]
 
 
-def test_a_recipe_of_ones_own_travels_in_a_config_map(tmp_path: Path) -> None:
+def test_recipe_file_of_the_user_becomes_a_config_map(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         "# é\n"
@@ -167,7 +175,7 @@ def test_a_recipe_of_ones_own_travels_in_a_config_map(tmp_path: Path) -> None:
     )
 
 
-def test_checkpoints_never_stay_in_a_pod(tmp_path: Path) -> None:
+def test_checkpoints_are_never_written_to_a_pods_disk(tmp_path: Path) -> None:
     (container,) = _pod(_job(options=JobOptions(2, 8, name="r50")))["containers"]
     assert container["args"] == ["--", "resnet50", "checkpoint.url=s3://convoy/checkpoints/r50"]
     (container,) = _pod(_job("resnet50", "checkpoint.url=gs://mine/x"))["containers"]
@@ -178,39 +186,74 @@ def test_checkpoints_never_stay_in_a_pod(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "options", "told"),
+    ("overrides", "options", "message"),
     [
-        (["batch.global_size=1000"], JobOptions(8, 8), "1000 does not divide by 64 ranks; nearest that do: 960 or 1024"),
-        (["parallel.pipeline_stages=3"], GPU, "parallel.pipeline_stages: 16 ranks do not divide by 3"),
+        (
+            ["batch.global_size=1000"], JobOptions(8, 8),
+            "1000 does not divide by 64 ranks; nearest that do: 960 or 1024",
+        ),
+        (
+            ["parallel.pipeline_stages=3"], GPU,
+            "parallel.pipeline_stages: 16 ranks do not divide by 3",
+        ),
         (["model.name=resnet5"], GPU, "model.name: there is no model 'resnet5'; nearest: "),
         (["data.image_size=16"], GPU, "data.image_size: 16 is too small"),
-        (["parallel.zero_stage=0"], GPU, "parallel.zero_stage: 0 does not learn with precision fp16"),
-        (["optimizer.momentun=1"], GPU, "optimizer.momentun: unknown key; did you mean optimizer.momentum?"),
-        ([], JobOptions(0, 8), "--nodes: 0 is not 1 or more"),
-        ([], JobOptions(1, -1), "--gpus-per-node: -1 is not 0"),
+        (
+            ["parallel.zero_stage=0"], GPU,
+            "parallel.zero_stage: 0 does not learn with precision fp16",
+        ),
+        (
+            ["optimizer.momentun=1"], GPU,
+            "optimizer.momentun: unknown key; did you mean optimizer.momentum?",
+        ),
+        ([], JobOptions(0, 8), "--nodes: 0 is too small; the minimum is 1"),
+        ([], JobOptions(1, -1), "--gpus-per-node: -1 is too small; the minimum is 0"),
         ([], JobOptions(1, 8, procs_per_node=4), "--procs-per-node: 4 ranks on 8 GPUs"),
-        ([], JobOptions(1, 0, procs_per_node=0), "--procs-per-node: 0 is not 1 or more"),
-        ([], JobOptions(1, 8, name="Resnet_50"), "--name: 'Resnet_50' names no job"),
-        ([], JobOptions(1, 8, name="50"), "--name: '50' names no job"),
-        ([], JobOptions(1, 8, name=""), "--name: '' names no job"),
-        ([], JobOptions(1, 8, name="r" * 51), "50 at most"),
-        ([], JobOptions(1, 8, namespace="a b"), "--namespace: 'a b' is no name"),
-        ([], JobOptions(1, 8, mlflow_secret="A"), "--mlflow-secret: 'A' is no name"),
-        ([], JobOptions(1, 8, image="convoy:latest"), "--image: 'convoy:latest' is no image with a fixed tag"),
-        ([], JobOptions(1, 8, memory="lots"), "--memory: 'lots' is no quantity"),
-        ([], JobOptions(1, 8, node_selector=["gpu"]), "--node-selector: 'gpu' is no label of nodes, KEY=VALUE"),
-        ([], JobOptions(1, 8, kind="CronJob"), "--kind: 'CronJob' is not a kind of job; nearest: PyTorchJob"),
-        ([], JobOptions(1, 8, toleration=["gpu:Never"]), "--toleration: 'gpu:Never' is not KEY[=VALUE][:EFFECT]"),
+        (
+            [], JobOptions(1, 0, procs_per_node=0),
+            "--procs-per-node: 0 is too small; the minimum is 1",
+        ),
+        ([], JobOptions(1, 8, name="Resnet_50"), "--name: 'Resnet_50' is not a valid job name"),
+        ([], JobOptions(1, 8, name="50"), "--name: '50' is not a valid job name"),
+        ([], JobOptions(1, 8, name=""), "--name: '' is not a valid job name"),
+        ([], JobOptions(1, 8, name="r" * 51), "at most 50 characters"),
+        (
+            [], JobOptions(1, 8, namespace="a b"),
+            "--namespace: 'a b' is not a valid Kubernetes name",
+        ),
+        (
+            [], JobOptions(1, 8, mlflow_secret="A"),
+            "--mlflow-secret: 'A' is not a valid Kubernetes name",
+        ),
+        (
+            [], JobOptions(1, 8, image="convoy:latest"),
+            "--image: 'convoy:latest' is not an image with a fixed tag",
+        ),
+        ([], JobOptions(1, 8, memory="lots"), "--memory: 'lots' is not a quantity"),
+        (
+            [], JobOptions(1, 8, node_selector=["gpu"]),
+            "--node-selector: 'gpu' is not a node label KEY=VALUE",
+        ),
+        (
+            [], JobOptions(1, 8, toleration=["gpu:Never"]),
+            "--toleration: 'gpu:Never' is not KEY[=VALUE][:EFFECT]",
+        ),
+        (
+            [], JobOptions(1, 8, kind="CronJob"),
+            "--kind: 'CronJob' is not a kind of job; nearest: PyTorchJob",
+        ),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )  # fmt: skip
-def test_what_is_refused(overrides: list[str], options: JobOptions, told: str) -> None:
+def test_invalid_recipes_and_options_are_errors(
+    overrides: list[str], options: JobOptions, message: str
+) -> None:
     with pytest.raises(UserError) as error:
         render("resnet50", overrides, options)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_all_faults_of_the_options_are_told_at_once() -> None:
+def test_all_invalid_options_are_reported_at_once() -> None:
     with pytest.raises(UserError) as error:
         render("resnet50", [], JobOptions(0, -1, name="A", image="x:latest", cpu="?"))
     assert len(error.value.faults) == 5
@@ -225,30 +268,31 @@ def _shipped() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", _shipped(), ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_the_shipped_jobs_are_what_render_makes(
+def test_shipped_jobs_equal_the_output_of_their_render_command(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each file's first line makes it again. In this process: to import what it needs takes
-    seconds.
+    """The command is in the first line of each file.
+
+    It runs in this process, because its imports take seconds.
     """
     command = shlex.split(path.read_text().splitlines()[0].removeprefix("# Made by: "))
     monkeypatch.setattr("sys.argv", command)
     app(command[1:], standalone_mode=False)
-    made = capsys.readouterr().out
-    assert made.replace("THIS_FILE", str(path.relative_to(ROOT))) == path.read_text()
+    rendered = capsys.readouterr().out
+    assert rendered.replace("THIS_FILE", str(path.relative_to(ROOT))) == path.read_text()
 
 
-def test_each_network_has_its_job() -> None:
+def test_each_landmark_network_has_a_job() -> None:
     names = {path.stem for path in _shipped() if path.parent.name == "jobs"}
     assert names == {"alexnet", "vgg16", "googlenet", "resnet50", "resnet152"}
 
 
-def test_the_command_prints_yaml_alone_and_refuses_in_one_line(
+def test_render_prints_only_yaml_and_errors_are_one_line(
     convoy_ok: Run, convoy_refuses: Run
 ) -> None:
-    said = convoy_ok("render", "resnet50", "--nodes", 2, "--gpus-per-node", 8)
-    assert said.startswith("# Made by: convoy render resnet50 --nodes 2 --gpus-per-node 8\n")
-    assert [document["kind"] for document in yaml.safe_load_all(said)] == ["PyTorchJob"]
+    printed = convoy_ok("render", "resnet50", "--nodes", 2, "--gpus-per-node", 8)
+    assert printed.startswith("# Made by: convoy render resnet50 --nodes 2 --gpus-per-node 8\n")
+    assert [document["kind"] for document in yaml.safe_load_all(printed)] == ["PyTorchJob"]
     assert convoy_refuses("render", "resnet50", "--nodes", 3, "--gpus-per-node", 8) == (
         "convoy: batch.global_size: 256 does not divide by 24 ranks; nearest that do: 240 or 264\n"
     )

@@ -1,6 +1,4 @@
-"""`convoy study all --quick`, stopped once on the way: every study ends with a result, and nothing
-is trained twice.
-"""
+"""`convoy study all --quick`, stopped once and resumed."""
 
 import json
 import os
@@ -20,7 +18,9 @@ VERDICTS = {"borne out", "not borne out", "undecided"}
 
 
 @pytest.mark.timeout(3600)
-def test_all_studies(convoy_ok: Command, tmp_path: Path) -> None:
+def test_stopped_studies_resume_without_repeating_trainings(
+    convoy_ok: Command, tmp_path: Path
+) -> None:
     command = [
         sys.executable,
         "-m",
@@ -34,15 +34,15 @@ def test_all_studies(convoy_ok: Command, tmp_path: Path) -> None:
     with (tmp_path / "first.log").open("wb") as log:
         first = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     give_up = time.monotonic() + 600
-    while not (begun := list((tmp_path / "trainings").glob("*/outcome.json"))):
+    while not (finished := list((tmp_path / "trainings").glob("*/outcome.json"))):
         assert first.poll() is None, (tmp_path / "first.log").read_text()
         assert time.monotonic() < give_up
         time.sleep(0.5)
     first.send_signal(signal.SIGTERM)
     assert first.wait(120) == 143
-    made = {path: os.stat(path).st_mtime_ns for path in begun}
+    times = {path: os.stat(path).st_mtime_ns for path in finished}
     convoy_ok("study", "all", "--quick", "--dir", tmp_path, timeout=3000)
-    assert {path: os.stat(path).st_mtime_ns for path in begun} == made
+    assert {path: os.stat(path).st_mtime_ns for path in finished} == times
     for name in NAMES:
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert result["verdict"] in VERDICTS

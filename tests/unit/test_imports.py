@@ -1,6 +1,4 @@
-"""Imports go one way: the layout's order, and never from the program in the pods to what stands
-around them.
-"""
+"""Modules import only from their layer or a lower one; ``trainer`` never imports ``pipelines``."""
 
 import ast
 import subprocess
@@ -72,7 +70,7 @@ def _level(module: str) -> int:
     matches = [
         (len(name), i) for name, i in names if module == name or module.startswith(f"{name}.")
     ]
-    assert matches, f"{module} stands in no layer: add it to LAYERS"
+    assert matches, f"{module} is in no layer: add it to LAYERS"
     return max(matches)[1]
 
 
@@ -109,18 +107,21 @@ def test_imports_go_one_way(module: str, path: Path) -> None:
     packages = {name for name, path in _modules() if path.name == "__init__.py"}
     for imported in _imported(path) & known - packages:
         assert _level(imported) <= _level(module), (
-            f"{module} imports {imported}, which comes after it"
+            f"{module} imports {imported}, which is in a higher layer"
         )
 
 
 @pytest.mark.parametrize("heavy", ["torch", "mlflow", "deepspeed", "pandas"])
-def test_the_command_line_starts_without_heavy_packages(heavy: str) -> None:
-    code = f"import sys, pipelines.cli.main, trainer.config.run_plan; sys.exit({heavy!r} in sys.modules)"
+def test_command_line_does_not_import_heavy_packages(heavy: str) -> None:
+    code = (
+        "import sys, pipelines.cli.main, trainer.config.run_plan; "
+        f"sys.exit({heavy!r} in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_a_rank_that_tracks_nothing_does_not_load_mlflow() -> None:
-    """DeepSpeed would, where it is installed. It can be loaded afterwards."""
+def test_rank_without_tracking_does_not_import_mlflow() -> None:
+    """DeepSpeed imports MLflow if it is installed. MLflow can still be imported afterwards."""
     code = (
         "import sys; from trainer.distributed import env, process_group as group;"
         "group.init_distributed(env.DistEnv.from_env()); group.cleanup();"

@@ -1,4 +1,4 @@
-"""What the documents name is there: commands, targets, files."""
+"""Commands, make targets, files and recipe keys that the documentation names exist."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_documents_name_what_is_there(path: Path) -> None:
+def test_documents_name_existing_commands_targets_files_and_keys(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     group = typer.main.get_command(app)
     for words in re.findall(
@@ -39,8 +39,8 @@ def test_documents_name_what_is_there(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("path", "least"), [("README.md", 7), ("docs/models.md", 37)])
-def test_tables_of_networks_are_what_the_command_computes(path: str, least: int) -> None:
-    made = {
+def test_model_tables_match_the_models_command(path: str, least: int) -> None:
+    computed = {
         line.split(" | ")[0]: line
         for line in markdown(model_info(v.name) for v in list_models()).splitlines()
         if line.startswith("| ")
@@ -49,8 +49,8 @@ def test_tables_of_networks_are_what_the_command_computes(path: str, least: int)
         line
         for line in (ROOT / path).read_text(encoding="utf-8").splitlines()
         if line.startswith("| ")
-        and line.count("|") == made.get(line.split(" | ")[0], "").count("|")
+        and line.count("|") == computed.get(line.split(" | ")[0], "").count("|")
     ]
     assert len(rows) > least
     for row in rows:
-        assert row == made[row.split(" | ")[0]]
+        assert row == computed[row.split(" | ")[0]]

@@ -1,5 +1,6 @@
-"""A real Kubernetes on this machine, for tests: one real node, a control plane, the training
-operator. Needs root, Debian and Go.
+"""Creates a real Kubernetes on this machine for tests; needs root, Debian and Go.
+
+It has one real node, a control plane and the training operator.
 
 cluster.py up [--state FOLDER] [--without-trainer]    prints `export KUBECONFIG=...`
 cluster.py down [--state FOLDER]
@@ -43,7 +44,7 @@ PACKAGES = {
 }
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"cluster: {text}", file=sys.stderr, flush=True)
 
 
@@ -54,8 +55,8 @@ def install_packages() -> None:
     if not missing:
         return
     if os.geteuid() or not shutil.which("apt-get"):
-        raise ClusterError(f"needs these Debian packages: {' '.join(missing)}")
-    say(f"installing {' '.join(missing)}")
+        raise ClusterError(f"these Debian packages are missing: {' '.join(missing)}; install them")
+    log(f"installing {' '.join(missing)}")
     apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=300"]
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in ([*apt, "update"], [*apt, "install", "-y", "--no-install-recommends", *missing]):
@@ -64,8 +65,9 @@ def install_packages() -> None:
 
 @contextlib.contextmanager
 def building_programs() -> Iterator[Callable[[], Path]]:
-    """Compiles the programs beside what the caller does; gives what waits for them and returns
-    their folder.
+    """Compile the programs in the background.
+
+    Yields a function that waits until they are built and returns their folder.
     """
     process = subprocess.Popen(
         [HERE / "build.sh"], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -79,7 +81,7 @@ def building_programs() -> Iterator[Callable[[], Path]]:
 
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            finished(1)  # a build that cannot begin is told before minutes of other work
+            finished(1)  # report a build that cannot start before minutes of other work
         yield finished
     finally:
         if process.poll() is None:
@@ -88,8 +90,9 @@ def building_programs() -> Iterator[Callable[[], Path]]:
 
 
 class Supervisor:
-    """The first process of the cluster's own namespaces. It starts the node's image store, and the
-    rest when it is told to.
+    """The first process in the cluster's namespaces.
+
+    It starts the node's image store at once, and the other programs in ``start_all``.
     """
 
     def __init__(self, state: State, store: Path) -> None:
@@ -98,11 +101,13 @@ class Supervisor:
             socket.create_server(("127.0.0.1", 0), backlog=512) as listener,
             (state.folder / "supervisor.log").open("wb") as log,
         ):
-            self.port = int(listener.getsockname()[1])  # of the API server on this machine
+            self.port = int(listener.getsockname()[1])  # port of the API server on this machine
             self.process = subprocess.Popen(
                 [
-                    "unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private", "--mount-proc", "--net",
-                    sys.executable, str(HERE / "supervisor.py"), str(state.folder), str(store), str(listener.fileno()),
+                    "unshare", "--pid", "--fork", "--kill-child", "--mount",
+                    "--propagation", "private", "--mount-proc", "--net",
+                    sys.executable, str(HERE / "supervisor.py"),
+                    str(state.folder), str(store), str(listener.fileno()),
                 ],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 pass_fds=[listener.fileno()], start_new_session=True,
@@ -129,7 +134,7 @@ class Supervisor:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             name, seconds = line.split()
-            say(f"{name} {seconds} s")
+            log(f"{name} {seconds} s")
             if name == last:
                 return
         raise ClusterError(
@@ -139,7 +144,7 @@ class Supervisor:
 
 
 class Kubectl:
-    """kubectl of the cluster's own version."""
+    """Runs kubectl of the cluster's version."""
 
     def __init__(self, state: State, programs: Path) -> None:
         self.command = [str(programs / "kubectl"), "--kubeconfig", str(state.kubeconfig)]
@@ -185,27 +190,27 @@ def print_exports(state: State, tools: Path) -> None:
 
 def up(state: State, with_trainer: bool) -> None:
     if os.geteuid() and not state.running():
-        raise ClusterError("needs root: it makes namespaces, mounts and cgroups")
-    with images.only_user(cache(), say), building_programs() as finished:
+        raise ClusterError("root is needed to create namespaces, mounts and cgroups")
+    with images.exclusive(cache(), log), building_programs() as finished:
         if state.running():
-            say("is up already")
+            log("already running")
             print_exports(state, finished())
             return
         clean(state)
         install_packages()
-        of_debian = images.build(
-            CHECKOUT, cache(), with_trainer, say
-        )  # waits for disk and network while the compiler computes
+        debian_images = images.build(
+            CHECKOUT, cache(), with_trainer, log
+        )  # mostly disk and network, while the compiler uses the processor
         try:
-            tools = start(state, of_debian, finished)
+            tools = start(state, debian_images, finished)
         except BaseException:
-            say(f"did not come up; logs: {state.logs}")
+            log(f"the cluster did not start; logs: {state.logs}")
             end(state.running())
             raise
     print_exports(state, tools)
 
 
-def start(state: State, of_debian: list[images.Image], finished: Callable[[], Path]) -> Path:
+def start(state: State, debian_images: list[images.Image], finished: Callable[[], Path]) -> Path:
     state.folder.mkdir(parents=True)
     state.folder.chmod(0o755)
     state.record([])
@@ -213,10 +218,10 @@ def start(state: State, of_debian: list[images.Image], finished: Callable[[], Pa
     store.mkdir(parents=True, exist_ok=True)
     supervisor = Supervisor(state, store)
     node = images.Node(state, store)
-    images.load(of_debian, cache(), node, say)  # most of it is the disk's work too
+    images.load(debian_images, cache(), node, log)  # mostly disk, too
     tools = finished()
-    images.load(images.build_programs(tools / "bin", cache(), say), cache(), node, say)
-    began = time.monotonic()
+    images.load(images.build_programs(tools / "bin", cache(), log), cache(), node, log)
+    started = time.monotonic()
     supervisor.start_all(tools / "bin")
     write_kubeconfig(state, supervisor.port)
     kubectl = Kubectl(state, tools / "bin")
@@ -224,21 +229,21 @@ def start(state: State, of_debian: list[images.Image], finished: Callable[[], Pa
     kubectl.apply(*configs.volumes(state))
     wait_for("the node", lambda: kubectl.succeeds("get", f"node/{configs.NODE}"), 60)
     kubectl("wait", "--for=condition=Ready", "--timeout=60s", f"node/{configs.NODE}")
-    say(f"node Ready after {time.monotonic() - began:.1f} s")
+    log(f"node Ready after {time.monotonic() - started:.1f} s")
     wait_for_operator(kubectl)
-    say(f"training-operator ready after {time.monotonic() - began:.1f} s")
+    log(f"training-operator ready after {time.monotonic() - started:.1f} s")
     return tools
 
 
 def clean(state: State) -> None:
-    """Remove what a cluster leaves when its processes are gone: its cgroups and its folder."""
+    """Remove the cgroups and the folder of a cluster whose processes have ended."""
     for folder in cgroup_folders(state):
         if folder.is_dir():
             for group, _, _ in os.walk(folder, topdown=False):
                 wait_for(f"removing {group}", lambda group=group: remove_group(group), 10)  # type: ignore[misc]
     if state.folder.exists():
         if not state.processes.exists() and any(state.folder.iterdir()):
-            raise ClusterError(f"{state.folder} is not a cluster's folder")
+            raise ClusterError(f"{state.folder} is not the folder of a cluster; choose another")
         shutil.rmtree(state.folder)
 
 
@@ -247,18 +252,19 @@ def remove_group(group: str) -> bool:
         os.rmdir(group)
     except FileNotFoundError:
         return True
-    except OSError:  # its last process is on its way out
+    except OSError:  # its last process has not ended yet
         return False
     return True
 
 
 def down(state: State) -> None:
     running = state.running()
-    # The inner process first: it lets containerd close its database. The outer one ends with it.
+    # The inner process is ended first: it lets containerd close its database. Then the outer one
+    # ends too.
     end(running[1:])
     end(running[:1])
     clean(state)
-    say("is down")
+    log("stopped")
 
 
 def main() -> int:
@@ -275,7 +281,7 @@ def main() -> int:
     parser.add_argument(
         "--without-trainer",
         action="store_true",
-        help="leave out the trainer's image, which takes minutes to build",
+        help="skip the trainer's image, which takes minutes to build",
     )
     arguments = parser.parse_args()
     state = State(arguments.state.resolve())
@@ -285,7 +291,7 @@ def main() -> int:
         else:
             down(state)
     except ClusterError as error:
-        say(str(error))
+        log(str(error))
         return 2
     return 0
 

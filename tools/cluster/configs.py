@@ -1,8 +1,7 @@
-"""The configuration files of the cluster's programs: names and addresses in, text out. JSON is YAML
-too: no library is needed.
+"""Writes the configuration files of the cluster's programs, as JSON where they read YAML.
 
-Every address is inside the cluster's own network namespace, so that fixed ones take nothing from
-the machine.
+All addresses are inside the cluster's network namespace, so fixed ones do not conflict with the
+machine.
 """
 
 from __future__ import annotations
@@ -29,8 +28,9 @@ def pki(state: State) -> Path:
 
 
 def kwokctl(state: State, programs: Path) -> str:
-    """The control plane: etcd, API server, controller manager, scheduler, and kwok for the nodes
-    that are only played.
+    """Return the configuration of the control plane.
+
+    It has etcd, API server, controller manager, scheduler, and kwok for simulated nodes.
     """
     admin = pki(state) / "admin"
 
@@ -66,11 +66,11 @@ def kwokctl(state: State, programs: Path) -> str:
             kubelet_client_key=f"{admin}.key",
             kubelet_preferred_address_types="InternalIP",
         ),
-        # Alone they need not be elected; a machine that stands still for a while would else end
-        # them.
+        # There is only one instance of each. Without this, a machine that pauses for a while would
+        # end them.
         patch("kube-controller-manager", leader_elect="false"),
         patch("kube-scheduler", leader_elect="false"),
-        # Without this kwok would play the real node as well.
+        # Without this, kwok would also simulate the real node.
         patch("kwok-controller", True, manage_all_nodes="false"),
         patch("kwok-controller", manage_nodes_with_annotation_selector="kwok.x-k8s.io/node=fake"),
     ]
@@ -86,7 +86,10 @@ def kwokctl(state: State, programs: Path) -> str:
 
 
 def containerd(state: State, store: Path) -> str:
-    """Tasks live in the state folder; images in the store, where the next cluster finds them again."""
+    """Return containerd's configuration.
+
+    Tasks are in the state folder, images in the store, which the next cluster reuses.
+    """
     cri = 'plugins."io.containerd.grpc.v1.cri"'
     return f"""version = 2
 root = "{store}"
@@ -153,10 +156,9 @@ def kubelet(state: State) -> str:
             "podLogsDir": str(state.folder / "pods"),
             "volumePluginDir": str(state.folder / "kubelet-plugins"),
             "serializeImagePulls": False,
-            # How soon a pod sees a new secret: the operator waits for its webhook's certificate.
+            # Time until a pod sees a new Secret: the operator waits for its webhook's certificate.
             "syncFrequency": "2s",
-            # The images cannot be had again from a registry, so the kubelet must never make room by
-            # deleting them.
+            # No registry has the images, so the kubelet must never delete them to free disk space.
             "imageGCHighThresholdPercent": 100,
             "imageGCLowThresholdPercent": 99,
             "evictionHard": {
@@ -179,7 +181,7 @@ def kube_proxy(state: State) -> str:
             "clusterCIDR": POD_CIDR,
             "hostnameOverride": NODE,
             "clientConnection": {"kubeconfig": str(state.inner_kubeconfig)},
-            # These are the whole machine's and stay as they are.
+            # These settings apply to the whole machine and stay unchanged.
             "conntrack": {
                 "maxPerCore": 0,
                 "min": 0,
@@ -193,11 +195,10 @@ def kube_proxy(state: State) -> str:
 
 
 def volumes(state: State) -> list[dict[str, Any]]:
-    """The default StorageClass and its volumes, made in advance: each is given to one claim and not
-    used again.
+    """Return the default StorageClass and its volumes, created in advance; each serves one claim.
 
-    Local volumes, since the kubelet makes these over to a pod's fsGroup, as it does in a cloud;
-    without one only root may write.
+    They are local volumes, because the kubelet applies a pod's fsGroup to these, as in a cloud.
+    Otherwise only root could write.
     """
     storage_class = {
         "apiVersion": "storage.k8s.io/v1",
@@ -234,7 +235,7 @@ def volumes(state: State) -> list[dict[str, Any]]:
 
 
 def corefile(state: State) -> str:
-    # Without a cache: a rendezvous host has to be found as soon as its pod runs.
+    # Without a cache: a rendezvous host must resolve as soon as its pod runs.
     return f""". {{
     bind {NODE_IP}
     errors

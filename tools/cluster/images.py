@@ -1,8 +1,7 @@
-"""The images of the test cluster: built by buildah, each again only when its inputs change, and
-handed to the node's image store.
+"""Builds the images of the test cluster with buildah, and copies them to the node's image store.
 
-No registry is reached: the base is made by debootstrap. The store is kept for the next cluster, so
-that a change of the code moves only the layers that hold the code.
+An image is rebuilt only if its inputs change. No registry is used: debootstrap creates the base.
+The store is kept for the next cluster, so a change of the code copies only the layers with code.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from state import ClusterError, State
 
 DEBOOTSTRAP = ("debootstrap", "--variant=minbase", "--include=python3,ca-certificates", "bookworm")
 BOOTSTRAP_TRIES = 3
-# The machine's own certificate authorities too: behind a proxy that looks into connections, no
-# build can fetch without them.
+# Includes the machine's local certificate authorities: behind a proxy that intercepts TLS, builds
+# cannot download without them.
 BASE_DOCKERFILE = """FROM scratch
 ADD root.tar /
 COPY certificates /usr/local/share/ca-certificates
@@ -51,14 +50,14 @@ TRAINER_INPUTS = (
 
 @dataclass(frozen=True)
 class Image:
-    """A name and what it was made from."""
+    """The name of an image, and a digest of its inputs."""
 
     name: str
     key: str
 
 
 def digest(*parts: str | Path) -> str:
-    """Of texts and of files' contents."""
+    """Return a digest of texts and of the contents of files."""
     total = hashlib.sha256()
     for part in parts:
         total.update(
@@ -82,9 +81,7 @@ def sources(checkout: Path) -> Iterable[str | Path]:
 
 
 class Builder:
-    """buildah with its storage in the cache, and a record of which inputs each image was built
-    from.
-    """
+    """Runs buildah with its storage in the cache, and records the inputs of each image."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -92,10 +89,11 @@ class Builder:
         folder.mkdir(parents=True, exist_ok=True)
         configuration = folder / "storage.conf"
         configuration.write_text(
-            f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n'
-            '[storage.options.overlay]\nskip_mount_home = "true"\n'  # else a mount stays behind
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/graph"\n'
+            f'runroot = "{folder}/run"\n'
+            '[storage.options.overlay]\nskip_mount_home = "true"\n'  # otherwise a mount remains
         )
-        # In a chroot: a container with a network of its own would change the machine's network.
+        # In a chroot: a container with a separate network would change the machine's network.
         self.environment = {
             **os.environ,
             "CONTAINERS_STORAGE_CONF": str(configuration),
@@ -109,8 +107,8 @@ class Builder:
         log = self.folder / "build.log"
         with log.open("ab") as output:
             done = subprocess.run(
-                [str(part) for part in command], input=stdin and stdin.encode(), cwd=cwd, env={**self.environment, **more},
-                stdout=output, stderr=subprocess.STDOUT,
+                [str(part) for part in command], input=stdin and stdin.encode(), cwd=cwd,
+                env={**self.environment, **more}, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         if done.returncode:
             raise ClusterError(f"{command[0]} failed; see {log}")
@@ -120,22 +118,22 @@ class Builder:
         return bool(known.get(image.name) == image.key)
 
     def is_built(self, image: Image) -> bool:
-        there = subprocess.run(
+        found = subprocess.run(
             ["buildah", "images", "--quiet", image.name], env=self.environment, capture_output=True
         )
-        return self.is_recorded(image) and there.returncode == 0
+        return self.is_recorded(image) and found.returncode == 0
 
-    def built(self, image: Image) -> None:
+    def record_built(self, image: Image) -> None:
         known = json.loads(self.record.read_text()) if self.record.exists() else {}
         self.record.write_text(json.dumps({**known, image.name: image.key}, indent=2))
 
     def start_over_when_changed(self, dependencies: str) -> None:
-        """The layer of the dependencies is 5 GB: the one before is not kept beside a new one."""
+        """Delete all images if the dependencies changed; only one layer of 5 GB is kept."""
         layer = Image("dependencies", dependencies)
         if not self.is_recorded(layer):
             self.record.unlink(missing_ok=True)
             self.run("buildah", "rmi", "--all", "--force")
-            self.built(layer)
+            self.record_built(layer)
 
     def dockerfile(self, image: Image, text: str, context: Path, **arguments: str) -> None:
         options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
@@ -156,7 +154,7 @@ class Builder:
 
 
 def apt_mirror() -> str:
-    """The mirror that this machine's apt uses."""
+    """Return the mirror that this machine's apt uses."""
     listed = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages"],
         check=True,
@@ -165,16 +163,16 @@ def apt_mirror() -> str:
     )
     sites = [site for site in listed.stdout.split() if "security" not in site]
     if not sites:
-        raise ClusterError("apt knows no mirror; run apt-get update")
+        raise ClusterError("apt has no mirror; run apt-get update")
     return sites[0]
 
 
-def own_certificates() -> list[Path]:
+def local_certificates() -> list[Path]:
     return sorted(Path("/usr/local/share/ca-certificates").glob("*.crt"))
 
 
 def bootstrap(builder: Builder, root: Path) -> None:
-    """Debian's packages come over the network, and debootstrap does not try again by itself."""
+    """Run debootstrap, with retries: it downloads packages and does not retry by itself."""
     mirror = apt_mirror()
     for left in reversed(range(BOOTSTRAP_TRIES)):
         shutil.rmtree(root, ignore_errors=True)
@@ -194,23 +192,24 @@ def build_base(builder: Builder, image: Image) -> None:
     builder.run("tar", "-C", root / "root", "-cf", root / "root.tar", ".")
     shutil.rmtree(root / "root")
     (root / "certificates").mkdir()
-    for certificate in own_certificates():
+    for certificate in local_certificates():
         shutil.copy(certificate, root / "certificates")
     builder.dockerfile(image, BASE_DOCKERFILE, root)
     shutil.rmtree(root)
 
 
 @contextlib.contextmanager
-def only_user(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """One program at a time builds and hands over images: other checkouts use the same storage and
-    the same names.
+def exclusive(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Let one program at a time build and copy images.
+
+    Other checkouts use the same storage and the same names.
     """
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "cluster-images.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another program that builds images")
+            log("waiting for another program that builds images")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -218,24 +217,24 @@ def only_user(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
 Plan = list[tuple[Image, Callable[[Image], None]]]
 
 
-def build_planned(builder: Builder, plan: Plan, say: Callable[[str], None]) -> list[Image]:
-    """Builds what is not built yet; gives all images of the plan."""
+def build_planned(builder: Builder, plan: Plan, log: Callable[[str], None]) -> list[Image]:
+    """Build the images that are not built yet; return all images of the plan."""
     for image, make in plan:
         if not builder.is_built(image):
             start = time.monotonic()
             make(image)
-            builder.built(image)
-            say(f"built {image.name} in {time.monotonic() - start:.0f} s")
+            builder.record_built(image)
+            log(f"built {image.name} in {time.monotonic() - start:.0f} s")
     return [image for image, _ in plan]
 
 
 def build(
-    checkout: Path, cache: Path, with_trainer: bool, say: Callable[[str], None]
+    checkout: Path, cache: Path, with_trainer: bool, log: Callable[[str], None]
 ) -> list[Image]:
-    """The images on Debian's base."""
+    """Build the images that are based on Debian."""
     builder = Builder(cache / "cluster-images")
     postgres = (FILES / "postgres.Dockerfile").read_text()
-    base = Image(BASE, digest(*DEBOOTSTRAP, BASE_DOCKERFILE, *own_certificates()))
+    base = Image(BASE, digest(*DEBOOTSTRAP, BASE_DOCKERFILE, *local_certificates()))
     if with_trainer:
         builder.start_over_when_changed(
             digest(base.key, *(checkout / name for name in DEPENDENCY_INPUTS))
@@ -265,11 +264,11 @@ def build(
                 lambda image: builder.dockerfile(image, fashion, FILES, BASE=BASE),
             )
         )
-    return build_planned(builder, plan, say)
+    return build_planned(builder, plan, log)
 
 
-def build_programs(programs: Path, cache: Path, say: Callable[[str], None]) -> list[Image]:
-    """The images that hold one static program each."""
+def build_programs(programs: Path, cache: Path, log: Callable[[str], None]) -> list[Image]:
+    """Build the images that hold one static program each."""
     builder = Builder(cache / "cluster-images")
 
     def single(
@@ -284,7 +283,7 @@ def build_programs(programs: Path, cache: Path, say: Callable[[str], None]) -> l
         single("localhost/pause:3.10", "pause", "/pause", 65535),
         single("localhost/convoy-training-operator:1.9.3", "training-operator", "/manager", 65532),
     ]
-    return build_planned(builder, plan, say)
+    return build_planned(builder, plan, log)
 
 
 class Node:
@@ -303,14 +302,14 @@ class Node:
         return f"{KEY_LABEL}={image.key}" in self.output("images", "ls", f"name=={image.name}")
 
     def blobs(self) -> dict[str, int]:
-        """Hexadecimal SHA-256 and size in bytes of all that the store holds."""
+        """Return the hexadecimal SHA-256 and the size in bytes of every blob in the store."""
         names = [
             line.removeprefix("sha256:") for line in self.output("content", "ls", "-q").split()
         ]
         return {name: (self.files / name).stat().st_size for name in names}
 
     def load(self, image: Image, layout: Path, known: dict[str, int]) -> None:
-        """Reads an OCI layout, but for the blobs that the store knows."""
+        """Import an OCI layout; ``known`` blobs are in the store already and are not in it."""
         index = layout / "index.json"
         manifests = json.loads(index.read_text())["manifests"]
         annotated = [
@@ -333,22 +332,22 @@ class Node:
         ):
             for path in (layout / "oci-layout", *new, index):
                 archive.add(path, arcname=str(path.relative_to(layout)))
-                path.unlink()  # a layer of 6 GB need not be there three times
+                path.unlink()  # do not keep a third copy of a 6 GB layer
         error = process.stderr.read().decode()
         if process.wait():
             raise ClusterError(f"{image.name} cannot be imported: {error.strip()}")
         self.output("images", "label", image.name, f"{KEY_LABEL}={image.key}")
 
 
-def load(wanted: list[Image], cache: Path, node: Node, say: Callable[[str], None]) -> None:
-    """Hands the node the images that it lacks.
+def load(images: list[Image], cache: Path, node: Node, log: Callable[[str], None]) -> None:
+    """Copy the images that the node lacks to its store.
 
-    The layout that skopeo writes is given empty files of the right size for all that the node's
-    store holds already: skopeo then leaves those out, and only what is new is written, read and
-    unpacked. Layers stay uncompressed: compressing takes longest.
+    The layout that skopeo writes to first gets empty files, of the right size, for all blobs in the
+    node's store. Skopeo skips these, so only new blobs are written, read and unpacked. Layers stay
+    uncompressed, because compression is the slowest step.
     """
     builder = Builder(cache / "cluster-images")
-    for image in wanted:
+    for image in images:
         if node.has(image):
             continue
         start = time.monotonic()
@@ -371,4 +370,4 @@ def load(wanted: list[Image], cache: Path, node: Node, say: Callable[[str], None
         )
         node.load(image, layout, known)
         shutil.rmtree(layout)
-        say(f"handed {image.name} to the node in {time.monotonic() - start:.1f} s")
+        log(f"copied {image.name} to the node in {time.monotonic() - start:.1f} s")

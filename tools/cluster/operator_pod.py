@@ -1,6 +1,4 @@
-"""The training operator in its own pod: k8s/third-party, with the image that was built here, under
-`restricted`.
-"""
+"""Runs the training operator in a pod: k8s/third-party with a local image, under `restricted`."""
 
 from __future__ import annotations
 
@@ -17,12 +15,17 @@ if TYPE_CHECKING:
     from cluster import Kubectl
 
 NAMESPACE = "kubeflow"
-# Upstream's own template has no security context, which `restricted` refuses, and wants an image
-# with nslookup.
+# Upstream's template has no security context, which `restricted` requires, and needs an image with
+# nslookup.
 INIT_CONTAINER = """- name: init-pytorch
   image: {{.InitContainerImage}}
   imagePullPolicy: IfNotPresent
-  command: [sh, -c, "for i in $(seq {{.MaxTries}}); do getent hosts {{.MasterAddr}} && exit; sleep 1; done; exit 1"]
+  command:
+    - sh
+    - -c
+    - |
+      for i in $(seq {{.MaxTries}}); do getent hosts {{.MasterAddr}} && exit; sleep 1; done
+      exit 1
   resources:
     requests: {cpu: 10m, memory: 16Mi}
     limits: {cpu: 100m, memory: 32Mi}
@@ -36,7 +39,7 @@ INIT_CONTAINER = """- name: init-pytorch
 
 
 def kustomization() -> dict[str, Any]:
-    """Over the shipped one: the image, jobs with a master, and soon to be ready."""
+    """Return changes to the shipped kustomization: local image, jobs with a master, readiness."""
     mount = {"name": "init-container", "mountPath": "/etc/config", "readOnly": True}
     volume = {"name": "init-container", "configMap": {"name": "training-operator-init-container"}}
     container = "/spec/template/spec/containers/0"
@@ -86,7 +89,7 @@ def kustomization() -> dict[str, Any]:
 
 
 def ship(folder: Path, upstream: Path) -> None:
-    """A copy of k8s/third-party/training-operator whose upstream is a folder of this machine."""
+    """Copy k8s/third-party/training-operator; the copy's upstream is a folder of this machine."""
     shutil.copytree(CHECKOUT / "k8s/third-party/training-operator", folder)
     file = folder / "kustomization.yaml"
     text, count = re.subn(
@@ -95,7 +98,7 @@ def ship(folder: Path, upstream: Path) -> None:
         file.read_text(),
     )
     if count != 1:
-        raise ClusterError(f"{file} does not name its upstream once")
+        raise ClusterError(f"{file} must name its upstream exactly once")
     file.write_text(text)
 
 
@@ -120,7 +123,7 @@ def apply_operator(state: State, tools: Path, kubectl: Kubectl) -> None:
 
 def wait_for_operator(kubectl: Kubectl) -> None:
     kubectl("-n", NAMESPACE, "rollout", "status", "--timeout=120s", "deployment/training-operator")
-    # Ready is not enough: until the webhook has its certificate in place, each job is refused.
+    # Ready is not enough: until the webhook has its certificate, every job is rejected.
     probe = json.dumps(
         {
             "apiVersion": "kubeflow.org/v1",
@@ -129,5 +132,5 @@ def wait_for_operator(kubectl: Kubectl) -> None:
             "spec": PROBE,
         }
     )
-    asked = ("-n", "default", "create", "--dry-run=server", "-f", "-")
-    wait_for("the operator's webhook", lambda: kubectl.succeeds(*asked, stdin=probe), 60, 0.2)
+    dry_run = ("-n", "default", "create", "--dry-run=server", "-f", "-")
+    wait_for("the operator's webhook", lambda: kubectl.succeeds(*dry_run, stdin=probe), 60, 0.2)

@@ -1,7 +1,7 @@
-"""Where a test cluster keeps what it is made of, and whether it is alive.
+"""Folders and processes of a test cluster.
 
-Everything lies under one state folder, but for the two things that the next cluster uses again: the
-programs (build.sh) and the node's image store (images.py), which lie in the cache.
+Everything is in one state folder, except two things in the cache that the next cluster reuses: the
+programs (build.sh) and the node's image store (images.py).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def default_state() -> Path:
 
 
 def cache() -> Path:
-    own = os.environ.get("CONVOY_CACHE")
+    folder = os.environ.get("CONVOY_CACHE")
     return (
-        Path(own)
-        if own
+        Path(folder)
+        if folder
         else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"
     )
 
 
 class ClusterError(Exception):
-    """What the user can do something about: one line, no traceback."""
+    """An error that the user can fix: reported in one line, without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class State:
 
     @property
     def kubeconfig(self) -> Path:
-        """For programs on this machine."""
+        """Kubeconfig for programs on this machine."""
         return self.folder / "kubeconfig"
 
     @property
     def inner_kubeconfig(self) -> Path:
-        """For programs inside the cluster's network namespace."""
+        """Kubeconfig for programs inside the cluster's network namespace."""
         return self.folder / "inner-kubeconfig"
 
     @property
@@ -59,7 +59,7 @@ class State:
 
     @property
     def processes(self) -> Path:
-        """Pid and start time of each process that `up` started on this machine, outermost first."""
+        """File with pid and start time of each process that `up` started, outermost first."""
         return self.folder / "processes.json"
 
     @property
@@ -68,16 +68,14 @@ class State:
 
     @property
     def cgroup(self) -> str:
-        """The cgroup that holds every pod's, below the root of each hierarchy."""
+        """Name of the parent cgroup of all pods, below the root of each hierarchy."""
         return "convoy-" + hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
 
     def record(self, pids: list[int]) -> None:
         self.processes.write_text(json.dumps([[pid, start_time(pid)] for pid in pids]))
 
     def running(self) -> list[int]:
-        """The recorded processes that are still the same ones: a number may have gone to another
-        program since.
-        """
+        """Return the recorded processes that still run; a reused pid does not count."""
         if not self.processes.is_file():
             return []
         return [
@@ -88,9 +86,7 @@ class State:
 
 
 def start_time(pid: int) -> int | None:
-    """Clock ticks between the machine's start and the process's; None for one that is gone or a
-    zombie.
-    """
+    """Return a process's start time in clock ticks since boot; None if it ended or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -99,7 +95,7 @@ def start_time(pid: int) -> int | None:
 
 
 def wait_for(what: str, done: Callable[[], bool], seconds: float, interval: float = 0.1) -> float:
-    """Poll until `done`; gives the seconds it took, raises ClusterError after `seconds`."""
+    """Poll until ``done``; return the seconds it took. Raises ClusterError after ``seconds``."""
     start = time.monotonic()
     while not done():
         if time.monotonic() - start > seconds:
@@ -109,10 +105,10 @@ def wait_for(what: str, done: Callable[[], bool], seconds: float, interval: floa
 
 
 def end(pids: list[int], grace: float = 10) -> None:
-    """Ask the processes to end; after `grace` seconds kill them."""
+    """Send SIGTERM to the processes, and SIGKILL after ``grace`` seconds."""
     started = {pid: start_time(pid) for pid in pids}
 
-    def left() -> list[int]:
+    def remaining() -> list[int]:
         return [
             pid
             for pid, moment in started.items()
@@ -120,14 +116,14 @@ def end(pids: list[int], grace: float = 10) -> None:
         ]
 
     for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
-        for pid in left():
+        for pid in remaining():
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
         try:
-            wait_for("ending", lambda: not left(), patience)
+            wait_for("ending the processes", lambda: not remaining(), patience)
             return
         except ClusterError:
             continue
-    raise ClusterError(f"these processes cannot be ended: {left()}")
+    raise ClusterError(f"these processes cannot be ended: {remaining()}")

@@ -1,14 +1,15 @@
-"""The first process in the cluster's own process, mount and network namespaces: starts the cluster
-and passes on connections to it.
+"""Starts the cluster and forwards connections to it, as the first process in its namespaces.
 
-When it ends, the kernel ends every process in these namespaces, containers too, and with them go
-their mounts, interfaces and packet filter rules: whatever becomes of a cluster, nothing of it stays
-in the machine's own namespaces.
+These are a process, a mount and a network namespace. When this process ends, the kernel ends every
+process in them, including containers, and removes their mounts, interfaces and packet filter rules.
+However a cluster ends, nothing of it remains in the machine's namespaces.
 
-    supervisor.py STATE STORE LISTENER    LISTENER: number of an open, listening socket of the machine's own network
+    supervisor.py STATE STORE LISTENER
 
-It starts the node's image store at once, and the rest when a line of its standard input names the
-programs' folder: images are handed over while the programs are still compiled.
+LISTENER is the file descriptor of a listening socket in the machine's network.
+
+The node's image store is started at once, the other programs when a line on standard input names
+their folder: images are copied while the programs are compiled.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from pathlib import Path
 import configs
 from state import State, wait_for
 
-# The kubelet wants these values and would write them, for the whole machine; it is shown files that
-# hold them already.
+# The kubelet needs these values and would set them for the whole machine. It gets files that
+# contain them already.
 KERNEL_SETTINGS = {
     "vm/overcommit_memory": 1,
     "vm/panic_on_oom": 0,
@@ -54,7 +55,7 @@ def make_mounts(state: State) -> None:
         "/run",
         "/var/lib",
         "/var/log",
-    ):  # where the kubelet, CNI plugins and shims write, whatever their options say
+    ):  # the kubelet, CNI plugins and shims write there despite their options
         run("mount", "-t", "tmpfs", "tmpfs", folder)
     settings = state.folder / "kernel"
     for name, value in KERNEL_SETTINGS.items():
@@ -71,8 +72,7 @@ def make_network() -> None:
     run("ip", "link", "add", "cni0", "type", "bridge")
     run("ip", "address", "add", f"{configs.NODE_IP}/16", "dev", "cni0")
     run("ip", "link", "set", "cni0", "up")
-    # Connections to services are turned to a pod on their way out; without a route there is no way
-    # out.
+    # Connections to services are redirected to a pod on the way out, which needs a route.
     run("ip", "route", "add", configs.SERVICE_CIDR, "dev", "cni0")
     for name in ("ipv4/ip_forward", "bridge/bridge-nf-call-iptables"):
         setting = Path("/proc/sys/net") / name
@@ -81,7 +81,7 @@ def make_network() -> None:
 
 
 def cgroup_folders(state: State) -> list[Path]:
-    """The cluster's cgroup in each hierarchy of this machine."""
+    """Return the folder of the cluster's cgroup in each hierarchy of this machine."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     return [
         Path(fields[1]) / state.cgroup for fields in mounts if fields[2] in ("cgroup", "cgroup2")
@@ -94,13 +94,13 @@ def make_cgroups(state: State) -> None:
         for name in (
             "cpuset.cpus",
             "cpuset.mems",
-        ):  # empty in a new group of the first version, and nothing could run in it
+        ):  # empty in a new cgroup of version 1, in which nothing could run
             if (folder / name).exists() and (folder.parent / name).exists():
                 (folder / name).write_text((folder.parent / name).read_text())
 
 
 class Parts:
-    """Starts the parts and says on standard output how long each took."""
+    """Starts the parts of the cluster, and prints the duration of each."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -146,8 +146,9 @@ class Parts:
         folder = self.state.folder
         (folder / "kwok.yaml").write_text(configs.kwokctl(self.state, self.programs))
         run(
-            self.programs / "kwokctl", "create", "cluster", "--name", configs.CLUSTER, "--config", folder / "kwok.yaml",
-            "--kubeconfig", self.state.inner_kubeconfig, "--wait", "60s",
+            self.programs / "kwokctl", "create", "cluster", "--name", configs.CLUSTER,
+            "--config", folder / "kwok.yaml", "--kubeconfig", self.state.inner_kubeconfig,
+            "--wait", "60s",
             env={"KWOK_WORKDIR": str(folder / "kwok"), "HOME": str(folder)},
         )  # fmt: skip
 
@@ -158,8 +159,9 @@ class Parts:
         (folder / "Corefile").write_text(configs.corefile(state))
         (folder / "resolv.conf").touch()
         self.start(
-            "kubelet", self.programs / "kubelet", "--config", folder / "kubelet.json", "--kubeconfig", state.inner_kubeconfig,
-            "--hostname-override", configs.NODE, "--node-ip", configs.NODE_IP, "--root-dir", folder / "kubelet",
+            "kubelet", self.programs / "kubelet", "--config", folder / "kubelet.json",
+            "--kubeconfig", state.inner_kubeconfig, "--hostname-override", configs.NODE,
+            "--node-ip", configs.NODE_IP, "--root-dir", folder / "kubelet",
         )  # fmt: skip
         self.start(
             "kube-proxy", self.programs / "kube-proxy", "--config", folder / "kube-proxy.json"
@@ -168,7 +170,7 @@ class Parts:
 
 
 def forget_containers(state: State) -> None:
-    """The store also remembers the containers of the cluster before, whose processes are gone."""
+    """Remove the containers of an earlier cluster from the store; their processes have ended."""
     ctr = ["ctr", "-a", str(state.containerd), "-n", "k8s.io"]
     old = subprocess.run(
         [*ctr, "containers", "ls", "-q"], check=True, capture_output=True, text=True
@@ -177,7 +179,7 @@ def forget_containers(state: State) -> None:
         subprocess.run([*ctr, "containers", "rm", *old], check=True, stdout=sys.stderr)
 
 
-async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError):
         while data := await reader.read(1 << 16):
             writer.write(data)
@@ -191,19 +193,20 @@ async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     except OSError:
         writer.close()
         return
-    await asyncio.gather(pass_on(reader, api_writer), pass_on(api_reader, writer))
+    await asyncio.gather(forward(reader, api_writer), forward(api_reader, writer))
 
 
 def reap() -> None:
-    """The first process of a namespace inherits every orphan in it."""
+    """Reap the orphans of the namespace, which its first process inherits."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
 async def serve(listener: socket.socket) -> None:
-    """Pass connections on until told to end. The socket belongs to the machine's network, what is
-    opened here to the cluster's.
+    """Forward connections until SIGTERM.
+
+    The listening socket is in the machine's network, new connections in the cluster's.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -220,7 +223,7 @@ def main() -> None:
     listener = socket.socket(fileno=int(sys.argv[3]))
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(1)
-    )  # the kernel shields the first process from signals that it does not handle
+    )  # the kernel ignores signals to the first process that it does not handle
     state.logs.mkdir()
     lock = (store / "lock").open("w")
     try:
@@ -234,7 +237,7 @@ def main() -> None:
     with parts.timed("containerd"):
         parts.node(store)
     if not (programs := sys.stdin.readline().strip()):
-        sys.exit("cluster: who started it is gone")
+        sys.exit("cluster: the process that started the supervisor has ended")
     parts.programs = Path(programs)
     with parts.timed("control-plane"):
         parts.control_plane()

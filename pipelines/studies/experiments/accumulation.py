@@ -33,8 +33,10 @@ KINDS = {"without batch norm": "false", "with batch norm": "true"}
 def training_of(scale: Scale, kind: str, micro: int, seed: int) -> Training:
     """Return one training. The learning rate of a full run is small, as in data_parallel.py."""
     keys = (
-        "model.name=resnet8", f"model.batch_norm={KINDS[kind]}", f"optimizer.base_lr={scale.choose(0.01, 0.00125)}",
-        f"batch.global_size={BATCH}", f"batch.micro_size={micro}", f"train.epochs={scale.choose(3, 5)}", "train.log_every_steps=1",
+        "model.name=resnet8", f"model.batch_norm={KINDS[kind]}",
+        f"optimizer.base_lr={scale.choose(0.01, 0.00125)}", f"batch.global_size={BATCH}",
+        f"batch.micro_size={micro}", f"train.epochs={scale.choose(3, 5)}",
+        "train.log_every_steps=1",
     )  # fmt: skip
     return Training(
         f"resnet8-{kind.replace(' ', '-')}-micro-{micro}",
@@ -75,20 +77,22 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     for kind in KINDS:
         entry = {}
         for micro in micro_sizes(kind, scale):
-            own = [training_of(scale, kind, micro, seed) for seed in range(scale.seeds)]
-            losses = [runs.losses(training) for training in own]
-            whole = [
+            by_seed = [training_of(scale, kind, micro, seed) for seed in range(scale.seeds)]
+            losses = [runs.losses(training) for training in by_seed]
+            undivided = [
                 runs.losses(training_of(scale, kind, MICRO[0], seed)) for seed in range(scale.seeds)
             ]
             entry[micro] = {
                 "losses": [[round(float(v), 5) for v in row] for row in losses],
                 "largest_difference_nats": max(
-                    float(abs(a - b).max()) for a, b in zip(losses, whole, strict=True)
+                    float(abs(a - b).max()) for a, b in zip(losses, undivided, strict=True)
                 ),
                 "fall_nats": min(fall_of(row.tolist()) for row in losses),
-                "peak_mib": mean_std([runs.outcome(training)["peak_mib"] for training in own], 1),
+                "peak_mib": mean_std(
+                    [runs.outcome(training)["peak_mib"] for training in by_seed], 1
+                ),
                 "images_per_second": mean_std(
-                    [runs.outcome(training)["images_per_second"] for training in own], 1
+                    [runs.outcome(training)["images_per_second"] for training in by_seed], 1
                 ),
             }
         figures["kinds"][kind] = entry
@@ -97,16 +101,19 @@ def measured(runs: Runs, scale: Scale) -> Figures:
 
 def judge(figures: Figures) -> list[Claim]:
     entry, computed = figures["kinds"]["without batch norm"], figures["activation_mib"]
-    apart = max(values["largest_difference_nats"] for values in entry.values())
+    max_diff = max(values["largest_difference_nats"] for values in entry.values())
     fall = min(values["fall_nats"] for values in entry.values())
     first, last = str(MICRO[0]), str(MICRO[-1])
     saved = entry[first]["peak_mib"]["mean"] - entry[last]["peak_mib"]["mean"]
     expected = computed[first] - computed[last]
-    told = f"peak memory {saved:,.0f} MiB lower at {last} than at {first}; activations computed: {expected:,.0f} MiB"
+    why = (
+        f"peak memory {saved:,.0f} MiB lower at {last} than at {first}; activations computed: "
+        f"{expected:,.0f} MiB"
+    )
     return [
-        same_curves("T4", "any micro-batch gives the same losses", apart, fall),
+        same_curves("T4", "any micro-batch gives the same losses", max_diff, fall),
         Claim(
-            "T4", "a smaller micro-batch needs less memory", verdict_if(saved >= expected / 2), told
+            "T4", "a smaller micro-batch needs less memory", verdict_if(saved >= expected / 2), why
         ),
     ]
 
@@ -155,32 +162,29 @@ def paragraph(figures: Figures) -> str:
         f"{values['images_per_second']['mean']:,.0f} images/s"
         for micro, values in entry.items()
     )
-    apart = max(values["largest_difference_nats"] for values in entry.values())
+    max_diff = max(values["largest_difference_nats"] for values in entry.values())
     norm = (
         " With batch norm, whose statistics are those of a micro-batch, the losses differ by "
         "up to "
-        f"{max(values['largest_difference_nats'] for values in other.values()):.2g} nats: there "
-        "the micro-batch is part of the "
-        "network."
+        f"{max(values['largest_difference_nats'] for values in other.values()):.2g} nats, because "
+        "the result then depends on the micro-batch size."
         if other
         else ""
     )
     return (
-        f"ResNet-8 without batch norm with batches of {BATCH} as accumulation steps x "
-        "micro-batch; peak memory of the "
-        f"whole process, program included: {cells}. No step's loss differs by more than "
-        f"{apart:.2g} nats between them.{norm}"
+        f"ResNet-8 without batch norm, with batches of {BATCH} as accumulation steps x "
+        f"micro-batch. Peak memory of the process, including the program: {cells}. The losses of a "
+        f"step differ by at most {max_diff:.2g} nats between them.{norm}"
     )
 
 
 STUDY = Study(
     name="accumulation",
     statements=("T4",),
-    question="Does a batch in several micro-batches train as one in a single one does, in less memory?",
-    rule=f"Curve: borne out where, without batch norm, no step's loss differs by {SAME} nats or more in any seed, else not. "
-    "Memory: borne out where the peak of the process falls by at least half of what the "
-    "activations are computed to take less, "
-    "else not.",
+    question="Does a batch divided into micro-batches train like an undivided one, in less memory?",
+    rule=f"Curve: borne out if, without batch norm, no step's loss differs by {SAME} nats or more "
+    "in any seed, else not. Memory: borne out if the peak memory of the process falls by at least "
+    "half of the computed reduction of the activations, else not.",
     trainings=trainings,
     measure=measured,
     judge=judge,

@@ -39,7 +39,8 @@ def training_of(scale: Scale, kind: str, rate: float, seed: int) -> Training:
     """
     keys = (
         "model.name=plain8", "model.width=8", "model.batch_norm=false", f"model.activation={kind}",
-        f"optimizer.base_lr={rate}", "optimizer.weight_decay=0.0", "schedule.name=constant", f"train.epochs={scale.choose(14, 20)}",
+        f"optimizer.base_lr={rate}", "optimizer.weight_decay=0.0", "schedule.name=constant",
+        f"train.epochs={scale.choose(14, 20)}",
     )  # fmt: skip
     return Training(
         f"plain8-{kind}-{rate:g}",
@@ -82,8 +83,8 @@ def _errors(runs: Runs, training: Training) -> tuple[list[int], list[float]]:
 def _kind(runs: Runs, scale: Scale, kind: str) -> dict[str, Any]:
     by_rate: dict[str, dict[str, Any]] = {}
     for rate in rates(scale):
-        own = [training_of(scale, kind, rate, seed) for seed in range(scale.seeds)]
-        rows = [_errors(runs, training) for training in own]
+        by_seed = [training_of(scale, kind, rate, seed) for seed in range(scale.seeds)]
+        rows = [_errors(runs, training) for training in by_seed]
         by_rate[f"{rate:g}"] = {
             "steps": rows[0][0],
             "errors": [errors for _, errors in rows],
@@ -137,9 +138,12 @@ def judge(figures: Figures) -> list[Claim]:
     ):
         rows = [[first_to_last(norms) for norms in figures[kind][when]] for kind in KINDS]
         ratios = [a / b for a, b in zip(*rows, strict=True)]
-        told = "times tanh's: " + differences_text(ratios, 2)
-        text = f"{text}, more of the gradient reaches the first layer with ReLU (its norm / the last one's)"
-        claims.append(Claim("I1", text, verdict_by_seeds(ratios, 1.0), told))
+        why = "relative to tanh: " + differences_text(ratios, 2)
+        text = (
+            f"{text}, more of the gradient reaches the first layer with ReLU (norm in the first / "
+            "in the last layer)"
+        )
+        claims.append(Claim("I1", text, verdict_by_seeds(ratios, 1.0), why))
     return claims
 
 
@@ -187,30 +191,28 @@ def paragraph(figures: Figures) -> str:
         for kind in KINDS
     }
     return (
-        "Plain-8 (seven convolutions and a fully connected layer) without batch norm. At its "
-        "best rate "
-        f"({figures['relu']['best_rate']} and {figures['tanh']['best_rate']}, chosen among the "
-        "same) the network with ReLU had "
-        f"{GOAL:.0f}% training error after {format_mean_std(relu, 0)} steps, with tanh after "
-        f"{format_mean_std(tanh, 0)}: "
-        f"{tanh['mean'] / relu['mean']:.1f} times as many (Krizhevsky et al.: six times, four "
-        "layers, CIFAR-10). The error is "
-        "measured at each epoch's end alone; a network that never got there counts as twice its "
-        "length. Gradient in the first "
-        f"layer as a part of the last one's: ReLU {rows['relu'][0]:.3g} at the start and "
-        f"{rows['relu'][1]:.3g} after training, "
-        f"tanh {rows['tanh'][0]:.3g} and {rows['tanh'][1]:.3g}."
+        "Plain-8 (seven convolutions and a fully connected layer) without batch norm. Each at its "
+        f"best rate ({figures['relu']['best_rate']} and {figures['tanh']['best_rate']}, from the "
+        f"same candidates), the network with ReLU reached {GOAL:.0f}% training error after "
+        f"{format_mean_std(relu, 0)} steps, the network with tanh after "
+        f"{format_mean_std(tanh, 0)}: {tanh['mean'] / relu['mean']:.1f} times as many (Krizhevsky "
+        "et al.: six times, four layers, CIFAR-10). The error is measured only at the end of each "
+        "epoch; a network that never reaches it counts as twice the number of its steps. Gradient "
+        f"in the first layer relative to the last: ReLU {rows['relu'][0]:.3g} at the start and "
+        f"{rows['relu'][1]:.3g} after training, tanh {rows['tanh'][0]:.3g} and "
+        f"{rows['tanh'][1]:.3g}."
     )
 
 
 STUDY = Study(
     name="activation",
     statements=("I1",),
-    question="Does ReLU train faster than tanh, and does more of the gradient reach the first layer?",
-    rule=f"Steps to {GOAL:.0f}% training error, each non-linearity at the rate that gets there first: borne out where ReLU needs "
-    "fewer in each of at least 3 seeds, not borne out where in none, else undecided. Gradient "
-    "of the first layer as a part of the "
-    "last one's: the same, with 5 initial weights at the start.",
+    question="Does ReLU train faster than tanh, and does more of the gradient reach the first "
+    "layer?",
+    rule=f"Steps to {GOAL:.0f}% training error, each non-linearity at its fastest rate: borne out "
+    "if ReLU needs fewer in each of at least 3 seeds, not borne out if in none, else undecided. "
+    "Gradient of the first layer relative to the last: the same, with 5 initial weights at the "
+    "start.",
     trainings=trainings,
     measure=measured,
     judge=judge,

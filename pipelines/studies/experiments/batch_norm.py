@@ -28,8 +28,9 @@ def rates(scale: Scale) -> tuple[float, ...]:
 
 def training_of(scale: Scale, kind: str, rate: float, seed: int) -> Training:
     keys = (
-        f"model.name={KINDS[kind]}", "model.stem=small", "model.width=8", "model.dropout=0.0", f"optimizer.base_lr={rate}",
-        "schedule.name=constant", f"train.epochs={scale.choose(2, 3)}",
+        f"model.name={KINDS[kind]}", "model.stem=small", "model.width=8", "model.dropout=0.0",
+        f"optimizer.base_lr={rate}", "schedule.name=constant",
+        f"train.epochs={scale.choose(2, 3)}",
     )  # fmt: skip
     return Training(
         f"vgg11-{kind}-norm-{rate:g}", seed, scale.choose(2048, 4096), 2000, keys, may_diverge=True
@@ -54,7 +55,7 @@ def last_loss(runs: Runs, training: Training) -> float | None:
 
 
 def decades(tried: list[float], losses: list[float | None]) -> float:
-    """Return the orders of magnitude from the lowest to the highest rate that trains.
+    """Return the orders of magnitude from the lowest to the highest rate that works.
 
     One step of the grid is added, so that a single rate counts as one step; no rate counts as 0.
     """
@@ -89,7 +90,7 @@ def judge(figures: Figures) -> list[Claim]:
             figures["with"]["decades"]["each"], figures["without"]["decades"]["each"], strict=True
         )
     ]
-    text = "the range of rates that train is wider with batch norm"
+    text = "the range of rates that work is wider with batch norm"
     return [
         Claim(
             "I7", text, verdict_by_seeds(wider), differences_text(wider, 2, " orders of magnitude")
@@ -110,7 +111,7 @@ def plot(figures: Figures, file: Path) -> None:
             plots.band(axes, figures["rates"], rows, colour, f"{kind} batch norm", marker="o")
         axes.axhline(LEARNED, color=plots.BLACK, linestyle=":", linewidth=0.9)
         axes.annotate(
-            "below: it trains",
+            "below: the rate works",
             (figures["rates"][0], LEARNED),
             textcoords="offset points",
             xytext=(0, -12),
@@ -133,31 +134,32 @@ def paragraph(figures: Figures) -> str:
             for i, r in enumerate(figures["rates"])
             if all(row[i] is not None and row[i] < LEARNED for row in rows)
         ]
-        gone = [r for i, r in enumerate(figures["rates"]) if any(row[i] is None for row in rows)]
+        diverged = [
+            r for i, r in enumerate(figures["rates"]) if any(row[i] is None for row in rows)
+        ]
         named = f"{min(good):g} to {max(good):g}" if good else "none"
-        end = f", diverged at {', '.join(f'{rate:g}' for rate in gone)}" if gone else ""
+        end = f", diverged at {', '.join(f'{rate:g}' for rate in diverged)}" if diverged else ""
         cells.append(
             f"{kind} batch norm {named} in every seed "
             f"({format_mean_std(figures[kind]['decades'])} orders of magnitude){end}"
         )
     return (
         "VGG-11's small form (8 to 64 channels, no dropout) on Fashion-MNIST at "
-        f"{len(figures['rates'])} rates from "
-        f"{figures['rates'][0]:g} to {figures['rates'][-1]:g}. Rates that train, by a training "
-        "loss below half of what guessing "
-        f"gives ({LEARNED:.2f} nats): {'; '.join(cells)}. A rate that trains alone counts as "
-        "one step of the grid."
+        f"{len(figures['rates'])} rates from {figures['rates'][0]:g} to "
+        f"{figures['rates'][-1]:g}. Rates that work, that is, with a training loss below half of "
+        f"that of guessing ({LEARNED:.2f} nats): {'; '.join(cells)}. If only one rate works, the "
+        "range is one step of the grid."
     )
 
 
 STUDY = Study(
     name="batch-norm",
     statements=("I7",),
-    question="Does batch norm widen the range of learning rates that train?",
-    rule="A rate trains where the mean training loss of the last fifth of the steps is below ln(10)/2. The range is the orders of "
-    "magnitude from the least such rate to the greatest, plus one step of the grid. Borne out "
-    "where it is wider with batch norm in "
-    "each of at least 3 seeds, not borne out where in none, else undecided.",
+    question="Does batch norm widen the range of learning rates that work?",
+    rule="A rate works if the mean training loss of the last fifth of the steps is below ln(10)/2. "
+    "The range is the orders of magnitude from the lowest such rate to the highest, plus one step "
+    "of the grid. Borne out if it is wider with batch norm in each of at least 3 seeds, not borne "
+    "out if in none, else undecided.",
     trainings=trainings,
     measure=measured,
     judge=judge,

@@ -27,8 +27,8 @@ def prepare(folder: Path, train_samples: int, val_samples: int) -> Path:
     source = find_fashion()
     if source is None:
         raise UserError(
-            "Fashion-MNIST cannot be had: neither installed nor to be fetched with apt; "
-            "install Debian's package dataset-fashion-mnist, or unpack it below "
+            "Fashion-MNIST is unavailable: it is not installed and cannot be fetched with apt; "
+            "install Debian's package dataset-fashion-mnist, or unpack it into "
             "~/.cache/convoy/dataset-fashion-mnist"
         )
     first = folder / f"{packed.name}.idx"

@@ -42,7 +42,7 @@ LEAST_SPEEDUP = 1.6
 # Goyal et al. 2017: 29 hours on 8 P100s, one hour on 256 (8 per server, 50 Gbit/s Ethernet), 32
 # images per GPU, fp32 gradients
 GOYAL_HOURS = {8: 29.0, 256: 1.0}
-GOYAL_BANDWIDTH, GPUS_A_SERVER, IMAGES_A_GPU = 50e9 / 8, 8, 32
+GOYAL_BANDWIDTH, GPUS_PER_SERVER, IMAGES_PER_GPU = 50e9 / 8, 8, 32
 LATENCY = 20e-6
 """Assumed latency of Ethernet, seconds per message."""
 DLE = ("8 A100, NVIDIA DeepLearningExamples, ResNet-50", 8, 6.72)
@@ -56,8 +56,9 @@ def training_of(scale: Scale, ranks: int, seed: int) -> Training:
     (docs/log.md), so its rate is small.
     """
     keys = (
-        "model.name=resnet8", "model.batch_norm=false", f"optimizer.base_lr={scale.choose(0.02, 0.0025)}",
-        f"batch.global_size={BATCH}", f"batch.micro_size={MICRO}", "train.epochs=3",
+        "model.name=resnet8", "model.batch_norm=false",
+        f"optimizer.base_lr={scale.choose(0.02, 0.0025)}", f"batch.global_size={BATCH}",
+        f"batch.micro_size={MICRO}", "train.epochs=3",
     )  # fmt: skip
     return Training(
         f"resnet8-ranks-{ranks}", seed, scale.choose(2048, 6000), 2000, keys, procs=ranks
@@ -113,7 +114,7 @@ def measure_link(folder: Path) -> tuple[float, float]:
     )
     if done.returncode:
         raise RetryableError(
-            f"the AllReduce of two processes failed: {done.stderr.strip().splitlines()[-1][:200]}"
+            f"the all-reduce of two processes failed: {done.stderr.strip().splitlines()[-1][:200]}"
         )
     return link_of({int(size): seconds for size, seconds in json.loads(file.read_text()).items()})
 
@@ -126,8 +127,8 @@ def efficiency(ranks: int) -> dict[str, float]:
     form a ring.
     """
     images = 90 * 1_281_167
-    compute = IMAGES_A_GPU / (images / (GOYAL_HOURS[8] * 3600 * 8))
-    servers = max(1, ranks // GPUS_A_SERVER)
+    compute = IMAGES_PER_GPU / (images / (GOYAL_HOURS[8] * 3600 * 8))
+    servers = max(1, ranks // GPUS_PER_SERVER)
     wire = ring(servers, 4 * model_info("resnet50").parameters, LATENCY, GOYAL_BANDWIDTH)
     return {
         "after": round(compute / (compute + wire), 4),
@@ -137,15 +138,18 @@ def efficiency(ranks: int) -> dict[str, float]:
 
 def measured(runs: Runs, scale: Scale) -> Figures:
     latency, bandwidth = measure_link(runs.folder)
-    own = {
+    by_ranks = {
         ranks: [training_of(scale, ranks, seed) for seed in range(scale.seeds)] for ranks in RANKS
     }
-    losses = {ranks: [runs.losses(training) for training in of] for ranks, of in own.items()}
-    speeds = {
-        ranks: [runs.outcome(training)["images_per_second"] for training in of]
-        for ranks, of in own.items()
+    losses = {
+        ranks: [runs.losses(training) for training in by_seed]
+        for ranks, by_seed in by_ranks.items()
     }
-    size = 4 * describe_small()
+    speeds = {
+        ranks: [runs.outcome(training)["images_per_second"] for training in by_seed]
+        for ranks, by_seed in by_ranks.items()
+    }
+    size = 4 * num_parameters()
     seconds = {
         ranks: mean_std([BATCH / speed for speed in each], 5) for ranks, each in speeds.items()
     }
@@ -174,7 +178,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     }
 
 
-def describe_small() -> int:
+def num_parameters() -> int:
     """Return the number of parameters of the network that is trained here."""
     import torch
 
@@ -185,31 +189,31 @@ def describe_small() -> int:
 
 
 def judge(figures: Figures) -> list[Claim]:
-    apart = figures["largest_difference_nats"]
+    max_diff = figures["largest_difference_nats"]
     gains = figures["speedup_of_two"]["each"]
     bounds, published = figures["efficiency"]["256"], figures["goyal_efficiency"]
-    told = f"published {published:.1%}, the model {bounds['after']:.1%} to {bounds['under']:.1%}"
+    why = f"published {published:.1%}, model {bounds['after']:.1%} to {bounds['under']:.1%}"
     within = bounds["after"] <= published <= bounds["under"]
     far = figures["efficiency"]["512"]
     return [
-        same_curves("P4", "1, 2 and 4 ranks give the same losses", apart, figures["fall_nats"]),
+        same_curves("P4", "1, 2 and 4 ranks give the same losses", max_diff, figures["fall_nats"]),
         Claim(
             "T1",
-            f"two ranks here are {LEAST_SPEEDUP} times one",
+            f"two ranks on this machine are more than {LEAST_SPEEDUP} times as fast as one",
             verdict_by_seeds(gains, LEAST_SPEEDUP),
             differences_text(gains),
         ),
         Claim(
             "T1",
-            "8 to 256 GPUs scale as the model of compute and AllReduce says",
+            "8 to 256 GPUs scale as the model of compute and all-reduce predicts",
             verdict_if(within),
-            told,
+            why,
         ),
         Claim(
             "T1",
-            "which is nearly linear to 512",
+            "the model's scaling is nearly linear up to 512 GPUs",
             verdict_if(far["after"] >= 0.8),
-            f"at least {far['after']:.1%} of 8 GPUs' speed a GPU",
+            f"at least {far['after']:.1%} of the speed per GPU of 8 GPUs",
         ),
     ]
 
@@ -243,7 +247,7 @@ def plot(figures: Figures, file: Path) -> None:
             model,
             "D",
             color=plots.ORANGE,
-            label="compute / ranks + AllReduce, each rank a core",
+            label="compute / ranks + all-reduce, one core per rank",
         )
         step.set(xlabel=f"ranks, on {figures['cores']} cores", ylabel="step time (ms)")
         counts = [int(n) for n in figures["efficiency"]]
@@ -257,7 +261,7 @@ def plot(figures: Figures, file: Path) -> None:
             high,
             color=plots.SKY,
             alpha=0.4,
-            label="model: AllReduce after to under the backward pass",
+            label="model: all-reduce after the backward pass, to fully overlapped",
         )
         far.plot(
             [256],
@@ -276,7 +280,7 @@ def plot(figures: Figures, file: Path) -> None:
         far.set(
             xscale="log",
             xlabel="GPUs",
-            ylabel="speed a GPU, of that on 8 (DLE: on 1) (%)",
+            ylabel="speed per GPU, relative to 8 GPUs (DLE: to 1) (%)",
             ylim=(0, 105),
         )
         far.set_xticks(counts, [str(n) for n in counts])
@@ -298,37 +302,34 @@ def paragraph(figures: Figures) -> str:
     link, far = figures["link"], figures["efficiency"]["512"]
     return (
         f"ResNet-8 without batch norm, {figures['gradient_bytes'] / 2**20:.1f} MiB of "
-        f"gradients, a batch of {BATCH}: no step's "
-        f"loss is more than {figures['largest_difference_nats']:.2g} nats apart on 1, 2 and 4 "
-        "ranks. An AllReduce of two processes "
-        f"here: {1e6 * link['latency_seconds']:.0f} us and "
-        f"{link['bytes_per_second'] / 1e6:,.0f} MB/s. Step time by ranks, "
-        f"{steps}; the model gives each rank a core of its own, and there are "
-        f"{figures['cores']}. Two ranks are "
-        f"{format_mean_std(figures['speedup_of_two'], 2)} times one. For ResNet-50 on P100s in "
-        "servers of 8 with 50 Gbit/s, "
-        f"{1e6 * LATENCY:.0f} us a message (assumed) and no cost inside a server (assumed), the "
-        "model gives 256 GPUs "
-        f"{figures['efficiency']['256']['after']:.1%} of the 8 GPUs' speed each with the "
-        "AllReduce after the backward pass and "
-        f"{figures['efficiency']['256']['under']:.1%} wholly under it; published are "
-        f"{figures['goyal_efficiency']:.1%} (29 hours "
-        f"on 8, one on 256: Goyal et al. 2017). At 512: {far['after']:.1%} to "
-        f"{far['under']:.1%}. {DLE[0]}: {DLE[2] / DLE[1]:.0%}, "
-        "which this model does not explain: inside a server it sees no cost."
+        f"gradients, batch size {BATCH}: the losses of a step differ by at most "
+        f"{figures['largest_difference_nats']:.2g} nats between 1, 2 and 4 ranks. An all-reduce "
+        f"between two processes on this machine: {1e6 * link['latency_seconds']:.0f} us and "
+        f"{link['bytes_per_second'] / 1e6:,.0f} MB/s. Step time by number of ranks: {steps}. The "
+        "model assumes one core per rank; this machine has "
+        f"{figures['cores']}. Two ranks are {format_mean_std(figures['speedup_of_two'], 2)} times "
+        "as fast as one. For ResNet-50 on P100s in servers of 8 with 50 Gbit/s, "
+        f"{1e6 * LATENCY:.0f} us per message (assumed) and no cost inside a server (assumed), the "
+        "model predicts, for each of 256 GPUs, "
+        f"{figures['efficiency']['256']['after']:.1%} of the speed of each of 8 GPUs if the "
+        "all-reduce follows the backward pass, and "
+        f"{figures['efficiency']['256']['under']:.1%} if it fully overlaps with it. The published "
+        f"value is {figures['goyal_efficiency']:.1%} (29 hours on 8, one on 256: Goyal et al. "
+        f"2017). At 512: {far['after']:.1%} to {far['under']:.1%}. {DLE[0]}: "
+        f"{DLE[2] / DLE[1]:.0%}, which this model does not explain, because it assumes no cost "
+        "inside a server."
     )
 
 
 STUDY = Study(
     name="data-parallel",
     statements=("T1", "P4"),
-    question="Do more ranks compute the same, and how much faster?",
-    rule=f"P4: borne out where no step's loss differs by {SAME} nats or more between 1, 2 and 4 ranks, else not; undecided where "
-    f"the loss falls by less than {LEAST_FALL}. T1: borne out where two ranks are more than "
-    f"{LEAST_SPEEDUP} times as fast as one "
-    "in each of at least 3 seeds, not borne out where in none; where Goyal's published "
-    "efficiency lies between the model's without "
-    "and with overlap; and where the former is at least 80% at 512 GPUs.",
+    question="Do more ranks compute the same, and how much faster are they?",
+    rule=f"P4: borne out if no step's loss differs by {SAME} nats or more between 1, 2 and 4 "
+    f"ranks, else not; undecided if the loss falls by less than {LEAST_FALL}. T1: borne out if two "
+    f"ranks are more than {LEAST_SPEEDUP} times as fast as one in each of at least 3 seeds, not "
+    "borne out if in none; if Goyal's published efficiency is between the model's efficiencies "
+    "without and with overlap; and if the former is at least 80% at 512 GPUs.",
     trainings=trainings,
     measure=measured,
     judge=judge,

@@ -89,14 +89,14 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         "networks": {},
     }
     for (family, depth), seeds in networks(scale).items():
-        own = [training_of(scale, family, depth, seed) for seed in range(seeds)]
-        losses = [runs.losses(training) for training in own]
+        by_seed = [training_of(scale, family, depth, seed) for seed in range(seeds)]
+        losses = [runs.losses(training) for training in by_seed]
         width = len(losses[0]) // 10
         smoothed = [plots.thinned(plots.smooth(loss.tolist(), width)) for loss in losses]
-        tests = [runs.history(training, "top1") for training in own]
+        tests = [runs.history(training, "top1") for training in by_seed]
         figures["networks"][f"{family}{depth}"] = {
             "last_loss": mean_std([float(loss[-width:].mean()) for loss in losses]),
-            "test_error_percent": mean_std([100 - runs.top1(training) for training in own], 2),
+            "test_error_percent": mean_std([100 - runs.top1(training) for training in by_seed], 2),
             "steps": smoothed[0][0],
             "losses": [values for _, values in smoothed],
             "test_steps": tests[0][0].tolist(),
@@ -116,9 +116,12 @@ def judge(figures: Figures) -> list[Claim]:
         return [b - a for a, b in zip(shallow, deep, strict=True)]
 
     plain, residual = growth("plain"), growth("resnet")
-    apart = [p - r for p, r in zip(plain, residual, strict=True)]
+    extra_growth = [p - r for p, r in zip(plain, residual, strict=True)]
     block = figures["block"]
-    added = f"{len(block['lines_of_code'])} line (`{block['lines_of_code'][0]}`), {block['more_parameters']} parameters"
+    added = (
+        f"{len(block['lines_of_code'])} line (`{block['lines_of_code'][0]}`), "
+        f"{block['more_parameters']} parameters"
+    )
     same = (
         len(block["lines_of_code"]) == 1
         and block["more_parameters"] == 0
@@ -138,9 +141,12 @@ def judge(figures: Figures) -> list[Claim]:
             [-value for value in residual],
         ),
         claim(
-            "I6", "depth costs the residual network less training loss than the plain one", apart
+            "I6",
+            "depth increases the training loss of the residual network less than that of the "
+            "plain one",
+            extra_growth,
         ),
-        Claim("P3", "the residual block is the plain one, + x", verdict_if(bool(same)), added),
+        Claim("P3", "the residual block is the plain block plus x", verdict_if(bool(same)), added),
     ]
 
 
@@ -190,8 +196,8 @@ def paragraph(figures: Figures) -> str:
         f"At the end of training (mean of the last tenth of the steps): {cells}. The two "
         "families differ in one line of "
         f"`trainer/models/resnet.py`, `{figures['block']['lines_of_code'][0]}`, and in no "
-        "parameter. A training this short shows "
-        "how fast a network learns, not where it would end after the paper's 64,000 steps."
+        "parameter. Such a short training shows how fast a network learns, not its result after "
+        "the paper's 64,000 steps."
     )
 
 
@@ -199,10 +205,10 @@ STUDY = Study(
     name="depth",
     statements=("I6", "P2", "P3"),
     question="Do more layers make a network better, and does that change with the shortcut?",
-    rule=f"By the training loss (mean of the last tenth of the steps) of {SHALLOW} and {DEEP} layers: each claim is borne out "
-    "where it holds in each of at least 3 seeds, not borne out where in none, else undecided. "
-    "P3: one line of code, no parameter "
-    "more, and the block's output equals relu(F(x) + x) bit for bit.",
+    rule=f"By the training loss (mean of the last tenth of the steps) of {SHALLOW} and {DEEP} "
+    "layers: each claim is borne out if it holds in each of at least 3 seeds, not borne out if in "
+    "none, else undecided. P3: one line of code, no additional parameter, and the block's output "
+    "equals relu(F(x) + x) bit for bit.",
     trainings=trainings,
     measure=measured,
     judge=judge,

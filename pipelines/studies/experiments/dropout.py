@@ -24,10 +24,14 @@ KINDS = {"without": 0.0, "with": 0.5}
 
 
 def training_of(scale: Scale, kind: str, seed: int) -> Training:
-    """Return one training. Without weight decay and augmentation, only dropout counters overfitting."""
+    """Return one training.
+
+    Without weight decay and augmentation, only dropout counters overfitting.
+    """
     keys = (
         "model.name=alexnet", "model.stem=small", "model.width=16", f"model.dropout={KINDS[kind]}",
-        "optimizer.base_lr=0.02", "optimizer.weight_decay=0.0", f"train.epochs={scale.choose(15, 40)}",
+        "optimizer.base_lr=0.02", "optimizer.weight_decay=0.0",
+        f"train.epochs={scale.choose(15, 40)}",
     )  # fmt: skip
     return Training(f"alexnet-{kind}-dropout", seed, SAMPLES, scale.choose(2000, 5000), keys)
 
@@ -39,9 +43,10 @@ def trainings(scale: Scale) -> list[Training]:
 def measured(runs: Runs, scale: Scale) -> Figures:
     figures: Figures = {}
     for kind in KINDS:
-        own = [training_of(scale, kind, seed) for seed in range(scale.seeds)]
-        train, test = [measure.top1(runs, t, "train") for t in own], [runs.top1(t) for t in own]
-        curves = [runs.history(training, "top1") for training in own]
+        by_seed = [training_of(scale, kind, seed) for seed in range(scale.seeds)]
+        train = [measure.top1(runs, training, "train") for training in by_seed]
+        test = [runs.top1(training) for training in by_seed]
+        curves = [runs.history(training, "top1") for training in by_seed]
         figures[kind] = {
             "train_top1_percent": mean_std(train, 2),
             "test_top1_percent": mean_std(test, 2),
@@ -73,7 +78,7 @@ def judge(figures: Figures) -> list[Claim]:
         ),
         Claim(
             "I2",
-            "and test accuracy is higher",
+            "the test accuracy is higher with dropout",
             verdict_by_seeds(better),
             differences_text(better, unit=" points"),
         ),
@@ -112,19 +117,19 @@ def paragraph(figures: Figures) -> str:
     )
     return (
         "AlexNet's small form, whose three fully connected layers hold most of its parameters, "
-        f"on {SAMPLES:,} images, trained "
-        f"with half of the inputs of the first two dropped or none: {cells}. Training accuracy "
-        "is that of the network in "
-        "evaluation, without dropout, on the images that it was trained on."
+        f"trained on {SAMPLES:,} images, with half or none of the inputs of the first two of these "
+        f"layers dropped: {cells}. Training accuracy is measured in evaluation mode, without "
+        "dropout, on the training images."
     )
 
 
 STUDY = Study(
     name="dropout",
     statements=("I2",),
-    question="Does dropout in the fully connected layers counter overfitting where there are few images?",
-    rule="Gap: borne out where training minus test accuracy is smaller with dropout in each of at least 3 seeds, not borne out "
-    "where in none, else undecided. Test accuracy: the same for higher.",
+    question="Does dropout in the fully connected layers counter overfitting with few images?",
+    rule="Gap: borne out if training minus test accuracy is smaller with dropout in each of at "
+    "least 3 seeds, not borne out if in none, else undecided. Test accuracy: the same for a higher "
+    "accuracy.",
     trainings=trainings,
     measure=measured,
     judge=judge,

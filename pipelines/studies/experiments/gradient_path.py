@@ -68,8 +68,8 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     figures: Figures = {}
     for family in FAMILIES:
         for depth in (SHALLOW, DEEP):
-            own = [training_of(scale, family, depth, seed) for seed in range(scale.seeds)]
-            config = runs.run_of(own[0]).config()
+            by_seed = [training_of(scale, family, depth, seed) for seed in range(scale.seeds)]
+            config = runs.run_of(by_seed[0]).config()
             starts = [
                 config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
                 for seed in range(STARTS)
@@ -78,7 +78,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
             figures[f"{family}{depth}"] = {
                 "start": [_norms(measure.untrained(start), images, labels) for start in starts],
                 "trained": [
-                    _norms(measure.trained(runs, training), images, labels) for training in own
+                    _norms(measure.trained(runs, training), images, labels) for training in by_seed
                 ],
                 "shortcuts_alone": _alone(alone, images, labels) if family == "resnet" else 0.0,
             }
@@ -115,9 +115,12 @@ def judge(figures: Figures) -> list[Claim]:
     ]
     for when, text in (("start", "at the start"), ("trained", "after training")):
         values = closer(when)
-        told = differences_text(values, 2, " orders of magnitude")
-        text = f"{text}, the gradient at the first block of res-{DEEP} is nearer to that at the last than in plain-{DEEP}"
-        claims.append(Claim("R3", text, verdict_by_seeds(values), told))
+        why = differences_text(values, 2, " orders of magnitude")
+        text = (
+            f"{text}, the gradient at the first block is closer to that at the last block in "
+            f"res-{DEEP} than in plain-{DEEP}"
+        )
+        claims.append(Claim("R3", text, verdict_by_seeds(values), why))
     return claims
 
 
@@ -146,7 +149,7 @@ def plot(figures: Figures, file: Path) -> None:
                 title=title,
                 yscale="log",
                 xlabel="block: first (0%) to last (100%)",
-                ylabel="norm of the gradient, mean of an image",
+                ylabel="norm of the gradient, mean over images",
             )
             axes.legend(frameon=False)
 
@@ -161,25 +164,25 @@ def paragraph(figures: Figures) -> str:
         cells.append(f"{name}: {start:.3g} at the start, {trained:.3g} after training")
     alone = figures[f"resnet{DEEP}"]["shortcuts_alone"]
     return (
-        "Norm of the loss's gradient in what the first block puts out, as a multiple of that at "
-        "the last block: "
+        "Norm of the gradient of the loss in the output of the first block, as a multiple of that "
+        "at the last block: "
         + "; ".join(cells)
-        + f". Where every block's convolutions are taken out of the backward pass, {alone:.2f} of it arrives by the shortcuts "
-        "of the residual network, and nothing in the plain one. With batch norm, which all of "
-        "these have, a plain network's "
-        "gradient need not vanish (He et al. 2015, 4.1, say so themselves); read the figures "
-        "for what it does instead."
+        + ". If the convolutions of all blocks are excluded from the backward pass, "
+        f"{alone:.2f} of it arrives through the shortcuts of the residual network, and nothing in "
+        "the plain one. With batch norm, which all of these networks have, the gradient of a plain "
+        "network need not vanish, as He et al. 2015 (4.1) also state."
     )
 
 
 STUDY = Study(
     name="gradient-path",
     statements=("R3",),
-    question="Does the gradient reach the first layers of a residual network unimpeded, and those of a plain one not?",
-    rule="Shortcuts alone: borne out where at least a tenth of the last block's gradient norm arrives at the first. Else by the "
-    "orders of magnitude between first and last block: borne out where the residual network's "
-    "are fewer in each of at least 3 "
-    "seeds (5 at the start), not borne out where in none, else undecided.",
+    question="Does the gradient reach the first layers of a residual network unimpeded, but not "
+    "those of a plain one?",
+    rule="Shortcuts alone: borne out if at least a tenth of the last block's gradient norm arrives "
+    "at the first. Otherwise by the orders of magnitude between first and last block: borne out if "
+    "they are fewer in the residual network in each of at least 3 seeds (5 at the start), not "
+    "borne out if in none, else undecided.",
     trainings=trainings,
     measure=measured,
     judge=judge,

@@ -96,13 +96,13 @@ def explained(kind: str, x: Tensor, seed: int, steps: int) -> float:
 
     The target is H = the 3x3 mean of x.
     """
-    wanted = F.avg_pool2d(x, 3, 1, 1)
+    target = F.avg_pool2d(x, 3, 1, 1)
     blocks = stack_of(kind, 1, seed)
-    fit(blocks, x, wanted, steps, RATES[1])
+    fit(blocks, x, target, steps, RATES[1])
     block = blocks[0]
     assert isinstance(block, Block)
     with torch.no_grad():
-        rest = (block.residual(x) - (wanted - x)).square().mean() / (wanted - x).square().mean()
+        rest = (block.residual(x) - (target - x)).square().mean() / (target - x).square().mean()
     return 1 - float(rest)
 
 
@@ -132,19 +132,20 @@ def judge(figures: Figures) -> list[Claim]:
             figures["kinds"][kind]["last_loss"][n]["each"] for kind in (PLAIN, RESIDUAL)
         )
         ratios = [p / max(r, 1e-12) for p, r in zip(plain, residual, strict=True)]
-        told = "times the residual ones' error: " + differences_text(ratios, 1)
+        why = "relative to residual blocks: " + differences_text(ratios, 1)
         claims.append(
             Claim(
                 "R1",
-                f"{n} plain block{'s' if n != '1' else ''} err twice as much",
+                f"the error of {n} plain block{'s' if n != '1' else ''} is more than twice as "
+                "large",
                 verdict_by_seeds(ratios, 2.0),
-                told,
+                why,
             )
         )
     starts = [
         curve[0] for curves in figures["kinds"][ZERO_GAIN]["curves"].values() for curve in curves
     ]
-    text = "a residual block whose last gain is 0 is the identity before it has learned anything"
+    text = "a residual block whose last gain is 0 is the identity before training"
     claims.append(
         Claim(
             "R1",
@@ -154,13 +155,16 @@ def judge(figures: Figures) -> list[Claim]:
         )
     )
     parts = figures["explained"][ZERO_GAIN]["each"]
-    text = f"a residual block (last gain 0) asked for H learns F(x) = H(x) - x, at least {EXPLAINED:.0%} of it"
+    text = (
+        "a residual block (last gain 0) trained to compute H learns more than "
+        f"{EXPLAINED:.0%} of F(x) = H(x) - x"
+    )
     return [*claims, Claim("R2", text, verdict_by_seeds(parts, EXPLAINED), differences_text(parts))]
 
 
 def plot(figures: Figures, file: Path) -> None:
     deepest = str(max(DEPTHS))
-    with plots.panels(2, "Blocks asked to be the identity", file) as (by_step, by_depth):
+    with plots.panels(2, "Blocks trained to be the identity", file) as (by_step, by_depth):
         for (kind, entry), colour in zip(
             figures["kinds"].items(), (plots.ORANGE, plots.BLUE, plots.GREEN), strict=True
         ):
@@ -190,36 +194,34 @@ def plot(figures: Figures, file: Path) -> None:
 def paragraph(figures: Figures) -> str:
     cells = "; ".join(
         f"{kind}: "
-        + ", ".join(f"{n} blocks {values['mean']:.2g}" for n, values in entry["last_loss"].items())
+        + ", ".join(
+            f"{n} block{'s' if n != '1' else ''} {values['mean']:.2g}"
+            for n, values in entry["last_loss"].items()
+        )
         for kind, entry in figures["kinds"].items()
     )
     parts = figures["explained"]
     return (
-        f"After {figures['steps']} steps of AdamW, each at the better of the rates {RATES[0]:g} "
-        f"and {RATES[1]:g}, the error in "
-        f"giving back their input, as a part of its variance: {cells}. One residual block that "
-        "was asked for the 3x3 mean H of its "
-        f"input: its branch F came to be {format_mean_std(parts[ZERO_GAIN], 3)} of H(x) - x (1: "
-        "all of it) where its last gain "
-        f"was 0 at first, and {format_mean_std(parts[RESIDUAL], 1)} where it was 1, as usual: "
-        "there a random F "
-        "closes the last ReLU of some maps for good, and below that F may be anything. Blocks "
-        "are those of the first stage of the "
-        "CIFAR networks, 8 channels, batch norm in training mode; inputs are small "
-        "Fashion-MNIST images."
+        f"Error in reproducing the input, divided by its variance, after {figures['steps']} steps "
+        f"of AdamW, each at the better of the rates {RATES[0]:g} and {RATES[1]:g}: {cells}. One "
+        "residual block was trained to compute the 3x3 mean H of its input. Its branch F learned "
+        f"{format_mean_std(parts[ZERO_GAIN], 3)} of H(x) - x (1: all of it) with an initial last "
+        f"gain of 0, and {format_mean_std(parts[RESIDUAL], 1)} with the usual 1: a random F then "
+        "closes the last ReLU of some maps permanently, and F is undetermined there. The blocks "
+        "are those of the first stage of the CIFAR networks, with 8 channels and batch norm in "
+        "training mode; the inputs are small Fashion-MNIST images."
     )
 
 
 STUDY = Study(
     name="identity",
     statements=("R1", "R2"),
-    question="How well, and how fast, do plain and residual blocks learn to give back their input?",
-    rule="R1, for 1, 3 and 9 blocks: borne out where the plain stack's error at the end is more than twice the residual one's in "
-    "each of at least 3 seeds, not borne out where in none, else undecided; F = 0: borne out "
-    "where the first step's error is 0. "
-    f"R2: borne out where F explains more than {EXPLAINED:.0%} of H(x) - x in each of at least "
-    "3 seeds, not borne out where in "
-    "none.",
+    question="How well, and how fast, do plain and residual blocks learn to reproduce their input?",
+    rule="R1, for 1, 3 and 9 blocks: borne out if the final error of the plain stack is more than "
+    "twice that of the residual one in each of at least 3 seeds, not borne out if in none, else "
+    "undecided; F = 0: borne out if the error of the first step is 0. "
+    f"R2: borne out if F explains more than {EXPLAINED:.0%} of H(x) - x in each of at least 3 "
+    "seeds, not borne out if in none.",
     measure=measured,
     judge=judge,
     plot=plot,

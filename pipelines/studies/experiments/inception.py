@@ -48,9 +48,9 @@ def trainings(scale: Scale) -> list[Training]:
     """Return the trainings. They are the most expensive ones, so they use fewer images."""
     keys = ("model.name=googlenet", "model.stem=small", "train.epochs=2")
     return [
-        Training(_name(network), seed, scale.choose(4096, 8192), scale.val_samples, (*keys, *own))
+        Training(_name(network), seed, scale.choose(4096, 8192), scale.val_samples, (*keys, *more))
         for seed in range(scale.seeds)
-        for network, own in NETWORKS.items()
+        for network, more in NETWORKS.items()
     ]
 
 
@@ -74,14 +74,14 @@ def measured(runs: Runs, scale: Scale) -> Figures:
         "trained": {},
     }
     for network in NETWORKS:
-        own = [training for training in trainings(scale) if training.name == _name(network)]
+        by_seed = [training for training in trainings(scale) if training.name == _name(network)]
         width = NARROW if network.endswith("narrow") else WIDTH
         figures["trained"][network] = costs(
             "googlenet", 10, SIDE, width=width, **options[network]
         ) | {
-            "top1_percent": mean_std([runs.top1(training) for training in own]),
+            "top1_percent": mean_std([runs.top1(training) for training in by_seed]),
             "images_per_second": mean_std(
-                [runs.outcome(training)["images_per_second"] for training in own], 1
+                [runs.outcome(training)["images_per_second"] for training in by_seed], 1
             ),
         }
     return figures
@@ -92,13 +92,13 @@ def judge(figures: Figures) -> list[Claim]:
     claims = []
     for key, unit in (("multiply_adds", "multiply-adds"), ("parameters", "parameters")):
         with_, without = paper["reduced"][key], paper["unreduced"][key]
-        told = f"{with_ / 1e6:,.0f}M and {without / 1e6:,.0f}M, {without / with_:.1f} times"
+        why = f"{with_ / 1e6:,.0f}M and {without / 1e6:,.0f}M, {without / with_:.1f} times"
         claims.append(
             Claim(
                 "I4",
                 f"GoogLeNet with 1x1 reduction needs fewer {unit}",
                 verdict_if(with_ < without),
-                told,
+                why,
             )
         )
     reduced = trained["reduced"]["top1_percent"]["each"]
@@ -106,7 +106,10 @@ def judge(figures: Figures) -> list[Claim]:
         a - b
         for a, b in zip(reduced, trained["unreduced, narrow"]["top1_percent"]["each"], strict=True)
     ]
-    text = "and is more accurate than one without, narrowed to as many multiply-adds"
+    text = (
+        "GoogLeNet with 1x1 reduction is more accurate than a narrower one without, at about as "
+        "many multiply-adds"
+    )
     claims.append(
         Claim("I4", text, verdict_by_seeds(gains), differences_text(gains, unit=" points"))
     )
@@ -127,7 +130,7 @@ def plot(figures: Figures, file: Path) -> None:
             (plots.BLUE, plots.ORANGE),
             "{:.2f}",
         )
-        work.set_ylabel("multiply-adds an image (billions), GoogLeNet, 224 pixels")
+        work.set_ylabel("multiply-adds per image (billions), GoogLeNet, 224 pixels")
         for (network, entry), colour in zip(
             figures["trained"].items(), plots.COLOURS, strict=False
         ):
@@ -142,7 +145,7 @@ def plot(figures: Figures, file: Path) -> None:
                 label=f"{network}: {entry['parameters']:,} parameters",
             )
         accuracy.set(
-            xlabel="multiply-adds an image (millions)",
+            xlabel="multiply-adds per image (millions)",
             ylabel="top-1 on Fashion-MNIST (%)",
             xlim=(0, None),
         )
@@ -160,26 +163,26 @@ def paragraph(figures: Figures) -> str:
         for network, e in trained.items()
     )
     return (
-        "Without the 1x1 convolutions before its 3x3 and 5x5 filters GoogLeNet would need "
+        "Without the 1x1 convolutions before its 3x3 and 5x5 filters, GoogLeNet would need "
         f"{ratio:.1f} times the multiply-adds "
-        f"({paper['unreduced']['multiply_adds'] / 1e9:.2f}G in place of "
+        f"({paper['unreduced']['multiply_adds'] / 1e9:.2f}G instead of "
         f"{paper['reduced']['multiply_adds'] / 1e9:.2f}G) and "
-        f"{paper['unreduced']['parameters'] / 1e6:.1f}M parameters in place of "
-        f"{paper['reduced']['parameters'] / 1e6:.1f}M. (The "
-        "pooled branch keeps its 1x1 projection in both; without it channels would add up from "
-        "module to module.) Small forms, "
-        f"trained on Fashion-MNIST: {cells}."
+        f"{paper['unreduced']['parameters'] / 1e6:.1f}M parameters instead of "
+        f"{paper['reduced']['parameters'] / 1e6:.1f}M. (The pooling branch keeps its 1x1 "
+        "projection in both; without it, the number of channels would grow from module to "
+        f"module.) Small forms, trained on Fashion-MNIST: {cells}."
     )
 
 
 STUDY = Study(
     name="inception",
     statements=("I4",),
-    question="What do the 1x1 reductions of an inception module save, and what does it cost in accuracy?",
-    rule="Multiply-adds and parameters: counted, fewer with reduction. Accuracy: borne out where the network with reduction has "
-    "the higher top-1 than one without, narrowed to about as many multiply-adds, in each of at "
-    "least 3 seeds, not borne out where "
-    "in none.",
+    question="What do the 1x1 reductions of an inception module save, and what do they cost in "
+    "accuracy?",
+    rule="Multiply-adds and parameters: borne out if there are fewer with reduction; they are "
+    "counted. Accuracy: borne out if the network with reduction has a higher top-1 than a narrower "
+    "one without, at about as many multiply-adds, in each of at least 3 seeds, not borne out if in "
+    "none.",
     trainings=trainings,
     measure=measured,
     judge=judge,

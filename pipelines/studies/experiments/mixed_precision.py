@@ -105,15 +105,15 @@ def lost(values: Tensor, factor: float) -> float:
 def measured(runs: Runs, scale: Scale) -> Figures:
     figures: Figures = {"precisions": {}, "bins": BINS}
     for precision in PRECISIONS:
-        own = [training_of(scale, precision, seed) for seed in range(scale.seeds)]
-        losses = [runs.losses(training) for training in own]
+        by_seed = [training_of(scale, precision, seed) for seed in range(scale.seeds)]
+        losses = [runs.losses(training) for training in by_seed]
         window = max(1, len(losses[0]) // 10)
         smoothed = [plots.thinned(plots.smooth(row.tolist(), window)) for row in losses]
         figures["precisions"][precision] = {
             "last_loss": mean_std([float(row[-window:].mean()) for row in losses]),
-            "top1_percent": mean_std([runs.top1(training) for training in own], 2),
+            "top1_percent": mean_std([runs.top1(training) for training in by_seed], 2),
             "images_per_second": mean_std(
-                [runs.outcome(training)["images_per_second"] for training in own], 1
+                [runs.outcome(training)["images_per_second"] for training in by_seed], 1
             ),
             "steps": smoothed[0][0],
             "losses": [values for _, values in smoothed],
@@ -122,10 +122,10 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     trained = [
         measure.trained(runs, training_of(scale, "fp32", seed)) for seed in range(scale.seeds)
     ]
-    by_seed = [gradients(model, images, labels) for model in trained]
+    found = [gradients(model, images, labels) for model in trained]
     figures["histogram_percent"], figures["lost_percent"] = {}, {}
     for kind in KINDS:
-        each = [values[kind] for values in by_seed]
+        each = [values[kind] for values in found]
         counts = [
             torch.histc(values.log2().clamp(BINS[0], BINS[-1]), len(BINS) - 1, BINS[0], BINS[-1])
             for values in each
@@ -151,24 +151,24 @@ def judge(figures: Figures) -> list[Claim]:
         pairs = zip(
             by[precision]["last_loss"]["each"], by["fp32"]["last_loss"]["each"], strict=True
         )
-        room = [NEAR - abs(a - b) for a, b in pairs]
-        told = f"room left to {NEAR} nats: " + differences_text(room, 3)
+        margins = [NEAR - abs(a - b) for a, b in pairs]
+        why = f"margin to {NEAR} nats: " + differences_text(margins, 3)
         claims.append(
             Claim(
                 "T3",
                 f"{precision} ends within {NEAR} nats of fp32's training loss",
-                verdict_by_seeds(room),
-                told,
+                verdict_by_seeds(margins),
+                why,
             )
         )
     memory = figures["resnet50_activation_mib"]
-    told = f"ResNet-50: {memory['fp32']} and {memory['fp16']} MiB of activations an image, computed"
+    why = f"ResNet-50: {memory['fp32']} and {memory['fp16']} MiB of activations per image, computed"
     claims.append(
         Claim(
             "T3",
-            "16 bits take less memory",
+            "16-bit floats need less memory",
             verdict_if(memory["fp16"] < 0.7 * memory["fp32"]),
-            told,
+            why,
         )
     )
     faster = [
@@ -179,14 +179,14 @@ def judge(figures: Figures) -> list[Claim]:
             strict=True,
         )
     ]
-    told = differences_text([100 * value for value in faster], 0, "%") + "; a processor, not a GPU"
-    claims.append(Claim("T3", "bf16 is faster here", verdict_by_seeds(faster), told))
+    why = differences_text([100 * value for value in faster], 0, "%") + "; on a CPU, not a GPU"
+    claims.append(Claim("T3", "bf16 is faster on this machine", verdict_by_seeds(faster), why))
     without, with_ = (
         figures["lost_percent"]["activations"][key]["mean"] for key in ("without", "with")
     )
-    told = f"{without:.2f}% become 0 without, {with_:.2f}% with a scale of {SCALE:,.0f}"
+    why = f"{without:.2f}% become 0 without, {with_:.2f}% with a scale of {SCALE:,.0f}"
     text = "fp16 loses gradients of activations that loss scaling keeps"
-    return [*claims, Claim("T3", text, verdict_if(without > 0.1 and with_ < without / 10), told)]
+    return [*claims, Claim("T3", text, verdict_if(without > 0.1 and with_ < without / 10), why)]
 
 
 def plot(figures: Figures, file: Path) -> None:
@@ -229,18 +229,14 @@ def paragraph(figures: Figures) -> str:
     )
     lost_, memory = figures["lost_percent"]["activations"], figures["resnet50_activation_mib"]
     return (
-        f"On this processor, fp32 master weights in all: {cells}. Speed here says nothing of a "
-        "GPU with units for 16 bits. For "
-        f"ResNet-50 at 224 pixels an image's activations are computed to take {memory['fp32']} "
-        f"MiB in fp32 and {memory['fp16']} in "
-        "fp16 (weights, gradients, master weights and momentum together take 12 bytes a "
-        "parameter in either). Of the trained "
-        "network's gradients in its activations, those that are not 0, "
-        f"{format_mean_std(lost_['without'], 2)}% would be 0 in "
-        "fp16 as they "
-        f"are, {format_mean_std(lost_['with'], 2)}% with the loss multiplied by {SCALE:,.0f}; "
-        "in its weights "
-        f"{format_mean_std(figures['lost_percent']['weights']['without'], 2)}% and "
+        f"On this CPU, with fp32 master weights in all trainings: {cells}. This speed does not "
+        "predict that of a GPU with 16-bit units. For ResNet-50 at 224 pixels, the activations of "
+        f"an image need {memory['fp32']} MiB in fp32 and {memory['fp16']} MiB in fp16, computed "
+        "(weights, gradients, master weights and momentum together need 12 bytes per parameter in "
+        "either). Of the nonzero gradients in the activations of the trained network, "
+        f"{format_mean_std(lost_['without'], 2)}% become 0 in fp16 without loss scaling and "
+        f"{format_mean_std(lost_['with'], 2)}% with the loss multiplied by {SCALE:,.0f}; of those "
+        f"in its weights, {format_mean_std(figures['lost_percent']['weights']['without'], 2)}% and "
         f"{format_mean_std(figures['lost_percent']['weights']['with'], 2)}%."
     )
 
@@ -248,13 +244,13 @@ def paragraph(figures: Figures) -> str:
 STUDY = Study(
     name="mixed-precision",
     statements=("T3",),
-    question="Do 16 bits train as 32 do, in less memory and time, and what does loss scaling keep?",
-    rule=f"Curve: borne out where the training loss at the end is within {NEAR} nats of fp32's in each of at least 3 seeds, not "
-    "borne out where in none. Memory: where activations take less than 0.7 of fp32's. Speed: "
-    "where bf16 is faster on this machine "
-    "in each of at least 3 seeds, not borne out where in none. Loss scaling: where more than "
-    "0.1% of the gradients in "
-    "activations become 0 without it and less than a tenth of that with it.",
+    question="Do 16-bit floats train like 32-bit floats, in less memory and time, and what does "
+    "loss scaling keep?",
+    rule=f"Curve: borne out if the final training loss is within {NEAR} nats of fp32's in each of "
+    "at least 3 seeds, not borne out if in none. Memory: borne out if activations need less than "
+    "0.7 of fp32's. Speed: borne out if bf16 is faster on this machine in each of at least 3 "
+    "seeds, not borne out if in none. Loss scaling: borne out if more than 0.1% of the gradients "
+    "in activations become 0 without it, and less than a tenth of that with it.",
     trainings=trainings,
     measure=measured,
     judge=judge,

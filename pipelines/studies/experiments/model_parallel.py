@@ -33,7 +33,7 @@ NETWORKS = ("vgg16", "resnet152")
 STAGES = (1, 2, 4)
 MICRO, MICRO_BATCHES = 32, 8
 """Images per micro-batch, and micro-batches per optimizer step."""
-BYTES_A_PARAMETER = 12
+BYTES_PER_PARAMETER = 12
 """Bytes of an fp32 weight, its gradient and its momentum."""
 GPUS = {"GTX 580, 3 GiB": 3, "P100, 16 GiB": 16, "H100, 80 GiB": 80}
 
@@ -41,7 +41,8 @@ GPUS = {"GTX 580, 3 GiB": 3, "P100, 16 GiB": 16, "H100, 80 GiB": 80}
 def training_of(scale: Scale, stages: int, seed: int) -> Training:
     keys = (
         "model.name=resnet8", "model.batch_norm=false", "optimizer.base_lr=0.02",
-        "batch.global_size=128", "batch.micro_size=32", f"parallel.pipeline_stages={stages}", "train.epochs=3",
+        "batch.global_size=128", "batch.micro_size=32", f"parallel.pipeline_stages={stages}",
+        "train.epochs=3",
     )  # fmt: skip
     return Training(
         f"resnet8-stages-{stages}", seed, scale.choose(2048, 10_000), 2000, keys, procs=stages
@@ -74,7 +75,7 @@ def stage_memory(
             {
                 "layers": f"{names[0]} to {names[-1]}",
                 "parameters": parameters,
-                "weights_mib": round(parameters * BYTES_A_PARAMETER / 2**20, 1),
+                "weights_mib": round(parameters * BYTES_PER_PARAMETER / 2**20, 1),
                 "activations_mib": round(
                     kept * micro * min(stages - place, MICRO_BATCHES) / 2**20, 1
                 ),
@@ -96,11 +97,11 @@ def measured(runs: Runs, scale: Scale) -> Figures:
     networks = {
         name: {stages: stage_memory(name, stages) for stages in STAGES} for name in NETWORKS
     }
-    apart, fall = [], []
+    max_diffs, fall = [], []
     for seed in range(scale.seeds):
-        whole, halves = (runs.losses(training_of(scale, stages, seed)) for stages in (1, 2))
-        apart.append(float(abs(whole - halves).max()))
-        fall.append(min(fall_of(whole.tolist()), fall_of(halves.tolist())))
+        one, two = (runs.losses(training_of(scale, stages, seed)) for stages in (1, 2))
+        max_diffs.append(float(abs(one - two).max()))
+        fall.append(min(fall_of(one.tolist()), fall_of(two.tolist())))
     return {
         "networks": networks,
         "bubble": {stages: round(bubble(stages), 4) for stages in STAGES},
@@ -115,7 +116,7 @@ def measured(runs: Runs, scale: Scale) -> Figures:
             }
             for name in NETWORKS
         },
-        "largest_difference_nats": mean_std(apart, 6),
+        "largest_difference_nats": mean_std(max_diffs, 6),
         "fall_nats": min(fall),
     }
 
@@ -127,24 +128,27 @@ def _fullest(rows: list[dict[str, Any]]) -> float:
 def judge(figures: Figures) -> list[Claim]:
     claims = []
     for name, fullest in figures["fullest_mib"].items():
-        alone, four = fullest["1"], fullest["4"]
-        told = f"{alone / 1024:.1f} GiB alone, {four / 1024:.1f} on the fullest of four"
-        text = f"over four stages {name} needs less memory on the fullest GPU"
-        claims.append(Claim("T2", text, verdict_if(four < alone), told))
+        one, four = fullest["1"], fullest["4"]
+        why = f"{one / 1024:.1f} GiB on one GPU, {four / 1024:.1f} on the fullest of four"
+        text = f"{name} in four stages needs less memory on the fullest GPU than in one"
+        claims.append(Claim("T2", text, verdict_if(four < one), why))
         small = figures["fullest_mib_small_micro"][name]["4"]
-        told = f"{alone / 1024:.1f} GiB alone, {small / 1024:.1f} on the fullest of four with micro-batches of {MICRO // 4}"
+        why = (
+            f"{one / 1024:.1f} GiB on one GPU, {small / 1024:.1f} on the fullest of four with "
+            f"micro-batches of {MICRO // 4}"
+        )
         claims.append(
             Claim(
                 "T2",
-                f"and does where {name}'s micro-batches are a quarter as large",
-                verdict_if(small < alone),
-                told,
+                f"{name} in four stages needs less memory if micro-batches are a quarter as large",
+                verdict_if(small < one),
+                why,
             )
         )
-    apart = max(figures["largest_difference_nats"]["each"])
+    max_diff = max(figures["largest_difference_nats"]["each"])
     return [
         *claims,
-        same_curves("T2", "two stages give the losses of one", apart, figures["fall_nats"]),
+        same_curves("T2", "two stages give the same losses as one", max_diff, figures["fall_nats"]),
     ]
 
 
@@ -176,13 +180,13 @@ def plot(figures: Figures, file: Path) -> None:
                     )
                     labels.append(f"{place + 1}/{stages}")
             axes.set_xticks(range(len(labels)), labels)
-            axes.set(title=name, xlabel="stage / of how many", ylabel="memory (GiB)")
+            axes.set(title=name, xlabel="stage / number of stages", ylabel="memory (GiB)")
             axes.margins(y=0.25)  # space for the legend
             axes.legend(frameon=False)
 
 
 def fits(gib: float) -> str:
-    return ", ".join(name for name, size in GPUS.items() if gib <= size) or "none of them"
+    return ", ".join(name for name, size in GPUS.items() if gib <= size) or "none of these"
 
 
 def paragraph(figures: Figures) -> str:
@@ -197,25 +201,23 @@ def paragraph(figures: Figures) -> str:
     bubbles = ", ".join(f"{stages}: {part:.0%}" for stages, part in figures["bubble"].items())
     return (
         f"Computed for fp32, SGD with momentum, {MICRO_BATCHES} micro-batches of {MICRO} images "
-        f"of 224 pixels: {'. '.join(cells)}. "
-        "An early stage keeps the activations of as many micro-batches as there are stages from "
-        "it on, so memory falls by less "
-        "than the number of stages, or rises; smaller micro-batches bring it down. The bubble, "
-        "where all stages take equally "
-        f"long: {bubbles}. The trainer's own two stages and one, on ResNet-8: no step's loss is "
-        "more than "
-        f"{max(figures['largest_difference_nats']['each']):.2g} nats apart."
+        f"of 224 pixels: {'. '.join(cells)}. An early stage keeps the activations of one "
+        "micro-batch for itself and for each later stage, so memory falls by less than the number "
+        "of stages, or rises; smaller micro-batches reduce it. Bubble, if all stages take equally "
+        f"long: {bubbles}. ResNet-8 in one and in two stages of the trainer: the losses of a step "
+        f"differ by at most {max(figures['largest_difference_nats']['each']):.2g} nats."
     )
 
 
 STUDY = Study(
     name="model-parallel",
     statements=("T2",),
-    question="What does a GPU hold where a network's layers are spread over 1, 2 or 4, and does that change what is learned?",
-    rule="Memory: borne out where the fullest of four stages is computed to need less than one GPU alone, else not. Curve: borne "
-    f"out where no step's loss differs by {SAME} nats or more between one stage and two in any "
-    "seed, else not; undecided where "
-    f"the loss falls by less than {LEAST_FALL}.",
+    question="How much memory does a GPU need if the layers of a network are split over 1, 2 or 4 "
+    "GPUs, and does the split change the losses?",
+    rule="Memory: borne out if the computed memory of the fullest of four stages is less than that "
+    f"of a single GPU, else not. Curve: borne out if no step's loss differs by {SAME} nats or more "
+    "between one stage and two in any seed, else not; undecided if the loss falls by less than "
+    f"{LEAST_FALL}.",
     trainings=trainings,
     measure=measured,
     judge=judge,

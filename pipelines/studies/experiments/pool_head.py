@@ -87,18 +87,21 @@ def judge(figures: Figures) -> list[Claim]:
             figures["parameters"][name]["average"],
         )
         share, saved = tower["fully_connected"] / tower["all"], tower["all"] - average["all"]
-        told = f"{share:.1%} of {tower['all'] / 1e6:.2f}M sit in the tower; {saved / 1e6:.2f}M fewer without it"
+        why = (
+            f"{share:.1%} of {tower['all'] / 1e6:.2f}M are in the fully connected layers; "
+            f"{saved / 1e6:.2f}M fewer without them"
+        )
         claims.append(
             Claim(
                 "I5",
-                f"{name}: millions of parameters fewer",
+                f"{name}: the average saves millions of parameters",
                 verdict_if(share > 0.5 and saved >= 2e6),
-                told,
+                why,
             )
         )
     tops = figures["top1_percent"]
     gains = [a - b for a, b in zip(tops["average"]["each"], tops["tower"]["each"], strict=True)]
-    text = f"and no more than {TOLERANCE} points of top-1 are lost"
+    text = f"the average costs at most {TOLERANCE} points of top-1"
     claims.append(
         Claim(
             "I5", text, verdict_by_seeds(gains, -TOLERANCE), differences_text(gains, unit=" points")
@@ -108,9 +111,10 @@ def judge(figures: Figures) -> list[Claim]:
 
 
 def plot(figures: Figures, file: Path) -> None:
-    with plots.panels(
-        2, "A tower of fully connected layers against an average over the image", file
-    ) as (sizes, accuracy):
+    with plots.panels(2, "Fully connected layers against an average over the image", file) as (
+        sizes,
+        accuracy,
+    ):
         labels = []
         for place, (name, head) in enumerate((n, h) for n in NETWORKS for h in HEADS):
             values = figures["parameters"][name][head]
@@ -148,30 +152,28 @@ def paragraph(figures: Figures) -> str:
     vgg, alexnet = figures["parameters"]["vgg16"], figures["parameters"]["alexnet2012"]
     small, tops = figures["trained_parameters"], figures["top1_percent"]
     return (
-        f"Of VGG-16's {vgg['tower']['all'] / 1e6:.1f}M parameters "
-        f"{vgg['tower']['fully_connected'] / 1e6:.1f}M sit in its three "
-        f"fully connected layers, of AlexNet's {alexnet['tower']['all'] / 1e6:.1f}M "
-        f"{alexnet['tower']['fully_connected'] / 1e6:.1f}M. With an average over the image and "
-        "one layer behind it, as in "
-        f"GoogLeNet, {vgg['average']['all'] / 1e6:.1f}M and "
-        f"{alexnet['average']['all'] / 1e6:.1f}M are left. VGG-11's trunk with "
-        f"an eighth of the channels, trained on Fashion-MNIST with either: {small['tower']:,} "
-        "parameters, top-1 "
-        f"{format_mean_std(tops['tower'])}%; {small['average']:,}, "
-        f"{format_mean_std(tops['average'])}%. (At 28 pixels the trunk "
-        "ends in one pixel, so "
-        "that here the tower takes an average too, and what differs is the tower alone.)"
+        f"{vgg['tower']['fully_connected'] / 1e6:.1f}M of VGG-16's "
+        f"{vgg['tower']['all'] / 1e6:.1f}M parameters are in its three fully connected layers, and "
+        f"{alexnet['tower']['fully_connected'] / 1e6:.1f}M of AlexNet's "
+        f"{alexnet['tower']['all'] / 1e6:.1f}M. With an average over the image and a single fully "
+        f"connected layer, as in GoogLeNet, {vgg['average']['all'] / 1e6:.1f}M and "
+        f"{alexnet['average']['all'] / 1e6:.1f}M remain. VGG-11 with an eighth of the channels, "
+        f"trained on Fashion-MNIST with three fully connected layers: {small['tower']:,} "
+        f"parameters, top-1 {format_mean_std(tops['tower'])}%; with the average: "
+        f"{small['average']:,}, {format_mean_std(tops['average'])}%. (At 28 pixels the last "
+        "feature map has a single pixel, so only the fully connected layers differ.)"
     )
 
 
 STUDY = Study(
     name="pool-head",
     statements=("I5",),
-    question="Where do AlexNet's and VGG's parameters sit, and what does an average over the image in place of the tower cost?",
-    rule="Parameters: borne out where more than half sit in the tower and at least 2 million go with it. Accuracy: borne out where "
-    f"the network without the tower loses at most {TOLERANCE} points of top-1 in each of at "
-    "least 3 seeds, not borne out where it "
-    "loses more in each, else undecided.",
+    question="Which layers hold AlexNet's and VGG's parameters, and what does an average over the "
+    "image instead of the fully connected layers cost?",
+    rule="Parameters: borne out if more than half are in the fully connected layers and the "
+    "average saves at least 2 million. Accuracy: borne out if the network with the average loses "
+    f"at most {TOLERANCE} points of top-1 in each of at least 3 seeds, not borne out if it loses "
+    "more in each, else undecided.",
     trainings=trainings,
     measure=measured,
     judge=judge,

@@ -58,17 +58,17 @@ def measured_of(recipes: Sequence[str], runs: Runs, scale: Scale) -> Figures:
     """Return batch, peak rate, top-1 and losses of each seed, by recipe."""
     figures: Figures = {}
     for recipe in recipes:
-        own = [training for training in trainings_of(recipes, scale) if training.name == recipe]
+        by_seed = [training for training in trainings_of(recipes, scale) if training.name == recipe]
         config = load_config(recipe)
         batch = config.batch.global_size
-        losses = [runs.losses(training).tolist() for training in own]
+        losses = [runs.losses(training).tolist() for training in by_seed]
         window = min(_WINDOW, train_samples(scale) // 4)
         smoothed = [plots.thinned(plots.smooth(row, window // batch)) for row in losses]
         figures[recipe] = {
             "batch": batch,
-            "peak_rate": float(runs.history(own[0], "learning_rate")[1].max()),
+            "peak_rate": float(runs.history(by_seed[0], "learning_rate")[1].max()),
             "warmup_epochs": config.schedule.warmup_epochs,
-            "top1_percent": mean_std([runs.top1(training) for training in own], 2),
+            "top1_percent": mean_std([runs.top1(training) for training in by_seed], 2),
             "first_loss": mean_std([max(row[: len(row) // 4]) for row in losses]),
             "last_loss": mean_std([statistics.mean(row[-(len(row) // 4) :]) for row in losses]),
             "samples": [place * batch for place in smoothed[0][0]],
@@ -89,14 +89,14 @@ def better(statement: str, figures: Figures, one: str, other: str) -> Claim:
     values = differences(figures, one, other)
     return Claim(
         statement,
-        f"{one} does better than {other}",
+        f"{one} is better than {other}",
         verdict_by_seeds(values),
         differences_text(values, unit=" points"),
     )
 
 
 def same(statement: str, figures: Figures, one: str, other: str) -> Claim:
-    """Compare two recipes that should do equally well.
+    """Compare two recipes that should be equally good.
 
     The claim is borne out if the differences have both signs, and not borne out if all have one.
     Between equal recipes, three of three seeds have the same sign by chance one time in four.
@@ -107,7 +107,7 @@ def same(statement: str, figures: Figures, one: str, other: str) -> Claim:
         verdict = BORNE_OUT if min(values) <= 0 <= max(values) else NOT_BORNE_OUT
     return Claim(
         statement,
-        f"{one} does as well as {other}",
+        f"{one} is as good as {other}",
         verdict,
         differences_text(values, unit=" points"),
     )

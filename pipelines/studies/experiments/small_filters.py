@@ -73,14 +73,14 @@ def computed(kind: str) -> dict[str, Any]:
     layers = stage_layers(kind, 16)
     side = measure.receptive_field(layers, layers[0].in_channels, 15)  # type: ignore[arg-type]
     with torch.device("meta"):
-        stage, whole = stage_layers(kind, 64), build_model("vgg16", 1000, filters=kind)
-        multiply_adds, _ = forward_costs(whole, 224)
+        stage, network = stage_layers(kind, 64), build_model("vgg16", 1000, filters=kind)
+        multiply_adds, _ = forward_costs(network, 224)
     square = sum(layer.weight[0, 0].numel() for layer in stage if isinstance(layer, nn.Conv2d))
     return {
         "receptive_field_pixels": side,
         "weights_per_channel_pair": square,
         "non_linearities": sum(isinstance(layer, nn.ReLU) for layer in stage),
-        "vgg16_convolution_parameters": measure.parameter_share(whole, nn.Conv2d),
+        "vgg16_convolution_parameters": measure.parameter_share(network, nn.Conv2d),
         "vgg16_multiply_adds": multiply_adds,
     }
 
@@ -88,8 +88,8 @@ def computed(kind: str) -> dict[str, Any]:
 def measured(runs: Runs, scale: Scale) -> Figures:
     figures: Figures = {kind: computed(kind) for kind in KINDS}
     for kind in KINDS:
-        own = [training for training in trainings(scale) if training.name == f"vgg16-{kind}"]
-        figures[kind]["top1_percent"] = mean_std([runs.top1(training) for training in own])
+        by_seed = [training for training in trainings(scale) if training.name == f"vgg16-{kind}"]
+        figures[kind]["top1_percent"] = mean_std([runs.top1(training) for training in by_seed])
     return figures
 
 
@@ -107,25 +107,25 @@ def judge(figures: Figures) -> list[Claim]:
     return [
         Claim(
             "I3",
-            "three 3x3 see what one 7x7 sees",
+            "three 3x3 convolutions have the receptive field of one 7x7",
             verdict_if(fields == (7, 7)),
             f"{fields[0]} and {fields[1]} pixels",
         ),
         Claim(
             "I3",
-            "with fewer weights",
+            "they have fewer weights",
             verdict_if(weights[0] < weights[1]),
             f"{weights[0]} C² and {weights[1]} C²",
         ),
         Claim(
             "I3",
-            "and more non-linearities",
+            "they have more non-linearities",
             verdict_if(bends[0] > bends[1]),
             f"{bends[0]} and {bends[1]}",
         ),
         Claim(
             "I3",
-            "and the network is more accurate",
+            "a network of them is more accurate",
             verdict_by_seeds(gains),
             differences_text(gains, unit=" points"),
         ),
@@ -134,7 +134,7 @@ def judge(figures: Figures) -> list[Claim]:
 
 def plot(figures: Figures, file: Path) -> None:
     with plots.panels(
-        3, "VGG-16, its stages of 3x3 filters against one large filter a stage", file
+        3, "VGG-16: stages of 3x3 filters against one large filter per stage", file
     ) as (weights, size, accuracy):
         colours = (plots.BLUE, plots.ORANGE)
         for axes, key, scale, label in (
@@ -161,21 +161,19 @@ def plot(figures: Figures, file: Path) -> None:
 def paragraph(figures: Figures) -> str:
     stacked, single = figures["stacked"], figures["single"]
     return (
-        "The middle pixel of what three 3x3 convolutions put out depends on a square of "
-        f"{stacked['receptive_field_pixels']} "
-        "pixels (measured: where its gradient in the input is not zero), that of one 7x7 on "
-        f"{single['receptive_field_pixels']}. "
-        f"From C to C channels the first hold {stacked['weights_per_channel_pair']} C² weights "
-        f"and {stacked['non_linearities']} "
-        f"non-linearities, the second {single['weights_per_channel_pair']} C² and "
-        f"{single['non_linearities']}. Over all of VGG-16 "
-        f"the convolutions have {stacked['vgg16_convolution_parameters'] / 1e6:.1f}M parameters "
-        "and "
-        f"{stacked['vgg16_multiply_adds'] / 1e9:.1f}G multiply-adds, with one large filter a stage "
-        f"{single['vgg16_convolution_parameters'] / 1e6:.1f}M and "
-        f"{single['vgg16_multiply_adds'] / 1e9:.1f}G. "
-        "Trained with an eighth of the channels on Fashion-MNIST: top-1 "
-        f"{format_mean_std(stacked['top1_percent'])}% and "
+        "The middle pixel of the output of three 3x3 convolutions depends on a square of "
+        f"{stacked['receptive_field_pixels']} by {stacked['receptive_field_pixels']} input pixels "
+        "(those with a nonzero gradient), that of one 7x7 convolution on "
+        f"{single['receptive_field_pixels']} by {single['receptive_field_pixels']}. From C to C "
+        f"channels, the former have {stacked['weights_per_channel_pair']} C² weights and "
+        f"{stacked['non_linearities']} non-linearities, the latter "
+        f"{single['weights_per_channel_pair']} C² and {single['non_linearities']}. The "
+        "convolutions of VGG-16 have "
+        f"{stacked['vgg16_convolution_parameters'] / 1e6:.1f}M parameters and "
+        f"{stacked['vgg16_multiply_adds'] / 1e9:.1f}G multiply-adds; with one large filter per "
+        f"stage, {single['vgg16_convolution_parameters'] / 1e6:.1f}M and "
+        f"{single['vgg16_multiply_adds'] / 1e9:.1f}G. Trained with an eighth of the channels on "
+        f"Fashion-MNIST: top-1 {format_mean_std(stacked['top1_percent'])}% and "
         f"{format_mean_std(single['top1_percent'])}%."
     )
 
@@ -183,10 +181,12 @@ def paragraph(figures: Figures) -> str:
 STUDY = Study(
     name="small-filters",
     statements=("I3",),
-    question="Do three 3x3 convolutions see what one 7x7 sees, with fewer weights and more non-linearities, and do they do better?",
-    rule="Receptive field: both measured as 7 pixels. Weights, non-linearities: counted, fewer and more. Accuracy: borne out where "
-    "the stacked network has the higher top-1 in each of at least 3 seeds, not borne out where "
-    "in none, else undecided.",
+    question="Do three 3x3 convolutions have the receptive field of one 7x7 with fewer weights and "
+    "more non-linearities, and are they more accurate?",
+    rule="Receptive field: borne out if both are measured as 7 pixels. Weights, non-linearities: "
+    "borne out if there are fewer and more; they are counted. Accuracy: borne out if the stacked "
+    "network has the higher top-1 in each of at least 3 seeds, not borne out if in none, else "
+    "undecided.",
     trainings=trainings,
     measure=measured,
     judge=judge,

@@ -15,7 +15,7 @@ IMAGES, EPOCHS = (
     1_281_167,
     90,
 )  # training images; Krizhevsky et al. 2012, section 5: "roughly 90 cycles"
-FLOPS_A_MULTIPLY_ADD = 6
+FLOPS_PER_MULTIPLY_ADD = 6
 """2 operations, once in the forward pass and twice in the backward pass: for the gradients of the
 weights and of the inputs.
 """
@@ -84,7 +84,7 @@ Source: MLPerf Training 3.0, closed, entries 3.0-2053, -2071, -2068, -2075, -200
 
 def training_flops(model: str, epochs: int = EPOCHS) -> float:
     """Return the operations of ``epochs`` passes over ImageNet at 224 pixels."""
-    return float(model_info(model).multiply_adds) * FLOPS_A_MULTIPLY_ADD * IMAGES * epochs
+    return float(model_info(model).multiply_adds) * FLOPS_PER_MULTIPLY_ADD * IMAGES * epochs
 
 
 def utilization(report: Report) -> tuple[float, float]:
@@ -131,26 +131,26 @@ def judge(figures: Figures) -> list[Claim]:
     minutes = figures["mlperf_minutes"]
     efficiency = figures["mlperf_efficiency"]["3584"]
     speed = figures["hours_2_gtx580"]["resnet50"] * 60 / minutes["3584"]
-    told = f"ResNet-50 in {minutes['3584']} min on 3,584 H100s, in {minutes['8']} on 8"
+    why = f"ResNet-50 in {minutes['3584']} min on 3,584 H100s, in {minutes['8']} min on 8"
     return [
         Claim(
             "S1",
-            "two GPUs could do AlexNet in 5 to 6 days",
+            "two GPUs could train AlexNet in 5 to 6 days",
             verdict_if(high < 1),
-            f"{low:.0%} to {high:.0%} of their peak",
+            f"at {low:.0%} to {high:.0%} of their peak",
         ),
         Claim(
             "S1",
-            "today's clusters are a thousand times 2012's two GPUs",
+            "today's clusters are a thousand times as fast as two GPUs of 2012",
             verdict_if(speed >= 1000),
-            f"ResNet-50 to 75.9%: {speed:,.0f} times as fast as 90 epochs on the two; "
-            f"{efficiency:.0%} of 8 GPUs' speed a GPU",
+            f"ResNet-50 to 75.9%: {speed:,.0f} times as fast as 90 epochs on the two GPUs; "
+            f"{efficiency:.0%} of the speed per GPU of 8 GPUs",
         ),
         Claim(
             "S1",
             "such a network now takes weeks on hundreds to thousands of accelerators",
             verdict_if(minutes["512"] > 7 * 1440),
-            told,
+            why,
         ),
     ]
 
@@ -184,7 +184,7 @@ def plot(figures: Figures, file: Path) -> None:
             [minutes[0] * counts[0] / n for n in counts],
             "--",
             color=plots.BLACK,
-            label="if scaling were perfect",
+            label="perfect scaling",
         )
         scaling.set(
             xscale="log", yscale="log", xlabel="H100s", ylabel="minutes of ResNet-50 to 75.9% top-1"
@@ -204,17 +204,14 @@ def paragraph(figures: Figures) -> str:
     )
     return (
         f"{EPOCHS} epochs of AlexNet are {figures['flops']['alexnet2012']:.2g} operations, of "
-        "ResNet-50 "
-        f"{figures['flops']['resnet50']:.2g}, of VGG-16 {figures['flops']['vgg16']:.2g} "
-        "(multiply-adds of `convoy models` x "
-        f"{FLOPS_A_MULTIPLY_ADD} x images). What published times come to: {published}. Eight "
-        "H100s at an assumed "
-        f"{UTILIZATION_TODAY:.0%} would need {figures['hours_8_h100']['alexnet2012'] * 60:.1f} "
-        "min for AlexNet's 90 epochs and "
-        f"{figures['hours_8_h100']['resnet50'] * 60:.0f} for ResNet-50's. MLPerf's entries stop "
-        "at 75.9%, sooner than 90 epochs, "
-        "so they say nothing of utilization here. The statement's weeks are those of far larger "
-        "networks: these take minutes."
+        f"ResNet-50 {figures['flops']['resnet50']:.2g}, of VGG-16 "
+        f"{figures['flops']['vgg16']:.2g} (multiply-adds of `convoy models` x "
+        f"{FLOPS_PER_MULTIPLY_ADD} x images). Utilization by published times: {published}. Eight "
+        f"H100s at an assumed {UTILIZATION_TODAY:.0%} would need "
+        f"{figures['hours_8_h100']['alexnet2012'] * 60:.1f} min for AlexNet's 90 epochs and "
+        f"{figures['hours_8_h100']['resnet50'] * 60:.0f} min for ResNet-50's. MLPerf's entries "
+        "stop at 75.9%, before 90 epochs, so they do not give a utilization here. The weeks in the "
+        "statement apply to far larger networks: these take minutes."
     )
 
 
@@ -222,10 +219,10 @@ STUDY = Study(
     name="then-and-now",
     statements=("S1",),
     question="What did these networks cost in 2012, and what do they cost today?",
-    rule="2012: borne out where the published days ask for less than the GPUs' whole peak, else not. A thousand times: by the "
-    "published time of ResNet-50 on 3,584 H100s and what two GTX 580 would need at AlexNet's "
-    "utilization. Weeks: borne out where "
-    "ResNet-50's published time on 512 H100s is above a week, else not.",
+    rule="2012: borne out if the published days need less than the GPUs' full peak, else not. A "
+    "thousand times: borne out if the published time of ResNet-50 on 3,584 H100s is at most a "
+    "thousandth of the time of two GTX 580 at AlexNet's utilization, else not. Weeks: borne out if "
+    "ResNet-50's published time on 512 H100s is more than a week, else not.",
     measure=measured,
     judge=judge,
     plot=plot,

@@ -49,22 +49,21 @@ def paragraph(figures: Figures) -> str:
     warm, cold = figures[WARM], figures[COLD]
     return (
         f"ResNet-8 with half its channels, 4 epochs, batch {warm['batch']} at rate "
-        f"{warm['peak_rate']:g}. With an epoch of gradual "
-        f"warmup: highest loss in the first quarter {format_mean_std(warm['first_loss'], 2)} "
-        "nats, top-1 "
-        f"{format_mean_std(warm['top1_percent'], 2)}%; "
-        f"at the whole rate from the first step: {format_mean_std(cold['first_loss'], 2)} nats, "
-        f"{format_mean_std(cold['top1_percent'], 2)}%. The batch "
-        f"of {figures[SMALL]['batch']}: {format_mean_std(figures[SMALL]['top1_percent'], 2)}%."
+        f"{warm['peak_rate']:g}. With one epoch of gradual warmup: highest loss in the first "
+        f"quarter {format_mean_std(warm['first_loss'], 2)} nats, top-1 "
+        f"{format_mean_std(warm['top1_percent'], 2)}%; at the full rate from the first step: "
+        f"{format_mean_std(cold['first_loss'], 2)} nats, "
+        f"{format_mean_std(cold['top1_percent'], 2)}%. With batch {figures[SMALL]['batch']}: "
+        f"{format_mean_std(figures[SMALL]['top1_percent'], 2)}%."
     )
 
 
 STUDY = Study(
     name="warmup",
     statements=("T5",),
-    question="Does a large batch at a large rate do better where that rate is reached gradually?",
-    rule=f"Borne out where {WARM} has a higher top-1 than {COLD} in each of at least 3 seeds, not borne out where in none, else "
-    "undecided.",
+    question="Does a large batch at a large rate train better if the rate is reached gradually?",
+    rule=f"Borne out if {WARM} has a higher top-1 than {COLD} in each of at least 3 seeds, not "
+    "borne out if in none, else undecided.",
     trainings=trainings,
     measure=measured,
     judge=judge,

@@ -25,7 +25,7 @@ NAMES = (
     "size-and-skill",
     "then-and-now",
 )
-"""Names in the order of the cheatsheet. Each is ``STUDY`` of the module of that name, with
+"""Names in the order of docs/statements.md. Each is ``STUDY`` of the module of that name, with
 underscores for dashes.
 """
 
@@ -35,7 +35,7 @@ def load(name: str) -> Study:
     if name not in NAMES:
         nearest = difflib.get_close_matches(name.lower(), NAMES, n=3, cutoff=0.4) or list(NAMES)
         raise UserError(
-            f"there is no study {name!r}; nearest: {', '.join(nearest)}; all: `convoy study`"
+            f"there is no study {name!r}; nearest: {', '.join(nearest)}; `convoy study` lists all"
         )
     study: Study = importlib.import_module(
         f"pipelines.studies.experiments.{name.replace('-', '_')}"

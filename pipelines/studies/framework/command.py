@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.studies.framework.catalog import NAMES, load, studies
-from pipelines.studies.framework.runner import Runs, check_room
+from pipelines.studies.framework.runner import Runs, check_disk_space
 from pipelines.studies.framework.study import Scale, Study, overall
 from trainer.errors import UserError
 
@@ -22,7 +22,7 @@ FOLDER = Path("runs/study")
 
 def list_studies() -> Table:
     """Return a table with a row per study."""
-    table = Table("study", "bears on", "question", box=None, padding=(0, 2, 0, 0))
+    table = Table("study", "statements", "question", box=None, padding=(0, 2, 0, 0))
     for study in studies():
         table.add_row(study.name, ", ".join(study.statements), study.question)
     return table
@@ -38,7 +38,7 @@ def run_studies(
     folder = folder.absolute()
     chosen = [load(name) for name in (NAMES if list(names) == ["all"] else names)]
     try:
-        check_room(folder)
+        check_disk_space(folder)
         runs = Runs(folder, jobs)
         results = []
         for number, study in enumerate(chosen, start=1):
@@ -106,15 +106,13 @@ def heading(result: dict[str, Any]) -> str:
 
 def markdown(result: dict[str, Any], picture: str | None = None) -> str:
     """Return a study's section of docs/studies.md; ``picture``: path of its plot."""
-    kind = "quick run, to see that it works" if result["quick"] else "full run"
+    kind = "quick run, only to check that it works" if result["quick"] else "full run"
     seeds = (
         f", {result['seeds']} seed{'s' if result['seeds'] > 1 else ''}" if result["seeds"] else ""
     )
     minutes = result["training_seconds"] / 60
     spent = (
-        f"{minutes:.1f} min of training"
-        if minutes
-        else "computed and measured, without the trainer"
+        f"{minutes:.1f} min of training" if minutes else "computed and measured without the trainer"
     )
     lines = [
         f"## {heading(result)}",
@@ -126,7 +124,7 @@ def markdown(result: dict[str, Any], picture: str | None = None) -> str:
             f"| {c['statement']} | {c['text']} | **{c['verdict']}** | {c['why']} |"
             for c in result["claims"]
         ),
-        f"Rule, written beforehand: {result['rule']}",
+        f"Rule, written before the results: {result['rule']}",
         f"`{result['command']}`: {kind}{seeds}, {spent}, {result['machine']}, {result['date']}.",
     ]
     return "\n\n".join(lines)
@@ -134,7 +132,7 @@ def markdown(result: dict[str, Any], picture: str | None = None) -> str:
 
 def summary_table(results: Sequence[dict[str, Any]]) -> Table:
     """Return a table with a row per study that was run."""
-    table = Table("study", "bears on", "verdict", "training, s", box=None, padding=(0, 2, 0, 0))
+    table = Table("study", "statements", "verdict", "training, s", box=None, padding=(0, 2, 0, 0))
     for result in results:
         table.add_row(
             result["study"],

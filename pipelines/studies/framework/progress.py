@@ -38,9 +38,7 @@ class StudyProgress:
             self._task = self._bar.add_task("", total=1.0)
             self._bar.start()
         elif self._costs:
-            print(
-                f"{self._what}: {self._done} of {self._of} trainings are done already", flush=True
-            )
+            print(f"{self._what}: {self._done} of {self._of} trainings already done", flush=True)
         return self
 
     def at(self, label: str, part: float) -> None:
@@ -73,7 +71,7 @@ class StudyProgress:
         """Return the time left at the pace so far; it is unknown until 2% are done."""
         part = self.part()
         if part < 0.02:
-            return "time left not known yet"
+            return "time left unknown"
         seconds = (time.monotonic() - self._started) * (1 - part) / part
         return f"{timedelta(seconds=round(seconds))} left"
 

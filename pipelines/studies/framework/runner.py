@@ -54,14 +54,12 @@ class Run:
         return load_config(self.training.recipe, self.overrides)
 
     def is_begun(self) -> bool:
-        """Return whether the folder holds a run of the current configuration, wherever it is
-        tracked.
-        """
+        """Return whether the folder holds a run of this configuration, except for ``tracking``."""
         try:
-            there = RunConfig.model_validate_json((self.folder / "config.json").read_text())
+            saved = RunConfig.model_validate_json((self.folder / "config.json").read_text())
         except (OSError, ValueError):
             return False
-        return there.model_dump(exclude={"tracking"}) == self.config().model_dump(
+        return saved.model_dump(exclude={"tracking"}) == self.config().model_dump(
             exclude={"tracking"}
         )
 
@@ -79,8 +77,8 @@ class Run:
         """Return the number of optimizer steps of the training."""
         config = self.config()
         full, rest = divmod(self.training.train_samples, config.batch.global_size)
-        whole = (config.train.epochs or 10**9) * (full + (rest > 0 and config.data.tail == "pad"))
-        return min(whole, config.train.max_steps or whole)
+        total = (config.train.epochs or 10**9) * (full + (rest > 0 and config.data.tail == "pad"))
+        return min(total, config.train.max_steps or total)
 
     def step(self) -> int:
         """Return the last step that the trainer published; 0 if there is none."""
@@ -118,8 +116,9 @@ class Runs:
         folder = self.folder / "trainings" / f"{training.label}-of-{training.train_samples}"
         data = self.data(training)
         overrides = [
-            f"name={folder.name}", f"data.train={data}/train", f"data.val={data}/{training.measured_on}",
-            f"data.seed={training.seed}", f"train.seed={training.seed}", f"train.output_dir={folder}",
+            f"name={folder.name}", f"data.train={data}/train",
+            f"data.val={data}/{training.measured_on}", f"data.seed={training.seed}",
+            f"train.seed={training.seed}", f"train.output_dir={folder}",
             f"tracking.uri={self.uri}", f"tracking.experiment={EXPERIMENT}", *training.keys,
         ]  # fmt: skip
         return Run(training, folder, overrides)
@@ -157,9 +156,9 @@ class Runs:
         outcome = self.outcome(training)
         if not outcome["diverged"] and len(values) != outcome["steps"]:
             spool = self.run_of(training).folder / "tracking.jsonl"
-            told = f"{training.label}: MLflow has {len(values)} of {outcome['steps']} losses"
             raise RetryableError(
-                f"{told}; send it the rest with MLFLOW_TRACKING_URI={self.uri} convoy sync {spool}"
+                f"{training.label}: MLflow has {len(values)} of {outcome['steps']} losses; deliver "
+                f"the others with MLFLOW_TRACKING_URI={self.uri} convoy sync {spool}"
             )
         return values
 
@@ -168,7 +167,7 @@ class Runs:
 
         If one fails or this process is terminated, all of them are terminated.
         """
-        check_room(self.folder)
+        check_disk_space(self.folder)
         unique = list({training.label: training for training in trainings}.values())
         runs = [self.run_of(training) for training in unique]
         todo = [run for run in runs if not run.is_done()]
@@ -182,14 +181,14 @@ class Runs:
                 progress.ended(run.training.label, _headline(self.outcome(run.training)))
 
 
-def check_room(folder: Path, needed: int = _LEAST_FREE) -> None:
+def check_disk_space(folder: Path, needed: int = _LEAST_FREE) -> None:
     """Raise UserError if fewer than ``needed`` bytes are free on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder}: the disk has {free / 2**20:,.0f} MiB free, studies need "
-            f"{needed / 2**20:,.0f}"
+            f"{folder}: the disk has {free / 2**20:,.0f} MiB free, but studies need "
+            f"{needed / 2**20:,.0f} MiB"
         )
 
 
@@ -319,11 +318,11 @@ def _keep(run: Run, process: "subprocess.Popen[bytes]", seconds: float, peak: fl
     if code in (EXIT_PREEMPTED, -signal.SIGTERM):
         raise SystemExit(EXIT_PREEMPTED)
     if code and not diverged:
-        check_room(run.folder)  # a full disk can end a training in many ways
+        check_disk_space(run.folder)  # a full disk can end a training in many ways
         kind = UserError if code == EXIT_USER else RetryableError
         raise kind(
             f"training {run.training.label} ended with exit code {code}: "
-            f"{run.log_tail() or 'no word'}; see {run.log}"
+            f"{run.log_tail() or 'no log output'}; see {run.log}"
         )
     facts = {"diverged": diverged, "seconds": round(seconds, 1), "peak_mib": round(peak, 1)}
     if diverged:

@@ -80,7 +80,7 @@ class Claim:
     """A part of a study's answer: the claim that was tested, and its verdict."""
 
     statement: str
-    """Id of the statement in the cheatsheet."""
+    """Id of the statement in docs/statements.md."""
     text: str
     verdict: Verdict
     why: str
@@ -97,7 +97,7 @@ class Study:
 
     name: str
     statements: tuple[str, ...]
-    """Ids of the statements in the cheatsheet that it bears on."""
+    """Ids of the statements in docs/statements.md that it tests."""
     question: str
     rule: str
     """The rule for each verdict, in words; ``judge`` implements it."""
@@ -146,18 +146,18 @@ of networks that learn nothing are alike in any case.
 """
 
 
-def same_curves(statement: str, text: str, apart: float, fall: float) -> Claim:
+def same_curves(statement: str, text: str, max_diff: float, fall: float) -> Claim:
     """Return the claim that loss curves are the same.
 
-    ``apart``: largest difference between losses of one step; ``fall``: decrease of the loss in the
-    run in which it decreased least.
+    ``max_diff``: largest difference between losses of one step; ``fall``: decrease of the loss in
+    the run in which it decreased least.
     """
-    verdict = UNDECIDED if fall < LEAST_FALL else verdict_if(apart < SAME)
+    verdict = UNDECIDED if fall < LEAST_FALL else verdict_if(max_diff < SAME)
     return Claim(
         statement,
         text,
         verdict,
-        f"{apart:.2g} nats apart at most, while the loss fell by at least {fall:.2f}",
+        f"at most {max_diff:.2g} nats apart, while the loss fell by at least {fall:.2f}",
     )
 
 

@@ -1,4 +1,4 @@
-"""The commands for a cluster where there is none, and what they leave on the disk."""
+"""Cluster commands without a reachable cluster, and the credential files of ``convoy secrets``."""
 
 import stat
 from pathlib import Path
@@ -22,8 +22,8 @@ COMMANDS = [
 
 
 @pytest.fixture
-def nowhere(tmp_path: Path) -> dict[str, str]:
-    """A kubeconfig whose API server does not answer."""
+def unreachable(tmp_path: Path) -> dict[str, str]:
+    """Environment with a kubeconfig whose API server is unreachable."""
     (port,) = _free_ports(1)
     config = {
         "apiVersion": "v1",
@@ -39,40 +39,43 @@ def nowhere(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS[:2], ids=lambda command: command[0])
-def test_without_a_kubeconfig_the_line_says_what_to_set(
+def test_missing_kubeconfig_error_names_the_variable_to_set(
     convoy_refuses: Run, tmp_path: Path, command: list[object]
 ) -> None:
-    told = convoy_refuses(
+    error = convoy_refuses(
         *command, env={"KUBECONFIG": str(tmp_path / "none"), "HOME": str(tmp_path)}
     )
-    assert told.startswith("convoy: no cluster is known: ")
-    assert "set KUBECONFIG" in told
-    assert len(told.splitlines()) == 1
+    assert error.startswith("convoy: no cluster is configured: ")
+    assert "set KUBECONFIG" in error
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: "-".join(map(str, command[:2])))
-def test_a_server_that_does_not_answer_is_one_line(
-    convoy_refuses: Run, nowhere: dict[str, str], command: list[object]
+def test_unreachable_api_server_is_a_one_line_error(
+    convoy_refuses: Run, unreachable: dict[str, str], command: list[object]
 ) -> None:
-    told = convoy_refuses(*command, env=nowhere)
-    assert told.splitlines()[-1].startswith("convoy: the API server does not answer: ")
-    assert "Traceback" not in told
+    error = convoy_refuses(*command, env=unreachable)
+    assert error.splitlines()[-1].startswith("convoy: the API server does not respond: ")
+    assert "Traceback" not in error
 
 
-def test_a_dry_run_of_the_client_needs_no_cluster(
-    convoy_ok: Run, convoy_refuses: Run, nowhere: dict[str, str]
+def test_client_dry_run_needs_no_cluster(
+    convoy_ok: Run, convoy_refuses: Run, unreachable: dict[str, str]
 ) -> None:
-    assert "good" in convoy_ok(*SUBMIT, "--dry-run", "client", env=nowhere)
+    assert "valid" in convoy_ok(*SUBMIT, "--dry-run", "client", env=unreachable)
+    job = ("submit", "resnet50", "--nodes", 3, "--gpus-per-node", 1)
     assert "does not divide by 3 ranks" in convoy_refuses(
-        "submit", "resnet50", "--nodes", 3, "--gpus-per-node", 1, "--dry-run", "client", env=nowhere
+        *job, "--dry-run", "client", env=unreachable
     )
-    assert "neither client nor server" in convoy_refuses(*SUBMIT, "--dry-run", "yes", env=nowhere)
+    assert "neither client nor server" in convoy_refuses(
+        *SUBMIT, "--dry-run", "yes", env=unreachable
+    )
 
 
 def test_secrets_are_random_private_and_never_overwritten(
     convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
 ) -> None:
-    said = [convoy_ok("secrets", tmp_path / folder) for folder in ("a.env", "b.env")]
+    printed = [convoy_ok("secrets", tmp_path / folder) for folder in ("a.env", "b.env")]
     files = [tmp_path / name for name in ("a.env", "a-postgres.env")]
     for file in files:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -84,10 +87,10 @@ def test_secrets_are_random_private_and_never_overwritten(
         for key in values:
             if "SECRET" in key or "PASSWORD" in key or "KEY_ID" in key:
                 assert values[key] != others[key]
-                assert values[key] not in "".join(said)
+                assert values[key] not in "".join(printed)
                 assert len(values[key]) >= 20
     before = [file.read_text() for file in files]
     files[0].unlink()
-    assert "a-postgres.env: is there already" in convoy_refuses("secrets", files[0])
+    assert "a-postgres.env: already exists" in convoy_refuses("secrets", files[0])
     assert not files[0].exists()
     assert files[1].read_text() == before[1]

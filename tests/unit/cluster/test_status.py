@@ -1,4 +1,4 @@
-"""What ``convoy status`` says of the states that a job can be in, as the API server tells them."""
+"""The line of ``convoy status`` for each state of a job, from objects of the API server."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ Object = dict[str, Any]
 
 
 def _job(*conditions: str, **spec: Any) -> Object:
-    told = [
+    reported = [
         {"type": kind, "status": "True", "message": f"PyTorchJob r50 is {kind.lower()}."}
         for kind in conditions
     ]
@@ -20,7 +20,7 @@ def _job(*conditions: str, **spec: Any) -> Object:
     return {
         "metadata": {"name": "r50", "labels": {}},
         "spec": {"runPolicy": {}, "pytorchReplicaSpecs": worker, **spec},
-        "status": {"conditions": told},
+        "status": {"conditions": reported},
     }
 
 
@@ -78,50 +78,64 @@ OLD_LOG = (  # of a version that printed no records
     "MLflow run 0a1b at http://convoy-mlflow:5000\n"
     "step 400/1000 epoch 0.08 loss 5.1 lr 0.1 2,345 images/s, waiting for data 0.0%, 0:02:03 left\n"
 )
+TRACEBACK = 'Traceback (most recent call last):\n  File "x"\nKeyError: 5\n'
 
 
 @pytest.mark.parametrize(
     ("job", "pods", "log", "line"),
     [
-        (_job("Created"), [], "", "r50: queued: its pods are being made"),
-        (_job(), [], "", "r50: queued: the training-operator did not take it yet; is it running? kubectl get pods -A | grep "
-         "training-operator"),
-        (_job("Created", runPolicy={"suspend": True}), [], "", "r50: suspended: it holds no pods; convoy resume r50"),
+        (_job("Created"), [], "", "r50: queued: its pods are being created"),
         (
-            _job("Created"), [_pod(0, "Pending", _waiting("ContainerCreating")), _pod(1, "Pending", scheduled="")], "",
-            "r50: starting: 0 of 2 pods run, 1 get their image and volumes, 1 wait for a node",
+            _job(), [], "",
+            "r50: queued: the training operator has not processed it yet; check that it runs: "
+            "kubectl get pods -A | grep training-operator",
+        ),
+        (
+            _job("Created", runPolicy={"suspend": True}), [], "",
+            "r50: suspended: it has no pods; start it with convoy resume r50",
         ),
         (
             _job("Created"),
-            [_pod(n, "Pending", scheduled="False", reason="Unschedulable", message="0/3 nodes: Insufficient nvidia.com/gpu.")
+            [_pod(0, "Pending", _waiting("ContainerCreating")), _pod(1, "Pending", scheduled="")],
+            "",
+            "r50: starting: 0 of 2 pods running, 1 getting their image and volumes, 1 waiting for "
+            "a node",
+        ),
+        (
+            _job("Created"),
+            [_pod(n, "Pending", scheduled="False", reason="Unschedulable",
+                  message="0/3 nodes: Insufficient nvidia.com/gpu.")
              for n in (0, 1)], "",
-            "r50: unschedulable: 2 of 2 pods: 0/3 nodes: Insufficient nvidia.com/gpu.; ask for "
+            "r50: unschedulable: 2 of 2 pods: 0/3 nodes: Insufficient nvidia.com/gpu.; request "
             "less, or wait until other jobs end",
         ),
         (
             _job("Created", pytorchReplicaSpecs=GANG),
-            [_pod(n, "Pending", scheduled="False", reason="Unschedulable", message="minCount (2) cannot be satisfied")
+            [_pod(n, "Pending", scheduled="False", reason="Unschedulable",
+                  message="minCount (2) cannot be satisfied")
              for n in (0, 1)], "",
-            "r50: unschedulable: 2 of 2 pods, a gang that starts whole: minCount (2) cannot be "
-            "satisfied; ask for less, or wait "
-            "until other jobs end",
+            "r50: unschedulable: 2 of 2 pods, a gang that starts together: minCount (2) cannot be "
+            "satisfied; request less, or wait until other jobs end",
         ),
         (
-            _job("Created"), [_pod(0, "Pending", _waiting("ImagePullBackOff", "Back-off")), _pod(1)], "",
+            _job("Created"),
+            [_pod(0, "Pending", _waiting("ImagePullBackOff", "Back-off")), _pod(1)], "",
             "r50: no image: 1 of 2 pods: convoy:1 cannot be pulled (ImagePullBackOff); check "
-            "its name and the nodes' access to its "
-            "registry",
+            "its name and the nodes' access to its registry",
         ),
         (
-            _job("Created"), [_pod(0, "Pending", _waiting("CreateContainerConfigError", 'secret "convoy-mlflow" not found')),
+            _job("Created"),
+            [_pod(0, "Pending",
+                  _waiting("CreateContainerConfigError", 'secret "convoy-mlflow" not found')),
              _pod(1)], "",
-            'r50: not started: 1 of 2 pods: secret "convoy-mlflow" not found; make it in this namespace: convoy secrets --help',
+            'r50: not started: 1 of 2 pods: secret "convoy-mlflow" not found; create it in this '
+            "namespace, see convoy secrets --help",
         ),
-        (_job("Running"), RUNNING, "", "r50: starting: 2 pods run, no word of them yet"),
+        (_job("Running"), RUNNING, "", "r50: starting: 2 pods running, no log output yet"),
         (_job("Running"), RUNNING, None, "r50: running: 2 pods"),
         (_job("Running"), RUNNING, WAITS, "r50: waiting: s3://convoy/x: no index.json yet"),
-        (_job("Running"), RUNNING, MEETS, "r50: rendezvous: 2 pods meet; the first step follows"),
-        (_job("Running"), RUNNING, MEETS + _line("starting", step=0), "r50: rendezvous: 2 pods meet; the first step follows"),
+        (_job("Running"), RUNNING, MEETS, "r50: rendezvous: 2 pods are connecting; the first step follows"),
+        (_job("Running"), RUNNING, MEETS + _line("starting", step=0), "r50: rendezvous: 2 pods are connecting; the first step follows"),
         (_job("Running"), RUNNING, OLD_LOG, "r50: running: 2 pods"),
         (_job("Succeeded"), [_pod(0, "Succeeded", _ended(0))], OLD_LOG, "r50: succeeded"),
         (
@@ -138,57 +152,65 @@ OLD_LOG = (  # of a version that printed no records
         ),
         (
             _job("Running"), RUNNING, LOG,
-            "r50: training: step 400 of 1,000, 2,345 images/s, 0:02:03 left, http://convoy-mlflow:5000/#/runs/0a1b",
+            "r50: training: step 400 of 1,000, 2,345 images/s, 0:02:03 left, "
+            "http://convoy-mlflow:5000/#/runs/0a1b",
         ),
         (
             _job("Running"), [_pod(0), _pod(1, "Pending", scheduled="")], LOG,
-            "r50: starting: 1 of 2 pods run, 1 wait for a node",
+            "r50: starting: 1 of 2 pods running, 1 waiting for a node",
         ),
         (
             _job("Running", "Succeeded"), [_pod(0, "Succeeded", _ended(0))], LOG,
-            "r50: succeeded: step 400 of 1,000, 2,345 images/s, 0:02:03 left, http://convoy-mlflow:5000/#/runs/0a1b",
+            "r50: succeeded: step 400 of 1,000, 2,345 images/s, 0:02:03 left, "
+            "http://convoy-mlflow:5000/#/runs/0a1b",
         ),
         (
-            _job("Failed"), [_pod(0, "Failed", _ended(144)), _pod(1, "Failed", _ended(2, "s3://convoy/x: permission denied"))], "",
+            _job("Failed"),
+            [_pod(0, "Failed", _ended(144)),
+             _pod(1, "Failed", _ended(2, "s3://convoy/x: permission denied"))], "",
             "r50: failed: s3://convoy/x: permission denied",
         ),
         (
             _job("Failed"), [_pod(0, "Failed", _ended(1, 'Traceback (most recent call last):\n  File "x"\nKeyError: 5\n'))], "",
-            'r50: failed: a bug: ...(most recent call last): File "x" KeyError: 5; convoy logs r50 has all of it',
+            'r50: failed: bug: ...(most recent call last): File "x" KeyError: 5; convoy logs r50 prints the full log',
         ),
         (
             _job("Failed"), [_pod(0, "Failed", _ended(1, "KeyError: 5\n" + _line("failed", exit_code=1)))], "",
-            "r50: failed: a bug: ...KeyError: 5; convoy logs r50 has all of it",
+            "r50: failed: bug: ...KeyError: 5; convoy logs r50 prints the full log",
         ),
         (
             _job("Failed"), [_pod(0, "Failed", _ended(1))], LOG + _line("failed", exit_code=1, message="KeyError: 5"),
-            "r50: failed: a bug: ...KeyError: 5; convoy logs r50 has all of it",
+            "r50: failed: bug: ...KeyError: 5; convoy logs r50 prints the full log",
         ),
+        (_job("Failed"), [_pod(0, "Failed", _ended(2))], "",
+         "r50: failed: user error; see convoy logs r50"),
         (_job("Failed"), [], "", "r50: failed: PyTorchJob r50 is failed."),
     ],
 )  # fmt: skip
-def test_each_state_is_one_line(job: Object, pods: list[Object], log: str, line: str) -> None:
+def test_each_state_is_reported_in_one_line(
+    job: Object, pods: list[Object], log: str, line: str
+) -> None:
     assert summarize_job(job, pods, [], log).line() == line
 
 
-def test_refused_pods_are_told_by_the_jobs_events() -> None:
+def test_events_of_the_job_explain_rejected_pods() -> None:
     message = 'Error creating: pods "r50-worker-0" is forbidden: exceeded quota: convoy'
     status = summarize_job(
         _job("Created"), [], [{"reason": "FailedCreatePod", "message": message}], ""
     )
-    assert status.line() == f"r50: queued: its pods are refused: {message}"
+    assert status.line() == f"r50: queued: its pods are rejected: {message}"
 
 
-def test_a_job_in_kueues_queue_is_not_called_suspended() -> None:
+def test_suspended_job_in_a_kueue_queue_is_queued() -> None:
     job = _job("Created", runPolicy={"suspend": True})
     job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "team"
     assert (
         summarize_job(job, [], [], "").line()
-        == "r50: queued: Kueue's queue team admits it when there is room"
+        == "r50: queued: Kueue's queue team admits it when its quota allows"
     )
 
 
-def test_figures_and_exit_codes_for_programs() -> None:
+def test_status_has_progress_and_exit_code_fields() -> None:
     status = summarize_job(_job("Running"), RUNNING, [], LOG)
     assert (status.step, status.total, status.images_per_second, status.left) == (
         400,

@@ -135,7 +135,7 @@ def test_order_command_rejects_invalid_options(convoy_refuses: Run, digits: Path
     assert "--batch-size: 42 does not divide" in convoy_refuses(
         *base, "--rank", 0, "--batch-size", 42
     )
-    assert "--rank: 4 is not below" in convoy_refuses(*base, "--rank", 4, "--batch-size", 40)
+    assert "--rank: 4 must be less than" in convoy_refuses(*base, "--rank", 4, "--batch-size", 40)
     assert "--tail: 'keep' is neither pad nor drop" in convoy_refuses(
         *base, "--rank", 0, "--batch-size", 40, "--tail", "keep"
     )

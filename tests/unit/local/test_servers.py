@@ -47,9 +47,9 @@ def test_up_twice_status_and_down(
         stopped = convoy("local", "down", "--dir", folder)
     assert "stopped mlflow and s3" in stopped.stdout
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    assert convoy_ok("local", "down", "--dir", folder).strip() == "nothing was running"
-    assert "not all services run" in convoy_refuses("local", "status", "--dir", folder)
-    assert "no services run there" in convoy_refuses("local", "env", "--dir", folder)
+    assert convoy_ok("local", "down", "--dir", folder).strip() == "no services were running"
+    assert "not all services are running" in convoy_refuses("local", "status", "--dir", folder)
+    assert "no services are running" in convoy_refuses("local", "env", "--dir", folder)
     assert servers._credentials(folder)[1] == secret, "credentials stay with the data"
 
 

@@ -1,6 +1,4 @@
-"""What studies compute, against calculations of another kind; and the rules where results are
-known.
-"""
+"""The values that studies compute, against independent calculations; and verdicts."""
 
 import math
 
@@ -28,7 +26,7 @@ from trainer.models import build_model
 
 
 @pytest.mark.parametrize("kernels", [(3, 3, 3), (7,), (5,), (3, 5), (1,)])
-def test_receptive_field_is_one_and_the_sum_of_what_each_filter_adds(
+def test_receptive_field_grows_by_the_filter_size_minus_one(
     kernels: tuple[int, ...],
 ) -> None:
     torch.manual_seed(0)
@@ -36,7 +34,7 @@ def test_receptive_field_is_one_and_the_sum_of_what_each_filter_adds(
     assert measure.receptive_field(layers, 2, 21) == 1 + sum(kernel - 1 for kernel in kernels)
 
 
-def test_small_filters_are_counted() -> None:
+def test_counted_weights_of_small_filters_match_torchvision_and_arithmetic() -> None:
     stacked, single = small_filters.computed("stacked"), small_filters.computed("single")
     assert (stacked["receptive_field_pixels"], single["receptive_field_pixels"]) == (7, 7)
     assert (stacked["weights_per_channel_pair"], single["weights_per_channel_pair"]) == (
@@ -52,7 +50,7 @@ def test_small_filters_are_counted() -> None:
     assert single["vgg16_convolution_parameters"] == sum(a * b * k * k + b for a, b, k in pairs)
 
 
-def test_pool_head_parameters_are_those_of_the_papers_layers() -> None:
+def test_pool_head_parameters_match_the_paper() -> None:
     tower, average = (pool_head.parameters("vgg16", head=head) for head in pool_head.HEADS)
     layers = ((25088, 4096), (4096, 4096), (4096, 1000))
     assert tower["fully_connected"] == sum(a * b + b for a, b in layers)
@@ -61,13 +59,19 @@ def test_pool_head_parameters_are_those_of_the_papers_layers() -> None:
     assert average["convolutions"] == tower["convolutions"]
 
 
-def test_inception_without_reduction_by_the_papers_table() -> None:
-    """Multiply-adds and weights that nine modules gain or lose: table 1's channels by hand."""
+def test_cost_of_inception_without_reduction_matches_the_paper() -> None:
+    """The differences of nine modules, computed from the channels in table 1."""
     modules = {  # input, 3x3 reduced, 3x3, 5x5 reduced, 5x5, side
-        "3a": (192, 96, 128, 16, 32, 28), "3b": (256, 128, 192, 32, 96, 28), "4a": (480, 96, 208, 16, 48, 14),
-        "4b": (512, 112, 224, 24, 64, 14), "4c": (512, 128, 256, 24, 64, 14), "4d": (512, 144, 288, 32, 64, 14),
-        "4e": (528, 160, 320, 32, 128, 14), "5a": (832, 160, 320, 32, 128, 7), "5b": (832, 192, 384, 48, 128, 7),
-    }  # fmt: skip
+        "3a": (192, 96, 128, 16, 32, 28),
+        "3b": (256, 128, 192, 32, 96, 28),
+        "4a": (480, 96, 208, 16, 48, 14),
+        "4b": (512, 112, 224, 24, 64, 14),
+        "4c": (512, 128, 256, 24, 64, 14),
+        "4d": (512, 144, 288, 32, 64, 14),
+        "4e": (528, 160, 320, 32, 128, 14),
+        "5a": (832, 160, 320, 32, 128, 7),
+        "5b": (832, 192, 384, 48, 128, 7),
+    }
     weights = multiply_adds = biases = 0
     for x, r3, c3, r5, c5, side in modules.values():
         gained = x * c3 * 9 + x * c5 * 25 - (x * r3 + r3 * c3 * 9 + x * r5 + r5 * c5 * 25)
@@ -83,8 +87,8 @@ def test_inception_without_reduction_by_the_papers_table() -> None:
     assert unreduced["parameters"] - reduced["parameters"] == weights - biases
 
 
-def test_inceptions_narrow_network_gets_no_less_work() -> None:
-    """So that the one with reduction has no advantage by its size."""
+def test_narrow_network_without_reduction_has_at_least_as_many_multiply_adds() -> None:
+    """The network with reduction must not win by its cost."""
     reduced, narrow = (
         inception.costs("googlenet", 10, inception.SIDE, stem="small", width=width, reduction=on)[
             "multiply_adds"
@@ -104,10 +108,10 @@ def test_inceptions_narrow_network_gets_no_less_work() -> None:
         ("googlenet2014", {"reduction": False}),
     ],
 )
-def test_networks_of_the_studies_train_and_count_alike(
+def test_study_networks_have_gradients_and_multiply_adds_of_torch(
     name: str, options: dict[str, object]
 ) -> None:
-    """Every parameter gets a gradient; multiply-adds are those of torch's own counter in a real
+    """Every parameter gets a gradient; multiply-adds equal those of torch's counter in a forward
     pass.
     """
     torch.manual_seed(0)
@@ -123,8 +127,8 @@ def test_networks_of_the_studies_train_and_count_alike(
     assert inception.forward_costs(copy, 32)[0] == counter.get_total_flops() // 2
 
 
-def test_gradients_at_blocks_are_autograds_own() -> None:
-    """Against autograd asked for the same tensors, block by block, in a network that was cut there."""
+def test_gradients_at_blocks_match_autograd() -> None:
+    """The reference splits the network after each block and uses ``torch.autograd.grad``."""
     torch.manual_seed(0)
     model = build_model("resnet8", 10, width=4).train()
     images, labels = torch.randn(6, 3, 16, 16), torch.arange(6)
@@ -132,17 +136,14 @@ def test_gradients_at_blocks_are_autograds_own() -> None:
     assert list(found) == ["stage1_0", "stage2_0", "stage3_0"]
     names = [name for name, _ in model.named_children()]
     for name, norm in found.items():
-        cut = names.index(name) + 1
-        value = model[:cut](images).detach().requires_grad_()
-        loss = nn.functional.cross_entropy(model[cut:](value * 1.0), labels, reduction="sum")
+        end = names.index(name) + 1
+        value = model[:end](images).detach().requires_grad_()
+        loss = nn.functional.cross_entropy(model[end:](value * 1.0), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, value)
         assert norm == pytest.approx(float(gradient.flatten(1).norm(dim=1).mean()), rel=1e-4)
 
 
-def test_only_shortcuts_pass_the_gradient() -> None:
-    """Through identities alone the gradient at the first block of a stage is that at its last,
-    where no ReLU is closed.
-    """
+def test_only_shortcuts_blocks_the_gradient_of_plain_networks() -> None:
     torch.manual_seed(0)
     for family, passes in (("resnet", True), ("plain", False)):
         model = gradient_path.only_shortcuts(build_model(f"{family}20", 10, width=4).train())
@@ -153,7 +154,7 @@ def test_only_shortcuts_pass_the_gradient() -> None:
     assert gradient_path.orders([100.0, 3.0, 1.0]) == pytest.approx(2)
 
 
-def test_the_block_is_the_plain_one_and_x() -> None:
+def test_residual_block_is_the_plain_block_plus_x() -> None:
     found = depth.block_difference()
     assert found == {
         "lines_of_code": ["out += self.shortcut(x)"],
@@ -162,10 +163,10 @@ def test_the_block_is_the_plain_one_and_x() -> None:
     }
 
 
-def test_stacks_that_are_asked_to_be_the_identity() -> None:
+def test_stacks_of_the_identity_study_keep_shapes_and_zero_gain_is_the_identity() -> None:
     x = identity.feature_maps(torch.rand(4, 3, 28, 28))
     assert x.shape == (4, identity.CHANNELS, 14, 14)
-    assert x.min() == pytest.approx(0.25)  # what a ReLU gives back, and is open for
+    assert x.min() == pytest.approx(0.25)  # positive, so the last ReLU is active
     assert x.max() == pytest.approx(1)
     for blocks in identity.DEPTHS:
         for kind in identity.KINDS:
@@ -177,8 +178,8 @@ def test_stacks_that_are_asked_to_be_the_identity() -> None:
     assert identity.fit(zero, x, x, 1, 1e-3) == [0.0]
 
 
-def test_then_and_nows_arithmetic() -> None:
-    """By hand: Krizhevsky's 90 epochs in 5.5 days on two GPUs of 1.58e12 operations a second."""
+def test_operations_utilization_and_hours_match_arithmetic() -> None:
+    """Krizhevsky's 90 epochs in 5 to 6 days on two GPUs of 1.58e12 operations per second."""
     flops = 0.724e9 * 2 * 3 * 1.281e6 * 90
     assert then.training_flops("alexnet2012") == pytest.approx(flops, rel=0.002)
     low, high = then.utilization(then.REPORTS[0])
@@ -187,19 +188,19 @@ def test_then_and_nows_arithmetic() -> None:
     assert then.hours_on("alexnet2012", 2, then.GTX580, low) == pytest.approx(144)
 
 
-def test_range_of_rates() -> None:
+def test_decades_of_working_rates() -> None:
     grid, good, bad = [0.001, 0.01, 0.1, 1.0], 0.5, 2.0
     assert batch_norm.decades(grid, [bad, good, good, None]) == pytest.approx(2.0)
     assert batch_norm.decades(grid, [bad, good, bad, None]) == pytest.approx(1.0)
     assert batch_norm.decades(grid, [bad, None, None, bad]) == 0.0
 
 
-def test_steps_to_the_goal() -> None:
+def test_steps_to_goal_is_twice_the_length_if_not_reached() -> None:
     assert activation.steps_to_goal([16, 32, 48], [60.0, 25.0, 10.0]) == 32
     assert activation.steps_to_goal([16, 32, 48], [60.0, 40.0, 26.0]) == 96
 
 
-def test_curves() -> None:
+def test_smooth_and_thinned_curves() -> None:
     assert smooth([1.0, 3.0, 5.0, 7.0], 2) == pytest.approx([1, 2, 4, 6])
     assert smooth([1.0, 3.0], 9) == pytest.approx([1, 2])
     places, values = thinned(list(range(1, 1001)), 5)
@@ -221,7 +222,7 @@ def _depth_figures(plain: tuple[float, float], residual: tuple[float, float]) ->
     return {"block": depth.block_difference(), "networks": networks}
 
 
-def test_depth_is_judged_by_what_was_measured() -> None:
+def test_verdicts_on_depth_follow_the_losses() -> None:
     def verdicts(*losses: tuple[float, float]) -> list[str]:
         return [claim.verdict for claim in depth.judge(_depth_figures(*losses))]
 
@@ -235,7 +236,7 @@ def test_depth_is_judged_by_what_was_measured() -> None:
     ]
 
 
-def test_pool_heads_tolerance() -> None:
+def test_verdict_on_pool_head_allows_the_tolerance() -> None:
     parameters = {
         name: {head: pool_head.parameters(name, head=head) for head in pool_head.HEADS}
         for name in pool_head.NETWORKS

@@ -1,5 +1,5 @@
-"""Every study from its measurements to its verdicts, text and picture, with invented curves in
-place of trainings.
+"""Every study from measurements to verdicts, text and plot, with synthetic curves instead of
+trainings.
 """
 
 import json
@@ -22,13 +22,14 @@ from trainer.export.exported_model import ModelMetadata, save_model
 CLASSES = [str(number) for number in range(10)]
 
 
-class InventedRuns(Runs):
-    """Trainings that end with their first weights; losses fall from ln 10, and seed and length
-    alone make them differ.
+class SyntheticRuns(Runs):
+    """Trainings with the initial weights and with losses that fall from ln 10.
+
+    They differ only by seed and length.
     """
 
     def train(self, trainings: Any, what: str) -> None:
-        self.asked = [training.label for training in trainings]
+        self.requested = [training.label for training in trainings]
 
     def run_of(self, training: Training) -> Run:
         run = super().run_of(training)
@@ -40,9 +41,14 @@ class InventedRuns(Runs):
     def outcome(self, training: Training) -> dict[str, Any]:
         diverged = training.may_diverge and training.name.endswith("without-norm-1")
         return {
-            "diverged": diverged, "seconds": 1.0, "peak_mib": 900.0 + training.seed, "mlflow_run_id": training.label, "top1": 0.8,
-            "steps": self.run_of(training).steps(), "images_per_second": 500.0 * training.procs,
-        }  # fmt: skip
+            "diverged": diverged,
+            "seconds": 1.0,
+            "peak_mib": 900.0 + training.seed,
+            "mlflow_run_id": training.label,
+            "top1": 0.8,
+            "steps": self.run_of(training).steps(),
+            "images_per_second": 500.0 * training.procs,
+        }
 
     def history(self, training: Training, key: str) -> tuple[np.ndarray, np.ndarray]:
         steps = np.arange(1, self.run_of(training).steps() + 1)
@@ -54,32 +60,32 @@ class InventedRuns(Runs):
 
 
 @pytest.fixture(scope="module")
-def invented(tmp_path_factory: pytest.TempPathFactory) -> InventedRuns:
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRuns:
     if find_fashion() is None:
-        pytest.skip("Fashion-MNIST cannot be had")
-    return InventedRuns(tmp_path_factory.mktemp("study"), jobs=2)
+        pytest.skip("Fashion-MNIST is unavailable")
+    return SyntheticRuns(tmp_path_factory.mktemp("study"), jobs=2)
 
 
 @pytest.mark.parametrize("study", studies(), ids=lambda study: study.name)
-def test_from_measurements_to_a_page(
+def test_study_writes_verdicts_text_and_plot(
     study: Study,
-    invented: InventedRuns,
+    synthetic: SyntheticRuns,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    few_steps = identity.fit  # instead of 60: what is learned does not matter here
+    few_steps = identity.fit  # 3 steps instead of 60: the result does not matter here
     monkeypatch.setattr(
         identity, "fit", lambda *args: few_steps(*args[:3], 3, args[4]) + [0.1] * (args[3] - 3)
     )
     scale = Scale(
         quick=True, seeds=1 if study.name == "identity" else 2
-    )  # which fits its blocks itself
-    returned = run_study(study, scale, invented)
-    assert invented.asked == [training.label for training in study.trainings(scale)]
-    folder: Path = invented.folder / study.name
+    )  # the identity study trains its blocks itself
+    returned = run_study(study, scale, synthetic)
+    assert synthetic.requested == [training.label for training in study.trainings(scale)]
+    folder: Path = synthetic.folder / study.name
     result = json.loads((folder / "result.json").read_text())
     assert result == json.loads(json.dumps(returned))
-    claims = study.judge(result["figures"])  # from the file alone, as anybody can
+    claims = study.judge(result["figures"])  # the file suffices to judge again
     assert [vars(claim) for claim in claims] == result["claims"]
     assert {claim.statement for claim in claims} == set(study.statements)
     assert result["verdict"] == overall(claims)

@@ -1,5 +1,6 @@
-"""Trainings of studies: made once, taken up where they stopped, refused with a sentence. `make
-test-studies` trains.
+"""Trainings of studies: when they are done, what is read from them, and error messages.
+
+`make test-studies` runs real trainings.
 """
 
 import json
@@ -14,13 +15,13 @@ from support.helpers import Run as Command
 from pipelines.local.demo import _INSTALLED
 from pipelines.studies.experiments.data import first_of_idx
 from pipelines.studies.framework.progress import StudyProgress
-from pipelines.studies.framework.runner import Run, _keep, check_room
+from pipelines.studies.framework.runner import Run, _keep, check_disk_space
 from pipelines.studies.framework.study import Training
 from trainer.errors import UserError
 from trainer.progress.progress_record import PROGRESS_FILE, ProgressRecord
 
 
-def test_a_training_is_done_once_and_only_with_its_own_configuration(tmp_path: Path) -> None:
+def test_training_is_done_only_with_the_same_configuration(tmp_path: Path) -> None:
     def run(*keys: str) -> Run:
         return Run(
             Training("a", 0, 64, 64), tmp_path, ["name=a", f"train.output_dir={tmp_path}", *keys]
@@ -30,7 +31,7 @@ def test_a_training_is_done_once_and_only_with_its_own_configuration(tmp_path: P
     (tmp_path / "config.json").write_text(
         run("tracking.uri=http://elsewhere").config().model_dump_json()
     )
-    assert run().is_begun()  # wherever it is tracked
+    assert run().is_begun()  # tracking does not matter
     assert not run().is_done()
     (tmp_path / "outcome.json").write_text("{}")
     assert run().is_done()
@@ -38,7 +39,7 @@ def test_a_training_is_done_once_and_only_with_its_own_configuration(tmp_path: P
     assert not run("train.epochs=9").is_done()
 
 
-def test_names_that_end_alike_have_logs_of_their_own(tmp_path: Path) -> None:
+def test_names_with_decimal_points_have_separate_logs(tmp_path: Path) -> None:
     logs = {
         Run(Training("a", 0, 64, 64), tmp_path / f"rate-{rate}", []).log for rate in ("0.1", "0.02")
     }
@@ -83,7 +84,7 @@ def test_a_training_diverged_if_its_progress_file_says_so(tmp_path: Path) -> Non
         _keep(strict, _ended(2), 1.0, 1.0)
 
 
-def test_the_first_entries_of_an_idx_file() -> None:
+def test_first_of_idx_truncates_images_and_labels() -> None:
     content = bytes([0, 0, 8, 3]) + struct.pack(">3i", 3, 2, 2) + bytes(range(12))
     assert first_of_idx(content, 2) == bytes([0, 0, 8, 3]) + struct.pack(">3i", 2, 2, 2) + bytes(
         range(8)
@@ -94,22 +95,24 @@ def test_the_first_entries_of_an_idx_file() -> None:
         first_of_idx(content, 4)
 
 
-def test_progress_counts_by_cost() -> None:
-    progress = StudyProgress("x", [("cheap", 1.0), ("dear", 3.0)], 2)
-    assert progress.left() == "time left not known yet"
-    progress.at("dear", 0.5)
+def test_progress_is_weighted_by_cost() -> None:
+    progress = StudyProgress("x", [("cheap", 1.0), ("expensive", 3.0)], 2)
+    assert progress.left() == "time left unknown"
+    progress.at("expensive", 0.5)
     assert progress.part() == pytest.approx(1.5 / 4)
     progress.ended("cheap", "")
     assert progress.part() == pytest.approx(2.5 / 4)
 
 
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
-    check_room(tmp_path, 1)
-    with pytest.raises(UserError, match="MiB free, studies need 1,099,511,627,776"):
-        check_room(tmp_path, 2**60)
+def test_full_disk_is_an_error(tmp_path: Path) -> None:
+    check_disk_space(tmp_path, 1)
+    with pytest.raises(UserError, match="MiB free, but studies need 1,099,511,627,776 MiB"):
+        check_disk_space(tmp_path, 2**60)
 
 
-def test_refusals(convoy_refuses: Command, tmp_path: Path) -> None:
+def test_unknown_study_and_unusable_folder_are_errors(
+    convoy_refuses: Command, tmp_path: Path
+) -> None:
     assert "no study 'accumulatoin'; nearest: accumulation" in convoy_refuses(
         "study", "accumulatoin"
     )
@@ -119,10 +122,10 @@ def test_refusals(convoy_refuses: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(_INSTALLED.is_dir(), reason="the data is installed on this machine")
-def test_no_data(convoy_refuses: Command, tmp_path: Path) -> None:
-    nothing = {"PATH": str(tmp_path), "CONVOY_CACHE": str(tmp_path / "cache")}
+def test_missing_dataset_error_names_the_package(convoy_refuses: Command, tmp_path: Path) -> None:
+    without_apt = {"PATH": str(tmp_path), "CONVOY_CACHE": str(tmp_path / "cache")}
     assert "dataset-fashion-mnist" in convoy_refuses(
-        "study", "accumulation", "--quick", "--dir", tmp_path / "s", env=nothing
+        "study", "accumulation", "--quick", "--dir", tmp_path / "s", env=without_apt
     )
 
 
@@ -133,7 +136,7 @@ def _result(folder: Path, name: str) -> dict[str, object]:
     return result
 
 
-def test_a_study_without_training(convoy_ok: Command, tmp_path: Path) -> None:
+def test_study_without_trainings_writes_its_result(convoy_ok: Command, tmp_path: Path) -> None:
     printed = convoy_ok("study", "then-and-now", "--dir", tmp_path)
     assert "not borne out" in printed
     result = _result(tmp_path, "then-and-now")

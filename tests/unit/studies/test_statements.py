@@ -8,7 +8,7 @@ from pipelines.studies.framework.catalog import studies
 PAGE = Path(__file__).parents[3] / "docs/statements.md"
 
 
-def test_the_page_names_each_statement_and_its_study() -> None:
+def test_page_lists_each_statement_with_its_study() -> None:
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in PAGE.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The studies as a set: what they cover, what they say of themselves, how verdicts are given."""
+"""All studies: their statements, texts and trainings; and how verdicts are derived."""
 
 import pytest
 
@@ -25,7 +25,7 @@ IDS = {
     *("T1", "T2", "T3", "T4", "T5", "T6", "S1"),
     *("P1", "P2", "P3", "P4", "P5"),
 }
-"""Every statement of the cheatsheet."""
+"""Every statement in docs/statements.md."""
 ALL = studies()
 SCALES = [Scale(quick=True, seeds=1), Scale(quick=False, seeds=3)]
 
@@ -35,7 +35,7 @@ def test_every_statement_has_a_study() -> None:
 
 
 @pytest.mark.parametrize("study", ALL, ids=lambda study: study.name)
-def test_a_study_says_what_it_asks_and_when_it_is_borne_out(study: Study) -> None:
+def test_study_has_a_question_and_a_rule(study: Study) -> None:
     assert study.question.endswith("?")
     assert "borne out" in study.rule.lower()
     assert len(study.rule) > 60
@@ -43,7 +43,7 @@ def test_a_study_says_what_it_asks_and_when_it_is_borne_out(study: Study) -> Non
 
 @pytest.mark.parametrize("scale", SCALES, ids=["quick", "full"])
 @pytest.mark.parametrize("study", ALL, ids=lambda study: study.name)
-def test_its_trainings_are_recipes_that_are_accepted(study: Study, scale: Scale) -> None:
+def test_trainings_have_valid_recipes(study: Study, scale: Scale) -> None:
     trainings = study.trainings(scale)
     labels = [training.label for training in trainings]
     assert len(set(labels)) == len(labels)
@@ -55,10 +55,8 @@ def test_its_trainings_are_recipes_that_are_accepted(study: Study, scale: Scale)
         assert training.val_samples <= 10_000
 
 
-def test_trainings_of_one_name_are_the_same_in_all_studies() -> None:
-    """Studies share them: two that differ under one name would take turns in overwriting each
-    other's results.
-    """
+def test_trainings_with_the_same_label_are_equal_in_all_studies() -> None:
+    """Studies share trainings; different ones with the same label would overwrite each other."""
     for scale in SCALES:
         known = {}
         for training in (t for study in ALL for t in study.trainings(scale)):
@@ -82,7 +80,7 @@ def test_verdict_by_seeds(differences: list[float], least: float, verdict: str) 
     assert verdict_by_seeds(differences, least) == verdict
 
 
-def test_the_worst_claim_is_the_studys_verdict() -> None:
+def test_overall_verdict_is_that_of_the_worst_claim() -> None:
     def claims(*verdicts: str) -> list[Claim]:
         return [Claim("I1", "", verdict, "") for verdict in verdicts]  # type: ignore[arg-type]
 
@@ -91,19 +89,19 @@ def test_the_worst_claim_is_the_studys_verdict() -> None:
     assert overall(claims(UNDECIDED, NOT_BORNE_OUT, BORNE_OUT)) == NOT_BORNE_OUT
 
 
-def test_curves_that_do_not_fall_decide_nothing() -> None:
-    assert same_curves("T4", "", apart=0.0, fall=0.01).verdict == UNDECIDED
-    assert same_curves("T4", "", apart=0.001, fall=1.0).verdict == BORNE_OUT
-    assert same_curves("T4", "", apart=0.02, fall=1.0).verdict == NOT_BORNE_OUT
+def test_verdict_on_curves_that_do_not_fall_is_undecided() -> None:
+    assert same_curves("T4", "", max_diff=0.0, fall=0.01).verdict == UNDECIDED
+    assert same_curves("T4", "", max_diff=0.001, fall=1.0).verdict == BORNE_OUT
+    assert same_curves("T4", "", max_diff=0.02, fall=1.0).verdict == NOT_BORNE_OUT
     assert fall_of([2.3, 1.0, 1.0, 1.0, 1.5]) == pytest.approx(0.8)
 
 
-def test_spread() -> None:
+def test_mean_std_of_one_value_has_no_deviation() -> None:
     assert mean_std([1.0, 2.0, 3.0]) == {"mean": 2.0, "deviation": 1.0, "each": [1.0, 2.0, 3.0]}
     assert mean_std([1.5])["deviation"] is None
 
 
-def test_an_unknown_study_is_told_the_nearest() -> None:
+def test_unknown_study_error_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"no study 'drop-out'; nearest: dropout"):
         load("drop-out")
     assert len(set(NAMES)) == len(NAMES)

@@ -1,6 +1,4 @@
-"""The recipes of the warmup and linear-scaling experiment: the rates that they come to, and that
-nothing else differs.
-"""
+"""The recipes of the studies warmup and linear-scaling: their learning rates and differences."""
 
 import numpy as np
 import pytest
@@ -25,7 +23,7 @@ EXPECTED = {
 
 
 def _rates(config: RunConfig) -> list[float]:
-    """Of every step of a run on Fashion-MNIST, whose last images fill no batch."""
+    """Return the learning rate of every step on Fashion-MNIST, without the partial last batch."""
     per_epoch = IMAGES // config.batch.global_size
     rate = learning_rate_schedule(
         config.schedule, config.optimizer, config.batch.global_size, per_epoch, EPOCHS * per_epoch
@@ -34,7 +32,7 @@ def _rates(config: RunConfig) -> list[float]:
 
 
 @pytest.mark.parametrize("recipe", EXPECTED)
-def test_rates(recipe: str) -> None:
+def test_learning_rates_of_each_recipe(recipe: str) -> None:
     batch, peak, warmup, first = EXPECTED[recipe]
     config = load_config(recipe)
     assert config.batch.global_size == batch
@@ -49,9 +47,9 @@ def test_rates(recipe: str) -> None:
     assert rates[-1] < peak / 1000
 
 
-def test_the_rows_differ_in_batch_rate_and_warmup_alone() -> None:
-    """Batch norm's micro-batch is the same in all, so that the loss is the same function (Goyal et
-    al. 2017, 2.3).
+def test_recipes_differ_only_in_batch_rate_and_warmup() -> None:
+    """Batch norm has the same micro-batch in all, so the loss is the same function (Goyal et al.
+    2017, 2.3).
     """
     free = {
         "name",
@@ -69,7 +67,7 @@ def test_the_rows_differ_in_batch_rate_and_warmup_alone() -> None:
     assert rest[0]["batch.micro_size"] == 64
 
 
-def test_the_studies_run_all_of_them() -> None:
+def test_studies_use_all_warmup_recipes() -> None:
     assert (
         sorted(linear_scaling.RECIPES)
         == sorted(EXPECTED)

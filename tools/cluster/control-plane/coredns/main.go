@@ -1,4 +1,5 @@
-// CoreDNS with the plugins that a test cluster's Corefile names: with all of them, the libraries of three clouds are compiled too.
+// CoreDNS with only the plugins in the test cluster's Corefile. The others need the libraries of
+// three clouds.
 package main
 
 import (

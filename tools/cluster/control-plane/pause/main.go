@@ -1,4 +1,5 @@
-// Pause holds a pod's namespaces open, and collects the orphans where the pod's containers share their processes.
+// Pause holds a pod's namespaces open, and reaps orphans if the pod's containers share a process
+// namespace.
 package main
 
 import (
