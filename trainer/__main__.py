@@ -91,7 +91,7 @@ def _run(arguments: list[str]) -> int:
         run = build_run_plan(
             arguments[0], take_credentials(arguments[1:]), ranks.world_size, check_storage
         )
-        notes = check_run(run, procs) if ranks.is_rank_zero else []
+        messages = check_run(run, procs) if ranks.is_rank_zero else []
         built = build_network(run)
     except (Exception, Preempted) as error:
         # every rank finds the same error
@@ -101,7 +101,7 @@ def _run(arguments: list[str]) -> int:
     try:
         if run.config.data.check == "sha256":
             check_bytes(run, ranks)
-        train(run, built, arguments[0], ranks, notes)
+        train(run, built, arguments[0], ranks, messages)
     except (Exception, Preempted) as error:
         found = classify_rank_error(error, run, ranks)
         if _STOP.received is not None and isinstance(found, Preempted | LostPeer):
@@ -239,9 +239,9 @@ def _train(
     All ranks must take part.
     """
     config = run.config
-    kept, fingerprint = config.checkpoint, run.config_fingerprint
-    checkpoints, found, notes = resume_or_start(
-        config.checkpoint_url, kept.keep, kept.resume == "auto", fingerprint, device, locks.check
+    fingerprint, resume = run.config_fingerprint, config.checkpoint.resume == "auto"
+    checkpoints, found, resume_messages = resume_or_start(
+        config.checkpoint_url, config.checkpoint.keep, resume, fingerprint, device, locks.check
     )
     if found is not None:
         built.model.load_state_dict(found.state.model)
@@ -263,25 +263,25 @@ def _train(
     tracker, system = (
         started[0] if ranks.is_rank_zero else start_tracking(run, recipe, ranks, found)
     )
-    unfinished.note(tracker.run_id)
+    unfinished.set_run_id(tracker.run_id)
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_rank_zero)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
-    room = prefetch_hint(config, run.train, run.batch.ranks)
-    for note in (
+    memory_hint = prefetch_hint(config, run.train, run.batch.ranks)
+    for message in (
         _headline(run, tracker),
         *built.messages,
         decoder,
-        *([room] if room else []),
+        *([memory_hint] if memory_hint else []),
         *checked,
-        *notes,
+        *resume_messages,
     ):
-        progress.note(note)
+        progress.note(message)
 
-    def save(state: TrainingState, figures: dict[str, Any]) -> None:
+    def save(state: TrainingState, metrics: dict[str, Any]) -> None:
         if checkpoints is not None:
             check_result_fits(run, eval_model, checkpoints.failures_in_a_row)
             checkpoints.save(
-                Checkpoint(state, fingerprint, figures, tracker.run_id, tracker.run_key)
+                Checkpoint(state, fingerprint, metrics, tracker.run_id, tracker.run_key)
             )
 
     watchdog = Watchdog(config.train.hang_minutes, ranks.rank)
@@ -294,7 +294,7 @@ def _train(
     def heartbeat() -> None:
         locks.check()
         watchdog.heartbeat()
-        unfinished.note(tracker.run_id)
+        unfinished.set_run_id(tracker.run_id)
 
     status, result = "FAILED", TrainState(**found.result) if found else TrainState()
     trainer = Trainer(
@@ -312,7 +312,7 @@ def _train(
         on_samples_consumed=keys.write if keys else None,
     )
     try:
-        if kept.resume == "never":
+        if not resume:
             broadcast_from_rank0(lambda: checkpoints.clear() if checkpoints is not None else None)
         trainer.fit()
         if ranks.is_rank_zero:
@@ -355,18 +355,18 @@ def build_engine(run: RunPlan, built: BuiltModel, device: torch.device) -> Engin
 
 def _headline(run: RunPlan, tracker: Tracker) -> str:
     batch = run.batch
-    where = (
+    mlflow = (
         f", MLflow run {tracker.run_id} at {redact_credentials(tracking_uri(run.config) or '')}"
         if tracker.run_id
         else ""
     )
     stages = run.config.parallel.pipeline_stages
-    ranks = f"{batch.ranks} ranks" if stages == 1 else f"{batch.ranks} copies of {stages} stages"
+    ranks = f"{batch.ranks} ranks" if stages == 1 else f"{batch.ranks} replicas of {stages} stages"
     return (
         f"{run.config.name}: {run.config.model.name} on {run.train.samples:,} images, "
         f"{run.stop_step:,} steps of "
         f"{batch.global_size} = {ranks} x {batch.accumulation_steps} accumulation steps x "
-        f"{batch.micro_size}{where}"
+        f"{batch.micro_size}{mlflow}"
     )
 
 

@@ -92,7 +92,7 @@ def losses(mlflow: str, name: str) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(line: Kubectl, mlflow: str) -> list[tuple[int, float]]:
-    assert "goes on from" not in train(line, "undisturbed")
+    assert "resuming from" not in train(line, "undisturbed")
     found = losses(mlflow, "undisturbed")
     assert [step for step, _ in found] == list(range(1, STEPS + 1))
     return found
@@ -161,11 +161,11 @@ def test_a_job_goes_on_from_its_newest_checkpoint(
 
     log = train(line, name, strike)
     assert line.get("pod", f"{name}-worker-0")["metadata"]["uid"] != first
-    resumed = re.findall(r"goes on from \S+/step-(\d+)", log)
+    resumed = re.findall(r"resuming from \S+/step-(\d+)", log)
     assert len(resumed) == 1, log
     assert int(resumed[0]) >= STRIKE - EVERY
     if name in ("terminated", "drained", "suspended"):
-        stopped = re.search(r"told to stop: checkpoint of step (\d+)", log)
+        stopped = re.search(r"stop signal received: checkpoint of step (\d+)", log)
         assert stopped, log
         assert int(stopped[1]) == int(resumed[0])
     assert losses(mlflow, name) == undisturbed
@@ -180,5 +180,5 @@ def test_a_job_that_cannot_come_up_is_given_up(line: Kubectl) -> None:
         lambda: line("describe", "pods", "-l", "app.kubernetes.io/instance=hopeless"),
     )
     said = run_convoy("status", "hopeless", "--namespace", line.namespace)
-    told = "hopeless: failed: checkpoint.max_starts: the job was started 2 times since its beginning and made no newer checkpoint"
+    told = "hopeless: failed: checkpoint.max_starts: the job was started 2 times since its beginning without writing a newer checkpoint"
     assert said.stdout.startswith(told)

@@ -53,7 +53,8 @@ class TrainingProgress:
         first, then = self._first = self._first or (step, now)
         if step in (first, self._total):
             return ""
-        return f", {timedelta(seconds=round((now - then) / (step - first) * (self._total - step)))} left"
+        seconds = round((now - then) / (step - first) * (self._total - step))
+        return f", {timedelta(seconds=seconds)} left"
 
     def note(self, text: str) -> None:
         if self._bar is not None:

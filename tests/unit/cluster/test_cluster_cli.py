@@ -63,7 +63,7 @@ def test_a_dry_run_of_the_client_needs_no_cluster(
     convoy_ok: Run, convoy_refuses: Run, nowhere: dict[str, str]
 ) -> None:
     assert "good" in convoy_ok(*SUBMIT, "--dry-run", "client", env=nowhere)
-    assert "does not divide by 3 ranks" in convoy_refuses(
+    assert "is not divisible by 3 ranks" in convoy_refuses(
         "submit", "resnet50", "--nodes", 3, "--gpus-per-node", 1, "--dry-run", "client", env=nowhere
     )
     assert "neither client nor server" in convoy_refuses(*SUBMIT, "--dry-run", "yes", env=nowhere)
