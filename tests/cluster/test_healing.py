@@ -180,5 +180,8 @@ def test_a_job_that_cannot_come_up_is_given_up(line: Kubectl) -> None:
         lambda: line("describe", "pods", "-l", "app.kubernetes.io/instance=hopeless"),
     )
     said = run_convoy("status", "hopeless", "--namespace", line.namespace)
-    told = "hopeless: failed: checkpoint.max_starts: the job was started 2 times since its beginning without writing a newer checkpoint"
+    told = (
+        "hopeless: failed: checkpoint.max_starts: the job was started 2 times since its beginning "
+        "without writing a newer checkpoint"
+    )
     assert said.stdout.startswith(told)

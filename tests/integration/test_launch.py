@@ -142,7 +142,7 @@ def test_killed_run_has_final_status_in_mlflow_and_leaves_no_processes(
     client: MlflowClient,
     tmp_path: Path,
 ) -> None:
-    """SIGHUP goes to the launcher; SIGKILL, as sent by the kernel when memory runs out, to the rank."""
+    """SIGHUP goes to the launcher; SIGKILL, as sent by the kernel out of memory, to the rank."""
     out = tmp_path / "out"
     more = [
         "train.epochs=10000",

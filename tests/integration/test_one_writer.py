@@ -1,4 +1,4 @@
-"""The run lock of a training: a second run is rejected, and the lock of a killed run is taken over."""
+"""The run lock: a second run is rejected, and the lock of a killed run is taken over."""
 
 from pathlib import Path
 

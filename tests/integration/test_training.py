@@ -220,8 +220,8 @@ def test_ranks_and_accumulation_match_a_reference_loop(
         f"train.output_dir={tmp_path}/out",
         "schedule.warmup_epochs=1",
     ]
-    # a low learning rate (at 0.05 rounding errors grow tenfold in two steps), and the kernels of the
-    # reference loop
+    # a low learning rate (at 0.05 rounding errors grow tenfold in two steps), and the kernels of
+    # the reference loop
     settings += ["optimizer.base_lr=0.005", "train.channels_last=false"]
     convoy_ok("train", RECIPE, "--procs", 2, *settings, env=service_env)
     result = json.loads((tmp_path / "out/result.json").read_text())
