@@ -78,7 +78,7 @@ def resume_or_start(
     """
     manager = loaded = None
 
-    def load() -> tuple[Checkpoint | None, list[str]]:
+    def load_newest() -> tuple[Checkpoint | None, list[str]]:
         nonlocal manager, loaded
         manager = CheckpointManager(url, keep, check_lock)
         if not resume:
@@ -91,7 +91,7 @@ def resume_or_start(
         messages.append(f"resuming from {url}/{_folder(loaded.state.step)}")
         return replace(loaded, state=replace(loaded.state, model={}, slots={})), messages
 
-    found, messages = broadcast_from_rank0(load)
+    found, messages = broadcast_from_rank0(load_newest)
     if found is not None:
         state = loaded.state if loaded is not None else None
         model = broadcast_tensors_from_rank0(state.model if state else None, device)
