@@ -33,10 +33,11 @@ def write_run(
     steps: int = 5,
     metrics: dict[str, float] | None = None,
     run_key: str | None = None,
+    attempt: int | None = None,
     **changed: Any,
 ) -> str:
     """Write a finished run with losses 1/step for steps 1 to ``steps``; return its key."""
-    writer = SpoolWriter(path, run_key or new_run_key(), now_ms())
+    writer = SpoolWriter(path, run_key or new_run_key(), now_ms() if attempt is None else attempt)
     writer.append("run", time_ms=now_ms(), **describe_run(experiment, name, **changed))
     writer.append("artifact", name="config.json", folder="", text=f"config of {name}")
     for step in range(1, steps + 1):

@@ -26,7 +26,7 @@ from trainer.tracking.spool.spool import (
     rejected_path,
     set_aside,
 )
-from trainer.tracking.spool.spool_reader import SpoolReader, is_spool_of
+from trainer.tracking.spool.spool_reader import SpoolReader, find_attempts
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
 _START_WAIT, _CLOSE_WAIT = 20.0, 30.0  # seconds to wait for the server at the run's start and end
@@ -92,13 +92,15 @@ class MlflowTracker:
         self._uri = uri
         self._spool = spool
         spool.parent.mkdir(parents=True, exist_ok=True)
-        if spool.exists() and not is_spool_of(spool, run_key):
+        attempts = find_attempts(spool, run_key)
+        if attempts is None:
             kept = set_aside(spool)
             _print(
                 f"{spool} belongs to another run and was renamed to {kept}; send it with: "
                 f"convoy sync {kept}"
             )
-        attempt = now_ms()
+        # a node's clock may be behind that of the node which wrote the earlier attempts
+        attempt = max([now_ms(), *(earlier + 1 for earlier in attempts or ())])
         self._writer = SpoolWriter(spool, self.run_key, attempt)
         self._record = DeliveryRecord(record_path(spool))
         self._rejected = RejectedEntries(rejected_path(spool))

@@ -13,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from support.mlflow_proxy import JSON, LOST, Answer, MlflowProxy, Request
 from support.spools import LOSSES, describe_run, write_run
 
+from trainer.tracking.spool.spool import now_ms
 from trainer.tracking.spool.spool_uploader import sync_spool
 from trainer.tracking.tracker import MlflowTracker
 
@@ -100,6 +101,21 @@ def test_resumed_run_sends_the_entries_of_its_earlier_process(
     assert _train(tracker, 4, 5)
     assert (losses(only_run()), only_run().info.status) == (LOSSES, "FINISHED")
     assert [p.name for p in tmp_path.iterdir()] == ["tracking.rejected.jsonl"]  # the partial line
+
+
+@pytest.mark.parametrize("ahead_ms", [5, 3_600_000])
+def test_resumed_run_is_the_later_attempt_if_its_clock_is_behind(
+    proxy: MlflowProxy,
+    tmp_path: Path,
+    experiment: str,
+    only_run: Callable[[], Run],
+    losses: Losses,
+    ahead_ms: int,
+) -> None:
+    spool = tmp_path / "tracking.jsonl"
+    key = write_run(spool, experiment, steps=4, attempt=now_ms() + ahead_ms)
+    assert _train(MlflowTracker(proxy.url, spool, describe_run(experiment), key), 4, 5, "KILLED")
+    assert (losses(only_run()), only_run().info.status) == (LOSSES, "KILLED")
 
 
 def test_deleted_output_folder_is_not_reported_as_an_mlflow_error(

@@ -204,13 +204,18 @@ class SpoolReader:
         self._file.close()
 
 
-def is_spool_of(path: Path, run_key: str | None) -> bool:
-    """Returns whether every entry of ``path`` belongs to run ``run_key``.
+def find_attempts(path: Path, run_key: str | None) -> set[int] | None:
+    """Return the attempts of run ``run_key`` in the spool ``path``, or None if it is another run's.
 
-    An empty spool does as well; a spool of only corrupt lines does not.
+    A spool belongs to the run if all of its entries do. A spool of only corrupt lines belongs to
+    no run; an empty one, or one that does not exist, belongs to any.
     """
+    if not path.exists():
+        return set()
     reader = SpoolReader(path, {})
     try:
-        return set(reader.keys) <= {run_key} and (bool(reader.keys) or not reader.corrupt)
+        if set(reader.keys) <= {run_key} and (reader.keys or not reader.corrupt):
+            return reader.attempts.get(str(run_key), set())
+        return None
     finally:
         reader.close()
