@@ -1,4 +1,4 @@
-"""What several tests share: the real command, real services, and small sets of real images."""
+"""Fixtures shared by all tests: the real command, real services and small sets of real images."""
 
 import os
 import random
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
-if (
-    "CONVOY_GPU" not in os.environ
-):  # `make test-gpu`; all others are the same with a GPU and without
+# Only `make test-gpu` uses GPUs, so that all other tests behave the same with and without them.
+if "CONVOY_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# A shell that starts tests in the background lets them ignore these, and so all that they start.
+# A shell that runs the tests in the background makes them, and all their child processes, ignore
+# these signals.
 for _number, _action in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGHUP, signal.SIG_DFL),
@@ -34,16 +34,19 @@ for _number, _action in (
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _action)
 
-# The same examples in every run, so that a change is judged by what it did; other ones with
-# CONVOY_EXPLORE=1.
+# The same examples in every run, so that a failure is caused by the change under test;
+# CONVOY_EXPLORE=1 generates new ones.
 settings.register_profile("convoy", derandomize="CONVOY_EXPLORE" not in os.environ)
 settings.load_profile("convoy")
 
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Restore the environment after each test: `mlflow.set_tracking_uri`, for one, sets a variable
-    that every process started by a later test would inherit."""
+    """Restore the environment after each test.
+
+    For example, `mlflow.set_tracking_uri` sets a variable that every process started by a later
+    test would inherit.
+    """
     before = dict(os.environ)
     yield
     if os.environ != before:
@@ -58,7 +61,7 @@ def convoy() -> Run:
 
 @pytest.fixture
 def convoy_ok() -> Run:
-    """The same, of which success is expected; gives stdout."""
+    """Run a command that must succeed; returns stdout."""
 
     def run(*arguments: object, **options: object) -> str:
         done = run_convoy(*arguments, **options)
@@ -70,13 +73,13 @@ def convoy_ok() -> Run:
 
 @pytest.fixture
 def convoy_refuses() -> Run:
-    """The same, of which exit code 2 and lines without a traceback are expected; gives stderr."""
+    """Run a command that must end with exit code 2 and no traceback; returns stderr."""
 
     def run(*arguments: object, **options: object) -> str:
         done = run_convoy(*arguments, **options)
         assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr
-        assert done.stderr.strip(), "nothing was said"
+        assert done.stderr.strip(), "no error message"
         return done.stderr
 
     return run
@@ -84,19 +87,18 @@ def convoy_refuses() -> Run:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share something that is slow to make run in one worker, which makes it once. Those
-    of the services are two groups, so that no worker is busy with them long after the others are
-    done.
+    """Run the tests that share an expensive fixture in one worker, which creates it once.
 
-    With CONVOY_SHUFFLE=SEED they run in random order, to find tests that depend on others.
+    The tests of the services are divided into two groups, to balance the workers. With
+    CONVOY_SHUFFLE=SEED all tests run in random order, to find tests that depend on others.
     """
     if seed := os.environ.get("CONVOY_SHUFFLE"):
         random.Random(seed).shuffle(items)
     for item in items:
         for fixture in ("services", "trainings"):
             if fixture in getattr(item, "fixturenames", ()):
-                part = " of tracking" if item.path.parent.name == "tracking" else ""
-                item.add_marker(pytest.mark.xdist_group(fixture + part))
+                suffix = " of tracking" if item.path.parent.name == "tracking" else ""
+                item.add_marker(pytest.mark.xdist_group(fixture + suffix))
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +108,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Servi
     try:
         yield servers.up(folder)
     finally:
-        servers.down(folder, grace_seconds=0)  # their data is of no use to anybody
+        servers.down(folder, grace_seconds=0)  # their data is not needed any more
 
 
 @pytest.fixture
@@ -141,7 +143,7 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, packed to 5 and 5 shards on disk."""
+    """The digits, packed to 5 shards per split on disk."""
     packed = tmp_path_factory.mktemp("packed")
     done = run_convoy("pack", digits_folder, packed, "--shards", 5)
     assert done.returncode == 0, done.stderr
@@ -150,7 +152,7 @@ def digits(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def photographs() -> list[Image.Image]:
-    """The two photographs that scikit-learn carries, 640 x 427."""
+    """The two photographs that scikit-learn includes, 640 x 427."""
     return [Image.fromarray(array) for array in load_sample_images().images]
 
 

@@ -108,7 +108,7 @@ def _run(arguments: list[str]) -> int:
         run = build_run_plan(
             arguments[0], take_credentials(arguments[1:]), ranks.world_size, check_storage
         )
-        notes = check_run(run, procs) if ranks.is_rank_zero else []
+        messages = check_run(run, procs) if ranks.is_rank_zero else []
         built = build_network(run)
     except (Exception, Preempted) as error:
         # every rank finds the same error
@@ -120,7 +120,7 @@ def _run(arguments: list[str]) -> int:
     try:
         if run.config.data.check == "sha256":
             check_bytes(run, ranks)
-        train(run, built, arguments[0], ranks, locks, publisher, notes)
+        train(run, built, arguments[0], ranks, locks, publisher, messages)
         publisher.end(0)
     except (Exception, Preempted) as error:
         found = classify_rank_error(error, run, ranks)
@@ -269,9 +269,9 @@ def _train(
     All ranks must take part.
     """
     config = run.config
-    kept, fingerprint = config.checkpoint, run.config_fingerprint
-    checkpoints, found, notes = resume_or_start(
-        config.checkpoint_url, kept.keep, kept.resume == "auto", fingerprint, device, locks.check
+    fingerprint, resume = run.config_fingerprint, config.checkpoint.resume == "auto"
+    checkpoints, found, resume_messages = resume_or_start(
+        config.checkpoint_url, config.checkpoint.keep, resume, fingerprint, device, locks.check
     )
     streams_version = found.streams_version if found is not None else LATEST_VERSION
     if found is not None:
@@ -294,7 +294,7 @@ def _train(
     tracker, system = (
         started[0] if ranks.is_rank_zero else start_tracking(run, recipe, ranks, found)
     )
-    unfinished.note(tracker.run_id)
+    unfinished.set_run_id(tracker.run_id)
     publisher.open_file(config.output_dir, locks.check_output)
     publisher.update(
         phase="starting",
@@ -305,26 +305,26 @@ def _train(
     )
     progress = TrainingProgress(run.stop_step, quiet=not ranks.is_rank_zero)
     decoder = f"JPEGs are decoded by {decoder_in_use()}"
-    room = prefetch_hint(config, run.train, run.batch.ranks)
-    for note in (
+    memory_hint = prefetch_hint(config, run.train, run.batch.ranks)
+    for message in (
         _headline(run, tracker),
         *built.messages,
         decoder,
-        *([room] if room else []),
+        *([memory_hint] if memory_hint else []),
         *checked,
-        *notes,
+        *resume_messages,
         f"augmentations use version {streams_version} of the random streams",
     ):
-        progress.note(note)
+        progress.note(message)
 
-    def save(state: TrainingState, figures: dict[str, Any]) -> None:
+    def save(state: TrainingState, metrics: dict[str, Any]) -> None:
         if checkpoints is not None:
             check_result_fits(run, eval_model, checkpoints.failures_in_a_row)
             checkpoints.save(
                 Checkpoint(
                     state,
                     fingerprint,
-                    figures,
+                    metrics,
                     tracker.run_id,
                     tracker.run_key,
                     streams_version,
@@ -345,7 +345,7 @@ def _train(
     def heartbeat() -> None:
         locks.check()
         watchdog.heartbeat()
-        unfinished.note(tracker.run_id)
+        unfinished.set_run_id(tracker.run_id)
         publish()
 
     status, result = "FAILED", TrainState(**found.result) if found else TrainState()
@@ -366,7 +366,7 @@ def _train(
         on_samples_consumed=keys.write if keys else None,
     )
     try:
-        if kept.resume == "never":
+        if not resume:
             broadcast_from_rank0(lambda: checkpoints.clear() if checkpoints is not None else None)
         trainer.fit()
         if ranks.is_rank_zero:
@@ -411,18 +411,18 @@ def build_engine(run: RunPlan, built: BuiltModel, device: torch.device) -> Engin
 
 def _headline(run: RunPlan, tracker: Tracker) -> str:
     batch = run.batch
-    where = (
+    mlflow = (
         f", MLflow run {tracker.run_id} at {redact_credentials(tracking_uri(run.config) or '')}"
         if tracker.run_id
         else ""
     )
     stages = run.config.parallel.pipeline_stages
-    ranks = f"{batch.ranks} ranks" if stages == 1 else f"{batch.ranks} copies of {stages} stages"
+    ranks = f"{batch.ranks} ranks" if stages == 1 else f"{batch.ranks} replicas of {stages} stages"
     return (
         f"{run.config.name}: {run.config.model.name} on {run.train.samples:,} images, "
         f"{run.stop_step:,} steps of "
         f"{batch.global_size} = {ranks} x {batch.accumulation_steps} accumulation steps x "
-        f"{batch.micro_size}{where}"
+        f"{batch.micro_size}{mlflow}"
     )
 
 

@@ -90,21 +90,21 @@ def report(error: BaseException, program: str, quiet: bool = False) -> int:
             text = redact(str(error))
             for line in text.splitlines():
                 print(f"{program}: {line}", file=sys.stderr, flush=True)
-            _leave_message(text, first=isinstance(error, UserError))
+            _write_termination_message(text, overwrite=isinstance(error, UserError))
         return EXIT_USER if isinstance(error, UserError) else EXIT_RETRY
     print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
     return EXIT_BUG
 
 
-def _leave_message(text: str, first: bool) -> None:
+def _write_termination_message(text: str, overwrite: bool) -> None:
     """Write the termination message to the file that the pod's manifest names.
 
-    A message from another process of the pod is kept, unless ``first`` is true: a lost peer is only
-    the consequence of an error elsewhere.
+    A message from another process of the pod is kept, unless ``overwrite`` is true: a lost peer is
+    only the consequence of an error elsewhere.
     """
     name = os.environ.get("CONVOY_TERMINATION_LOG")
     if name:
         with suppress(OSError):
             path = Path(name)
-            if first or not path.exists() or not path.stat().st_size:
+            if overwrite or not path.exists() or not path.stat().st_size:
                 path.write_text(text[:4000] + "\n", encoding="utf-8")

@@ -87,7 +87,7 @@ def launch(recipe: str, overrides: list[str], procs: int) -> int:
         if pod is None:
             check_single_node()
             if ignored := leftovers():
-                print(f"ignored, of another launcher: {', '.join(ignored)}", flush=True)
+                print(f"ignoring variables of another launcher: {', '.join(ignored)}", flush=True)
             drop_leftovers()  # the launcher's own imports must not read them either
         raise_open_file_limit()
         config = load_config(recipe, overrides)
@@ -124,7 +124,7 @@ def _run_id_file(config: RunConfig, signals: StopSignals) -> Iterator[Path]:
     try:
         folder = tempfile.TemporaryDirectory(prefix="convoy-ranks-", ignore_cleanup_errors=True)
     except OSError as error:
-        raise UserError(f"TMPDIR: no temporary folder can be made: {error.strerror}") from None
+        raise UserError(f"TMPDIR: cannot create a temporary folder: {error.strerror}") from None
     with folder as name:
         file = Path(name) / "run-id"
         try:
@@ -154,7 +154,7 @@ def _launch_pod(
         code = _run_pod_ranks(pod, arguments, signals)
         if code == 0 and any(local_rank in unfinished for local_rank in range(pod.procs)):
             print(
-                "convoy: a rank ended with exit code 0, but before its work was done",
+                "convoy: a rank exited with code 0 before training was complete",
                 file=sys.stderr,
                 flush=True,
             )
@@ -222,7 +222,7 @@ def _run_pod_ranks(pod: PodEnv, arguments: list[str], signals: StopSignals) -> i
         if signals.received is not None:
             raise Preempted(signals.received) from None
         raise RetryableError(
-            f"the other pods are gone ({str(error).splitlines()[0][:200]})"
+            f"lost the connection to the other pods ({str(error).splitlines()[0][:200]})"
         ) from error
     return 0
 
@@ -248,16 +248,16 @@ def _forwarded(signals: StopSignals) -> Iterator[None]:
 def _forward(signals: StopSignals, ended: threading.Event) -> None:
     import psutil
 
-    informed: dict[int, float] = {}
+    terminated_at: dict[int, float] = {}
     while not ended.wait(0.1):
         if signals.received is None:
             continue
         for rank in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
-                if rank.pid not in informed:
-                    informed[rank.pid] = time.monotonic()
+                if rank.pid not in terminated_at:
+                    terminated_at[rank.pid] = time.monotonic()
                     rank.terminate()
-                elif time.monotonic() - informed[rank.pid] >= STOP_SECONDS:
+                elif time.monotonic() - terminated_at[rank.pid] >= STOP_SECONDS:
                     rank.kill()
 
 

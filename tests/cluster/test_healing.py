@@ -111,7 +111,7 @@ def losses(mlflow: str, name: str) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(overlay: Kubectl, mlflow: str) -> list[tuple[int, float]]:
-    assert "goes on from" not in train(overlay, "undisturbed")
+    assert "resuming from" not in train(overlay, "undisturbed")
     found = losses(mlflow, "undisturbed")
     assert [step for step, _ in found] == list(range(1, STEPS + 1))
     return found
@@ -178,11 +178,11 @@ def test_disturbed_job_resumes_and_has_the_losses_of_an_undisturbed_job(
 
     log = train(overlay, name, inject_fault)
     assert overlay.get("pod", f"{name}-worker-0")["metadata"]["uid"] != first
-    resumed = re.findall(r"goes on from \S+/step-(\d+)", log)
+    resumed = re.findall(r"resuming from \S+/step-(\d+)", log)
     assert len(resumed) == 1, log
     assert int(resumed[0]) >= FAULT_STEP - EVERY
     if name in ("terminated", "drained", "suspended"):
-        stopped = re.search(r"told to stop: checkpoint of step (\d+)", log)
+        stopped = re.search(r"stop signal received: checkpoint of step (\d+)", log)
         assert stopped, log
         assert int(stopped[1]) == int(resumed[0])
     assert losses(mlflow, name) == undisturbed
@@ -199,5 +199,5 @@ def test_job_that_never_starts_fails_after_max_starts(overlay: Kubectl) -> None:
     done = run_convoy("status", "hopeless", "--namespace", overlay.namespace)
     assert done.stdout.startswith(
         "hopeless: failed: checkpoint.max_starts: the job was started 2 times since its beginning "
-        "and made no newer checkpoint"
+        "without writing a newer checkpoint"
     )

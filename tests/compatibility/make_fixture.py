@@ -1,11 +1,10 @@
-"""Writes ``fixture/``: what Convoy 0.1.0 left on disk. Later versions must read it
-(``test_compatibility.py``).
+"""Writes ``fixture/``: files of Convoy 0.1.0 that later versions must read.
 
-Run it only with the version whose files are to be kept: ``python
-tests/compatibility/make_fixture.py``. It holds a packed dataset, a checkpoint of a run on two ranks
-(fp16, ZeRO 1, EMA) after half of its steps, the weights and the loss with which that version
-finished the run from there, and a registered model with its predictions, without the native decoder
-that belongs to one kind of machine.
+Run it only with the version whose files are needed: ``python
+tests/compatibility/make_fixture.py``. The fixture contains a packed dataset, a checkpoint of a run
+on two ranks (fp16, ZeRO 1, EMA) after half of its steps, the final weights and loss of that run
+resumed from the checkpoint, and a registered model with its predictions. The registered model
+excludes the native decoder, which is specific to a machine type.
 """
 
 import json
@@ -49,7 +48,7 @@ SETTINGS = [
     ),
     *("checkpoint.keep=10", "name=compatibility"),
 ]
-"""The keys of version 0.1.0, of its recipe digits-resnet8."""
+"""Overrides of the recipe digits-resnet8, with the keys of version 0.1.0."""
 
 
 def convoy(folder: Path, *arguments: str) -> None:
@@ -73,7 +72,7 @@ def write_images(folder: Path) -> None:
 
 
 def predictions(folder: Path, registered: Path) -> list[list[float]]:
-    """Of the validation images in the order of their names, by the registered model."""
+    """Return the registered model's predictions for the validation images, sorted by name."""
     import mlflow
     import pandas as pd
 

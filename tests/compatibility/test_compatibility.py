@@ -1,4 +1,4 @@
-"""Files that an earlier version wrote (``make_fixture.py``) are read, and mean the same."""
+"""Files that an earlier version wrote (``make_fixture.py``) are read with the same results."""
 
 import json
 import shutil
@@ -20,24 +20,28 @@ EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 
 
 @pytest.mark.parametrize(("split", "samples"), [("train", 120), ("val", 40)])
-def test_the_dataset_opens_and_verifies(split: str, samples: int, convoy_ok: Run) -> None:
+def test_dataset_of_earlier_version_opens_and_verifies(
+    split: str, samples: int, convoy_ok: Run
+) -> None:
     index, _ = open_index(str(FIXTURE / "data" / split))
     assert (index.samples, index.classes) == (samples, [str(number) for number in range(10)])
-    (verdict,) = json.loads(convoy_ok("verify", FIXTURE / "data" / split, "--json"))["splits"]
-    assert verdict["digest"] == index.digest
+    (report,) = json.loads(convoy_ok("verify", FIXTURE / "data" / split, "--json"))["splits"]
+    assert report["digest"] == index.digest
 
 
-def test_the_run_resumes_and_ends_with_the_same_bits(convoy_ok: Run, tmp_path: Path) -> None:
-    """To the last bit on a processor of the same kind; elsewhere kernels add in another order."""
+def test_resume_from_earlier_version_matches_its_final_weights(
+    convoy_ok: Run, tmp_path: Path
+) -> None:
+    """Bit-equal on a CPU of the same type; on others, kernels sum in a different order."""
     shutil.copytree(FIXTURE / "checkpoints", tmp_path / "out/checkpoints")
     settings = [f"data.train={FIXTURE}/data/train", f"data.val={FIXTURE}/data/val"]
     given = {
         setting.partition("=")[0]: setting
         for setting in [*SETTINGS, *settings, f"train.output_dir={tmp_path}/out"]
     }
-    said = convoy_ok("train", "digits-resnet8", *given.values(), "--procs", 2)
-    assert f"step-{MIDDLE:09d}" in said
-    assert "augmentations use version 1 of the random streams" in said
+    output = convoy_ok("train", "digits-resnet8", *given.values(), "--procs", 2)
+    assert f"step-{MIDDLE:09d}" in output
+    assert "augmentations use version 1 of the random streams" in output
     result = json.loads((tmp_path / "out/result.json").read_text())
     got = load_file(tmp_path / "out/model.safetensors")
     want = load_file(FIXTURE / "model.safetensors")
@@ -47,7 +51,9 @@ def test_the_run_resumes_and_ends_with_the_same_bits(convoy_ok: Run, tmp_path: P
         EXPECTED["torch"],
     )
     for name, value in want.items():
-        if same and "running" not in name:  # which are averages over the ranks in any order
+        if (
+            same and "running" not in name
+        ):  # running statistics are averaged over ranks in any order
             assert torch.equal(got[name], value), name
         else:
             assert torch.allclose(got[name], value, rtol=1e-2, atol=1e-3), name
@@ -57,8 +63,8 @@ def test_the_run_resumes_and_ends_with_the_same_bits(convoy_ok: Run, tmp_path: P
     assert result["top1"] == pytest.approx(EXPECTED["top1"], abs=0 if same else 0.05)
 
 
-def test_the_registered_model_loads_and_predicts_the_same(tmp_path: Path) -> None:
-    """In a process of its own, as a server would."""
+def test_registered_model_of_earlier_version_predicts_the_same(tmp_path: Path) -> None:
+    """Load it in a separate process, as a server would."""
     with tarfile.open(FIXTURE / "registered_model.tar") as tar:
         tar.extractall(tmp_path, filter="data")
     write_images(tmp_path / "images")
@@ -66,7 +72,8 @@ def test_the_registered_model_loads_and_predicts_the_same(tmp_path: Path) -> Non
 import json, pathlib, sys, mlflow, numpy, pandas
 model = mlflow.pyfunc.load_model("registered_model")
 files = sorted(pathlib.Path("images/val").rglob("*.png"), key=lambda file: file.name)
-print(json.dumps(numpy.asarray(model.predict(pandas.DataFrame({"image": [f.read_bytes() for f in files]}))).tolist()))
+images = pandas.DataFrame({"image": [file.read_bytes() for file in files]})
+print(json.dumps(numpy.asarray(model.predict(images)).tolist()))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

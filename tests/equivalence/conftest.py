@@ -1,5 +1,6 @@
-"""What the tests of several topologies share: they run in one worker, so that each set of processes
-is started once.
+"""Fixture shared by the tests of the reference grid.
+
+They run in one worker, so that each set of processes is started once.
 """
 
 import pytest

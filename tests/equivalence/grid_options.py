@@ -1,13 +1,11 @@
-"""The training options that the reference grid crosses with every topology, ZeRO stage and
-precision.
-"""
+"""Training options that the reference grid combines with topologies, ZeRO stages and precisions."""
 
 from typing import Any
 
 Cell = dict[str, Any]
 
 CLIP = {"no batch norm": 3.0, "batch norm": 2.5, "auxiliary heads": 6.0}
-"""Gradient norms of which some steps of the network exceed and some do not."""
+"""Maximum gradient norm by network; some of its steps exceed it and others do not."""
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {},
@@ -15,13 +13,14 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lars": {"optimizer.name": "lars", "optimizer.base_lr": 0.01},
     "lamb": {"optimizer.name": "lamb", "optimizer.base_lr": 0.0003},
 }
-"""Recipe keys by update rule. LARS moves a weight by a thousandth of its norm times the learning
-rate, and vectors that do not decay by the learning rate itself: at a larger one these amplify
-rounding.
+"""Recipe keys by optimizer.
+
+LARS changes a weight by a thousandth of its norm times the learning rate, but vectors without
+weight decay by the learning rate itself: a larger one would amplify their rounding errors.
 """
 
 SWITCHES: dict[str, dict[str, Any]] = {
-    "clip": {},  # its norm depends on the network
+    "clip": {},  # the maximum norm depends on the network
     "ema": {"ema": 0.9},
     "smoothing": {"train.label_smoothing": 0.1},
     "mix": {"augment.mixup": 0.2, "augment.cutmix": 1.0},
@@ -30,7 +29,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "sync": {"train.sync_batch_norm": True},
     "recompute": {"train.activation_checkpointing": True},
 }
-"""Recipe keys of each option that is on or off."""
+"""Recipe keys of each boolean option."""
 
 OPTIONS = ("optimizer", *SWITCHES)
 
@@ -53,8 +52,9 @@ PRESETS: dict[str, Cell] = {
     "all switches": dict.fromkeys(SWITCHES, True),
     "adamw, all switches": {"optimizer": "adamw"} | dict.fromkeys(SWITCHES, True),
 }
-"""Combinations that `make matrix` crosses with every topology, ZeRO stage and precision, by their
-name in docs/matrix.md.
+"""Option sets that `make matrix` combines with every topology, ZeRO stage and precision.
+
+The keys are their names in docs/matrix.md.
 """
 
 
@@ -63,7 +63,7 @@ def values_of(option: str) -> tuple[Any, ...]:
 
 
 def option_of(cell: Cell, option: str) -> Any:
-    """A cell's value of an option; plain SGD unless it says otherwise."""
+    """Return a cell's value of an option; the default is plain SGD."""
     return cell.get(option, "sgd" if option == "optimizer" else False)
 
 
@@ -72,7 +72,7 @@ def is_plain(cell: Cell) -> bool:
 
 
 def recipe_keys(cell: Cell) -> dict[str, Any]:
-    """The recipe keys of a cell's options."""
+    """Return the recipe keys of a cell's options."""
     keys = dict(OPTIMIZERS[option_of(cell, "optimizer")])
     for option, more in SWITCHES.items():
         keys |= more if option_of(cell, option) else {}

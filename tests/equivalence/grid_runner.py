@@ -1,11 +1,11 @@
-"""One set of processes, many ways to train the same network: ``torchrun grid_runner.py FILE``.
+"""Trains cells of the reference grid in one set of processes: ``torchrun grid_runner.py FILE``.
 
-FILE holds a list of cells, digits.npz beside it their images. Each cell is trained for some steps
-by the project's engine and, by rank 0, by the plain loop of ``reference_loop.py``. Rank 0 writes how
-they compare to FILE.out.
+FILE contains a list of cells; digits.npz in the same folder contains the images. Each cell is
+trained for some steps by the project's engine and, on rank 0, by ``reference_loop.py``. Rank 0
+writes the differences between the two to FILE.out.
 
-A cell's options are those of ``options.py``. It may ``save`` a checkpoint below a folder after half
-of the steps, or resume from one that it ``load``s.
+A cell's options are those of ``grid_options.py``. A cell may ``save`` a checkpoint in a folder
+after half of the steps, or ``load`` one and resume from it.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import reference_loop
 import torch
 from grid_options import OPTIONS, option_of, recipe_keys
 from torch.distributed import distributed_c10d
-from update_error import distance
+from update_error import relative_error, relative_update_error
 
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
@@ -41,9 +41,8 @@ from trainer.training.batch_plan import BatchPlan, plan_batches
 from trainer.training.checkpoint import Checkpoint, resume_or_start
 
 GLOBAL, STEPS, SIZE = 16, 20, 16
-deepspeed_config.BUCKET_NUMEL = (
-    2**12
-)  # so that even these networks fill several, and have layers that exceed one
+# so that even these networks fill several buckets, and have layers larger than a bucket
+deepspeed_config.BUCKET_NUMEL = 2**12
 deepspeed_config.PARAM_PERSISTENCE_THRESHOLD = 100
 NETWORKS = {
     "no batch norm": ("resnet8", {"width": 8, "batch_norm": False}),
@@ -53,14 +52,16 @@ NETWORKS = {
 
 
 RATES = {"no batch norm": 0.0003, "batch norm": 0.0001, "auxiliary heads": 0.0003}
-"""Learning rates at which 20 steps do not make more of a rounding than they may: batch norm over
-one image does at more.
+"""Learning rates at which 20 steps do not amplify rounding errors beyond the tolerances.
+
+At higher ones, batch norm over one image does.
 """
 
 
 def images_and_labels() -> tuple[np.ndarray, np.ndarray]:
-    """Real digits, uint8 [steps, batch, 16, 16, 3], and their labels; the last batch holds only 11
-    samples, the rest padding.
+    """Return real digits, uint8 [steps, batch, 16, 16, 3], and their labels.
+
+    The last batch has 11 samples; the rest is padding.
     """
     digits = np.load(Path(sys.argv[1]).with_name("digits.npz"))
     pixels = (
@@ -74,8 +75,9 @@ def images_and_labels() -> tuple[np.ndarray, np.ndarray]:
 
 
 def weights_of(step: int, short: bool) -> np.ndarray:
-    """1 for each sample, 0 for padding. ``short``: not only the last batch, but each fifth is, one
-    of them to a single sample.
+    """Return the sample weights of a step: 1 for a sample, 0 for padding.
+
+    ``short``: every fifth batch is short, one of them with a single sample, not only the last one.
     """
     samples = {9: 1, 4: 7, 14: 13, STEPS - 1: 11} if short else {STEPS - 1: 11}
     return (np.arange(GLOBAL) < samples.get(step, GLOBAL)).astype(np.float32)
@@ -124,8 +126,10 @@ def network_of(config: RunConfig) -> torch.nn.Sequential:
 def with_engine(
     cell: dict, config: RunConfig, batch: BatchPlan, device: torch.device, rank: int
 ) -> dict:
-    """Losses by step, the final state, that of the moving averages, and the steps that fp16
-    skipped.
+    """Train with the engine.
+
+    Returns losses and gradient norms by step, the final state, the moving averages, and the steps
+    that fp16 skipped.
     """
     pixels, labels = images_and_labels()
     model = network_of(config)
@@ -151,8 +155,8 @@ def with_engine(
         engine = DataParallel(model, config, batch, device)
     if found:
         engine.restore(found.state)
-    copy_of_model = rank % batch.ranks
-    slots = micro_batch_slots(GLOBAL, batch.ranks, copy_of_model, batch.accumulation_steps)
+    replica = rank % batch.ranks
+    slots = micro_batch_slots(GLOBAL, batch.ranks, replica, batch.accumulation_steps)
     losses, norms = {}, {}
     skipped: list[int] = found.result["skipped"] if found else []
     for step in range(found.state.step if found else 0, STEPS):
@@ -161,7 +165,7 @@ def with_engine(
         def batches(step: int = step, weights: np.ndarray = weights) -> Iterator[Batch]:
             for number, chosen in enumerate(slots):
                 keys = [str(i) for i in chosen]
-                mix = mix_of(config, step, number * batch.ranks + copy_of_model)
+                mix = mix_of(config, step, number * batch.ranks + replica)
                 yield Batch(
                     pixels[step, chosen],
                     labels[step, chosen],
@@ -171,9 +175,9 @@ def with_engine(
                     mix,
                 )
 
-        outcome = engine.step(batches(), config.optimizer.base_lr)
-        losses[step] = all_reduce_mean(outcome.loss.float()).item()
-        skipped += [step] if outcome.skipped else []
+        output = engine.step(batches(), config.optimizer.base_lr)
+        losses[step] = all_reduce_mean(output.loss.float()).item()
+        skipped += [step] if output.skipped else []
         norms[step] = engine.grad_norm()
         if cell.get("save") and step + 1 == STEPS // 2:
             state = engine.training_state()
@@ -189,11 +193,11 @@ def with_engine(
     }
 
 
-def with_plain_torch(
+def with_reference_loop(
     cell: dict,
     config: RunConfig,
     micro_batches: int,
-    together: int,
+    synced_ranks: int,
     skipped: list[int],
     device: torch.device,
 ) -> dict:
@@ -216,22 +220,25 @@ def with_plain_torch(
         lambda *at: mix_of(config, *at),
         STEPS,
         micro_batches,
-        together,
+        synced_ranks,
         skipped,
     )
 
 
 def digest(state: dict) -> str:
-    """Of every bit of the parameters."""
+    """Return a SHA-256 digest of all parameters."""
     content = b"".join(
         value.cpu().contiguous().numpy().tobytes() for name, value in sorted(state.items())
     )
     return hashlib.sha256(content).hexdigest()
 
 
-def norms_apart(got: dict[int, float | None], want: dict[int, float | None], steps: range) -> float:
-    """The largest relative difference of a step's gradient norm; infinite if one is reported and
-    the other is not.
+def max_relative_norm_diff(
+    got: dict[int, float | None], want: dict[int, float | None], steps: range
+) -> float:
+    """Return the largest relative difference between two gradient norms of a step.
+
+    Returns infinity if only one of the two is reported.
     """
     pairs = [(norm, want[step]) for step, norm in got.items() if step in steps]
     if any((a is None) != (b is None) for a, b in pairs):
@@ -241,12 +248,11 @@ def norms_apart(got: dict[int, float | None], want: dict[int, float | None], ste
 
 def main(path: Path) -> None:
     torch.set_num_threads(1)
-    cells = sorted(
-        json.loads(path.read_text()), key=lambda cell: cell["stages"]
-    )  # a pipeline leaves its grid in DeepSpeed
+    # cells with pipeline stages last: a pipeline leaves its grid in DeepSpeed
+    cells = sorted(json.loads(path.read_text()), key=lambda cell: cell["stages"])
     ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks, fp16=True)
-    # TF32, and convolutions by transforms, round more than these tests allow
+    # the rounding errors of TF32 and of transform-based convolutions exceed the tolerances
     (
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
@@ -254,55 +260,59 @@ def main(path: Path) -> None:
     ) = False, False, True
     references: dict[tuple, dict] = {}
     results = []
-    standing: set = set()
+    permanent: set = set()
     for cell in cells:
         config = config_of(cell)
         deepspeed_config.LOSS_SCALE_WINDOW = cell.get("window", 1000)
         batch = plan_batches(GLOBAL, cell["micro"], ranks.world_size // cell["stages"], 10_000)
         started = time.monotonic()
         got = with_engine(cell, config, batch, device, ranks.rank)
-        standing = standing or set(
-            distributed_c10d._world.pg_map
-        )  # DeepSpeed keeps the first ones for good
-        for group in (
-            set(distributed_c10d._world.pg_map) - standing
-        ):  # a pipeline makes its own, each with a thread that polls
+        # DeepSpeed keeps the first process groups until the process ends; a pipeline creates more,
+        # each with a polling thread
+        permanent = permanent or set(distributed_c10d._world.pg_map)
+        for group in set(distributed_c10d._world.pg_map) - permanent:
             torch.distributed.destroy_process_group(group)
         if ranks.is_rank_zero:
             micro_batches = GLOBAL // cell["micro"]
-            together = batch.ranks if config.train.sync_batch_norm else 1
+            synced_ranks = batch.ranks if config.train.sync_batch_norm else 1
             skipped = got["skipped"]
             key = (
                 cell["network"],
                 micro_batches,
-                together,
+                synced_ranks,
                 *skipped,
                 *(option_of(cell, option) for option in OPTIONS),
             )
             if key not in references:
-                references[key] = with_plain_torch(
-                    cell, config, micro_batches, together, skipped, device
+                references[key] = with_reference_loop(
+                    cell, config, micro_batches, synced_ranks, skipped, device
                 )
             want = references[key]
-            apart = {
+            loss_errors = {
                 step: abs(loss - want["losses"][step]) / want["losses"][step]
                 for step, loss in got["losses"].items()
             }
-            figures = {
-                "first5": max((value for step, value in apart.items() if step < 5), default=0.0),
-                "all20": max(apart.values()),
-                "weights": distance(got["state"], want["state"]),
-                "way": distance(got["state"], want["state"], network_of(config).state_dict()),
-                "running": distance(got["state"], want["state"], running=True),
-                "averages": distance(got["averages"], want["averages"]) if got["averages"] else 0.0,
+            measured = {
+                "first5": max(
+                    (value for step, value in loss_errors.items() if step < 5), default=0.0
+                ),
+                "all20": max(loss_errors.values()),
+                "weights": relative_error(got["state"], want["state"]),
+                "update": relative_update_error(
+                    got["state"], want["state"], network_of(config).state_dict()
+                ),
+                "running": relative_error(got["state"], want["state"], running=True),
+                "averages": relative_error(got["averages"], want["averages"])
+                if got["averages"]
+                else 0.0,
                 "skipped": len(skipped),
-                "norms5": norms_apart(got["norms"], want["norms"], range(5)),
-                "norms20": norms_apart(got["norms"], want["norms"], range(STEPS)),
+                "norms5": max_relative_norm_diff(got["norms"], want["norms"], range(5)),
+                "norms20": max_relative_norm_diff(got["norms"], want["norms"], range(STEPS)),
                 "seconds": time.monotonic() - started,
                 "digest": digest(got["state"]),
                 "losses": list(got["losses"].values()),
             }
-            results.append(cell | figures)
+            results.append(cell | measured)
     if ranks.is_rank_zero:
         path.with_suffix(".out").write_text(json.dumps(results))
     process_group.cleanup()

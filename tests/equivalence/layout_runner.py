@@ -1,5 +1,6 @@
-"""Channels-last weights under ZeRO 0 and 1: ``torchrun layout_runner.py FILE``. Rank 0 writes to FILE
-what differs from a plain loop.
+"""Trains channels-last weights with ZeRO 0 and 1: ``torchrun layout_runner.py FILE``.
+
+Rank 0 writes the differences from a reference loop to FILE.
 """
 
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from update_error import distance
+from update_error import relative_update_error
 
 from trainer.config.schema import RunConfig
 from trainer.data.batch import Batch
@@ -38,8 +39,8 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def plain(config: RunConfig) -> tuple[dict, float]:
-    """Weights after all steps, and the norm of the last gradient."""
+def train_reference(config: RunConfig) -> tuple[dict, float]:
+    """Return the weights after all steps, and the norm of the last gradient."""
     net, (pixels, labels) = model().to(memory_format=torch.channels_last).train(), data()
     optimizer = torch.optim.SGD(net.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
     for step in range(STEPS):
@@ -58,8 +59,8 @@ def plain(config: RunConfig) -> tuple[dict, float]:
     )
 
 
-def not_kept(masters: Fp32State) -> list[str]:
-    """What does not come back as it was set."""
+def not_restored(masters: Fp32State) -> list[str]:
+    """Return the weights and slots that are read back with other values than were set."""
     random = torch.Generator().manual_seed(1)
     weights = {
         name: torch.randn(value.shape, generator=random)
@@ -104,22 +105,22 @@ def with_engine(stage: int, precision: str, device: torch.device, rank: int) -> 
     module = engine._engine.module
     convolutions = [p for p in module.parameters() if p.dim() == 4]
     got, norm = engine.full_state_dict(), engine.grad_norm()
-    want, want_norm = plain(config)
+    want, want_norm = train_reference(config)
     return {
         "stage": stage,
         "precision": precision,
-        "apart": max(
+        "max_abs_diff": max(
             float((got[k] - v).abs().max())
             for k, v in want.items()
             if v.is_floating_point() and "running" not in k
         ),
-        "way": distance(got, want, model().state_dict()),
+        "update_error": relative_update_error(got, want, model().state_dict()),
         "norm": norm,
         "want_norm": want_norm,
         "channels_last": all(
             p.is_contiguous(memory_format=torch.channels_last) for p in convolutions
         ),
-        "not_kept": not_kept(engine._fp32_state),
+        "not_restored": not_restored(engine._fp32_state),
     }
 
 
@@ -127,8 +128,8 @@ def main(file: Path) -> None:
     torch.set_num_threads(1)
     ranks = DistEnv.from_env()
     device = process_group.init_distributed(ranks, fp16=True)
-    ways = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (1, "fp16")]
-    results = [with_engine(stage, precision, device, ranks.rank) for stage, precision in ways]
+    cases = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (1, "fp16")]
+    results = [with_engine(stage, precision, device, ranks.rank) for stage, precision in cases]
     if ranks.is_rank_zero:
         file.write_text(json.dumps(results))
     process_group.cleanup()

@@ -1,5 +1,6 @@
-"""Ways to spread a training over ranks, and sets of processes that train by many of them: starting
-torch costs seconds.
+"""The reference grid: parallel configurations, and sets of processes that train many of them.
+
+One set of processes trains many cells, because starting torch takes seconds.
 """
 
 import itertools
@@ -25,16 +26,20 @@ from trainer.errors import UserError
 
 HERE = Path(__file__).parent
 MATRIX = os.environ.get("CONVOY_MATRIX")
-"""Where `make matrix` wants its report, of all that is allowed; else a part of it is trained."""
+"""Folder for the report of `make matrix`, which trains all valid cells; None: train a subset."""
 NETWORKS = ("no batch norm", "batch norm", "auxiliary heads")
 GLOBAL = 16
 SEED = 12
-"""Of the covering set: among some, one whose set is small."""
+"""Seed of the covering set, chosen because the resulting set is small."""
 KEYS = ("ranks", "stages", "accumulation", "zero", "precision", "network")
 
 
 def allowed_cells() -> list[Cell]:
-    """Ranks x stages x accumulation x ZeRO x precision x network, plain, without what is refused."""
+    """Return all valid cells with default options.
+
+    They are ranks x stages x accumulation steps x ZeRO stage x precision x network, without the
+    combinations that ``validate_parallelism`` rejects.
+    """
     everything = itertools.product(
         (1, 2, 4), (1, 2, 4), (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16"), NETWORKS
     )
@@ -64,9 +69,10 @@ def refusal(cell: Cell) -> str | None:
 
 
 def covering() -> list[Cell]:
-    """Cells in which every pair of values of all keys and options occurs that is allowed, and
-    clipping with every combination of stages, ZeRO and precision. Chosen greedily, cheap ones
-    first.
+    """Return cells that cover every valid pair of values of all keys and options.
+
+    They also cover clipping with every combination of stages, ZeRO stage and precision. They are
+    chosen greedily, cheap ones first.
     """
     cores = [cell | {"optimizer": name} for cell in allowed_cells() for name in OPTIMIZERS]
     cores = [core for core in cores if not refusal(core)]
@@ -75,27 +81,27 @@ def covering() -> list[Cell]:
         ("stages", "zero", "precision", "clip"),
     ]
     found = {one for core in cores for group in groups for one in _tuples(core, group)}
-    wanted = {one for one in found if len(one) == 2 or dict(one)["clip"]}
+    uncovered = {one for one in found if len(one) == 2 or dict(one)["clip"]}
     random = Random(SEED)
-    targets = sorted(wanted, key=repr)
+    targets = sorted(uncovered, key=repr)
     random.shuffle(targets)
     chosen = []
     for target in map(dict, targets):
-        if tuple(target.items()) not in wanted:
+        if tuple(target.items()) not in uncovered:
             continue
-        able = [
+        matching = [
             core
             for core in cores
             if all(core.get(key, value) == value for key, value in target.items())
         ]
         candidates = [
-            _completed(core, target, groups, wanted, random)
-            for core in random.sample(able, min(40, len(able)))
+            _completed(core, target, groups, uncovered, random)
+            for core in random.sample(matching, min(40, len(matching)))
         ]
         best = max(
-            candidates, key=lambda cell: len(_covered(cell, groups) & wanted) / _seconds(cell)
+            candidates, key=lambda cell: len(_covered(cell, groups) & uncovered) / _seconds(cell)
         )
-        wanted -= _covered(best, groups)
+        uncovered -= _covered(best, groups)
         chosen.append(best)
     return [
         {key: value for key, value in cell.items() if key in KEYS or value not in (False, "sgd")}
@@ -107,7 +113,7 @@ Tuple = tuple[tuple[str, Any], ...]
 
 
 def _tuples(core: Cell, group: tuple[str, ...]) -> Iterator[Tuple]:
-    """What a group of keys can be in a cell whose switches are still open."""
+    """Yield the possible values of a group of keys in a cell whose switches are not set yet."""
     for values in itertools.product(
         *([core[key]] if key in core else (False, True) for key in group)
     ):
@@ -123,15 +129,19 @@ def _covered(cell: Cell, groups: Sequence[tuple[str, ...]]) -> set[Tuple]:
 
 
 def _completed(
-    core: Cell, target: Cell, groups: Sequence[tuple[str, ...]], wanted: set[Tuple], random: Random
+    core: Cell,
+    target: Cell,
+    groups: Sequence[tuple[str, ...]],
+    uncovered: set[Tuple],
+    random: Random,
 ) -> Cell:
-    """Set each open switch to the value that covers more of what is wanted."""
+    """Set each unset switch to the value that covers more uncovered pairs."""
     cell = core | target
     for switch in random.sample(list(SWITCHES), len(SWITCHES)):
         if switch not in cell:
             touched = [group for group in groups if switch in group]
             gains = {
-                value: len(_covered(cell | {switch: value}, touched) & wanted)
+                value: len(_covered(cell | {switch: value}, touched) & uncovered)
                 for value in (False, True)
             }
             cell[switch] = (
@@ -143,15 +153,16 @@ def _completed(
 
 
 def _seconds(cell: Cell) -> float:
-    """About what a cell takes, with its reference."""
+    """Estimate the relative time that a cell and its reference take."""
     network = 6.0 if cell["network"] == "auxiliary heads" else 1.0
     bits = {"fp16": 1.5, "bf16": 6.0 if cell["stages"] == 1 else 2.0}.get(cell["precision"], 1.0)
     return network * bits * (2.0 if cell["zero"] == 3 else 1.0) * cell["ranks"] ** 0.8
 
 
 def cells_of_presets() -> list[Cell]:
-    """Every preset on every topology with every ZeRO stage and precision, for the network with
-    batch norm, at two steps of accumulation.
+    """Return every preset on every topology with every ZeRO stage and precision.
+
+    The network is that with batch norm, at two accumulation steps.
     """
     bases = [c for c in allowed_cells() if c["network"] == "batch norm" and c["accumulation"] == 2]
     cells = [
@@ -163,15 +174,15 @@ def cells_of_presets() -> list[Cell]:
 
 
 def growing_cells() -> list[Cell]:
-    """fp16 whose loss scale doubles every few steps, and comes down again where that overflows."""
-    rows = [(1, 1, 1, 1), (2, 1, 2, 2), (2, 1, 1, 3), (2, 2, 2, 1)]
-    rows = rows if MATRIX else [rows[0], rows[-1]]
-    plain = [dict(zip(KEYS, (*row, "fp16", "no batch norm"), strict=True)) for row in rows]
+    """Return fp16 cells whose loss scale doubles every few steps, and is reduced on overflow."""
+    topologies = [(1, 1, 1, 1), (2, 1, 2, 2), (2, 1, 1, 3), (2, 2, 2, 1)]
+    topologies = topologies if MATRIX else [topologies[0], topologies[-1]]
+    plain = [dict(zip(KEYS, (*t, "fp16", "no batch norm"), strict=True)) for t in topologies]
     return [cell | {"window": 4, "clip": cell["zero"] != 2} for cell in plain]
 
 
 def uneven_cells() -> list[Cell]:
-    """A first stage all of whose weights decay, and a second that has others too."""
+    """Return cells whose first stage has only decayed weights, and whose second has both kinds."""
     base = dict(zip(KEYS, (2, 2, 2, 1, "fp32", "batch norm"), strict=True)) | {
         "split": ["bn"],
         "spare": True,
@@ -181,7 +192,10 @@ def uneven_cells() -> list[Cell]:
 
 
 def compiled_cells() -> list[Cell]:
-    """torch.compile takes long and needs a compiler: one cell with stages has it, in `make matrix`."""
+    """Return one cell with torch.compile and stages, only for `make matrix` and with a compiler.
+
+    Compilation takes long.
+    """
     cell = dict(zip(KEYS, (2, 2, 2, 0, "fp32", "batch norm"), strict=True)) | {
         "compile": True,
         "clip": True,
@@ -192,13 +206,14 @@ def compiled_cells() -> list[Cell]:
 CELLS_PER_PROCESS = 24
 """``grid_runner.py`` destroys the process groups of each engine with pipeline stages, but about 15
 polling threads of each stay until the process ends: something in DeepSpeed keeps the groups. With
-1,400 threads per rank nothing else runs."""
+1,400 threads per rank nothing else runs.
+"""
 
 
 def run_cells(cells: list[Cell], ranks: int, folder: Path) -> list[dict]:
-    """Train the cells of ``ranks`` ranks, in as few sets of processes as may be."""
+    """Train the cells with ``ranks`` ranks, in as few sets of processes as possible."""
     cells = [cell for cell in cells if cell["ranks"] == ranks]
-    digits = load_digits()  # here alone: each rank would need seconds for it
+    digits = load_digits()  # once, because it would take each rank seconds
     np.savez(folder / "digits.npz", images=digits.images, target=digits.target)
     results = []
     for first in range(0, len(cells), CELLS_PER_PROCESS):
@@ -225,48 +240,45 @@ def _run_set(cells: list[Cell], ranks: int, folder: Path, number: int) -> list[d
 
 
 def deviation(result: dict) -> str | None:
-    """What is too far from the plain loop, if anything is."""
+    """Return the result if it differs too much from the reference loop, else None."""
     first, last, weights = (
         (1e-5, 1e-4, 1e-4) if result["precision"] == "fp32" else (2e-2, 2e-2, 2e-2)
     )
-    if option_of(result, "optimizer") in (
-        "adamw",
-        "lamb",
-    ):  # Adam divides by a gradient's size, where that is all rounding too
+    # Adam divides by the size of a gradient, even if the gradient is only rounding error
+    if option_of(result, "optimizer") in ("adamw", "lamb"):
         first, last, weights = 10 * first, 10 * last, 10 * weights
-    # apart from that, each rank saw other samples and they are averaged
+    # without synchronization, each rank's statistics are of other samples, and they are averaged
     running = 10 * weights if option_of(result, "sync") else math.inf
-    way = (
-        0.01 if result["precision"] == "fp32" else 0.1
-    )  # at such rates weights hardly move: 16 bits must move them alike too
+    # relative to the update: weights hardly change at these learning rates, so the relative error
+    # of the weights alone would not detect wrong 16-bit updates
+    update = 0.01 if result["precision"] == "fp32" else 0.1
     if result["network"] == "no batch norm":
-        way = way / 2
+        update = update / 2
     elif not is_plain(result) and result["precision"] == "fp32":
-        way = 2 * way
+        update = 2 * update
     norms5, norms20 = (1e-3, 0.05) if result["precision"] == "fp32" else (0.15, 0.25)
     if option_of(result, "optimizer") in ("adamw", "lamb"):
         norms5 = 10 * norms5 if result["precision"] == "fp32" else norms5
-        way = 10 * way if result["precision"] == "fp32" else 2.5 * way
+        update = 10 * update if result["precision"] == "fp32" else 2.5 * update
     limits = {
         "first5": first,
         "all20": last,
         "weights": weights,
-        "way": way,
+        "update": update,
         "averages": weights,
         "running": running,
     }
     limits |= {"norms5": norms5, "norms20": norms20}
-    limits["skipped"] = 5 if result["precision"] == "fp16" else 0  # while the loss scale comes down
-    if all(result[figure] <= limit for figure, limit in limits.items()):
+    limits["skipped"] = 5 if result["precision"] == "fp16" else 0  # while the loss scale is reduced
+    if all(result[name] <= limit for name, limit in limits.items()):
         return None
     return f"{ {k: v for k, v in result.items() if k != 'losses'} }"
 
 
-# --- trainings that are stopped and go on
-# -----------------------------------------------------------------------------
+# --- checkpoint and resume --------------------------------------------------------------------
 
 MICRO = 4
-"""Four micro-batches a step, on one, two or four copies of the model."""
+"""Micro-batch size: four micro-batches per step, on one, two or four replicas of the model."""
 
 
 def _resumed(
@@ -320,7 +332,7 @@ _MORE = [
 
 
 def cells_that_save(folder: Path) -> list[Cell]:
-    """Each leaves a checkpoint of its step 10 in a folder of its own below ``folder``."""
+    """Return cells that save a checkpoint at step 10, each in its own folder below ``folder``."""
     topologies = [*_FP32, *_OTHERS, *(_MORE if MATRIX else [])]
     return [
         cell | {"save": str(folder / f"saved{number}")} for number, cell in enumerate(topologies)
@@ -328,12 +340,14 @@ def cells_that_save(folder: Path) -> list[Cell]:
 
 
 def cells_that_load(saving: list[Cell]) -> list[Cell]:
-    """Those that resume from each checkpoint: the same training, spread in any way. Without the
-    matrix it is the next one, and for two of plain fp32 itself too.
+    """Return cells that resume from each checkpoint: the same training on other topologies.
+
+    `make matrix` resumes each checkpoint on all of them. Otherwise each is resumed on the next one,
+    and two fp32 checkpoints also on their own topology.
     """
     loading = []
     for number, cell in enumerate(saving):
-        kin = [
+        topologies = [
             other
             for other in saving
             if all(
@@ -342,20 +356,21 @@ def cells_that_load(saving: list[Cell]) -> list[Cell]:
             )
         ]
         if not MATRIX:
-            itself = (
-                [cell] if number in (2, 4) else []
-            )  # two ranks at ZeRO 3, four ranks in two stages at ZeRO 1
-            kin = [*itself, kin[(kin.index(cell) + 1) % len(kin)]]
+            # two ranks at ZeRO 3, and four ranks in two stages at ZeRO 1
+            itself = [cell] if number in (2, 4) else []
+            following = topologies[(topologies.index(cell) + 1) % len(topologies)]
+            topologies = [*itself, following]
         loading += [
             {key: value for key, value in other.items() if key != "save"} | {"load": cell["save"]}
-            for other in kin
+            for other in topologies
         ]
     return loading
 
 
 class Trainings:
-    """All trainings, those on so many ranks in one set of processes, run when they are first asked
-    for.
+    """All trainings of the grid.
+
+    Those on the same number of ranks run in one set of processes, on first access.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -381,11 +396,11 @@ class Trainings:
             started = time.monotonic()
             results = self._results[ranks] = run_cells(self._cells, ranks, self.folder)
             if MATRIX:
-                judged = [
+                checked = [
                     {"kind": "other"} | result | {"deviation": deviation(result)}
                     for result in results
                 ]
                 Path(MATRIX).mkdir(parents=True, exist_ok=True)
-                report = {"results": judged, "seconds": time.monotonic() - started}
+                report = {"results": checked, "seconds": time.monotonic() - started}
                 (Path(MATRIX) / f"ranks{ranks}.json").write_text(json.dumps(report))
         return self._results[ranks]

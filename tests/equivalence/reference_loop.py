@@ -1,8 +1,7 @@
-"""The reference: one process, fp32, a plain torch loop over the same global batches in the same
-micro-batches.
+"""The reference loop: one process, fp32, plain torch, the same global batches and micro-batches.
 
-Nothing in it knows of ranks, stages or DeepSpeed. Clipping, AdamW, label smoothing and moving
-averages are torch's, mixing is timm's; LARS and LAMB follow the algorithms of their papers.
+It does not depend on ranks, stages or DeepSpeed. Clipping, AdamW, label smoothing and moving
+averages are torch's; mixing is timm's; LARS and LAMB follow the algorithms of their papers.
 """
 
 import math
@@ -19,8 +18,9 @@ from trainer.engine.dropout_rng import dropout_seed
 
 
 class Lars(torch.optim.Optimizer):
-    """You et al. 2017, algorithm 1, with Nesterov's momentum, and no trust ratio for weights that
-    do not decay.
+    """LARS (You et al. 2017, algorithm 1) with Nesterov momentum.
+
+    Weights without weight decay have no trust ratio.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
@@ -44,7 +44,7 @@ class Lars(torch.optim.Optimizer):
 
 
 class Lamb(torch.optim.Optimizer):
-    """You et al. 2020, algorithm 2, without a trust ratio for weights that do not decay."""
+    """LAMB (You et al. 2020, algorithm 2), without a trust ratio for weights without decay."""
 
     def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
         super().__init__(groups, {"lr": lr})
@@ -80,9 +80,8 @@ class Lamb(torch.optim.Optimizer):
 def optimizer_of(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     decay, rate = config.optimizer.weight_decay, config.optimizer.base_lr
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "weight_decay": decay}]
-    if (
-        not config.optimizer.decay_norm_and_bias
-    ):  # in these networks, vectors are gains and biases, and nothing else is
+    # in these networks, all vectors are gains or biases
+    if not config.optimizer.decay_norm_and_bias:
         groups = [
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": decay},
             {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
@@ -97,7 +96,7 @@ def optimizer_of(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
 
 
 def mixed(images: Tensor, mix: Mix | None) -> tuple[Tensor, float]:
-    """timm's Mixup._mix_batch, with a given lambda and box."""
+    """Mix a batch as timm's Mixup._mix_batch does, with a given lambda and box."""
     if mix is None:
         return images, 1.0
     if mix.box is None:
@@ -109,8 +108,9 @@ def mixed(images: Tensor, mix: Mix | None) -> tuple[Tensor, float]:
 
 
 def losses_of(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """One loss per sample. target: int64 labels [N], or timm's mixed targets [N, classes], which
-    are smoothed already.
+    """Return one loss per sample.
+
+    ``target``: int64 labels [N], or timm's mixed targets [N, classes], which are already smoothed.
     """
     if target.dim() == 1:
         return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
@@ -124,16 +124,17 @@ def train(
     mix_of: Callable[[int, int], Mix | None],
     steps: int,
     micro_batches: int,
-    together: int,
+    synced_ranks: int,
     skipped: Iterable[int],
 ) -> dict[str, Any]:
-    """Losses and gradient norms by step, the trained state, and that of the moving averages.
+    """Train, and return losses and gradient norms by step, the final state and moving averages.
 
-    ``data``: a step's images [N, 3, H, W], labels [N] and weights [N]. ``together``: neighbouring
-    micro-batches that pass through the network as one and share their batch-norm statistics.
-    ``skipped``: steps whose gradients overflow fp16, so that the weights stay as they are.
+    ``data``: returns a step's images [N, 3, H, W], labels [N] and weights [N]. ``synced_ranks``:
+    number of neighbouring micro-batches that pass through the network as one batch and share their
+    batch-norm statistics. ``skipped``: steps whose gradients overflow fp16, so that the weights are
+    not updated.
     """
-    from timm.data.mixup import mixup_target  # takes seconds, which the other ranks need not spend
+    from timm.data.mixup import mixup_target  # imported here: takes seconds, needed only by rank 0
 
     model.train()
     optimizer = optimizer_of(model, config)
@@ -159,10 +160,10 @@ def train(
         optimizer.zero_grad()
         all_images, labels, weights = data(step)
         total = 0.0
-        for first in range(0, micro_batches, together):
+        for first in range(0, micro_batches, synced_ranks):
             position[:] = step, first
             parts = []
-            for part in range(first, first + together):
+            for part in range(first, first + synced_ranks):
                 mix, target = mix_of(step, part), labels[part::micro_batches]
                 images, lam = mixed(all_images[part::micro_batches], mix)
                 if config.augment.mixup or config.augment.cutmix:

@@ -1,7 +1,7 @@
-"""Layers that are replayed, against the same layers run by torch.
+"""Replayed layers, compared with the same layers run eagerly.
 
-Without a GPU nothing can be captured. Here a recording is repeated by running it once more, and
-its result is copied to where the first one lies; `make test-gpu` has the graphs themselves.
+CUDA graphs need a GPU. Here a recorder for the CPU replays by running the layers again and copying
+the result to the memory of the first one; `make test-gpu` tests real graphs.
 """
 
 from collections import OrderedDict
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.schema import TrainConfig
-from trainer.engine import model_chunk as stage_module
+from trainer.engine import model_chunk
 from trainer.engine.cuda_graphs import GraphedLayers
 from trainer.engine.deepspeed.grad_reducer import make_grad_reducer
 from trainer.engine.dropout_rng import DropoutRNG
@@ -21,8 +21,8 @@ from trainer.engine.model_chunk import ModelChunk
 from trainer.models import build_model
 
 
-class RunsAgain:
-    """A recorder for a processor."""
+class CpuRecorder:
+    """A recorder for the CPU, which replays by running again."""
 
     replays = 0
 
@@ -33,17 +33,17 @@ class RunsAgain:
         result = run()
 
         def replay() -> None:
-            RunsAgain.replays += 1
+            CpuRecorder.replays += 1
             with torch.enable_grad():
-                again = run()
-            if result is not None and again is not None:
-                result.copy_(again)
+                replayed = run()
+            if result is not None and replayed is not None:
+                result.copy_(replayed)
 
         return replay, result
 
 
-class CannotCapture(RunsAgain):
-    """As a GPU refuses an operation that waits for it: the end of the capture fails too."""
+class FailingRecorder(CpuRecorder):
+    """Fails as a GPU does for an operation that waits for it: ending the capture fails too."""
 
     def record(self, run: Callable[[], Tensor | None]) -> tuple[Callable[[], None], Tensor | None]:
         try:
@@ -52,7 +52,7 @@ class CannotCapture(RunsAgain):
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
 
 
-def _stage(name: str, size: int) -> ModelChunk:
+def _chunk(name: str, size: int) -> ModelChunk:
     torch.manual_seed(0)
     model = build_model(name, 10, size, width=16)
     return ModelChunk(
@@ -61,17 +61,20 @@ def _stage(name: str, size: int) -> ModelChunk:
 
 
 def _graphed(
-    stage: ModelChunk, monkeypatch: pytest.MonkeyPatch, recorder: type[RunsAgain], ranks: int = 1
+    chunk: ModelChunk, monkeypatch: pytest.MonkeyPatch, recorder: type[CpuRecorder], ranks: int = 1
 ) -> object:
-    """``ranks``: as many are said to share the gradients, so that there are several segments."""
+    """Use graphs in ``chunk``.
+
+    ``ranks``: number of ranks assumed to share the gradients; more than one gives several segments.
+    """
     monkeypatch.setattr(
-        stage_module,
+        model_chunk,
         "GraphedLayers",
         lambda *arguments: GraphedLayers(*arguments, recorder=recorder),
     )
-    gradients = make_grad_reducer(stage, 1)
-    stage.use_graphs(gradients, ranks)
-    RunsAgain.replays = 0
+    gradients = make_grad_reducer(chunk, 1)
+    chunk.use_graphs(gradients, ranks)
+    CpuRecorder.replays = 0
     return gradients
 
 
@@ -88,12 +91,12 @@ def _images(seed: int, count: int, size: int) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "size", "ranks"), [("resnet8", 16, 1), ("resnet8", 16, 2), ("googlenet", 64, 2)]
 )
-def test_replayed_layers_compute_the_gradients_and_statistics_of_torch(
+def test_replayed_layers_match_eager_gradients_and_statistics(
     name: str, size: int, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two steps of two micro-batches; GoogLeNet's layers with dropout run eagerly."""
-    plain, graphed = _stage(name, size), _stage(name, size)
-    gradients = _graphed(graphed, monkeypatch, RunsAgain, ranks)
+    plain, graphed = _chunk(name, size), _chunk(name, size)
+    gradients = _graphed(graphed, monkeypatch, CpuRecorder, ranks)
     for step in range(2):
         plain.zero_grad()
         graphed.zero_grad()  # as the engine does
@@ -117,16 +120,18 @@ def test_replayed_layers_compute_the_gradients_and_statistics_of_torch(
         plain.named_buffers(), graphed.named_buffers(), strict=True
     ):
         torch.testing.assert_close(found, expected, msg=buffer)
-    assert RunsAgain.replays >= 8  # forward and backward, four times
+    assert CpuRecorder.replays >= 8  # forward and backward, four times
 
 
-def test_each_shape_is_recorded_and_a_fifth_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphed = _stage("resnet8", 16)
-    gradients = _graphed(graphed, monkeypatch, RunsAgain)
+def test_first_four_shapes_are_recorded_and_the_fifth_runs_eagerly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphed = _chunk("resnet8", 16)
+    gradients = _graphed(graphed, monkeypatch, CpuRecorder)
     replays = []
     for count in (2, 3, 4, 5, 6, 2):
-        plain = _stage("resnet8", 16)
-        before = RunsAgain.replays
+        plain = _chunk("resnet8", 16)
+        before = CpuRecorder.replays
         graphed.zero_grad()
         loss = _loss(graphed(_images(count, count, 16)), 0)
         gradients.prepare_for_backward(True)
@@ -134,15 +139,15 @@ def test_each_shape_is_recorded_and_a_fifth_runs_eagerly(monkeypatch: pytest.Mon
         gradients.finalize_backward()
         _loss(plain(_images(count, count, 16)), 0).backward()
         torch.testing.assert_close(graphed.head.weight.grad, plain.head.weight.grad)
-        replays.append(RunsAgain.replays - before)
+        replays.append(CpuRecorder.replays - before)
     assert replays == [2, 2, 2, 2, 0, 2]
 
 
-def test_layers_that_cannot_be_captured_run_eagerly_and_the_reason_is_logged(
+def test_failed_capture_runs_eagerly_and_logs_the_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain, graphed = _stage("resnet8", 16), _stage("resnet8", 16)
-    gradients = _graphed(graphed, monkeypatch, CannotCapture)
+    plain, graphed = _chunk("resnet8", 16), _chunk("resnet8", 16)
+    gradients = _graphed(graphed, monkeypatch, FailingRecorder)
     for seed in range(2):
         plain.zero_grad()
         graphed.zero_grad()
@@ -157,7 +162,7 @@ def test_layers_that_cannot_be_captured_run_eagerly_and_the_reason_is_logged(
     for found, expected in zip(graphed.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(found, expected)
     (message,) = (record.getMessage() for record in caplog.records)
-    assert (
-        message
-        == "CUDA graphs are not used for images (4, 3, 16, 16): operation not permitted when stream is capturing"
+    assert message == (
+        "CUDA graphs are not used for images (4, 3, 16, 16): operation not permitted when stream "
+        "is capturing"
     )

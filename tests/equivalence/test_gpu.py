@@ -1,4 +1,4 @@
-"""The same algorithm on GPUs: `make test-gpu`, on a machine that has some; skipped elsewhere."""
+"""The reference grid on GPUs: `make test-gpu`; skipped on machines without GPUs."""
 
 import json
 import os
@@ -17,14 +17,18 @@ pytestmark = pytest.mark.skipif(not GPUS, reason="no GPU")
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [ranks for ranks in (1, 2, 4) if ranks <= max(GPUS, 1)])
-def test_every_topology_follows_the_plain_loop_on_gpus(ranks: int, trainings: Trainings) -> None:
+def test_every_topology_matches_the_reference_loop_on_gpus(
+    ranks: int, trainings: Trainings
+) -> None:
     results = trainings.on(ranks)
     assert results
     assert not [d for d in map(deviation, results) if d]
 
 
 @pytest.mark.timeout(3600)
-def test_any_topology_goes_on_from_any_other_on_gpus(trainings: Trainings, tmp_path: Path) -> None:
+def test_resume_on_another_topology_matches_the_reference_loop_on_gpus(
+    trainings: Trainings, tmp_path: Path
+) -> None:
     counts = [ranks for ranks in (1, 2, 4) if ranks <= GPUS]
     for ranks in counts:
         trainings.on(ranks)
@@ -37,7 +41,7 @@ def test_any_topology_goes_on_from_any_other_on_gpus(trainings: Trainings, tmp_p
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_it_learns_in_every_precision(
+def test_training_on_gpus_reaches_90_percent_in_every_precision(
     digits: Path, convoy_ok: Run, tmp_path: Path, precision: str
 ) -> None:
     settings = [
@@ -54,15 +58,13 @@ def test_it_learns_in_every_precision(
         *settings,
         "parallel.zero_stage=1",
         "train.epochs=8",
-        env=_libraries(),
+        env=_library_environment(),
     )
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["top1"] > 0.9
 
 
-def test_a_stopped_training_goes_on_without_a_gpu(
-    digits: Path, convoy_ok: Run, tmp_path: Path
-) -> None:
+def test_run_stopped_on_gpus_resumes_on_cpu(digits: Path, convoy_ok: Run, tmp_path: Path) -> None:
     settings = [
         f"data.train={digits}/train",
         f"data.val={digits}/val",
@@ -70,28 +72,35 @@ def test_a_stopped_training_goes_on_without_a_gpu(
         "train.log_every_steps=1",
     ]
     settings += ["precision=bf16", "parallel.zero_stage=1"]
-    with started(RECIPE, settings, _libraries(), procs=GPUS) as process:
+    with started(RECIPE, settings, _library_environment(), procs=GPUS) as process:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     assert process.returncode == 143
-    said = convoy_ok(
-        "train", RECIPE, "--procs", 2, *settings, env=_libraries() | {"CUDA_VISIBLE_DEVICES": ""}
+    output = convoy_ok(
+        "train",
+        RECIPE,
+        "--procs",
+        2,
+        *settings,
+        env=_library_environment() | {"CUDA_VISIBLE_DEVICES": ""},
     )
-    assert "goes on from" in said
+    assert "resuming from" in output
     assert json.loads((tmp_path / "result.json").read_text())["top1"] > 0.9
 
 
-def test_more_ranks_than_gpus_are_refused(
+def test_more_ranks_than_gpus_are_rejected(
     digits: Path, convoy_refuses: Run, tmp_path: Path
 ) -> None:
     settings = [f"data.train={digits}/train", "data.val=null", f"train.output_dir={tmp_path}"]
-    told = convoy_refuses("train", RECIPE, "--procs", GPUS + 1, *settings, env=_libraries())
-    assert f"{GPUS + 1} ranks on a machine with {GPUS} GPUs" in told
-    assert len(told.splitlines()) == 1
+    stderr = convoy_refuses(
+        "train", RECIPE, "--procs", GPUS + 1, *settings, env=_library_environment()
+    )
+    assert f"{GPUS + 1} ranks on a machine with {GPUS} GPUs" in stderr
+    assert len(stderr.splitlines()) == 1
 
 
-def _libraries() -> dict[str, str]:
-    """Where the environment says that Python and the driver find theirs."""
+def _library_environment() -> dict[str, str]:
+    """Return the variables with which Python and the GPU driver find their libraries."""
     return {
         name: os.environ[name]
         for name in ("PYTHONPATH", "LD_LIBRARY_PATH", "HOME")

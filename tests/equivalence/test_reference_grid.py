@@ -1,9 +1,8 @@
-"""Every way to spread a training over ranks follows one plain loop in fp32: the same algorithm at
-every scale.
+"""Every parallel configuration is compared with a single-process fp32 reference loop.
 
-``make test`` trains a set of cells in which each pair of values of topology, ZeRO stage, precision,
-network and training options occurs; ``make matrix`` trains every topology plainly, and every preset
-of options on every topology for one network.
+``make test`` trains a set of cells that covers each pair of values of topology, ZeRO stage,
+precision, network and training options. ``make matrix`` trains every topology with default options,
+and every preset of options on every topology for one network.
 """
 
 import itertools
@@ -24,18 +23,16 @@ from trainer.models.model_info import forward_costs
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_topology_follows_the_plain_loop(ranks: int, trainings: Trainings) -> None:
+def test_every_topology_matches_the_reference_loop(ranks: int, trainings: Trainings) -> None:
     results = trainings.on(ranks)
     assert results
     assert not [d for d in map(deviation, results) if d]
     for result in results:
         if is_plain(result):
-            assert result["losses"][-2] < result["losses"][0], "and it learns"
+            assert result["losses"][-2] < result["losses"][0], "the loss decreases"
 
 
-def test_every_option_is_trained_with_stages_and_clipping_with_every_zero_stage_and_precision() -> (
-    None
-):
+def test_grid_covers_options_with_stages_and_clipping_with_zero_stages_and_precisions() -> None:
     chosen = covering()
     for option in OPTIONS:
         for value in values_of(option):
@@ -50,18 +47,19 @@ def test_every_option_is_trained_with_stages_and_clipping_with_every_zero_stage_
     assert clipped == {tuple(c[key] for key in parallel) for c in allowed_cells()}
 
 
-def test_what_does_not_learn_or_cannot_work_is_refused() -> None:
-    def refused(**values: object) -> str:
+def test_unsupported_zero_stage_combinations_are_rejected() -> None:
+    def rejection(**values: object) -> str:
         return refusal({"stages": 1, "zero": 0, "precision": "fp32"} | values) or ""
 
-    assert "does not learn with precision fp16" in refused(precision="fp16")
-    assert "does not go with pipeline stages" in refused(stages=2, zero=2)
-    assert "does not go with pipeline stages" in refused(stages=2, zero=3, precision="fp16")
-    assert not refused(stages=2, zero=1, precision="fp16")
+    assert "cannot train with precision fp16" in rejection(precision="fp16")
+    assert "cannot be combined with pipeline stages" in rejection(stages=2, zero=2)
+    assert "cannot be combined with pipeline stages" in rejection(
+        stages=2, zero=3, precision="fp16"
+    )
+    assert not rejection(stages=2, zero=1, precision="fp16")
 
 
-# --- how layers are split
-# ---------------------------------------------------------------------------------------------
+# --- assignment of layers to stages -----------------------------------------------------------
 
 
 def _all_splits(costs: list[int], stages: int) -> Iterator[list[int]]:
@@ -70,7 +68,9 @@ def _all_splits(costs: list[int], stages: int) -> Iterator[list[int]]:
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.data())
-def test_no_split_has_a_cheaper_costliest_stage(costs: list[int], data: st.DataObject) -> None:
+def test_split_minimizes_the_cost_of_the_costliest_stage(
+    costs: list[int], data: st.DataObject
+) -> None:
     stages = data.draw(st.integers(1, len(costs)))
     parts = assign_layers({str(i): cost for i, cost in enumerate(costs)}, stages)
     assert [int(name) for part in parts for name in part] == list(range(len(costs)))
@@ -81,7 +81,7 @@ def test_no_split_has_a_cheaper_costliest_stage(costs: list[int], data: st.DataO
 
 
 @pytest.mark.parametrize("name", ["alexnet2012", "vgg11", "googlenet2014", "resnet18"])
-def test_costs_hold_the_networks_multiply_adds(name: str) -> None:
+def test_layer_costs_match_the_multiply_adds_of_the_network(name: str) -> None:
     with torch.device("meta"):
         model = build_model(name, 1000)
     multiply_adds, _ = forward_costs(model, 224)
@@ -90,31 +90,32 @@ def test_costs_hold_the_networks_multiply_adds(name: str) -> None:
     assert 1 <= sum(costs.values()) / multiply_adds < 1.03
 
 
-def test_splits_that_are_none_are_refused() -> None:
+def test_invalid_splits_are_rejected() -> None:
     costs = {"a": 1, "b": 2, "c": 3}
     assert assign_layers(costs, 2, ["b"]) == [["a"], ["b", "c"]]
-    for stages, given_split, told in (
+    for stages, given_split, message in (
         (4, None, "4 is more than the 3 layers"),
-        (2, ["a"], "'a' is no layer that a stage can begin with; those: b, c"),
-        (3, ["c", "b"], "must name 2 layers in their order"),
+        (2, ["a"], "'a' cannot start a pipeline stage; valid layers: b, c"),
+        (3, ["c", "b"], "must name 2 layers in model order"),
         (3, ["b"], "must name 2 layers"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             assign_layers(costs, stages, given_split)
 
 
-def test_stages_without_weights_are_refused() -> None:
+def test_stages_without_weights_are_rejected() -> None:
     model = build_model("resnet8", 10, 16)
     costs = layer_costs(model, 16)
     validate_stage_boundaries(model, assign_layers(costs, 4), None)
     given = ["act", "stage1_0", "head"]
     with pytest.raises(
         UserError,
-        match=r"parallel\.split: .* leaves stage 1 \(act\) without weights; move the layers",
+        match=r"parallel\.split: .* leaves stage 1 \(act\) without weights; choose other",
     ):
         validate_stage_boundaries(model, assign_layers(costs, 4, given), given)
     with pytest.raises(
         UserError,
-        match=r"parallel\.pipeline_stages: 9 leaves stage 2 \(act\) without weights; use fewer stages",
+        match=r"parallel\.pipeline_stages: 9 leaves stage 2 \(act\) without weights; "
+        "use fewer stages",
     ):
         validate_stage_boundaries(model, assign_layers(costs, 9), None)

@@ -1,4 +1,4 @@
-"""Batch norm over two ranks, against torch's batch norm of the whole batch in one process."""
+"""Batch norm over two ranks, compared with torch's batch norm of the full batch in one process."""
 
 import datetime
 
@@ -11,23 +11,21 @@ from torch import Tensor, nn
 from trainer.models.batch_norm import BatchNorm2d, synchronize_batch_norm
 
 CHANNELS, STEPS = 5, 3
-SHARES = (slice(0, 3), slice(3, 8))  # not of equal size
+SHARES = (slice(0, 3), slice(3, 8))  # of unequal size
 CASES = [
     (0.0, torch.float32, torch.contiguous_format),
     (0.0, torch.float32, torch.channels_last),
-    (
-        300.0,
-        torch.float32,
-        torch.contiguous_format,
-    ),  # a variance that a difference of squares would lose
+    # at this mean, a difference of squares would lose the variance
+    (300.0, torch.float32, torch.contiguous_format),
     (0.0, torch.bfloat16, torch.contiguous_format),
     (0.0, torch.float16, torch.channels_last),
 ]
 
 
 def _batch(step: int, offset: float, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Input and the loss's gradient, of both ranks; channels of different scale, ranks of different
-    mean.
+    """Return the input and the gradient of the loss, of both ranks.
+
+    Channels differ in scale, ranks in mean.
     """
     torch.manual_seed(step)
     x = torch.randn(8, CHANNELS, 6, 4) * torch.arange(1.0, CHANNELS + 1).view(1, -1, 1, 1) + offset
@@ -49,7 +47,7 @@ def _trained(
     kind: torch.dtype,
     layout: torch.memory_format,
 ) -> dict[str, Tensor]:
-    """What comes of some steps; outputs and input gradients of the last one."""
+    """Train for some steps; return the state, and outputs and gradients of the last step."""
     for step in range(STEPS):
         x, gradient = _batch(step, offset, kind)
         x = x[share].to(norm.weight.dtype if norm.weight.dtype == torch.float64 else kind)
@@ -82,10 +80,10 @@ def _rank(rank: int, folder: str) -> None:
         norm = model[1]
         norm.weight.data, norm.bias.data = norm.weight.data.to(kind), norm.bias.data.to(kind)
         synchronize_batch_norm(model, alone)
-        assert norm.group is None, "a rank alone has plain batch norm"
+        assert norm.group is None, "a group of one rank uses plain batch norm"
         synchronize_batch_norm(model, dist.group.WORLD)
         results.append(_trained(norm, SHARES[rank], offset, kind, layout))
-        if rank == 0:  # in evaluation nobody waits for another rank
+        if rank == 0:  # evaluation does not communicate
             results[-1]["evaluated"] = norm.eval()(_batch(7, offset, kind)[0]).detach()
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -94,18 +92,18 @@ def _rank(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Tensor]]]:
-    """Of each rank, case by case."""
+    """The results by rank and case."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(_rank, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_two_ranks_equal_one_process_with_the_whole_batch(
+def test_two_ranks_match_one_process_with_the_full_batch(
     case: int, results: list[list[dict[str, Tensor]]]
 ) -> None:
     offset, kind, _ = CASES[case]
-    first, second = (of_rank[case] for of_rank in results)
+    first, second = (rank_results[case] for rank_results in results)
     plain = _initialized(nn.BatchNorm2d(CHANNELS)).to(kind).double()
     want = _trained(plain, slice(None), offset, kind, torch.contiguous_format)
 
@@ -113,7 +111,7 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(
         {"rtol": 1e-5, "atol": 1e-5} if kind == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     )
     if offset:
-        tolerance = {"rtol": 1e-4, "atol": 1e-4}  # fp32's own spacing there is 3e-5
+        tolerance = {"rtol": 1e-4, "atol": 1e-4}  # the spacing of fp32 numbers at 300 is 3e-5
 
     def same(got: Tensor, name: str) -> None:
         torch.testing.assert_close(
@@ -125,7 +123,7 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(
     for name in ("d_weight", "d_bias"):
         same(first[name].double() + second[name].double(), name)
         assert not torch.allclose(first[name], second[name]), (
-            "each rank's own, which the engine averages"
+            "local gradients, which the engine averages"
         )
     for name in ("running_mean", "running_var"):
         assert torch.equal(first[name], second[name])

@@ -1,4 +1,4 @@
-"""Gradients in flat buffers and fused updates, with weights that lie channels-last in memory."""
+"""Flat gradient buffers and fused updates with channels-last weights."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from trainer.engine.deepspeed.grad_reducer import _build_buckets
 from trainer.training.optimizers.build import build_optimizer
 
 
-def test_channels_last_weights_follow_the_plain_loop(tmp_path: Path) -> None:
+def test_channels_last_weights_match_the_reference_loop(tmp_path: Path) -> None:
     script, file = Path(__file__).with_name("layout_runner.py"), tmp_path / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script), str(file)]
@@ -30,13 +30,13 @@ def test_channels_last_weights_follow_the_plain_loop(tmp_path: Path) -> None:
     for result in json.loads(file.read_text()):
         assert result["channels_last"], result
         exact = result["precision"] == "fp32"
-        assert result["apart"] < (1e-6 if exact else 1e-3), result
-        assert result["way"] < (1e-5 if exact else 0.1), result
+        assert result["max_abs_diff"] < (1e-6 if exact else 1e-3), result
+        assert result["update_error"] < (1e-5 if exact else 0.1), result
         assert abs(result["norm"] / result["want_norm"] - 1) < (1e-4 if exact else 0.02), result
-        assert not result["not_kept"], result
+        assert not result["not_restored"], result
 
 
-def test_buckets_hold_each_gradient_once_from_the_last() -> None:
+def test_buckets_contain_each_gradient_once_starting_with_the_last() -> None:
     parameters = [nn.Parameter(torch.zeros(n)) for n in (5, 300_000, 7, 8_000_000, 20, 200_000)]
     places, size = {}, 0
     for parameter in parameters:
@@ -50,7 +50,7 @@ def test_buckets_hold_each_gradient_once_from_the_last() -> None:
     assert sum(bucket.part.numel() for bucket in buckets) == size
 
 
-def test_restored_momentum_may_lie_otherwise_than_the_weights() -> None:
+def test_momentum_in_another_memory_layout_gives_the_same_update() -> None:
     first = nn.Conv2d(4, 8, 3, bias=False)
     second = copy.deepcopy(first).to(memory_format=torch.channels_last)
     optimizers = [build_optimizer(model, OptimizerConfig(), 0.1) for model in (first, second)]

@@ -1,8 +1,8 @@
-"""One rank of a training in which a real step fails: ``failing_step.py KIND RANK RECIPE key=value
-...``.
+"""One rank of a training in which a real step fails.
 
-A forward hook on every module (torch's public one) raises in the third step of the given rank.
-With KIND ``running`` no step fails, but collectives are still running when the ranks exit.
+Usage: ``failing_step.py KIND RANK RECIPE key=value ...``. torch's global forward hook raises in the
+third step of the given rank. With KIND ``running`` no step fails, but collectives are still running
+when the ranks exit.
 """
 
 import os

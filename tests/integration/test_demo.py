@@ -1,4 +1,4 @@
-"""The demo, on the smaller data."""
+"""The demo, with the smaller dataset."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from support.helpers import Run
 from pipelines.local import demo
 
 
-def test_the_whole_line_in_one_command(convoy_ok: Run, tmp_path: Path) -> None:
+def test_demo_trains_and_registers_a_model(convoy_ok: Run, tmp_path: Path) -> None:
     before = {p.pid for p in psutil.process_iter()}
     shown = convoy_ok("demo", "--digits", "--dir", tmp_path / "demo")
     summary = json.loads((tmp_path / "demo/summary.json").read_text())
     assert set(summary) >= {
-        "model", "version", "alias", "top1", "top5", "registry_top1", "steps", "ranks", "shards", "samples", "images_per_second",
-        "data_wait_fraction", "wall_seconds", "mlflow_run_id",
+        "model", "version", "alias", "top1", "top5", "registry_top1", "steps", "ranks", "shards",
+        "samples", "images_per_second", "data_wait_fraction", "wall_seconds", "mlflow_run_id",
     }  # fmt: skip
     assert (summary["samples"], summary["ranks"], summary["alias"]) == (1797, 2, "champion")
     assert summary["registry_top1"] == summary["top1"] > 0.9
@@ -25,15 +25,15 @@ def test_the_whole_line_in_one_command(convoy_ok: Run, tmp_path: Path) -> None:
     for name in ("curves.png", "predictions.png"):
         assert min(Image.open(tmp_path / "demo" / name).size) > 300
     assert "scikit-learn's digits" in shown
-    ours = [
+    leftover = [
         p
         for p in psutil.process_iter(["cmdline"])
         if p.pid not in before and str(tmp_path) in " ".join(p.info["cmdline"] or [])
     ]
-    assert not ours, "no process is left behind"
+    assert not leftover, "processes were left running"
 
 
-def test_without_debians_package_the_digits_are_taken(
+def test_demo_uses_digits_without_the_fashion_mnist_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CONVOY_CACHE", str(tmp_path / "cache"))

@@ -1,6 +1,4 @@
-"""Errors raised inside a real training step: what each rank reports, its exit code and what it
-leaves.
-"""
+"""Errors raised inside a real training step: messages, exit codes and fault records."""
 
 import json
 import os
@@ -34,7 +32,7 @@ def _settings(digits: Path, out: Path) -> list[str]:
     ]
 
 
-def test_a_device_fault_in_a_step_ends_every_rank_for_a_retry_and_is_recorded(
+def test_device_fault_exits_all_ranks_for_retry_and_is_recorded(
     digits: Path, tmp_path: Path
 ) -> None:
     command = [
@@ -51,7 +49,7 @@ def test_a_device_fault_in_a_step_ends_every_rank_for_a_retry_and_is_recorded(
     )
     assert "convoy: rank 1: hardware fault on node gpu-17" in done.stderr, done.stderr
     assert "uncorrectable ECC error encountered" in done.stderr
-    assert f"exitcode  : {144}" in done.stderr, "torchrun reports the exit codes of its ranks"
+    assert f"exitcode  : {144}" in done.stderr, "exit code of a rank, as reported by torchrun"
     assert "exitcode  : 1 " not in done.stderr
     (record,) = (tmp_path / "out/checkpoints/faults").iterdir()
     content = json.loads(record.read_text())
@@ -59,7 +57,7 @@ def test_a_device_fault_in_a_step_ends_every_rank_for_a_retry_and_is_recorded(
     assert "ECC" in content["fault"]
 
 
-def test_collectives_that_run_at_exit_do_not_abort_a_rank(digits: Path, tmp_path: Path) -> None:
+def test_running_collectives_do_not_abort_a_rank_at_exit(digits: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -76,7 +74,7 @@ def test_collectives_that_run_at_exit_do_not_abort_a_rank(digits: Path, tmp_path
     assert "terminate called" not in done.stderr
 
 
-def test_memory_that_runs_out_in_a_step_is_the_users_to_fix(digits: Path, tmp_path: Path) -> None:
+def test_out_of_memory_in_a_step_exits_with_code_2_and_advice(digits: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "memory", "0", *_settings(digits, tmp_path / "out")]
     done = subprocess.run(
         command, env=_environment(), capture_output=True, text=True, timeout=240, check=False

@@ -1,4 +1,4 @@
-"""A local run on a hostile machine, and runs that are ended at every moment and in every way."""
+"""Local runs: independence of environment and working directory, signals and killed ranks."""
 
 import json
 import os
@@ -56,15 +56,15 @@ def _start(
     )
 
 
-def _family(process: subprocess.Popen) -> list[psutil.Process]:
+def _descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def test_a_local_run_depends_on_nothing_in_its_directory_and_environment(
+def test_local_run_is_independent_of_working_directory_and_environment(
     digits: Path, tmp_path: Path
 ) -> None:
-    """Two ranks, so that they must meet: modules that shadow, leftovers of launchers, a host
-    without a name, a reader that goes.
+    """Two ranks rendezvous in spite of modules that shadow the project's, variables of other
+    launchers, a host name that does not resolve and a closed stdout.
     """
     place = tmp_path / "ein Verzeichnis mit Umläuten"
     place.mkdir()
@@ -88,12 +88,15 @@ def test_a_local_run_depends_on_nothing_in_its_directory_and_environment(
         "raise SystemExit('mlflow of the working directory was executed')\n"
     )
     hostile = {
-        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
-        "TORCHELASTIC_RUN_ID": "old", "TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "4", "PET_NPROC_PER_NODE": "4",
-        "SLURM_NTASKS": "4", "GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "eth7", "TORCH_DISTRIBUTED_DEBUG": "nonsense",
-        "DS_ACCELERATOR": "nonsense", "PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "2", "PYTHONPATH": f"{place}{os.pathsep}.",
-        "HOME": "/nonexistent", "TMPDIR": "/nonexistent", "LC_ALL": "C", "OMP_NUM_THREADS": "nonsense",
-        "http_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "127.0.0.1:9",
+        "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "old", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "LOCAL_WORLD_SIZE": "4", "PET_NPROC_PER_NODE": "4", "SLURM_NTASKS": "4",
+        "GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "eth7",
+        "TORCH_DISTRIBUTED_DEBUG": "nonsense", "DS_ACCELERATOR": "nonsense",
+        "PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "2", "PYTHONPATH": f"{place}{os.pathsep}.",
+        "HOME": "/nonexistent", "TMPDIR": "/nonexistent", "LC_ALL": "C",
+        "OMP_NUM_THREADS": "nonsense", "http_proxy": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "127.0.0.1:9",
     }  # fmt: skip
     (place / "my recipe.yaml").write_text(find_recipe(RECIPE).read_text())
     arguments = [
@@ -103,9 +106,8 @@ def test_a_local_run_depends_on_nothing_in_its_directory_and_environment(
     ]
     command = [*python_command("pipelines.cli.main"), "train", "my recipe.yaml", *arguments]
     isolate = ["unshare", "--uts", "sh", "-c", 'hostname node17.corp.invalid && exec "$@"', "sh"]
-    if (
-        subprocess.run([*isolate[:2], "true"], capture_output=True, check=False).returncode == 0
-    ):  # needs root
+    unshare = subprocess.run([*isolate[:2], "true"], capture_output=True, check=False)
+    if unshare.returncode == 0:  # needs root
         command = [*isolate, *command]
     environment = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": ""} | hostile
     with subprocess.Popen(
@@ -119,19 +121,19 @@ def test_a_local_run_depends_on_nothing_in_its_directory_and_environment(
         assert process.stdout
         assert process.stderr
         first = process.stdout.readline()
-        assert first.startswith("ignored, of another launcher: RANK, LOCAL_RANK, WORLD_SIZE"), (
-            process.stderr.read()
-        )
+        assert first.startswith(
+            "ignoring variables of another launcher: RANK, LOCAL_RANK, WORLD_SIZE"
+        ), process.stderr.read()
         process.stdout.close()  # as `convoy train | head -1` does
-        told = process.stderr.read()
-        assert (process.wait(timeout=240), told) == (0, "")
+        stderr = process.stderr.read()
+        assert (process.wait(timeout=240), stderr) == (0, "")
     assert json.loads((place / "aus gabe/result.json").read_text())["steps"] == 2
 
 
 @pytest.mark.parametrize(
     ("number", "code", "status"), [(signal.SIGHUP, 129, "KILLED"), (signal.SIGKILL, 144, "FAILED")]
 )
-def test_a_run_that_is_ended_has_its_status_in_mlflow_and_no_process_left(
+def test_killed_run_has_final_status_in_mlflow_and_leaves_no_processes(
     number: int,
     code: int,
     status: str,
@@ -140,9 +142,7 @@ def test_a_run_that_is_ended_has_its_status_in_mlflow_and_no_process_left(
     client: MlflowClient,
     tmp_path: Path,
 ) -> None:
-    """A signal to the launcher; SIGKILL, as the kernel sends it when memory runs out, to the only
-    rank.
-    """
+    """SIGHUP goes to the launcher; SIGKILL, as sent by the kernel out of memory, to the rank."""
     out = tmp_path / "out"
     more = [
         "train.epochs=10000",
@@ -152,50 +152,47 @@ def test_a_run_that_is_ended_has_its_status_in_mlflow_and_no_process_left(
     ]
     with _start([*_settings(digits, out, *more)], service_env, start_new_session=True) as process:
         until(lambda: any((out / "checkpoints").glob("*/checkpoint.json")))
-        family = _family(process)
+        descendants = _descendants(process)
         if number == signal.SIGKILL:
-            family[0].kill()
+            descendants[0].kill()
         else:
             process.send_signal(number)
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == code, said
-    assert not psutil.wait_procs(family, timeout=5)[1]
-    assert "Traceback" not in said
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert not psutil.wait_procs(descendants, timeout=5)[1]
+    assert "Traceback" not in output
     (run,) = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])
     assert run.info.status == status
     if number == signal.SIGKILL:
-        assert (
-            "convoy: rank 0 was killed by SIGKILL; the kernel does that when memory runs out"
-            in said
-        )
-        assert f"convoy: MLflow run {run.info.run_id} is now FAILED" in said
+        assert "convoy: rank 0 was killed by SIGKILL; the host may be out of memory" in output
+        assert f"convoy: MLflow run {run.info.run_id} is now FAILED" in output
     else:
-        assert "told to stop: checkpoint of step" in said
+        assert "stop signal received: checkpoint of step" in output
 
 
-def test_a_rank_that_ends_early_with_exit_code_0_is_a_lost_peer(
+def test_rank_exiting_early_with_code_0_fails_the_run_with_144(
     digits: Path, tmp_path: Path
 ) -> None:
-    """As a library that calls exit() would end it."""
+    """For example, because a library calls exit()."""
     (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: os._exit(0)\n")
     arguments = _settings(digits, tmp_path / "out", "train.epochs=1")
     process = _start(arguments, {"PYTHONPATH": str(tmp_path)})
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 144, output
-    assert "rank 0 ended with exit code 0, but before its work was done" in output
+    assert "rank 0 exited with code 0 before training was complete" in output
 
 
-def test_a_signal_while_ranks_start_ends_them_at_once(digits: Path, tmp_path: Path) -> None:
+def test_signal_during_startup_ends_ranks_immediately(digits: Path, tmp_path: Path) -> None:
     with _start(["--procs", "2", *_settings(digits, tmp_path / "out")], {}) as process:
-        until(lambda: len(_family(process)) == 2)
-        family = _family(process)
+        until(lambda: len(_descendants(process)) == 2)
+        descendants = _descendants(process)
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=30)
-    assert (process.returncode, said) == (143, "")
-    assert not psutil.wait_procs(family, timeout=5)[1]
+        output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (143, "")
+    assert not psutil.wait_procs(descendants, timeout=5)[1]
 
 
-def test_nodes_without_a_rendezvous_are_refused_before_anything_is_written(
+def test_several_nodes_without_rendezvous_are_rejected_before_writing(
     digits: Path, tmp_path: Path
 ) -> None:
     environment = {
@@ -220,7 +217,7 @@ def test_nodes_without_a_rendezvous_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluation_ends_when_a_rank_was_told_to_stop() -> None:
+def test_evaluation_raises_preempted_after_a_stop_signal() -> None:
     class Stop:
         received = True
 
@@ -240,7 +237,7 @@ def test_evaluation_ends_when_a_rank_was_told_to_stop() -> None:
         dist.destroy_process_group()
 
 
-def test_the_status_of_a_killed_run_waits_in_the_spool_for_a_server_that_is_away(
+def test_status_of_killed_run_is_spooled_while_the_server_is_unreachable(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -251,7 +248,7 @@ def test_the_status_of_a_killed_run_waits_in_the_spool_for_a_server_that_is_away
     with spool.open("a") as file:
         file.write('{"kind": "met')  # a killed process left a partial line
     end_unfinished_run(run_id, "http://127.0.0.1:9", spool, "FAILED")
-    assert spool.read_text().endswith('{"kind": "met'), "no run was left"
+    assert spool.read_text().endswith('{"kind": "met'), "there is no unfinished run"
     run_id.write_text("0a1b")
     end_unfinished_run(run_id, "http://user:secret@127.0.0.1:9", spool, "FAILED")
     reader = SpoolReader(spool, {})
@@ -261,17 +258,17 @@ def test_the_status_of_a_killed_run_waits_in_the_spool_for_a_server_that_is_away
         (1, 1, "finish"),
     ]
     assert entries[-1].content["status"] == "FAILED"
-    assert len(reader.corrupt) == 1, "the partial line is kept apart"
-    told = capsys.readouterr().err
-    assert "MLflow run 0a1b could not be set to FAILED" in told
-    assert f"convoy sync {spool}" in told
-    assert "secret" not in told
+    assert len(reader.corrupt) == 1, "the partial line is not part of an entry"
+    stderr = capsys.readouterr().err
+    assert "MLflow run 0a1b could not be set to FAILED" in stderr
+    assert f"convoy sync {spool}" in stderr
+    assert "secret" not in stderr
 
 
-def test_a_deleted_working_directory_is_refused_by_every_command(tmp_path: Path) -> None:
+def test_deleted_working_directory_is_rejected_by_every_command(tmp_path: Path) -> None:
     command = f"rmdir {tmp_path}; exec {' '.join(python_command('pipelines.cli.main'))} pack a b"
     done = subprocess.run(
         command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "the working directory does not exist any more" in done.stderr
+    assert "the working directory was deleted" in done.stderr

@@ -1,6 +1,4 @@
-"""A training that runs owns its places: another one is refused and changes nothing; a killed one is
-succeeded at once.
-"""
+"""The run lock: a second run is rejected, and the lock of a killed run is taken over."""
 
 from pathlib import Path
 
@@ -29,10 +27,10 @@ def _settings(digits: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def test_a_live_run_is_left_alone_and_a_killed_one_succeeded_at_once(
+def test_second_run_is_rejected_and_killed_run_is_resumed_immediately(
     digits: Path, convoy_ok: Run, convoy_refuses: Run, service_env: dict[str, str], tmp_path: Path
 ) -> None:
-    """The successor has another world size."""
+    """The resumed run has another world size."""
     out, url = tmp_path / "first", tmp_path / "kept"
     settings = _settings(digits, out, f"checkpoint.url={url}")
     with started(RECIPE, settings, service_env, procs=1) as process:
@@ -48,11 +46,13 @@ def test_a_live_run_is_left_alone_and_a_killed_one_succeeded_at_once(
         assert not (tmp_path / "second").exists()
         assert process.poll() is None
         assert list(url.glob("*/checkpoint.json"))
-        for one in (process, rank):
-            one.kill()
+        for killed in (process, rank):
+            killed.kill()
         process.communicate(timeout=60)
     assert (out / LOCK_NAME).exists()
-    said = convoy_ok("train", RECIPE, "--procs", 2, *settings, "train.max_steps=1", env=service_env)
-    assert "waiting" not in said
-    assert f"goes on from {url}/step-" in said
+    output = convoy_ok(
+        "train", RECIPE, "--procs", 2, *settings, "train.max_steps=1", env=service_env
+    )
+    assert "waiting" not in output
+    assert f"resuming from {url}/step-" in output
     assert not list(tmp_path.rglob(f"*{LOCK_NAME}*"))

@@ -1,6 +1,4 @@
-"""Runs that are stopped and go on: by the real command, with real signals, against one that nothing
-disturbed.
-"""
+"""Runs that are stopped by real signals and resumed, compared with an uninterrupted run."""
 
 import json
 import random
@@ -47,7 +45,7 @@ def _only_run(client: MlflowClient, experiment: str, name: str) -> MlflowRun:
 
 
 def _losses(client: MlflowClient, run: MlflowRun) -> Losses:
-    """Each step stands once, and in order."""
+    """Return the losses by step; each step is logged once, in order."""
     history = client.get_metric_history(run.info.run_id, "loss")
     steps = [metric.step for metric in history]
     assert steps == sorted(set(steps))
@@ -55,17 +53,17 @@ def _losses(client: MlflowClient, run: MlflowRun) -> Losses:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
+def uninterrupted(
     digits: Path, service_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed") / "whole"
+    out = tmp_path_factory.mktemp("uninterrupted") / "uninterrupted"
     done = run_convoy("train", RECIPE, "--procs", 2, *_settings(digits, out), env=service_env)
     assert done.returncode == 0, done.stderr
     return out
 
 
-def _assert_same_bits(out: Path, other: Path) -> None:
-    """Batch norm's statistics but for rounding: at a checkpoint each rank's become the mean of all."""
+def _assert_bit_equal(out: Path, other: Path) -> None:
+    """Batch norm statistics may differ by rounding: a checkpoint averages them over ranks."""
     one, two = load_file(out / "model.safetensors"), load_file(other / "model.safetensors")
     assert one.keys() == two.keys()
     statistics = {name for name in one if "running" in name}
@@ -77,21 +75,21 @@ def _assert_same_bits(out: Path, other: Path) -> None:
     ] == []
 
 
-def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_as_if_it_had_not_come(
+def test_resume_after_sigterm_matches_uninterrupted_run(
     digits: Path,
     convoy_ok: Run,
     service_env: dict[str, str],
     client: MlflowClient,
-    undisturbed: Path,
+    uninterrupted: Path,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "stopped"
     settings = _settings(digits, out)
     with started(RECIPE, settings, service_env) as process:
         process.send_signal(signal.SIGTERM)
-        said, told = process.communicate(timeout=60)
-        assert process.returncode == 143, told
-    assert "told to stop: checkpoint of step" in said
+        output, stderr = process.communicate(timeout=60)
+        assert process.returncode == 143, stderr
+    assert "stop signal received: checkpoint of step" in output
     (kept,) = (out / "checkpoints").iterdir()
     step = int(kept.name.removeprefix("step-"))
     assert 0 < step < STEPS
@@ -99,32 +97,32 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_as_if_it_had_not_come(
     assert stopped.info.status == "KILLED"
     assert list(_losses(client, stopped)) == list(range(1, step + 1))
 
-    said = convoy_ok("train", RECIPE, "--procs", 2, *settings, env=service_env)
-    assert f"goes on from {kept}" in said
+    output = convoy_ok("train", RECIPE, "--procs", 2, *settings, env=service_env)
+    assert f"resuming from {kept}" in output
     finished = _only_run(client, tmp_path.name, "stopped")
     assert (finished.info.run_id, finished.info.status) == (stopped.info.run_id, "FINISHED")
-    whole = _only_run(client, undisturbed.parent.name, "whole")
-    assert _losses(client, finished) == _losses(client, whole)
-    _assert_same_bits(out, undisturbed)
-    results = [json.loads((folder / "result.json").read_text()) for folder in (out, undisturbed)]
+    expected = _only_run(client, uninterrupted.parent.name, "uninterrupted")
+    assert _losses(client, finished) == _losses(client, expected)
+    _assert_bit_equal(out, uninterrupted)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (out, uninterrupted)]
     for key in ("steps", "top1", "top5", "val_samples", "images"):
         assert results[0][key] == results[1][key], key
 
 
 def _consumed(out: Path, ranks: int) -> dict[tuple[int, int], list[str]]:
-    """By epoch and step, the keys that the ranks of the last run there say they took."""
+    """Return the keys that the ranks of the last run logged, by epoch and step."""
     files = sorted((out / "samples").glob(f"from-*-of-{ranks}.jsonl"))
     assert len(files) == ranks
-    taken: dict[tuple[int, int], list[str]] = {}
+    consumed: dict[tuple[int, int], list[str]] = {}
     for file in files:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         for line in lines:
-            taken.setdefault((line["epoch"], line["step"]), []).extend(line["keys"])
-    return {step: sorted(keys) for step, keys in taken.items()}
+            consumed.setdefault((line["epoch"], line["step"]), []).extend(line["keys"])
+    return {step: sorted(keys) for step, keys in consumed.items()}
 
 
 def _ordered(convoy_ok: Run, digits: Path) -> dict[tuple[int, int], list[str]]:
-    """The same for a whole run, as ``convoy order`` prints it."""
+    """Return the keys of an entire run by epoch and step, as ``convoy order`` prints them."""
     expected = {}
     for epoch in range(STEPS // 10):
         options = ["--epoch", epoch, "--world-size", 1, "--rank", 0, "--batch-size", 60, "--json"]
@@ -133,9 +131,9 @@ def _ordered(convoy_ok: Run, digits: Path) -> dict[tuple[int, int], list[str]]:
     return expected
 
 
-def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ranks(
-    digits: Path, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, bucket: str, undisturbed: Path,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_killed_run_resumed_on_fewer_ranks_consumes_exactly_the_remaining_samples(
+    digits: Path, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, bucket: str,
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Three ranks are killed at a random step; two resume from a copy of their checkpoints in the
     object store, then one from the folder.
@@ -152,7 +150,7 @@ def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ran
     expected = _ordered(convoy_ok, digits)
     before = _consumed(out, 3)
     assert len(before) >= last
-    for step in sorted(before)[:-2]:  # which not all ranks may have come to write
+    for step in sorted(before)[:-2]:  # some ranks may not have written the last two
         assert before[step] == expected[step]
     for name, value in service_env.items():
         monkeypatch.setenv(name, value)
@@ -169,17 +167,17 @@ def test_a_run_that_was_killed_consumes_exactly_the_rest_on_other_numbers_of_ran
     runs = [(out, 2, url, [*_settings(digits, out), *keys, f"checkpoint.url={url}"], service_env)]
     runs += [(other, 1, f"{out}/checkpoints", last_settings, {})]
     for folder, ranks, place, settings, environment in runs:
-        said = convoy_ok("train", RECIPE, "--procs", ranks, *settings, env=environment)
-        first = int(re.findall(rf"goes on from {place}/step-(\d+)", said)[0])
+        output = convoy_ok("train", RECIPE, "--procs", ranks, *settings, env=environment)
+        first = int(re.findall(rf"resuming from {place}/step-(\d+)", output)[0])
         assert 0 < first <= len(before)
         assert _consumed(folder, ranks) == {
             step: keys for step, keys in expected.items() if step >= divmod(first, 10)
         }
     run = _only_run(client, tmp_path.name, "killed")
-    whole = _losses(client, _only_run(client, undisturbed.parent.name, "whole"))
-    assert _losses(client, run) == pytest.approx(whole, rel=2e-2)
+    losses = _losses(client, _only_run(client, uninterrupted.parent.name, "uninterrupted"))
+    assert _losses(client, run) == pytest.approx(losses, rel=2e-2)
     assert run.info.status == "FINISHED"
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, undisturbed))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, uninterrupted))
     for name, value in theirs.items():
         if "num_batches" not in name:  # each rank counts its own
             assert torch.allclose(ours[name], value, rtol=0.05, atol=0.02), name
@@ -195,13 +193,15 @@ def test_ranks_do_not_outlive_a_killed_launcher(digits: Path, tmp_path: Path) ->
     with started(RECIPE, settings, {}) as process:
         ranks = ranks_of(process)
         process.kill()
-        gone, alive = psutil.wait_procs(ranks, timeout=30)
-        assert len(gone) == 2, alive
+        ended, alive = psutil.wait_procs(ranks, timeout=30)
+        assert len(ended) == 2, alive
         process.communicate(timeout=60)
-    assert list((tmp_path / "out/checkpoints").glob("*/checkpoint.json")), "they ended in order"
+    assert list((tmp_path / "out/checkpoints").glob("*/checkpoint.json")), (
+        "the ranks wrote a checkpoint before they exited"
+    )
 
 
-def test_a_checkpoint_of_another_recipe_is_refused_and_never_begins_anew(
+def test_checkpoint_of_another_recipe_is_rejected_unless_resume_is_never(
     digits: Path, convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
 ) -> None:
     settings = [
@@ -211,18 +211,17 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_never_begins_anew(
         f"train.output_dir={tmp_path}/out",
     ]
     convoy_ok("train", RECIPE, *settings)
-    told = convoy_refuses("train", RECIPE, "--procs", 2, *settings, "model.name=resnet20")
-    assert (
-        told.count("is of another recipe: model.name is 'resnet8' there and 'resnet20' here") == 1
-    )
-    assert len(told.splitlines()) == 1
-    said = convoy_ok("train", RECIPE, *settings, "model.name=resnet20", "checkpoint.resume=never")
-    assert "goes on" not in said
-    again = convoy_ok("train", RECIPE, *settings, "model.name=resnet20")
-    assert "goes on from" in again
+    stderr = convoy_refuses("train", RECIPE, "--procs", 2, *settings, "model.name=resnet20")
+    difference = "model.name is 'resnet8' in the checkpoint and 'resnet20' in the recipe"
+    assert stderr.count(f"belongs to a different recipe: {difference}") == 1
+    assert len(stderr.splitlines()) == 1
+    output = convoy_ok("train", RECIPE, *settings, "model.name=resnet20", "checkpoint.resume=never")
+    assert "resuming" not in output
+    output = convoy_ok("train", RECIPE, *settings, "model.name=resnet20")
+    assert "resuming from" in output
 
 
-def test_a_checkpoint_url_without_permission_is_refused(
+def test_checkpoint_url_without_permission_is_rejected(
     digits: Path, convoy_refuses: Run, service_env: dict[str, str], bucket: str, tmp_path: Path
 ) -> None:
     settings = [
@@ -232,8 +231,8 @@ def test_a_checkpoint_url_without_permission_is_refused(
         f"train.output_dir={tmp_path}/out",
     ]
     wrong = service_env | {"AWS_SECRET_ACCESS_KEY": "wrong"}
-    told = convoy_refuses(
+    stderr = convoy_refuses(
         "train", RECIPE, "--procs", 2, *settings, f"checkpoint.url={bucket}/x", env=wrong
     )
-    assert "permission denied" in told
-    assert len(told.splitlines()) == 1
+    assert "permission denied" in stderr
+    assert len(stderr.splitlines()) == 1

@@ -1,6 +1,4 @@
-"""A training with a password in every place where a user could put one: it is in nothing that the
-run makes.
-"""
+"""Passwords in every place of a training's configuration appear in none of its outputs."""
 
 import threading
 from base64 import b64encode
@@ -26,8 +24,8 @@ IN_RECIPE, IN_OVERRIDE, IN_VARIABLE, OF_PROXY = (
 
 
 def _leaks(content: bytes, secrets: list[str]) -> list[str]:
-    """Those of ``secrets`` that ``content`` holds: as they are, percent-encoded, or in base64,
-    alone and after a user name.
+    """Return the ``secrets`` in ``content``: plain, percent-encoded, or in base64 alone or after a
+    user name.
     """
     found = []
     for secret in secrets:
@@ -40,7 +38,7 @@ def _leaks(content: bytes, secrets: list[str]) -> list[str]:
 
 
 class _CommandLines(threading.Thread):
-    """Reads the command lines of all processes below this one, again and again."""
+    """Polls the command lines of all descendants of this process."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -56,7 +54,7 @@ class _CommandLines(threading.Thread):
                     continue
 
 
-def test_no_password_is_in_anything_that_a_run_makes(
+def test_passwords_appear_in_no_output_of_a_run(
     services: servers.Services,
     client: "MlflowClient",
     digits: Path,
@@ -75,7 +73,8 @@ def test_no_password_is_in_anything_that_a_run_makes(
         f"data: {{train: {digits}/train, val: {digits}/val, image_size: 8, workers: 0}}\n"
         "batch: {global_size: 64, micro_size: 32}\naugment: {crop: none, flip: false}\n"
         f"train: {{max_steps: 2, output_dir: {tmp_path}/out}}\n"
-        f'tracking: {{uri: "{with_password(IN_RECIPE)}", experiment: secretive, register_as: secretive}}\n'
+        f'tracking: {{uri: "{with_password(IN_RECIPE)}", experiment: secretive, '
+        "register_as: secretive}\n"
     )
     environment = services.environment() | {
         "MLFLOW_TRACKING_URI": with_password(IN_VARIABLE),
@@ -99,14 +98,16 @@ def test_no_password_is_in_anything_that_a_run_makes(
     }
     assert not {str(path): found for path in files if (found := _leaks(path.read_bytes(), secrets))}
     after = [line for line in watcher.seen if "trainer" in line and "pipelines.cli" not in line]
-    assert any("\0trainer.__main__\0" in line for line in after), "the ranks were seen"
+    assert any("\0trainer.__main__\0" in line for line in after), (
+        "the command lines of the ranks were read"
+    )
     assert not _leaks("\n".join(after).encode(), secrets)
     (run,) = client.search_runs([client.get_experiment_by_name("secretive").experiment_id])
     version = client.get_model_version_by_alias("secretive", "champion")
-    client.download_artifacts(run.info.run_id, "", str(_made(tmp_path / "artifacts")))
+    client.download_artifacts(run.info.run_id, "", str(_make_folder(tmp_path / "artifacts")))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", services.mlflow_url)
     mlflow.artifacts.download_artifacts(
-        "models:/secretive@champion", dst_path=str(_made(tmp_path / "model"))
+        "models:/secretive@champion", dst_path=str(_make_folder(tmp_path / "model"))
     )
     described = repr(
         (run.to_dictionary(), dict(version), client.get_registered_model("secretive").__dict__)
@@ -125,6 +126,6 @@ def test_no_password_is_in_anything_that_a_run_makes(
     }
 
 
-def _made(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     folder.mkdir()
     return folder

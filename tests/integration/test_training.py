@@ -1,4 +1,4 @@
-"""Training with real ranks, a real object store and a real MLflow server, against plain torch."""
+"""Training with real ranks, object store and MLflow server, compared with plain torch."""
 
 import io
 import json
@@ -26,12 +26,12 @@ from trainer.data.sampler import epoch_order
 from trainer.models import build_model
 
 RECIPE = "digits-resnet8"
-MEAN, STD = 0.3, 0.38  # the recipe's
+MEAN, STD = 0.3, 0.38  # those of the recipe
 
 
 @pytest.fixture(scope="session")
 def remote_digits(digits_folder: Path, bucket: str, service_env: dict[str, str]) -> str:
-    """The digits in the object store."""
+    """URL of the digits in the object store."""
     from support.helpers import run_convoy
 
     url = f"{bucket}/digits"
@@ -45,7 +45,7 @@ def _history(client: MlflowClient, run_id: str, key: str) -> dict[int, float]:
 
 
 def _split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Pixels, labels and keys straight from the source's files, in the order of their keys."""
+    """Return pixels, labels and keys of the source files, in key order."""
     files = sorted((folder / split).rglob("*.png"))
     pixels = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in files])
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - MEAN) / STD
@@ -56,8 +56,8 @@ def _split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor, list[s
     )
 
 
-def _plain_top(weights: Path, folder: Path) -> tuple[float, float]:
-    """top1 and top5 on the validation files with plain torch."""
+def _top1_and_top5(weights: Path, folder: Path) -> tuple[float, float]:
+    """Return top1 and top5 on the validation files, computed with plain torch."""
     model = build_model("resnet8", 10).eval()
     model.load_state_dict(load_file(weights))
     images, labels, _ = _split(folder, "val")
@@ -68,7 +68,7 @@ def _plain_top(weights: Path, folder: Path) -> tuple[float, float]:
     return top1, top5
 
 
-def test_from_shards_to_a_registered_model(
+def test_training_on_remote_shards_logs_and_registers_the_model(
     convoy_ok: Run,
     service_env: dict[str, str],
     client: MlflowClient,
@@ -88,7 +88,7 @@ def test_from_shards_to_a_registered_model(
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert (result["steps"], result["ranks"], result["val_samples"]) == (30, 2, 151)
 
-    # what MLflow knows
+    # MLflow's record of the run
     run = client.get_run(result["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     flat = load_config(RECIPE, settings).flat()
@@ -120,14 +120,14 @@ def test_from_shards_to_a_registered_model(
     )
     assert run.data.tags["mlflow.source.git.commit"] == head.stdout.strip()
     digests = {i.tags[0].value: i.dataset.digest for i in run.inputs.dataset_inputs}
-    assert open_digest(remote_digits, "train", service_env).startswith(digests["training"])
-    assert open_digest(remote_digits, "val", service_env).startswith(digests["eval"])
+    assert verified_digest(remote_digits, "train", service_env).startswith(digests["training"])
+    assert verified_digest(remote_digits, "val", service_env).startswith(digests["eval"])
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {"recipe.yaml", "config.json", "environment.txt"} <= artifacts
 
-    # the figures are right, and the registry's model gives them again in a process that knows
-    # nothing of us
-    top1, top5 = _plain_top(tmp_path / "out/model.safetensors", digits_folder)
+    # the reported accuracy is right, and the registered model reproduces it in a process without
+    # this project
+    top1, top5 = _top1_and_top5(tmp_path / "out/model.safetensors", digits_folder)
     assert (result["top1"], result["top5"]) == pytest.approx((top1, top5), abs=1e-9)
     version = client.get_model_version_by_alias("digits", "champion")
     assert (version.version, version.run_id) == ("1", run.info.run_id)
@@ -160,11 +160,11 @@ def test_from_shards_to_a_registered_model(
     assert measured["top1"] == pytest.approx(top1, abs=1e-9)
     assert not [
         p for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")
-    ], "downloaded models do not stay"
+    ], "downloaded models are removed"
 
 
-def open_digest(url: str, split: str, env: dict[str, str]) -> str:
-    """The digest that ``convoy verify`` computes, without its prefix."""
+def verified_digest(url: str, split: str, env: dict[str, str]) -> str:
+    """Return the digest that ``convoy verify`` computes, without its prefix."""
     from support.helpers import run_convoy
 
     return json.loads(run_convoy("verify", f"{url}/{split}", "--json", env=env).stdout)["splits"][
@@ -188,13 +188,14 @@ print(sum(int(p.argmax() == int(f.parent.name)) for p, f in zip(probabilities, f
     }
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder / "val")],
-        env=only_mlflow | {"PATH": "/usr/bin:/bin"}, cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
+        env=only_mlflow | {"PATH": "/usr/bin:/bin"}, cwd=cwd, capture_output=True, text=True,
+        timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return float(done.stdout.split()[-1])
 
 
-def test_ranks_and_accumulation_follow_a_plain_loop(
+def test_ranks_and_accumulation_match_a_reference_loop(
     convoy_ok: Run,
     service_env: dict[str, str],
     client: MlflowClient,
@@ -202,8 +203,9 @@ def test_ranks_and_accumulation_follow_a_plain_loop(
     digits_folder: Path,
     tmp_path: Path,
 ) -> None:
-    """Losses of every step and the final weights; 600 samples do not divide by 70, so an epoch's
-    last batch is short.
+    """Losses of every step and the final weights.
+
+    600 samples are not divisible by 70, so the last batch of an epoch is short.
     """
     settings = [
         f"data.train={digits}/train",
@@ -218,14 +220,13 @@ def test_ranks_and_accumulation_follow_a_plain_loop(
         f"train.output_dir={tmp_path}/out",
         "schedule.warmup_epochs=1",
     ]
-    settings += [
-        "optimizer.base_lr=0.005",
-        "train.channels_last=false",
-    ]  # tame (at 0.05 rounding grows tenfold in two steps), and the plain loop's kernels
+    # a low learning rate (at 0.05 rounding errors grow tenfold in two steps), and the kernels of
+    # the reference loop
+    settings += ["optimizer.base_lr=0.005", "train.channels_last=false"]
     convoy_ok("train", RECIPE, "--procs", 2, *settings, env=service_env)
     result = json.loads((tmp_path / "out/result.json").read_text())
-    torch.set_num_threads(1)  # as each rank: more threads add in another order
-    losses, model = _plain_loop(
+    torch.set_num_threads(1)  # as in each rank: more threads sum in another order
+    losses, model = _reference_loop(
         digits, digits_folder, 70 // 7, epochs=2, global_size=70, window=150
     )
     got = _history(client, result["mlflow_run_id"], "loss")
@@ -236,15 +237,17 @@ def test_ranks_and_accumulation_follow_a_plain_loop(
             assert torch.allclose(trained[name], value, rtol=1e-4, atol=1e-6), name
 
 
-def _plain_loop(
+def _reference_loop(
     digits: Path, folder: Path, micro_batches: int, epochs: int, global_size: int, window: int
 ) -> tuple[list[float], torch.nn.Module]:
-    """One process, torch's own optimizer, mean loss over the global batch's real samples,
-    micro-batches one after another.
+    """Train in one process with torch's optimizer; return losses by step and the model.
+
+    The loss is the mean over the global batch's samples without padding; micro-batches run one
+    after another.
     """
     index, _ = open_index(str(digits / "train"))
     images, labels, keys = _split(folder, "train")
-    row = {key: i for i, key in enumerate(keys)}
+    position = {key: i for i, key in enumerate(keys)}
     torch.manual_seed(0)
     model = build_model("resnet8", 10)
     optimizer = torch.optim.SGD(
@@ -264,7 +267,7 @@ def _plain_loop(
             )
             optimizer.param_groups[0]["lr"] = float(rate)
             optimizer.zero_grad()
-            samples = torch.tensor([row[index.key(int(s))] for s in order.samples[step]])
+            samples = torch.tensor([position[index.key(int(s))] for s in order.samples[step]])
             weights = torch.from_numpy(order.weights[step])
             loss = torch.zeros(())
             for part in range(micro_batches):
@@ -279,7 +282,7 @@ def _plain_loop(
     return losses, model
 
 
-def test_one_shard_for_two_ranks_and_a_fixed_number_of_steps(
+def test_two_ranks_train_max_steps_on_one_shard(
     convoy_ok: Run, digits_folder: Path, tmp_path: Path
 ) -> None:
     convoy_ok("pack", digits_folder / "val", tmp_path / "data", "--shards", 1)
@@ -296,16 +299,15 @@ def test_one_shard_for_two_ranks_and_a_fixed_number_of_steps(
     ]
     (tmp_path / "tmp").mkdir()
     convoy_ok("train", RECIPE, "--procs", 2, *settings, env={"TMPDIR": str(tmp_path / "tmp")})
-    assert not [
-        p for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")
-    ]  # a cache, and nothing else
+    left = [p for p in (tmp_path / "tmp").iterdir() if not p.name.startswith("torchinductor")]
+    assert not left, "only torch's cache remains"
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert (result["steps"], result["val_samples"]) == (7, 151)
-    top1, top5 = _plain_top(tmp_path / "out/model.safetensors", digits_folder)
+    top1, top5 = _top1_and_top5(tmp_path / "out/model.safetensors", digits_folder)
     assert (result["top1"], result["top5"]) == pytest.approx((top1, top5), abs=1e-9)
 
 
-def test_without_a_tracking_server_training_goes_on_and_nothing_is_lost(
+def test_training_continues_without_tracking_server_and_sync_delivers_all(
     convoy: Run,
     convoy_ok: Run,
     service_env: dict[str, str],
@@ -322,7 +324,7 @@ def test_without_a_tracking_server_training_goes_on_and_nothing_is_lost(
     ]
     done = convoy("train", RECIPE, *settings, env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("cannot be reached") == 1, "told once"
+    assert done.stderr.count("cannot be reached") == 1, "reported once"
     assert "Traceback" not in done.stderr
     assert (out / "tracking.jsonl").exists()
     shown = convoy_ok("sync", out / "tracking.jsonl", env=service_env)
@@ -332,13 +334,13 @@ def test_without_a_tracking_server_training_goes_on_and_nothing_is_lost(
     assert list(_history(client, run_id, "top1")) == [10, 20]
     assert client.get_run(run_id).info.status == "FINISHED"
     assert not (out / "tracking.jsonl").exists()
-    # and the model is registered later
+    # the model can be registered later
     assert "registered late version 1 as champion" in convoy_ok(
         "register", out, "late", env=service_env
     )
 
 
-def test_a_run_that_is_to_be_registered_says_that_it_was_not(
+def test_unreachable_registry_exits_with_144_and_keeps_the_weights(
     convoy: Run, digits: Path, tmp_path: Path
 ) -> None:
     settings = [
@@ -355,21 +357,19 @@ def test_a_run_that_is_to_be_registered_says_that_it_was_not(
         env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
     )
     assert done.returncode == 144
-    assert "so x has no new version" in done.stderr
+    assert "so no new version of x was registered" in done.stderr
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-def test_a_name_that_the_registry_rejects_ends_the_run_before_anything_is_changed(
+def test_invalid_registered_name_is_rejected_before_anything_changes(
     convoy_ok: Run,
     convoy_refuses: Run,
     digits: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not even by checkpoint.resume=never; on two ranks, with a database that is made for the
-    check.
-    """
-    monkeypatch.chdir(tmp_path)  # where MLflow keeps the artifacts of a SQLite database
+    """Also with checkpoint.resume=never; on two ranks, with a database created by the check."""
+    monkeypatch.chdir(tmp_path)  # MLflow stores artifacts of a SQLite database in this folder
     settings = [
         f"data.train={digits}/train",
         "data.val=null",
@@ -384,15 +384,15 @@ def test_a_name_that_the_registry_rejects_ends_the_run_before_anything_is_change
         "tracking.register_as='a:b'",
         "checkpoint.resume=never",
     ]
-    told = convoy_refuses("train", RECIPE, "--procs", 2, *settings, *bad)
-    assert [line.count("tracking.register_as: 'a:b' is wrong") for line in told.splitlines()] == [1]
+    (line,) = convoy_refuses("train", RECIPE, "--procs", 2, *settings, *bad).splitlines()
+    assert line.count("tracking.register_as: 'a:b' is invalid") == 1
     assert {
         path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
     } == before
     assert MlflowClient(f"sqlite:///{tmp_path}/new.db").search_registered_models() == []
 
 
-def test_a_version_becomes_champion_when_it_is_not_worse(
+def test_model_version_becomes_champion_if_not_worse(
     convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, digits: Path, tmp_path: Path
 ) -> None:
     from trainer.export.model_registry import register
@@ -410,7 +410,7 @@ def test_a_version_becomes_champion_when_it_is_not_worse(
     Image.new("RGB", (8, 8)).save(picture, "PNG")
 
     def added(top1: float, data: str) -> tuple[str, dict[str, str]]:
-        uri, top5 = service_env["MLFLOW_TRACKING_URI"], next(others)  # no two are the same model
+        uri, top5 = service_env["MLFLOW_TRACKING_URI"], next(others)  # each model is different
         got = register(uri, run_id, "ladder", out, picture.getvalue(), top1, top5, data)
         return got.alias, dict(client.get_registered_model("ladder").aliases)
 
@@ -422,12 +422,11 @@ def test_a_version_becomes_champion_when_it_is_not_worse(
     assert client.get_model_version_by_alias("ladder", "champion").version == "4"
 
 
-# --- what goes wrong while it runs
-# ------------------------------------------------------------------------------------
+# --- errors during training -------------------------------------------------------------------
 
 
-def test_a_killed_rank_ends_the_other_and_asks_for_a_retry(digits: Path, tmp_path: Path) -> None:
-    """The first one; test_pods has another."""
+def test_killed_rank_0_ends_the_run_with_144(digits: Path, tmp_path: Path) -> None:
+    """test_pods.py kills another rank."""
     settings = [
         f"data.train={digits}/train",
         "data.val=null",
@@ -438,20 +437,20 @@ def test_a_killed_rank_ends_the_other_and_asks_for_a_retry(digits: Path, tmp_pat
         ranks = ranks_of(process)
         ranks[0].send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        _, told = process.communicate(timeout=60)
-        assert process.returncode == 144, told
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 144, stderr
         assert time.monotonic() - killed < 30
     assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_a_sample_that_cannot_be_decoded_is_named(
+def test_sample_that_cannot_be_decoded_is_named(
     convoy_refuses: Run, convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
     for path in sorted(jpeg_folder.rglob("*.JPEG")):
         target = source / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.stem == "017":  # changed in its middle, which packing finds only with --decode
+        if path.stem == "017":  # corrupt in the middle, which packing detects only with --decode
             file = io.BytesIO()
             Image.open(path).save(file, "PNG")
             content = bytearray(file.getvalue())
@@ -468,16 +467,16 @@ def test_a_sample_that_cannot_be_decoded_is_named(
         "batch.global_size=8",
         "batch.micro_size=4",
     ]
-    told = convoy_refuses(
+    stderr = convoy_refuses(
         "train", RECIPE, "--procs", 2, *settings, f"train.output_dir={tmp_path}/out"
     )
-    named = [line for line in told.splitlines() if "flower/017" in line]
+    named = [line for line in stderr.splitlines() if "flower/017" in line]
     assert len(named) == 1
     assert "cannot be decoded" in named[0]
     assert ".tar: sample" in named[0]
 
 
-def test_a_bad_sample_that_is_skipped_is_told_and_counted(
+def test_skipped_bad_sample_is_reported_and_counted(
     convoy: Run,
     convoy_ok: Run,
     service_env: dict[str, str],
@@ -485,7 +484,7 @@ def test_a_bad_sample_that_is_skipped_is_told_and_counted(
     digits_folder: Path,
     tmp_path: Path,
 ) -> None:
-    """With a cache, growing images and two pipeline stages, of which both must know the sample."""
+    """With a cache, growing images and two pipeline stages, which must both skip the sample."""
     convoy_ok("pack", digits_folder, tmp_path / "data", "--shards", 5)
     settings = [
         f"data.train={tmp_path}/data/train",
@@ -517,7 +516,7 @@ def test_a_bad_sample_that_is_skipped_is_told_and_counted(
     shown = convoy_ok(
         "train", RECIPE, "--procs", 2, *settings, "parallel.pipeline_stages=2", env=service_env
     )
-    assert shown.count("a bad sample counts for nothing") == 3, "once an epoch"
+    assert shown.count("bad sample skipped: ") == 3, "once per epoch"
     assert f"sample {shard.keys[7]} at byte" in shown
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert (result["steps"], result["bad_samples"]) == (30, 3)
@@ -532,7 +531,7 @@ def test_a_bad_sample_that_is_skipped_is_told_and_counted(
     assert "data.max_bad_samples: 2 samples could not be decoded" in done.stderr
 
 
-def test_a_loss_that_is_no_number_ends_the_run(
+def test_nan_loss_ends_the_run_with_code_2(
     convoy_refuses: Run, digits: Path, tmp_path: Path
 ) -> None:
     settings = [
@@ -541,15 +540,15 @@ def test_a_loss_that_is_no_number_ends_the_run(
         "optimizer.base_lr=1e30",
         f"train.output_dir={tmp_path}/out",
     ]
-    told = convoy_refuses("train", RECIPE, "--procs", 2, *settings)
-    assert told.count("training diverged") == 1
+    stderr = convoy_refuses("train", RECIPE, "--procs", 2, *settings)
+    assert stderr.count("training diverged") == 1
     assert not (tmp_path / "out/model.safetensors").exists()
-    told = convoy_refuses("train", RECIPE, *settings, "precision=bf16")
-    assert told.count("training diverged") == 1
-    assert "fp16" not in told
+    stderr = convoy_refuses("train", RECIPE, *settings, "precision=bf16")
+    assert stderr.count("training diverged") == 1
+    assert "fp16" not in stderr
 
 
-def test_fp16_that_overflows_again_and_again_ends_the_run(
+def test_repeated_fp16_overflow_ends_the_run_with_code_2(
     convoy_refuses: Run, digits: Path, tmp_path: Path
 ) -> None:
     settings = [
@@ -565,9 +564,9 @@ def test_fp16_that_overflows_again_and_again_ends_the_run(
         "model.width=4",
         f"train.output_dir={tmp_path}/out",
     ]
-    told = convoy_refuses("train", RECIPE, "--procs", 2, *settings)
-    assert told.count("the gradients overflowed fp16 3 times in a row") == 1
-    keys = told.split("its samples: ")[1].split(" and ")[0].split(", ")
+    stderr = convoy_refuses("train", RECIPE, "--procs", 2, *settings)
+    assert stderr.count("the gradients overflowed fp16 3 times in a row") == 1
+    keys = stderr.split("its samples: ")[1].split(" and ")[0].split(", ")
     sources = {f"{label}/{number:04d}" for number, label in enumerate(load_digits().target[:600])}
     assert len(keys) == 16
     assert set(keys) <= sources

@@ -190,17 +190,17 @@ def test_checkpoints_are_never_written_to_a_pods_disk(tmp_path: Path) -> None:
     [
         (
             ["batch.global_size=1000"], JobOptions(8, 8),
-            "1000 does not divide by 64 ranks; nearest that do: 960 or 1024",
+            "1000 is not divisible by 64 ranks; nearest valid sizes: 960 or 1024",
         ),
         (
             ["parallel.pipeline_stages=3"], GPU,
-            "parallel.pipeline_stages: 16 ranks do not divide by 3",
+            "parallel.pipeline_stages: 16 ranks are not divisible by 3 stages",
         ),
         (["model.name=resnet5"], GPU, "model.name: there is no model 'resnet5'; nearest: "),
         (["data.image_size=16"], GPU, "data.image_size: 16 is too small"),
         (
             ["parallel.zero_stage=0"], GPU,
-            "parallel.zero_stage: 0 does not learn with precision fp16",
+            "parallel.zero_stage: 0 cannot train with precision fp16",
         ),
         (
             ["optimizer.momentun=1"], GPU,
@@ -294,5 +294,5 @@ def test_render_prints_only_yaml_and_errors_are_one_line(
     assert printed.startswith("# Made by: convoy render resnet50 --nodes 2 --gpus-per-node 8\n")
     assert [document["kind"] for document in yaml.safe_load_all(printed)] == ["PyTorchJob"]
     assert convoy_refuses("render", "resnet50", "--nodes", 3, "--gpus-per-node", 8) == (
-        "convoy: batch.global_size: 256 does not divide by 24 ranks; nearest that do: 240 or 264\n"
+        "convoy: batch.global_size: 256 is not divisible by 24 ranks; nearest valid sizes: 240 or 264\n"
     )

@@ -1,5 +1,6 @@
-"""A real S3 server and the faults between it and its clients: an HTTP proxy of our own, and
-toxiproxy for what is below HTTP.
+"""A real S3 server, and proxies that inject faults between it and its clients.
+
+``HttpProxy`` injects faults at the HTTP level, toxiproxy below it.
 """
 
 import http.client
@@ -30,8 +31,9 @@ _SENT_AT_ONCE = 16 * 1024
 
 
 class S3Server:
-    """SeaweedFS on one port and one folder of data, to be killed, started again, and given other
-    credentials.
+    """SeaweedFS on one port and one data folder.
+
+    It can be killed, restarted and given new credentials.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +48,7 @@ class S3Server:
         return servers._credentials(self.folder)
 
     def start(self) -> None:
-        """Returns when a signed request is answered."""
+        """Start the server and wait until it answers a signed request."""
         self._process = servers._start_s3(self.folder, self.port, self._others)
         services = servers.Services(
             self.folder,
@@ -58,15 +60,16 @@ class S3Server:
         servers._wait(services, "s3", lambda: servers._make_bucket(services))
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """Send SIGKILL and wait until the process has ended."""
         assert self._process is not None
         if process := self._process.handle():
             process.send_signal(signal.SIGKILL)
             psutil.wait_procs([process], 10)
 
     def rotate(self) -> None:
-        """New credentials; the old ones are refused from now on. The server is started again to
-        read them.
+        """Replace the credentials; the old ones are rejected from now on.
+
+        The server is restarted to read them.
         """
         self.kill()
         (self.folder / "s3.json").unlink()
@@ -75,19 +78,19 @@ class S3Server:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to one answer. ``after``: bytes of its body that pass before."""
+    """A fault in one response. ``after``: bytes of its body that are sent before the fault."""
 
-    kind: Literal["status", "truncated", "reset", "stalled", "shifted", "whole"]
+    kind: Literal["status", "truncated", "reset", "stalled", "shifted", "ignores_range"]
     after: int = 0
     status: int = 503
     code: str = "SlowDown"
 
 
 class HttpProxy:
-    """Forwards signed requests as they are, and spoils the answers that ``plan`` says. Counts the
-    bytes of bodies by GETs.
+    """Forwards signed requests unchanged and injects the faults that ``plan`` returns.
 
-    ``plan`` is asked once a GET or HEAD; None lets it pass.
+    ``plan`` is called once per GET or HEAD; None means no fault. The bytes of the bodies of GET
+    responses are counted.
     """
 
     def __init__(self, port: int) -> None:
@@ -112,7 +115,7 @@ class HttpProxy:
         self._thread.start()
 
     def reset(self, plan: Callable[[], Fault | None] = lambda: None) -> None:
-        """Count from zero, by another plan."""
+        """Reset the counters and set the plan."""
         with self._lock:
             self.plan, self.bytes, self.gets, self.faults = plan, 0, 0, 0
 
@@ -139,8 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
     owner: HttpProxy
 
     def setup(self) -> None:
-        # what is counted as sent must not lie in a buffer of the kernel's that grows with the
-        # machine's load
+        # bytes that count as sent must not be in a kernel buffer, which grows with the machine's
+        # load
         super().setup()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SENT_AT_ONCE)
 
@@ -161,18 +164,19 @@ class _Handler(BaseHTTPRequestHandler):
             for name, value in self.headers.items():
                 connection.putheader(name, value)
             connection.endheaders(body)
-            answer = connection.getresponse()
+            response = connection.getresponse()
             with suppress(ConnectionError):
-                self._pass_on(answer, fault)
+                self._forward(response, fault)
         except (OSError, http.client.HTTPException):
-            self._cut()  # the server is gone, so is the connection
+            self._disconnect()  # the server has ended, so the client's connection ends too
         finally:
             connection.close()
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
     def _refuse(self, fault: Fault) -> None:
-        text = f"<Error><Code>{fault.code}</Code><Message>planned by the test</Message></Error>".encode()
+        message = "<Message>planned by the test</Message>"
+        text = f"<Error><Code>{fault.code}</Code>{message}</Error>".encode()
         self.send_response(fault.status)
         if fault.status in (429, 503):
             self.send_header("Retry-After", "1")
@@ -181,35 +185,37 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(text)
 
-    def _pass_on(self, answer: http.client.HTTPResponse, fault: Fault | None) -> None:
-        status = answer.status
+    def _forward(self, response: http.client.HTTPResponse, fault: Fault | None) -> None:
+        status = response.status
         headers = [
             (n, v)
-            for n, v in answer.getheaders()
+            for n, v in response.getheaders()
             if n.lower() not in ("connection", "keep-alive", "date", "server")
         ]
         if fault is not None and fault.kind == "shifted":
             headers = [(n, _shifted(v) if n.lower() == "content-range" else v) for n, v in headers]
-        if fault is not None and fault.kind == "whole":
+        if fault is not None and fault.kind == "ignores_range":
             status, headers = 200, [(n, v) for n, v in headers if n.lower() != "content-range"]
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
-        if answer.length is None and self.command != "HEAD":  # chunked: it ends with the connection
+        if (
+            response.length is None and self.command != "HEAD"
+        ):  # chunked: the body ends with the connection
             self.send_header("Connection", "close")
         self.end_headers()
-        spoils = fault is not None and fault.kind in ("truncated", "reset", "stalled")
-        left = fault.after if fault is not None and spoils else None
-        while part := answer.read(_SENT_AT_ONCE if left is None else min(_SENT_AT_ONCE, left)):
+        truncates = fault is not None and fault.kind in ("truncated", "reset", "stalled")
+        left = fault.after if fault is not None and truncates else None
+        while part := response.read(_SENT_AT_ONCE if left is None else min(_SENT_AT_ONCE, left)):
             self.owner.count(len(part) if self.command == "GET" else 0)
             self.wfile.write(part)
             left = None if left is None else left - len(part)
-        if fault is not None and spoils:
+        if fault is not None and truncates:
             if fault.kind == "stalled":
                 self.owner.released.wait(20)
-            self._cut(reset=fault.kind == "reset")
+            self._disconnect(reset=fault.kind == "reset")
 
-    def _cut(self, reset: bool = False) -> None:
+    def _disconnect(self, reset: bool = False) -> None:
         self.close_connection = True
         with suppress(OSError):
             if reset:
@@ -247,7 +253,7 @@ class Toxiproxy:
 
     @contextmanager
     def toxic(self, kind: str, **attributes: int) -> Iterator[None]:
-        """One toxic on what comes from the server, for a while."""
+        """Apply one toxic to data from the server while the context is active."""
         toxic = {"name": "it", "type": kind, "stream": "downstream", "attributes": attributes}
         self._ask("POST", "/proxies/s3/toxics", toxic)
         try:
@@ -256,11 +262,14 @@ class Toxiproxy:
             self.cure()
 
     def cure(self) -> None:
-        """Take every toxic away, and open it again."""
+        """Remove all toxics and enable the proxy."""
         self._ask("POST", "/reset")
 
     def switch(self, on: bool) -> None:
-        """Off: connections are refused, and those that stand are cut."""
+        """Enable or disable the proxy.
+
+        While it is disabled, new connections are refused and open ones are closed.
+        """
         self._ask("POST", "/proxies/s3", {"enabled": on})
 
     def close(self) -> None:
@@ -273,7 +282,7 @@ class Toxiproxy:
             try:
                 self._ask("GET", "/version")
             except (urllib.error.URLError, OSError):
-                assert self._process.poll() is None, "toxiproxy ended at its start"
+                assert self._process.poll() is None, "toxiproxy exited at startup"
                 assert time.monotonic() < give_up, "toxiproxy did not start"
                 time.sleep(0.05)
             else:
@@ -286,5 +295,5 @@ class Toxiproxy:
 
 
 def toxiproxy_program() -> Path | str:
-    """The program; a sentence where it cannot be built."""
+    """Return the program, or the reason why it cannot be built."""
     return go_program(TOXIPROXY, TOXIPROXY_VERSION, "toxiproxy")

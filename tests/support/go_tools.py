@@ -1,4 +1,4 @@
-"""Programs that exist as Go modules only, built once a version in the user's cache."""
+"""Programs that exist only as Go modules, built once per version in the user's cache."""
 
 import os
 import re
@@ -9,7 +9,10 @@ from pathlib import Path
 
 
 def go_program(package: str, version: str, name: str) -> Path | str:
-    """The program of ``package``; a sentence where it cannot be built. ``name``: ours for it."""
+    """Return the program of ``package``, or the reason why it cannot be built.
+
+    ``name``: the name used in the cache and in messages.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convoy"
     cache = base / f"{name}-{version}"
     program = cache / re.sub(r"/v\d+$", "", package).rpartition("/")[2]  # as go install names it
@@ -17,11 +20,15 @@ def go_program(package: str, version: str, name: str) -> Path | str:
         return program
     if shutil.which("go") is None:
         return f"Go is not installed, so {name} cannot be built"
-    own = cache.with_name(
-        f"{cache.name}.{os.getpid()}"
-    )  # another process may build it too: the first rename wins
-    environment = os.environ | {"GOBIN": str(own), "CGO_ENABLED": "0", "GOFLAGS": "", "GOGC": "400"}
-    # as tools/cluster/build.sh: without what only debuggers need, and the standard library is
+    # another process may build it too: the first rename wins
+    build = cache.with_name(f"{cache.name}.{os.getpid()}")
+    environment = os.environ | {
+        "GOBIN": str(build),
+        "CGO_ENABLED": "0",
+        "GOFLAGS": "",
+        "GOGC": "400",
+    }
+    # the flags of tools/cluster/build.sh: no debug information, and the standard library is
     # compiled once for both
     command = [
         "go",
@@ -37,6 +44,6 @@ def go_program(package: str, version: str, name: str) -> Path | str:
     if done.returncode:
         return f"{name} cannot be built: {' '.join(done.stderr.split())[-300:]}"
     with suppress(OSError):
-        own.rename(cache)
-    shutil.rmtree(own, ignore_errors=True)
+        build.rename(cache)
+    shutil.rmtree(build, ignore_errors=True)
     return program

@@ -1,4 +1,4 @@
-"""The real command, as several tests run it."""
+"""Helpers that run the real command, for several tests."""
 
 import os
 import shutil
@@ -13,15 +13,18 @@ import psutil
 
 Run = Callable[..., subprocess.CompletedProcess]
 
-_FROM_OUTSIDE = ("AWS_", "MLFLOW_", "CONVOY_")
+_REMOVED_PREFIXES = ("AWS_", "MLFLOW_", "CONVOY_")
 
 
 def run_convoy(
     *arguments: object, env: dict[str, str] | None = None, timeout: float = 240
 ) -> subprocess.CompletedProcess:
-    """The ``convoy`` command as a user runs it; ``env``: variables beside those of a plain shell."""
+    """Run the ``convoy`` command as a user does.
+
+    ``env``: variables in addition to those of a plain shell.
+    """
     plain = {
-        name: value for name, value in os.environ.items() if not name.startswith(_FROM_OUTSIDE)
+        name: value for name, value in os.environ.items() if not name.startswith(_REMOVED_PREFIXES)
     }
     environment = plain | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"} | (env or {})
     command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
@@ -34,7 +37,7 @@ def run_convoy(
 def started(
     recipe: str, settings: list[str], environment: dict[str, str], procs: int = 2
 ) -> Iterator[subprocess.Popen]:
-    """A training that made its first step."""
+    """Start a training and wait for its first step."""
     command = [
         sys.executable,
         "-m",
@@ -61,23 +64,24 @@ def started(
 
 
 def until(
-    true: Callable[[], bool], seconds: float = 120, explain: Callable[[], str] = lambda: ""
+    condition: Callable[[], bool], seconds: float = 120, explain: Callable[[], str] = lambda: ""
 ) -> None:
-    """Look again and again whether something has come about, a third of the time at most.
-    ``explain``: what to tell where it has not.
+    """Poll until ``condition`` is true, using at most a third of the time for the polls.
+
+    ``explain``: returns text for the error message.
     """
     began = time.monotonic()
     while True:
-        looked = time.monotonic()
-        if true():
+        polled = time.monotonic()
+        if condition():
             return
         now = time.monotonic()
-        assert now < began + seconds, f"it did not come to that within {seconds:.0f} s\n{explain()}"
-        time.sleep(max(0.01, 2 * (now - looked)))
+        assert now < began + seconds, f"not true within {seconds:.0f} s\n{explain()}"
+        time.sleep(max(0.01, 2 * (now - polled)))
 
 
 def copy_manifests(folder: Path) -> Path:
-    """A copy of k8s/ below ``folder`` with the files that `convoy secrets` makes, as a user has it."""
+    """Copy k8s/ to ``folder``, with the files that `convoy secrets` creates."""
     from pipelines.cluster.secrets import write_secrets
 
     copy = folder / "k8s"
@@ -90,7 +94,7 @@ def copy_manifests(folder: Path) -> Path:
 
 
 def ranks_of(process: subprocess.Popen, procs: int = 2) -> list[psutil.Process]:
-    """The ranks of a training, in their order."""
+    """Return the rank processes of a training, in rank order."""
     ranks = [
         p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()
     ]

@@ -26,7 +26,7 @@ def jpeg(seed: int = 0, **options: object) -> bytes:
 
 
 DDS = b"DDS " + (124).to_bytes(4, "little") + bytes(200)
-"""For which Pillow raises NotImplementedError."""
+"""An image for which Pillow raises NotImplementedError."""
 
 NOT_SUPPORTED = {
     "dds": (DDS, "DDS texture"),
@@ -43,4 +43,4 @@ NOT_SUPPORTED = {
     "text": (b"not an image", "not an image"),
     "tga": (encode(pixels(), "TGA"), "not an image"),
 }
-"""Content and a part of the reason against it."""
+"""Content, and a part of the reason for its rejection, by format."""

@@ -1,4 +1,4 @@
-"""An HTTP proxy before a real MLflow server that answers chosen requests itself."""
+"""An HTTP proxy in front of a real MLflow server that answers selected requests itself."""
 
 import http.client
 import threading
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """A request as the proxy receives it; ``forward`` passes it on and returns the answer."""
+    """A request to the proxy; ``forward`` sends it to the server and returns the answer."""
 
     method: str
     path: str
@@ -18,7 +18,7 @@ class Request:
     forward: Callable[[], tuple[int, bytes, str]]
 
     def is_call(self, name: str) -> bool:
-        """Whether it calls MLflow's endpoint ``name``, such as ``runs/create``."""
+        """Return whether it calls MLflow's endpoint ``name``, such as ``runs/create``."""
         return self.path.partition("?")[0].endswith(f"/mlflow/{name}")
 
 
@@ -28,7 +28,7 @@ LOST = (0, b"", "")  # the connection ends without an answer
 
 
 class MlflowProxy:
-    """``hook`` returns the answer to a request, or None to pass it on. Counts requests by path."""
+    """``hook`` returns the answer to a request, or None to forward it; requests are recorded."""
 
     def __init__(self, upstream: str) -> None:
         self.hook: Callable[[Request], Answer] = lambda request: None

@@ -1,6 +1,4 @@
-"""HTTP servers that answer as a test wants: web pages, redirects, errors of S3, or a small S3 in
-memory.
-"""
+"""HTTP servers with responses set by a test: web pages, redirects, S3 errors, an in-memory S3."""
 
 import ssl
 import threading
@@ -20,8 +18,9 @@ PAGE = b"<!DOCTYPE html><html><body>Sign in</body></html>"
 def serving(
     answer: Answer, certificate: tuple[Path, Path] | None = None, host: str = "127.0.0.1"
 ) -> Iterator[str]:
-    """The address of a server whose every answer is ``answer(request, body)``: status, body,
-    headers.
+    """Yield the address of a server that responds with ``answer(request, body)``.
+
+    The answer is a status, a body and headers.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -49,7 +48,7 @@ def serving(
         daemon_threads = True
 
         def handle_error(self, request: object, client_address: object) -> None:
-            pass  # clients that refuse the certificate hang up
+            pass  # clients that reject the certificate disconnect
 
     server = Server((host, 0), Handler)
     if certificate:
@@ -66,7 +65,7 @@ def serving(
 
 
 def constant(status: int, content: bytes = b"", **headers: str) -> Answer:
-    """The same answer to everything; ``_`` in a header's name is a dash."""
+    """Return the same answer to every request; ``_`` in a header's name becomes a dash."""
     return lambda request, body: (
         status,
         content,
@@ -75,12 +74,14 @@ def constant(status: int, content: bytes = b"", **headers: str) -> Answer:
 
 
 def s3_error(code: str, more: str = "") -> bytes:
-    return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>told</Message>{more}</Error>".encode()
+    content = f"<Code>{code}</Code><Message>test</Message>{more}"
+    return f"<?xml version='1.0'?><Error>{content}</Error>".encode()
 
 
 class MemoryS3:
-    """Objects by bucket/key, and every request as (method, key, headers). Signatures are not
-    checked.
+    """An in-memory S3: objects by bucket/key, and all requests as (method, key, headers).
+
+    Signatures are not checked.
     """
 
     def __init__(self) -> None:
@@ -104,12 +105,15 @@ class MemoryS3:
                 if name.startswith(prefix + query.get("prefix", [""])[0])
             ]
             entries = "".join(
-                "<Contents><LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>x</ETag><Size>1</Size>"
-                f"<Key>{name}</Key></Contents>"
+                "<Contents><LastModified>2024-01-01T00:00:00.000Z</LastModified><ETag>x</ETag>"
+                f"<Size>1</Size><Key>{name}</Key></Contents>"
                 for name in sorted(names)
             )
-            listing = f"<ListBucketResult><Name>b</Name><KeyCount>{len(names)}</KeyCount><IsTruncated>false</IsTruncated>{entries}"
-            return 200, f"{listing}</ListBucketResult>".encode(), {}
+            listing = (
+                f"<Name>b</Name><KeyCount>{len(names)}</KeyCount><IsTruncated>false</IsTruncated>"
+                f"{entries}"
+            )
+            return 200, f"<ListBucketResult>{listing}</ListBucketResult>".encode(), {}
         if key not in self.objects:
             return 404, s3_error("NoSuchKey"), {}
         return 200, self.objects[key], FULL

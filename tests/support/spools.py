@@ -1,4 +1,4 @@
-"""Spools as a run writes them."""
+"""Writes spools in the format of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def write_run(
     attempt: int | None = None,
     **changed: Any,
 ) -> str:
-    """A finished run with the losses 1/step of steps 1 to ``steps``; returns its key."""
+    """Write a finished run with losses 1/step for steps 1 to ``steps``; return its key."""
     writer = SpoolWriter(path, run_key or new_run_key(), now_ms() if attempt is None else attempt)
     writer.append("run", time_ms=now_ms(), **describe_run(experiment, name, **changed))
     writer.append("artifact", name="config.json", folder="", text=f"config of {name}")

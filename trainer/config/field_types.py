@@ -7,8 +7,8 @@ from pydantic import AfterValidator, Field
 from typing_extensions import Doc
 
 # Every number has a lower and an upper bound so that derived values cannot overflow int64 (sample
-# order), fp32 (device) or the operating system's seconds (tests/unit/config/test_schema.py checks all of
-# them).
+# order), fp32 (device) or the operating system's seconds. tests/unit/config/test_schema.py checks
+# all of them.
 _LARGEST = 1e30
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Pixels = Annotated[int, Field(ge=1, le=16384)]
@@ -40,7 +40,7 @@ def _is_url(value: str) -> str:
     if not value.strip():
         raise ValueError("must not be empty")
     if value.startswith("~"):  # the shell does not expand it after `key=`
-        raise ValueError("~ is not replaced by the home folder here; write the full path")
+        raise ValueError("~ is not expanded here; write the full path of the home folder")
     return value
 
 
@@ -65,7 +65,7 @@ def _is_registered_name(value: str) -> str:
     ``tracking.server.check_registered_name`` checks the other rules.
     """
     if value != value.strip() or not value:
-        raise ValueError("must not be empty, nor begin or end with a space")
+        raise ValueError("must not be empty, and must not begin or end with a space")
     if len(value) > 256:
         raise ValueError("has more than the 256 characters that MLflow allows")
     return value

@@ -52,9 +52,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {_yaml_fault(error)}") from None
     if values is None:
-        raise UserError(f"{path} is empty; a recipe must hold keys and values")
+        raise UserError(f"{path} is empty; a recipe must contain keys and values")
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values, but holds {type(values).__name__}")
+        raise UserError(
+            f"{path} must contain keys and values, but contains a {type(values).__name__}"
+        )
     return values
 
 
@@ -95,10 +97,10 @@ def parse_yaml(text: str) -> Any:
     try:
         return _copy(yaml.load(text, _Loader), [_MAX_NODES])
     except RecursionError:
-        raise yaml.YAMLError(f"more than {_MAX_DEPTH} levels are nested") from None
+        raise yaml.YAMLError(f"more than {_MAX_DEPTH} nested levels") from None
     # PyYAML raises these for values such as `!!bool maybe`.
     except (ValueError, LookupError, AttributeError) as error:
-        raise yaml.YAMLError(f"a value does not fit its tag: {error}") from None
+        raise yaml.YAMLError(f"a value does not match its tag: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -116,7 +118,7 @@ class _Loader(yaml.SafeLoader):
             if key.tag != "tag:yaml.org,2002:str":
                 raise _error(key, f"the key {key.value!r} is not text; put it in quotes")
             if key.value in seen:
-                raise _error(key, f"the key {key.value!r} stands twice")
+                raise _error(key, f"the key {key.value!r} is duplicated")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -159,9 +161,9 @@ def _copy(value: Any, left: list[int], depth: int = 0) -> Any:
     """Copies nested values. ``left`` holds the number of nodes that may still be copied."""
     left[0] -= 1
     if left[0] < 0:
-        raise yaml.YAMLError(f"more than {_MAX_NODES:,} values, aliases expanded")
+        raise yaml.YAMLError(f"more than {_MAX_NODES:,} values after alias expansion")
     if depth > _MAX_DEPTH:
-        raise yaml.YAMLError(f"more than {_MAX_DEPTH} levels are nested")
+        raise yaml.YAMLError(f"more than {_MAX_DEPTH} nested levels")
     if isinstance(value, Mapping):
         return {key: _copy(item, left, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
@@ -175,5 +177,5 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
             values[key] = {}
         values = values[key]
         if not isinstance(values, dict):
-            raise TypeError(f"{key} holds a value, not keys")
+            raise TypeError(f"{key} is a value, not a section with keys")
     values[keys[-1]] = value

@@ -27,7 +27,7 @@ _FILES_OF_A_RUN = (
     *("recipe.yaml", "config.json", "environment.txt", "progress.json"),
 )
 _SMALL_FILES_BYTES = 128 * 1024  # recipe, configuration, environment and result
-_SPOOL_BYTES_PER_STEP, _SPOOL_MOST_BYTES = 160, 2**30
+_SPOOL_BYTES_PER_STEP, _SPOOL_MAX_BYTES = 160, 2**30
 _MANIFEST_BYTES = 64 * 1024
 _FAILED_CHECKPOINTS = 3  # consecutive failures after which the result is at risk
 _MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -47,7 +47,7 @@ class _Need:
 
     key: str
     path: Path
-    what: str
+    contents: str
     bytes: int
     files: int
 
@@ -55,7 +55,7 @@ class _Need:
 def check_run(run: RunPlan, local_ranks: int) -> list[str]:
     """Finds everything that would make the run fail later.
 
-    Returns notes for the user, one per line. ``local_ranks``: number of ranks on this machine.
+    Returns messages for the user. ``local_ranks``: number of ranks on this machine.
     Leaves no files behind. Raises UserError, or RetryableError if the object store of the
     checkpoints was reached and then lost.
     """
@@ -64,14 +64,14 @@ def check_run(run: RunPlan, local_ranks: int) -> list[str]:
     _check_memory(run, size, local_ranks)
     needs = list(_needs(run, size, local_ranks))
     _check_space(needs)
-    return list(_notes(run))
+    return list(_warnings(run))
 
 
 def check_outputs(run: RunPlan) -> None:
     """Creates and removes a file in each location that the run writes to.
 
     Needs no torch, so the launcher can call it before starting ranks. Raises UserError with one
-    line per fault.
+    line per error.
     """
     _check_temporary_folder()
     _probe_outputs(run)
@@ -88,13 +88,14 @@ def check_model(run: RunPlan) -> ModelSize:
     from trainer.export.exported_model import ModelMetadata
     from trainer.models.registry import build_model
 
-    facts, data = ModelMetadata.of(run.config, run.train.classes, run.num_classes), run.config.data
+    metadata = ModelMetadata.of(run.config, run.train.classes, run.num_classes)
+    data = run.config.data
     side = data.size_in(0)  # the smallest side, because it never shrinks
     with torch.device("meta"):
-        model = facts.build()
+        model = metadata.build()
         if side < data.image_size:
             try:
-                build_model(facts.name, facts.num_classes, side, **facts.options)
+                build_model(metadata.name, metadata.num_classes, side, **metadata.options)
             except UserError as error:
                 raise UserError(
                     str(error).replace("data.image_size", "data.initial_size")
@@ -116,14 +117,14 @@ def _check_batch_norm(model: "nn.Module", run: RunPlan, side: int) -> None:
 
     single: list[str] = []
 
-    def note(name: str, shape: torch.Size) -> None:
+    def record_single(name: str, shape: torch.Size) -> None:
         if shape[2:].numel() == 1:
             single.append(name)
 
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.register_forward_pre_hook(
-                lambda _, inputs, name=name: note(name, inputs[0].shape)
+                lambda _, inputs, name=name: record_single(name, inputs[0].shape)
             )
     model.train()
     model(torch.empty(2, 3, side, side, device="meta"))
@@ -223,9 +224,9 @@ def _needs(run: RunPlan, size: ModelSize, local_ranks: int) -> Iterator[_Need]:
         "train.output_dir", output, "the trained model", size.state + _SMALL_FILES_BYTES, 10
     )
     if tracking_uri(config):
-        spool = min(run.stop_step * _SPOOL_BYTES_PER_STEP, _SPOOL_MOST_BYTES)
+        spool = min(run.stop_step * _SPOOL_BYTES_PER_STEP, _SPOOL_MAX_BYTES)
         left = max(0, spool - _bytes_in(output, "*tracking.jsonl"))
-        yield _Need("train.output_dir", output, "what MLflow has not accepted yet", left, 2)
+        yield _Need("train.output_dir", output, "entries that MLflow has not accepted yet", left, 2)
     if config.data.log_keys:
         yield _Need(
             "train.output_dir", output, "data.log_keys", _key_bytes(run, local_ranks), local_ranks
@@ -233,8 +234,8 @@ def _needs(run: RunPlan, size: ModelSize, local_ranks: int) -> Iterator[_Need]:
     if (folder := _local(run.config.checkpoint_url)) is not None:
         count, one = _most_checkpoints(run), _checkpoint_bytes(run, size)
         left = max(0, count * one - _bytes_in(folder, "step-*/*"))
-        what = f"{count} checkpoints of {mib(one)} (checkpoint.keep={config.checkpoint.keep})"
-        yield _Need("checkpoint.url", folder, what, left, 4 * count)
+        contents = f"{count} checkpoints of {mib(one)} (checkpoint.keep={config.checkpoint.keep})"
+        yield _Need("checkpoint.url", folder, contents, left, 4 * count)
 
 
 def _checkpoint_bytes(run: RunPlan, size: ModelSize) -> int:
@@ -274,18 +275,18 @@ def _check_space(needs: list[_Need]) -> None:
     for need in needs:
         found = file_system(need.path)
         systems.setdefault(found.device, (found, []))[1].append(need)
-    for found, wanted in systems.values():
-        space, files = sum(need.bytes for need in wanted), sum(need.files for need in wanted)
-        listed = ", ".join(f"{mib(need.bytes)} for {need.what}" for need in wanted)
-        where = " and ".join(dict.fromkeys(f"{need.key}: {need.path}" for need in wanted))
+    for found, on_device in systems.values():
+        space, files = sum(need.bytes for need in on_device), sum(need.files for need in on_device)
+        listed = ", ".join(f"{mib(need.bytes)} for {need.contents}" for need in on_device)
+        paths = " and ".join(dict.fromkeys(f"{need.key}: {need.path}" for need in on_device))
         if found.free_bytes is not None and space > found.free_bytes:
             raise UserError(
-                f"{where}: {mib(space)} needed, {mib(found.free_bytes)} free ({listed}); free some "
+                f"{paths}: {mib(space)} needed, {mib(found.free_bytes)} free ({listed}); free some "
                 "space, keep fewer checkpoints, or use another folder"
             )
         if found.free_files is not None and files > found.free_files:
             raise UserError(
-                f"{where}: {files} files needed, {found.free_files} inodes free; remove some "
+                f"{paths}: {files} files needed, {found.free_files} inodes free; remove some "
                 "files or use another folder"
             )
 
@@ -304,23 +305,21 @@ def check_result_fits(run: RunPlan, model: "nn.Module", failed_checkpoints: int)
         raise UserError(
             f"train.output_dir: {folder}: {mib(needed)} needed, {mib(free)} free: neither the last "
             f"{failed_checkpoints} checkpoints nor the trained model can be written, so the run "
-            "ends; "
-            "free some space and start it again: it resumes from its newest checkpoint"
+            "ends; free some space and start it again: it resumes from its newest checkpoint"
         )
 
 
-def _notes(run: RunPlan) -> Iterator[str]:
+def _warnings(run: RunPlan) -> Iterator[str]:
     data = run.config.data
     if run.val is not None and run.val.digest == run.train.digest:
         yield "data.val is the same data as data.train, so top1 does not measure generalization"
     if data.cache_dir is not None:
         folder = Path(data.cache_dir)
         total = run.train.bytes + (run.val.bytes if run.val is not None else 0)
-        wanted = int(min(data.cache_gb * 2**30, total)) - _bytes_in(folder, "*/*.convoy-block")
+        needed = int(min(data.cache_gb * 2**30, total)) - _bytes_in(folder, "*/*.convoy-block")
         free = file_system(folder).free_bytes
-        if free is not None and wanted > free:
+        if free is not None and needed > free:
             yield (
-                f"data.cache_gb: {mib(wanted)} would be kept in {folder}, which has {mib(free)} "
-                "free; "
-                "once it is full, shards are read from the store"
+                f"data.cache_gb: the cache needs {mib(needed)} in {folder}, which has {mib(free)} "
+                "free; once the disk is full, shards are read from the store"
             )

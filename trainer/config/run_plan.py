@@ -82,8 +82,8 @@ def build_run_plan(
     check_config(config)
     if config.train.compile and not shutil.which(compiler := os.environ.get("CXX") or "g++"):
         raise UserError(
-            f"train.compile: needs a C++ compiler, but there is no {compiler} here; install it, "
-            "or leave this off"
+            f"train.compile: needs a C++ compiler, but {compiler} was not found; install it, or "
+            "set train.compile=false"
         )
     train, train_store = open_index(config.data.train)
     val, val_store = open_index(config.data.val) if config.data.val else (None, None)
@@ -130,14 +130,14 @@ def run_length(config: RunConfig, global_size: int, samples: int) -> tuple[int, 
     per_epoch = steps_per_epoch(samples, global_size, config.data.tail)
     epochs, max_steps = config.train.epochs, config.train.max_steps
     total = epochs * per_epoch if epochs is not None else max_steps
-    assert total is not None, "the configuration refuses a run without a length"
+    assert total is not None, "RunConfig rejects a run without epochs and max_steps"
     return per_epoch, total, total if max_steps is None else min(total, max_steps)
 
 
 def check_config(config: RunConfig) -> None:
     """Runs the checks that need neither data nor a machine.
 
-    Raises UserError with one line per fault.
+    Raises UserError with one line per error.
     """
     validate_parallelism(config)
     outputs = {
@@ -146,7 +146,7 @@ def check_config(config: RunConfig) -> None:
         "data.cache_dir": config.data.cache_dir,
     }
     faults = [
-        f"{output}: {place} is inside {split} ({url}), which must not change; use another place"
+        f"{output}: {place} is inside {split} ({url}), which must not change; use another location"
         for split, url in (("data.train", config.data.train), ("data.val", config.data.val))
         for output, place in outputs.items()
         if url is not None and place is not None and _is_inside(place, url)
@@ -173,14 +173,13 @@ def _check_splits(config: RunConfig, train: Index, val: Index | None, num_classe
         return
     if val.class_ids != train.class_ids[: len(val.class_ids)]:
         raise UserError(
-            f"data.val: the classes of {config.data.val} are not those of {config.data.train}"
+            f"data.val: the classes of {config.data.val} differ from those of {config.data.train}"
         )
     for ours, theirs, name in zip(train.classes, val.classes, val.class_ids, strict=False):
         if ours != theirs and name not in (ours, theirs):
             raise UserError(
-                f"data.val: class {name!r} is called {theirs!r} in {config.data.val} and "
-                f"{ours!r} in "
-                f"{config.data.train}; index both splits with the same class names"
+                f"data.val: class {name!r} is named {theirs!r} in {config.data.val} and "
+                f"{ours!r} in {config.data.train}; index both splits with the same class names"
             )
 
 
@@ -193,8 +192,8 @@ def split_ranks(config: RunConfig, world_size: int, samples: int) -> BatchPlan:
     stages = config.parallel.pipeline_stages
     if world_size % stages:
         raise UserError(
-            f"parallel.pipeline_stages: {world_size} ranks do not divide by {stages}; use a "
-            f"multiple of {stages} ranks"
+            f"parallel.pipeline_stages: {world_size} ranks are not divisible by {stages} stages; "
+            f"use a multiple of {stages} ranks"
         )
     batch = plan_batches(
         config.batch.global_size, config.batch.micro_size, world_size // stages, samples
@@ -203,7 +202,7 @@ def split_ranks(config: RunConfig, world_size: int, samples: int) -> BatchPlan:
     if mixup.enabled and batch.micro_size < 2:
         key = "mixup" if mixup.mixup else "cutmix"
         raise UserError(
-            f"augment.{key}: mixes the samples of a micro-batch, but that holds 1; use "
+            f"augment.{key}: mixes the samples of a micro-batch, which has only 1 sample; use "
             "batch.micro_size 2 or more"
         )
     return batch

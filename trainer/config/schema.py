@@ -1,6 +1,6 @@
 """RunConfig: the typed schema of a recipe, with units.
 
-Unknown keys are errors, and all faults are reported at once.
+Unknown keys are errors, and all errors are reported at once.
 """
 
 import difflib
@@ -432,18 +432,18 @@ class RunConfig(_Section):
     train: TrainConfig
 
     @model_validator(mode="after")
-    def _has_a_length(self) -> "RunConfig":
+    def _has_length(self) -> "RunConfig":
         if self.train.epochs is None and self.train.max_steps is None:
             raise ValueError("train.epochs or train.max_steps must be given")
         return self
 
     @model_validator(mode="after")
-    def _padding_keeps_a_part(self) -> "RunConfig":
+    def _padding_is_less_than_image(self) -> "RunConfig":
         side, crop = self.data.size_in(0), PaddedCrop.from_config(self.augment)
         if crop.enabled and crop.padding >= side:
             raise ValueError(
-                f"augment.padding: {crop.padding} can shift all of an image of {side} pixels away; "
-                "use less"
+                f"augment.padding: {crop.padding} must be less than the image size of {side} "
+                "pixels"
             )
         return self
 
@@ -452,13 +452,13 @@ class RunConfig(_Section):
         url, output = self.checkpoint.url or "", self.train.output_dir
         if PLACEHOLDER in url:
             raise ValueError(
-                f"checkpoint.url: {url} holds {PLACEHOLDER}, which only train.output_dir "
-                "replaces; write the name"
+                f"checkpoint.url: {url} contains {PLACEHOLDER}, which is replaced only in "
+                "train.output_dir; write the name"
             )
         if "{" in output.replace(PLACEHOLDER, ""):
             raise ValueError(
-                f"train.output_dir: {output} holds a placeholder that does not exist; the only "
-                f"one is {PLACEHOLDER}"
+                f"train.output_dir: {output} contains an unknown placeholder; the only one is "
+                f"{PLACEHOLDER}"
             )
         return self
 
@@ -479,7 +479,7 @@ class RunConfig(_Section):
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads ``recipe``, applies ``key=value`` overrides and validates the result.
 
-    ``recipe``: a file, or the name of a shipped recipe. Raises UserError with one line per fault.
+    ``recipe``: a file, or the name of a shipped recipe. Raises UserError with one line per error.
     The result never contains credentials: those of ``tracking.uri`` are moved to the environment.
     """
     path = find_recipe(recipe)
@@ -544,7 +544,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
             hint = "; put it in quotes" if fault["type"] == "string_type" else ""
             shown = _REPR.repr(fault["input"])
             message = message.replace("Input ", "input ").replace("String ", "string ")
-            yield f"{key}: {shown} is wrong: {message}{hint}"
+            yield f"{key}: {shown} is invalid: {message}{hint}"
 
 
 def _nearest(key: str) -> str:

@@ -35,15 +35,15 @@ def broadcast_tensors_from_rank0(
     tensors: dict[str, Tensor] | None, device: torch.device
 ) -> dict[str, Tensor]:
     """Return the tensors of rank 0 on every rank. All ranks must take part."""
-    first = dist.get_rank() == 0
-    described = broadcast_from_rank0(
+    is_rank_zero = dist.get_rank() == 0
+    shapes = broadcast_from_rank0(
         lambda: {name: (value.shape, value.dtype) for name, value in (tensors or {}).items()}
     )
     received = {}
-    for name, (shape, dtype) in described.items():
+    for name, (shape, dtype) in shapes.items():
         value = (
             tensors[name].to(device)
-            if first and tensors
+            if is_rank_zero and tensors
             else torch.empty(shape, dtype=dtype, device=device)
         )
         dist.broadcast(value, src=0)

@@ -24,10 +24,10 @@ STARTS = "starts.json"
 _STORE_MINUTES = 5.0  # for an object store that starts or moves to another node meanwhile
 # for the first pod, whose node may still pull the image; then this pod is recreated
 _HOST_MINUTES = 30.0
-_LAST_SECONDS = 60.0  # for the first pod to end after its ranks have ended
-_SEEN_SECONDS = 5.0  # for the operator to notice the end of the first pod
-_BETWEEN_TRIES = 0.5
-_BETWEEN_WORDS = 30.0
+_EXIT_SECONDS = 60.0  # for the first pod to end after its ranks have ended
+_NOTICE_SECONDS = 5.0  # for the operator to notice the end of the first pod
+_RETRY_SECONDS = 0.5
+_MESSAGE_SECONDS = 30.0  # between two messages of what a pod waits for
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _wait_for_index(url: str, minutes: float, on_wait: Callable[[str], None]) ->
     store: Store | None = None
     started = time.monotonic()
 
-    def there() -> str | None:
+    def missing() -> str | None:
         nonlocal store
         waited = (time.monotonic() - started) / 60
         try:
@@ -112,7 +112,7 @@ def _wait_for_index(url: str, minutes: float, on_wait: Callable[[str], None]) ->
             return str(error)
         return f"{url}: no {INDEX_NAME} yet" if waited < minutes else None
 
-    _wait(there, on_wait)
+    _wait(missing, on_wait)
 
 
 def wait_for_host(pod: PodEnv, on_wait: Callable[[str], None]) -> None:
@@ -122,19 +122,19 @@ def wait_for_host(pod: PodEnv, on_wait: Callable[[str], None]) -> None:
     """
     started = time.monotonic()
 
-    def there() -> str | None:
+    def missing() -> str | None:
         try:
             socket.create_connection((pod.host, pod.port), timeout=3).close()
         except OSError as error:
             if (time.monotonic() - started) / 60 >= _HOST_MINUTES:
                 raise RetryableError(
-                    f"{pod.host}:{pod.port}, where the ranks meet, cannot be reached: {error}"
+                    f"the rendezvous at {pod.host}:{pod.port} cannot be reached: {error}"
                 ) from None
             return f"rendezvous at {pod.host}:{pod.port}: {error.strerror or error}"
         return None
 
     if not pod.is_rank_zero:
-        _wait(there, on_wait)
+        _wait(missing, on_wait)
 
 
 def wait_for_rank0_exit(pod: PodEnv) -> None:
@@ -145,34 +145,34 @@ def wait_for_rank0_exit(pod: PodEnv) -> None:
     """
     if pod.is_rank_zero:
         return
-    give_up = time.monotonic() + _LAST_SECONDS
+    give_up = time.monotonic() + _EXIT_SECONDS
     with suppress(OSError):  # the first pod has ended
         while time.monotonic() < give_up:
             socket.create_connection((pod.host, pod.port), timeout=3).close()
-            time.sleep(_BETWEEN_TRIES)
-    time.sleep(_SEEN_SECONDS)
+            time.sleep(_RETRY_SECONDS)
+    time.sleep(_NOTICE_SECONDS)
 
 
 def _wait(missing: Callable[[], str | None], on_wait: Callable[[str], None]) -> None:
     """Wait until ``missing`` returns None; report its text at once and then every half minute."""
-    told = -_BETWEEN_WORDS
+    printed = -_MESSAGE_SECONDS
     while (text := missing()) is not None:
-        if time.monotonic() - told >= _BETWEEN_WORDS:
+        if time.monotonic() - printed >= _MESSAGE_SECONDS:
             print(f"waiting: {text}", flush=True)
             on_wait(text)
-            told = time.monotonic()
-        time.sleep(_BETWEEN_TRIES)
+            printed = time.monotonic()
+        time.sleep(_RETRY_SECONDS)
 
 
-def check_restart_budget(url: str, most: int) -> None:
+def check_restart_budget(url: str, max_starts: int) -> None:
     """Count this start of a job and limit starts that make no progress.
 
     The count is stored next to the job's checkpoints. A start that finds a newer checkpoint than
     the previous start counts from 1.
 
-    The training-operator recreates a pod without limit. Raises UserError after ``most`` starts
-    without a newer checkpoint, and then resets the count, so that a job that is submitted again
-    gets as many starts. If the store cannot be read, the run itself reports that.
+    The training-operator recreates a pod without limit. Raises UserError after ``max_starts``
+    starts without a newer checkpoint, and then resets the count, so that a job that is submitted
+    again gets as many starts. If the store cannot be read, the run itself reports that.
     """
     with suppress(RetryableError, ServiceUnreachable):
         if is_of_another_job(owner_of(url)):
@@ -184,14 +184,14 @@ def check_restart_budget(url: str, most: int) -> None:
         )
         before, starts = _read(store)
         starts = starts + 1 if before == newest else 1
-        if starts > most:
+        if starts > max_starts:
             store.delete([STARTS])
             faults = repeated_faults(store)
             since = f"the checkpoint {newest}" if newest else "its beginning"
             raise UserError(
-                f"checkpoint.max_starts: the job was started {most} times since {since} and "
-                "made no newer checkpoint; the logs of "
-                "its pods say why; submit it again to go on",
+                f"checkpoint.max_starts: the job was started {max_starts} times since {since} "
+                "without writing a newer checkpoint; see the logs of its pods for the cause; "
+                "submit it again to resume",
                 *faults,
             )
         store.write(STARTS, json.dumps({"newest": newest, "starts": starts}).encode())

@@ -107,7 +107,7 @@ class _Graph:
     def _apply(self) -> Tensor:
         result = torch.func.functional_call(self._segment, self._aliases, (self.input,))
         if not isinstance(result, Tensor):
-            raise RuntimeError("a segment that produces several tensors")
+            raise RuntimeError("the segment returns several tensors")
         self._result = result
         return result.detach()
 

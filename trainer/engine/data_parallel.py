@@ -118,7 +118,7 @@ def _uses_graphs(config: RunConfig, device: torch.device) -> bool:
 
 
 def _own_gradients(engine: Any, config: RunConfig, ranks: int, graphs: bool) -> GradReducer | None:
-    """Take over the averaging of gradients from DeepSpeed where ours is faster (ZeRO 0 and 1).
+    """Replace DeepSpeed's averaging of gradients at ZeRO 0 and 1, for which ours is faster.
 
     Returns None if DeepSpeed averages the gradients (ZeRO 2 and 3) or no averaging is needed (ZeRO
     0 on one rank without CUDA graphs).

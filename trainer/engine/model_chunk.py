@@ -34,8 +34,8 @@ class ModelChunk(nn.Sequential):
         self._dropout_rng = draws
         self._graphs: GraphedLayers | None = None
         length = max(1, isqrt(len(layers))) if config.activation_checkpointing else len(layers)
-        row = list(layers.values())
-        self._segments = [row[start : start + length] for start in range(0, len(row), length)]
+        modules = list(layers.values())
+        self._segments = [modules[i : i + length] for i in range(0, len(modules), length)]
         for first, *_ in self._segments:
             if isinstance(first, nn.ReLU):
                 # its input belongs to another rank, or is saved for recomputation

@@ -51,15 +51,15 @@ def assign_layers(
     if given is not None:
         unknown = [name for name in given if name not in names[1:]]
         if unknown:
-            able = ", ".join(names[1:])
+            valid = ", ".join(names[1:])
             raise UserError(
-                f"parallel.split: {unknown[0]!r} is no layer that a stage can begin with; "
-                f"those: {able}"
+                f"parallel.split: {unknown[0]!r} cannot start a pipeline stage; valid "
+                f"layers: {valid}"
             )
         cuts = [0, *(names.index(name) for name in given), len(names)]
         if cuts != sorted(set(cuts)) or len(cuts) != stages + 1:
             raise UserError(
-                f"parallel.split: must name {stages - 1} layers in their order, for {stages} stages"
+                f"parallel.split: must name {stages - 1} layers in model order, for {stages} stages"
             )
     else:
         cuts = _balanced(list(costs.values()), stages)
@@ -78,14 +78,14 @@ def validate_stage_boundaries(
         if not any(True for name in names for _ in layers[name].parameters()):
             key = "parallel.pipeline_stages" if given is None else "parallel.split"
             value = len(parts) if given is None else list(given)
-            row = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            layer_range = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             advice = (
                 "use fewer stages or set parallel.split"
                 if given is None
-                else "move the layers at which its stages begin"
+                else "choose other layers to start its stages"
             )
             raise UserError(
-                f"{key}: {value} leaves stage {number} ({row}) without weights; {advice}"
+                f"{key}: {value} leaves stage {number} ({layer_range}) without weights; {advice}"
             )
 
 

@@ -122,7 +122,7 @@ class PipelineParallel(Engine):
         self, own: dict[str, Tensor], names: list[str]
     ) -> dict[str, Tensor]:
         grid = self._engine.grid
-        whole: dict[str, Tensor] = {}
+        full: dict[str, Tensor] = {}
         for name in names:
             shape, dtype = self._shapes[name]
             value = (
@@ -132,8 +132,8 @@ class PipelineParallel(Engine):
             )
             source = grid.stage_to_global(stage_id=self._stage_of[name.partition(".")[0]])
             dist.broadcast(value, source, group=grid.get_pipe_parallel_group())
-            whole[name] = value
-        return whole
+            full[name] = value
+        return full
 
     def _data_group(self) -> Any:
         return self._engine.grid.get_data_parallel_group()

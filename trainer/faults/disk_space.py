@@ -53,8 +53,8 @@ def cannot_write(path: Path, error: OSError, needed: int | None = None) -> str:
         if "space" in why and found.free_files == 0:
             why += " (no inodes are left)"
         elif "space" in why and found.free_bytes is not None:
-            wanted = f"{mib(needed)} needed, " if needed is not None else ""
-            why += f" ({wanted}{mib(found.free_bytes)} free)"
+            need = f"{mib(needed)} needed, " if needed is not None else ""
+            why += f" ({need}{mib(found.free_bytes)} free)"
     return f"{path} cannot be written: {why}"
 
 

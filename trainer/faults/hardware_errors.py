@@ -71,7 +71,8 @@ _UNSUPPORTED_GPU = re.compile(
 )
 
 _LIBRARY_FAULTS = re.compile(
-    r"CU(?:DNN|BLAS|SOLVER|SPARSE|FFT)_STATUS_(?:EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR|NOT_INITIALIZED)\w*"
+    r"CU(?:DNN|BLAS|SOLVER|SPARSE|FFT)_STATUS_"
+    r"(?:EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR|NOT_INITIALIZED)\w*"
     r"|CUDNN_STATUS_EXECUTION_FAILED\w*|CUFFT_(?:EXEC|INTERNAL|SETUP)\w*"
 )
 _DRIVER_FAULTS = re.compile(
@@ -151,33 +152,36 @@ def check_gpus(visible: int, procs: int) -> None:
     if visible < requested:
         raise HardwareFault(
             describe_place(),
-            f"the driver offers {visible} of the {requested} GPUs that the pod requested",
+            f"the driver reports {visible} of the {requested} GPUs that the pod requested",
         )
     if 0 < visible < procs:
         raise UserError(
-            f"{procs} ranks on a machine with {visible} GPUs; start {visible}, or hide them: "
-            "CUDA_VISIBLE_DEVICES= trains without"
+            f"{procs} ranks on a machine with {visible} GPUs; start at most {visible} ranks, or "
+            "set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
 
 
 def memory_advice(config: RunConfig, micro_size: int) -> str:
     """Suggests how to reduce the memory of a training run, omitting options already in use."""
-    ways = []
+    options = []
     if micro_size > 1:
-        ways.append(
+        options.append(
             f"a smaller batch.micro_size than {micro_size} (the global batch stays the same)"
         )
     if not config.train.activation_checkpointing:
-        ways.append("train.activation_checkpointing=true")
+        options.append("train.activation_checkpointing=true")
     if config.precision == "fp32":
-        ways.append("precision=bf16")
+        options.append("precision=bf16")
     if config.parallel.zero_stage == 0:
-        ways.append("parallel.zero_stage=1")
-    ways.append("more parallel.pipeline_stages")
+        options.append("parallel.zero_stage=1")
+    options.append("more parallel.pipeline_stages")
     if config.data.val:
-        ways.append(f"in evaluation a smaller batch.eval_size than {config.batch.eval_size}")
-    host = f"for host memory less than data.prefetch_mb={config.data.prefetch_mb} and data.workers={config.data.workers}"
-    return f"try {', '.join(ways)}; {host}, or a higher memory limit of the pod"
+        options.append(f"a smaller batch.eval_size than {config.batch.eval_size} in evaluation")
+    return (
+        f"try {', '.join(options)}; to reduce host memory, lower "
+        f"data.prefetch_mb={config.data.prefetch_mb} or data.workers={config.data.workers}, or "
+        "raise the pod's memory limit"
+    )
 
 
 def classify_fault(error: BaseException, place: str, advice: str = "") -> BaseException:
@@ -213,7 +217,7 @@ def _classify(error: BaseException, place: str, advice: str) -> UserError | Retr
     kinds = {kind.__name__ for kind in type(error).__mro__}
     text = str(error)
     runtime = _RUNTIME_ERROR.search(text)
-    said = runtime[1].strip(" '.") if runtime else ""
+    runtime_message = runtime[1].strip(" '.") if runtime else ""
     is_runtime_error = "RuntimeError" in kinds
     out_of_device_memory = is_runtime_error and _OUT_OF_DEVICE_MEMORY.search(text)
     if "OutOfMemoryError" in kinds or out_of_device_memory:
@@ -231,8 +235,8 @@ def _classify(error: BaseException, place: str, advice: str) -> UserError | Retr
     if no_thread or isinstance(error, BlockingIOError):
         return UserError(
             f"no more threads or processes can be started on {place}: {_first_line(text)}; "
-            "raise the limit "
-            "(ulimit -u, or the pod's limit of process ids), or use fewer data.workers"
+            "raise the limit (ulimit -u, or the pod's limit of process ids), or use fewer "
+            "data.workers"
         )
     if isinstance(error, OSError):
         return _classify_os_error(error, place)
@@ -242,7 +246,7 @@ def _classify(error: BaseException, place: str, advice: str) -> UserError | Retr
         return UserError(
             f"{place}: this build of PyTorch does not support the GPU: {_first_line(text)}"
         )
-    if runtime and _PROGRAM_ERRORS.search(said):
+    if runtime and _PROGRAM_ERRORS.search(runtime_message):
         return None
     if collective and _WRONG_USE_OF_COLLECTIVES.search(text):
         return None
@@ -256,7 +260,7 @@ def _classify(error: BaseException, place: str, advice: str) -> UserError | Retr
     if collective and _INTERCONNECT_FAULTS.search(text):
         return HardwareFault(place, _fault_line(text))
     if collective:
-        return LostPeer(f"another rank is gone ({_first_line(text)[:120]})")
+        return LostPeer(f"lost the connection to another rank ({_first_line(text)[:120]})")
     return None
 
 

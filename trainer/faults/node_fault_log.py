@@ -19,7 +19,7 @@ from trainer.errors import RetryableError, ServiceUnreachable, UserError
 from trainer.faults.hardware_errors import NODE_VARIABLE, node_name
 
 FOLDER = "faults"
-_MOST_RECORDS = 200
+_MAX_RECORDS = 200
 _WRITE_SECONDS = 10.0
 """Time that a rank with a failed device waits for its record to be written, in seconds.
 
@@ -51,7 +51,7 @@ def record_fault(url: str, rank: int, fault: str) -> str:
             if len(incidents) > 1:
                 advice.append(
                     f"this is hardware fault {len(incidents)} of node {node} in this run; "
-                    f"{_what_to_do(node)}"
+                    f"{_node_advice(node)}"
                 )
 
     thread = threading.Thread(target=work, name="fault-record", daemon=True)
@@ -69,13 +69,12 @@ def repeated_faults(store: Store) -> list[str]:
             when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(last["time"]))
             lines.append(
                 f"node {node}: {len(incidents)} hardware faults in this run, the last one at "
-                f"{when} "
-                f"({str(last['fault'])[:200]}); {_what_to_do(node)}"
+                f"{when} ({str(last['fault'])[:200]}); {_node_advice(node)}"
             )
     return lines
 
 
-def _what_to_do(node: str) -> str:
+def _node_advice(node: str) -> str:
     if os.environ.get(NODE_VARIABLE):
         return f"take it out of service: kubectl cordon {node}"
     return "have it checked before it is used again"
@@ -84,10 +83,10 @@ def _what_to_do(node: str) -> str:
 def _read(store: Store) -> list[dict[str, Any]]:
     """Returns the newest 200 records, oldest first, and deletes older ones."""
     names = sorted(name for name in store.sizes() if name.startswith(f"{FOLDER}/"))
-    if len(names) > _MOST_RECORDS:
-        store.delete(names[:-_MOST_RECORDS])
+    if len(names) > _MAX_RECORDS:
+        store.delete(names[:-_MAX_RECORDS])
     records = []
-    for name in names[-_MOST_RECORDS:]:
+    for name in names[-_MAX_RECORDS:]:
         # Records are only advice, so a corrupt one is skipped.
         with suppress(ValueError, KeyError, TypeError):
             record = json.loads(store.read_small(name) or b"")

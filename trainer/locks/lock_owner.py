@@ -108,7 +108,10 @@ class Owner:
 
     def describe(self) -> str:
         who = f"run {self.run!r}" if self.run is not None else f"`{self.program}`"
-        return f"{who} (host {self.process.host}, pid {self.process.pid}, user {self.user}, since {self.since})"
+        return (
+            f"{who} (host {self.process.host}, pid {self.process.pid}, user {self.user}, "
+            f"since {self.since})"
+        )
 
 
 def parse_owner(content: bytes) -> Owner | None:

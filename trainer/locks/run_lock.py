@@ -100,7 +100,7 @@ class RunLock:
         except OSError as error:
             raise UserError(
                 f"{self._where}: {self._name} cannot be written: {error.strerror or error}; use "
-                "a place that can be written"
+                "a writable location"
             ) from None
         threading.Thread(target=self._keep, name="run-lock", daemon=True).start()
 
@@ -166,11 +166,17 @@ class RunLock:
 
     def _waiting_for(self, holder: Owner | None) -> str:
         if holder is None:
-            return f"{self._name} is corrupt; it is replaced if nobody renews it within {self._lease * _WATCH_FACTOR:.0f} s"
+            return (
+                f"{self._name} is corrupt; it is replaced if it is not renewed within "
+                f"{self._lease * _WATCH_FACTOR:.0f} s"
+            )
         if self._is_ending(holder) and self.owner.process.shares_pids_with(holder.process):
-            return f"{holder.describe()} lost its launcher and is ending"
+            return f"{holder.describe()} lost its launcher and is exiting"
         seconds = holder.lease_seconds * _WATCH_FACTOR
-        return f"owned by {holder.describe()}; its lock expires if it is not renewed within {seconds:.0f} s"
+        return (
+            f"owned by {holder.describe()}; its lock expires if it is not renewed within "
+            f"{seconds:.0f} s"
+        )
 
     def _held(self, holder: Owner | None, seen: Seen) -> LockHeld:
         who = holder.describe() if holder is not None else "an unknown process"
@@ -178,8 +184,8 @@ class RunLock:
         age = max(0.0, time.time() - seen.written_at)
         return LockHeld(
             f"{self._where}: in use by {who}, whose lock was renewed {age:.0f} s ago; "
-            f"{self._advice} (a lock that is not "
-            f"renewed expires after {lease * _WATCH_FACTOR:.0f} s)"
+            f"{self._advice} (a lock that is not renewed expires after "
+            f"{lease * _WATCH_FACTOR:.0f} s)"
         )
 
     def _take(self, seen: Seen | None) -> bool:
@@ -191,14 +197,14 @@ class RunLock:
         content = self.owner.to_json(self._renewals)
         new = self._file.create(content) if seen is None else self._file.replace(seen, content)
         if new is not None and not self._file.is_atomic:
+            seconds = self._lease / _RENEWALS_PER_LEASE
             print(
-                f"convoy: {self._where}: the storage has no conditional writes; two runs that "
-                "start there at the same "
-                "moment are told apart by waiting",
+                f"convoy: {self._where}: the storage has no conditional writes; {self._name} is "
+                f"verified by reading it again after {seconds:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
-            time.sleep(self._lease / _RENEWALS_PER_LEASE)
+            time.sleep(seconds)
             before = _clock()
             new = self._file.read()
             if new is None or new.content != content:
@@ -239,7 +245,7 @@ class RunLock:
             try:
                 self._renew_from(self._seen, before)
             except (UserError, RetryableError, OSError) as error:
-                self._note_failure(str(error))
+                self._report_failure(str(error))
 
     def _renew_from(self, seen: Seen, before: float) -> None:
         new = self._file.renew(seen, self.owner.to_json(self._renewals))
@@ -272,23 +278,22 @@ class RunLock:
         """
         return now - self._renewed <= self._lease and self.owner.pod is None
 
-    def _note_failure(self, reason: str) -> None:
+    def _report_failure(self, reason: str) -> None:
         if not self._is_failing and self._lost is None:
             self._is_failing = True
             left = max(0.0, self._outage - self._age())
             line = redact_credentials(reason).splitlines()[0][:200]
             print(
-                f"convoy: {self._where}: {self._name} could not be renewed ({line}); unless it "
-                "is, this process ends in "
-                f"{left:.0f} s",
+                f"convoy: {self._where}: {self._name} could not be renewed ({line}); this process "
+                f"exits in {left:.0f} s unless a renewal succeeds",
                 file=sys.stderr,
                 flush=True,
             )
 
-    def _lose(self, what: str, taken_over: bool) -> None:
+    def _lose(self, reason: str, taken_over: bool) -> None:
         if self._lost is None or taken_over:
             self._lost = LockLost(
-                f"{self._where}: {self._name} {what}; this process stops writing there and ends"
+                f"{self._where}: {self._name} {reason}; this process stops writing there and exits"
             )
             if taken_over:
                 self._on_taken_over(self._lost)
@@ -344,7 +349,7 @@ class RunLocks:
             (output_dir, "name or train.output_dir"),
             (checkpoint_url, "checkpoint.url"),
         ):
-            advice = f"use another {key}, or wait until that ends"
+            advice = f"use another {key}, or wait until it ends"
             lock = RunLock(url, "convoy train", run, advice, on_wait=on_wait)
             if lock.owner.location not in [held.owner.location for held in self._locks]:
                 self._locks.append(lock)

@@ -5,8 +5,8 @@ import resource
 from trainer.errors import UserError
 
 # Libraries, shards, connections and pipes of a rank that reads from an object store.
-_NEEDED = 256
-_ENOUGH = 65_536
+_MINIMUM = 256
+_TARGET = 65_536
 
 
 def raise_open_file_limit() -> None:
@@ -15,11 +15,11 @@ def raise_open_file_limit() -> None:
     Raises UserError if the hard limit is too low for a rank.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    if hard != resource.RLIM_INFINITY and hard < _NEEDED:
+    target = _TARGET if hard == resource.RLIM_INFINITY else min(hard, _TARGET)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+    if hard != resource.RLIM_INFINITY and hard < _MINIMUM:
         raise UserError(
-            f"ulimit -n: only {hard} files may be open at once, a rank needs {_NEEDED}; raise "
-            "the hard limit"
+            f"ulimit -n: the hard limit of {hard} open files is too low; a rank needs {_MINIMUM}; "
+            "raise it"
         )

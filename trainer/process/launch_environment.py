@@ -24,17 +24,19 @@ Its folder also contains one file per local rank, which the rank removes when it
 
 _LAUNCHER_PREFIXES = (
     "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCHCOMM_", "TORCH_DIST_", "TORCH_DISTRIBUTED_", "PET_",
-    "OMPI_", "PMI_", "PMI2_", "PMIX_", "MV2_", "MPICH_", "I_MPI_", "HYDRA_", "HYDI_", "ORTE_", "PRTE_", "MPI_",
-    "SLURM_", "SLURMD_", "LSB_", "PBS_", "FLUX_", "JSM_", "PALS_", "HOROVOD_", "ACCELERATE_", "FSDP_",
-    "DEEPSPEED_", "DS_", "DLTS_", "AZ_BATCH", "AZUREML_", "CONVOY_LAUNCHER", "CONVOY_STORE", "CONVOY_RUN_ID",
+    "OMPI_", "PMI_", "PMI2_", "PMIX_", "MV2_", "MPICH_", "I_MPI_", "HYDRA_", "HYDI_", "ORTE_",
+    "PRTE_", "MPI_", "SLURM_", "SLURMD_", "LSB_", "PBS_", "FLUX_", "JSM_", "PALS_", "HOROVOD_",
+    "ACCELERATE_", "FSDP_", "DEEPSPEED_", "DS_", "DLTS_", "AZ_BATCH", "AZUREML_", "CONVOY_LAUNCHER",
+    "CONVOY_STORE", "CONVOY_RUN_ID",
 )  # fmt: skip
 _LAUNCHER_NAMES = frozenset(
     {
-        "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME",
-        "ROLE_WORLD_SIZE", "NODE_RANK", "GLOBAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "NNODES", "NPROC_PER_NODE",
-        "MASTER_ADDR", "MASTER_PORT", "USE_LIBUV", "JOB_COMPLETION_INDEX", "GLOO_SOCKET_IFNAME", "GLOO_DEVICE_TRANSPORT",
-        "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY", "NCCL_COMM_ID", "NCCL_HOSTID", "UCX_NET_DEVICES",
-        "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONOPTIMIZE",
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
+        "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "NODE_RANK", "GLOBAL_RANK", "LOCAL_SIZE",
+        "CROSS_RANK", "CROSS_SIZE", "NNODES", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT",
+        "USE_LIBUV", "JOB_COMPLETION_INDEX", "GLOO_SOCKET_IFNAME", "GLOO_DEVICE_TRANSPORT",
+        "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY", "NCCL_COMM_ID",
+        "NCCL_HOSTID", "UCX_NET_DEVICES", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONOPTIMIZE",
     }
 )  # fmt: skip
 _REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -139,17 +141,14 @@ def check_single_node(environment: Mapping[str, str] = os.environ) -> None:
     if described:
         raise UserError(
             f"{described}: this environment describes several nodes or tasks, but no rendezvous "
-            "that Convoy understands "
-            "(PET_RDZV_ENDPOINT, as the training-operator sets it for a job with an "
-            "elasticPolicy); each would train alone. "
-            "Start one `convoy train --procs N` per machine, submit the job with `convoy "
-            "submit`, or unset these variables"
+            "that Convoy supports (PET_RDZV_ENDPOINT, as the training-operator sets it for a job "
+            "with an elasticPolicy); each would train alone. Start one `convoy train --procs N` "
+            "per machine, submit the job with `convoy submit`, or unset these variables"
         )
     if "TORCHELASTIC_RUN_ID" in environment and started_by_torchrun():
         raise UserError(
             "torchrun started this launcher, once per rank; start the ranks with `convoy train "
-            "--procs N`, "
-            "or run `torchrun -m trainer RECIPE`"
+            "--procs N`, or run `torchrun -m trainer RECIPE`"
         )
 
 
@@ -162,7 +161,7 @@ def check_working_directory() -> None:
         os.getcwd()
     except OSError:
         raise UserError(
-            "the working directory does not exist any more; change to one that does"
+            "the working directory was deleted; change to an existing directory"
         ) from None
 
 
@@ -231,8 +230,8 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 def _is_remote(address: str) -> bool:
     """Returns whether ``address`` is neither loopback nor this machine's name."""
-    own = socket.gethostname()
-    if address.strip() in ("", own, own.partition(".")[0]):
+    host = socket.gethostname()
+    if address.strip() in ("", host, host.partition(".")[0]):
         return False
     return not is_loopback(address)
 
@@ -251,9 +250,8 @@ def check_rank_environment(environment: Mapping[str, str] = os.environ) -> tuple
         if values.items() - {("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")}:
             raise UserError(
                 f"{', '.join(f'{name}={value}' for name, value in values.items())}: set, but "
-                "torchrun did not start this "
-                "process; unset these variables, or start ranks with `convoy train --procs N` "
-                "or `torchrun -m trainer RECIPE`"
+                "torchrun did not start this process; unset these variables, or start ranks with "
+                "`convoy train --procs N` or `torchrun -m trainer RECIPE`"
             )
         return 0, 1, 0
     missing = [name for name in _REQUIRED if name not in environment]
@@ -264,13 +262,14 @@ def check_rank_environment(environment: Mapping[str, str] = os.environ) -> tuple
         )
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not re.fullmatch(r"\d{1,9}", environment[name].strip()):
-            raise UserError(f"{name}={environment[name]!r}: is not a number")
+            raise UserError(f"{name}: {environment[name]!r} is not a number")
     rank, world_size, local_rank = (
         int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     )
     if not local_rank <= rank < world_size:
         raise UserError(
-            f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size}: contradict each other"
+            f"RANK={rank}, LOCAL_RANK={local_rank}, WORLD_SIZE={world_size}: inconsistent; "
+            "LOCAL_RANK <= RANK < WORLD_SIZE must hold"
         )
     return rank, world_size, local_rank
 

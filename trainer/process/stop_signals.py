@@ -42,7 +42,7 @@ class StopSignals:
             if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
         threading.Thread(
-            target=self._end_if_stuck, args=(reader,), name="stop-signals", daemon=True
+            target=self._exit_if_stuck, args=(reader,), name="stop-signals", daemon=True
         ).start()
 
     def defer(self, action: Callable[[int], None] = lambda number: None) -> None:
@@ -69,15 +69,15 @@ class StopSignals:
         elif number == signal.SIGINT and now - self._first_time >= _FORCE_SECONDS:
             self.forced = True
 
-    def _end_if_stuck(self, reader: int) -> None:
+    def _exit_if_stuck(self, reader: int) -> None:
         while True:
             number = os.read(reader, 1)[0]
             if number not in STOP_SIGNALS:
                 continue
-            came = time.monotonic()
+            received_at = time.monotonic()
             while self._action is _terminate:
                 time.sleep(0.1)
-                if time.monotonic() - came >= (
+                if time.monotonic() - received_at >= (
                     _STUCK_SECONDS if self.received is None else _UNWIND_SECONDS
                 ):
                     os._exit(128 + number)

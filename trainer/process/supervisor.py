@@ -49,7 +49,7 @@ def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: Stop
     try:
         _start(ranks, procs, arguments, run_id_file)
         with _suspended_together(ranks):
-            asked = _watch(ranks, unfinished, signals)
+            stopped = _watch(ranks, unfinished, signals)
     finally:
         for process in ranks:
             if process.returncode is None:
@@ -61,13 +61,13 @@ def run_ranks(procs: int, arguments: list[str], run_id_file: Path, signals: Stop
     for rank, code in enumerate(codes):
         if ranks[rank].returncode == 0 and code and signals.received is None:
             print(
-                f"convoy: rank {rank} ended with exit code 0, but before its work was done",
+                f"convoy: rank {rank} exited with code 0 before training was complete",
                 file=sys.stderr,
                 flush=True,
             )
-        if code < 0 and rank not in asked and signals.received is None:
+        if code < 0 and rank not in stopped and signals.received is None:
             name = signal.Signals(-code).name
-            hint = "; the kernel does that when memory runs out" if code == -signal.SIGKILL else ""
+            hint = "; the host may be out of memory" if code == -signal.SIGKILL else ""
             print(f"convoy: rank {rank} was killed by {name}{hint}", file=sys.stderr, flush=True)
     return exit_code(codes, signals.received)
 
@@ -157,8 +157,8 @@ def _watch(
 
     Ranks that lose a peer get a moment to report it and exit by themselves.
     """
-    asked: set[int] = set()
-    ask_at = give_up = math.inf
+    stopped: set[int] = set()
+    terminate_at = kill_at = math.inf
     while running := [rank for rank, process in enumerate(ranks) if not _has_ended(process)]:
         now = time.monotonic()
         failed = {
@@ -167,23 +167,23 @@ def _watch(
             if (code := unfinished.code_of(rank, process.returncode))
         }
         if signals.received is not None:
-            ask_at = min(ask_at, now)
-            give_up = min(give_up, now + STOP_SECONDS)
+            terminate_at = min(terminate_at, now)
+            kill_at = min(kill_at, now + STOP_SECONDS)
         elif failed:
-            ask_at = min(ask_at, now + _REPORT_SECONDS)
-            give_up = min(
-                give_up, now + (STOP_SECONDS if failed == {EXIT_PREEMPTED} else _LOST_PEER_SECONDS)
+            terminate_at = min(terminate_at, now + _REPORT_SECONDS)
+            kill_at = min(
+                kill_at, now + (STOP_SECONDS if failed == {EXIT_PREEMPTED} else _LOST_PEER_SECONDS)
             )
         for rank in running:
-            if signals.forced or now >= give_up:
-                asked.add(rank)
+            if signals.forced or now >= kill_at:
+                stopped.add(rank)
                 _kill_group(ranks[rank])
-            elif now >= ask_at and rank not in asked:
-                asked.add(rank)
+            elif now >= terminate_at and rank not in stopped:
+                stopped.add(rank)
                 with suppress(ProcessLookupError):
                     ranks[rank].terminate()
         time.sleep(_POLL_SECONDS)
-    return asked
+    return stopped
 
 
 def _has_ended(process: "subprocess.Popen[bytes]") -> bool:

@@ -84,10 +84,9 @@ def take_from_uri(uri: str, where: str) -> str:
     if redact_credentials(clean) != clean or _may_hold_password(clean, kind):
         names = _DATABASE if kind in _POSTGRESQL else _SERVER
         raise UserError(
-            f"{where}: holds credentials that cannot be read; write http://USER:PASSWORD@HOST "
-            "and percent-encode the special "
-            "characters of both (@ is %40, / is %2F, # is %23, ? is %3F), or set "
-            f"{' and '.join(names)}"
+            f"{where}: contains credentials that cannot be parsed; write "
+            "http://USER:PASSWORD@HOST and percent-encode the special characters of both (@ is "
+            f"%40, / is %2F, # is %23, ? is %3F), or set {' and '.join(names)}"
         )
     if not at:
         return uri
@@ -141,11 +140,10 @@ def refuse_credentials(texts: Mapping[str, str]) -> None:
     Used for text that becomes part of a manifest.
     """
     faults = [
-        f"{name}: holds credentials, which a manifest would show to everybody; put "
-        "MLFLOW_TRACKING_USERNAME and "
-        "MLFLOW_TRACKING_PASSWORD (or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) into the "
-        "Secret that --mlflow-secret "
-        "(or --object-store-secret) names, and the URL without them here"
+        f"{name}: contains credentials, which a manifest would show to everybody; put "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY) into the Secret named by --mlflow-secret (or "
+        "--object-store-secret), and remove them from the URL"
         for name, text in texts.items()
         if redact_credentials(text) != text
     ]

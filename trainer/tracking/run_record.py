@@ -141,8 +141,8 @@ def _git_commit() -> str | None:
     if shutil.which("git") is None:
         return None
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    return completed.stdout.strip() or None
 
 
 def finalize_run(
@@ -153,38 +153,40 @@ def finalize_run(
     Raises UserError if the registry rejects it permanently, RetryableError if a retry may succeed.
     """
     config = run.config
-    facts: dict[str, Any] = asdict(result) | {"ranks": run.world_size, "name": config.name}
-    facts |= {"mlflow_run_id": tracker.run_id, "run_key": tracker.run_key}
-    facts |= {"train_digest": run.train.digest, "val_digest": run.val.digest if run.val else None}
-    facts["failed_checkpoints"] = failed_checkpoints
+    record: dict[str, Any] = asdict(result) | {"ranks": run.world_size, "name": config.name}
+    record |= {"mlflow_run_id": tracker.run_id, "run_key": tracker.run_key}
+    record |= {"train_digest": run.train.digest, "val_digest": run.val.digest if run.val else None}
+    record["failed_checkpoints"] = failed_checkpoints
     if failed_checkpoints:
         print(
-            f"convoy: the training is finished, but {failed_checkpoints} of its checkpoints "
-            "could not be written (see above)",
+            f"convoy: training finished, but {failed_checkpoints} checkpoints could not be written "
+            "(see above)",
             file=sys.stderr,
             flush=True,
         )
     path = config.output_dir / "result.json"
-    write_file(path, json.dumps(facts, indent=1) + "\n")
+    write_file(path, json.dumps(record, indent=1) + "\n")
     if not config.tracking.register_as:
         return
     try:
-        facts |= _register(run, result, tracker.run_id)
+        record |= _register(run, result, tracker.run_id)
     except (RetryableError, UserError) as error:
         name = config.tracking.register_as
         raise type(error)(
             f"{error}; the weights are in {config.output_dir}; register them with: convoy "
             f"register {config.output_dir} {name}"
         ) from None
-    write_file(path, json.dumps(facts, indent=1) + "\n")
+    write_file(path, json.dumps(record, indent=1) + "\n")
 
 
 def _register(run: RunPlan, result: TrainState, run_id: str | None) -> dict[str, str]:
     config, uri = run.config, tracking_uri(run.config)
     name = str(config.tracking.register_as)
     if uri is None or run_id is None:
-        where = redact_credentials(str(uri))
-        raise RetryableError(f"MLflow at {where} was not there, so {name} has no new version")
+        server = redact_credentials(str(uri))
+        raise RetryableError(
+            f"MLflow at {server} was unreachable, so no new version of {name} was registered"
+        )
     index, store = (
         (run.val, run.val_store) if run.val and run.val_store else (run.train, run.train_store)
     )
@@ -220,8 +222,8 @@ class SampleKeyLogger:
         if self._file is None:
             name = f"from-{step}-rank-{self._rank}-of-{self._world_size}.jsonl"
             self._file = AppendLog(self._folder / name, append=False)
-        epoch, place = divmod(step, self._steps_per_epoch)
-        self._file.write(json.dumps({"epoch": epoch, "step": place, "keys": keys}))
+        epoch, epoch_step = divmod(step, self._steps_per_epoch)
+        self._file.write(json.dumps({"epoch": epoch, "step": epoch_step, "keys": keys}))
 
     def close(self) -> None:
         if self._file is not None:

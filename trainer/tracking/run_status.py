@@ -19,23 +19,23 @@ from trainer.tracking.spool.spool import append_finish
 class UnfinishedRun:
     """The ID of a run that has not ended, stored in the launcher's file; only by rank 0.
 
-    Call ``note`` with the run's ID as soon as the server has returned it, and ``clear`` when the
-    run has ended.
+    Call ``set_run_id`` with the run's ID as soon as the server has returned it, and ``clear`` when
+    the run has ended.
     """
 
-    def __init__(self, is_first: bool) -> None:
+    def __init__(self, is_rank_zero: bool) -> None:
         name = os.environ.get(RUN_ID_FILE)
-        self._path = Path(name) if name and is_first else None
-        self._noted = False
+        self._path = Path(name) if name and is_rank_zero else None
+        self._is_set = False
 
-    def note(self, run_id: str | None) -> None:
-        if run_id is not None and not self._noted and self._path is not None:
-            self._noted = True
+    def set_run_id(self, run_id: str | None) -> None:
+        if run_id is not None and not self._is_set and self._path is not None:
+            self._is_set = True
             with suppress(OSError):  # the launcher that would read it has exited
                 self._path.write_text(run_id, encoding="utf-8")
 
     def clear(self) -> None:
-        self._noted = True
+        self._is_set = True
         if self._path is not None:
             with suppress(OSError):  # the launcher will see that the run has ended
                 self._path.unlink(missing_ok=True)
@@ -52,7 +52,10 @@ def end_unfinished_run(run_id_file: Path, uri: str | None, spool: Path, status: 
         run_id = run_id_file.read_text(encoding="utf-8")
     except OSError:
         return
-    with suppress(LockHeld), exclusive(str(spool.parent), "convoy train", "the run goes on there"):
+    with (
+        suppress(LockHeld),
+        exclusive(str(spool.parent), "convoy train", "the run continues there"),
+    ):
         _end_run(run_id, uri, spool, status)
 
 
@@ -70,5 +73,5 @@ def _end_run(run_id: str, uri: str | None, spool: Path, status: str) -> None:
     except Exception as error:  # any error: the run's exit code matters more
         reason = redact_credentials(" ".join(str(error).split())[:200])
         outcome = f"MLflow run {run_id} could not be set to {status} ({reason})"
-    rest = f"; send what it did not receive with: convoy sync {spool}" if spool.exists() else ""
+    rest = f"; send the remaining entries with: convoy sync {spool}" if spool.exists() else ""
     print(f"convoy: {outcome}{rest}", file=sys.stderr, flush=True)

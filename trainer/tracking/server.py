@@ -81,21 +81,23 @@ def validate_tracking_uri(uri: str, key: str = "tracking.uri") -> None:
         if not parts.hostname or port == 0:
             refuse("names no host; use http://HOST:PORT")
         if parts.query or parts.fragment:
-            refuse("has a query or a fragment, which MLflow would put before its own path; drop it")
+            refuse(
+                "has a query or a fragment, which MLflow would put before its own path; remove it"
+            )
     elif database in _DATABASES:
         _validate_database(database, scheme, parts.path, uri, refuse)
     elif scheme in ("", "file"):
         if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
             refuse(
-                "is a folder, which this MLflow no longer takes as a store; use sqlite:///FILE, "
-                "or set MLFLOW_ALLOW_FILE_STORE=true"
+                "is a folder, which this version of MLflow no longer supports as a store; use "
+                "sqlite:///FILE, or set MLFLOW_ALLOW_FILE_STORE=true"
             )
     elif scheme == "databricks":
         return
     elif scheme not in _plugin_schemes():
         refuse(
-            "has a scheme that MLflow does not know; it takes http, https, sqlite, postgresql, "
-            "mysql, mssql and databricks"
+            "has a scheme that MLflow does not know; valid schemes: http, https, sqlite, "
+            "postgresql, mysql, mssql, databricks"
         )
 
 
@@ -126,13 +128,13 @@ def check_registered_name(name: str) -> None:
     """Raises UserError if MLflow's registry would reject the name (mlflow.utils.validation)."""
     if "/" in name or ":" in name:
         raise UserError(
-            f"tracking.register_as: {name!r} is wrong: MLflow allows neither / nor : in the "
-            "name of a registered model"
+            f"tracking.register_as: {name!r} is invalid: MLflow allows neither / nor : in "
+            "the name of a registered model"
         )
     if name == "." or name.startswith(".."):
         raise UserError(
-            f"tracking.register_as: {name!r} is wrong: MLflow does not allow a relative path as "
-            "the name of a model"
+            f"tracking.register_as: {name!r} is invalid: MLflow does not allow a relative "
+            "path as the name of a model"
         )
 
 
@@ -149,7 +151,7 @@ def check_server(uri: str, experiment: str, register_as: str | None) -> Fault | 
     importlib.import_module("mlflow.tracking")
     seconds = _MIGRATION_SECONDS if uri.startswith("sqlite") else _CHECK_SECONDS
 
-    def ask() -> None:
+    def check() -> None:
         try:
             client = connect(uri)
             ensure_experiment(client, experiment)
@@ -161,13 +163,13 @@ def check_server(uri: str, experiment: str, register_as: str | None) -> Fault | 
         except Exception as error:
             outcome.append(classify(error))
 
-    thread = threading.Thread(target=ask, name="mlflow-check", daemon=True)
+    thread = threading.Thread(target=check, name="mlflow-check", daemon=True)
     thread.start()
     thread.join(seconds)
     if register_as:
         check_registered_name(register_as)
     if not outcome:
-        return Fault("unreachable", f"no answer within {seconds:.0f} s")
+        return Fault("unreachable", f"no response within {seconds:.0f} s")
     fault = outcome[0]
     if fault is not None and not fault.may_succeed_later:
         raise UserError(refusal(uri, fault))
@@ -199,12 +201,12 @@ def refusal(uri: str, fault: Fault) -> str:
     if fault.kind == "unauthorized":
         return (
             f"{server} refuses the credentials (HTTP {fault.status}); check "
-            "MLFLOW_TRACKING_USERNAME "
-            "and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, and the user's permissions"
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, and "
+            "the user's permissions"
         )
     if "valid JSON" in fault.reason or fault.status in (404, 405, 501):
         return (
             f"tracking.uri: {redact_credentials(uri)} is not an MLflow server: {fault.reason}; "
-            "check the address, its path and the proxy before it"
+            "check the address, its path and the proxy in front of it"
         )
-    return f"{server} does not take the run: {fault.reason}"
+    return f"{server} rejected the run: {fault.reason}"

@@ -95,7 +95,10 @@ class MlflowTracker:
         attempts = find_attempts(spool, run_key)
         if attempts is None:
             kept = set_aside(spool)
-            _say(f"{spool} was of another run and is now {kept}; send it with: convoy sync {kept}")
+            _print(
+                f"{spool} belongs to another run and was renamed to {kept}; send it with: "
+                f"convoy sync {kept}"
+            )
         # a node's clock may be behind that of the node which wrote the earlier attempts
         attempt = max([now_ms(), *(earlier + 1 for earlier in attempts or ())])
         self._writer = SpoolWriter(spool, self.run_key, attempt)
@@ -111,7 +114,7 @@ class MlflowTracker:
         self._closing = threading.Event()
         self._contact = threading.Event()
         self._reached = False
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
         self._threads = [
             threading.Thread(target=self._send_entries, name="tracking", daemon=True),
             threading.Thread(target=self._send_artifacts, name="tracking-artifacts", daemon=True),
@@ -167,9 +170,9 @@ class MlflowTracker:
             self._spool.unlink(missing_ok=True)
             self._record.remove()
         else:
-            _say(
-                f"{self._spool} keeps what MLflow at {self._server} did not accept; send it "
-                f"with: convoy sync {self._spool}"
+            _print(
+                f"{self._spool} contains entries that MLflow at {self._server} has not accepted; "
+                f"send them with: convoy sync {self._spool}"
             )
         self._report_losses()
         self._writer.close()
@@ -190,12 +193,12 @@ class MlflowTracker:
     def _report_losses(self) -> None:
         if rejected := self._rejected.added:
             path = self._rejected.path
-            _say(
+            _print(
                 f"MLflow rejected {len(rejected)} entries: {self._rejected.summary()}; they are in "
-                f"{path}; when the cause is removed, send them with: convoy sync {path}"
+                f"{path}; after fixing the cause, send them with: convoy sync {path}"
             )
         if lost := self._writer.lost + self._writer.unwritten:
-            _say(f"{lost} entries for MLflow are lost: {self._spool}: {self._writer.error}")
+            _print(f"{lost} entries for MLflow are lost: {self._spool}: {self._writer.error}")
 
     # --- threads ------------------------------------------------------------------------------
 
@@ -255,7 +258,7 @@ class MlflowTracker:
             self._failed(stop.fault)
         except Exception as error:  # any error: training continues
             if isinstance(error, OSError) and error.filename:  # local, not from the server
-                self._say_once(
+                self._print_once(
                     str(error.filename), f"{error.filename}: {error.strerror}; training continues"
                 )
             else:
@@ -269,16 +272,16 @@ class MlflowTracker:
             text = f"MLflow at {self._server} cannot be reached ({fault.reason})"
         else:
             text = refusal(self._uri, fault)
-        self._say_once(
+        self._print_once(
             fault.kind, f"{text}; training continues and metrics are kept in {self._spool}"
         )
         self._contact.set()
 
-    def _say_once(self, kind: str, text: str) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
-            _say(text)
+    def _print_once(self, kind: str, text: str) -> None:
+        if kind not in self._printed:
+            self._printed.add(kind)
+            _print(text)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"convoy: {text}", file=sys.stderr, flush=True)

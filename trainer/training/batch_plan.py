@@ -36,8 +36,8 @@ def plan_batches(global_size: int, micro_size: int | None, ranks: int, samples: 
         )
     if global_size % ranks:
         raise UserError(
-            f"batch.global_size: {global_size} does not divide by {ranks} ranks; nearest that "
-            f"do: {_nearest(global_size, ranks)}"
+            f"batch.global_size: {global_size} is not divisible by {ranks} ranks; nearest valid "
+            f"sizes: {_nearest(global_size, ranks)}"
         )
     share = global_size // ranks
     micro = share if micro_size is None else micro_size
@@ -50,9 +50,9 @@ def plan_batches(global_size: int, micro_size: int | None, ranks: int, samples: 
         )
         sizes = " or ".join(map(str, sorted({below, above})))
         raise UserError(
-            f"batch.micro_size: {micro} does not divide the {share} samples of a rank "
-            f"({global_size} / {ranks} ranks); "
-            f"nearest that do: {sizes}; or batch.global_size {_nearest(global_size, micro * ranks)}"
+            f"batch.micro_size: {micro} does not divide the {share} samples per rank "
+            f"({global_size} / {ranks} ranks); nearest valid sizes: {sizes}; or use "
+            f"batch.global_size {_nearest(global_size, micro * ranks)}"
         )
     return BatchPlan(global_size, micro, ranks, share // micro)
 

@@ -38,8 +38,8 @@ from trainer.locks.run_lock import LockLost
 MANIFEST = "checkpoint.json"
 _FORMAT = 2
 _MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-_SHOWN = 5
-"""Number of differing recipe keys that the error lists."""
+_MAX_LISTED_KEYS = 5
+"""Number of differing recipe keys that an error lists."""
 
 
 class CorruptCheckpoint(Exception):
@@ -80,28 +80,28 @@ def resume_or_start(
     All ranks must take part. Raises UserError on every rank, reported by rank 0, if the URL is not
     writable or the checkpoint belongs to a different recipe.
     """
-    kept = read = None
+    manager = loaded = None
 
-    def look() -> tuple[Checkpoint | None, list[str]]:
-        nonlocal kept, read
-        kept = CheckpointManager(url, keep, check_lock)
+    def load_newest() -> tuple[Checkpoint | None, list[str]]:
+        nonlocal manager, loaded
+        manager = CheckpointManager(url, keep, check_lock)
         if not resume:
             # existing checkpoints are deleted later, by ``clear``, when no check can fail any more
             return None, []
-        notes: list[str] = []
-        read = kept.load_latest(fingerprint, notes.append)
-        if read is None:
-            return None, notes
-        notes.append(f"goes on from {url}/{_folder(read.state.step)}")
-        return replace(read, state=replace(read.state, model={}, slots={})), notes
+        messages: list[str] = []
+        loaded = manager.load_latest(fingerprint, messages.append)
+        if loaded is None:
+            return None, messages
+        messages.append(f"resuming from {url}/{_folder(loaded.state.step)}")
+        return replace(loaded, state=replace(loaded.state, model={}, slots={})), messages
 
-    found, notes = broadcast_from_rank0(look)
+    found, messages = broadcast_from_rank0(load_newest)
     if found is not None:
-        own = read.state if read is not None else None
-        model = broadcast_tensors_from_rank0(own.model if own else None, device)
-        slots = broadcast_tensors_from_rank0(own.slots if own else None, device)
+        state = loaded.state if loaded is not None else None
+        model = broadcast_tensors_from_rank0(state.model if state else None, device)
+        slots = broadcast_tensors_from_rank0(state.slots if state else None, device)
         found = replace(found, state=replace(found.state, model=model, slots=slots))
-    return kept, found, notes
+    return manager, found, messages
 
 
 class CheckpointManager:
@@ -123,11 +123,11 @@ class CheckpointManager:
         """Top-1 accuracy by step, for checkpoints that contain it."""
 
     def load_latest(
-        self, fingerprint: Mapping[str, Any], tell: Callable[[str], None]
+        self, fingerprint: Mapping[str, Any], report: Callable[[str], None]
     ) -> Checkpoint | None:
         """Return the newest valid checkpoint, or None if there is none.
 
-        Corrupt or modified checkpoints are skipped and reported to ``tell``. Raises UserError if
+        Corrupt or modified checkpoints are skipped and passed to ``report``. Raises UserError if
         the checkpoint belongs to a different recipe or needs a newer version of Convoy,
         RetryableError if the store cannot be read.
         """
@@ -135,10 +135,10 @@ class CheckpointManager:
         for step in sorted(self._steps(), reverse=True):
             try:
                 manifest = self._manifest(step)
-                self._note(step, manifest)
+                self._record_top1(step, manifest)
                 found = found or self._read(step, manifest)
             except CorruptCheckpoint as error:
-                tell(f"checkpoint {self._name(step)} is passed over: {error}")
+                report(f"skipping checkpoint {self._name(step)}: {error}")
         if found is not None:
             self.newest = found.state.step, self._name(found.state.step)
             _check_streams_version(self._name(found.state.step), found.streams_version)
@@ -159,7 +159,7 @@ class CheckpointManager:
         """
         self.wait()
         state = checkpoint.state
-        model, slots = _copied(state.model), _copied(state.slots)
+        model, slots = _copy_to_cpu(state.model), _copy_to_cpu(state.slots)
         self._writer = threading.Thread(
             target=self._write, args=(checkpoint, model, slots), name="checkpoint"
         )
@@ -200,7 +200,7 @@ class CheckpointManager:
             )
             self.failures_in_a_row = 0
             self.newest = step, self._name(step)
-            self._note(step, manifest)
+            self._record_top1(step, manifest)
             self._prune(step)
         except LockLost:
             return  # the training loop ends with the same error
@@ -208,7 +208,7 @@ class CheckpointManager:
             self.failures += 1
             self.failures_in_a_row += 1
             print(
-                f"convoy: no checkpoint of step {step}, training goes on: "
+                f"convoy: the checkpoint of step {step} could not be written, training continues: "
                 f"{error}{self._space(model, slots)}",
                 file=sys.stderr,
                 flush=True,
@@ -263,7 +263,7 @@ class CheckpointManager:
     def _name(self, step: int) -> str:
         return f"{self._store.url}/{_folder(step)}"
 
-    def _note(self, step: int, manifest: Mapping[str, Any]) -> None:
+    def _record_top1(self, step: int, manifest: Mapping[str, Any]) -> None:
         result = manifest["result"]
         if result.get("top1") is not None and result.get("evaluated_step") == step:
             self._top1[step] = result["top1"]
@@ -274,7 +274,7 @@ class CheckpointManager:
             manifest = json.loads(content)
             if manifest["format"] not in (1, _FORMAT) or manifest["step"] != step:
                 raise CorruptCheckpoint(
-                    f"{MANIFEST} is of format {manifest['format']} and step {manifest['step']}"
+                    f"{MANIFEST} has format {manifest['format']} and step {manifest['step']}"
                 )
             if manifest["format"] == 1:  # written before version 0.2
                 manifest["config_fingerprint"] = manifest.pop("course")
@@ -287,7 +287,7 @@ class CheckpointManager:
                 "config_fingerprint",
                 "files",
             } <= set(manifest):
-                raise CorruptCheckpoint(f"{MANIFEST} lacks keys")
+                raise CorruptCheckpoint(f"keys are missing in {MANIFEST}")
         except (ValueError, KeyError, TypeError):
             raise CorruptCheckpoint(f"{MANIFEST} cannot be read") from None
         else:
@@ -296,18 +296,18 @@ class CheckpointManager:
     def _read(self, step: int, manifest: Mapping[str, Any]) -> Checkpoint:
         tensors = []
         for name in (_MODEL, _OPTIMIZER):
-            content, stated = (
+            content, expected = (
                 self._store.read_small(f"{_folder(step)}/{name}"),
                 manifest["files"].get(name, {}),
             )
             if content is None:
                 raise CorruptCheckpoint(f"{name} is missing")
-            if len(content) != stated.get("bytes"):
+            if len(content) != expected.get("bytes"):
                 raise CorruptCheckpoint(
-                    f"{name} has {len(content):,} bytes instead of {stated.get('bytes'):,}"
+                    f"{name} has {len(content):,} bytes instead of {expected.get('bytes'):,}"
                 )
-            if hashlib.sha256(content).hexdigest() != stated.get("sha256"):
-                raise CorruptCheckpoint(f"{name} has another SHA-256 than {MANIFEST} says")
+            if hashlib.sha256(content).hexdigest() != expected.get("sha256"):
+                raise CorruptCheckpoint(f"the SHA-256 of {name} differs from that in {MANIFEST}")
             try:
                 tensors.append(load(content))
             except SafetensorError as error:
@@ -328,7 +328,7 @@ def _folder(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return contiguous copies on the CPU, which further training does not modify."""
     plain = torch.contiguous_format
     return {
@@ -357,13 +357,13 @@ def _check_fingerprint(name: str, theirs: Mapping[str, Any], ours: Mapping[str, 
     theirs, ours = {**defaults, **theirs}, {**defaults, **ours}
     differing = [key for key in defaults if theirs[key] != ours[key]]
     if differing:
-        told = [
-            f"{key} is {theirs[key]!r} there and {ours[key]!r} here"
-            for key in differing[:_SHOWN]
+        listed = [
+            f"{key} is {theirs[key]!r} in the checkpoint and {ours[key]!r} in the recipe"
+            for key in differing[:_MAX_LISTED_KEYS]
         ]
-        more = f", and {len(differing) - _SHOWN} keys more" if len(differing) > _SHOWN else ""
+        if (more := len(differing) - _MAX_LISTED_KEYS) > 0:
+            listed.append(f"and {more} more keys")
         raise UserError(
-            f"checkpoint {name} is of another recipe: {', '.join(told)}{more}; use another "
-            "checkpoint.url, or begin anew with "
-            "checkpoint.resume=never"
+            f"checkpoint {name} belongs to a different recipe: {', '.join(listed)}; use another "
+            "checkpoint.url, or set checkpoint.resume=never to start over"
         )

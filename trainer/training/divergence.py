@@ -1,6 +1,7 @@
 """Detects a training that diverged: losses or gradients that are NaN or Inf.
 
-An fp16 overflow that the loss scale can mend is no divergence: the step is skipped and counted.
+An fp16 overflow that a smaller loss scale can fix is not a divergence: the step is skipped and
+counted.
 """
 
 import math
@@ -14,7 +15,10 @@ _KEYS_SHOWN = 16
 
 
 class DivergenceDetector:
-    """``max_skipped_steps`` is the number of consecutive fp16 overflows that ends the run."""
+    """Raises Diverged when a loss or gradients are NaN or Inf.
+
+    ``max_skipped_steps`` is the number of consecutive fp16 overflows that ends the run.
+    """
 
     def __init__(self, max_skipped_steps: int) -> None:
         self._max_skipped_steps = max_skipped_steps
@@ -32,18 +36,18 @@ class DivergenceDetector:
         self._skipped_in_a_row += 1
         if loss_scale is None:
             raise Diverged(
-                f"step {step}: its gradients are no numbers: {_ADVICE}; its samples: "
+                f"step {step}: gradients are NaN or Inf: {_ADVICE}; its samples: "
                 f"{_sample_keys(output)}"
             )
         if self._skipped_in_a_row >= self._max_skipped_steps:
             raise Diverged(
-                f"step {step}: the gradients overflowed fp16 {self._skipped_in_a_row} times in a row, "
-                f"at last at a loss scale of {loss_scale}; lower optimizer.base_lr or use precision "
-                f"bf16; its samples: {_sample_keys(output)}"
+                f"step {step}: the gradients overflowed fp16 {self._skipped_in_a_row} times in a "
+                f"row, the last time at loss scale {loss_scale}; lower optimizer.base_lr or use "
+                f"precision bf16; its samples: {_sample_keys(output)}"
             )
 
     def check_loss(self, step: int, loss: float, output: StepOutput) -> None:
-        """Raises Diverged if the loss of a step that was not skipped is NaN or Inf."""
+        """Raise Diverged if the loss of a step that was not skipped is NaN or Inf."""
         if not math.isfinite(loss) and not output.skipped:
             raise Diverged(
                 f"the loss of step {step} is {loss}: {_ADVICE}; its samples: {_sample_keys(output)}"

@@ -40,16 +40,15 @@ def learning_rate_schedule(
     if warmup >= total_steps > 0 and warmup > 0:
         raise UserError(
             f"schedule.warmup_epochs: {schedule.warmup_epochs} epochs are {warmup} steps, but "
-            f"the run has {total_steps}; "
-            f"use less than {total_steps / steps_per_epoch:.3g}"
+            f"the run has {total_steps}; use less than {total_steps / steps_per_epoch:.3g}"
         )
     low = schedule.warmup_lr
     if low is None:
         low = 0.0 if schedule.warmup == "gradual" else min(optimizer.base_lr, peak)
     if warmup and low > peak:
         raise UserError(
-            f"schedule.warmup_lr: {low} is above the peak of {peak:.6g}, to which warmup should "
-            "climb"
+            f"schedule.warmup_lr: {low} is above the peak learning rate of {peak:.6g}; use at most "
+            "the peak"
         )
     drops = [round(epoch * steps_per_epoch) for epoch in schedule.milestones]
 

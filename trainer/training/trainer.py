@@ -96,7 +96,9 @@ class Trainer:
         if self._was_stopped_before_evaluation():
             self._end_epoch()
         elif self.state.steps >= self.plan.stop_step:
-            self.progress.note("nothing is left to train; checkpoint.resume=never begins anew")
+            self.progress.note(
+                "already trained to the last step; set checkpoint.resume=never to start over"
+            )
             self._update_eval_model()
         while self.state.steps < self.plan.stop_step:
             # a loader that is not exhausted keeps its threads until it is closed
@@ -119,7 +121,7 @@ class Trainer:
             if saves:
                 self._save_checkpoint()
             if preempted:
-                self.progress.note(f"told to stop: checkpoint of step {self.state.steps:,}")
+                self.progress.note(f"stop signal received: checkpoint of step {self.state.steps:,}")
                 raise Preempted
             if epoch_ended:
                 return
@@ -164,11 +166,13 @@ class Trainer:
             )
         except Preempted:
             self._save_checkpoint()  # the run that resumes from it evaluates first
-            self.progress.note(f"told to stop: checkpoint of step {state.steps:,}, not evaluated")
+            self.progress.note(
+                f"stop signal received: checkpoint of step {state.steps:,}, not evaluated"
+            )
             raise
         if self._skips_bad_samples:
             for line in all_gather_list(bad):
-                self.progress.note(f"not evaluated: {line}")
+                self.progress.note(f"bad sample excluded from evaluation: {line}")
         epoch = math.ceil(state.steps / self.plan.steps_per_epoch)
         self.tracker.log_metrics(
             {"top1": state.top1, "top5": state.top5, "epoch": epoch}, state.steps
@@ -283,13 +287,13 @@ class Trainer:
         Raises CollectiveUserError if there are more than ``data.max_bad_samples``.
         """
         for line in dict.fromkeys(all_gather_list(self._meter.take_bad_samples())):
-            self.progress.note(f"a bad sample counts for nothing: {line}")
+            self.progress.note(f"bad sample skipped: {line}")
             self.state.bad_samples += 1
         limit = self.plan.config.data.max_bad_samples
         if self.state.bad_samples > limit:
             raise CollectiveUserError(
                 f"data.max_bad_samples: {self.state.bad_samples} samples could not be decoded "
-                f"up to step {self.state.steps:,}, "
-                f"more than {limit}; `convoy verify` names them all"
+                f"up to step {self.state.steps:,}, more than {limit}; `convoy verify` lists all of "
+                "them"
             )
         return self.state.bad_samples

@@ -43,6 +43,6 @@ class Watchdog:
             if silent >= self._seconds:
                 faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
                 message = f"convoy: rank {self._rank}: no step for {silent / 60:.1f} minutes"
-                message += " (train.hang_minutes); its threads are above"
+                message += " (train.hang_minutes); the stacks of its threads are above"
                 print(message, file=sys.stderr, flush=True)
                 os._exit(EXIT_RETRY)

@@ -64,7 +64,7 @@ def test_client_dry_run_needs_no_cluster(
 ) -> None:
     assert "valid" in convoy_ok(*SUBMIT, "--dry-run", "client", env=unreachable)
     job = ("submit", "resnet50", "--nodes", 3, "--gpus-per-node", 1)
-    assert "does not divide by 3 ranks" in convoy_refuses(
+    assert "is not divisible by 3 ranks" in convoy_refuses(
         *job, "--dry-run", "client", env=unreachable
     )
     assert "neither client nor server" in convoy_refuses(

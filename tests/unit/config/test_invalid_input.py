@@ -1,6 +1,4 @@
-"""The user's mistakes, through the real commands: one clear line, exit code 2, nothing
-half-written.
-"""
+"""User errors through the real commands: one line on stderr, exit code 2, no partial output."""
 
 import shutil
 import socket
@@ -14,7 +12,7 @@ RECIPE = "digits-resnet8"
 
 @pytest.fixture
 def train(digits: Path, tmp_path: Path) -> list[object]:
-    """A training command that would work."""
+    """A valid training command."""
     return [
         "train",
         RECIPE,
@@ -24,14 +22,14 @@ def train(digits: Path, tmp_path: Path) -> list[object]:
     ]
 
 
-def _one_line(told: str) -> str:
-    lines = told.strip().splitlines()
-    assert len(lines) == 1, told
+def _one_line(stderr: str) -> str:
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1, stderr
     return lines[0]
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         (
             "optimizer.momentun=0.9",
@@ -39,9 +37,9 @@ def _one_line(told: str) -> str:
         ),
         (
             "batch.global_size=many",
-            "batch.global_size: 'many' is wrong: input should be a valid integer",
+            "batch.global_size: 'many' is invalid: input should be a valid integer",
         ),
-        ("batch.global_size=63", "batch.micro_size: 16 does not divide the 63 samples of a rank"),
+        ("batch.global_size=63", "batch.micro_size: 16 does not divide the 63 samples per rank"),
         ("batch.global_size=1200", "batch.global_size: 1200 is more than the 600 samples"),
         ("model.name=resnet9", "model.name: there is no model 'resnet9'; nearest: resnet"),
         (
@@ -57,31 +55,31 @@ def _one_line(told: str) -> str:
         ("tracking.register_as=name", "tracking.register_as: needs a server"),
     ],
 )
-def test_a_wrong_recipe(
-    convoy_refuses: Run, train: list[object], tmp_path: Path, override: str, told: str
+def test_invalid_override_is_one_line_and_writes_nothing(
+    convoy_refuses: Run, train: list[object], tmp_path: Path, override: str, message: str
 ) -> None:
-    assert told in _one_line(convoy_refuses(*train, override))
+    assert message in _one_line(convoy_refuses(*train, override))
     assert not (tmp_path / "out").exists()
 
 
-def test_several_faults_are_all_told(convoy_refuses: Run, train: list[object]) -> None:
-    told = convoy_refuses(
+def test_all_errors_of_a_recipe_are_reported(convoy_refuses: Run, train: list[object]) -> None:
+    stderr = convoy_refuses(
         *train, "optimizer.momentun=0.9", "batch.global_size=many", "train.epoch=3"
     )
-    assert len(told.strip().splitlines()) == 3
-    assert "did you mean train.epochs?" in told
+    assert len(stderr.strip().splitlines()) == 3
+    assert "did you mean train.epochs?" in stderr
 
 
-def test_layers_are_not_compiled_without_a_compiler(
+def test_compile_without_a_compiler_is_rejected(convoy_refuses: Run, train: list[object]) -> None:
+    line = _one_line(convoy_refuses(*train, "train.compile=true", env={"CXX": "g++-none"}))
+    assert "train.compile: needs a C++ compiler, but g++-none was not found" in line
+
+
+def test_invalid_number_of_ranks_is_rejected_with_valid_batch_sizes(
     convoy_refuses: Run, train: list[object]
 ) -> None:
-    told = _one_line(convoy_refuses(*train, "train.compile=true", env={"CXX": "g++-none"}))
-    assert "train.compile: needs a C++ compiler, but there is no g++-none here" in told
-
-
-def test_ranks_that_do_not_fit(convoy_refuses: Run, train: list[object]) -> None:
     assert (
-        "batch.global_size: 64 does not divide by 3 ranks; nearest that do: 63 or 66"
+        "batch.global_size: 64 is not divisible by 3 ranks; nearest valid sizes: 63 or 66"
         in _one_line(convoy_refuses(*train, "--procs", 3))
     )
     assert "601 ranks are more than the 600 samples" in _one_line(
@@ -89,7 +87,7 @@ def test_ranks_that_do_not_fit(convoy_refuses: Run, train: list[object]) -> None
     )
 
 
-def test_a_prefix_without_an_index(
+def test_data_without_an_index_is_rejected(
     convoy_refuses: Run, train: list[object], digits: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -105,7 +103,7 @@ def test_a_prefix_without_an_index(
 
 
 @pytest.mark.parametrize("procs", [1, 2])
-def test_shards_that_are_missing_or_of_another_size(
+def test_missing_and_resized_shards_are_named(
     convoy_refuses: Run, train: list[object], digits: Path, tmp_path: Path, procs: int
 ) -> None:
     copy = tmp_path / "copy"
@@ -113,24 +111,26 @@ def test_shards_that_are_missing_or_of_another_size(
     (copy / "train-000001.tar").unlink()
     with (copy / "train-000002.tar").open("ab") as file:
         file.write(b"more")
-    told = convoy_refuses(*train, f"data.train={copy}", "--procs", procs)
-    assert len(told.strip().splitlines()) == 2
-    assert "train-000001.tar: is in the index but missing" in told
-    assert "train-000002.tar: has" in told
+    stderr = convoy_refuses(*train, f"data.train={copy}", "--procs", procs)
+    assert len(stderr.strip().splitlines()) == 2
+    assert "train-000001.tar: is in the index but missing" in stderr
+    assert "train-000002.tar: has" in stderr
 
 
-def test_an_object_store_that_is_not_there(convoy_refuses: Run, train: list[object]) -> None:
-    with socket.socket() as taken:  # bound but not listening: every connection is refused
-        taken.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+def test_unreachable_object_store_is_one_line_with_its_address(
+    convoy_refuses: Run, train: list[object]
+) -> None:
+    with socket.socket() as bound:  # bound but not listening: every connection is refused
+        bound.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{bound.getsockname()[1]}"
         env = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
         for command in (["verify", "s3://convoy/x"], [*train, "data.train=s3://convoy/x"]):
-            told = _one_line(convoy_refuses(*command, env=env))
-            assert "cannot be reached" in told
-            assert address in told
+            line = _one_line(convoy_refuses(*command, env=env))
+            assert "cannot be reached" in line
+            assert address in line
 
 
-def test_a_bucket_that_is_forbidden_or_not_there(
+def test_forbidden_or_missing_bucket_is_rejected(
     convoy_refuses: Run, train: list[object], jpeg_folder: Path, service_env: dict[str, str]
 ) -> None:
     wrong = service_env | {"AWS_SECRET_ACCESS_KEY": "wrong"}
@@ -146,19 +146,19 @@ def test_a_bucket_that_is_forbidden_or_not_there(
         assert url in _one_line(convoy_refuses("verify", url, env=service_env))
 
 
-def test_usage(convoy: Run, convoy_refuses: Run) -> None:
+def test_usage_errors_name_the_option_or_command(convoy: Run, convoy_refuses: Run) -> None:
     assert "No such option: --prcs" in convoy_refuses("train", RECIPE, "--prcs", 2)
     assert "No such command 'trian'" in convoy_refuses("trian")
     assert convoy("--help").returncode == 0
 
 
-def test_models_that_cannot_be_loaded(
+def test_missing_models_and_spools_are_named(
     convoy_refuses: Run, digits: Path, service_env: dict[str, str], tmp_path: Path
 ) -> None:
-    told = _one_line(
+    line = _one_line(
         convoy_refuses("evaluate", "models:/nobody@champion", digits / "val", env=service_env)
     )
-    assert "models:/nobody@champion: cannot be loaded" in told
+    assert "models:/nobody@champion: cannot be loaded" in line
     assert "nobody" in _one_line(convoy_refuses("promote", "nobody", "1", env=service_env))
     assert "must name the MLflow server" in _one_line(convoy_refuses("promote", "nobody", "1"))
     assert (

@@ -1,6 +1,4 @@
-"""Checks before a training, and a disk that fills during it: one line, at once, nothing left
-behind.
-"""
+"""Checks before training, and full disks during training: one line of stderr, no leftover files."""
 
 import resource
 import subprocess
@@ -27,16 +25,16 @@ from trainer.training.checkpoint import Checkpoint, CheckpointManager
 ENDLESS = "train.epochs=2147483647"
 
 
-def _resolved(digits: Path, out: Path, *overrides: str, ranks: int = 1) -> RunPlan:
-    places = [f"data.train={digits}/train", f"data.val={digits}/val", f"train.output_dir={out}"]
+def _plan(digits: Path, out: Path, *overrides: str, ranks: int = 1) -> RunPlan:
+    locations = [f"data.train={digits}/train", f"data.val={digits}/val", f"train.output_dir={out}"]
     return build_run_plan(
-        "digits-resnet8", [*places, "schedule.warmup_epochs=0", *overrides], ranks, False
+        "digits-resnet8", [*locations, "schedule.warmup_epochs=0", *overrides], ranks, False
     )
 
 
-def _refusal(digits: Path, out: Path, *overrides: str, ranks: int = 1) -> str:
+def _rejection(digits: Path, out: Path, *overrides: str, ranks: int = 1) -> str:
     with pytest.raises(UserError) as error:
-        check_run(_resolved(digits, out, *overrides, ranks=ranks), ranks)
+        check_run(_plan(digits, out, *overrides, ranks=ranks), ranks)
     assert not out.exists()
     return str(error.value)
 
@@ -45,7 +43,7 @@ def _refusal(digits: Path, out: Path, *overrides: str, ranks: int = 1) -> str:
     ("name", "side"),
     [("resnet8", 4), ("resnet8", 5), ("resnet18", 17), ("googlenet", 15), ("vgg11_bn", 32)],
 )
-def test_batch_norm_of_one_value_is_refused_exactly_where_torch_refuses_it(
+def test_batch_norm_of_one_value_is_rejected_exactly_if_torch_rejects_it(
     digits: Path, tmp_path: Path, name: str, side: int
 ) -> None:
     torch.manual_seed(0)
@@ -56,38 +54,36 @@ def test_batch_norm_of_one_value_is_refused_exactly_where_torch_refuses_it(
         f"data.image_size={side}",
         "batch.micro_size=1",
     ]
-    refused = ""
+    torch_error = ""
     try:
         model(torch.randn(1, 3, side, side))
     except ValueError as error:
-        refused = str(error)
-    if refused:
-        assert refused.startswith("Expected more than 1 value per channel")
-        assert f"1 sample at data.image_size {side}" in _refusal(
+        torch_error = str(error)
+    if torch_error:
+        assert torch_error.startswith("Expected more than 1 value per channel")
+        assert f"1 sample at data.image_size {side}" in _rejection(
             digits, tmp_path / "out", *settings
         )
     else:
-        check_model(_resolved(digits, tmp_path / "out", *settings))
+        check_model(_plan(digits, tmp_path / "out", *settings))
 
 
-def test_batch_norm_counts_ranks_only_where_it_is_synchronized(
-    digits: Path, tmp_path: Path
-) -> None:
+def test_batch_norm_check_counts_ranks_only_if_synchronized(digits: Path, tmp_path: Path) -> None:
     settings = ["data.image_size=4", "batch.micro_size=1"]
-    assert "one value per channel" in _refusal(digits, tmp_path / "out", *settings, ranks=2)
-    check_model(_resolved(digits, tmp_path, *settings, "train.sync_batch_norm=true", ranks=2))
+    assert "one value per channel" in _rejection(digits, tmp_path / "out", *settings, ranks=2)
+    check_model(_plan(digits, tmp_path, *settings, "train.sync_batch_norm=true", ranks=2))
     stages = ["train.sync_batch_norm=true", "parallel.pipeline_stages=2"]  # one data-parallel rank
-    assert "one value" in _refusal(digits, tmp_path / "out", *settings, *stages, ranks=2)
+    assert "one value" in _rejection(digits, tmp_path / "out", *settings, *stages, ranks=2)
 
 
-def test_the_smallest_side_of_growing_images_is_checked(digits: Path, tmp_path: Path) -> None:
+def test_smallest_size_of_growing_images_is_checked(digits: Path, tmp_path: Path) -> None:
     growing = ["data.image_size=8", "data.grow_until=2", "data.size_step=1", "augment.padding=0"]
-    refusal = _refusal(digits, tmp_path / "out", *growing, "data.initial_size=2")
-    assert "data.initial_size: 2 is too small for resnet8" in refusal
-    refusal = _refusal(
+    rejection = _rejection(digits, tmp_path / "out", *growing, "data.initial_size=2")
+    assert "data.initial_size: 2 is too small for resnet8" in rejection
+    rejection = _rejection(
         digits, tmp_path / "out", *growing, "data.initial_size=4", "batch.micro_size=1"
     )
-    assert "data.initial_size 4" in refusal
+    assert "data.initial_size 4" in rejection
 
 
 @pytest.mark.parametrize(
@@ -104,61 +100,65 @@ def test_the_smallest_side_of_growing_images_is_checked(digits: Path, tmp_path: 
         ["data.image_size=16384", "batch.eval_size=2147483647"],
     ],
 )
-def test_what_cannot_fit_into_memory_is_refused(
+def test_run_that_exceeds_memory_is_rejected(
     digits: Path, tmp_path: Path, settings: list[str]
 ) -> None:
-    assert "memory: the run needs at least" in _refusal(digits, tmp_path / "out", *settings)
+    assert "memory: the run needs at least" in _rejection(digits, tmp_path / "out", *settings)
 
 
 @pytest.mark.parametrize("key", ["train.output_dir", "checkpoint.url", "data.cache_dir"])
 @pytest.mark.parametrize(
-    "place", ["/proc/convoy/x", "file/x", "file", "x" * 300, "dangling/x"], ids=range(5)
+    "output", ["/proc/convoy/x", "file/x", "file", "x" * 300, "dangling/x"], ids=range(5)
 )
-def test_a_place_that_cannot_be_written_is_named(
-    digits: Path, tmp_path: Path, key: str, place: str
+def test_unwritable_output_is_rejected_with_its_key(
+    digits: Path, tmp_path: Path, key: str, output: str
 ) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to("/proc/nowhere")
-    folder = tmp_path / place
-    refusal = _refusal(digits, tmp_path / "out", f"{key}={folder}")
-    assert refusal.startswith(f"{key}: {folder} cannot be written: ")
-    assert len(refusal.splitlines()) == 1
+    folder = tmp_path / output
+    rejection = _rejection(digits, tmp_path / "out", f"{key}={folder}")
+    assert rejection.startswith(f"{key}: {folder} cannot be written: ")
+    assert len(rejection.splitlines()) == 1
 
 
-def test_every_unwritable_place_is_reported_at_once(digits: Path, tmp_path: Path) -> None:
-    refusal = _refusal(digits, tmp_path / "out", "checkpoint.url=/proc/a", "data.cache_dir=/proc/b")
-    assert [line.partition(":")[0] for line in refusal.splitlines()] == [
+def test_all_unwritable_outputs_are_reported_together(digits: Path, tmp_path: Path) -> None:
+    rejection = _rejection(
+        digits, tmp_path / "out", "checkpoint.url=/proc/a", "data.cache_dir=/proc/b"
+    )
+    assert [line.partition(":")[0] for line in rejection.splitlines()] == [
         "checkpoint.url",
         "data.cache_dir",
     ]
 
 
-def test_a_folder_in_the_place_of_a_file_is_refused(digits: Path, tmp_path: Path) -> None:
+def test_folder_with_the_name_of_an_output_file_is_rejected(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "result.json").mkdir()
     with pytest.raises(UserError, match=r"result\.json is a folder"):
-        check_run(_resolved(digits, tmp_path), 1)
+        check_run(_plan(digits, tmp_path), 1)
 
 
-def test_the_checks_leave_nothing_behind(digits: Path, tmp_path: Path) -> None:
-    check_run(_resolved(digits, tmp_path / "a" / "b", f"data.cache_dir={tmp_path}/c"), 1)
+def test_preflight_checks_leave_no_files(digits: Path, tmp_path: Path) -> None:
+    check_run(_plan(digits, tmp_path / "a" / "b", f"data.cache_dir={tmp_path}/c"), 1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checkpoints_that_do_not_fit_are_refused_with_both_sizes(
+def test_checkpoints_larger_than_free_space_are_rejected_with_both_sizes(
     digits: Path, tmp_path: Path
 ) -> None:
-    refusal = _refusal(digits, tmp_path / "out", ENDLESS, "checkpoint.keep=2147483647")
-    assert "MiB needed" in refusal
-    assert "MiB free" in refusal
-    assert "checkpoint.keep=2147483647" in refusal
-    refusal = _refusal(
+    rejection = _rejection(digits, tmp_path / "out", ENDLESS, "checkpoint.keep=2147483647")
+    assert "MiB needed" in rejection
+    assert "MiB free" in rejection
+    assert "checkpoint.keep=2147483647" in rejection
+    rejection = _rejection(
         digits, tmp_path / "out", ENDLESS, "data.log_keys=true", "batch.global_size=512"
     )
-    assert "for data.log_keys" in refusal
+    assert "for data.log_keys" in rejection
 
 
-def test_space_is_needed_for_what_the_run_will_write(digits: Path, tmp_path: Path) -> None:
-    """Against the bytes of real checkpoints, for each optimizer's state."""
+def test_estimated_checkpoint_space_matches_the_optimizer_state(
+    digits: Path, tmp_path: Path
+) -> None:
+    """Compare with the number of state tensors of each optimizer."""
     from trainer.config.preflight import _checkpoint_bytes, _most_checkpoints
 
     for setting, tensors in (
@@ -167,22 +167,20 @@ def test_space_is_needed_for_what_the_run_will_write(digits: Path, tmp_path: Pat
         (["optimizer.name=adamw"], 3),
         (["optimizer.name=lamb", "ema=0.9"], 4),
     ):
-        run = _resolved(digits, tmp_path, *setting)
+        run = _plan(digits, tmp_path, *setting)
         size = check_model(run)
         least = tensors * size.parameters
         assert least <= _checkpoint_bytes(run, size) <= least * 1.05 + 65536
-    assert _most_checkpoints(_resolved(digits, tmp_path, "train.epochs=2")) == 2
-    assert (
-        _most_checkpoints(_resolved(digits, tmp_path, "train.epochs=90", "checkpoint.keep=1")) == 3
-    )
+    assert _most_checkpoints(_plan(digits, tmp_path, "train.epochs=2")) == 2
+    assert _most_checkpoints(_plan(digits, tmp_path, "train.epochs=90", "checkpoint.keep=1")) == 3
     without = ["train.epochs=90", "checkpoint.keep=1", "data.val=null"]
-    assert _most_checkpoints(_resolved(digits, tmp_path, *without)) == 2
+    assert _most_checkpoints(_plan(digits, tmp_path, *without)) == 2
 
 
-def test_checkpoints_that_exist_need_no_more_space(digits: Path, tmp_path: Path) -> None:
+def test_existing_checkpoints_reduce_the_needed_space(digits: Path, tmp_path: Path) -> None:
     from trainer.config.preflight import _needs
 
-    run = _resolved(digits, tmp_path, "train.epochs=2")
+    run = _plan(digits, tmp_path, "train.epochs=2")
     size = check_model(run)
     before = {need.key: need.bytes for need in _needs(run, size, 1)}
     write_file(tmp_path / "checkpoints/step-000000010/model.safetensors", bytes(500_000))
@@ -194,17 +192,19 @@ def test_checkpoints_that_exist_need_no_more_space(digits: Path, tmp_path: Path)
     "setting",
     ["train.output_dir={}/train/x", "checkpoint.url=file://{}/val", "data.cache_dir={}/train"],
 )
-def test_outputs_inside_the_data_are_refused(digits: Path, tmp_path: Path, setting: str) -> None:
+def test_outputs_inside_the_data_are_rejected(digits: Path, tmp_path: Path, setting: str) -> None:
     with pytest.raises(UserError, match="must not change"):
-        _resolved(digits, tmp_path, setting.format(digits))
+        _plan(digits, tmp_path, setting.format(digits))
     remote = ["data.train=s3://b/d/train", "data.val=s3://b/d/val", "checkpoint.url=s3://b/d/val/c"]
     with pytest.raises(UserError, match=r"is inside data\.val"):
         check_config(load_config("digits-resnet8", remote))
-    beside = [*remote[:2], "checkpoint.url=s3://b/d/validation"]
-    check_config(load_config("digits-resnet8", beside))
+    sibling = [*remote[:2], "checkpoint.url=s3://b/d/validation"]
+    check_config(load_config("digits-resnet8", sibling))
 
 
-def test_no_other_spelling_hides_an_output_inside_the_data(digits: Path, tmp_path: Path) -> None:
+def test_other_spellings_of_an_output_inside_the_data_are_rejected(
+    digits: Path, tmp_path: Path
+) -> None:
     (tmp_path / "link").symlink_to(digits)
     settings = (
         "train.output_dir={}/link/train/x",
@@ -213,7 +213,7 @@ def test_no_other_spelling_hides_an_output_inside_the_data(digits: Path, tmp_pat
     )
     for setting in settings:
         with pytest.raises(UserError, match="must not change"):
-            _resolved(digits, tmp_path, setting.format(tmp_path))
+            _plan(digits, tmp_path, setting.format(tmp_path))
     for train, checkpoint in (
         ("S3://b/d", "s3://b/d/c"),
         ("s3://b/d/", "S3://b/d"),
@@ -229,12 +229,12 @@ def test_no_other_spelling_hides_an_output_inside_the_data(digits: Path, tmp_pat
 
 
 def _split(folder: Path, source: Index, classes: list[str], ids: list[str]) -> str:
-    """The index of a split with other class names."""
+    """Write the index of a split with other class names; return its folder."""
     write_file(folder / "index.json", Index.of("val", classes, ids, source.shards).to_json())
     return str(folder)
 
 
-def test_splits_that_name_classes_differently_are_refused(digits: Path, tmp_path: Path) -> None:
+def test_splits_with_different_class_names_are_rejected(digits: Path, tmp_path: Path) -> None:
     index, _ = open_index(f"{digits}/val")
     numbers = [str(number) for number in range(10)]
     names = [f"digit {number}" for number in numbers]
@@ -242,36 +242,36 @@ def test_splits_that_name_classes_differently_are_refused(digits: Path, tmp_path
     swapped = _split(tmp_path / "swapped", index, [*names[:8], names[9], names[8]], numbers)
     unnamed = _split(tmp_path / "unnamed", index, numbers, numbers)
     settings = ["batch.global_size=64", f"data.train={train}"]
-    with pytest.raises(UserError, match=r"class '8' is called 'digit 9' in .* and 'digit 8' in"):
-        _resolved(digits, tmp_path, *settings, f"data.val={swapped}")
-    _resolved(digits, tmp_path, *settings, f"data.val={unnamed}")
+    with pytest.raises(UserError, match=r"class '8' is named 'digit 9' in .* and 'digit 8' in"):
+        _plan(digits, tmp_path, *settings, f"data.val={swapped}")
+    _plan(digits, tmp_path, *settings, f"data.val={unnamed}")
     one = Index.of("train", ["only"], ["only"], index.shards)
     write_file(tmp_path / "one/index.json", one.to_json())
     with pytest.raises(UserError, match="needs 2 classes or more"):
-        _resolved(digits, tmp_path, f"data.train={tmp_path}/one", "data.val=null")
+        _plan(digits, tmp_path, f"data.train={tmp_path}/one", "data.val=null")
 
 
-def test_a_split_without_samples_is_refused(digits: Path, tmp_path: Path) -> None:
+def test_split_without_samples_is_rejected(digits: Path, tmp_path: Path) -> None:
     names = [str(number) for number in range(10)]
     write_file(tmp_path / "empty/index.json", Index.of("val", names, names, []).to_json())
     for key in ("data.val", "data.train"):
         with pytest.raises(UserError, match=r"empty/index\.json: holds no samples"):
-            _resolved(digits, tmp_path, f"{key}={tmp_path}/empty")
+            _plan(digits, tmp_path, f"{key}={tmp_path}/empty")
 
 
-def test_validation_on_the_training_data_is_noted(digits: Path, tmp_path: Path) -> None:
-    run = _resolved(digits, tmp_path, f"data.val={digits}/train")
-    assert any("does not measure generalization" in note for note in check_run(run, 1))
+def test_validation_on_the_training_data_is_reported(digits: Path, tmp_path: Path) -> None:
+    run = _plan(digits, tmp_path, f"data.val={digits}/train")
+    assert any("does not measure generalization" in line for line in check_run(run, 1))
 
 
-def test_huge_batches_are_divided_at_once() -> None:
-    with pytest.raises(UserError, match="nearest that do: 1 or 2147483647"):
+def test_huge_batch_sizes_are_factored_quickly() -> None:
+    with pytest.raises(UserError, match="nearest valid sizes: 1 or 2147483647"):
         plan_batches(2**31 - 1, 3, 1, 2**62)
 
 
 @pytest.fixture
 def small_files() -> Iterator[int]:
-    """A limit on the size of files: a disk fault that needs no privileges; the bytes."""
+    """Limit the file size, in bytes: a disk error that needs no privileges."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -280,7 +280,7 @@ def small_files() -> Iterator[int]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_store_does_not_wait_for_a_disk_fault(tmp_path: Path, small_files: int) -> None:
+def test_disk_error_of_a_store_is_not_retried(tmp_path: Path, small_files: int) -> None:
     store = open_store(str(tmp_path))
     with pytest.raises(
         UserError, match=r"a/b cannot be written: the file is larger than the limit"
@@ -290,7 +290,7 @@ def test_a_store_does_not_wait_for_a_disk_fault(tmp_path: Path, small_files: int
     assert store.counts.retries == 0
 
 
-def test_a_failed_checkpoint_is_counted_and_removed(
+def test_failed_checkpoint_is_counted_and_removed(
     tmp_path: Path, small_files: int, capsys: pytest.CaptureFixture
 ) -> None:
     checkpoints = CheckpointManager(str(tmp_path), 3)
@@ -300,14 +300,14 @@ def test_a_failed_checkpoint_is_counted_and_removed(
     checkpoints.wait()
     assert (checkpoints.failures, checkpoints.failures_in_a_row) == (2, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
-    assert "no checkpoint of step 2" in (printed := capsys.readouterr().err)
+    assert "the checkpoint of step 2 could not be written" in (printed := capsys.readouterr().err)
     assert "0.4 MiB needed" in printed
     checkpoints.save(Checkpoint(TrainingState({}, {}, 4, 1, None), {}, {}, None))
     checkpoints.wait()
     assert (checkpoints.failures, checkpoints.failures_in_a_row) == (2, 0)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, small_files: int) -> None:
+def test_file_is_written_atomically(tmp_path: Path, small_files: int) -> None:
     write_file(tmp_path / "sub/file", "before")
     with pytest.raises(UserError, match=r"sub/file cannot be written"):
         write_file(tmp_path / "sub/file", bytes(2 * small_files))
@@ -315,7 +315,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, small_files: int)
     assert (tmp_path / "sub/file").read_text() == "before"
 
 
-def test_a_log_keeps_its_lines_until_the_disk_takes_them(
+def test_log_keeps_lines_in_memory_while_the_disk_is_full(
     tmp_path: Path, small_files: int, capsys: pytest.CaptureFixture
 ) -> None:
     log = AppendLog(tmp_path / "log")
@@ -330,7 +330,7 @@ def test_a_log_keeps_its_lines_until_the_disk_takes_them(
     assert (tmp_path / "log").read_text().splitlines() == lines
 
 
-def test_a_log_says_how_many_lines_are_lost(capsys: pytest.CaptureFixture) -> None:
+def test_log_reports_the_number_of_lost_lines(capsys: pytest.CaptureFixture) -> None:
     log = AppendLog(Path("/dev/full"))
     for _ in range(3):
         log.write("line")
@@ -338,7 +338,7 @@ def test_a_log_says_how_many_lines_are_lost(capsys: pytest.CaptureFixture) -> No
     assert "/dev/full cannot be written: No space left on device" in capsys.readouterr().err
 
 
-def test_a_disk_fault_anywhere_is_one_line(capsys: pytest.CaptureFixture) -> None:
+def test_disk_errors_are_reported_as_one_line(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(NotADirectoryError) as inside_a_file:
         Path("/proc/version/x").read_bytes()
     with pytest.raises(OSError, match="No space") as full:
@@ -348,18 +348,18 @@ def test_a_disk_fault_anywhere_is_one_line(capsys: pytest.CaptureFixture) -> Non
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_training_without_space_for_its_result_ends_with_one_line(
+def test_run_without_space_for_its_result_ends_with_one_error_line(
     digits: Path, tmp_path: Path
 ) -> None:
     """Checkpoints and weights are larger than a file may be; the other files are not."""
-    places = [f"data.train={digits}/train", "data.val=null", f"train.output_dir={tmp_path}/out"]
+    locations = [f"data.train={digits}/train", "data.val=null", f"train.output_dir={tmp_path}/out"]
     settings = [
         "train.epochs=2",
         "schedule.warmup_epochs=0",
         "batch.global_size=300",
         "batch.micro_size=300",
     ]
-    command = [sys.executable, "-m", "trainer", "digits-resnet8", *places, *settings]
+    command = [sys.executable, "-m", "trainer", "digits-resnet8", *locations, *settings]
     done = subprocess.run(
         ["prlimit", "--fsize=100000", *command],
         capture_output=True,
@@ -369,14 +369,14 @@ def test_a_training_without_space_for_its_result_ends_with_one_line(
     )
     assert done.returncode == EXIT_USER, done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("training goes on: ") == 2
+    assert done.stderr.count("training continues: ") == 2
     assert done.stderr.splitlines()[-1].startswith(
         f"convoy: {tmp_path}/out/model.safetensors cannot be written"
     )
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-def test_unwritable_outputs_end_several_ranks_before_they_start(
+def test_unwritable_output_is_reported_once_for_all_ranks(
     convoy_refuses: Run, digits: Path
 ) -> None:
     settings = [
@@ -384,6 +384,6 @@ def test_unwritable_outputs_end_several_ranks_before_they_start(
         f"data.val={digits}/val",
         "train.output_dir=/proc/convoy",
     ]
-    told = convoy_refuses("train", "digits-resnet8", *settings, "--procs", 2).splitlines()
-    assert len(told) == 1
-    assert told[0].startswith("convoy: train.output_dir: /proc/convoy cannot be written: ")
+    lines = convoy_refuses("train", "digits-resnet8", *settings, "--procs", 2).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("convoy: train.output_dir: /proc/convoy cannot be written: ")

@@ -1,6 +1,4 @@
-"""``convoy recipe`` against JSON Schema's own validator, torchvision, torch's schedulers and real
-configurations.
-"""
+"""``convoy recipe``, compared with a JSON Schema validator, torchvision and torch's schedulers."""
 
 import json
 from pathlib import Path
@@ -44,7 +42,7 @@ def test_schema_rejects_what_the_trainer_rejects(key: str, value: object) -> Non
         load_config("resnet50", [f"{key}={json.dumps(value)}"])
 
 
-def test_keys_are_those_of_the_configuration_with_its_defaults() -> None:
+def test_recipe_keys_match_the_configuration_and_its_defaults() -> None:
     keys = recipe_keys()
     assert [key.key for key in keys] == known_keys()
     minimal = load_config("resnet50").model_dump()
@@ -60,7 +58,7 @@ def test_keys_are_those_of_the_configuration_with_its_defaults() -> None:
     assert [key.key for key in keys if not key.description] == []
 
 
-def test_plan_follows_torchvision_and_torchs_schedulers() -> None:
+def test_plan_matches_torchvision_and_torchs_schedulers() -> None:
     config, plan = plan_recipe("resnet50", ["batch.global_size=8192"], ranks=256, samples=IMAGENET)
     model = torchvision.models.resnet50()
     assert plan.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -83,13 +81,13 @@ def test_plan_follows_torchvision_and_torchs_schedulers() -> None:
         ],
         [warmup],
     )
-    wanted = dict(plan.learning_rates)
+    rates = dict(plan.learning_rates)
     for step in range(plan.steps):
-        if step in wanted:
-            assert wanted.pop(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6)
+        if step in rates:
+            assert rates.pop(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6)
         optimizer.step()
         scheduler.step()
-    assert not wanted
+    assert not rates
     assert config.batch.global_size == 8192
 
 
@@ -98,11 +96,13 @@ def test_plan_reads_the_number_of_samples_from_the_index(digits: Path) -> None:
     assert (plan.samples, plan.steps_per_epoch, plan.accumulation_steps) == (600, 10, 2)
 
 
-def test_commands(convoy_ok: Run, convoy_refuses: Run, tmp_path: Path) -> None:
+def test_recipe_commands_print_plans_and_reject_unknown_keys(
+    convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
+) -> None:
     assert shipped_recipes().keys() == {path.stem for path in RECIPES.glob("*.yaml")}
     shown = convoy_ok("recipe", "show", "resnet50", "--ranks", 8, "--samples", IMAGENET)
     assert "25,557,032 parameters" in shown
     assert "90 epochs, 450,450 steps" in shown
-    told = convoy_refuses("recipe", "show", "digits-resnet8", f"data.train={tmp_path}/none")
-    assert told.splitlines()[-1] == "convoy: pass --samples N to plan without the dataset"
+    stderr = convoy_refuses("recipe", "show", "digits-resnet8", f"data.train={tmp_path}/none")
+    assert stderr.splitlines()[-1] == "convoy: pass --samples N to plan without the dataset"
     assert "no recipe key starts with 'optimiser'" in convoy_refuses("recipe", "keys", "optimiser")

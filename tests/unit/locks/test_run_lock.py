@@ -1,4 +1,4 @@
-"""The run lock: one owner per place, in a folder and in an object store, with short leases."""
+"""The run lock: one owner per location, in a folder and in an object store, with short leases."""
 
 import dataclasses
 import json
@@ -34,12 +34,15 @@ LONG = 60.0
 
 
 def _lock(url: object, lease: float = LONG, run: str = "mine", **changes: object) -> RunLock:
-    """A lock that records who takes it over; ``changes``: to its owner's record."""
+    """Return a lock that does not exit when it is taken over.
+
+    ``changes``: changed fields of its owner's record.
+    """
     lock = RunLock(
         str(url),
         "convoy train",
         run,
-        "use another place",
+        "use another location",
         lease_seconds=lease,
         on_taken_over=lambda error: None,
     )
@@ -64,21 +67,21 @@ def _held(lock: RunLock) -> Iterator[RunLock]:
 
 
 def _abandon(lock: RunLock) -> None:
-    """Leave it as a process does that is killed."""
+    """Acquire the lock and stop renewing it, as a killed process does."""
     lock.acquire()
     lock._stop.set()
 
 
 def _seconds_to_acquire(lock: RunLock) -> float:
-    began = time.monotonic()
+    started = time.monotonic()
     with _held(lock):
-        return time.monotonic() - began
+        return time.monotonic() - started
 
 
 @pytest.fixture(params=["folder", "object store"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "folder":
-        return str(tmp_path / "place")
+        return str(tmp_path / "locked")
     environment = request.getfixturevalue("service_env")
     monkeypatch = request.getfixturevalue("monkeypatch")
     for name, value in environment.items():
@@ -86,18 +89,18 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.getfixturevalue('bucket')}/locks/{tmp_path.name}"
 
 
-def test_a_second_owner_is_refused_with_one_line_that_names_the_first(url: str) -> None:
+def test_second_owner_is_rejected_with_one_line_that_names_the_first(url: str) -> None:
     with _held(_lock(url)):
-        with pytest.raises(LockHeld) as refused:
+        with pytest.raises(LockHeld) as error:
             _lock(url).acquire()
-        (line,) = str(refused.value).splitlines()
+        (line,) = str(error.value).splitlines()
         for part in (
             url,
             "run 'mine'",
             socket.gethostname(),
             f"pid {os.getpid()}",
             "since 20",
-            "use another place",
+            "use another location",
             "expires after",
         ):
             assert part in line
@@ -105,7 +108,7 @@ def test_a_second_owner_is_refused_with_one_line_that_names_the_first(url: str) 
         pass
 
 
-def test_nothing_is_left_after_the_release(url: str, tmp_path: Path) -> None:
+def test_release_removes_the_lock_and_its_empty_folder(url: str, tmp_path: Path) -> None:
     with _held(_lock(url)):
         assert owner_of(url) is not None
     assert owner_of(url) is None
@@ -113,56 +116,57 @@ def test_nothing_is_left_after_the_release(url: str, tmp_path: Path) -> None:
         assert open_store(url).sizes() == {}
     else:
         assert list(tmp_path.iterdir()) == [], (
-            "a folder that the lock made is removed if nothing was written there"
+            "a folder that the lock created is removed if it is empty"
         )
 
 
-def test_exactly_one_of_several_that_start_together_becomes_the_owner(url: str) -> None:
+def test_concurrent_acquires_have_exactly_one_owner(url: str) -> None:
     for round_ in range(8 if "://" not in url else 4):
-        place, barrier = f"{url}/{round_}", threading.Barrier(4)
+        location, barrier = f"{url}/{round_}", threading.Barrier(4)
         owners: list[RunLock] = []
-        refused: list[LockHeld] = []
+        rejected: list[LockHeld] = []
 
         def start(
-            place: str = place, barrier: threading.Barrier = barrier, owners=owners, refused=refused
+            location: str = location,
+            barrier: threading.Barrier = barrier,
+            owners: list[RunLock] = owners,
+            rejected: list[LockHeld] = rejected,
         ) -> None:
-            lock = _lock(place)
+            lock = _lock(location)
             barrier.wait()
             try:
                 lock.acquire()
                 owners.append(lock)
             except LockHeld as error:
-                refused.append(error)
+                rejected.append(error)
 
         threads = [threading.Thread(target=start) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert (len(owners), len(refused)) == (1, 3)
+        assert (len(owners), len(rejected)) == (1, 3)
         owners[0].check()
         owners[0].release()
 
 
-def _contend(place: Path, barrier: object, rounds: int, seed: int) -> None:
-    """Take a lock that a dead process left, in each round; note in a file of its own that this
-    process owned it.
-    """
+def _contend(folder: Path, barrier: object, rounds: int, seed: int) -> None:
+    """Acquire the lock of a dead process in each round; if that succeeds, create a file."""
     for number in range(rounds):
-        lock = _lock(place / str(number))
+        lock = _lock(folder / str(number))
         barrier.wait()  # type: ignore[attr-defined]
         try:
             lock.acquire()
         except LockHeld:
             pass
         else:
-            (place / f"{number}-owned-by-{seed}").touch()
+            (folder / f"{number}-owned-by-{seed}").touch()
         barrier.wait()  # type: ignore[attr-defined]
         lock.release()
 
 
-def test_exactly_one_process_takes_over_the_lock_of_a_dead_one(tmp_path: Path) -> None:
-    """The successors see the same stale lock at the same moment."""
+def test_exactly_one_process_takes_over_a_stale_lock(tmp_path: Path) -> None:
+    """Several processes see the same stale lock at the same time."""
     context, rounds = multiprocessing.get_context("fork"), 30
     with subprocess.Popen(["true"]) as dead:
         pass
@@ -190,8 +194,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> None:
-    """It is a zombie still: nobody has asked for its exit code."""
+def test_lock_of_killed_process_is_taken_over_immediately(tmp_path: Path) -> None:
+    """The process is still a zombie, because its parent has not reaped it."""
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, tmp_path], cwd=Path(__file__).parents[3]
     )
@@ -207,7 +211,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
         process.wait()
 
 
-def test_a_reused_pid_does_not_keep_a_lock_alive(url: str) -> None:
+def test_reused_pid_does_not_keep_a_lock_alive(url: str) -> None:
     _abandon(_lock(url, start_ticks=1))
     assert _seconds_to_acquire(_lock(url)) < LONG / 2
 
@@ -215,18 +219,18 @@ def test_a_reused_pid_does_not_keep_a_lock_alive(url: str) -> None:
 @pytest.mark.parametrize(
     "change", [{"host": "node-b"}, {"boot_id": "another"}, {"pid_namespace": "pid:[1]"}], ids=str
 )
-def test_a_dead_process_elsewhere_is_waited_for_until_its_lease_ends(
+def test_lock_of_dead_process_on_another_host_expires_after_its_lease(
     tmp_path: Path, change: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _abandon(_lock(tmp_path, LEASE, **change))
     assert LEASE < _seconds_to_acquire(_lock(tmp_path)) < LONG / 2
-    said = capsys.readouterr().out
-    assert said.startswith(f"waiting: {tmp_path}: owned by run 'mine'")
-    assert "its lock expires if it is not renewed within 1 s" in said
-    assert len(said.splitlines()) == 1
+    output = capsys.readouterr().out
+    assert output.startswith(f"waiting: {tmp_path}: owned by run 'mine'")
+    assert "its lock expires if it is not renewed within 1 s" in output
+    assert len(output.splitlines()) == 1
 
 
-def test_a_live_process_elsewhere_is_found_by_its_renewal_whatever_its_clock_says(url: str) -> None:
+def test_live_owner_on_another_host_is_detected_by_renewals_not_clocks(url: str) -> None:
     with _held(_lock(url, host="node-b")) as lock:
         if "://" not in url:
             os.utime(Path(url) / LOCK_NAME, (1, 1))  # in 1970
@@ -238,7 +242,7 @@ def test_a_live_process_elsewhere_is_found_by_its_renewal_whatever_its_clock_say
         lock.check()
 
 
-def test_a_restarted_pod_of_the_same_job_takes_over_at_once(url: str) -> None:
+def test_restarted_pod_of_the_same_job_takes_over_immediately(url: str) -> None:
     environment = {
         "PET_RDZV_ENDPOINT": "r-worker-0:1",
         "PET_RDZV_ID": "r",
@@ -247,23 +251,23 @@ def test_a_restarted_pod_of_the_same_job_takes_over_at_once(url: str) -> None:
     pod = pod_identity(environment)
     assert pod == f"team/r/{socket.gethostname()}"
     with _held(_lock(url, pod=pod, pid_namespace="pid:[1]")) as old:
-        assert _seconds_to_acquire(_lock(url, pod=pod)) < LONG / 2, "and it has ended by now"
+        assert _seconds_to_acquire(_lock(url, pod=pod)) < LONG / 2, "the previous pod has ended"
         old._renew()
         with pytest.raises(LockLost):
             old.check()
 
 
-def test_a_pod_of_the_same_job_name_in_another_namespace_does_not(tmp_path: Path) -> None:
+def test_pod_of_the_same_job_name_in_another_namespace_waits(tmp_path: Path) -> None:
     _abandon(_lock(tmp_path, LEASE, pod="a/r/r-worker-0", pid_namespace="pid:[1]"))
     assert _seconds_to_acquire(_lock(tmp_path, pod="b/r/r-worker-0")) > LEASE
 
 
-def test_outside_of_a_job_there_is_no_pod() -> None:
+def test_pod_identity_is_none_outside_of_a_job() -> None:
     assert pod_identity({"HOSTNAME": "x"}) is None
     assert pod_identity({"PET_RDZV_ID": "x"}) is None
 
 
-def test_a_start_is_counted_for_the_job_that_owns_the_lock(
+def test_start_is_not_counted_if_another_job_owns_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trainer.distributed.pod_startup import STARTS, check_restart_budget
@@ -282,21 +286,21 @@ def test_a_start_is_counted_for_the_job_that_owns_the_lock(
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1]", b'{"token": "x"}', b"\xff\xfe", b"null", b"[" * 9999], ids=repr
 )
-def test_a_corrupt_lock_is_replaced_after_a_lease(tmp_path: Path, content: bytes) -> None:
+def test_corrupt_lock_is_replaced_after_a_lease(tmp_path: Path, content: bytes) -> None:
     (tmp_path / LOCK_NAME).write_bytes(content)
     assert 0.1 < _seconds_to_acquire(_lock(tmp_path, 0.1)) < 10
 
 
-def test_a_record_of_a_truncated_lock_is_never_half_used(tmp_path: Path) -> None:
+def test_truncated_lock_has_no_owner(tmp_path: Path) -> None:
     with _held(_lock(tmp_path)) as lock:
-        whole = (tmp_path / LOCK_NAME).read_bytes()
+        content = (tmp_path / LOCK_NAME).read_bytes()
         assert owner_of(str(tmp_path)) == lock.owner
-    for size in range(0, len(whole) - 2, 7):
-        (tmp_path / LOCK_NAME).write_bytes(whole[:size])
+    for size in range(0, len(content) - 2, 7):
+        (tmp_path / LOCK_NAME).write_bytes(content[:size])
         assert owner_of(str(tmp_path)) is None
 
 
-def test_a_lock_that_was_deleted_is_written_again(url: str) -> None:
+def test_deleted_lock_is_recreated_by_its_owner(url: str) -> None:
     with _held(_lock(url)) as lock:
         if "://" in url:
             open_store(url).delete([LOCK_NAME])
@@ -308,34 +312,36 @@ def test_a_lock_that_was_deleted_is_written_again(url: str) -> None:
             _lock(url).acquire()
 
 
-def test_a_lock_that_was_touched_stays_its_owners(tmp_path: Path) -> None:
+def test_touched_lock_remains_with_its_owner(tmp_path: Path) -> None:
     with _held(_lock(tmp_path)) as lock:
         os.utime(tmp_path / LOCK_NAME, (1, 1))
         lock._renew()
         lock.check()
-        assert (tmp_path / LOCK_NAME).stat().st_mtime > 1, "others see the renewal"
+        assert (tmp_path / LOCK_NAME).stat().st_mtime > 1, "other processes must see the renewal"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_copy_of_a_live_runs_folder_can_be_used_after_a_lease(tmp_path: Path) -> None:
+def test_copy_of_a_live_runs_folder_is_usable_after_a_lease(tmp_path: Path) -> None:
     with _held(_lock(tmp_path / "first", LEASE)):
         (tmp_path / "copy").mkdir()
         (tmp_path / "copy" / LOCK_NAME).write_bytes((tmp_path / "first" / LOCK_NAME).read_bytes())
         assert _seconds_to_acquire(_lock(tmp_path / "copy")) < 10
 
 
-@pytest.mark.parametrize("name", ["link", "place/", "./place", "place/../place", "file"], ids=str)
-def test_two_names_of_one_folder_are_one_place(
+@pytest.mark.parametrize(
+    "name", ["link", "folder/", "./folder", "folder/../folder", "file"], ids=str
+)
+def test_different_paths_of_one_folder_share_a_lock(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "place").mkdir()
-    (tmp_path / "link").symlink_to("place")
-    with _held(_lock(tmp_path / "place")), pytest.raises(LockHeld):
-        _lock(f"file://{tmp_path}/place" if name == "file" else name).acquire()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    with _held(_lock(tmp_path / "folder")), pytest.raises(LockHeld):
+        _lock(f"file://{tmp_path}/folder" if name == "file" else name).acquire()
 
 
-def test_an_owner_that_was_taken_over_never_removes_the_new_lock(url: str) -> None:
+def test_release_after_takeover_keeps_the_new_lock(url: str) -> None:
     old, new = _lock(url, pod="a/b/c", pid_namespace="pid:[1]"), _lock(url, pod="a/b/c")
     with _held(old), _held(new):
         old.release()
@@ -344,7 +350,7 @@ def test_an_owner_that_was_taken_over_never_removes_the_new_lock(url: str) -> No
         assert owner_of(url) == new.owner
 
 
-def test_storage_that_fails_for_less_than_a_lease_is_outlasted(
+def test_storage_outage_shorter_than_a_lease_keeps_the_lock(
     url: str, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
     with _held(_lock(url)) as lock:
@@ -353,15 +359,13 @@ def test_storage_that_fails_for_less_than_a_lease_is_outlasted(
             lock.check()
         lock._renew()
         lock.check()
-    told = capfd.readouterr().err.splitlines()
-    assert (
-        "run.lock could not be renewed (Input/output error); unless it is, this process ends in"
-        in told[0]
-    )
-    assert told[1].endswith("run.lock is renewed again")
+    lines = capfd.readouterr().err.splitlines()
+    assert "run.lock could not be renewed (Input/output error); this process exits in" in lines[0]
+    assert lines[0].endswith(" s unless a renewal succeeds")
+    assert lines[1].endswith("run.lock is renewed again")
 
 
-def test_an_owner_whose_lease_is_over_waits_with_writing_until_it_is_renewed(
+def test_owner_with_expired_lease_waits_for_renewal_before_writing(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with _held(_lock(url, LEASE)) as lock:
@@ -382,7 +386,7 @@ def test_an_owner_whose_lease_is_over_waits_with_writing_until_it_is_renewed(
         assert len(written) == 1
 
 
-def test_an_owner_that_cannot_renew_loses_the_lock_in_the_end(
+def test_owner_loses_the_lock_after_a_long_storage_outage(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = _lock(url, 0.2)
@@ -390,7 +394,7 @@ def test_an_owner_that_cannot_renew_loses_the_lock_in_the_end(
         until(lambda: lock._age() > lock._outage)
         with pytest.raises(
             LockLost,
-            match=r"could not be renewed for \d+ s; this process stops writing there and ends",
+            match=r"could not be renewed for \d+ s; this process stops writing there and exits",
         ):
             lock.check()
         with pytest.raises(LockLost):
@@ -416,7 +420,7 @@ while True:
     try:
         lock.check()
     except LockLost:
-        time.sleep(60)  # the thread that found it ends the process
+        time.sleep(60)  # the renewal thread exits the process
     with open(sys.argv[1] + "/written", "a") as file:
         file.write("x")
     time.sleep(0.01)
@@ -425,7 +429,7 @@ while True:
 
 @contextmanager
 def _writer(folder: Path) -> Iterator[subprocess.Popen]:
-    """A process that owns the folder and writes there."""
+    """Start a process that owns the folder and writes to it, and suspend it."""
     command = [sys.executable, "-c", WRITER, folder, str(LEASE)]
     with subprocess.Popen(
         command, cwd=Path(__file__).parents[3], stderr=subprocess.PIPE, text=True
@@ -438,7 +442,7 @@ def _writer(folder: Path) -> Iterator[subprocess.Popen]:
             process.kill()
 
 
-def test_a_stopped_process_that_was_taken_over_writes_nothing_more_and_ends_with_144(
+def test_suspended_process_exits_with_144_without_writing_after_takeover(
     tmp_path: Path,
 ) -> None:
     with _writer(tmp_path) as process, ExitStack() as stack:
@@ -446,26 +450,26 @@ def test_a_stopped_process_that_was_taken_over_writes_nothing_more_and_ends_with
         new = stack.enter_context(_held(_lock(tmp_path)))
         size = (tmp_path / "written").stat().st_size
         process.send_signal(signal.SIGCONT)
-        _, told = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=30)
         assert process.returncode == 144
-        (line,) = told.splitlines()
+        (line,) = stderr.splitlines()
         assert "run.lock was taken over by run 'mine'" in line
         assert (tmp_path / "written").stat().st_size == size
         new._renew()
         new.check()
 
 
-def test_a_stopped_process_that_nobody_took_over_resumes(tmp_path: Path) -> None:
+def test_suspended_process_continues_if_nobody_took_over(tmp_path: Path) -> None:
     with _writer(tmp_path) as process:
-        size, began = (tmp_path / "written").stat().st_size, time.monotonic()
-        until(lambda: time.monotonic() > began + 2 * LEASE)
+        size, suspended = (tmp_path / "written").stat().st_size, time.monotonic()
+        until(lambda: time.monotonic() > suspended + 2 * LEASE)
         process.send_signal(signal.SIGCONT)
         until(lambda: (tmp_path / "written").stat().st_size > size + 5)
         assert process.poll() is None
 
 
 @pytest.mark.parametrize("form", ["refuses", "ignores"])
-def test_a_store_without_conditional_writes_is_detected_and_still_has_one_owner(
+def test_store_without_conditional_writes_is_detected_and_has_one_owner(
     service_env: dict[str, str],
     bucket: str,
     tmp_path: Path,
@@ -473,7 +477,7 @@ def test_a_store_without_conditional_writes_is_detected_and_still_has_one_owner(
     form: str,
     capfd,
 ) -> None:
-    """``refuses``: with 501; ``ignores``: overwrites whatever the condition says."""
+    """``refuses``: responds with 501; ``ignores``: overwrites regardless of the condition."""
     for name, value in service_env.items():
         monkeypatch.setenv(name, value)
 
@@ -507,20 +511,20 @@ def test_a_store_without_conditional_writes_is_detected_and_still_has_one_owner(
     assert "the storage has no conditional writes" in capfd.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_is_refused() -> None:
+def test_unwritable_folder_is_rejected() -> None:
     with pytest.raises(UserError, match=r"^/proc/here: cannot be created: "):
         _lock("/proc/here").acquire()
     with pytest.raises(UserError, match=rf"^/proc: {LOCK_NAME} cannot be written: "):
         _lock("/proc").acquire()
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_file_instead_of_a_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         _lock(tmp_path / "file").acquire()
 
 
-def test_a_full_disk_does_not_end_an_owner(tmp_path: Path) -> None:
+def test_renewal_succeeds_on_a_full_disk(tmp_path: Path) -> None:
     """A renewal writes no bytes."""
     with ExitStack() as stack:
         lock = stack.enter_context(_held(_lock(tmp_path)))
@@ -531,7 +535,7 @@ def test_a_full_disk_does_not_end_an_owner(tmp_path: Path) -> None:
     assert after.st_mtime_ns > before.st_mtime_ns
 
 
-def test_ranks_that_lost_their_launcher_are_waited_for(tmp_path: Path) -> None:
+def test_acquire_waits_for_ranks_whose_launcher_was_killed(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as launcher:
         pass
     old = _lock(tmp_path)
@@ -543,7 +547,7 @@ def test_ranks_that_lost_their_launcher_are_waited_for(tmp_path: Path) -> None:
     assert 0.2 < _seconds_to_acquire(_lock(tmp_path)) < 10
 
 
-def test_a_run_may_keep_checkpoints_in_its_output_folder_itself(tmp_path: Path) -> None:
+def test_checkpoint_url_may_be_the_output_folder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(".")
     for url in (tmp_path, tmp_path / "link", tmp_path / "checkpoints"):
         locks = RunLocks()
@@ -554,20 +558,20 @@ def test_a_run_may_keep_checkpoints_in_its_output_folder_itself(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
-def test_both_places_of_a_dead_run_elsewhere_are_waited_for_at_the_same_time(
+def test_leases_of_output_folder_and_checkpoint_url_expire_concurrently(
     tmp_path: Path,
 ) -> None:
-    places = [tmp_path / "out", tmp_path / "checkpoints"]
-    for place in places:
-        _abandon(_lock(place, 1.5, host="elsewhere", location=str(place.resolve())))
-    locks, began = RunLocks(), time.monotonic()
-    locks.acquire(*map(str, places), "run")
-    waited = time.monotonic() - began
+    folders = [tmp_path / "out", tmp_path / "checkpoints"]
+    for folder in folders:
+        _abandon(_lock(folder, 1.5, host="node-b", location=str(folder.resolve())))
+    locks, started = RunLocks(), time.monotonic()
+    locks.acquire(*map(str, folders), "run")
+    waited = time.monotonic() - started
     locks.release()
-    assert 1.5 <= waited < 3.0  # one after the other: 4 s
+    assert 1.5 <= waited < 3.0  # sequentially it would take more than 3 s
 
 
-def test_a_run_that_is_refused_one_place_gives_back_the_other(tmp_path: Path) -> None:
+def test_run_rejected_at_one_location_releases_the_other(tmp_path: Path) -> None:
     with _held(_lock(tmp_path / "checkpoints")):
         locks = RunLocks()
         with pytest.raises(LockHeld, match=r"use another checkpoint\.url"):
@@ -576,7 +580,7 @@ def test_a_run_that_is_refused_one_place_gives_back_the_other(tmp_path: Path) ->
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-def test_a_checkpoint_is_neither_written_nor_removed_without_the_lock(tmp_path: Path) -> None:
+def test_checkpoints_are_not_changed_without_the_lock(tmp_path: Path) -> None:
     def lost() -> None:
         raise LockLost("taken over")
 
@@ -593,7 +597,7 @@ def test_a_checkpoint_is_neither_written_nor_removed_without_the_lock(tmp_path: 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_tracker_writes_and_sends_nothing_without_the_lock(tmp_path: Path) -> None:
+def test_tracker_writes_nothing_without_the_lock(tmp_path: Path) -> None:
     """The server does not exist."""
     lost = threading.Event()
 
@@ -621,14 +625,14 @@ def test_a_tracker_writes_and_sends_nothing_without_the_lock(tmp_path: Path) -> 
 
 
 def _run_of(folder: Path) -> Path:
-    """What `convoy sync` and `convoy register` look for; returns the spool."""
+    """Create the files that `convoy sync` and `convoy register` read; return the spool."""
     folder.mkdir(exist_ok=True)
     (folder / "result.json").write_text("{}")
     (folder / "tracking.jsonl").write_text("{}\n")
     return folder / "tracking.jsonl"
 
 
-def test_sync_and_register_leave_a_live_run_alone(tmp_path: Path) -> None:
+def test_sync_and_register_reject_the_folder_of_a_live_run(tmp_path: Path) -> None:
     spool = _run_of(tmp_path / "run")
     (tmp_path / "link").symlink_to("run")
     with _held(_lock(tmp_path / "run")):
@@ -642,9 +646,7 @@ def test_sync_and_register_leave_a_live_run_alone(tmp_path: Path) -> None:
     assert {path.name for path in spool.parent.iterdir()} == {"result.json", "tracking.jsonl"}
 
 
-def test_commands_without_anything_to_do_leave_no_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_commands_leave_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="there is no such file"):
         cli.sync(str(tmp_path / "missing" / "tracking.jsonl"))
@@ -657,11 +659,11 @@ def test_commands_without_anything_to_do_leave_no_lock(
     assert {path.name for path in tmp_path.iterdir()} == {"result.json", "tracking.jsonl"}
 
 
-def test_a_destination_is_packed_by_one_command_at_a_time(
+def test_destination_is_packed_by_one_command_at_a_time(
     digits_folder: Path, tmp_path: Path, url: str
 ) -> None:
-    place = RunLock(url, "convoy pack", None, "wait", "pack.lock")
-    with _held(place), pytest.raises(LockHeld, match=r"`convoy pack`.*use another destination"):
+    lock = RunLock(url, "convoy pack", None, "wait", "pack.lock")
+    with _held(lock), pytest.raises(LockHeld, match=r"`convoy pack`.*use another destination"):
         pack(str(digits_folder), url, PackOptions(workers=1))
     bad = tmp_path / "bad" / "class"
     bad.mkdir(parents=True)
@@ -674,7 +676,7 @@ def test_a_destination_is_packed_by_one_command_at_a_time(
         assert not Path(url).exists()
 
 
-def test_different_parts_are_packed_at_the_same_time_but_not_the_same_part(
+def test_different_parts_are_packed_concurrently_but_not_the_same_part(
     digits_folder: Path, tmp_path: Path
 ) -> None:
     with _held(RunLock(str(tmp_path), "convoy pack", None, "wait", "pack-1-of-2.lock")):
@@ -690,7 +692,7 @@ def test_different_parts_are_packed_at_the_same_time_but_not_the_same_part(
         )
 
 
-def test_demo_and_study_leave_a_live_one_alone(tmp_path: Path) -> None:
+def test_demo_and_study_reject_a_folder_in_use(tmp_path: Path) -> None:
     (tmp_path / "kept").touch()
     with _held(_lock(tmp_path)):
         with pytest.raises(LockHeld, match="use another --dir"):

@@ -1,4 +1,4 @@
-"""Credentials leave URLs before anything can hold them, and texts of libraries are redacted."""
+"""Credentials are removed from URLs and configurations, and redacted in texts of libraries."""
 
 import os
 import subprocess
@@ -55,23 +55,23 @@ def recipe(tmp_path: Path) -> Path:
         (" http://me:hunter2@host ", "http://host", "me", "hunter2"),
     ],
 )
-@pytest.mark.parametrize("place", ["override", "quoted override", "recipe", "MLFLOW_TRACKING_URI"])
-def test_credentials_of_mlflow_go_into_the_environment(
+@pytest.mark.parametrize("source", ["override", "quoted override", "recipe", "MLFLOW_TRACKING_URI"])
+def test_mlflow_credentials_are_moved_to_the_environment(
     recipe: Path,
     monkeypatch: pytest.MonkeyPatch,
-    place: str,
+    source: str,
     uri: str,
     clean: str,
     user: str,
     password: str,
 ) -> None:
     overrides = []
-    if place == "recipe":
+    if source == "recipe":
         recipe.write_text(RECIPE + yaml.safe_dump({"tracking": {"uri": uri}}))
-    elif place == "MLFLOW_TRACKING_URI":
-        monkeypatch.setenv(place, uri)
+    elif source == "MLFLOW_TRACKING_URI":
+        monkeypatch.setenv(source, uri)
     else:
-        overrides = [f"tracking.uri={uri}" if place == "override" else f"tracking.uri='{uri}'"]
+        overrides = [f"tracking.uri={uri}" if source == "override" else f"tracking.uri='{uri}'"]
     overrides = take_credentials(overrides)
     config = load_config(str(recipe), overrides)
     assert (config.tracking.uri or os.environ["MLFLOW_TRACKING_URI"]) == clean
@@ -81,7 +81,7 @@ def test_credentials_of_mlflow_go_into_the_environment(
     assert take_credentials(overrides) == overrides
 
 
-def test_a_password_of_postgresql_goes_into_the_variable_that_its_client_reads() -> None:
+def test_postgresql_password_is_moved_to_pgpassword() -> None:
     assert take_credentials(["tracking.uri=postgresql+psycopg2://me:p%40w@host/db"]) == [
         "tracking.uri=postgresql+psycopg2://host/db"
     ]
@@ -99,7 +99,7 @@ def test_a_password_of_postgresql_goes_into_the_variable_that_its_client_reads()
         "mysql://root@host/x",
     ],
 )
-def test_a_uri_without_a_password_is_left_alone(uri: str) -> None:
+def test_uri_without_a_password_is_unchanged(uri: str) -> None:
     assert take_credentials([f"tracking.uri={uri}"]) == [f"tracking.uri={uri}"]
     assert not {*TAKEN} & {*os.environ}
 
@@ -124,7 +124,7 @@ def test_a_uri_without_a_password_is_left_alone(uri: str) -> None:
         "model.init=s3://key:hun/hunter2@bucket/x.pth",
     ],
 )
-def test_other_credentials_are_refused_and_not_echoed(recipe: Path, override: str) -> None:
+def test_other_credentials_are_rejected_and_not_echoed(recipe: Path, override: str) -> None:
     key = override.partition("=")[0]
     with pytest.raises(UserError, match=f"^{key}: ") as error:
         take_credentials([override])
@@ -161,7 +161,7 @@ def test_credentials_are_not_sent_to_another_server(
         'tracking:\n  uri: "http://me:hun\\\n    ter2@host"',
     ],
 )
-def test_the_recorded_recipe_has_no_credentials(text: str) -> None:
+def test_recorded_recipe_has_no_credentials(text: str) -> None:
     recorded = without_credentials(RECIPE + text)
     assert "hunter" not in recorded
     assert yaml.safe_load(recorded)["tracking"]["uri"] in ("http://host", "http://***@host")
@@ -172,7 +172,7 @@ def test_the_recorded_recipe_has_no_credentials(text: str) -> None:
     ("override", "comment"),
     [("tracking.uri=http://me:hunter2@host", ""), ("", "# http://me:hunter2@host\n")],
 )
-def test_a_manifest_with_credentials_is_refused(recipe: Path, override: str, comment: str) -> None:
+def test_manifest_with_credentials_is_rejected(recipe: Path, override: str, comment: str) -> None:
     recipe.write_text(recipe.read_text().replace("/data", "s3://b/x") + comment)
     with pytest.raises(UserError, match=r"MLFLOW_TRACKING_PASSWORD.*--mlflow-secret") as error:
         render(str(recipe), [override] if override else [], JobOptions(1, 1))
@@ -180,17 +180,17 @@ def test_a_manifest_with_credentials_is_refused(recipe: Path, override: str, com
     assert "MLFLOW_TRACKING_PASSWORD" not in os.environ
 
 
-def test_usage_errors_and_broken_recipes_do_not_echo_credentials(
+def test_usage_errors_and_invalid_recipes_do_not_echo_credentials(
     convoy_refuses: Run, recipe: Path
 ) -> None:
     assert "hunter2" not in convoy_refuses("train", recipe, "--uri=http://me:hunter2@host")
     recipe.write_text(
-        RECIPE
-        + "tracking: {uri: http://a-name-that-is-quite-long.for-this:hunter2@host.example.com:5000/x, }: }\n"
+        RECIPE + "tracking: {uri: http://a-name-that-is-quite-long.for-this:hunter2@"
+        "host.example.com:5000/x, }: }\n"
     )
-    told = convoy_refuses("train", recipe)
-    assert "hunter2" not in told
-    assert "line 4" in told
+    stderr = convoy_refuses("train", recipe)
+    assert "hunter2" not in stderr
+    assert "line 4" in stderr
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_usage_errors_and_broken_recipes_do_not_echo_credentials(
         ("{'Authorization': 'Bearer eyJ0.abc'}", "{'Authorization': 'Bearer ***'}"),
     ],
 )
-def test_texts_of_libraries_are_redacted(text: str, redacted: str) -> None:
+def test_credentials_in_library_texts_are_redacted(text: str, redacted: str) -> None:
     assert redact_credentials(text) == redacted
 
 
@@ -219,7 +219,7 @@ def test_texts_of_libraries_are_redacted(text: str, redacted: str) -> None:
         "s3://bucket/a@b/c: not found",
         "http://localhost:5000/#/runs/a@b",
         "mail me@example.com: see https://example.com",
-        "password=x is wrong: data.val: 'x'",
+        "password=x is invalid: data.val: 'x'",
         "https://h/x?epoch=1&step=2#token",
         "Basic authentication failed; authorization: denied",
         "file:///a:b@c",
@@ -240,7 +240,7 @@ secret = st.text(st.sampled_from("aB3~._-!$&()*+,;=%:"), min_size=8, max_size=16
     secret,
     st.sampled_from(["http", "s3", "postgresql+psycopg2"]),
 )
-def test_no_password_of_a_url_survives(around: str, password: str, scheme: str) -> None:
+def test_passwords_of_urls_are_removed(around: str, password: str, scheme: str) -> None:
     text = f"{around} {scheme}://me:Q9{password}@host/x {around}"
     assert f"Q9{password}" not in redact_credentials(text)
     assert redact_credentials(redact_credentials(text)) == redact_credentials(text)
@@ -250,11 +250,11 @@ def test_no_password_of_a_url_survives(around: str, password: str, scheme: str) 
 @settings(max_examples=60, deadline=None)
 @given(plain.filter(lambda text: not {"@", "="} & {*text}))
 @example("://:/?")
-def test_texts_that_cannot_hold_credentials_are_unchanged(text: str) -> None:
+def test_texts_that_cannot_contain_credentials_are_unchanged(text: str) -> None:
     assert redact_credentials(text) == text
 
 
-def test_secrets_of_the_environment_are_hidden_in_what_is_reported(
+def test_secrets_of_the_environment_are_hidden_in_reports(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalr/XUtn+FEMI")
@@ -263,26 +263,25 @@ def test_secrets_of_the_environment_are_hidden_in_what_is_reported(
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2/")
     monkeypatch.setenv("HTTPS_PROXY", "http://me:pr%20oxy7@127.0.0.1:9")
     monkeypatch.setenv("CONVOY_TERMINATION_LOG", str(tmp_path / "log"))
-    told = [
-        "wJalr/XUtn+FEMI", "wJalr%2FXUtn%2BFEMI", "session==token", "hunter2/", "hunter2%2F", "pr%20oxy7", "pr oxy7",
+    forms = [
+        "wJalr/XUtn+FEMI", "wJalr%2FXUtn%2BFEMI", "session==token", "hunter2/", "hunter2%2F",
+        "pr%20oxy7", "pr oxy7",
         b64encode(b"me:hunter2/").decode(), b64encode(b"hunter2/").decode(),
     ]  # fmt: skip
-    for error in (UserError(*told), RuntimeError(" ".join(told))):
+    for error in (UserError(*forms), RuntimeError(" ".join(forms))):
         report(error, "convoy")
         shown = capsys.readouterr().err + (tmp_path / "log").read_text()
-        assert not [text for text in told if text in shown]
+        assert not [form for form in forms if form in shown]
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "convoy")
     assert (
         redact("convoy: a word that is also a password") == "convoy: a word that is also a password"
     )
 
 
-def test_credentials_of_an_override_are_in_no_command_line_after_the_command_has_started(
+def test_launcher_command_line_has_no_credentials_of_overrides(
     recipe: Path,
 ) -> None:
-    """`convoy train` replaces itself by the launcher; what it is called with then is what everybody
-    on the machine can read.
-    """
+    """`convoy train` replaces its process with the launcher, whose arguments are public."""
     code = (
         "import os, sys; os.execv = lambda program, command: sys.exit(' '.join(command));"
         "sys.argv[1:] = ['train', 'digits-resnet8', 'tracking.uri=http://me:hunter2@host'];"
@@ -293,7 +292,7 @@ def test_credentials_of_an_override_are_in_no_command_line_after_the_command_has
     assert "hunter2" not in done.stderr + done.stdout
 
 
-def test_quoting_is_undone_once() -> None:
+def test_passwords_are_percent_decoded_once() -> None:
     password = "a%41@/ é"
     take_credentials([f"tracking.uri=http://me:{quote(password, safe='')}@host"])
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == password

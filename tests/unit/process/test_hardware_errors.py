@@ -1,7 +1,7 @@
 """Classification of device, driver, interconnect and memory errors, and the record of failing
 nodes.
 
-The messages are those of CUDA, cuDNN, cuBLAS, NCCL, NVML, gloo and the kernel as users report them.
+The messages are those of CUDA, cuDNN, cuBLAS, NCCL, NVML, gloo and the kernel, from users' reports.
 """
 
 import errno
@@ -156,22 +156,25 @@ def _text(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize("error", DEVICE_FAULTS, ids=_text)
-def test_a_device_fault_is_retried_and_names_node_gpu_and_error(
+def test_device_fault_exits_for_retry_and_names_node_gpu_and_error(
     error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = classify_fault(_raised(error), PLACE)
     assert isinstance(found, HardwareFault)
     assert report(found, "convoy: rank 5") == EXIT_RETRY
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     first = (error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]) or ""
-    assert PLACE in said
-    assert first in said
-    assert "Traceback" not in said
-    assert len(said.splitlines()) == 1
+    assert PLACE in stderr
+    assert first in stderr
+    assert "Traceback" not in stderr
+    assert len(stderr.splitlines()) == 1
 
 
-def test_nccls_last_error_names_what_failed() -> None:
-    text = "NCCL error in: NCCLUtils.cpp:94, unhandled system error\nncclSystemError: System call failed.\nLast error:\n"
+def test_message_contains_the_last_error_of_nccl() -> None:
+    text = (
+        "NCCL error in: NCCLUtils.cpp:94, unhandled system error\n"
+        "ncclSystemError: System call failed.\nLast error:\n"
+    )
     found = classify_fault(
         dist.DistBackendError(text + "NET/IB: ibv_reg_mr_iova2 failed: Cannot allocate memory"),
         PLACE,
@@ -181,14 +184,14 @@ def test_nccls_last_error_names_what_failed() -> None:
 
 
 @pytest.mark.parametrize("error", LOST_PEERS, ids=_text)
-def test_a_lost_peer_is_retried_and_is_not_a_fault_of_this_node(error: Exception) -> None:
+def test_lost_peer_is_not_a_hardware_fault(error: Exception) -> None:
     found = classify_fault(_raised(error), PLACE)
     assert isinstance(found, LostPeer)
     assert not isinstance(found, HardwareFault)
 
 
 @pytest.mark.parametrize("error", PROGRAM_ERRORS, ids=_text)
-def test_errors_of_the_program_stay_bugs_with_their_traceback(
+def test_program_errors_remain_bugs_with_a_traceback(
     error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = classify_fault(_raised(error), PLACE)
@@ -208,7 +211,7 @@ def _real_allocation_failures() -> list[Exception]:
     return errors
 
 
-def test_memory_that_ran_out_is_the_users_to_fix_and_says_how(
+def test_out_of_memory_is_a_user_error_with_advice(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     values = {
@@ -247,11 +250,11 @@ def test_memory_that_ran_out_is_the_users_to_fix_and_says_how(
         found = classify_fault(_raised(error), PLACE, advice)
         assert isinstance(found, UserError), error
         assert report(found, "convoy: rank 5") == EXIT_USER
-        said = capsys.readouterr().err
-        assert ("out of GPU memory" in said) == (error in gpu), error
-        assert PLACE in said
-        assert "batch.micro_size" in said
-        assert len(said.splitlines()) == 1
+        stderr = capsys.readouterr().err
+        assert ("out of GPU memory" in stderr) == (error in gpu), error
+        assert PLACE in stderr
+        assert "batch.micro_size" in stderr
+        assert len(stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -277,17 +280,17 @@ def test_memory_that_ran_out_is_the_users_to_fix_and_says_how(
     ],
     ids=["thread", "process", "shared memory", "shared memory of NCCL", "driver"],
 )
-def test_a_limit_of_the_machine_is_for_the_user_to_raise(
+def test_machine_limits_are_user_errors_with_advice(
     error: Exception, advice: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report(classify_fault(_raised(error), PLACE), "convoy") == EXIT_USER
-    said = capsys.readouterr().err
-    assert PLACE in said
-    assert advice in said
-    assert len(said.splitlines()) == 1
+    stderr = capsys.readouterr().err
+    assert PLACE in stderr
+    assert advice in stderr
+    assert len(stderr.splitlines()) == 1
 
 
-def test_advice_names_only_what_the_run_does_not_do_already() -> None:
+def test_memory_advice_omits_options_in_use() -> None:
     values = {
         "model": {"name": "resnet8"},
         "data": {"train": "none"},
@@ -301,7 +304,7 @@ def test_advice_names_only_what_the_run_does_not_do_already() -> None:
     assert "pipeline_stages" in advice
 
 
-def test_a_fault_below_another_exception_is_found() -> None:
+def test_fault_is_found_in_the_cause_of_an_exception() -> None:
     def copy_batch() -> None:
         try:
             raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
@@ -315,7 +318,7 @@ def test_a_fault_below_another_exception_is_found() -> None:
     assert classify_fault(known, PLACE) is known
 
 
-def test_a_gpu_that_this_build_does_not_support_is_not_retried() -> None:
+def test_unsupported_gpu_is_a_user_error() -> None:
     error = torch.AcceleratorError(
         "CUDA error: no kernel image is available for execution on the device"
     )
@@ -324,14 +327,14 @@ def test_a_gpu_that_this_build_does_not_support_is_not_retried() -> None:
     assert "does not support the GPU" in str(found)
 
 
-def test_a_pod_that_sees_fewer_gpus_than_it_requested_is_retried_elsewhere(
+def test_pod_with_fewer_gpus_than_requested_is_a_hardware_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(GPUS_VARIABLE, "8")
     monkeypatch.setenv(NODE_VARIABLE, "gpu-17")
     for visible in (0, 7):
         with pytest.raises(
-            HardwareFault, match=f"node gpu-17 .*: the driver offers {visible} of the 8 GPUs"
+            HardwareFault, match=f"node gpu-17 .*: the driver reports {visible} of the 8 GPUs"
         ):
             check_gpus(visible, 8)
     check_gpus(8, 8)
@@ -341,8 +344,7 @@ def test_a_pod_that_sees_fewer_gpus_than_it_requested_is_retried_elsewhere(
         check_gpus(1, 2)
 
 
-# --- which node fails again and again
-# ---------------------------------------------------------------------------------
+# --- nodes that fail repeatedly -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -367,7 +369,7 @@ def test_repeated_faults_of_a_node_are_counted_and_cordoning_is_suggested(
     assert record_fault(url, 3, "CUDA error: uncorrectable ECC error encountered") == ""
     assert repeated_faults(open_store(url)) == []
     assert record_fault(url, 4, "CUDA error: uncorrectable ECC error encountered") == "", (
-        "one incident of several ranks"
+        "simultaneous faults of several ranks are one incident"
     )
     _write(url, node, 3600, 3)
     _write(url, "gpu-4", 7200, 0)
@@ -379,7 +381,7 @@ def test_repeated_faults_of_a_node_are_counted_and_cordoning_is_suggested(
     assert "ECC" in line
 
 
-def test_the_next_start_and_the_last_refusal_name_the_failing_node(
+def test_restart_and_exhausted_budget_name_the_failing_node(
     node: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = str(tmp_path)
@@ -404,21 +406,23 @@ def test_records_do_not_count_as_checkpoints_and_corrupt_ones_are_skipped(
     assert CheckpointManager(url, 3).load_latest({}, print) is None
 
 
-def test_a_store_that_cannot_be_written_does_not_hold_up_the_end(node: str, tmp_path: Path) -> None:
+def test_unwritable_store_does_not_block_record_fault(node: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     assert record_fault(str(file / "below"), 0, "CUDA error: unknown error") == ""
 
 
-def test_records_are_bounded(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_fault_log, "_MOST_RECORDS", 5)
+def test_old_fault_records_are_deleted(
+    node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_fault_log, "_MAX_RECORDS", 5)
     for number in range(9):
         _write(str(tmp_path), node, 1000.0 * (9 - number), number)
     assert "5 hardware faults" in repeated_faults(open_store(str(tmp_path)))[0]
     assert len(list((tmp_path / FOLDER).iterdir())) == 5
 
 
-def test_the_place_names_node_and_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_describe_place_names_node_and_pod(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(NODE_VARIABLE, "gpu-17")
     assert describe_place("GPU 3").startswith("node gpu-17 (pod ")
     assert describe_place("GPU 3").endswith(", GPU 3")

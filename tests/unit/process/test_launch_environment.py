@@ -1,4 +1,4 @@
-"""A local run's environment is clean, and several nodes without a rendezvous are refused."""
+"""Environments of ranks, several nodes without a rendezvous, proxies and stop signals."""
 
 import os
 import signal
@@ -27,13 +27,16 @@ from trainer.process.stop_signals import StopSignals
 from trainer.process.supervisor import exit_code
 
 _NAMES = [
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
-    "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE",
-    "TORCHELASTIC_RESTART_COUNT", "TORCH_DISTRIBUTED_DEBUG", "PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT",
-    "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK", "PMI_SIZE", "PMIX_RANK",
-    "SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "LOCAL_SIZE",
-    "NCCL_SOCKET_IFNAME", "NCCL_COMM_ID", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "DS_ACCELERATOR", "DEEPSPEED_ENV_FILE",
-    "AZ_BATCH_MASTER_NODE", "AZUREML_EXPERIMENT_ID", "JOB_COMPLETION_INDEX", "PYTHONOPTIMIZE", "PYTHONINSPECT", "OMP_NUM_THREADS",
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
+    "ROLE_RANK", "ROLE_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE",
+    "TORCHELASTIC_RESTART_COUNT", "TORCH_DISTRIBUTED_DEBUG", "PET_NNODES", "PET_NODE_RANK",
+    "PET_MASTER_ADDR", "PET_MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK", "PMI_SIZE", "PMIX_RANK", "SLURM_PROCID",
+    "SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID",
+    "LOCAL_SIZE", "NCCL_SOCKET_IFNAME", "NCCL_COMM_ID", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME",
+    "DS_ACCELERATOR", "DEEPSPEED_ENV_FILE", "AZ_BATCH_MASTER_NODE", "AZUREML_EXPERIMENT_ID",
+    "JOB_COMPLETION_INDEX", "PYTHONOPTIMIZE", "PYTHONINSPECT", "OMP_NUM_THREADS",
     "CONVOY_STORE_FD", "CONVOY_RUN_ID_FILE", "CONVOY_LAUNCHER_PID", "USE_LIBUV",
 ]  # fmt: skip
 _VALUES = st.sampled_from(
@@ -58,7 +61,7 @@ _VALUES = st.sampled_from(
     st.dictionaries(st.sampled_from(_NAMES), _VALUES | st.text("0123456789abc:.", max_size=8)),
     st.integers(1, 4),
 )
-def test_a_local_ranks_environment_follows_from_its_launcher_alone(
+def test_local_rank_environment_is_independent_of_leftover_variables(
     leftover: dict[str, str], world_size: int
 ) -> None:
     plain = {
@@ -93,17 +96,17 @@ def test_a_local_ranks_environment_follows_from_its_launcher_alone(
 
 @settings(max_examples=60 if settings.default.derandomize else 5000, deadline=None)
 @given(st.dictionaries(st.sampled_from(_NAMES), _VALUES))
-def test_leftovers_are_ignored_or_refused_but_never_waited_for(leftover: dict[str, str]) -> None:
-    """A process that no launcher started is the only rank, or it is told what to unset."""
+def test_leftover_variables_are_ignored_or_rejected_by_name(leftover: dict[str, str]) -> None:
+    """A process without a launcher is the only rank, or the error names a variable to unset."""
     leftover.pop("CONVOY_LAUNCHER_PID", None)
     try:
         ranks = check_rank_environment(leftover)
     except UserError as error:
-        refused = str(error)
+        message = str(error)
     else:
         assert ranks == (0, 1, 0)
         return
-    assert any(f"{name}={value}" in refused for name, value in leftover.items()), refused
+    assert any(f"{name}={value}" in message for name, value in leftover.items()), message
 
 
 _TRAINER_V2 = {
@@ -127,8 +130,13 @@ _PYTORCH_JOB = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "23456", "PET_NPR
         {"PET_MASTER_ADDR": "10.0.0.7"},
         _PYTORCH_JOB | {"MASTER_ADDR": "job-master-0"},
         _PYTORCH_JOB | {"MASTER_ADDR": "localhost"},
-        _PYTORCH_JOB | {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0", "KUBERNETES_SERVICE_HOST": "10.96.0.1"},
-        {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "0", "RANK": "0", "MASTER_ADDR": "10.0.0.7"},
+        _PYTORCH_JOB | {
+            "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0", "KUBERNETES_SERVICE_HOST": "10.96.0.1",
+        },
+        {
+            "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "0", "RANK": "0",
+            "MASTER_ADDR": "10.0.0.7",
+        },
         {"JOB_COMPLETION_INDEX": "3"},
         {"SLURM_NNODES": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"},
         {"SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"},
@@ -137,7 +145,7 @@ _PYTORCH_JOB = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "23456", "PET_NPR
         {"PMI_RANK": "1"},
     ],
 )  # fmt: skip
-def test_several_nodes_or_tasks_without_a_rendezvous_are_refused(
+def test_several_nodes_or_tasks_without_a_rendezvous_are_rejected(
     environment: dict[str, str],
 ) -> None:
     assert pod_from_environment(environment) is None
@@ -188,36 +196,45 @@ def test_several_nodes_or_tasks_without_a_rendezvous_are_refused(
         },
     ],
 )
-def test_one_node_trains_whatever_is_left_in_its_environment(environment: dict[str, str]) -> None:
+def test_single_node_is_accepted_with_leftover_variables(environment: dict[str, str]) -> None:
     check_single_node(environment)
 
 
 @pytest.mark.parametrize(
-    ("environment", "named"),
+    ("environment", "message"),
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2"),
         ({"RANK": "1"}, "RANK=1"),
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "old"}, "torchrun did not start"),
-        ({"CONVOY_LAUNCHER_PID": "1", "RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT: missing"),
         (
-            {"CONVOY_LAUNCHER_PID": "1", "RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
-            "contradict",
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "old"},
+            "torchrun did not start",
+        ),
+        (
+            {"CONVOY_LAUNCHER_PID": "1", "RANK": "0", "WORLD_SIZE": "2"},
+            "LOCAL_RANK, MASTER_ADDR, MASTER_PORT: missing",
+        ),
+        (
+            {
+                "CONVOY_LAUNCHER_PID": "1", "RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2",
+                "MASTER_ADDR": "x", "MASTER_PORT": "1",
+            },
+            "inconsistent",
         ),
     ],
 )  # fmt: skip
-def test_an_incomplete_rank_environment_is_refused_in_one_line(
-    environment: dict[str, str], named: str
+def test_incomplete_rank_environment_is_rejected_with_one_line(
+    environment: dict[str, str], message: str
 ) -> None:
     with pytest.raises(UserError) as error:
         check_rank_environment(environment)
-    assert named in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_the_runs_exit_code_is_the_most_telling_of_its_ranks() -> None:
+def test_exit_code_of_a_run_is_the_most_informative_of_its_ranks() -> None:
     assert exit_code([0, 0], None) == 0
-    assert exit_code([0, 0], signal.SIGTERM) == 0, "it was done already"
+    assert exit_code([0, 0], signal.SIGTERM) == 0, "training was already complete"
     assert exit_code([144, 2], None) == exit_code([-9, 2], signal.SIGTERM) == 2
     assert exit_code([1, 144], None) == 1
     assert exit_code([143, 143], None) == 143
@@ -242,7 +259,7 @@ _LOCAL = [
 @pytest.mark.parametrize(
     "old", [{}, {"no_proxy": "corp.invalid"}, {"NO_PROXY": "corp.invalid"}, {"no_proxy": "*"}]
 )
-def test_local_services_need_no_proxy_and_remote_ones_keep_it(
+def test_proxies_are_bypassed_for_local_services_only(
     old: dict[str, str], proxy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("no_proxy", "NO_PROXY"):
@@ -258,22 +275,22 @@ def test_local_services_need_no_proxy_and_remote_ones_keep_it(
         assert requests.utils.should_bypass_proxies(url, None), url
         assert should_bypass_proxies(url), url
         assert urllib.request.proxy_bypass(url.split("//")[1]), url
-    for url, through in (("http://s3.example.com", True), ("http://a.corp.invalid", not old)):
-        assert requests.utils.should_bypass_proxies(url, None) == (everything or not through)
-        assert bool(should_bypass_proxies(url)) == (everything or not through)
+    for url, proxied in (("http://s3.example.com", True), ("http://a.corp.invalid", not old)):
+        assert requests.utils.should_bypass_proxies(url, None) == (everything or not proxied)
+        assert bool(should_bypass_proxies(url)) == (everything or not proxied)
     assert (
         ProxyConfiguration({"http": proxy}).proxy_url_for("http://s3.example.com")
         == f"http://{proxy.split('//')[-1]}"
     )
 
 
-def test_nothing_changes_without_a_proxy() -> None:
+def test_environment_is_unchanged_without_a_proxy() -> None:
     environment = {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "no_proxy": "a"}
     bypass_proxies_for_local_services(environment)
     assert environment == {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "no_proxy": "a"}
 
 
-def _signalled(code: str) -> subprocess.CompletedProcess:
+def _run_with_signals(code: str) -> subprocess.CompletedProcess:
     program = "import os, signal, sys, time\nfrom trainer.process.stop_signals import StopSignals\n"
     program += "from trainer.errors import Preempted\n"
     return subprocess.run(
@@ -285,8 +302,8 @@ def _signalled(code: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_stop_signals_are_raised_then_recorded_and_ignored_ones_stay_ignored() -> None:
-    done = _signalled("""
+def test_deferred_stop_signals_are_recorded_and_ignored_ones_stay_ignored() -> None:
+    done = _run_with_signals("""
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 signals = StopSignals(); signals.install()
 os.kill(os.getpid(), signal.SIGHUP)
@@ -294,7 +311,8 @@ assert signals.received is None
 signals.defer()
 os.kill(os.getpid(), signal.SIGTERM)
 os.kill(os.getpid(), signal.SIGINT)
-assert signals.received == 15 and not signals.forced, 'two signals at once, as timeout sends them, do not force'
+assert signals.received == 15
+assert not signals.forced, 'two signals at the same time, as sent by `timeout`, do not force'
 try:
     signals.resume()
 except Preempted as error:
@@ -303,11 +321,9 @@ except Preempted as error:
     assert (done.returncode, done.stderr) == (143, "")
 
 
-def test_a_process_that_is_blocked_in_native_code_ends_all_the_same() -> None:
-    """A mutex that is locked twice does not return on a signal, nor does a connection attempt
-    inside a library.
-    """
-    done = _signalled("""
+def test_process_blocked_in_native_code_exits_on_a_signal() -> None:
+    """Locking a mutex twice blocks in spite of signals, as a connection attempt can."""
+    done = _run_with_signals("""
 import ctypes, threading, trainer.process.stop_signals as module
 module._STUCK_SECONDS = 0.5
 StopSignals().install()
@@ -318,7 +334,7 @@ lock(mutex); lock(mutex)
     assert (done.returncode, done.stderr) == (130, "")
 
 
-def test_a_stop_before_anything_was_started_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_before_defer_raises_preempted(monkeypatch: pytest.MonkeyPatch) -> None:
     signals = StopSignals()
     with pytest.raises(Preempted) as error:
         signals._handle(signal.SIGHUP, None)

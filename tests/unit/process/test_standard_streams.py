@@ -1,4 +1,4 @@
-"""Standard streams that are closed, or that nobody reads any more."""
+"""Standard streams that are closed, unread or cannot be written."""
 
 import os
 import subprocess
@@ -6,10 +6,14 @@ import sys
 
 import pytest
 
-_PROGRAM = "import sys\nfrom trainer.process.standard_streams import secure_standard_streams\nsecure_standard_streams()\n"
+_PROGRAM = (
+    "import sys\n"
+    "from trainer.process.standard_streams import secure_standard_streams\n"
+    "secure_standard_streams()\n"
+)
 
 
-def test_output_that_nobody_reads_is_discarded() -> None:
+def test_output_to_a_closed_pipe_is_discarded() -> None:
     program = (
         _PROGRAM
         + "for number in range(20_000): print('line', number)\nprint('done', file=sys.stderr)"
@@ -25,10 +29,11 @@ def test_output_that_nobody_reads_is_discarded() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "line 0\n", "done\n")
 
 
-def test_a_closed_stream_does_not_receive_the_next_files_descriptor(tmp_path: object) -> None:
+def test_descriptor_of_a_closed_stream_is_not_reused_by_a_file(tmp_path: object) -> None:
     program = (
         _PROGRAM
-        + "file = open(sys.argv[1], 'w'); print('not this'); print('nor this', file=sys.stderr); file.write('this')"
+        + "file = open(sys.argv[1], 'w'); print('stdout'); print('stderr', file=sys.stderr); "
+        "file.write('file')"
     )
     command = f'exec \'{sys.executable}\' -c "$1" "$2" <&- >&- 2>&-'
     done = subprocess.run(
@@ -36,10 +41,10 @@ def test_a_closed_stream_does_not_receive_the_next_files_descriptor(tmp_path: ob
     )
     assert done.returncode == 0
     with open(f"{tmp_path}/file") as file:
-        assert file.read() == "this"
+        assert file.read() == "file"
 
 
-def test_a_full_disk_under_the_log_ends_nothing() -> None:
+def test_full_disk_under_stdout_does_not_end_the_process() -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:
@@ -52,7 +57,7 @@ def test_a_full_disk_under_the_log_ends_nothing() -> None:
     assert done.returncode == 0
 
 
-def test_a_terminal_that_cannot_show_a_character_ends_nothing() -> None:
+def test_unencodable_output_does_not_end_the_process() -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-c", _PROGRAM + "print('caf\\u00e9')"]
     done = subprocess.run(

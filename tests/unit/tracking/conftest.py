@@ -1,4 +1,4 @@
-"""A real MLflow server behind a proxy, and spools as a run writes them."""
+"""Fixtures: a real MLflow server behind a proxy, and spools in the format of a run."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ def only_run(client: MlflowClient, experiment: str) -> Callable[[], Run]:
 
 @pytest.fixture
 def write_spool(tmp_path: Path, experiment: str) -> Callable[..., Path]:
-    """Writes a spool of one finished run of the test's experiment in a folder named after it."""
+    """Return a function that writes the spool of one finished run of the test's experiment."""
 
     def write(name: str = "run", **options: object) -> Path:
         path = tmp_path / name / "tracking.jsonl"

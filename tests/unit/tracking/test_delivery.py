@@ -1,4 +1,4 @@
-"""A spool is delivered to a real MLflow server, of which a proxy replaces some answers."""
+"""Delivery of spools to a real MLflow server behind a proxy that injects faults."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def _rejected(spool: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _assert_whole(run: Run, losses: Losses) -> None:
+def _assert_complete(run: Run, losses: Losses) -> None:
     assert losses(run) == LOSSES
     assert run.info.status == "FINISHED"
     assert run.data.params == {"optimizer.base_lr": "0.1", "batch.ranks": "2"}
@@ -43,7 +43,10 @@ def _assert_whole(run: Run, losses: Losses) -> None:
 
 
 def _once(call: str, answer: Answer | None) -> Callable[[Request], Answer]:
-    """Spoil the first such call; after ``forward`` if ``answer`` is LOST."""
+    """Return a hook that answers the first ``call`` itself.
+
+    If ``answer`` is LOST, the server receives the request and its response is lost.
+    """
     left = [1]
 
     def hook(request: Request) -> Answer:
@@ -67,7 +70,7 @@ def _once(call: str, answer: Answer | None) -> Callable[[Request], Answer]:
         ("runs/log-inputs", (503, b"busy", "text/html")),
     ],
 )
-def test_a_request_that_fails_once_is_repeated_without_effect(
+def test_request_that_fails_once_is_repeated_without_duplicates(
     call: str,
     answer: Answer,
     proxy: MlflowProxy,
@@ -79,14 +82,14 @@ def test_a_request_that_fails_once_is_repeated_without_effect(
     proxy.hook = _once(call, answer)
     (report,) = _sync(spool, proxy)
     assert report.fault is None
-    _assert_whole(only_run(), losses)
+    _assert_complete(only_run(), losses)
     assert list(spool.parent.iterdir()) == []
 
 
-def test_a_late_create_run_leaves_one_active_run(
+def test_delayed_create_run_leaves_one_active_run(
     proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses
 ) -> None:
-    """The first request reaches the server after the second: a gateway held it back."""
+    """A gateway delays the first request, so that it reaches the server after the second."""
     held: list[Request] = []
 
     def hook(request: Request) -> Answer:
@@ -100,10 +103,10 @@ def test_a_late_create_run_leaves_one_active_run(
 
     proxy.hook = hook
     _sync(write_spool(), proxy)
-    _assert_whole(only_run(), losses)
+    _assert_complete(only_run(), losses)
 
 
-def test_one_invalid_metric_is_set_aside_alone(
+def test_invalid_metrics_are_rejected_individually(
     proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses
 ) -> None:
     bad = {"a//b": 1.0, "x" * 251: 1.0}
@@ -114,27 +117,27 @@ def test_one_invalid_metric_is_set_aside_alone(
         file.write(json.dumps(line | {"step": 6, "values": {"loss": "low", "kept": 1.0}}) + "\n")
     _sync(spool, proxy)
     run = only_run()
-    _assert_whole(run, losses)
+    _assert_complete(run, losses)
     assert losses(run, "kept") == [(6, 1.0)]
     names = [next(iter(entry["values"])) for entry in _rejected(spool)]
     assert sorted(names) == sorted([*bad, *bad, *bad, *bad, *bad, "loss", "loss"])
     assert not spool.exists()
-    # another try finds the same, sends nothing twice and keeps them
+    # a second attempt is rejected in the same way, sends nothing twice and keeps the entries
     _sync(spool, proxy)
     assert len(_rejected(spool)) == len(names)
-    _assert_whole(only_run(), losses)
+    _assert_complete(only_run(), losses)
 
 
 @pytest.mark.parametrize("status", [403, 500])
-def test_a_metric_that_only_some_gateway_rejects_does_not_block_others(
+def test_metric_rejected_by_a_gateway_does_not_block_others(
     status: int, proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses
 ) -> None:
     spool = write_spool(metrics={"forbidden": 1.0})
     blocked = True
 
     def hook(request: Request) -> Answer:
-        spoil = request.is_call("runs/log-batch") and b"forbidden" in request.body and blocked
-        return (status, b"<html>no</html>", "text/html") if spoil else None
+        block = request.is_call("runs/log-batch") and b"forbidden" in request.body and blocked
+        return (status, b"<html>no</html>", "text/html") if block else None
 
     proxy.hook = hook
     _sync(spool, proxy)
@@ -146,12 +149,12 @@ def test_a_metric_that_only_some_gateway_rejects_does_not_block_others(
         assert [entry["values"] for entry in _rejected(spool)] == [{"forbidden": 1.0}] * 5
     blocked = False
     _sync(spool, proxy)
-    _assert_whole(only_run(), losses)
+    _assert_complete(only_run(), losses)
     assert losses(run, "forbidden") == [(step, 1.0) for step in range(1, 6)]
     assert list(spool.parent.iterdir()) == []
 
 
-def test_nan_and_infinite_metrics_arrive(
+def test_nan_and_infinite_metrics_are_delivered(
     proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses
 ) -> None:
     spool = write_spool(metrics={"nan": math.nan, "inf": math.inf})
@@ -162,7 +165,7 @@ def test_nan_and_infinite_metrics_arrive(
     assert not spool.exists()
 
 
-def test_parameters_that_are_too_long_or_changed_lose_no_others(
+def test_long_invalid_and_changed_parameters_do_not_block_others(
     proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses
 ) -> None:
     params = {f"p{n}": n for n in range(150)} | {"long": "x" * 9000, "bad\nkey": 1, "k" * 300: 2}
@@ -198,7 +201,7 @@ def _experiment(spool: Path, proxy: MlflowProxy, run: Run) -> str:
 
 
 @pytest.mark.parametrize("status", [403, 500])
-def test_an_artifact_that_fails_blocks_neither_metrics_nor_status(
+def test_failing_artifact_does_not_block_metrics_and_status(
     status: int,
     proxy: MlflowProxy,
     write_spool: Spool,
@@ -209,7 +212,7 @@ def test_an_artifact_that_fails_blocks_neither_metrics_nor_status(
     spool = write_spool()
     proxy.hook = lambda request: (status, b"no", "text/html") if request.method == "PUT" else None
     (report,) = _sync(spool, proxy)
-    _assert_whole(only_run(), losses)
+    _assert_complete(only_run(), losses)
     assert (report.fault is None) == (status != 500)
     proxy.hook = lambda request: None
     _sync(spool, proxy)
@@ -218,7 +221,7 @@ def test_an_artifact_that_fails_blocks_neither_metrics_nor_status(
     assert list(spool.parent.iterdir()) == []
 
 
-def test_a_deleted_experiment_keeps_the_spool_until_it_is_restored(
+def test_spool_is_kept_until_a_deleted_experiment_is_restored(
     proxy: MlflowProxy,
     write_spool: Spool,
     only_run: Callable[[], Run],
@@ -226,20 +229,20 @@ def test_a_deleted_experiment_keeps_the_spool_until_it_is_restored(
     client: MlflowClient,
     experiment: str,
 ) -> None:
-    gone = client.create_experiment(experiment)
-    client.delete_experiment(gone)
+    deleted = client.create_experiment(experiment)
+    client.delete_experiment(deleted)
     spool = write_spool()
     before = spool.read_bytes()
     (report,) = _sync(spool, proxy)
     assert report.fault is not None
     assert "restore" in report.fault.reason
     assert spool.read_bytes() == before
-    client.restore_experiment(gone)
+    client.restore_experiment(deleted)
     _sync(spool, proxy)
-    _assert_whole(only_run(), losses)
+    _assert_complete(only_run(), losses)
 
 
-def test_a_run_deleted_in_the_middle_keeps_the_rest_and_other_runs_arrive(
+def test_deleted_run_keeps_its_entries_and_other_runs_are_delivered(
     proxy: MlflowProxy, tmp_path: Path, losses: Losses, client: MlflowClient, experiment: str
 ) -> None:
     spool = tmp_path / "tracking.jsonl"
@@ -262,18 +265,18 @@ def test_a_run_deleted_in_the_middle_keeps_the_rest_and_other_runs_arrive(
     client.restore_run(str(first.run_id))
     _sync(spool, proxy)
     for report in (first, second):
-        _assert_whole(client.get_run(str(report.run_id)), losses)
+        _assert_complete(client.get_run(str(report.run_id)), losses)
     assert not spool.exists()
 
 
-def test_a_run_that_the_server_has_lost_is_sent_again_in_full(
+def test_run_lost_by_the_server_is_delivered_again_completely(
     proxy: MlflowProxy,
     write_spool: Spool,
     only_run: Callable[[], Run],
     losses: Losses,
     client: MlflowClient,
 ) -> None:
-    """As for a second server: the first one's record must not count there."""
+    """The same applies to another server, for which the record of the first is invalid."""
     spool = write_spool()
     proxy.hook = lambda request: (503, b"", JSON) if request.is_call("runs/update") else None
     (report,) = _sync(spool, proxy)
@@ -286,14 +289,14 @@ def test_a_run_that_the_server_has_lost_is_sent_again_in_full(
     client.delete_run(lost)
     proxy.hook = lambda request: None
     _sync(spool, proxy)
-    _assert_whole(only_run(), losses)
+    _assert_complete(only_run(), losses)
 
 
 @pytest.mark.parametrize("after", [5, 8])
-def test_delivery_that_is_cut_off_resumes_without_repeating(
+def test_interrupted_delivery_resumes_without_duplicates(
     after: int, proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses
 ) -> None:
-    """After any number of requests the connection ends, with that request's effect done."""
+    """The connection ends after some requests; the last one reached the server."""
     spool = write_spool()
     copy = spool.with_name("copy.jsonl")
     shutil.copy(spool, copy)
@@ -309,12 +312,12 @@ def test_delivery_that_is_cut_off_resumes_without_repeating(
     assert spool.exists()
     proxy.hook = lambda request: None
     _sync(spool, proxy)
-    _assert_whole(only_run(), losses)
+    _assert_complete(only_run(), losses)
     _sync(copy, proxy)  # a copy without the record of what was sent
-    _assert_whole(only_run(), losses)
+    _assert_complete(only_run(), losses)
 
 
-def test_corrupt_lines_are_kept_and_block_no_others(
+def test_corrupt_lines_are_kept_and_do_not_block_others(
     write_spool: Spool, proxy: MlflowProxy, only_run: Callable[[], Run]
 ) -> None:
     spool = write_spool()
@@ -345,7 +348,7 @@ def test_corrupt_lines_are_kept_and_block_no_others(
     assert "is not a run key" in str(kept[-1]["reason"])
 
 
-def test_a_spool_in_use_is_refused(write_spool: Spool, proxy: MlflowProxy) -> None:
+def test_spool_in_use_is_rejected(write_spool: Spool, proxy: MlflowProxy) -> None:
     spool = write_spool()
     writer = SpoolWriter(spool, f"{1:013d}-a", 1)
     with pytest.raises(UserError, match="in use by another process"):
@@ -353,7 +356,7 @@ def test_a_spool_in_use_is_refused(write_spool: Spool, proxy: MlflowProxy) -> No
     writer.close()
 
 
-def test_a_resumed_run_keeps_the_first_value_of_repeated_steps(
+def test_resumed_run_keeps_the_first_value_of_repeated_steps(
     proxy: MlflowProxy, tmp_path: Path, experiment: str, only_run: Callable[[], Run], losses: Losses
 ) -> None:
     spool = tmp_path / "tracking.jsonl"
@@ -375,7 +378,7 @@ def test_a_resumed_run_keeps_the_first_value_of_repeated_steps(
     assert not spool.exists()
 
 
-def test_a_run_that_was_killed_is_shown_as_killed(
+def test_run_without_final_status_becomes_killed(
     proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], losses: Losses
 ) -> None:
     spool = write_spool()
@@ -389,7 +392,7 @@ def test_a_run_that_was_killed_is_shown_as_killed(
 
 
 def _first_format(spool: Path) -> None:
-    """Rewrite a spool as earlier versions wrote it."""
+    """Convert a spool to the format of earlier versions."""
     lines = []
     for line in spool.read_text().splitlines():
         entry = json.loads(line)
@@ -405,7 +408,7 @@ def _first_format(spool: Path) -> None:
     spool.write_text("".join(lines))
 
 
-def test_a_spool_of_the_first_format_is_delivered(
+def test_spool_of_the_first_format_is_delivered(
     proxy: MlflowProxy,
     write_spool: Spool,
     only_run: Callable[[], Run],
@@ -413,21 +416,21 @@ def test_a_spool_of_the_first_format_is_delivered(
     client: MlflowClient,
     experiment: str,
 ) -> None:
-    """Of which an earlier version had sent the run, but no parameters, and three losses."""
+    """An earlier version has created the run without parameters and sent three losses."""
     spool = write_spool()
     _first_format(spool)
     lines = spool.read_bytes().splitlines(keepends=True)
     run = client.create_run(client.create_experiment(experiment))
     for step in range(1, 4):
         client.log_batch(run.info.run_id, metrics=[Metric("loss", 1 / step, now_ms(), step)])
-    note = {"run_id": run.info.run_id, "offset": len(b"".join(lines[:5])), "logged": {}}
-    spool.with_name("tracking.sent.json").write_text(json.dumps(note))
+    record = {"run_id": run.info.run_id, "offset": len(b"".join(lines[:5])), "logged": {}}
+    spool.with_name("tracking.sent.json").write_text(json.dumps(record))
     _sync(spool, proxy)
-    _assert_whole(only_run(), losses)
+    _assert_complete(only_run(), losses)
     assert [p.name for p in spool.parent.iterdir()] == ["config.json"]
 
 
-def test_two_runs_in_a_spool_of_the_first_format_stay_apart(
+def test_two_runs_in_a_spool_of_the_first_format_are_delivered_separately(
     proxy: MlflowProxy, write_spool: Spool, losses: Losses, client: MlflowClient
 ) -> None:
     one, two = write_spool("one"), write_spool("two", steps=3)
@@ -440,7 +443,7 @@ def test_two_runs_in_a_spool_of_the_first_format_stay_apart(
     assert losses(client.get_run(runs["two"])) == LOSSES[:3]
 
 
-def test_a_file_that_changed_since_is_not_sent_as_the_artifact_of_an_old_run(
+def test_modified_file_is_not_sent_as_an_artifact(
     proxy: MlflowProxy, write_spool: Spool, only_run: Callable[[], Run], client: MlflowClient
 ) -> None:
     spool = write_spool()
@@ -459,17 +462,17 @@ def test_a_file_that_changed_since_is_not_sent_as_the_artifact_of_an_old_run(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(seed=st.integers(0, 2**32), cuts=st.booleans(), cut_run=st.booleans())
-def test_spools_of_several_runs_in_any_order_reach_the_right_runs(
+@given(seed=st.integers(0, 2**32), truncate=st.booleans(), truncate_run=st.booleans())
+def test_shuffled_entries_of_several_runs_reach_the_right_runs(
     seed: int,
-    cuts: bool,
-    cut_run: bool,
+    truncate: bool,
+    truncate_run: bool,
     proxy: MlflowProxy,
     client: MlflowClient,
     tmp_path: Path,
     experiment: str,
 ) -> None:
-    """Lines of three runs are shuffled, repeated and truncated; what arrives is what is whole."""
+    """Lines of three runs are shuffled, repeated and truncated; complete lines are delivered."""
     chance = random.Random(seed)
     folder = tmp_path / str(seed)
     folder.mkdir(exist_ok=True)
@@ -487,16 +490,16 @@ def test_spools_of_several_runs_in_any_order_reach_the_right_runs(
         path.unlink()
     lines += chance.sample(lines, 5)
     chance.shuffle(lines)
-    if cuts:
-        for place in chance.sample(range(len(lines)), 3):
-            if cut_run or b'"kind": "run"' not in lines[place]:
-                lines[place] = lines[place][: chance.randrange(1, len(lines[place]) - 1)]
+    if truncate:
+        for i in chance.sample(range(len(lines)), 3):
+            if truncate_run or b'"kind": "run"' not in lines[i]:
+                lines[i] = lines[i][: chance.randrange(1, len(lines[i]) - 1)]
     spool = folder / "tracking.jsonl"
     spool.write_bytes(b"\n".join(lines) + chance.choice([b"\n", b""]))
     expected: dict[str, dict[int, float]] = {}
     named: dict[str, str] = {}
     for line in lines:
-        if line.endswith(b"}") and (entry := _whole(line)):
+        if line.endswith(b"}") and (entry := _parse(line)):
             if entry["kind"] == "metrics":
                 expected.setdefault(entry["run"], {})[entry["step"]] = entry["values"]["loss"]
             elif entry["kind"] == "run":
@@ -512,12 +515,12 @@ def test_spools_of_several_runs_in_any_order_reach_the_right_runs(
         assert sorted((m.step, m.value) for m in history) == sorted(steps.items())
         number = float(named[key].rpartition("-")[2])
         assert {m.value for m in client.get_metric_history(run.info.run_id, "m")} == {number}
-    damaged = {line for line in lines if not _whole(line)}
-    if expected.keys() <= named.keys() and damaged:
+    corrupt = {line for line in lines if not _parse(line)}
+    if expected.keys() <= named.keys() and corrupt:
         kept = {
             str(entry["text"]).encode() for entry in _rejected(spool) if entry["kind"] == "corrupt"
         }
-        assert kept == damaged
+        assert kept == corrupt
     assert spool.exists() == any(report.fault for report in reports.values())
     for run in client.search_runs(
         [client.get_experiment_by_name(experiment).experiment_id], run_view_type=ViewType.ALL
@@ -525,7 +528,7 @@ def test_spools_of_several_runs_in_any_order_reach_the_right_runs(
         client.delete_run(run.info.run_id)
 
 
-def _whole(line: bytes) -> dict | None:
+def _parse(line: bytes) -> dict | None:
     try:
         return json.loads(line)
     except ValueError:

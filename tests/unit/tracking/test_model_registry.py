@@ -1,4 +1,4 @@
-"""The model registry: faults of a real server's answers, and what a user does afterwards."""
+"""The model registry: faults of a real server, and registering the model afterwards."""
 
 import io
 import json
@@ -27,8 +27,8 @@ def output(tmp_path: Path, digits: Path) -> Path:
         "digits-resnet8", [f"data.train={digits}/train", f"data.val={digits}/val", "model.width=4"]
     )
     classes = open_index(f"{digits}/train")[0].classes
-    facts = ModelMetadata.of(config, classes, len(classes))
-    save_model(tmp_path / "out", facts.build(), facts)
+    metadata = ModelMetadata.of(config, classes, len(classes))
+    save_model(tmp_path / "out", metadata.build(), metadata)
     (tmp_path / "out/config.json").write_text(config.model_dump_json())
     result = {"mlflow_run_id": None, "name": "r", "steps": 5, "top1": 0.5, "top5": 0.9}
     (tmp_path / "out/result.json").write_text(json.dumps(result))
@@ -59,7 +59,7 @@ def add(
     )
 
 
-def test_a_refused_upload_is_the_users_to_cure_and_a_lost_response_registers_one_version(
+def test_rejected_upload_is_a_user_error_and_lost_responses_register_one_version(
     add: Callable[[], Registered], proxy: MlflowProxy, client: MlflowClient, experiment: str
 ) -> None:
     refused = (413, b"<html>Request Entity Too Large</html>", "text/html")
@@ -83,18 +83,18 @@ def test_a_refused_upload_is_the_users_to_cure_and_a_lost_response_registers_one
 
 
 @pytest.mark.parametrize(
-    ("status", "told"), [(403, "refuses the credentials"), (400, "refuses to register")]
+    ("status", "message"), [(403, "refuses the credentials"), (400, "refuses to register")]
 )
-def test_a_registry_that_refuses_is_the_users_to_cure(
-    status: int, told: str, add: Callable[[], Registered], proxy: MlflowProxy
+def test_rejection_by_the_registry_is_a_user_error(
+    status: int, message: str, add: Callable[[], Registered], proxy: MlflowProxy
 ) -> None:
     refused = (status, b"<html>no</html>", "text/html")
     proxy.hook = lambda r: refused if r.is_call("registered-models/create") else None
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         add()
 
 
-def test_a_server_that_fails_again_and_again_asks_for_a_retry(
+def test_persistent_server_error_is_retryable(
     add: Callable[[], Registered], proxy: MlflowProxy
 ) -> None:
     proxy.hook = lambda r: (
@@ -106,7 +106,7 @@ def test_a_server_that_fails_again_and_again_asks_for_a_retry(
 
 
 @pytest.mark.parametrize("spooled", [True, False], ids=["from-its-spool", "never-tracked"])
-def test_a_run_that_mlflow_does_not_have_is_created_to_register_its_model(
+def test_missing_run_is_created_to_register_its_model(
     spooled: bool,
     output: Path,
     proxy: MlflowProxy,
@@ -114,7 +114,7 @@ def test_a_run_that_mlflow_does_not_have_is_created_to_register_its_model(
     experiment: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also if the spool has entries of another run too."""
+    """Also if the spool has entries of another run."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
     if spooled:
         write_run(output / "tracking.jsonl", experiment, "other")
@@ -130,7 +130,7 @@ def test_a_run_that_mlflow_does_not_have_is_created_to_register_its_model(
         assert run.data.metrics == {"top1": 0.5, "top5": 0.9}
 
 
-def test_sync_never_gives_a_result_the_id_of_another_run(
+def test_sync_does_not_store_the_id_of_another_run_in_the_result(
     output: Path, proxy: MlflowProxy, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)

@@ -1,4 +1,4 @@
-"""Which tracking URIs are valid, and the check of the server before training."""
+"""Validation of tracking URIs, and the check of the server before training."""
 
 import threading
 from pathlib import Path
@@ -25,7 +25,7 @@ from trainer.tracking.server import check_server, validate_tracking_uri
         "databricks://profile",
     ],
 )
-def test_a_uri_that_mlflow_takes_is_valid(
+def test_uri_supported_by_mlflow_is_valid(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -33,7 +33,7 @@ def test_a_uri_that_mlflow_takes_is_valid(
 
 
 @pytest.mark.parametrize(
-    ("uri", "told"),
+    ("uri", "message"),
     [
         ("localhost:5000", "use http://localhost:5000"),
         ("127.0.0.1:5000/prefix", "use http://127.0.0.1:5000/prefix"),
@@ -55,14 +55,14 @@ def test_a_uri_that_mlflow_takes_is_valid(
         ("databricks-uc", "model registry only"),
     ],
 )
-def test_a_uri_that_mlflow_would_reject_is_refused(uri: str, told: str) -> None:
-    with pytest.raises(UserError, match=r"tracking\.uri") as refused:
+def test_uri_that_mlflow_would_reject_is_rejected(uri: str, message: str) -> None:
+    with pytest.raises(UserError, match=r"tracking\.uri") as error:
         validate_tracking_uri(uri)
-    assert told in str(refused.value)
-    assert "secret" not in str(refused.value)
+    assert message in str(error.value)
+    assert "secret" not in str(error.value)
 
 
-def test_folders_are_valid_where_mlflow_is_told_to_take_them(
+def test_folder_is_valid_with_mlflow_allow_file_store(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -70,7 +70,7 @@ def test_folders_are_valid_where_mlflow_is_told_to_take_them(
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
         ((401, b"no", "text/html"), "refuses the credentials (HTTP 401)"),
         (
@@ -86,21 +86,21 @@ def test_folders_are_valid_where_mlflow_is_told_to_take_them(
         ),
     ],
 )
-def test_a_server_that_does_not_take_the_run_is_refused(
-    answer: tuple[int, bytes, str], told: str, proxy: MlflowProxy
+def test_server_that_rejects_the_run_is_a_user_error(
+    answer: tuple[int, bytes, str], message: str, proxy: MlflowProxy
 ) -> None:
     proxy.hook = lambda request: answer
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         check_server(proxy.url.replace("://", "://me:secret@"), "any", None)
-    assert told in str(refused.value)
-    assert "\n" not in str(refused.value)
-    assert "secret" not in str(refused.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "answer", [(503, b"", JSON), (429, b"", JSON), (502, b"<html>", "text/html"), (0, b"", "")]
 )
-def test_a_server_that_is_away_is_no_reason_not_to_train(
+def test_unreachable_server_does_not_prevent_training(
     answer: tuple[int, bytes, str], proxy: MlflowProxy
 ) -> None:
     proxy.hook = lambda request: answer
@@ -109,26 +109,24 @@ def test_a_server_that_is_away_is_no_reason_not_to_train(
     assert fault.kind == "unreachable"
 
 
-def test_the_check_waits_a_bounded_time(
-    proxy: MlflowProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_check_has_a_timeout(proxy: MlflowProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     monkeypatch.setattr("trainer.tracking.server._CHECK_SECONDS", 0.2)
     proxy.hook = lambda request: (released.wait(20), None)[1]
     fault = check_server(proxy.url, "any", None)
     released.set()
     assert fault is not None
-    assert "no answer" in fault.reason
+    assert "no response" in fault.reason
 
 
-def test_names_that_the_server_would_refuse_are_refused(
+def test_names_that_the_server_would_reject_are_rejected(
     proxy: MlflowProxy, client: MlflowClient, experiment: str
 ) -> None:
-    gone = client.create_experiment(experiment)
-    client.delete_experiment(gone)
-    with pytest.raises(UserError, match=rf"restore it .*--experiment-id {gone}"):
+    deleted = client.create_experiment(experiment)
+    client.delete_experiment(deleted)
+    with pytest.raises(UserError, match=rf"restore it .*--experiment-id {deleted}"):
         check_server(proxy.url, experiment, None)
-    with pytest.raises(UserError, match="does not take the run"):
+    with pytest.raises(UserError, match="rejected the run"):
         check_server(proxy.url, "x" * 501, None)
     client.register_prompt("a-prompt", "Say {{word}}")
     with pytest.raises(UserError, match="is a prompt"):
@@ -137,7 +135,7 @@ def test_names_that_the_server_would_refuse_are_refused(
 
 
 @pytest.mark.parametrize("name", ["team/model", "a:b", "..", "../x", "."])
-def test_a_name_that_the_registry_rejects_is_refused_with_a_server_and_without(
+def test_invalid_model_name_is_rejected_with_and_without_a_server(
     name: str, proxy: MlflowProxy, client: MlflowClient
 ) -> None:
     with pytest.raises(MlflowException):
@@ -148,6 +146,6 @@ def test_a_name_that_the_registry_rejects_is_refused_with_a_server_and_without(
         assert repr(name) in str(error.value)
 
 
-def test_a_database_that_cannot_be_made_is_refused() -> None:
+def test_database_that_cannot_be_created_is_rejected() -> None:
     with pytest.raises(UserError, match="nowhere"):
         check_server("sqlite:////proc/nowhere/mlflow.db", "any", None)

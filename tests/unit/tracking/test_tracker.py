@@ -1,4 +1,4 @@
-"""A run in progress, its server and its spool."""
+"""The tracker of a run in progress, its server and its spool."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def _train(tracker: MlflowTracker, first: int = 1, last: int = 5, status: str = 
     return tracker.close(status)
 
 
-def test_a_run_is_delivered_and_leaves_no_spool(
+def test_delivered_run_leaves_no_spool(
     proxy: MlflowProxy,
     tmp_path: Path,
     experiment: str,
@@ -56,19 +56,19 @@ def test_logging_never_waits_for_the_server(
     proxy.hook = lambda request: (released.wait(30), LOST)[1]
     spool = tmp_path / "tracking.jsonl"
     tracker = MlflowTracker(proxy.url, spool, describe_run(experiment), wait=False)
-    began = time.monotonic()
+    started = time.monotonic()
     for step in range(1000):
         tracker.log_metrics({"loss": 1.0}, step)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - started < 5
     assert not tracker.close("FINISHED")
     released.set()
     assert len(spool.read_text().splitlines()) == 1002
     assert f"convoy sync {spool}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["server-reached", "server-away"])
-def test_a_resumed_run_stays_one_run(
-    known: bool,
+@pytest.mark.parametrize("reachable", [True, False], ids=["reachable", "unreachable"])
+def test_resumed_run_remains_one_mlflow_run(
+    reachable: bool,
     proxy: MlflowProxy,
     tmp_path: Path,
     experiment: str,
@@ -76,7 +76,7 @@ def test_a_resumed_run_stays_one_run(
     losses: Losses,
 ) -> None:
     """Also on another machine, and if the first process never reached the server."""
-    proxy.hook = (lambda request: None) if known else (lambda request: LOST)
+    proxy.hook = (lambda request: None) if reachable else (lambda request: LOST)
     first = MlflowTracker(proxy.url, tmp_path / "a" / "tracking.jsonl", describe_run(experiment))
     _train(first, 1, 4, "KILLED")
     proxy.hook = lambda request: None
@@ -84,14 +84,14 @@ def test_a_resumed_run_stays_one_run(
     second = MlflowTracker(proxy.url, tmp_path / "b" / "tracking.jsonl", description, first.run_key)
     assert _train(second, 3, 5)
     assert list((tmp_path / "b").iterdir()) == []
-    if not known:
+    if not reachable:
         sync_spool(tmp_path / "a" / "tracking.jsonl", proxy.url)
     run = only_run()
     assert losses(run) == LOSSES
-    assert run.info.status == ("FINISHED" if known else "KILLED")
+    assert run.info.status == ("FINISHED" if reachable else "KILLED")
 
 
-def test_a_resumed_run_sends_what_its_earlier_process_kept(
+def test_resumed_run_sends_the_entries_of_its_earlier_process(
     proxy: MlflowProxy, tmp_path: Path, experiment: str, only_run: Callable[[], Run], losses: Losses
 ) -> None:
     spool = tmp_path / "tracking.jsonl"
@@ -118,19 +118,19 @@ def test_resumed_run_is_the_later_attempt_if_its_clock_is_behind(
     assert (losses(only_run()), only_run().info.status) == (LOSSES, "KILLED")
 
 
-def test_a_deleted_output_folder_is_not_reported_as_a_fault_of_mlflow(
+def test_deleted_output_folder_is_not_reported_as_an_mlflow_error(
     proxy: MlflowProxy, tmp_path: Path, experiment: str, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "out"
     tracker = MlflowTracker(proxy.url, folder / "tracking.jsonl", describe_run(experiment))
     shutil.rmtree(folder)
     _train(tracker, 1, 5)
-    said = capsys.readouterr().err
-    assert "tracking.sent: No such file or directory; training continues" in said
-    assert "does not take the run" not in said
+    stderr = capsys.readouterr().err
+    assert "tracking.sent: No such file or directory; training continues" in stderr
+    assert "rejected the run" not in stderr
 
 
-def test_the_spool_of_another_run_is_kept_apart(
+def test_spool_of_another_run_is_renamed_and_kept(
     proxy: MlflowProxy,
     tmp_path: Path,
     experiment: str,
@@ -141,7 +141,7 @@ def test_the_spool_of_another_run_is_kept_apart(
     spool = tmp_path / "tracking.jsonl"
     foreign = [write_run(spool, experiment, f"foreign-{n}", metrics={"m": 1.0}) for n in range(2)]
     content = spool.read_bytes()
-    tracker = MlflowTracker(proxy.url, spool, describe_run(experiment, "own"))
+    tracker = MlflowTracker(proxy.url, spool, describe_run(experiment, "new"))
     assert _train(tracker)
     (kept,) = tmp_path.iterdir()
     assert kept.read_bytes() == content
@@ -154,7 +154,7 @@ def test_the_spool_of_another_run_is_kept_apart(
         assert (run.info.run_name, losses(run)) == (f"foreign-{number}", LOSSES)
 
 
-def test_credentials_that_expire_are_reported_and_metrics_kept(
+def test_expired_credentials_are_reported_and_metrics_are_kept(
     proxy: MlflowProxy,
     tmp_path: Path,
     experiment: str,
@@ -166,14 +166,14 @@ def test_credentials_that_expire_are_reported_and_metrics_kept(
     tracker = MlflowTracker(proxy.url, spool, describe_run(experiment))
     proxy.hook = lambda request: (401, b"expired", "text/html")
     assert not _train(tracker)
-    told = capsys.readouterr().err
-    assert told.count("refuses the credentials (HTTP 401)") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.count("refuses the credentials (HTTP 401)") == 1
     proxy.hook = lambda request: None
     sync_spool(spool, proxy.url)
     assert losses(only_run()) == LOSSES
 
 
-def test_a_slow_artifact_store_does_not_delay_metrics(
+def test_slow_artifact_store_does_not_delay_metrics(
     proxy: MlflowProxy,
     tmp_path: Path,
     experiment: str,
@@ -193,14 +193,14 @@ def test_a_slow_artifact_store_does_not_delay_metrics(
     proxy.hook = hook
     spool = tmp_path / "tracking.jsonl"
     tracker = MlflowTracker(proxy.url, spool, describe_run(experiment))
-    assert _train(tracker), "the status arrived"
+    assert _train(tracker), "the server has the status"
     run = only_run()
     assert (losses(run), run.info.status) == (LOSSES, "FINISHED")
     assert spool.exists()
     released.set()
 
 
-def test_a_server_that_refuses_the_run_is_known_at_once(
+def test_rejection_of_the_run_is_known_after_construction(
     proxy: MlflowProxy, tmp_path: Path, experiment: str
 ) -> None:
     body = json.dumps({"error_code": "PERMISSION_DENIED", "message": "read only"}).encode()
@@ -212,7 +212,7 @@ def test_a_server_that_refuses_the_run_is_known_at_once(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_does_not_end_training(
+def test_full_disk_does_not_end_training(
     proxy: MlflowProxy,
     tmp_path: Path,
     experiment: str,
@@ -220,7 +220,7 @@ def test_a_full_disk_does_not_end_training(
     losses: Losses,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The spool is on a device that has no room for a while."""
+    """The device of the spool is full for a while."""
     tracker = MlflowTracker(proxy.url, tmp_path / "tracking.jsonl", describe_run(experiment))
     spool_file = tracker._writer._file
     with open("/dev/full", "wb") as full:

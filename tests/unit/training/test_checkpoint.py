@@ -1,6 +1,4 @@
-"""Checkpoints on a disk and in an object store: whole or none, newest good one first, others passed
-over and told.
-"""
+"""Checkpoints on a disk and in an object store: atomic writes, skipping of corrupt checkpoints."""
 
 import dataclasses
 import json
@@ -64,74 +62,77 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.getfixturevalue('bucket')}/checkpoints/{tmp_path.name}"
 
 
-def test_the_newest_comes_back_bit_for_bit(url: str) -> None:
+def test_load_latest_returns_the_newest_checkpoint_bit_equal(url: str) -> None:
     written = _checkpoint(20, top1=0.5)
     checkpoints = _saved(url, 10)
     checkpoints.save(written)
-    written.state.model["conv.weight"].zero_()  # training goes on: what was to be kept was copied
+    written.state.model["conv.weight"].zero_()  # save() must have copied it
     checkpoints.wait()
-    notes: list[str] = []
-    found = CheckpointManager(url, 9).load_latest(FINGERPRINT, notes.append)
+    messages: list[str] = []
+    found = CheckpointManager(url, 9).load_latest(FINGERPRINT, messages.append)
     assert found is not None
     assert (found.state.step, found.state.updates, found.state.scaler) == (
         20,
         7,
         {"cur_scale": 1024.0},
     )
-    assert (found.result, found.run_id, notes) == (written.result, "run", [])
+    assert (found.result, found.run_id, messages) == (written.result, "run", [])
     assert torch.equal(found.state.model["conv.weight"], torch.full((2, 3), 20.0))
     assert found.state.model["norm.num_batches_tracked"] == 20
     assert torch.equal(*(c.state.slots["momentum_buffer/conv.weight"] for c in (found, written)))
 
 
-def test_plain_tools_read_it(tmp_path: Path) -> None:
+def test_checkpoint_is_readable_with_safetensors_and_sha256sum(tmp_path: Path) -> None:
     _saved(str(tmp_path), 1200)
     folder = tmp_path / "step-000001200"
     assert torch.equal(
         load_file(folder / "model.safetensors")["conv.weight"], torch.full((2, 3), 1200.0)
     )
-    told = json.loads((folder / "checkpoint.json").read_text())
+    manifest = json.loads((folder / "checkpoint.json").read_text())
     sums = subprocess.run(
-        ["sha256sum", *sorted(told["files"])],
+        ["sha256sum", *sorted(manifest["files"])],
         cwd=folder,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert sums.split()[::2] == [told["files"][name]["sha256"] for name in sorted(told["files"])]
+    assert sums.split()[::2] == [
+        manifest["files"][name]["sha256"] for name in sorted(manifest["files"])
+    ]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
-@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
-def test_a_torn_or_changed_one_is_passed_over_and_told(url: str, file: str, damage: str) -> None:
+@pytest.mark.parametrize("corruption", ["truncated", "modified", "missing"])
+def test_corrupt_checkpoint_is_skipped_and_reported(url: str, file: str, corruption: str) -> None:
     _saved(url, 10, 20)
     store, name = open_store(url), f"step-000000020/{file}"
     content = store.read_small(name)
     assert content
-    if damage == "cut":
+    if corruption == "truncated":
         store.write(name, content[: len(content) // 2])
-    elif damage == "changed":
-        place = content.index(b'"step": 20') + 9 if file == "checkpoint.json" else len(content) - 1
-        store.write(name, content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    elif corruption == "modified":
+        i = content.index(b'"step": 20') + 9 if file == "checkpoint.json" else len(content) - 1
+        store.write(name, content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
     else:
         store.delete([name])
-    notes: list[str] = []
-    found = CheckpointManager(url, 9).load_latest(FINGERPRINT, notes.append)
+    messages: list[str] = []
+    found = CheckpointManager(url, 9).load_latest(FINGERPRINT, messages.append)
     assert found is not None
     assert found.state.step == 10
-    if damage == "gone" and file == "checkpoint.json":
-        assert notes == [], "without it there never was one"
+    if corruption == "missing" and file == "checkpoint.json":
+        assert messages == [], "a folder without a manifest is not a checkpoint"
     else:
-        assert len(notes) == 1
-        assert "step-000000020 is passed over: " in notes[0]
-        assert file in notes[0]
+        assert len(messages) == 1
+        assert messages[0].startswith("skipping checkpoint ")
+        assert "step-000000020: " in messages[0]
+        assert file in messages[0]
 
 
-def test_none_is_none(url: str) -> None:
+def test_load_latest_returns_none_without_checkpoints(url: str) -> None:
     assert CheckpointManager(url, 3).load_latest(FINGERPRINT, print) is None
 
 
-def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
+def test_last_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
     checkpoints = CheckpointManager(str(tmp_path), 2)
     for step, top1 in (
         (1, 0.3),
@@ -145,20 +146,20 @@ def test_the_last_ones_and_the_best_stay(tmp_path: Path) -> None:
     ):
         checkpoints.save(_checkpoint(step, top1))
     checkpoints.wait()
-    assert _steps(tmp_path) == [6, 7, 8], "of two that are equally good the newer"
+    assert _steps(tmp_path) == [6, 7, 8], "of two equally good checkpoints, the newer is kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step-000000006",
         "step-000000007",
         "step-000000008",
     ]
-    again = CheckpointManager(str(tmp_path), 1)  # another process knows the best too
-    again.load_latest(FINGERPRINT, print)
-    again.save(_checkpoint(9, 0.2))
-    again.wait()
+    resumed = CheckpointManager(str(tmp_path), 1)  # load_latest reads the best top1
+    resumed.load_latest(FINGERPRINT, print)
+    resumed.save(_checkpoint(9, 0.2))
+    resumed.wait()
     assert _steps(tmp_path) == [6, 9]
 
 
-def test_what_a_kill_left_half_written_is_removed_later(tmp_path: Path) -> None:
+def test_partial_checkpoint_is_removed_by_a_later_save(tmp_path: Path) -> None:
     _saved(str(tmp_path), 10)
     (tmp_path / "step-000000020").mkdir()
     (tmp_path / "step-000000020" / "model.safetensors").write_bytes(b"half")
@@ -171,18 +172,18 @@ def test_what_a_kill_left_half_written_is_removed_later(tmp_path: Path) -> None:
     ]
 
 
-def test_one_of_another_recipe_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_another_recipe_is_rejected(tmp_path: Path) -> None:
     _saved(str(tmp_path), 10)
     other = FINGERPRINT | {"optimizer.base_lr": 0.2, "model.name": "vgg11"}
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         CheckpointManager(str(tmp_path), 3).load_latest(other, print)
-    told = str(refused.value)
+    message = str(error.value)
     assert (
-        "step-000000010 is of another recipe: model.name is 'resnet8' there and 'vgg11' here"
-        in told
-    )
-    assert "optimizer.base_lr is 0.1 there and 0.2 here" in told
-    assert "checkpoint.resume=never" in told
+        "step-000000010 belongs to a different recipe: model.name is 'resnet8' in the checkpoint "
+        "and 'vgg11' in the recipe"
+    ) in message
+    assert "optimizer.base_lr is 0.1 in the checkpoint and 0.2 in the recipe" in message
+    assert "checkpoint.resume=never" in message
 
 
 def test_a_key_that_is_newer_than_the_checkpoint_must_have_its_default(tmp_path: Path) -> None:
@@ -190,14 +191,14 @@ def test_a_key_that_is_newer_than_the_checkpoint_must_have_its_default(tmp_path:
     _saved(str(tmp_path), 10)
     newer = FINGERPRINT | {"optimizer.momentum": 0.9, "model.stem": None}
     assert CheckpointManager(str(tmp_path), 3).load_latest(newer, print) is not None
-    with pytest.raises(UserError, match=r"optimizer\.momentum is None there and 0\.5 here"):
+    with pytest.raises(UserError, match=r"optimizer\.momentum is None in the checkpoint and 0\.5 in the recipe"):
         CheckpointManager(str(tmp_path), 3).load_latest(newer | {"optimizer.momentum": 0.5}, print)
 def test_a_key_that_the_checkpoint_lacks_must_have_its_default(tmp_path: Path) -> None:
     """Such a key, of a later version, had no effect when the checkpoint was written."""
     _saved(str(tmp_path), 10)
     checkpoints = CheckpointManager(str(tmp_path), 3)
     assert checkpoints.load_latest(FINGERPRINT | {"augment.erase": 0.0, "ema": None}, print)
-    with pytest.raises(UserError, match=r"augment\.erase is 0\.0 there and 0\.5 here"):
+    with pytest.raises(UserError, match=r"augment\.erase is 0\.0 in the checkpoint and 0\.5 in the recipe"):
         checkpoints.load_latest(FINGERPRINT | {"augment.erase": 0.5}, print)
 
 
@@ -239,7 +240,7 @@ def test_a_newer_version_of_the_random_streams_is_refused(tmp_path: Path) -> Non
         _loaded(tmp_path)
 
 
-def test_beginning_anew_removes_those_that_stand(url: str) -> None:
+def test_clear_deletes_all_checkpoints(url: str) -> None:
     _saved(url, 10, 20)
     checkpoints = CheckpointManager(url, 3)
     checkpoints.clear()
@@ -264,17 +265,15 @@ checkpoints.wait()
 """
 
 
-def test_a_full_disk_is_told_and_the_old_one_stays(tmp_path: Path) -> None:
-    """A file system of its own with room for 200 kB where mounts are allowed; else files of at most
-    that size.
-    """
+def test_full_disk_is_reported_and_the_old_checkpoint_is_kept(tmp_path: Path) -> None:
+    """A file system of 200 kB if mounts are allowed, else a file size limit of 200 kB."""
     url = tmp_path / "checkpoints"
     url.mkdir()
     code = FULL.format(tests=str(Path(__file__).parent), url=str(url))
     (tmp_path / "save.py").write_text(code)
     mount = f"mount -t tmpfs -o size=200k none {url}"
     inside = f"{sys.executable} {tmp_path}/save.py && find {url} -type f | sort"
-    can = (
+    can_mount = (
         subprocess.run(
             ["unshare", "--mount", "sh", "-c", mount], capture_output=True, check=False
         ).returncode
@@ -282,7 +281,7 @@ def test_a_full_disk_is_told_and_the_old_one_stays(tmp_path: Path) -> None:
     )
     command = (
         ["unshare", "--mount", "sh", "-c", f"{mount} && {inside}"]
-        if can
+        if can_mount
         else ["bash", "-c", f"ulimit -f 200; {inside}"]
     )
     done = subprocess.run(
@@ -293,8 +292,8 @@ def test_a_full_disk_is_told_and_the_old_one_stays(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("no checkpoint of step 3, training goes on:") == 1
-    assert "No space left" in done.stderr or not can
+    assert done.stderr.count("step 3 could not be written, training continues:") == 1
+    assert "No space left" in done.stderr or not can_mount
     names = {line.rpartition("checkpoints/")[2] for line in done.stdout.split()}
     assert names == {
         f"step-000000002/{file}"
@@ -302,6 +301,6 @@ def test_a_full_disk_is_told_and_the_old_one_stays(tmp_path: Path) -> None:
     }
 
 
-def test_a_place_that_cannot_be_written_is_refused() -> None:
+def test_unwritable_checkpoint_url_is_rejected() -> None:
     with pytest.raises(UserError, match="cannot be created"):
         CheckpointManager("/proc/checkpoints", 3)

@@ -1,6 +1,4 @@
-"""Batch arithmetic, learning rate, loss and counts, against plain torch and the formulas of the
-papers.
-"""
+"""Batch arithmetic, learning rates and losses, compared with torch and published formulas."""
 
 import math
 
@@ -20,30 +18,34 @@ from trainer.training.optimizers.build import build_optimizer, weight_groups
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 16))
-def test_accumulation_steps_are_derived(ranks: int, steps: int, micro: int) -> None:
+def test_accumulation_steps_are_computed_from_batch_sizes(
+    ranks: int, steps: int, micro: int
+) -> None:
     plan = plan_batches(ranks * steps * micro, micro, ranks, samples=100_000)
     assert plan.accumulation_steps == steps
     assert plan.ranks * plan.accumulation_steps * plan.micro_size == plan.global_size
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        ((100, None, 8, 1000), "nearest that do: 96 or 104"),
-        ((96, 5, 8, 1000), "nearest that do: 4 or 6; or batch.global_size 80 or 120"),
-        ((96, 7, 8, 1000), "nearest that do: 6 or 12"),
+        ((100, None, 8, 1000), "nearest valid sizes: 96 or 104"),
+        ((96, 5, 8, 1000), "nearest valid sizes: 4 or 6; or use batch.global_size 80 or 120"),
+        ((96, 7, 8, 1000), "nearest valid sizes: 6 or 12"),
         ((8, None, 8, 5), "8 ranks are more than the 5 samples"),
         ((64, None, 8, 50), "batch.global_size: 64 is more than the 50 samples"),
-        ((4, None, 8, 1000), "nearest that do: 8"),
+        ((4, None, 8, 1000), "nearest valid sizes: 8"),
     ],
 )
-def test_sizes_that_do_not_divide_name_the_nearest_that_do(arguments: tuple, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_batch_size_error_names_the_nearest_valid_sizes(
+    arguments: tuple, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         plan_batches(*arguments)
 
 
-def test_the_linear_scaling_rule() -> None:
-    # Goyal et al. 2017: 0.1 for 256, so 3.2 for 8k
+def test_learning_rate_scales_linearly_with_batch_size() -> None:
+    # Goyal et al. 2017: 0.1 at a batch of 256, so 3.2 at 8,192
     assert scaled_learning_rate(
         OptimizerConfig(base_lr=0.1, base_batch=256), 8192
     ) == pytest.approx(3.2)
@@ -52,13 +54,13 @@ def test_the_linear_scaling_rule() -> None:
 def _rates(
     schedule: ScheduleConfig, peak: float = 1.6, steps_per_epoch: int = 10, steps: int = 90
 ) -> list[float]:
-    """Of each step, for a global batch that is sixteen times the base batch."""
+    """Return the learning rate of each step, for a global batch of sixteen times the base batch."""
     optimizer = OptimizerConfig(base_lr=peak / 16, base_batch=16)
     rate = learning_rate_schedule(schedule, optimizer, 256, steps_per_epoch, steps)
     return [rate(step) for step in range(steps)]
 
 
-def _with_torch(peak: float, steps: int, scheduler: str, **options: object) -> list[float]:
+def _torch_rates(peak: float, steps: int, scheduler: str, **options: object) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
     schedule = getattr(torch.optim.lr_scheduler, scheduler)(optimizer, **options)
     rates = []
@@ -69,16 +71,16 @@ def _with_torch(peak: float, steps: int, scheduler: str, **options: object) -> l
     return rates
 
 
-def test_gradual_warmup_then_cosine_equals_torchs_scheduler() -> None:
+def test_warmup_and_cosine_decay_match_torchs_scheduler() -> None:
     rates = _rates(ScheduleConfig(name="cosine", warmup_epochs=2))
     assert rates[:20] == pytest.approx([1.6 * (s + 1) / 20 for s in range(20)])
     assert rates[20:] == pytest.approx(
-        _with_torch(1.6, 70, "CosineAnnealingLR", T_max=70), abs=1e-9
+        _torch_rates(1.6, 70, "CosineAnnealingLR", T_max=70), abs=1e-9
     )
 
 
-def test_warmup_of_goyal_et_al() -> None:
-    """2.2: gradual from the unscaled to the scaled rate; constant at the unscaled one."""
+def test_gradual_and_constant_warmup_match_goyal_et_al() -> None:
+    """Section 2.2: gradual from the unscaled to the scaled rate; constant at the unscaled rate."""
     gradual = _rates(ScheduleConfig(name="constant", warmup_epochs=5, warmup_lr=0.1))
     assert gradual[:50] == pytest.approx([0.1 + 1.5 * (s + 1) / 50 for s in range(50)])
     assert gradual[50:] == [1.6] * 40
@@ -86,28 +88,30 @@ def test_warmup_of_goyal_et_al() -> None:
     assert constant == pytest.approx([0.1] * 50 + [1.6] * 40)
 
 
-def test_step_decay_equals_torchs_scheduler() -> None:
+def test_step_decay_matches_torchs_scheduler() -> None:
     rates = _rates(ScheduleConfig(name="step", milestones=[3.0, 6.0, 8.0]))
     assert rates == pytest.approx(
-        _with_torch(1.6, 90, "MultiStepLR", milestones=[30, 60, 80], gamma=0.1)
+        _torch_rates(1.6, 90, "MultiStepLR", milestones=[30, 60, 80], gamma=0.1)
     )
 
 
-def test_polynomial_decay_equals_torchs_scheduler() -> None:
+def test_polynomial_decay_matches_torchs_scheduler() -> None:
     rates = _rates(ScheduleConfig(name="polynomial", power=3.0, warmup_epochs=1))
     assert rates[10:] == pytest.approx(
-        _with_torch(1.6, 80, "PolynomialLR", total_iters=80, power=3.0), abs=1e-9
+        _torch_rates(1.6, 80, "PolynomialLR", total_iters=80, power=3.0), abs=1e-9
     )
 
 
-def test_warmups_that_make_no_sense_are_refused() -> None:
+def test_invalid_warmups_are_rejected() -> None:
     with pytest.raises(UserError, match="50 steps, but the run has 40; use less than 4"):
         _rates(ScheduleConfig(warmup_epochs=5), steps=40)
-    with pytest.raises(UserError, match=r"schedule\.warmup_lr: 2\.0 is above the peak of 1\.6"):
+    with pytest.raises(
+        UserError, match=r"schedule\.warmup_lr: 2\.0 is above the peak learning rate of 1\.6"
+    ):
         _rates(ScheduleConfig(warmup_epochs=5, warmup_lr=2.0))
 
 
-def test_weight_decay_spares_norms_and_biases_by_the_kind_of_layer() -> None:
+def test_norms_and_biases_are_excluded_from_weight_decay_by_layer_type() -> None:
     model = build_model("resnet18", 10, width=8)
     config = OptimizerConfig(decay_norm_and_bias=False, weight_decay=0.1)
     decayed, free = (group["params"] for group in weight_groups(model, config))
@@ -119,8 +123,8 @@ def test_weight_decay_spares_norms_and_biases_by_the_kind_of_layer() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
-def test_an_update_by_each_rule(name: str) -> None:
-    """Against the formula of its paper, written out, over three steps of a changing learning rate."""
+def test_optimizer_updates_match_the_published_formulas(name: str) -> None:
+    """Compare three steps with changing learning rate with the formula of the optimizer's paper."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 3, bias=False, dtype=torch.float64)
     config = OptimizerConfig(name=name, weight_decay=0.01, momentum=0.9)
@@ -152,8 +156,9 @@ def test_an_update_by_each_rule(name: str) -> None:
 
 
 def test_sgd_needs_no_momentum_correction() -> None:
-    """Goyal et al. 2017, 3, remark 2: a velocity that holds the rate must be scaled when that
-    changes; torch's does not.
+    """torch's momentum buffer does not contain the learning rate.
+
+    A velocity that contains it must be scaled when it changes (Goyal et al. 2017, 3, remark 2).
     """
     weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     layer = torch.nn.Module()
@@ -170,10 +175,10 @@ def test_sgd_needs_no_momentum_correction() -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 1000))
-def test_the_mean_over_micro_batches_is_the_mean_over_samples(
+def test_mean_over_micro_batches_equals_mean_over_samples(
     micro_batches: int, size: int, seed: int
 ) -> None:
-    """Also where micro-batches hold different numbers of real samples, one of them perhaps none."""
+    """Also if micro-batches have different numbers of samples without padding, or none."""
     torch.manual_seed(seed)
     logits = torch.randn(micro_batches, size, 7, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 7, (micro_batches, size))
@@ -192,7 +197,7 @@ def test_the_mean_over_micro_batches_is_the_mean_over_samples(
     assert torch.allclose(got, want, atol=1e-7)
 
 
-def test_top1_and_top5_equal_torchs_topk() -> None:
+def test_top1_and_top5_counts_match_torchs_topk() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(1000, 12), torch.randint(0, 12, (1000,))
     top = logits.topk(5).indices

@@ -1,4 +1,4 @@
-"""Label smoothing, mixup and CutMix, against timm and torchvision."""
+"""Label smoothing, mixup and CutMix, compared with timm and torchvision."""
 
 import math
 from collections.abc import Iterator
@@ -41,8 +41,8 @@ def _logits_and_labels(size: int, heads: int = 1) -> tuple[tuple[Tensor, ...], T
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
-def test_label_smoothing_is_timms(smoothing: float) -> None:
-    """In the main head and in auxiliary ones; and equal to soft targets."""
+def test_label_smoothing_matches_timm(smoothing: float) -> None:
+    """In the main and auxiliary heads, and with soft targets."""
     (main, first, second), labels = _logits_and_labels(11, heads=3)
     theirs = LabelSmoothingCrossEntropy(smoothing)
     want = theirs(main, labels) + 0.3 * (theirs(first, labels) + theirs(second, labels))
@@ -54,30 +54,32 @@ def test_label_smoothing_is_timms(smoothing: float) -> None:
     torch.testing.assert_close(weighted_loss(main, labels, ones, 11.0, 1, smoothing), soft)
 
 
-def test_label_smoothing_leaves_padding_out() -> None:
+def test_label_smoothing_excludes_padding() -> None:
     (logits,), labels = _logits_and_labels(8)
     weights = torch.tensor([1.0, 1, 0, 1, 0, 1, 1, 0])
     want = LabelSmoothingCrossEntropy(0.1)(logits[weights > 0], labels[weights > 0])
     torch.testing.assert_close(weighted_loss(logits, labels, weights, 5.0, 1, 0.1), want)
 
 
-# --- mixup and CutMix
-# -------------------------------------------------------------------------------------------------
+# --- mixup and CutMix -------------------------------------------------------------------------
 
 
-class TimmsMixup(timm_mixup.Mixup):
-    """timm's, with its lambda given. The centre of its box comes from numpy's global generator."""
+class TimmMixup(timm_mixup.Mixup):
+    """timm's Mixup with a given lambda.
 
-    def __init__(self, lam: float, cuts: bool, smoothing: float) -> None:
+    The centre of the box is drawn from numpy's global generator.
+    """
+
+    def __init__(self, lam: float, use_cutmix: bool, smoothing: float) -> None:
         super().__init__(1.0, 1.0, label_smoothing=smoothing, num_classes=CLASSES)
-        self.given = lam, cuts
+        self.given = lam, use_cutmix
 
     def _params_per_batch(self) -> tuple[float, bool]:
         return self.given
 
 
-class Given:
-    """A random generator that draws what it is given."""
+class FixedGenerator:
+    """A random generator that returns given values."""
 
     def __init__(self, coin: float, lam: float, centre: tuple[int, int]) -> None:
         self.coin, self.lam, self.centre = coin, lam, centre
@@ -96,15 +98,15 @@ class Given:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    cuts=st.booleans(),
+    use_cutmix=st.booleans(),
     lam=st.floats(0, 1),
     size=st.integers(2, 33),
     pairs=st.integers(1, 4),
     seed=st.integers(0, 2**32 - 1),
     smoothing=st.sampled_from([0.0, 0.1]),
 )
-def test_pixels_and_loss_are_timms(
-    cuts: bool, lam: float, size: int, pairs: int, seed: int, smoothing: float
+def test_mixed_pixels_and_loss_match_timm(
+    use_cutmix: bool, lam: float, size: int, pairs: int, seed: int, smoothing: float
 ) -> None:
     torch.manual_seed(seed)
     images, labels = torch.randn(2 * pairs, 3, size, size), torch.randint(0, CLASSES, (2 * pairs,))
@@ -113,9 +115,9 @@ def test_pixels_and_loss_are_timms(
     np.random.seed(seed)
     centre = np.random.randint(0, size), np.random.randint(0, size)
     np.random.seed(seed)
-    want, targets = TimmsMixup(lam, cuts, smoothing)(images.clone(), labels)
+    want, targets = TimmMixup(lam, use_cutmix, smoothing)(images.clone(), labels)
 
-    given_numbers = Given(0.0 if cuts else 0.999, lam, centre)
+    given_numbers = FixedGenerator(0.0 if use_cutmix else 0.999, lam, centre)
     mix = Mixup(mixup=0.2, cutmix=1.0).draw(given_numbers, size)  # type: ignore[arg-type]
     torch.testing.assert_close(apply_mix(images.clone(), mix), want)
     channels_last = images.clone(memory_format=torch.channels_last)
@@ -133,8 +135,8 @@ def test_pixels_and_loss_are_timms(
 
 
 @pytest.mark.parametrize("box", [None, (3, 9, 0, 16), (0, 1, 15, 16), (4, 4, 2, 5)])
-def test_a_pair_is_mixed_as_torchvision_does(box: tuple[int, int, int, int] | None) -> None:
-    """Its partner is the neighbour in a rolled batch: of two samples, the same one."""
+def test_mix_of_a_pair_matches_torchvision(box: tuple[int, int, int, int] | None) -> None:
+    """torchvision mixes with the neighbour in a rolled batch, which is the same for two samples."""
     torch.manual_seed(0)
     images, labels, logits = (
         torch.randn(2, 3, 16, 16),
@@ -172,18 +174,18 @@ def _drawn(mixup: float, cutmix: float, size: int = 32, count: int = 4000) -> li
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 4.0])
-def test_lambda_is_of_the_beta_distribution(alpha: float) -> None:
+def test_lambda_follows_the_beta_distribution(alpha: float) -> None:
     lams = np.array([mix.lam for mix in _drawn(alpha, 0.0)])
     variance = 1 / (4 * (2 * alpha + 1))
     assert lams.mean() == pytest.approx(0.5, abs=4 * math.sqrt(variance / len(lams)))
     assert lams.var() == pytest.approx(variance, rel=0.06)
-    if alpha > 0.1:  # below, many a number is so near to 1 that it is rounded to it
+    if alpha > 0.1:  # at lower alpha, many values round to 1
         assert kstest(lams, beta(alpha, alpha).cdf).pvalue > 0.01
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
-def test_boxes_are_distributed_as_timms(alpha: float) -> None:
-    """Also those that reach over the border, whose lambda is corrected."""
+def test_box_distribution_matches_timm(alpha: float) -> None:
+    """Including boxes that are clipped at the border, whose lambda is corrected."""
     ours = _drawn(0.0, alpha)
     np.random.seed(0)
     theirs = [
@@ -198,13 +200,13 @@ def test_boxes_are_distributed_as_timms(alpha: float) -> None:
         )  # type: ignore[index]
 
 
-def test_with_both_on_each_has_its_own_alpha_and_half_of_the_batches() -> None:
+def test_mixup_and_cutmix_each_apply_to_half_of_the_batches() -> None:
     mixes = _drawn(4.0, 1.0)
     blended = np.array([mix.lam for mix in mixes if mix.box is None])
     assert 1900 < len(blended) < 2100
     assert kstest(blended, beta(4, 4).cdf).pvalue > 0.01
-    uncut = [mix.lam for mix in _drawn(0.0, 1.0)]
-    assert ks_2samp([mix.lam for mix in mixes if mix.box], uncut).pvalue > 0.01
+    cutmix_only = [mix.lam for mix in _drawn(0.0, 1.0)]
+    assert ks_2samp([mix.lam for mix in mixes if mix.box], cutmix_only).pvalue > 0.01
     assert not Mixup().enabled
 
 
@@ -229,7 +231,7 @@ def _config(data: Path, **augment: float) -> RunConfig:
 def _batches(
     data: Path, epoch: int, world: int, accumulation: int, steps: int, **augment: float
 ) -> dict[tuple[int, int], Batch]:
-    """By step and number of the micro-batch, from every rank."""
+    """Return the batches of all ranks, by step and number of the micro-batch."""
     index, store = open_index(str(data / "train"))
     found = {}
     for rank in range(world):
@@ -250,23 +252,23 @@ def _batches(
     st.integers(0, 3),
     st.sampled_from([(0.2, 1.0), (0.0, 0.5)]),
 )
-def test_the_same_mixes_for_every_number_of_ranks(
+def test_mixes_do_not_depend_on_the_number_of_ranks(
     digits: Path, split: tuple[int, int], epoch: int, alphas: tuple
 ) -> None:
     augment = dict(zip(("mixup", "cutmix"), alphas, strict=True))
     world, accumulation = split
     shared = _batches(digits, epoch, world, accumulation, 3, **augment)
     alone = _batches(digits, epoch, 1, world * accumulation, 3, **augment)
-    assert {place: (b.keys, b.mix) for place, b in shared.items()} == {
-        place: (b.keys, b.mix) for place, b in alone.items()
+    assert {number: (b.keys, b.mix) for number, b in shared.items()} == {
+        number: (b.keys, b.mix) for number, b in alone.items()
     }
     assert len({b.mix for b in alone.values()}) > 1.5 * world * accumulation, (
-        "each micro-batch has its own"
+        "each micro-batch has its own mix"
     )
     assert all(b.lam == b.mix.lam for b in alone.values())  # type: ignore[union-attr]
 
 
-def test_mixes_change_with_the_epoch_and_the_seed_and_are_off_where_not_asked_for(
+def test_mixes_depend_on_epoch_and_seed_and_are_off_by_default(
     digits: Path,
 ) -> None:
     first, second = (_batches(digits, epoch, 1, 2, 2, mixup=0.2)[0, 0].mix for epoch in (0, 1))
@@ -276,8 +278,8 @@ def test_mixes_change_with_the_epoch_and_the_seed_and_are_off_where_not_asked_fo
     assert {(b.mix, b.lam) for b in off.values()} == {(None, None)}
 
 
-class Bare(Engine):
-    """Only what every engine prepares its images with."""
+class BareEngine(Engine):
+    """An engine with only the image preparation of the base class."""
 
     def step(self, batches: Iterator[Batch], learning_rate: float) -> StepOutput:
         raise NotImplementedError
@@ -292,15 +294,15 @@ class Bare(Engine):
 
 
 @pytest.mark.parametrize("box", [None, (2, 7, 0, 5)])
-def test_an_engine_mixes_in_fp32_before_the_cast(
+def test_engine_mixes_in_fp32_before_the_cast(
     digits: Path, box: tuple[int, int, int, int] | None
 ) -> None:
     config = _config(digits).model_copy(update={"precision": "bf16"})
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
     batch = Batch(pixels, np.zeros(6, np.int64), np.ones(6, np.float32), 6.0, [], Mix(0.3, box))
-    got = Bare(torch.nn.Flatten(), config, BatchPlan(6, 6, 1, 1), torch.device("cpu"))._images(
-        batch
-    )
+    got = BareEngine(
+        torch.nn.Flatten(), config, BatchPlan(6, 6, 1, 1), torch.device("cpu")
+    )._images(batch)
     normal = v2.functional.normalize(
         torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, config.data.mean, config.data.std
     )
@@ -310,11 +312,11 @@ def test_an_engine_mixes_in_fp32_before_the_cast(
     else:
         want[:, :, 2:7, 0:5] = normal.flip(0)[:, :, 2:7, 0:5]
     assert got.dtype == torch.bfloat16
-    assert (got == want.bfloat16()).float().mean() > 0.99, "but for roundings"
+    assert (got == want.bfloat16()).float().mean() > 0.99, "except for rounding"
     torch.testing.assert_close(got, want.bfloat16())
 
 
-def test_a_micro_batch_of_one_has_nobody_to_mix_with(digits: Path, tmp_path: Path) -> None:
+def test_mixing_with_a_micro_batch_of_one_is_rejected(digits: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {{name: resnet8}}\ndata: {{train: {digits}/train}}\ntrain: "
@@ -322,12 +324,12 @@ def test_a_micro_batch_of_one_has_nobody_to_mix_with(digits: Path, tmp_path: Pat
     )
     build_run_plan(str(recipe), [], 1, False)
     with pytest.raises(
-        UserError, match=r"augment\.cutmix: mixes the samples of a micro-batch, but that holds 1"
+        UserError, match=r"augment\.cutmix: mixes the samples of a micro-batch, which has only 1"
     ):
         build_run_plan(str(recipe), ["augment.cutmix=1"], 1, False)
 
 
-def _refused(tmp_path: Path, setting: str) -> str:
+def _rejection(tmp_path: Path, setting: str) -> str:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: {name: resnet8}\ndata: {train: /data/train}\ntrain: {epochs: 1}\n")
     with pytest.raises(UserError) as error:
@@ -344,6 +346,6 @@ def _refused(tmp_path: Path, setting: str) -> str:
         "augment.cutmix=.inf",
     ],
 )
-def test_values_out_of_range_are_refused(tmp_path: Path, setting: str) -> None:
+def test_values_out_of_range_are_rejected(tmp_path: Path, setting: str) -> None:
     key, _, value = setting.partition("=")
-    assert f"{key}: {value.strip('.')} is wrong: input should be" in _refused(tmp_path, setting)
+    assert f"{key}: {value.strip('.')} is invalid: input should be" in _rejection(tmp_path, setting)

@@ -30,14 +30,13 @@ def validate_parallelism(config: RunConfig) -> None:
         # engine.backward scales the loss for ZeRO's optimizers only; FP16_UnfusedOptimizer divides
         # by the scale nevertheless
         faults.append(
-            "parallel.zero_stage: 0 does not learn with precision fp16: DeepSpeed divides its "
-            "gradients by a loss scale "
-            "that it did not apply; use 1"
+            "parallel.zero_stage: 0 cannot train with precision fp16: DeepSpeed divides the "
+            "gradients by a loss scale that it did not apply; use 1"
         )
     if config.parallel.pipeline_stages > 1 and stage > 1:
         faults.append(
-            f"parallel.zero_stage: {stage} does not go with pipeline stages, which need whole "
-            "gradients; use 0 or 1"
+            f"parallel.zero_stage: {stage} cannot be combined with pipeline stages, which need "
+            "full gradients; use 0 or 1"
         )
     if config.parallel.split is not None and config.parallel.pipeline_stages == 1:
         faults.append("parallel.split: needs parallel.pipeline_stages above 1")

@@ -20,8 +20,8 @@ from trainer.tracking.spool.spool import Entry
 from trainer.tracking.spool.spool_reader import SpoolReader
 
 _CHUNK = 500  # entries read from the spool at a time
-_MOST_PARKED = 20_000  # items that may be set aside for a later retry while others are sent
-_MOST_CREATIONS = 3
+_MAX_PARKED = 20_000  # items that may be set aside for a later retry while others are sent
+_MAX_CREATIONS = 3
 _BATCH_SIZES = {"metrics": 1000, "param": 100, "tag": 100, "dataset": 1}
 
 _T = TypeVar("_T")
@@ -125,8 +125,8 @@ class RunUploader:
         )
         if not self.run.existed:
             self._creations += 1
-            if self._creations > _MOST_CREATIONS:
-                reason = f"the server has lost the run {_MOST_CREATIONS} times"
+            if self._creations > _MAX_CREATIONS:
+                reason = f"the server has lost the run {_MAX_CREATIONS} times"
                 raise RunUnavailable(Fault("rejected", reason))
         elif self._live_attempt is not None:
             self.run.live_attempt = self._live_attempt
@@ -234,7 +234,7 @@ class RunUploader:
         return None
 
     def _park(self, batch: _Batch, fault: Fault) -> None:
-        if sum(len(parked.items) for parked in self._parked) > _MOST_PARKED:
+        if sum(len(parked.items) for parked in self._parked) > _MAX_PARKED:
             raise ServerUnavailable(fault)
         batch.failures += 1
         self._parked.append(batch)

@@ -148,7 +148,7 @@ class SpoolReader:
                 if content["kind"] == "run":
                     first.start(content, raw)
                 if first.key is None:
-                    raise ValueError("no run entry before it tells which run it belongs to")
+                    raise ValueError("names no run, and no run entry precedes it")
                 key, attempt, seq = first.key, first.attempt, self._number
         except ValueError as error:
             first.corrupt(raw)

@@ -1,4 +1,4 @@
-"""Delivers a whole spool, with the entries of any number of runs: ``convoy sync``."""
+"""Delivers an entire spool, with the entries of any number of runs: ``convoy sync``."""
 
 import json
 import os
@@ -73,10 +73,10 @@ class SpoolUploader:
     def _upload_spool(self) -> list[RunReport]:
         record = DeliveryRecord(record_path(self.path))
         old = first_format_record_path(self.path)
-        note = _first_format_record(old)
-        reader = SpoolReader(self.path, record.sent, note.get("offset", 0))
-        if reader.first_format_key and note.get("run_id"):
-            record.run_ids.setdefault(reader.first_format_key, note["run_id"])
+        old_record = _first_format_record(old)
+        reader = SpoolReader(self.path, record.sent, old_record.get("offset", 0))
+        if reader.first_format_key and old_record.get("run_id"):
+            record.run_ids.setdefault(reader.first_format_key, old_record["run_id"])
         try:
             reports = [self._upload_run(key, reader, record) for key in reader.keys]
             self.kept = any(report.fault for report in reports)
@@ -201,9 +201,9 @@ def _first_format_record(path: Path) -> dict[str, Any]:
     If it is missing or corrupt, entries are sent again.
     """
     with suppress(FileNotFoundError, ValueError):
-        note = json.loads(path.read_bytes())
-        if isinstance(note, dict) and isinstance(note.get("offset"), int):
-            return note
+        record = json.loads(path.read_bytes())
+        if isinstance(record, dict) and isinstance(record.get("offset"), int):
+            return record
     return {}
 
 
@@ -251,8 +251,8 @@ def spool_files(path: Path) -> list[Path]:
     paths = [p for p in dict.fromkeys((path, rejected_path(path))) if p.is_file()]
     if not paths:
         missing = "there is no such file; a run whose entries MLflow has all accepted leaves none"
-        what = "is a folder; name the tracking.jsonl in it" if path.is_dir() else missing
-        raise UserError(f"{path}: {what}")
+        reason = "is a folder; name the tracking.jsonl in it" if path.is_dir() else missing
+        raise UserError(f"{path}: {reason}")
     return paths
 
 
