@@ -9,8 +9,8 @@ worker processes as our loader has threads.
 The loaders take turns, each time in a new process: one warmup epoch, then one that is timed from
 the request for its first batch to its last batch. A round's ratio compares the rates in that round.
 Memory is the largest sum of the proportional set sizes (PSS) of the process and its workers, in the
-first epoch. Baselines that `make baselines` has not installed are skipped and listed; FFCV, which is
-compiled, needs the development files of OpenCV.
+first epoch. Baselines that `make baselines` has not installed are skipped and listed; FFCV, which
+is compiled, needs the development files of OpenCV.
 """
 
 import argparse

@@ -18,14 +18,14 @@ from pipelines.cli.main import app
 from pipelines.cli.model_table import markdown_table, top5_sources
 from pipelines.cli.recipe_info import recipe_keys
 from trainer import errors
+from trainer.models import list_models
+from trainer.models.model_info import model_info
 from trainer.progress.progress_record import (
     LINE_PREFIX,
     PROGRESS_FILE,
     PROGRESS_LOG_VARIABLE,
     ProgressRecord,
 )
-from trainer.models import list_models
-from trainer.models.model_info import model_info
 
 DOCS = Path(__file__).parents[1] / "docs"
 FOLDER = DOCS / "reference"
@@ -158,8 +158,8 @@ def progress_page() -> str:
         "same object is printed to the log at each change of the phase, and at most once per 10",
         f"seconds otherwise, in lines that start with `{LINE_PREFIX.strip()}`.",
         "",
-        "Other lines of the log are for people and may change. Readers must ignore fields that they",
-        "do not know. Texts contain no credentials and no control characters. A value that is not",
+        "Other lines of the log are for people and may change. Readers must ignore fields that",
+        "they do not know. Texts contain no credentials and no control characters. A value that is not",
         "known is null.",
         "",
         "| field | type | |",
@@ -177,6 +177,8 @@ PAGES = {
     "exit-codes.md": exit_code_page,
     "progress.md": progress_page,
 }
+
+
 def models_page() -> str:
     """The page as it is, with new tables between the comments that mark them."""
     entries = [model_info(spec.name) for spec in list_models()]
@@ -192,8 +194,6 @@ def models_page() -> str:
         before, after = text.split(begin)[0], text.split(end)[1]
         text = f"{before}{begin}\n{table}\n\n{end}{after}"
     return text
-
-
 
 
 def main() -> None:

@@ -248,9 +248,7 @@ class JobClient:
                     raise
         names = [job["metadata"]["name"] for jobs in self._list().values() for job in jobs]
         nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
-        hint = (
-            f"; nearest: {', '.join(nearest)}" if nearest else "; convoy list prints all jobs"
-        )
+        hint = f"; nearest: {', '.join(nearest)}" if nearest else "; convoy list prints all jobs"
         raise UserError(f"there is no job {name!r} in namespace {self.namespace}{hint}")
 
     def _list(self, **selector: str) -> dict[JobKind, list[Document]]:

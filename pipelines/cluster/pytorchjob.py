@@ -24,7 +24,8 @@ class PyTorchJob(JobKind):
     plural = "pytorchjobs"
     pod_label = "training.kubeflow.org/job-name"
     install = (
-        "install the training operator: kubectl apply --server-side -k k8s/third-party/training-operator"
+        "install the training operator: "
+        "kubectl apply --server-side -k k8s/third-party/training-operator"
     )
     not_accepted = (
         "the training operator has not processed it yet; check that it runs: "

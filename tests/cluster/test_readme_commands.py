@@ -30,7 +30,7 @@ spec: {accessModes: [ReadWriteOnce], resources: {requests: {storage: 1Gi}}}
 
 
 def readme_commands() -> list[str]:
-    """Return the section's commands without comments, beginning with the replacement of the registry."""
+    """Return the section's commands, the first of which replaces the registry."""
     section = (ROOT / "README.md").read_text().split("## On your cluster\n")[1].split("\n## ")[0]
     replace = re.search(r"`(grep [^`]+)`", section)
     assert replace is not None

@@ -55,7 +55,8 @@ url, *overrides = sys.argv[1:]
 for changed in ([], ["augment.color_jitter_prob=0.5"]):
     plan = build_run_plan("digits-resnet8", [*overrides, *changed], 1, False)
     try:
-        print("step", CheckpointManager(url, 3).load_latest(plan.config_fingerprint, print).state.step)
+        found = CheckpointManager(url, 3).load_latest(plan.config_fingerprint, print)
+        print("step", found.state.step)
     except UserError as error:
         print(error)
 """

@@ -294,5 +294,6 @@ def test_render_prints_only_yaml_and_errors_are_one_line(
     assert printed.startswith("# Made by: convoy render resnet50 --nodes 2 --gpus-per-node 8\n")
     assert [document["kind"] for document in yaml.safe_load_all(printed)] == ["PyTorchJob"]
     assert convoy_refuses("render", "resnet50", "--nodes", 3, "--gpus-per-node", 8) == (
-        "convoy: batch.global_size: 256 is not divisible by 24 ranks; nearest valid sizes: 240 or 264\n"
+        "convoy: batch.global_size: 256 is not divisible by 24 ranks; nearest valid sizes: "
+        "240 or 264\n"
     )

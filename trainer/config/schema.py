@@ -442,8 +442,7 @@ class RunConfig(_Section):
         side, crop = self.data.size_in(0), PaddedCrop.from_config(self.augment)
         if crop.enabled and crop.padding >= side:
             raise ValueError(
-                f"augment.padding: {crop.padding} must be less than the image size of {side} "
-                "pixels"
+                f"augment.padding: {crop.padding} must be less than the image size of {side} pixels"
             )
         return self
 

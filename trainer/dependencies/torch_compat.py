@@ -44,7 +44,7 @@ def storage_id(tensor: Tensor) -> int:
 
 
 def published_accuracy(weights: Any) -> tuple[float, float]:
-    """Return the ImageNet top-1 and top-5 accuracy that torchvision publishes for ``weights``, in %.
+    """Return the ImageNet top-1 and top-5 accuracy in % that torchvision publishes for ``weights``.
 
     torchvision's only public form of them is the text of its documentation. Raises UserError if
     this version of torchvision keeps them elsewhere.

@@ -100,9 +100,7 @@ class Predictor:
         metadata = self.facts
         with pillow_warnings_ignored():
             views = [
-                to_array(
-                    eval_transform(decode_rgb(image), metadata.image_size, metadata.eval_crop)
-                )
+                to_array(eval_transform(decode_rgb(image), metadata.image_size, metadata.eval_crop))
                 for image in images
             ]
         pixels = torch.from_numpy(np.stack(views)).to(self.device)

@@ -78,6 +78,7 @@ OLD_LOG = (  # of a version that printed no records
     "MLflow run 0a1b at http://convoy-mlflow:5000\n"
     "step 400/1000 epoch 0.08 loss 5.1 lr 0.1 2,345 images/s, waiting for data 0.0%, 0:02:03 left\n"
 )
+CONNECTING = "r50: rendezvous: 2 pods are connecting; the first step follows"
 TRACEBACK = 'Traceback (most recent call last):\n  File "x"\nKeyError: 5\n'
 
 
@@ -134,8 +135,8 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "x"\nKeyError: 5\n'
         (_job("Running"), RUNNING, "", "r50: starting: 2 pods running, no log output yet"),
         (_job("Running"), RUNNING, None, "r50: running: 2 pods"),
         (_job("Running"), RUNNING, WAITS, "r50: waiting: s3://convoy/x: no index.json yet"),
-        (_job("Running"), RUNNING, MEETS, "r50: rendezvous: 2 pods are connecting; the first step follows"),
-        (_job("Running"), RUNNING, MEETS + _line("starting", step=0), "r50: rendezvous: 2 pods are connecting; the first step follows"),
+        (_job("Running"), RUNNING, MEETS, CONNECTING),
+        (_job("Running"), RUNNING, MEETS + _line("starting", step=0), CONNECTING),
         (_job("Running"), RUNNING, OLD_LOG, "r50: running: 2 pods"),
         (_job("Succeeded"), [_pod(0, "Succeeded", _ended(0))], OLD_LOG, "r50: succeeded"),
         (
@@ -143,12 +144,16 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "x"\nKeyError: 5\n'
             "r50: training: step 20 of 1,000, 1,234 images/s, http://convoy-mlflow:5000/#/runs/0a1b",
         ),
         (
-            _job("Running"), RUNNING, LOG + LINE_PREFIX + '{"run_name": "r50", "phase": "training", "step": 6',
-            "r50: training: step 400 of 1,000, 2,345 images/s, 0:02:03 left, http://convoy-mlflow:5000/#/runs/0a1b",
+            _job("Running"), RUNNING,
+            LOG + LINE_PREFIX + '{"run_name": "r50", "phase": "training", "step": 6',
+            "r50: training: step 400 of 1,000, 2,345 images/s, 0:02:03 left, "
+            "http://convoy-mlflow:5000/#/runs/0a1b",
         ),
         (
-            _job("Running"), RUNNING, LOG + _line("evaluating", step=1000, images_per_second=2345.2, **TRAINS),
-            "r50: training: step 1,000 of 1,000, 2,345 images/s, http://convoy-mlflow:5000/#/runs/0a1b",
+            _job("Running"), RUNNING,
+            LOG + _line("evaluating", step=1000, images_per_second=2345.2, **TRAINS),
+            "r50: training: step 1,000 of 1,000, 2,345 images/s, "
+            "http://convoy-mlflow:5000/#/runs/0a1b",
         ),
         (
             _job("Running"), RUNNING, LOG,
@@ -171,15 +176,18 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "x"\nKeyError: 5\n'
             "r50: failed: s3://convoy/x: permission denied",
         ),
         (
-            _job("Failed"), [_pod(0, "Failed", _ended(1, 'Traceback (most recent call last):\n  File "x"\nKeyError: 5\n'))], "",
-            'r50: failed: bug: ...(most recent call last): File "x" KeyError: 5; convoy logs r50 prints the full log',
+            _job("Failed"), [_pod(0, "Failed", _ended(1, TRACEBACK))], "",
+            'r50: failed: bug: ...(most recent call last): File "x" KeyError: 5; convoy logs r50 '
+            "prints the full log",
         ),
         (
-            _job("Failed"), [_pod(0, "Failed", _ended(1, "KeyError: 5\n" + _line("failed", exit_code=1)))], "",
+            _job("Failed"),
+            [_pod(0, "Failed", _ended(1, "KeyError: 5\n" + _line("failed", exit_code=1)))], "",
             "r50: failed: bug: ...KeyError: 5; convoy logs r50 prints the full log",
         ),
         (
-            _job("Failed"), [_pod(0, "Failed", _ended(1))], LOG + _line("failed", exit_code=1, message="KeyError: 5"),
+            _job("Failed"), [_pod(0, "Failed", _ended(1))],
+            LOG + _line("failed", exit_code=1, message="KeyError: 5"),
             "r50: failed: bug: ...KeyError: 5; convoy logs r50 prints the full log",
         ),
         (_job("Failed"), [_pod(0, "Failed", _ended(2))], "",

@@ -59,8 +59,10 @@ def test_unknown_fields_are_ignored_and_missing_values_are_none() -> None:
         *(
             json.dumps(VALUES | change)
             for change in (
-                {"version": 2}, {"phase": "dancing"}, {"step": -1}, {"step": 1.5}, {"step": "400"}, {"step": True},
-                {"step": 10**30}, {"loss": math.nan}, {"images_per_second": math.inf}, {"eta_seconds": 1e300},
+                {"version": 2}, {"phase": "dancing"}, {"step": -1}, {"step": 1.5}, {"step": "400"},
+                {"step": True},
+                {"step": 10**30}, {"loss": math.nan}, {"images_per_second": math.inf},
+                {"eta_seconds": 1e300},
                 {"run_name": None}, {"updated_at": "now"}, {"exit_code": 256},
             )
         ),

@@ -191,14 +191,20 @@ def test_a_key_that_is_newer_than_the_checkpoint_must_have_its_default(tmp_path:
     _saved(str(tmp_path), 10)
     newer = FINGERPRINT | {"optimizer.momentum": 0.9, "model.stem": None}
     assert CheckpointManager(str(tmp_path), 3).load_latest(newer, print) is not None
-    with pytest.raises(UserError, match=r"optimizer\.momentum is None in the checkpoint and 0\.5 in the recipe"):
+    with pytest.raises(
+        UserError, match=r"optimizer\.momentum is None in the checkpoint and 0\.5 in the recipe"
+    ):
         CheckpointManager(str(tmp_path), 3).load_latest(newer | {"optimizer.momentum": 0.5}, print)
+
+
 def test_a_key_that_the_checkpoint_lacks_must_have_its_default(tmp_path: Path) -> None:
     """Such a key, of a later version, had no effect when the checkpoint was written."""
     _saved(str(tmp_path), 10)
     checkpoints = CheckpointManager(str(tmp_path), 3)
     assert checkpoints.load_latest(FINGERPRINT | {"augment.erase": 0.0, "ema": None}, print)
-    with pytest.raises(UserError, match=r"augment\.erase is 0\.0 in the checkpoint and 0\.5 in the recipe"):
+    with pytest.raises(
+        UserError, match=r"augment\.erase is 0\.0 in the checkpoint and 0\.5 in the recipe"
+    ):
         checkpoints.load_latest(FINGERPRINT | {"augment.erase": 0.5}, print)
 
 

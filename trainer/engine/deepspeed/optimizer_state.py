@@ -96,7 +96,11 @@ class Fp32State:
     def check_keys(self) -> None:
         """Raise RuntimeError if the optimizer keeps state that no checkpoint would contain."""
         known = {*self.names, *(["step"] if self._spec.step_counter == "weight" else [])}
-        unknown = {key for master in compat.fp32_tensors(self._wrapped) for key in self._inner.state[master]} - known
+        unknown = {
+            key
+            for master in compat.fp32_tensors(self._wrapped)
+            for key in self._inner.state[master]
+        } - known
         if unknown:
             raise RuntimeError(
                 f"optimizer {self._spec.name} keeps the state {', '.join(sorted(unknown))}, which "
