@@ -11,7 +11,7 @@ from trainer.errors import RetryableError
 def worker_pool(workers: int) -> ProcessPoolExecutor:
     """Return a pool of new processes that exit when this one does, even if it is killed."""
     return ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_parent_watch
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker
     )
 
 
@@ -23,7 +23,7 @@ def worker_lost() -> RetryableError:
     )
 
 
-def _start_parent_watch() -> None:
+def _start_worker() -> None:
     threading.Thread(target=_exit_with_parent, name="parent", daemon=True).start()
 
 
