@@ -7,7 +7,6 @@ services stay without an image; what the commands create, change and print is re
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kubectl import Kubectl, Refused, fake_node
+from kubectl import Kubectl, KubectlError, simulated_node
 from support.helpers import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,16 +31,14 @@ spec: {accessModes: [ReadWriteOnce], resources: {requests: {storage: 1Gi}}}
 def readme_commands() -> list[str]:
     """Return the section's commands, the first of which replaces the registry."""
     section = (ROOT / "README.md").read_text().split("## On your cluster\n")[1].split("\n## ")[0]
-    replace = re.search(r"`(grep [^`]+)`", section)
-    assert replace is not None
     block = section.split("```\n")[1]
     lines = [line.split("  # ")[0].strip() for line in block.splitlines()]
-    return [line.replace("REGISTRY", REGISTRY) for line in [replace[1], *lines]]
+    return [line.replace("REGISTRY", REGISTRY) for line in lines]
 
 
 @contextmanager
 def eight_gpus(cluster: Kubectl) -> Iterator[None]:
-    node = fake_node(f"gpu-{uuid.uuid4().hex[:8]}", 8)
+    node = simulated_node(f"gpu-{uuid.uuid4().hex[:8]}", 8)
     node["spec"]["taints"] = []  # a user's pods do not tolerate kwok's
     cluster.create(node)
     try:
@@ -88,7 +85,7 @@ def test_readme_commands_start_resnet50_on_eight_gpus(own_cluster: Kubectl, tmp_
         def job_runs() -> bool:
             try:
                 pod = kubectl.get("pod", "resnet50-worker-0")
-            except Refused:  # the operator has not created it yet
+            except KubectlError:  # the operator has not created it yet
                 return False
             return bool(pod["status"].get("phase") == "Running")
 
