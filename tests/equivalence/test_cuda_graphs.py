@@ -161,7 +161,8 @@ def test_failed_capture_runs_eagerly_and_logs_the_reason(
             torch.testing.assert_close(found.grad, expected.grad)
     for found, expected in zip(graphed.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(found, expected)
-    (message,) = (record.getMessage() for record in caplog.records)
+    records = [record for record in caplog.records if record.name == "trainer.engine.cuda_graphs"]
+    (message,) = (record.getMessage() for record in records)
     assert message == (
         "CUDA graphs are not used for images (4, 3, 16, 16): operation not permitted when stream "
         "is capturing"

@@ -117,7 +117,7 @@ def test_checkpoints_from_before_the_augmentation_fit_recipes_that_leave_it_off(
     checkpoints.wait()
     fits, differs = run_python(tree, "-c", RESUME, tmp_path, *overrides).splitlines()[-2:]
     assert fits == "step 7"
-    assert "augment.color_jitter_prob is 0.0 there and 0.5 here" in differs
+    assert "augment.color_jitter_prob is 0.0 in the checkpoint and 0.5 in the recipe" in differs
 
 
 def test_the_keys_are_listed(tree: Path) -> None:

@@ -68,9 +68,9 @@ def test_its_status_is_read_from_the_conditions_of_a_job(tree: Path) -> None:
     assert run_python(tree, "-c", SUMMARIZE, json.dumps(cases)).splitlines() == [
         "r: succeeded",
         "r: failed: Pod r-x7k2p failed with exit code 3",
-        "r: suspended: it holds no pods; convoy resume r",
+        "r: suspended: it has no pods; start it with convoy resume r",
         "r: queued: the job controller did not create its pod yet",
-        "r: starting: 1 pods run, no word of them yet",
+        "r: starting: 1 pods running, no log output yet",
     ]
 
 

@@ -9,9 +9,11 @@ TRAIN = """
 import copy, json, sys
 from trainer.__main__ import build_engine, build_network
 from trainer.config.run_plan import build_run_plan
+from trainer.data.random_streams import LATEST_VERSION
 from trainer.distributed import process_group
 from trainer.distributed.env import DistEnv
 from trainer.process.console import TrainingProgress
+from trainer.progress.progress_publisher import ProgressPublisher
 from trainer.tracking.tracker import NullTracker
 from trainer.training.metrics.meter import TrainState
 from trainer.training.preemption import PreemptionSignal
@@ -32,8 +34,9 @@ device = process_group.init_distributed(env)
 engine = build_engine(run, built, device)
 Trainer(
     run, env, device, engine, copy.deepcopy(built.model), TrainState(), Logged(),
-    TrainingProgress(run.stop_step, quiet=True), PreemptionSignal(),
-    save=lambda state, figures: None, heartbeat=lambda: None,
+    TrainingProgress(run.stop_step, quiet=True),
+    ProgressPublisher(run.config.name, run.stop_step, quiet=True), PreemptionSignal(),
+    save=lambda state, metrics: None, heartbeat=lambda: None, streams_version=LATEST_VERSION,
     on_samples_consumed=lambda step, used: keys.extend(used),
 ).fit()
 process_group.cleanup()

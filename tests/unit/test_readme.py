@@ -32,6 +32,8 @@ def test_documents_name_existing_commands_targets_files_and_keys(path: Path) -> 
         assert target in targets, f"make {target}"
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (path.parent / link).exists(), link
+    if path.name.startswith("add-a"):  # such a page adds keys; tests/extending executes it
+        return
     for key in re.findall(
         r"\b((?:model|data|batch|optimizer|schedule|augment|tracking|train)\.[a-z_]+)=", text
     ):

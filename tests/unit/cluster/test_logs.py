@@ -20,7 +20,11 @@ JOB = {
     "status": {"conditions": [{"type": "Running", "status": "True"}]},
 }
 POD = {
-    "metadata": {"name": "r50-worker-0", "uid": "1"},
+    "metadata": {
+        "name": "r50-worker-0",
+        "uid": "1",
+        "creationTimestamp": "2026-11-28T00:00:00Z",
+    },
     "status": {"phase": "Running", "containerStatuses": []},
 }
 RECORD = ProgressRecord(

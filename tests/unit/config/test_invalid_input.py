@@ -91,7 +91,7 @@ def test_data_without_an_index_is_rejected(
     convoy_refuses: Run, train: list[object], digits: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert "no index.json is there" in _one_line(
+    assert "no index.json found" in _one_line(
         convoy_refuses(*train, f"data.train={tmp_path}/empty")
     )
     assert f"contains splits, but is not one; use {digits}/train or {digits}/val" in _one_line(

@@ -1,5 +1,6 @@
 """Checks before training, and full disks during training: one line of stderr, no leftover files."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -373,7 +374,9 @@ def test_run_without_space_for_its_result_ends_with_one_error_line(
     assert done.stderr.splitlines()[-1].startswith(
         f"convoy: {tmp_path}/out/model.safetensors cannot be written"
     )
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    (file,) = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    progress = json.loads(file.read_text())
+    assert (file.name, progress["exit_code"]) == ("progress.json", EXIT_USER)
 
 
 def test_unwritable_output_is_reported_once_for_all_ranks(

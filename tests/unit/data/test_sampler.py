@@ -132,7 +132,7 @@ def test_order_command_prints_the_keys_of_each_rank(convoy_ok: Run, digits: Path
 
 def test_order_command_rejects_invalid_options(convoy_refuses: Run, digits: Path) -> None:
     base = ("order", digits / "train", "--epoch", 0, "--world-size", 4)
-    assert "--batch-size: 42 does not divide" in convoy_refuses(
+    assert "--batch-size: 42 is not divisible" in convoy_refuses(
         *base, "--rank", 0, "--batch-size", 42
     )
     assert "--rank: 4 must be less than" in convoy_refuses(*base, "--rank", 4, "--batch-size", 40)

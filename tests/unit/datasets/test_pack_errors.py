@@ -344,7 +344,7 @@ def test_verify_prints_a_few_errors_and_lists_all_as_json(
     lines = convoy_refuses("verify", folder, "--workers", 1).strip().splitlines()
     assert len(lines) <= 12
     assert "truncated: the end-of-image marker is missing" in lines[-2]
-    assert "23 more faults" in lines[-1]
+    assert "23 more errors" in lines[-1]
     report = json.loads(convoy("verify", folder, "--workers", 1, "--json").stdout)
     assert len(report["splits"][0]["faults"]) == 33
 

@@ -638,10 +638,10 @@ def test_sync_and_register_reject_the_folder_of_a_live_run(tmp_path: Path) -> No
     with _held(_lock(tmp_path / "run")):
         for path in (spool, tmp_path / "link" / spool.name):
             with pytest.raises(
-                LockHeld, match=r"run 'mine'.*a run that trains sends its entries itself"
+                LockHeld, match=r"run 'mine'.*a training run delivers its entries itself"
             ):
                 cli.sync(str(path))
-        with pytest.raises(LockHeld, match="register the model when that has ended"):
+        with pytest.raises(LockHeld, match="register the model after that process has ended"):
             cli.register(str(tmp_path / "run"), "name")
     assert {path.name for path in spool.parent.iterdir()} == {"result.json", "tracking.jsonl"}
 

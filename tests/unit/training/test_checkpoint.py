@@ -192,7 +192,7 @@ def test_a_key_that_is_newer_than_the_checkpoint_must_have_its_default(tmp_path:
     newer = FINGERPRINT | {"optimizer.momentum": 0.9, "model.stem": None}
     assert CheckpointManager(str(tmp_path), 3).load_latest(newer, print) is not None
     with pytest.raises(
-        UserError, match=r"optimizer\.momentum is None in the checkpoint and 0\.5 in the recipe"
+        UserError, match=r"optimizer\.momentum is 0\.9 in the checkpoint and 0\.5 in the recipe"
     ):
         CheckpointManager(str(tmp_path), 3).load_latest(newer | {"optimizer.momentum": 0.5}, print)
 

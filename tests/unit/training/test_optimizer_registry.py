@@ -31,7 +31,7 @@ def test_an_optimizer_keeps_the_state_that_its_entry_lists(name: str) -> None:
 
 def test_an_unknown_optimizer_is_refused_with_the_names() -> None:
     names = "'adamw', 'lamb', 'lars' or 'sgd'"
-    with pytest.raises(UserError, match=f"optimizer.name: 'adam' is wrong: .* should be {names}"):
+    with pytest.raises(UserError, match=f"optimizer.name: 'adam' is invalid: .* be {names}"):
         load_config("digits-resnet8", ["optimizer.name=adam"])
 
 
@@ -50,7 +50,7 @@ def test_layerwise_optimizers_need_fp32_without_zero(name: str, stage: int, prec
         faults = error.faults
     refused = (
         f"optimizer.name: {name} needs the norm of each layer's weights, which ZeRO and 16-bit "
-        "precision keep in one flat piece; use precision fp32 with parallel.zero_stage 0, or "
+        "precision store in one flat tensor; use precision fp32 with parallel.zero_stage 0, or "
         "another optimizer"
     )
     layerwise = name in ("lars", "lamb")

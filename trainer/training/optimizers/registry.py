@@ -12,7 +12,8 @@ Groups = list[dict[str, Any]]
 """Parameter groups as torch's optimizers take them, each with its ``weight_decay``."""
 
 NEEDS_LAYER_NORMS = (
-    "needs the norm of each layer's weights, which ZeRO and 16-bit precision keep in one flat piece"
+    "needs the norm of each layer's weights, which ZeRO and 16-bit precision store in one flat "
+    "tensor"
 )
 """Limitation of layer-wise optimizers."""
 
