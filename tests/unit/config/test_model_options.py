@@ -41,7 +41,7 @@ def test_options_are_recipe_keys() -> None:
     }
     with pytest.raises(UserError, match=r"model\.stemm: unknown key; did you mean model\.stem\?"):
         load_config("digits-resnet8", ["model.stemm=small"])
-    with pytest.raises(UserError, match="'large' is invalid: .* 'imagenet' or 'small'"):
+    with pytest.raises(UserError, match=r"'large' is invalid: .* 'imagenet' or 'small'"):
         load_config("digits-resnet8", ["model.stem=large"])
 
 

@@ -31,7 +31,7 @@ def test_an_optimizer_keeps_the_state_that_its_entry_lists(name: str) -> None:
 
 def test_an_unknown_optimizer_is_refused_with_the_names() -> None:
     names = "'adamw', 'lamb', 'lars' or 'sgd'"
-    with pytest.raises(UserError, match=f"optimizer.name: 'adam' is invalid: .* be {names}"):
+    with pytest.raises(UserError, match=rf"optimizer.name: 'adam' is invalid: .* be {names}"):
         load_config("digits-resnet8", ["optimizer.name=adam"])
 
 
