@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
-from support.helpers import Run, run_convoy
+from support.helpers import Run, RunText, run_convoy
 
 from pipelines.local import servers
 
@@ -60,7 +60,7 @@ def convoy() -> Run:
 
 
 @pytest.fixture
-def convoy_ok() -> Run:
+def convoy_ok() -> RunText:
     """Run a command that must succeed; returns stdout."""
 
     def run(*arguments: object, **options: object) -> str:
@@ -72,7 +72,7 @@ def convoy_ok() -> Run:
 
 
 @pytest.fixture
-def convoy_refuses() -> Run:
+def convoy_refuses() -> RunText:
     """Run a command that must end with exit code 2 and no traceback; returns stderr."""
 
     def run(*arguments: object, **options: object) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from kubectl import Kubectl
-from support.helpers import Run, until
+from support.helpers import RunText, until
 
 STORE = Path(__file__).resolve().parents[2] / "k8s/base/services/object-store.yaml"
 IMAGE = os.environ.get("CONVOY_IMAGE", "localhost/convoy:dev")
@@ -25,7 +25,7 @@ Status = Callable[[str], str]
 
 
 @pytest.fixture
-def status(namespace: Kubectl, convoy_ok: Run) -> Status:
+def status(namespace: Kubectl, convoy_ok: RunText) -> Status:
     """A function that waits until the line of `convoy status` starts with a prefix; returns it."""
 
     def line(prefix: str) -> str:
@@ -44,7 +44,7 @@ def status(namespace: Kubectl, convoy_ok: Run) -> Status:
     return line
 
 
-def submit(convoy_ok: Run, kubectl: Kubectl, name: str, *more: str) -> None:
+def submit(convoy_ok: RunText, kubectl: Kubectl, name: str, *more: str) -> None:
     image = () if "--image" in more else ("--image", IMAGE)
     convoy_ok(
         "submit",
@@ -60,7 +60,7 @@ def submit(convoy_ok: Run, kubectl: Kubectl, name: str, *more: str) -> None:
 
 
 def test_wrong_recipe_key_fails_the_job_and_is_reported_by_the_pod(
-    namespace: Kubectl, convoy_ok: Run, status: Status
+    namespace: Kubectl, convoy_ok: RunText, status: Status
 ) -> None:
     """`convoy submit` would reject the key, so the test changes the rendered manifest."""
     where = ("--namespace", namespace.namespace, "--image", IMAGE)
@@ -82,14 +82,18 @@ def test_wrong_recipe_key_fails_the_job_and_is_reported_by_the_pod(
     assert status("typo: failed: ").endswith(error)
 
 
-def test_status_names_a_missing_image(namespace: Kubectl, convoy_ok: Run, status: Status) -> None:
+def test_status_names_a_missing_image(
+    namespace: Kubectl, convoy_ok: RunText, status: Status
+) -> None:
     submit(convoy_ok, namespace, "no-image", "--image", "localhost/none:1", *NO_SECRETS)
     assert status("no-image: no image: 1 of 1 pods: localhost/none:1 cannot be pulled (").endswith(
         "access to its registry"
     )
 
 
-def test_status_names_a_missing_secret(namespace: Kubectl, convoy_ok: Run, status: Status) -> None:
+def test_status_names_a_missing_secret(
+    namespace: Kubectl, convoy_ok: RunText, status: Status
+) -> None:
     submit(convoy_ok, namespace, "no-secret", "--mlflow-secret", "")
     assert 'secret "convoy-object-store" not found' in status(
         "no-secret: not started: 1 of 1 pods: "
@@ -165,7 +169,7 @@ def error_code(kubectl: Kubectl, name: str) -> str:
     ("key", "code"), [("stranger", "InvalidAccessKeyId"), ("guest", "AccessDenied")]
 )
 def test_status_reports_missing_permission_for_a_bucket(
-    store: Kubectl, convoy_ok: Run, status: Status, key: str, code: str
+    store: Kubectl, convoy_ok: RunText, status: Status, key: str, code: str
 ) -> None:
     """With an unknown key, and with a valid key that may not read this bucket."""
     until(lambda: error_code(store, key) == code, SECONDS, lambda: error_code(store, key))

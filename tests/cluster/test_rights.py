@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from kubectl import Kubectl
-from support.helpers import Run, until
+from support.helpers import RunText, until
 
 from trainer.config.load import RECIPES
 
@@ -77,7 +77,11 @@ def submitter(base: Kubectl, tmp_path: Path) -> dict[str, str]:
 
 
 def test_rights_of_the_submitter_suffice_for_each_command(
-    base: Kubectl, submitter: dict[str, str], tmp_path: Path, convoy_ok: Run, convoy_refuses: Run
+    base: Kubectl,
+    submitter: dict[str, str],
+    tmp_path: Path,
+    convoy_ok: RunText,
+    convoy_refuses: RunText,
 ) -> None:
     """The job has a recipe file and no data; it waits or fails, but its pod has a log."""
     recipe = tmp_path / "mine.yaml"
@@ -120,7 +124,7 @@ def test_rights_of_the_submitter_suffice_for_each_command(
 
 @pytest.mark.usefixtures("own_cluster")
 def test_submitter_may_create_and_delete_a_gang(
-    base: Kubectl, submitter: dict[str, str], convoy_ok: Run
+    base: Kubectl, submitter: dict[str, str], convoy_ok: RunText
 ) -> None:
     command = (
         "submit",

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from kubectl import Kubectl, temporary_namespace
 from simulated_nodes import Pool, active, gang_policy, phases, pool
-from support.helpers import Run, until
+from support.helpers import RunText, until
 
 NODES = 64
 HELD = "convoy/held"
@@ -32,7 +32,7 @@ def place(own_cluster: Kubectl, nodes: Pool) -> Iterator[Kubectl]:
         yield kubectl
 
 
-def status_line(convoy_ok: Run, kubectl: Kubectl, job: str) -> str:
+def status_line(convoy_ok: RunText, kubectl: Kubectl, job: str) -> str:
     return convoy_ok("status", job, "--namespace", kubectl.namespace)
 
 
@@ -40,7 +40,7 @@ def status_line(convoy_ok: Run, kubectl: Kubectl, job: str) -> str:
     ("count", "seconds"), [(NODES, SECONDS), (512, 300)], ids=["512 GPUs", "4096 GPUs"]
 )
 def test_all_pods_of_a_job_run(
-    nodes: Pool, place: Kubectl, convoy_ok: Run, count: int, seconds: float
+    nodes: Pool, place: Kubectl, convoy_ok: RunText, count: int, seconds: float
 ) -> None:
     nodes.add(count)
     convoy_ok(*nodes.job(count, "r50", kubectl=place))
@@ -55,7 +55,7 @@ def test_all_pods_of_a_job_run(
 
 
 def test_two_jobs_without_gangs_can_block_each_other(
-    nodes: Pool, place: Kubectl, convoy_ok: Run
+    nodes: Pool, place: Kubectl, convoy_ok: RunText
 ) -> None:
     """Each job holds half of the nodes and waits for the other half.
 
@@ -84,7 +84,7 @@ def _lacks_gpus(line: str, stuck: str) -> bool:
 
 
 def test_second_gang_waits_until_the_first_is_cancelled(
-    nodes: Pool, place: Kubectl, convoy_ok: Run
+    nodes: Pool, place: Kubectl, convoy_ok: RunText
 ) -> None:
     nodes.add(NODES)
     jobs = ["first", "second"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from make_fixture import FIXTURE, MIDDLE, SETTINGS, write_images
 from safetensors.torch import load_file
-from support.helpers import Run
+from support.helpers import RunText
 
 from trainer.data.index import open_index
 
@@ -21,7 +21,7 @@ EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 
 @pytest.mark.parametrize(("split", "samples"), [("train", 120), ("val", 40)])
 def test_dataset_of_earlier_version_opens_and_verifies(
-    split: str, samples: int, convoy_ok: Run
+    split: str, samples: int, convoy_ok: RunText
 ) -> None:
     index, _ = open_index(str(FIXTURE / "data" / split))
     assert (index.samples, index.classes) == (samples, [str(number) for number in range(10)])
@@ -30,7 +30,7 @@ def test_dataset_of_earlier_version_opens_and_verifies(
 
 
 def test_resume_from_earlier_version_matches_its_final_weights(
-    convoy_ok: Run, tmp_path: Path
+    convoy_ok: RunText, tmp_path: Path
 ) -> None:
     """Bit-equal on a CPU of the same type; on others, kernels sum in a different order."""
     shutil.copytree(FIXTURE / "checkpoints", tmp_path / "out/checkpoints")

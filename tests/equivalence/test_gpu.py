@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference_grid import Trainings, cells_that_load, deviation, run_cells
-from support.helpers import Run, started
+from support.helpers import RunText, started
 
 RECIPE = "digits-resnet8"
 GPUS = torch.cuda.device_count()
@@ -42,7 +42,7 @@ def test_resume_on_another_topology_matches_the_reference_loop_on_gpus(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_on_gpus_reaches_90_percent_in_every_precision(
-    digits: Path, convoy_ok: Run, tmp_path: Path, precision: str
+    digits: Path, convoy_ok: RunText, tmp_path: Path, precision: str
 ) -> None:
     settings = [
         f"data.train={digits}/train",
@@ -64,7 +64,9 @@ def test_training_on_gpus_reaches_90_percent_in_every_precision(
     assert result["top1"] > 0.9
 
 
-def test_run_stopped_on_gpus_resumes_on_cpu(digits: Path, convoy_ok: Run, tmp_path: Path) -> None:
+def test_run_stopped_on_gpus_resumes_on_cpu(
+    digits: Path, convoy_ok: RunText, tmp_path: Path
+) -> None:
     settings = [
         f"data.train={digits}/train",
         f"data.val={digits}/val",
@@ -89,7 +91,7 @@ def test_run_stopped_on_gpus_resumes_on_cpu(digits: Path, convoy_ok: Run, tmp_pa
 
 
 def test_more_ranks_than_gpus_are_rejected(
-    digits: Path, convoy_refuses: Run, tmp_path: Path
+    digits: Path, convoy_refuses: RunText, tmp_path: Path
 ) -> None:
     settings = [f"data.train={digits}/train", "data.val=null", f"train.output_dir={tmp_path}"]
     stderr = convoy_refuses(

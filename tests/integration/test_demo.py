@@ -6,12 +6,12 @@ from pathlib import Path
 import psutil
 import pytest
 from PIL import Image
-from support.helpers import Run
+from support.helpers import RunText
 
 from pipelines.local import demo
 
 
-def test_demo_trains_and_registers_a_model(convoy_ok: Run, tmp_path: Path) -> None:
+def test_demo_trains_and_registers_a_model(convoy_ok: RunText, tmp_path: Path) -> None:
     before = {p.pid for p in psutil.process_iter()}
     shown = convoy_ok("demo", "--digits", "--dir", tmp_path / "demo")
     summary = json.loads((tmp_path / "demo/summary.json").read_text())

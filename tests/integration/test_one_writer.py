@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from support.helpers import Run, ranks_of, started, until
+from support.helpers import RunText, ranks_of, started, until
 
 from trainer.locks.run_lock import LOCK_NAME
 
@@ -28,7 +28,11 @@ def _settings(digits: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_second_run_is_rejected_and_killed_run_is_resumed_immediately(
-    digits: Path, convoy_ok: Run, convoy_refuses: Run, service_env: dict[str, str], tmp_path: Path
+    digits: Path,
+    convoy_ok: RunText,
+    convoy_refuses: RunText,
+    service_env: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     """The resumed run has another world size."""
     out, url = tmp_path / "first", tmp_path / "kept"

@@ -12,7 +12,7 @@ import torch
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
-from support.helpers import Run, ranks_of, run_convoy, started, until
+from support.helpers import RunText, ranks_of, run_convoy, started, until
 
 from trainer.data.storage.store import open_store
 
@@ -77,7 +77,7 @@ def _assert_bit_equal(out: Path, other: Path) -> None:
 
 def test_resume_after_sigterm_matches_uninterrupted_run(
     digits: Path,
-    convoy_ok: Run,
+    convoy_ok: RunText,
     service_env: dict[str, str],
     client: MlflowClient,
     uninterrupted: Path,
@@ -121,7 +121,7 @@ def _consumed(out: Path, ranks: int) -> dict[tuple[int, int], list[str]]:
     return {step: sorted(keys) for step, keys in consumed.items()}
 
 
-def _ordered(convoy_ok: Run, digits: Path) -> dict[tuple[int, int], list[str]]:
+def _ordered(convoy_ok: RunText, digits: Path) -> dict[tuple[int, int], list[str]]:
     """Return the keys of an entire run by epoch and step, as ``convoy order`` prints them."""
     expected = {}
     for epoch in range(STEPS // 10):
@@ -132,8 +132,8 @@ def _ordered(convoy_ok: Run, digits: Path) -> dict[tuple[int, int], list[str]]:
 
 
 def test_killed_run_resumed_on_fewer_ranks_consumes_exactly_the_remaining_samples(
-    digits: Path, convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, bucket: str,
-    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    digits: Path, convoy_ok: RunText, service_env: dict[str, str], client: MlflowClient,
+    bucket: str, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Three ranks are killed at a random step; two resume from a copy of their checkpoints in the
     object store, then one from the folder.
@@ -202,7 +202,7 @@ def test_ranks_do_not_outlive_a_killed_launcher(digits: Path, tmp_path: Path) ->
 
 
 def test_checkpoint_of_another_recipe_is_rejected_unless_resume_is_never(
-    digits: Path, convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
+    digits: Path, convoy_ok: RunText, convoy_refuses: RunText, tmp_path: Path
 ) -> None:
     settings = [
         f"data.train={digits}/train",
@@ -222,7 +222,7 @@ def test_checkpoint_of_another_recipe_is_rejected_unless_resume_is_never(
 
 
 def test_checkpoint_url_without_permission_is_rejected(
-    digits: Path, convoy_refuses: Run, service_env: dict[str, str], bucket: str, tmp_path: Path
+    digits: Path, convoy_refuses: RunText, service_env: dict[str, str], bucket: str, tmp_path: Path
 ) -> None:
     settings = [
         f"data.train={digits}/train",

@@ -18,7 +18,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from support.helpers import Run, ranks_of, started
+from support.helpers import Run, RunText, ranks_of, started
 
 from trainer.config.schema import load_config
 from trainer.data.index import open_index
@@ -69,7 +69,7 @@ def _top1_and_top5(weights: Path, folder: Path) -> tuple[float, float]:
 
 
 def test_training_on_remote_shards_logs_and_registers_the_model(
-    convoy_ok: Run,
+    convoy_ok: RunText,
     service_env: dict[str, str],
     client: MlflowClient,
     remote_digits: str,
@@ -196,7 +196,7 @@ print(sum(int(p.argmax() == int(f.parent.name)) for p, f in zip(probabilities, f
 
 
 def test_ranks_and_accumulation_match_a_reference_loop(
-    convoy_ok: Run,
+    convoy_ok: RunText,
     service_env: dict[str, str],
     client: MlflowClient,
     digits: Path,
@@ -283,7 +283,7 @@ def _reference_loop(
 
 
 def test_two_ranks_train_max_steps_on_one_shard(
-    convoy_ok: Run, digits_folder: Path, tmp_path: Path
+    convoy_ok: RunText, digits_folder: Path, tmp_path: Path
 ) -> None:
     convoy_ok("pack", digits_folder / "val", tmp_path / "data", "--shards", 1)
     settings = [
@@ -309,7 +309,7 @@ def test_two_ranks_train_max_steps_on_one_shard(
 
 def test_training_continues_without_tracking_server_and_sync_delivers_all(
     convoy: Run,
-    convoy_ok: Run,
+    convoy_ok: RunText,
     service_env: dict[str, str],
     client: MlflowClient,
     digits: Path,
@@ -362,8 +362,8 @@ def test_unreachable_registry_exits_with_144_and_keeps_the_weights(
 
 
 def test_invalid_registered_name_is_rejected_before_anything_changes(
-    convoy_ok: Run,
-    convoy_refuses: Run,
+    convoy_ok: RunText,
+    convoy_refuses: RunText,
     digits: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -393,7 +393,11 @@ def test_invalid_registered_name_is_rejected_before_anything_changes(
 
 
 def test_model_version_becomes_champion_if_not_worse(
-    convoy_ok: Run, service_env: dict[str, str], client: MlflowClient, digits: Path, tmp_path: Path
+    convoy_ok: RunText,
+    service_env: dict[str, str],
+    client: MlflowClient,
+    digits: Path,
+    tmp_path: Path,
 ) -> None:
     from trainer.export.model_registry import register
 
@@ -444,7 +448,7 @@ def test_killed_rank_0_ends_the_run_with_144(digits: Path, tmp_path: Path) -> No
 
 
 def test_sample_that_cannot_be_decoded_is_named(
-    convoy_refuses: Run, convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
+    convoy_refuses: RunText, convoy_ok: RunText, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
     for path in sorted(jpeg_folder.rglob("*.JPEG")):
@@ -478,7 +482,7 @@ def test_sample_that_cannot_be_decoded_is_named(
 
 def test_skipped_bad_sample_is_reported_and_counted(
     convoy: Run,
-    convoy_ok: Run,
+    convoy_ok: RunText,
     service_env: dict[str, str],
     client: MlflowClient,
     digits_folder: Path,
@@ -532,7 +536,7 @@ def test_skipped_bad_sample_is_reported_and_counted(
 
 
 def test_nan_loss_ends_the_run_with_code_2(
-    convoy_refuses: Run, digits: Path, tmp_path: Path
+    convoy_refuses: RunText, digits: Path, tmp_path: Path
 ) -> None:
     settings = [
         f"data.train={digits}/train",
@@ -549,7 +553,7 @@ def test_nan_loss_ends_the_run_with_code_2(
 
 
 def test_repeated_fp16_overflow_ends_the_run_with_code_2(
-    convoy_refuses: Run, digits: Path, tmp_path: Path
+    convoy_refuses: RunText, digits: Path, tmp_path: Path
 ) -> None:
     settings = [
         f"data.train={digits}/train",

@@ -13,7 +13,7 @@ import yaml
 from kubeflow.training import ApiClient
 from kubeflow.training.utils.utils import FakeResponse
 from restricted import ROOT, faults, templates
-from support.helpers import Run
+from support.helpers import RunText
 
 from pipelines.cli.main import app
 from pipelines.cluster.job_spec import JobOptions, render, to_yaml
@@ -116,7 +116,7 @@ def test_pods_with_gpus_tolerate_the_taint_of_gpu_nodes() -> None:
     assert not {"tolerations", "nodeSelector"} & set(_pod(_job("fashion-resnet8", options=CPU)))
 
 
-def test_node_selectors_and_tolerations_reach_the_pods(convoy_ok: Run) -> None:
+def test_node_selectors_and_tolerations_reach_the_pods(convoy_ok: RunText) -> None:
     nodes = ("--node-selector", "cloud.example/pool=big", "--node-selector", "disk=")
     taints = ("team", "a.b/c:NoExecute", "d=e", "f=:NoSchedule")
     given = [word for taint in taints for word in ("--toleration", taint)]
@@ -288,7 +288,7 @@ def test_each_landmark_network_has_a_job() -> None:
 
 
 def test_render_prints_only_yaml_and_errors_are_one_line(
-    convoy_ok: Run, convoy_refuses: Run
+    convoy_ok: RunText, convoy_refuses: RunText
 ) -> None:
     printed = convoy_ok("render", "resnet50", "--nodes", 2, "--gpus-per-node", 8)
     assert printed.startswith("# Made by: convoy render resnet50 --nodes 2 --gpus-per-node 8\n")

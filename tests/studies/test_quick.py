@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
-from support.helpers import Run as Command
+from support.helpers import RunText
 
 from pipelines.studies.framework.catalog import NAMES, load
 
@@ -19,7 +19,7 @@ VERDICTS = {"borne out", "not borne out", "undecided"}
 
 @pytest.mark.timeout(3600)
 def test_stopped_studies_resume_without_repeating_trainings(
-    convoy_ok: Command, tmp_path: Path
+    convoy_ok: RunText, tmp_path: Path
 ) -> None:
     command = [
         sys.executable,

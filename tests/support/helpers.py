@@ -12,6 +12,9 @@ from pathlib import Path
 import psutil
 
 Run = Callable[..., subprocess.CompletedProcess]
+"""Runs ``convoy`` and returns the ended process."""
+RunText = Callable[..., str]
+"""The same, but checks the exit code and returns what the command printed."""
 
 _REMOVED_PREFIXES = ("AWS_", "MLFLOW_", "CONVOY_")
 

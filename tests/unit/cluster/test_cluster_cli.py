@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.helpers import Run
+from support.helpers import RunText
 
 from pipelines.local.servers import _free_ports
 
@@ -40,7 +40,7 @@ def unreachable(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("command", COMMANDS[:2], ids=lambda command: command[0])
 def test_missing_kubeconfig_error_names_the_variable_to_set(
-    convoy_refuses: Run, tmp_path: Path, command: list[object]
+    convoy_refuses: RunText, tmp_path: Path, command: list[object]
 ) -> None:
     error = convoy_refuses(
         *command, env={"KUBECONFIG": str(tmp_path / "none"), "HOME": str(tmp_path)}
@@ -52,7 +52,7 @@ def test_missing_kubeconfig_error_names_the_variable_to_set(
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: "-".join(map(str, command[:2])))
 def test_unreachable_api_server_is_a_one_line_error(
-    convoy_refuses: Run, unreachable: dict[str, str], command: list[object]
+    convoy_refuses: RunText, unreachable: dict[str, str], command: list[object]
 ) -> None:
     error = convoy_refuses(*command, env=unreachable)
     assert error.splitlines()[-1].startswith("convoy: the API server does not respond: ")
@@ -60,7 +60,7 @@ def test_unreachable_api_server_is_a_one_line_error(
 
 
 def test_client_dry_run_needs_no_cluster(
-    convoy_ok: Run, convoy_refuses: Run, unreachable: dict[str, str]
+    convoy_ok: RunText, convoy_refuses: RunText, unreachable: dict[str, str]
 ) -> None:
     assert "valid" in convoy_ok(*SUBMIT, "--dry-run", "client", env=unreachable)
     job = ("submit", "resnet50", "--nodes", 3, "--gpus-per-node", 1)
@@ -73,7 +73,7 @@ def test_client_dry_run_needs_no_cluster(
 
 
 def test_secrets_are_random_private_and_never_overwritten(
-    convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
+    convoy_ok: RunText, convoy_refuses: RunText, tmp_path: Path
 ) -> None:
     printed = [convoy_ok("secrets", tmp_path / folder) for folder in ("a.env", "b.env")]
     files = [tmp_path / name for name in ("a.env", "a-postgres.env")]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.helpers import Run
+from support.helpers import RunText
 
 from trainer.progress.progress_record import LINE_PREFIX, ProgressRecord
 
@@ -78,12 +78,12 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         server.shutdown()
 
 
-def test_logs_are_the_lines_for_people(convoy_ok: Run, cluster: dict[str, str]) -> None:
+def test_logs_are_the_lines_for_people(convoy_ok: RunText, cluster: dict[str, str]) -> None:
     lines = [line for line in LOG.splitlines() if not line.startswith(LINE_PREFIX)]
     assert convoy_ok("logs", "r50", env=cluster).splitlines() == lines
 
 
-def test_status_is_read_from_the_records(convoy_ok: Run, cluster: dict[str, str]) -> None:
+def test_status_is_read_from_the_records(convoy_ok: RunText, cluster: dict[str, str]) -> None:
     assert convoy_ok("status", "r50", env=cluster) == (
         "r50: training: step 400 of 1,000, 0:00:09 left\n"
     )

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from support.helpers import Run
+from support.helpers import Run, RunText
 
 RECIPE = "digits-resnet8"
 
@@ -56,13 +56,13 @@ def _one_line(stderr: str) -> str:
     ],
 )
 def test_invalid_override_is_one_line_and_writes_nothing(
-    convoy_refuses: Run, train: list[object], tmp_path: Path, override: str, message: str
+    convoy_refuses: RunText, train: list[object], tmp_path: Path, override: str, message: str
 ) -> None:
     assert message in _one_line(convoy_refuses(*train, override))
     assert not (tmp_path / "out").exists()
 
 
-def test_all_errors_of_a_recipe_are_reported(convoy_refuses: Run, train: list[object]) -> None:
+def test_all_errors_of_a_recipe_are_reported(convoy_refuses: RunText, train: list[object]) -> None:
     stderr = convoy_refuses(
         *train, "optimizer.momentun=0.9", "batch.global_size=many", "train.epoch=3"
     )
@@ -70,13 +70,15 @@ def test_all_errors_of_a_recipe_are_reported(convoy_refuses: Run, train: list[ob
     assert "did you mean train.epochs?" in stderr
 
 
-def test_compile_without_a_compiler_is_rejected(convoy_refuses: Run, train: list[object]) -> None:
+def test_compile_without_a_compiler_is_rejected(
+    convoy_refuses: RunText, train: list[object]
+) -> None:
     line = _one_line(convoy_refuses(*train, "train.compile=true", env={"CXX": "g++-none"}))
     assert "train.compile: needs a C++ compiler, but g++-none was not found" in line
 
 
 def test_invalid_number_of_ranks_is_rejected_with_valid_batch_sizes(
-    convoy_refuses: Run, train: list[object]
+    convoy_refuses: RunText, train: list[object]
 ) -> None:
     assert (
         "batch.global_size: 64 is not divisible by 3 ranks; nearest valid sizes: 63 or 66"
@@ -88,7 +90,7 @@ def test_invalid_number_of_ranks_is_rejected_with_valid_batch_sizes(
 
 
 def test_data_without_an_index_is_rejected(
-    convoy_refuses: Run, train: list[object], digits: Path, tmp_path: Path
+    convoy_refuses: RunText, train: list[object], digits: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     assert "no index.json found" in _one_line(
@@ -104,7 +106,7 @@ def test_data_without_an_index_is_rejected(
 
 @pytest.mark.parametrize("procs", [1, 2])
 def test_missing_and_resized_shards_are_named(
-    convoy_refuses: Run, train: list[object], digits: Path, tmp_path: Path, procs: int
+    convoy_refuses: RunText, train: list[object], digits: Path, tmp_path: Path, procs: int
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(digits / "train", copy)
@@ -118,7 +120,7 @@ def test_missing_and_resized_shards_are_named(
 
 
 def test_unreachable_object_store_is_one_line_with_its_address(
-    convoy_refuses: Run, train: list[object]
+    convoy_refuses: RunText, train: list[object]
 ) -> None:
     with socket.socket() as bound:  # bound but not listening: every connection is refused
         bound.bind(("127.0.0.1", 0))
@@ -131,7 +133,7 @@ def test_unreachable_object_store_is_one_line_with_its_address(
 
 
 def test_forbidden_or_missing_bucket_is_rejected(
-    convoy_refuses: Run, train: list[object], jpeg_folder: Path, service_env: dict[str, str]
+    convoy_refuses: RunText, train: list[object], jpeg_folder: Path, service_env: dict[str, str]
 ) -> None:
     wrong = service_env | {"AWS_SECRET_ACCESS_KEY": "wrong"}
     for command in (
@@ -146,14 +148,14 @@ def test_forbidden_or_missing_bucket_is_rejected(
         assert url in _one_line(convoy_refuses("verify", url, env=service_env))
 
 
-def test_usage_errors_name_the_option_or_command(convoy: Run, convoy_refuses: Run) -> None:
+def test_usage_errors_name_the_option_or_command(convoy: Run, convoy_refuses: RunText) -> None:
     assert "No such option: --prcs" in convoy_refuses("train", RECIPE, "--prcs", 2)
     assert "No such command 'trian'" in convoy_refuses("trian")
     assert convoy("--help").returncode == 0
 
 
 def test_missing_models_and_spools_are_named(
-    convoy_refuses: Run, digits: Path, service_env: dict[str, str], tmp_path: Path
+    convoy_refuses: RunText, digits: Path, service_env: dict[str, str], tmp_path: Path
 ) -> None:
     line = _one_line(
         convoy_refuses("evaluate", "models:/nobody@champion", digits / "val", env=service_env)

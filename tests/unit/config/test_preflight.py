@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import Run
+from support.helpers import RunText
 
 from trainer.config.preflight import check_model, check_run
 from trainer.config.run_plan import RunPlan, build_run_plan, check_config
@@ -380,7 +380,7 @@ def test_run_without_space_for_its_result_ends_with_one_error_line(
 
 
 def test_unwritable_output_is_reported_once_for_all_ranks(
-    convoy_refuses: Run, digits: Path
+    convoy_refuses: RunText, digits: Path
 ) -> None:
     settings = [
         f"data.train={digits}/train",

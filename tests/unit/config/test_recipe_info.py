@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 from jsonschema import Draft202012Validator
-from support.helpers import Run
+from support.helpers import RunText
 
 from pipelines.cli.recipe_info import plan_recipe, recipe_keys, recipe_schema, shipped_recipes
 from trainer.config.load import RECIPES, read_recipe
@@ -97,7 +97,7 @@ def test_plan_reads_the_number_of_samples_from_the_index(digits: Path) -> None:
 
 
 def test_recipe_commands_print_plans_and_reject_unknown_keys(
-    convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
+    convoy_ok: RunText, convoy_refuses: RunText, tmp_path: Path
 ) -> None:
     assert shipped_recipes().keys() == {path.stem for path in RECIPES.glob("*.yaml")}
     shown = convoy_ok("recipe", "show", "resnet50", "--ranks", 8, "--samples", IMAGENET)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.helpers import Run
+from support.helpers import RunText
 
 from trainer.data.index import Index, Shard, open_index, parse_index, write_index
 from trainer.data.storage.store import open_store
@@ -85,7 +85,7 @@ def test_corrupt_index_is_a_one_line_error(content: bytes | dict[str, Any], reas
 
 
 def test_command_with_a_corrupt_index_prints_a_one_line_error(
-    convoy_refuses: Run, tmp_path: Path
+    convoy_refuses: RunText, tmp_path: Path
 ) -> None:
     (tmp_path / "index.json").write_text(json.dumps(_index(_shard(offsets=[0, -1, 2]))))
     message = convoy_refuses(

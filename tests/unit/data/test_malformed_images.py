@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support.helpers import Run
+from support.helpers import RunText
 from torchvision.transforms import v2
 
 from pipelines.registry.evaluate import evaluate, predict_files
@@ -134,7 +134,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def truncated_image_shard(tmp_path: Path, convoy_ok: Run) -> str:
+def truncated_image_shard(tmp_path: Path, convoy_ok: RunText) -> str:
     """An indexed third-party shard of 8 images, of which the sixth is truncated."""
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -165,7 +165,7 @@ def test_evaluation_names_the_sample_that_cannot_be_decoded(
 
 
 def test_training_names_the_sample_that_cannot_be_decoded(
-    truncated_image_shard: str, tmp_path: Path, convoy_refuses: Run
+    truncated_image_shard: str, tmp_path: Path, convoy_refuses: RunText
 ) -> None:
     options = [
         f"data.train={truncated_image_shard}",

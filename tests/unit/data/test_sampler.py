@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.helpers import Run
+from support.helpers import RunText
 
 from trainer.data.index import open_index
 from trainer.data.sampler import epoch_order, eval_range, micro_batch_slots
@@ -93,7 +93,7 @@ def test_eval_ranges_partition_the_validation_split(world_size: int) -> None:
     assert [i for part in parts for i in part] == list(range(151))
 
 
-def test_order_command_prints_the_keys_of_each_rank(convoy_ok: Run, digits: Path) -> None:
+def test_order_command_prints_the_keys_of_each_rank(convoy_ok: RunText, digits: Path) -> None:
     def keys(world_size: int, rank: int, *more: object) -> list[list[str]]:
         lines = convoy_ok(
             "order",
@@ -130,7 +130,7 @@ def test_order_command_prints_the_keys_of_each_rank(convoy_ok: Run, digits: Path
     ]
 
 
-def test_order_command_rejects_invalid_options(convoy_refuses: Run, digits: Path) -> None:
+def test_order_command_rejects_invalid_options(convoy_refuses: RunText, digits: Path) -> None:
     base = ("order", digits / "train", "--epoch", 0, "--world-size", 4)
     assert "--batch-size: 42 is not divisible" in convoy_refuses(
         *base, "--rank", 0, "--batch-size", 42

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.helpers import Run
+from support.helpers import RunText
 
 from pipelines.datasets.class_names import names_by_id, names_by_label, synsets
 from pipelines.datasets.sources.list_source import ListOptions, list_source
@@ -184,7 +184,7 @@ def test_synsets_keep_the_order_of_the_file() -> None:
 
 
 def test_pack_reads_the_same_files_as_index(
-    jpeg_folder: Path, convoy_refuses: Run, tmp_path: Path
+    jpeg_folder: Path, convoy_refuses: RunText, tmp_path: Path
 ) -> None:
     """The file is passed with ``--class-names``."""
     classes = list_source(str(jpeg_folder)).splits[0].class_ids

@@ -13,7 +13,7 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support.helpers import Run
+from support.helpers import RunText
 
 from pipelines.datasets.index_shards import IndexOptions, index_shards
 from pipelines.datasets.shard_set import missing_shards, split_of
@@ -117,7 +117,7 @@ def test_index_locates_every_sample_that_webdataset_reads(writer: str, tmp_path:
 
 
 def test_packed_shards_get_the_same_offsets_as_from_pack(
-    convoy_ok: Run, digits: Path, tmp_path: Path
+    convoy_ok: RunText, digits: Path, tmp_path: Path
 ) -> None:
     index, _ = open_index(str(digits / "train"))
     for shard in index.shards:
@@ -192,7 +192,7 @@ def test_invalid_shards_and_labels_are_errors(tmp_path: Path) -> None:
 
 
 def test_differing_index_is_kept_unless_overwritten(
-    convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
+    convoy_ok: RunText, convoy_refuses: RunText, tmp_path: Path
 ) -> None:
     _by_webdataset(tmp_path)
     index_shards(str(tmp_path), IndexOptions())
@@ -238,7 +238,7 @@ def _webdataset_keys(path: Path) -> list[str]:
 
 
 def test_corrupt_header_or_concatenated_archive_is_an_error(
-    convoy_refuses: Run, tmp_path: Path
+    convoy_refuses: RunText, tmp_path: Path
 ) -> None:
     raw = bytearray(_tar(_samples(0, 10)))
     raw[raw.index(b"0005.png") + 150] ^= 1
@@ -371,7 +371,7 @@ def test_shards_with_equal_keys_are_an_error(tmp_path: Path) -> None:
 
 
 def test_splits_in_one_folder_are_indexed_separately_and_never_merged(
-    convoy_ok: Run, tmp_path: Path
+    convoy_ok: RunText, tmp_path: Path
 ) -> None:
     train, val = "imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar"
     _write(tmp_path, {train: _tar(_samples(0, 8)), val: _tar(_samples(100, 104))})

@@ -19,7 +19,7 @@ import pytest
 import scipy.io
 import webdataset as wds
 from PIL import Image
-from support.helpers import Run
+from support.helpers import Run, RunText
 
 from trainer.data.index import Index, open_index
 from trainer.data.shards.tar import header
@@ -41,7 +41,7 @@ def _snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_webdataset_reads_the_unmodified_image_files(
-    convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
+    convoy_ok: RunText, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     convoy_ok("pack", jpeg_folder, tmp_path, "--shards", 3)
     samples = _with_webdataset(tmp_path / "train")
@@ -55,7 +55,7 @@ def test_webdataset_reads_the_unmodified_image_files(
 
 
 def test_index_has_the_offset_of_each_sample(
-    convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
+    convoy_ok: RunText, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     convoy_ok("pack", jpeg_folder, tmp_path, "--shards", 4)
     index = _index(tmp_path / "train")
@@ -71,7 +71,7 @@ def test_index_has_the_offset_of_each_sample(
 
 
 def test_packing_is_deterministic_for_any_number_of_workers(
-    convoy_ok: Run, jpeg_folder: Path, tmp_path: Path
+    convoy_ok: RunText, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(jpeg_folder, copy)
@@ -85,7 +85,7 @@ def test_packing_is_deterministic_for_any_number_of_workers(
 
 
 def test_concurrent_parts_give_the_same_bytes_as_one_run(
-    convoy_ok: Run, convoy_refuses: Run, jpeg_folder: Path, tmp_path: Path
+    convoy_ok: RunText, convoy_refuses: RunText, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     """The parts are pods of an Indexed Job: they finish in any order, and may run again."""
     convoy_ok("pack", jpeg_folder, tmp_path / "one", "--shards", 7)
@@ -122,7 +122,7 @@ def test_samples_are_shuffled_over_shards(digits: Path) -> None:
     assert sum(a == b for a, b in zip(labels[0], labels[0][1:], strict=False)) < 120
 
 
-def test_idx_files_become_png_with_the_same_pixels(convoy_ok: Run, tmp_path: Path) -> None:
+def test_idx_files_become_png_with_the_same_pixels(convoy_ok: RunText, tmp_path: Path) -> None:
     source = tmp_path / "idx"
     source.mkdir()
     random = np.random.default_rng(0)
@@ -206,7 +206,7 @@ def imagenet(tmp_path: Path, jpeg_folder: Path) -> Path:
 
 
 def test_imagenet_tars_are_packed_with_the_devkit_labels(
-    convoy_ok: Run, imagenet: Path, tmp_path: Path
+    convoy_ok: RunText, imagenet: Path, tmp_path: Path
 ) -> None:
     convoy_ok("pack", imagenet, tmp_path / "out", "--shards", 2)
     index = _index(tmp_path / "out/val")
@@ -226,7 +226,7 @@ def test_imagenet_tars_are_packed_with_the_devkit_labels(
 
 
 def test_imagenet_val_without_the_devkit_is_an_error(
-    convoy_refuses: Run, imagenet: Path, tmp_path: Path
+    convoy_refuses: RunText, imagenet: Path, tmp_path: Path
 ) -> None:
     (imagenet / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     assert "needs the devkit" in convoy_refuses("pack", imagenet, tmp_path / "out")
@@ -234,7 +234,7 @@ def test_imagenet_val_without_the_devkit_is_an_error(
 
 
 def test_killed_pack_to_object_storage_resumes_and_writes_the_index_last(
-    convoy_ok: Run, jpeg_folder: Path, tmp_path: Path, bucket: str, service_env: dict[str, str]
+    convoy_ok: RunText, jpeg_folder: Path, tmp_path: Path, bucket: str, service_env: dict[str, str]
 ) -> None:
     import obstore
     from obstore.store import S3Store
@@ -311,7 +311,7 @@ def _stderr_of_second_run(url: str, source: Path, env: dict[str, str]) -> str:
 
 
 def test_packing_again_is_a_no_op_and_other_data_is_an_error(
-    convoy: Run, convoy_refuses: Run, jpeg_folder: Path, digits_folder: Path, tmp_path: Path
+    convoy: Run, convoy_refuses: RunText, jpeg_folder: Path, digits_folder: Path, tmp_path: Path
 ) -> None:
     convoy("pack", jpeg_folder, tmp_path)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "train").iterdir()}
@@ -323,7 +323,7 @@ def test_packing_again_is_a_no_op_and_other_data_is_an_error(
 
 
 def test_files_that_are_not_images_are_errors_unless_skip_bad(
-    convoy: Run, convoy_refuses: Run, jpeg_folder: Path, tmp_path: Path
+    convoy: Run, convoy_refuses: RunText, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(jpeg_folder, source)
@@ -350,7 +350,7 @@ def _png() -> bytes:
 
 
 def test_empty_class_folder_is_an_error(
-    convoy_refuses: Run, jpeg_folder: Path, tmp_path: Path
+    convoy_refuses: RunText, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(jpeg_folder, source)
@@ -362,7 +362,7 @@ def test_empty_class_folder_is_an_error(
 
 
 def test_file_names_that_collide_in_webdataset_get_unique_keys(
-    convoy_ok: Run, tmp_path: Path
+    convoy_ok: RunText, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
     for name in ("a.b.png", "a_b.png", "ünï.png", "x" * 200 + ".png"):
@@ -376,7 +376,7 @@ def test_file_names_that_collide_in_webdataset_get_unique_keys(
 # --- verify ---------------------------------------------------------------------------------------
 
 
-def test_verify_checks_both_splits(convoy_ok: Run, digits: Path) -> None:
+def test_verify_checks_both_splits(convoy_ok: RunText, digits: Path) -> None:
     report = json.loads(convoy_ok("verify", digits, "--json"))
     assert report["ok"]
     assert [(s["samples"], s["shards"], s["faults"]) for s in report["splits"]] == [
@@ -387,7 +387,7 @@ def test_verify_checks_both_splits(convoy_ok: Run, digits: Path) -> None:
 
 @pytest.mark.parametrize("corruption", ["flip", "truncate", "delete", "label"])
 def test_verify_names_a_corrupt_shard(
-    convoy_refuses: Run, digits: Path, tmp_path: Path, corruption: str
+    convoy_refuses: RunText, digits: Path, tmp_path: Path, corruption: str
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(digits / "train", copy)
@@ -410,7 +410,7 @@ def test_verify_names_a_corrupt_shard(
 
 
 def test_modified_or_truncated_index_is_an_error(
-    convoy_refuses: Run, digits: Path, tmp_path: Path
+    convoy_refuses: RunText, digits: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(digits / "train", copy)

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from PIL import Image
-from support.helpers import Run
+from support.helpers import Run, RunText
 from support.images import NOT_SUPPORTED, encode, jpeg, pixels, png
 
 from pipelines.datasets import pack as packing
@@ -59,7 +59,7 @@ def keys(folder: Path) -> set[str]:
 
 
 def test_files_that_cannot_be_packed_are_named_and_counted(
-    convoy: Run, convoy_refuses: Run, source: Path, tmp_path: Path
+    convoy: Run, convoy_refuses: RunText, source: Path, tmp_path: Path
 ) -> None:
     for name, (content, _) in NOT_SUPPORTED.items():
         (source / "cat" / f"{name}.jpg").write_bytes(content)
@@ -325,7 +325,7 @@ def test_shard_with_a_corrupt_record_is_packed_again(
 
 
 def test_verify_prints_a_few_errors_and_lists_all_as_json(
-    convoy: Run, convoy_refuses: Run, tmp_path: Path
+    convoy: Run, convoy_refuses: RunText, tmp_path: Path
 ) -> None:
     from pipelines.datasets.index_shards import IndexOptions, index_shards
 

@@ -10,13 +10,13 @@ import pytest
 from botocore import UNSIGNED
 from botocore.client import Config
 from botocore.exceptions import ClientError
-from support.helpers import Run
+from support.helpers import Run, RunText
 
 from pipelines.local import servers
 
 
 def test_up_is_idempotent_and_down_stops_all_services(
-    convoy: Run, convoy_ok: Run, convoy_refuses: Run, tmp_path: Path
+    convoy: Run, convoy_ok: RunText, convoy_refuses: RunText, tmp_path: Path
 ) -> None:
     folder = tmp_path / "services"
     try:

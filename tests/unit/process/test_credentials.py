@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.helpers import Run
+from support.helpers import RunText
 
 from pipelines.cluster.job_spec import JobOptions, render
 from trainer.config.schema import load_config
@@ -181,7 +181,7 @@ def test_manifest_with_credentials_is_rejected(recipe: Path, override: str, comm
 
 
 def test_usage_errors_and_invalid_recipes_do_not_echo_credentials(
-    convoy_refuses: Run, recipe: Path
+    convoy_refuses: RunText, recipe: Path
 ) -> None:
     assert "hunter2" not in convoy_refuses("train", recipe, "--uri=http://me:hunter2@host")
     recipe.write_text(

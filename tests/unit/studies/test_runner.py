@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.helpers import Run as Command
+from support.helpers import RunText
 
 from pipelines.local.demo import _INSTALLED
 from pipelines.studies.experiments.data import first_of_idx
@@ -111,7 +111,7 @@ def test_full_disk_is_an_error(tmp_path: Path) -> None:
 
 
 def test_unknown_study_and_unusable_folder_are_errors(
-    convoy_refuses: Command, tmp_path: Path
+    convoy_refuses: RunText, tmp_path: Path
 ) -> None:
     assert "no study 'accumulatoin'; nearest: accumulation" in convoy_refuses(
         "study", "accumulatoin"
@@ -122,7 +122,7 @@ def test_unknown_study_and_unusable_folder_are_errors(
 
 
 @pytest.mark.skipif(_INSTALLED.is_dir(), reason="the data is installed on this machine")
-def test_missing_dataset_error_names_the_package(convoy_refuses: Command, tmp_path: Path) -> None:
+def test_missing_dataset_error_names_the_package(convoy_refuses: RunText, tmp_path: Path) -> None:
     without_apt = {"PATH": str(tmp_path), "CONVOY_CACHE": str(tmp_path / "cache")}
     assert "dataset-fashion-mnist" in convoy_refuses(
         "study", "accumulation", "--quick", "--dir", tmp_path / "s", env=without_apt
@@ -136,7 +136,7 @@ def _result(folder: Path, name: str) -> dict[str, object]:
     return result
 
 
-def test_study_without_trainings_writes_its_result(convoy_ok: Command, tmp_path: Path) -> None:
+def test_study_without_trainings_writes_its_result(convoy_ok: RunText, tmp_path: Path) -> None:
     printed = convoy_ok("study", "then-and-now", "--dir", tmp_path)
     assert "not borne out" in printed
     result = _result(tmp_path, "then-and-now")
