@@ -163,8 +163,8 @@ def _failure(
 ) -> tuple[str, int]:
     for ended in _ended(pods):
         # the end of the log, if the container left no message
-        told = (ended.get("message") or "").splitlines()
-        lines = [line for line in told if line.strip() and not is_record(line)]
+        message_lines = (ended.get("message") or "").splitlines()
+        lines = [line for line in message_lines if line.strip() and not is_record(line)]
         message = " ".join(" ".join(lines).split())
         if ended["exitCode"] == EXIT_USER:
             return " · ".join(lines[:5]) or f"user error; see convoy logs {name}", EXIT_USER

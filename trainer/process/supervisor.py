@@ -118,7 +118,7 @@ def _unfinished_file(run_id_file: Path, local_rank: int | str) -> Path:
 
 
 def report_finished() -> None:
-    """Tells the launcher that this rank has finished its work."""
+    """Report to the launcher that this rank has finished its work."""
     if file := os.environ.get(RUN_ID_FILE):
         with suppress(OSError):  # the launcher has exited
             _unfinished_file(Path(file), os.environ["LOCAL_RANK"]).unlink(missing_ok=True)

@@ -99,7 +99,7 @@ class ProgressPublisher:
             self.open_file(folder)
             with (
                 suppress(LockHeld, OSError, RetryableError, UserError),
-                exclusive(str(folder), "convoy train", "the run goes on there"),
+                exclusive(str(folder), "convoy train", "the run continues there"),
             ):
                 self.end(exit_code, error)
 

@@ -119,7 +119,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_deepspeed_has_every_attribute_of_the_tables(results: dict[str, Any]) -> None:
-    """Each engine is checked when it is built; here, no class of the tables is left out."""
+    """Each engine is checked when it is built; here, every class of the tables is covered."""
     assert set(compat.OBJECT_ATTRIBUTES) <= set(results["names"])
     assert set(results["kinds"]) == {kind.name for kind in compat.OptimizerKind}
     assert set(compat.PARAMETER_ATTRIBUTES) == set(compat.OptimizerKind)

@@ -76,10 +76,10 @@ def test_a_file_that_cannot_be_written_is_reported_once_and_ends_nothing(
     publisher = _publisher(tmp_path)
     publisher.update(phase="evaluating")
     publisher.end(0)
-    told = capsys.readouterr().err
-    assert told.startswith(f"convoy: {tmp_path / PROGRESS_FILE} cannot be written: ")
-    assert told.endswith("; training continues\n")
-    assert len(told.splitlines()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"convoy: {tmp_path / PROGRESS_FILE} cannot be written: ")
+    assert error.endswith("; training continues\n")
+    assert len(error.splitlines()) == 1
 
 
 def test_a_disk_without_space_leaves_the_last_record(tmp_path: Path) -> None:
