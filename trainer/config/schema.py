@@ -293,27 +293,26 @@ class ScheduleConfig(_Section):
         return self
 
 
+class _AugmentKeys(_Section):
+    """Augmentation and cropping of images to the network input."""
+
+    eval_crop: Annotated[float, Field(ge=0.1, le=1)] = 0.875
+    """Fraction of the resized short side that the center crop of evaluation keeps (224 of 256)."""
+
+
 if TYPE_CHECKING:
-    _AugmentationKeys = _Section
+    AugmentConfig = _AugmentKeys
 else:
-    _AugmentationKeys = create_model(
-        "_AugmentationKeys",
-        __base__=_Section,
-        **{
+    # Read the options with `from_config` of their augmentation, which gives them their types.
+    AugmentConfig = _with_options(
+        _AugmentKeys,
+        "AugmentConfig",
+        {
             name: (field.annotation, field)
             for augmentation in AUGMENTATIONS
             for name, field in augmentation.model_fields.items()
         },
     )
-
-
-class AugmentConfig(_AugmentationKeys):
-    """Augmentation and cropping of images to the network input."""
-
-    # The other keys are the fields of all augmentations. Read them with `from_config` of the
-    # augmentation, which gives them their types.
-    eval_crop: Annotated[float, Field(ge=0.1, le=1)] = 0.875
-    """Fraction of the resized short side that the center crop of evaluation keeps (224 of 256)."""
 
 
 class ParallelConfig(_Section):
