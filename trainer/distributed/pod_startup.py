@@ -84,9 +84,8 @@ def wait_for_data(config: RunConfig, on_wait: Callable[[str], None]) -> None:
     """Wait until the store responds and the indexes exist, at most ``data.wait_minutes``.
 
     An unreachable store gets at least 5 minutes. Prints what it waits for and calls ``on_wait``
-    with it. If something is still
-    missing afterwards, the code that needs it reports that. Raises UserError for problems that
-    waiting does not fix.
+    with it. If something is still missing afterwards, the code that needs it reports that. Raises
+    UserError for problems that waiting does not fix.
     """
     for url in (config.data.train, config.data.val):
         if url is not None:

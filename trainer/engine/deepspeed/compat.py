@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from types import MethodType
 from typing import Any
@@ -289,23 +289,28 @@ def free_outputs_after_backward(engine: Any) -> None:
 
 def optimizer_kind(optimizer: Any) -> OptimizerKind:
     """Return how an engine's optimizer stores its state. Raises UserError for an unknown class."""
+    kinds = _optimizer_kinds()
+    for known, kind in kinds.items():
+        if isinstance(optimizer, known):
+            return kind
+    known_names = ", ".join(known.__name__ for known in kinds)
+    raise missing_in("deepspeed", f"{type(optimizer).__name__} is none of {known_names}")
+
+
+@cache  # each step asks several times
+def _optimizer_kinds() -> dict[type, OptimizerKind]:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    kinds: dict[type, OptimizerKind] = {
+    return {
         torch.optim.Optimizer: OptimizerKind.PLAIN,
         FP16_UnfusedOptimizer: OptimizerKind.UNFUSED,
         BF16_Optimizer: OptimizerKind.BF16,
         DeepSpeedZeroOptimizer: OptimizerKind.ZERO_1_2,
         DeepSpeedZeroOptimizer_Stage3: OptimizerKind.ZERO_3,
     }
-    for known, kind in kinds.items():
-        if isinstance(optimizer, known):
-            return kind
-    known_names = ", ".join(known.__name__ for known in kinds)
-    raise missing_in("deepspeed", f"{type(optimizer).__name__} is none of {known_names}")
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
