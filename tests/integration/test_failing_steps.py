@@ -32,21 +32,26 @@ def _settings(digits: Path, out: Path) -> list[str]:
     ]
 
 
+def _run(
+    kind: str, rank: int, digits: Path, out: Path, procs: int = 1
+) -> subprocess.CompletedProcess:
+    """Run the script, on several ranks with torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(procs)]
+    command = [sys.executable, *(torchrun if procs > 1 else []), str(SCRIPT), kind, str(rank)]
+    return subprocess.run(
+        [*command, *_settings(digits, out)],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
 def test_device_fault_exits_all_ranks_for_retry_and_is_recorded(
     digits: Path, tmp_path: Path
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    command += [str(SCRIPT), "ecc", "1", *_settings(digits, tmp_path / "out")]
-    done = subprocess.run(
-        command, env=_environment(), capture_output=True, text=True, timeout=240, check=False
-    )
+    done = _run("ecc", 1, digits, tmp_path / "out", procs=2)
     assert "convoy: rank 1: hardware fault on node gpu-17" in done.stderr, done.stderr
     assert "uncorrectable ECC error encountered" in done.stderr
     assert f"exitcode  : {144}" in done.stderr, "exit code of a rank, as reported by torchrun"
@@ -58,27 +63,13 @@ def test_device_fault_exits_all_ranks_for_retry_and_is_recorded(
 
 
 def test_running_collectives_do_not_abort_a_rank_at_exit(digits: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    command += [str(SCRIPT), "running", "0", *_settings(digits, tmp_path / "out")]
-    done = subprocess.run(
-        command, env=_environment(), capture_output=True, text=True, timeout=240, check=False
-    )
+    done = _run("running", 0, digits, tmp_path / "out", procs=2)
     assert done.returncode == 0, done.stderr
     assert "terminate called" not in done.stderr
 
 
 def test_out_of_memory_in_a_step_exits_with_code_2_and_advice(digits: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "memory", "0", *_settings(digits, tmp_path / "out")]
-    done = subprocess.run(
-        command, env=_environment(), capture_output=True, text=True, timeout=240, check=False
-    )
+    done = _run("memory", 0, digits, tmp_path / "out")
     assert done.returncode == 2, done.stderr
     assert "out of host memory on node gpu-17" in done.stderr
     assert "batch.micro_size" in done.stderr

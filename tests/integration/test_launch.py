@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from mlflow.tracking import MlflowClient
-from support.helpers import run_convoy, until
+from support.helpers import run_convoy, start_train, until
 
 from trainer.config.schema import find_recipe
 from trainer.errors import Preempted
@@ -39,21 +39,6 @@ def _settings(digits: Path, out: Path, *more: str) -> list[str]:
         f"name={out.name}",
         *more,
     ]
-
-
-def _start(
-    arguments: list[object], environment: dict[str, str], **options: object
-) -> subprocess.Popen:
-    plain = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*python_command("pipelines.cli.main"), "train", RECIPE, *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        env=plain | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
 
 
 def _descendants(process: subprocess.Popen) -> list[psutil.Process]:
@@ -150,7 +135,9 @@ def test_killed_run_has_final_status_in_mlflow_and_leaves_no_processes(
         "checkpoint.keep=1",
         f"tracking.experiment={tmp_path.name}",
     ]
-    with _start([*_settings(digits, out, *more)], service_env, start_new_session=True) as process:
+    with start_train(
+        [RECIPE, *_settings(digits, out, *more)], service_env, start_new_session=True
+    ) as process:
         until(lambda: any((out / "checkpoints").glob("*/checkpoint.json")))
         descendants = _descendants(process)
         if number == signal.SIGKILL:
@@ -176,14 +163,14 @@ def test_rank_exiting_early_with_code_0_fails_the_run_with_144(
     """For example, because a library calls exit()."""
     (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: os._exit(0)\n")
     arguments = _settings(digits, tmp_path / "out", "train.epochs=1")
-    process = _start(arguments, {"PYTHONPATH": str(tmp_path)})
+    process = start_train([RECIPE, *arguments], {"PYTHONPATH": str(tmp_path)})
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 144, output
     assert "rank 0 exited with code 0 before training was complete" in output
 
 
 def test_signal_during_startup_ends_ranks_immediately(digits: Path, tmp_path: Path) -> None:
-    with _start(["--procs", "2", *_settings(digits, tmp_path / "out")], {}) as process:
+    with start_train([RECIPE, "--procs", "2", *_settings(digits, tmp_path / "out")], {}) as process:
         until(lambda: len(_descendants(process)) == 2)
         descendants = _descendants(process)
         process.send_signal(signal.SIGTERM)

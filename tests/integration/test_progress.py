@@ -1,18 +1,15 @@
 """``progress.json`` of real trainings: while they run, and however they end."""
 
 import json
-import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
-from support.helpers import ranks_of, run_convoy, until
+from support.helpers import ranks_of, run_convoy, start_train, until
 
-from trainer.process.supervisor import python_command
 from trainer.progress.progress_record import (
     PROGRESS_FILE,
     PROGRESS_LOG_VARIABLE,
@@ -33,18 +30,6 @@ def _settings(digits: Path, out: Path, *more: str) -> list[str]:
         "name=observed",
         *more,
     ]
-
-
-def _start(settings: list[str], environment: dict[str, str], procs: int = 2) -> subprocess.Popen:
-    plain = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*python_command("pipelines.cli.main"), "train", *settings, "--procs", str(procs)]
-    return subprocess.Popen(
-        command,
-        env=plain | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def _wait(out: Path, true: Callable[[ProgressRecord], bool]) -> ProgressRecord:
@@ -74,7 +59,7 @@ def test_the_progress_of_a_run_can_be_read_while_it_trains(
 ) -> None:
     out, began = tmp_path / "out", time.time()
     more = ["train.epochs=300", "checkpoint.every_steps=7", f"tracking.experiment={tmp_path.name}"]
-    with _start(_settings(digits, out, *more), service_env) as process:
+    with start_train([*_settings(digits, out, *more), "--procs", "2"], service_env) as process:
         first = _wait(out, lambda record: (record.step or 0) > 0)
         later = _wait(
             out,
@@ -120,7 +105,7 @@ def test_a_killed_rank_leaves_the_exit_code_of_the_run(digits: Path, tmp_path: P
     out = tmp_path / "out"
     settings = _settings(digits, out, "train.epochs=10000", "checkpoint.keep=1")
     environment = {PROGRESS_LOG_VARIABLE: "1"}
-    with _start(settings, environment) as process:
+    with start_train([*settings, "--procs", "2"], environment) as process:
         record = _wait(out, lambda record: (record.step or 0) > 0)
         ranks_of(process)[0].kill()
         said, _ = process.communicate(timeout=60)

@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from trainer.process.supervisor import python_command
 
 Run = Callable[..., subprocess.CompletedProcess]
 """Runs ``convoy`` and returns the ended process."""
@@ -33,6 +36,21 @@ def run_convoy(
     command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def start_train(
+    arguments: Sequence[object], environment: dict[str, str], **options: Any
+) -> subprocess.Popen:
+    """Start ``convoy train`` with few variables besides ``environment``; stdout has stderr too."""
+    plain = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*python_command("pipelines.cli.main"), "train", *map(str, arguments)],
+        env=plain | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,26 +187,23 @@ def test_checkpoint_of_another_recipe_is_rejected(tmp_path: Path) -> None:
     assert "checkpoint.resume=never" in message
 
 
-def test_a_key_that_is_newer_than_the_checkpoint_must_have_its_default(tmp_path: Path) -> None:
-    """A new optimizer or network may bring a key; existing runs resume."""
-    _saved(str(tmp_path), 10)
-    newer = FINGERPRINT | {"optimizer.momentum": 0.9, "model.stem": None}
-    assert CheckpointManager(str(tmp_path), 3).load_latest(newer, print) is not None
-    with pytest.raises(
-        UserError, match=r"optimizer\.momentum is 0\.9 in the checkpoint and 0\.5 in the recipe"
-    ):
-        CheckpointManager(str(tmp_path), 3).load_latest(newer | {"optimizer.momentum": 0.5}, print)
-
-
-def test_a_key_that_the_checkpoint_lacks_must_have_its_default(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fitting", "key", "default"),
+    [
+        ({"optimizer.momentum": 0.9, "model.stem": None}, "optimizer.momentum", 0.9),
+        ({"augment.erase": 0.0, "ema": None}, "augment.erase", 0.0),
+    ],
+)
+def test_a_key_that_the_checkpoint_lacks_must_have_its_default(
+    tmp_path: Path, fitting: dict[str, object], key: str, default: float
+) -> None:
     """Such a key, of a later version, had no effect when the checkpoint was written."""
     _saved(str(tmp_path), 10)
     checkpoints = CheckpointManager(str(tmp_path), 3)
-    assert checkpoints.load_latest(FINGERPRINT | {"augment.erase": 0.0, "ema": None}, print)
-    with pytest.raises(
-        UserError, match=r"augment\.erase is 0\.0 in the checkpoint and 0\.5 in the recipe"
-    ):
-        checkpoints.load_latest(FINGERPRINT | {"augment.erase": 0.5}, print)
+    assert checkpoints.load_latest(FINGERPRINT | fitting, print) is not None
+    message = f"{key} is {default} in the checkpoint and 0.5 in the recipe"
+    with pytest.raises(UserError, match=re.escape(message)):
+        checkpoints.load_latest(FINGERPRINT | fitting | {key: 0.5}, print)
 
 
 def _loaded(folder: Path) -> Checkpoint:
